@@ -1,0 +1,103 @@
+"""The collector: watches every routed expert during one forward and backward pass and keeps running sums.
+
+In: a model and its batches of token ids. Out: `Statistics` (METHOD section 4). The identity that makes one pass enough
+(METHOD section 3): E(x) = W_down h(x), so dloss/dh_k = w_k . g, and the D x D matrices of the published procedure are
+never needed.
+Shape letters: D model width, E experts, F atomic experts of an expert, n tokens of one expert, N sequences, W window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from heapr.model.experts import observe_experts
+from heapr.model.moe import MoELayer, MoEModel, frozen_parameters, summed_loss_backward
+from heapr.types import LayerStatistics, Statistics
+
+
+class LayerObserver:
+    """Running statistics of one layer, updated when the gradient of an expert's activations arrives."""
+
+    def __init__(self, layer: MoELayer, device: torch.device) -> None:
+        self.index = layer.index
+        self.statistics = LayerStatistics.zeros(layer.num_experts, layer.width, device)
+
+    def __call__(self, expert: int, h_nF: Tensor, router_weight_n: Tensor, output_nD: Tensor) -> None:
+        if h_nF.requires_grad:
+            h_nF.register_hook(partial(self._add, expert, h_nF.detach(), router_weight_n.detach(), output_nD.detach()))
+
+    @torch.no_grad()
+    def _add(self, expert: int, h_nF: Tensor, router_weight_n: Tensor, output_nD: Tensor, grad_nF: Tensor) -> None:
+        """Add one expert's tokens. Sums over a batch are taken in float32, sums over batches in float64."""
+        h_nF, g_nF, p_n = h_nF.float(), grad_nF.float(), router_weight_n.float()
+        gh_nF, h_sq_nF, h_abs_nF = g_nF * h_nF, h_nF.square(), h_nF.abs()
+        kept = self.statistics
+        kept.count_E[expert] += len(p_n)
+        kept.router_weight_sum_E[expert] += p_n.sum()
+        kept.output_norm_sum_E[expert] += p_n @ torch.linalg.vector_norm(output_nD, dim=1, dtype=torch.float32)
+
+        atomic = (expert, slice(0, h_nF.shape[1]))
+        kept.h_sq_sum_EF[atomic] += h_sq_nF.sum(0)
+        kept.g_sq_sum_EF[atomic] += g_nF.square().sum(0)
+        kept.gh_sq_sum_EF[atomic] += gh_nF.square().sum(0)
+        kept.gh_sum_EF[atomic] += gh_nF.sum(0)
+        kept.h_abs_sum_EF[atomic] += h_abs_nF.sum(0)
+        kept.ph_sq_sum_EF[atomic] += p_n.square() @ h_sq_nF
+        largest_F = (p_n.unsqueeze(1) * h_abs_nF).amax(0).double()
+        kept.ph_abs_max_EF[atomic] = torch.maximum(kept.ph_abs_max_EF[atomic], largest_F)
+
+
+def collect(model: MoEModel, batches: Iterable[Tensor]) -> Statistics:
+    """Statistics of the batches: one forward and one backward each, parameters frozen, gradient from the input embeddings.
+
+    The loss is the *sum* of next-token cross-entropies, so the statistics do not depend on how sequences are batched;
+    router auxiliary losses play no part (METHOD section 2).
+
+    Args:
+        model: dense or pruned.
+        batches: int64 (N, W) token ids each.
+
+    Raises:
+        FloatingPointError: a loss or statistic is NaN or infinite; the message names layer and batch.
+    """
+    observers = [LayerObserver(layer, model.device) for layer in model.layers]
+    watched = [(layer.experts, observer) for layer, observer in zip(model.layers, observers, strict=True)]
+    loss_sum, num_tokens, num_predicted_tokens = 0.0, 0, 0
+    with frozen_parameters(model.model), observe_experts(model.model, watched):
+        for number, ids_NW in enumerate(batches):
+            loss = _forward_backward(model, ids_NW.to(model.device))
+            check_finite(number, loss, observers)
+            loss_sum += loss.item()
+            num_tokens += ids_NW.numel()
+            num_predicted_tokens += ids_NW[:, 1:].numel()
+    layers = {observer.index: observer.statistics for observer in observers}
+    return Statistics(layers=layers, num_tokens=num_tokens, num_predicted_tokens=num_predicted_tokens, loss_sum=loss_sum)
+
+
+def _forward_backward(model: MoEModel, ids_NW: Tensor) -> Tensor:
+    """Summed loss of one batch, its gradient sent back to the input embeddings."""
+    embeddings = model.model.get_input_embeddings()(ids_NW).detach().requires_grad_()
+    return summed_loss_backward(model, model.hidden_states(inputs_embeds=embeddings), ids_NW)
+
+
+def check_finite(batch: int, loss: Tensor, observers: list[LayerObserver]) -> None:
+    """Stop at the first batch that is not finite, and name where it began: activations first, in order of depth.
+
+    Raises:
+        FloatingPointError: naming layer and batch.
+    """
+    advice = "use a wider model.dtype (bfloat16 or float32) or look at the weights and the text"
+    activations = torch.stack([observer.statistics.h_abs_sum_EF.sum() for observer in observers]).isfinite().tolist()
+    gradients = torch.stack([observer.statistics.g_sq_sum_EF.sum() for observer in observers]).isfinite().tolist()
+    for observer, finite in zip(observers, activations, strict=True):
+        if not finite:
+            raise FloatingPointError(f"activations of layer {observer.index} are NaN or infinite in batch {batch}; {advice}")
+    for observer, finite in reversed(list(zip(observers, gradients, strict=True))):
+        if not finite:
+            raise FloatingPointError(f"gradients of layer {observer.index} are NaN or infinite in batch {batch}; {advice}")
+    if not loss.isfinite():
+        raise FloatingPointError(f"the loss is NaN or infinite in batch {batch}, behind the last layer; {advice}")

@@ -1,0 +1,206 @@
+"""Corpora: ordered documents of real text, each with an identity that enters the artifact key.
+
+In: where the text lives. Out: a list of documents. Train and held-out parts are split by document hash, so the text that
+is calibrated on never appears in the text that is evaluated on.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import sys
+import sysconfig
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from heapr.errors import ConfigError
+
+SPLITS = ("train", "heldout", "all")
+HELDOUT_BUCKETS = 10  # one document in ten is held out
+DOCUMENT_SEPARATOR = "\n\n"  # METHOD section 2: documents are joined by blank lines
+
+
+class Corpus(Protocol):
+    """A named, ordered source of documents."""
+
+    name: str
+    split: str
+
+    def documents(self) -> list[str]:
+        """The documents of the split, in a fixed order, without duplicates."""
+        ...
+
+    def identity(self) -> dict[str, str]:
+        """What the text is, cheap to compute: equal identities mean equal documents. Never a path or a name alone."""
+        ...
+
+
+class PyDocs:
+    """Docstrings of the running Python's standard library (no tests, no site-packages), in file and source order.
+
+    Args:
+        split: "train", "heldout" (one document in ten, by hash) or "all".
+    """
+
+    name = "pydocs"
+
+    def __init__(self, split: str) -> None:
+        self.split = _check_split(split)
+        self._root = Path(sysconfig.get_path("stdlib"))
+
+    def documents(self) -> list[str]:
+        return select_split(_docstrings(self._root), self.split)
+
+    def identity(self) -> dict[str, str]:
+        return {
+            "corpus": self.name,
+            "split": self.split,
+            "version": f"{platform.python_implementation()} {sys.version}",
+            "files": _listing_hash(self._root),
+        }
+
+
+class PackageDocs:
+    """Docstrings of an installed Python package (no tests), in file and source order.
+
+    Args:
+        package: import name of the package, for example "numpy".
+        split: "train", "heldout" (one document in ten, by hash) or "all".
+
+    Raises:
+        ConfigError: the package is not installed.
+    """
+
+    def __init__(self, package: str, split: str) -> None:
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise ConfigError(f"corpus of package '{package}': no such package is installed; install it or name another")
+        self.name = f"{package}docs"
+        self.split = _check_split(split)
+        self._root = Path(spec.submodule_search_locations[0])
+
+    def documents(self) -> list[str]:
+        return select_split(_docstrings(self._root), self.split)
+
+    def identity(self) -> dict[str, str]:
+        return {"corpus": self.name, "split": self.split, "files": _listing_hash(self._root)}
+
+
+class TextFiles:
+    """A user's own text: UTF-8 text files (one document each) or JSON-lines files (one document a line).
+
+    Args:
+        paths: the files, in the order in which their documents are joined.
+        split: "train", "heldout" (one document in ten, by hash) or "all".
+        text_field: name of the text in each JSON object of a ``.jsonl`` file.
+
+    Raises:
+        ConfigError: no path given, or a file is missing, empty, not UTF-8, or lacks the text field.
+    """
+
+    name = "text_files"
+
+    def __init__(self, paths: Sequence[str], split: str, text_field: str = "text") -> None:
+        if not paths:
+            raise ConfigError("text_files has no paths; give them, for example calibration.corpus.paths=[my.txt]")
+        self.split = _check_split(split)
+        self._paths = [Path(path) for path in paths]
+        self._text_field = text_field
+        for path in self._paths:
+            if not path.is_file():
+                raise ConfigError(f"text file '{path}' does not exist or is not a file; give the path of a readable file")
+            if path.stat().st_size == 0:
+                raise ConfigError(f"text file '{path}' is empty; give a file with text")
+        self._texts = [_read_utf8(path) for path in self._paths]
+
+    def documents(self) -> list[str]:
+        documents: list[str] = []
+        for path, text in zip(self._paths, self._texts, strict=True):
+            documents.extend(self._json_lines(path, text) if path.suffix == ".jsonl" else [text])
+        return select_split(documents, self.split)
+
+    def identity(self) -> dict[str, str]:
+        digest = hashlib.sha256()
+        for path, text in zip(self._paths, self._texts, strict=True):
+            digest.update(f"{path.suffix}\0{len(text)}\0{text}".encode())
+        return {"corpus": self.name, "split": self.split, "text_field": self._text_field, "sha256": digest.hexdigest()}
+
+    def _json_lines(self, path: Path, text: str) -> Iterator[str]:
+        for number, line in enumerate(text.splitlines(), start=1):
+            if not line.strip():
+                continue
+            try:
+                yield str(json.loads(line)[self._text_field])
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ConfigError(
+                    f"line {number} of '{path}' is not a JSON object with the field '{self._text_field}' "
+                    f"({type(error).__name__}); mend the line or set text_field"
+                ) from error
+
+
+def select_split(documents: Sequence[str], split: str) -> list[str]:
+    """The documents of one split, blank and repeated ones dropped, order kept."""
+    unique = dict.fromkeys(document for document in documents if document.strip())
+    if split == "all":
+        return list(unique)
+    return [document for document in unique if is_heldout(document) == (split == "heldout")]
+
+
+def is_heldout(document: str) -> bool:
+    """Whether a document belongs to the held-out part: decided by its own hash alone, so it can never be in both."""
+    digest = hashlib.sha256(document.encode()).digest()
+    return int.from_bytes(digest[:8], "big") % HELDOUT_BUCKETS == 0
+
+
+def _check_split(split: str) -> str:
+    if split not in SPLITS:
+        raise ConfigError(f"corpus split '{split}' is unknown; choose one of {', '.join(SPLITS)}")
+    return split
+
+
+def _read_utf8(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"text file '{path}' is not UTF-8 (byte {error.start}); convert it, for example with iconv") from error
+    if not text.strip():
+        raise ConfigError(f"text file '{path}' holds only white space; give a file with text")
+    return text
+
+
+def _source_files(root: Path) -> list[Path]:
+    """Python files below root in a fixed order, without tests, site-packages and caches."""
+    found: list[Path] = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if not _is_skipped_folder(name)]
+        found.extend(Path(folder, name) for name in names if name.endswith(".py") and not name.startswith("test_"))
+    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+
+
+def _is_skipped_folder(name: str) -> bool:
+    return name in ("site-packages", "__pycache__") or name.startswith("test") or name.endswith("_test")
+
+
+def _listing_hash(root: Path) -> str:
+    """Hash of names and sizes of the source files: milliseconds instead of reading every file again."""
+    listing = [(path.relative_to(root).as_posix(), path.stat().st_size) for path in _source_files(root)]
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+
+
+def _docstrings(root: Path) -> list[str]:
+    """Every docstring below root, files in sorted order, docstrings in source order."""
+    documents: list[str] = []
+    for path in _source_files(root):
+        try:
+            tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):
+            continue  # files made to be invalid, such as templates: they hold no docstrings
+        owners = [n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)]
+        owners.sort(key=lambda node: getattr(node, "lineno", 0))
+        documents.extend(text for node in owners if (text := ast.get_docstring(node)))
+    return documents

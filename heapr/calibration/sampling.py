@@ -1,0 +1,61 @@
+"""From a corpus to token windows, and from those to a seeded sample.
+
+In: documents and a tokenizer. Out: `TokenWindows`. Documents are joined by blank lines, tokenised as one text, cut into
+non-overlapping windows, the remainder dropped (METHOD section 2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from heapr.calibration.corpora import DOCUMENT_SEPARATOR, Corpus
+from heapr.errors import ConfigError
+from heapr.types import TokenWindows
+
+
+def tokenize(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """All tokens of a corpus, int64 (T,)."""
+    text = DOCUMENT_SEPARATOR.join(corpus.documents())
+    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+
+
+def windows(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, *, length: int) -> TokenWindows:
+    """Non-overlapping windows of the corpus in order; the remainder is dropped.
+
+    Raises:
+        ConfigError: the corpus is shorter than one window.
+    """
+    tokens = tokenize(corpus, tokenizer)
+    num_windows = len(tokens) // length
+    if num_windows == 0:
+        raise ConfigError(
+            f"corpus '{corpus.name}' (split {corpus.split}) has {len(tokens)} tokens, less than one window of {length}; "
+            "give more text or a shorter window"
+        )
+    return TokenWindows(ids_NW=tokens[: num_windows * length].view(num_windows, length))
+
+
+def sample(available: TokenWindows, *, num_samples: int, seed: int, corpus_name: str) -> TokenWindows:
+    """`num_samples` different windows, drawn with a seeded generator.
+
+    Raises:
+        ConfigError: fewer windows than samples; the message says how many there are.
+    """
+    num_windows, length = available.ids_NW.shape
+    if num_samples > num_windows:
+        raise ConfigError(
+            f"calibration.num_samples={num_samples}, but corpus '{corpus_name}' holds {num_windows} sequences of {length} tokens; "
+            "ask for at most that many, shorten calibration.sequence_length or give more text"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(num_windows, generator=generator)[:num_samples]
+    return TokenWindows(ids_NW=available.ids_NW[chosen])
+
+
+def batches(token_windows: TokenWindows, batch_size: int) -> Iterator[Tensor]:
+    """Batches of (up to `batch_size`) windows, in order."""
+    return iter(token_windows.ids_NW.split(batch_size))

@@ -1,0 +1,102 @@
+"""Size and arithmetic of a model: parameters, atomic experts, bytes, FLOPs per token.
+
+In: a dense or pruned model, and the dense model's routing frequencies. Out: counts; `size_change` compares two models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedTokenizerBase
+
+from heapr.model.experts import use_heapr_experts
+from heapr.model.moe import MoEModel
+from heapr.types import Metrics, Statistics
+
+FLOPS_PER_MULTIPLY_ADD = 2
+
+
+class Efficiency:
+    """Counts, not timings.
+
+    FLOPs per token = those of everything but the routed experts, counted by torch on one window, plus those of the
+    routed experts by the calibration tokens' routing frequencies f_e:
+
+        sum over MoE layers and experts of f_e * 2 * 3 * D * F_e
+
+    with F_e the width of expert e (METHOD section 1: rows of W_gate and W_up, columns of W_down).
+
+    Args:
+        window: tokens of the window on which attention is counted.
+    """
+
+    name = "efficiency"
+    uses_statistics = True
+
+    def __init__(self, window: int) -> None:
+        self.window = window
+
+    def identity(self) -> dict[str, Any]:
+        return {"evaluator": self.name, "window": self.window}
+
+    def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Nothing can go wrong."""
+
+    def __call__(self, model: MoEModel, statistics: Statistics) -> Metrics:
+        parameters = list(model.model.parameters())
+        return {
+            "parameters": sum(parameter.numel() for parameter in parameters),
+            "atomic_experts": sum(sum(layer.widths) for layer in model.layers),
+            "bytes": sum(parameter.numel() * parameter.element_size() for parameter in parameters),
+            "flops_per_token": other_flops(model, self.window) / self.window + expert_flops_per_token(model, statistics),
+        }
+
+
+def expert_flops_per_token(model: MoEModel, statistics: Statistics) -> float:
+    """FLOPs of the routed experts per token, by routing frequency."""
+    total = 0.0
+    for layer in model.layers:
+        width_E = torch.tensor(layer.widths, dtype=torch.float64)
+        model_width = model.model.get_input_embeddings().weight.shape[1]
+        routed_E = statistics.layers[layer.index].count_E.cpu() / statistics.num_tokens
+        total += float((routed_E * width_E).sum()) * 3 * FLOPS_PER_MULTIPLY_ADD * model_width
+    return total
+
+
+@torch.no_grad()
+def other_flops(model: MoEModel, window: int) -> float:
+    """FLOPs of one window for everything but the routed experts, counted by torch."""
+    ids_NW = torch.zeros((1, window), dtype=torch.int64, device=model.device)
+    with use_heapr_experts(model.model), _countable_attention(model), FlopCounterMode(display=False) as counter:
+        model.model(input_ids=ids_NW, use_cache=False)
+    counts = counter.get_flop_counts()
+    root = type(model.model).__name__
+    experts = sum(sum(counts[f"{root}.{layer.name}"].values()) for layer in model.layers)
+    return float(counter.get_total_flops() - experts)
+
+
+def size_change(dense: Metrics, pruned: Metrics) -> Metrics:
+    """The pruned model's counts, and the share of each that was removed."""
+    removed = {
+        "parameters_removed_ratio": "parameters",
+        "atomic_experts_removed_ratio": "atomic_experts",
+        "bytes_removed_ratio": "bytes",
+        "flops_removed_ratio": "flops_per_token",
+    }
+    counts = {name: pruned[name] for name in removed.values()}
+    return counts | {ratio: 1 - pruned[name] / dense[name] for ratio, name in removed.items()}
+
+
+@contextmanager
+def _countable_attention(model: MoEModel) -> Iterator[None]:
+    """Attention as plain matrix products: torch does not count the fused kernels of every device."""
+    previous = model.model.config._attn_implementation
+    model.model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.model.set_attn_implementation(previous)

@@ -1,0 +1,36 @@
+"""What an evaluator is: a model in, metrics out. Each one's result is an artifact of its own.
+
+Evaluators with a `corpus` argument are built once for every corpus of `evaluation.corpora`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from heapr.model.moe import MoEModel
+from heapr.types import Metrics, Statistics
+
+
+class Evaluator(Protocol):
+    """Measures a dense or pruned model."""
+
+    name: str
+    uses_statistics: bool  # whether the metrics depend on the calibration statistics
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that determines the metrics beside model and statistics; JSON types only."""
+        ...
+
+    def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Whatever can fail through a user's mistake; called before any expensive work.
+
+        Raises:
+            ConfigError: the evaluation cannot be done as asked.
+        """
+        ...
+
+    def __call__(self, model: MoEModel, statistics: Statistics) -> Metrics:
+        """Metrics by contract name; `statistics` are the dense model's."""
+        ...

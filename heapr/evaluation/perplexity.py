@@ -1,0 +1,53 @@
+"""Perplexity on one corpus.
+
+In: a model and a corpus. Out: `perplexity/<corpus>`. Protocol (METHOD section 2): documents joined by blank lines,
+non-overlapping windows, remainder dropped, the first token of each window not predicted.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from heapr.calibration.corpora import Corpus
+from heapr.calibration.sampling import batches, windows
+from heapr.model.moe import MoEModel, next_token_loss
+from heapr.progress import progress
+from heapr.types import Metrics, Statistics, TokenWindows
+
+
+class Perplexity:
+    """exp of the mean next-token cross-entropy.
+
+    Args:
+        corpus: the text.
+        window: tokens of a window, at least 2.
+        batch_size: windows per forward pass; does not change the result.
+    """
+
+    uses_statistics = False
+
+    def __init__(self, corpus: Corpus, window: int, batch_size: int) -> None:
+        self.corpus, self.window, self.batch_size = corpus, window, batch_size
+        self.name = f"perplexity/{corpus.name}"
+        self._windows: TokenWindows | None = None
+
+    def identity(self) -> dict[str, Any]:
+        return {"evaluator": "perplexity", "corpus": self.corpus.identity(), "window": self.window}
+
+    def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._windows = windows(self.corpus, tokenizer, length=self.window)
+
+    @torch.no_grad()
+    def __call__(self, model: MoEModel, statistics: Statistics) -> Metrics:
+        assert self._windows is not None, "prepare() comes first"
+        num_batches = math.ceil(len(self._windows.ids_NW) / self.batch_size)
+        total = 0.0
+        for ids_NW in progress(batches(self._windows, self.batch_size), total=num_batches, description=self.name):
+            ids_NW = ids_NW.to(model.device)
+            total += next_token_loss(model, model.hidden_states(input_ids=ids_NW), ids_NW).double().sum().item()
+        mean = total / self._windows.num_predicted_tokens
+        return {self.name: math.exp(mean), f"num_tokens/{self.corpus.name}": self._windows.ids_NW.numel()}

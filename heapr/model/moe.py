@@ -1,0 +1,204 @@
+"""The view of a causal language model that the rest of heapr works with: its MoE layers, its layers' weights, its loss.
+
+In: a transformers model. Out: `MoEModel`. Knowledge of architectures ends here; what a family needs and we lack is
+refused by the name of the missing capability.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations import moe as transformers_moe
+
+from heapr.errors import ConfigError
+from heapr.model.experts import RaggedExperts
+from heapr.types import ExpertWeights
+
+# What an experts module may need beyond gated, bias-free [gate; up] weights: attribute of the decorator, value we handle.
+CAPABILITIES = {
+    "is_transposed": (False, "experts with transposed weights"),
+    "is_concatenated": (True, "experts with interleaved gate and up weights"),
+    "has_bias": (False, "experts with biases"),
+    "has_gate": (True, "experts without a gate"),
+    "has_post_expert_norm": (False, "experts with a norm after the down projection"),
+}
+LOGITS_CHUNK = 2**26  # logits held at once: 2^26 elements are 256 MiB in float32
+
+
+@dataclass(frozen=True)
+class MoELayer:
+    """One MoE layer.
+
+    Attributes:
+        index: decoder layer index.
+        name: the experts' module name in the model.
+        block: the module that owns the experts; they are looked up in it anew each time, because surgery replaces them.
+    """
+
+    index: int
+    name: str
+    block: nn.Module
+
+    @property
+    def experts(self) -> nn.Module:
+        return self.block.get_submodule(self.name.rpartition(".")[2])
+
+    def replace_experts(self, experts: nn.Module) -> None:
+        setattr(self.block, self.name.rpartition(".")[2], experts)
+
+    @property
+    def num_experts(self) -> int:
+        return int(self.experts.num_experts)
+
+    @property
+    def width(self) -> int:
+        """Atomic experts of the widest expert."""
+        return max(self.experts.widths) if isinstance(self.experts, RaggedExperts) else int(self.experts.down_proj.shape[-1])
+
+    @property
+    def widths(self) -> list[int]:
+        """Atomic experts of each expert."""
+        if isinstance(self.experts, RaggedExperts):
+            return list(self.experts.widths)
+        return [self.width] * self.num_experts
+
+    def weights(self) -> ExpertWeights:
+        """Views of the dense experts' weights."""
+        assert not isinstance(self.experts, RaggedExperts)
+        gate_EFD, up_EFD = self.experts.gate_up_proj.detach().chunk(2, dim=1)
+        return ExpertWeights(gate_EFD=gate_EFD, up_EFD=up_EFD, down_EDF=self.experts.down_proj.detach())
+
+
+class MoEModel:
+    """A causal language model with MoE layers.
+
+    Args:
+        model: any transformers causal language model whose experts go through `use_experts_implementation`.
+
+    Raises:
+        ConfigError: the model has no MoE layer, or needs a capability that is missing; the message names it.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model.eval()
+        self.layers = find_moe_layers(model)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    def hidden_states(self, **inputs: Tensor) -> Tensor:
+        """Final hidden states (N, W, D), those that the output head turns into logits."""
+        return self.model.base_model(use_cache=False, **inputs).last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits of final hidden states, in float32."""
+        return self.model.get_output_embeddings()(hidden).float()
+
+    def check_head(self) -> None:
+        """Refuse models whose logits are not just the output head's: losses computed in chunks would be wrong.
+
+        Raises:
+            ConfigError: naming the capability.
+        """
+        ids_NW = torch.arange(8, device=self.device).unsqueeze(0)
+        with torch.no_grad():
+            expected = self.model(input_ids=ids_NW, use_cache=False).logits.float()
+            difference = (self.logits(self.hidden_states(input_ids=ids_NW)) - expected).abs().max()
+        if not difference <= 1e-2 * expected.abs().max():
+            raise ConfigError(f"{type(self.model).__name__} needs a missing capability: post-processing of logits")
+
+    def chunk_size(self) -> int:
+        """Tokens whose logits are held at once."""
+        return max(1, LOGITS_CHUNK // self.model.get_output_embeddings().weight.shape[0])
+
+
+def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
+    """All MoE layers in order of decoder layer index.
+
+    Raises:
+        ConfigError: none is there, or one needs a missing capability.
+    """
+    layers = []
+    for name, module in model.named_modules():
+        if not _is_experts(module):
+            continue
+        _check_capabilities(model, module)
+        block = model.get_submodule(name.rpartition(".")[0])
+        layers.append(MoELayer(index=_layer_index(name), name=name, block=block))
+    if not layers:
+        raise ConfigError(f"{type(model).__name__} has no MoE layer that transformers' experts interface serves; choose a Mixture-of-Experts model")
+    return sorted(layers, key=lambda layer: layer.index)
+
+
+def next_token_loss(model: MoEModel, hidden: Tensor, ids_NW: Tensor) -> Tensor:
+    """Cross-entropy in nats of every predicted token, float32 (N, W-1), without the logits of more than a chunk."""
+    hidden_TD, target_T = hidden[:, :-1].flatten(0, 1), ids_NW[:, 1:].flatten()
+    size = model.chunk_size()
+    losses = [
+        F.cross_entropy(model.logits(chunk), target, reduction="none")
+        for chunk, target in zip(hidden_TD.split(size), target_T.split(size), strict=True)
+    ]
+    return torch.cat(losses).view(ids_NW.shape[0], -1)
+
+
+def summed_loss_backward(model: MoEModel, hidden: Tensor, ids_NW: Tensor) -> Tensor:
+    """Sum of the next-token losses, and its gradient sent back through `hidden`, without the logits of more than a chunk.
+
+    Returns:
+        the summed loss in nats, a detached float32 scalar.
+    """
+    hidden_TD, target_T = hidden.detach()[:, :-1].flatten(0, 1), ids_NW[:, 1:].flatten()
+    size = model.chunk_size()
+    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    grads = []
+    for chunk, target in zip(hidden_TD.split(size), target_T.split(size), strict=True):
+        leaf = chunk.detach().requires_grad_()
+        loss = F.cross_entropy(model.logits(leaf), target, reduction="sum")
+        grads += torch.autograd.grad(loss, leaf)
+        total += loss.detach()
+    grad_hidden = torch.zeros_like(hidden)
+    grad_hidden[:, :-1] = torch.cat(grads).view_as(grad_hidden[:, :-1])
+    hidden.backward(grad_hidden)
+    return total
+
+
+@contextmanager
+def frozen_parameters(model: nn.Module) -> Iterator[None]:
+    """No parameter needs a gradient inside; restores what each needed before."""
+    needed = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    for parameter, _ in needed:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, requires_grad in needed:
+            parameter.requires_grad_(requires_grad)
+
+
+def _is_experts(module: nn.Module) -> bool:
+    return isinstance(module, RaggedExperts) or all(hasattr(module, name) for name in CAPABILITIES)
+
+
+def _check_capabilities(model: PreTrainedModel, experts: nn.Module) -> None:
+    if isinstance(experts, RaggedExperts):
+        return
+    for name, (handled, description) in CAPABILITIES.items():
+        if getattr(experts, name) != handled:
+            raise ConfigError(f"{type(model).__name__} needs a missing capability: {description}")
+    if type(experts)._apply_gate is not transformers_moe._default_apply_gate:
+        raise ConfigError(f"{type(model).__name__} needs a missing capability: experts with a gate of their own")
+
+
+def _layer_index(name: str) -> int:
+    """Decoder layer index from a module name such as `model.layers.3.mlp.experts`."""
+    match = re.search(r"\.(\d+)\.", name)
+    assert match is not None, f"experts module outside a list of layers: {name}"
+    return int(match.group(1))

@@ -1,0 +1,183 @@
+"""The typed configuration: every field with its meaning, unit and range, and the checks across fields.
+
+In: what Hydra composed from conf/. Out: `ExperimentConfig`, checked; and the plug-ins that its `_target_` entries name.
+Light on purpose: no torch, so that a mistyped command line is answered at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import hydra.utils
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from heapr.errors import ConfigError
+
+
+@dataclass
+class ModelConfig:
+    """Which model is pruned."""
+
+    name: str = MISSING  # short name, for tables
+    path: str = MISSING  # "builtin:<name>", a local Hugging Face folder, or a hub id "owner/name"
+    revision: str | None = None  # branch, tag or commit of a hub id; none is the hub's default
+    dtype: str = MISSING  # float32, bfloat16 or float16
+
+
+@dataclass
+class CalibrationConfig:
+    """Which tokens the statistics are taken from."""
+
+    corpus: dict[str, Any] = MISSING  # plug-in: heapr/calibration/corpora.py
+    num_samples: int = MISSING  # sequences, at least 1
+    sequence_length: int = MISSING  # tokens of a sequence, at least 2, at most the model's limit
+    seed: int = MISSING  # of the choice of sequences, at least 0
+    batch_size: int = MISSING  # sequences per pass, at least 1; changes memory and speed, not the statistics
+
+
+@dataclass
+class PruningConfig:
+    """How much is removed, and what is ranked together."""
+
+    ratio: float = MISSING  # share of routed atomic experts to remove, in [0, 1)
+    scope: str = MISSING  # global, layer or expert
+
+
+@dataclass
+class TrackingConfig:
+    """Where metrics go beside the JSON-lines file of the run."""
+
+    mode: str = MISSING  # auto (online if a key is found, else offline), online, offline, none
+    project: str = MISSING  # wandb project
+
+
+@dataclass
+class RuntimeConfig:
+    """Where and how things are computed; changes no result."""
+
+    device: str = MISSING  # auto (a GPU if there is one), cpu, cuda, cuda:<number>
+    num_threads: int | None = None  # CPU threads, at least 1; none leaves it to torch
+
+
+@dataclass
+class PathsConfig:
+    """Where results go; changes no result."""
+
+    outputs: str = MISSING  # holds artifacts/, runs/ and sweeps/
+
+
+@dataclass
+class ExperimentConfig:
+    """One experiment: calibrate -> score -> prune -> evaluate."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    score: dict[str, Any] = MISSING  # plug-in: heapr/score/
+    pruning: PruningConfig = field(default_factory=PruningConfig)
+    evaluation: dict[str, Any] = MISSING  # corpora, and one plug-in per evaluator: heapr/evaluation/
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    paths: PathsConfig = field(default_factory=PathsConfig)
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+SCOPES = ("global", "layer", "expert")
+TRACKING_MODES = ("auto", "online", "offline", "none")
+
+
+def register() -> None:
+    """Make the schema known to Hydra under the name that conf/config.yaml starts from."""
+    ConfigStore.instance().store(name="schema", node=ExperimentConfig)
+
+
+def resolve(config: DictConfig) -> ExperimentConfig:
+    """The typed, checked configuration.
+
+    Raises:
+        ConfigError: a value is missing, out of range, or does not go with another.
+    """
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise ConfigError(f"no value for {', '.join(missing)}; give it on the command line, for example {missing[0]}=...")
+    typed = OmegaConf.to_object(config)
+    assert isinstance(typed, ExperimentConfig)
+    check(typed)
+    return typed
+
+
+def check(config: ExperimentConfig) -> None:
+    """Ranges and choices.
+
+    Raises:
+        ConfigError: naming the field, what was given and what it may be.
+    """
+    ratio = config.pruning.ratio
+    if not (math.isfinite(ratio) and 0 <= ratio < 1):
+        raise ConfigError(f"pruning.ratio={ratio} is not in [0, 1); give the share of atomic experts to remove, for example 0.25")
+    _choice("pruning.scope", config.pruning.scope, SCOPES)
+    _choice("model.dtype", config.model.dtype, DTYPES)
+    _choice("tracking.mode", config.tracking.mode, TRACKING_MODES)
+    calibration = config.calibration
+    _at_least("calibration.num_samples", calibration.num_samples, 1)
+    _at_least("calibration.sequence_length", calibration.sequence_length, 2)
+    _at_least("calibration.batch_size", calibration.batch_size, 1)
+    _at_least("calibration.seed", calibration.seed, 0)
+    if config.runtime.num_threads is not None:
+        _at_least("runtime.num_threads", config.runtime.num_threads, 1)
+
+
+def build(entry: Mapping[str, Any], where: str, **injected: Any) -> Any:
+    """Make the plug-in that an entry's `_target_` names; the other keys are its arguments.
+
+    Args:
+        entry: a plug-in's configuration.
+        where: its place in the configuration, for messages.
+        injected: further arguments, not from the configuration.
+
+    Raises:
+        ConfigError: unknown target, or arguments that it does not take or lacks; and what the plug-in itself raises.
+    """
+    arguments = {key: value for key, value in entry.items() if key != "_target_"}
+    if "_target_" not in entry:
+        raise ConfigError(f"{where} has no _target_, so it names no plug-in; choose one of the group's options, for example {where}=<option>")
+    try:
+        target = hydra.utils.get_object(entry["_target_"])
+    except Exception as error:  # whatever importing a wrongly named module raises
+        raise ConfigError(f"{where}._target_='{entry['_target_']}' cannot be imported; see docs/adding.md") from error
+    known = inspect.signature(target).parameters
+    for key in arguments:
+        if key not in known:
+            raise ConfigError(unknown_key(f"{where}.{key}", [name for name in known if name not in injected]))
+    absent = [name for name, p in known.items() if p.default is p.empty and name not in arguments and name not in injected]
+    if absent:
+        raise ConfigError(f"{where} lacks {', '.join(absent)}; give it, for example {where}.{absent[0]}=...")
+    return target(**arguments, **injected)
+
+
+def takes(entry: Mapping[str, Any], argument: str) -> bool:
+    """Whether the plug-in of an entry has an argument of that name."""
+    return argument in inspect.signature(hydra.utils.get_object(entry["_target_"])).parameters
+
+
+def unknown_key(path: str, known: Collection[str]) -> str:
+    """The message for a misspelt key: what is known, and the nearest."""
+    parent, _, key = path.rpartition(".")
+    near = difflib.get_close_matches(key, known, n=1)
+    suggestion = f"did you mean {parent + '.' if parent else ''}{near[0]}? " if near else ""
+    return f"unknown key '{path}'; {suggestion}known here: {', '.join(sorted(known)) or 'none'}"
+
+
+def _choice(name: str, value: str, known: Collection[str]) -> None:
+    if value not in known:
+        raise ConfigError(f"{name}='{value}' is unknown; choose one of {', '.join(known)}")
+
+
+def _at_least(name: str, value: int, minimum: int) -> None:
+    if value < minimum:
+        raise ConfigError(f"{name}={value} is below {minimum}; give a whole number of at least {minimum}")

@@ -1,0 +1,48 @@
+"""Criteria that need no data: `magnitude` and `random`, the controls.
+
+In: weights (magnitude) or a seed (random). Out: scores without unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from heapr.types import ExpertWeights, Scores, Statistics
+
+
+class Magnitude:
+    """Euclidean norm of an atomic expert's three weight slices taken together:
+
+        s_k = sqrt(||w_gate,k||^2 + ||w_up,k||^2 + ||w_down,k||^2)
+
+    with w_gate,k and w_up,k the rows k of W_gate and W_up and w_down,k column k of W_down.
+    """
+
+    def __call__(self, statistics: Statistics, weights: Mapping[int, ExpertWeights]) -> Scores:
+        scores = {}
+        for index in statistics.layers:
+            layer = weights[index]
+            norms = [
+                torch.linalg.vector_norm(layer.gate_EFD, dim=2, dtype=torch.float32),
+                torch.linalg.vector_norm(layer.up_EFD, dim=2, dtype=torch.float32),
+                torch.linalg.vector_norm(layer.down_EDF, dim=1, dtype=torch.float32),
+            ]
+            scores[index] = torch.linalg.vector_norm(torch.stack(norms), dim=0).cpu()
+        return Scores(layers=scores)
+
+
+class Random:
+    """Uniform numbers in [0, 1) from a seeded generator, layer after layer: the control.
+
+    Args:
+        seed: seed of the generator.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def __call__(self, statistics: Statistics, weights: Mapping[int, ExpertWeights]) -> Scores:
+        generator = torch.Generator().manual_seed(self.seed)
+        return Scores(layers={index: torch.rand(layer.shape, generator=generator) for index, layer in statistics.layers.items()})

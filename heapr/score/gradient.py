@@ -1,0 +1,61 @@
+"""Criteria from activations and their gradients: `heapr` (the paper), `heapr_sum` and `fisher`.
+
+In: statistics. Out: scores in nats of loss. Symbols: h the activation of an atomic expert, g = dloss/dh with loss the
+sum over N predicted tokens, n the number of tokens routed to the expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from heapr.score.criterion import mean_over_routed, unrouted_last
+from heapr.types import ExpertWeights, Scores, Statistics
+
+
+class Heapr:
+    """HEAPr's score of atomic expert k (arXiv 2509.22299, ICLR 2026):
+
+        s_k = 1/2 mean(h_k^2) mean(g_k^2)                                                    (METHOD section 3)
+            = 1/2 mean(h_k^2) w_k^T G w_k,  G = mean of (dloss/dE)(dloss/dE)^T               (METHOD section 2)
+
+    Means are over the tokens routed to the expert. Experts without tokens score -1.
+    """
+
+    def __call__(self, statistics: Statistics, weights: Mapping[int, ExpertWeights]) -> Scores:
+        scores = {}
+        for index, layer in statistics.layers.items():
+            h_sq_EF = mean_over_routed(layer.h_sq_sum_EF, layer.count_E)
+            g_sq_EF = mean_over_routed(layer.g_sq_sum_EF, layer.count_E)
+            scores[index] = unrouted_last(0.5 * h_sq_EF * g_sq_EF, layer)  # METHOD section 3
+        return Scores(layers=scores)
+
+
+class HeaprSum:
+    """HEAPr's score times the number of routed tokens: the predicted increase of the mean loss, in nats per token, if
+    h^2 and g^2 were independent:
+
+        s_k = n/(2N) mean(h_k^2) mean(g_k^2)                                                 (METHOD section 2)
+    """
+
+    def __call__(self, statistics: Statistics, weights: Mapping[int, ExpertWeights]) -> Scores:
+        scores = {}
+        for index, layer in statistics.layers.items():
+            h_sq_EF = mean_over_routed(layer.h_sq_sum_EF, layer.count_E)
+            predicted_EF = 0.5 * h_sq_EF * layer.g_sq_sum_EF / statistics.num_predicted_tokens  # METHOD section 2
+            scores[index] = unrouted_last(predicted_EF, layer)
+        return Scores(layers=scores)
+
+
+class Fisher:
+    """Joint second moment of gradient and activation: the predicted increase of the mean loss, in nats per token,
+    without assuming that the two are independent:
+
+        s_k = 1/(2N) sum (g_k h_k)^2                                                         (METHOD section 2)
+    """
+
+    def __call__(self, statistics: Statistics, weights: Mapping[int, ExpertWeights]) -> Scores:
+        scores = {}
+        for index, layer in statistics.layers.items():
+            predicted_EF = 0.5 * layer.gh_sq_sum_EF / statistics.num_predicted_tokens  # METHOD section 2
+            scores[index] = unrouted_last(predicted_EF, layer)
+        return Scores(layers=scores)

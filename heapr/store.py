@@ -1,0 +1,208 @@
+"""The artifact store: every stage's result on disk, by the hash of everything that determines it.
+
+In: stage, version, resolved configuration, keys of upstream artifacts, and a function that makes the result in an empty
+folder. Out: an `Artifact`. A result is made once, whatever happens: under a lock, in a temporary folder, verified when
+read, published by one rename. A process that is killed leaves only a temporary folder, which the next one sweeps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from heapr.files import fsync, hash_file, write_json
+from heapr.measure import StageMeter
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+KEY_LENGTH = 16  # hexadecimal digits: 64 bits
+RECORDED_LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "numpy")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished result.
+
+    Attributes:
+        stage, key: what it is.
+        path: its folder; read-only by convention.
+        cached: whether it was found rather than made.
+        seconds: time spent on finding or making it.
+        peak_memory_bytes: peak memory of the process (or of the GPU, if one is used) while it was made; 0 if cached.
+    """
+
+    stage: str
+    key: str
+    path: Path
+    cached: bool
+    seconds: float
+    peak_memory_bytes: int
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "stage": self.stage,
+            "key": self.key,
+            "path": str(self.path),
+            "cached": self.cached,
+            "seconds": round(self.seconds, 3),
+            "peak_memory_bytes": self.peak_memory_bytes,
+        }
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that determines a result.
+
+    Attributes:
+        stage, version: which code makes it; the version is raised when the code's results change.
+        config: resolved configuration of the stage, JSON types only.
+        upstream: keys of the artifacts it is made from, by stage.
+    """
+
+    stage: str
+    version: int
+    config: Mapping[str, Any]
+    upstream: Mapping[str, str]
+
+    @property
+    def key(self) -> str:
+        content = {"stage": self.stage, "version": self.version, "config": self.config, "upstream": self.upstream}
+        return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:KEY_LENGTH]
+
+
+class Store:
+    """Artifacts below one folder, `<root>/<stage>/<key>/`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def path(self, recipe: Recipe) -> Path:
+        return self.root / recipe.stage / recipe.key
+
+    def has(self, recipe: Recipe) -> bool:
+        """Whether a complete, undamaged artifact is there."""
+        return _is_intact(self.path(recipe))
+
+    def get(self, recipe: Recipe, make: Callable[[Path], None]) -> Artifact:
+        """The artifact of a recipe; `make` fills an empty folder with its files if it is not there yet."""
+        with StageMeter() as meter:
+            path = self.path(recipe)
+            cached = _is_intact(path)
+            if not cached:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with _locked(path):
+                    cached = _is_intact(path)  # another process may have made it while this one waited
+                    if not cached:
+                        _publish(recipe, path, make)
+        peak = 0 if cached else meter.peak_memory_bytes
+        return Artifact(recipe.stage, recipe.key, path, cached, meter.seconds, peak)
+
+
+def canonical_json(value: Any) -> str:
+    """One text for equal values: sorted keys, and floats without the noise of their last digits (0.6000000000000001)."""
+    return json.dumps(_canonical(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _canonical(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.12g}")
+    if isinstance(value, Mapping):
+        return {str(key): _canonical(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_canonical(item) for item in value]
+    return value
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock of one artifact; the operating system frees it when its holder dies."""
+    lock = FileLock(path.parent / f".{path.name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.info("%s %s: another process is making it, waiting", path.parent.name, path.name)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _publish(recipe: Recipe, path: Path, make: Callable[[Path], None]) -> None:
+    """Make the files in a temporary folder, describe them, and rename it into place. Called under the lock."""
+    for leftover in path.parent.glob(f".{path.name}.tmp-*"):
+        shutil.rmtree(leftover)
+    temporary = path.parent / f".{path.name}.tmp-{os.getpid()}"
+    temporary.mkdir()
+    started = time.time()
+    try:
+        make(temporary)
+        _write_manifest(recipe, temporary, seconds=time.time() - started)
+        if path.exists():
+            shutil.rmtree(path)  # damaged: an intact one would have been returned
+        os.rename(temporary, path)
+        fsync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_manifest(recipe: Recipe, folder: Path, *, seconds: float) -> None:
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": hash_file(path)}
+        fsync(path)
+    manifest = {
+        "stage": recipe.stage,
+        "stage_version": recipe.version,
+        "key": recipe.key,
+        "upstream": dict(recipe.upstream),
+        "config": _canonical(recipe.config),
+        "libraries": {name: importlib.metadata.version(name) for name in RECORDED_LIBRARIES},
+        "git_commit": _git_commit(),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 3),
+        "files": files,
+    }
+    write_json(folder / MANIFEST, manifest)
+    fsync(folder)
+
+
+def _is_intact(path: Path) -> bool:
+    """Whether the folder has a manifest and every file in it has the size and hash that it had when it was made."""
+    if not (path / MANIFEST).is_file():
+        return False
+    try:
+        files = json.loads((path / MANIFEST).read_text())["files"]
+    except (json.JSONDecodeError, KeyError):
+        files = {"": {"size": -1, "sha256": ""}}
+    for name, expected in files.items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != expected["size"] or hash_file(file) != expected["sha256"]:
+            logger.warning("%s %s is damaged (%s); it will be made again", path.parent.name, path.name, name or MANIFEST)
+            return False
+    return True
+
+
+def _git_commit() -> str | None:
+    """Commit of the code that runs, if it runs from a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return result.stdout.strip() or None

@@ -1,0 +1,228 @@
+"""What the stages hand to each other: frozen, shape-checked containers of tensors, and their form on disk.
+
+Shape letters: L MoE layers, T tokens, D model width, E routed experts of a layer, F atomic experts of one expert,
+N sequences, W window length. Layers are keyed by decoder layer index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+TensorDict = dict[str, Tensor]
+
+MAXIMA = frozenset({"ph_abs_max_EF"})  # merged by maximum; every other statistic is a sum
+
+
+@dataclass(frozen=True)
+class TokenWindows:
+    """Token ids cut into sequences of equal length.
+
+    Attributes:
+        ids_NW: int64 (N, W) token ids.
+    """
+
+    ids_NW: Tensor
+
+    def __post_init__(self) -> None:
+        assert self.ids_NW.dim() == 2 and self.ids_NW.dtype == torch.int64
+
+    @property
+    def num_predicted_tokens(self) -> int:
+        """Tokens with a prediction: the first of each window has none."""
+        return self.ids_NW.shape[0] * (self.ids_NW.shape[1] - 1)
+
+    def to_tensors(self) -> TensorDict:
+        return {"ids": self.ids_NW}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> TokenWindows:
+        return cls(ids_NW=tensors["ids"])
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """Running statistics of one MoE layer over calibration tokens (METHOD section 4), float64.
+
+    h is the intermediate activation of an atomic expert, g = dloss/dh with loss the *sum* over predicted tokens, p the
+    router weight, y = E(x) the expert's output before p multiplies it. All are sums over the tokens routed to the
+    expert, except the maximum. Statistics of disjoint token sets merge by `merge`.
+
+    Attributes:
+        count_E: number of routed tokens.
+        router_weight_sum_E: sum p.
+        output_norm_sum_E: sum p * ||y||.
+        h_sq_sum_EF, g_sq_sum_EF, gh_sq_sum_EF: sum h^2, sum g^2, sum (g h)^2.
+        gh_sum_EF, h_abs_sum_EF: sum g h, sum |h|.
+        ph_sq_sum_EF, ph_abs_max_EF: sum (p h)^2, max |p h|.
+    """
+
+    count_E: Tensor
+    router_weight_sum_E: Tensor
+    output_norm_sum_E: Tensor
+    h_sq_sum_EF: Tensor
+    g_sq_sum_EF: Tensor
+    gh_sq_sum_EF: Tensor
+    gh_sum_EF: Tensor
+    h_abs_sum_EF: Tensor
+    ph_sq_sum_EF: Tensor
+    ph_abs_max_EF: Tensor
+
+    def __post_init__(self) -> None:
+        for name, tensor in self.items():
+            expected = self.shape if name.endswith("_EF") else self.shape[:1]
+            assert tensor.shape == expected and tensor.dtype == torch.float64, (name, tensor.shape, tensor.dtype)
+
+    @property
+    def shape(self) -> torch.Size:
+        """(E, F)."""
+        return self.h_sq_sum_EF.shape
+
+    @classmethod
+    def zeros(cls, num_experts: int, width: int, device: torch.device) -> LayerStatistics:
+        def zeros(name: str) -> Tensor:
+            shape = (num_experts, width) if name.endswith("_EF") else (num_experts,)
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        return cls(**{field.name: zeros(field.name) for field in fields(cls)})
+
+    def items(self) -> list[tuple[str, Tensor]]:
+        return [(field.name, getattr(self, field.name)) for field in fields(self)]
+
+    def merge(self, other: LayerStatistics) -> LayerStatistics:
+        """Statistics of the union of two disjoint token sets."""
+        assert self.shape == other.shape
+
+        def merged(name: str, mine: Tensor) -> Tensor:
+            theirs = getattr(other, name)
+            return torch.maximum(mine, theirs) if name in MAXIMA else mine + theirs
+
+        return LayerStatistics(**{name: merged(name, tensor) for name, tensor in self.items()})
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Calibration statistics of a model.
+
+    Attributes:
+        layers: statistics by decoder layer index.
+        num_tokens: tokens that went through the model.
+        num_predicted_tokens: those with a prediction; N of METHOD section 2.
+        loss_sum: cross-entropy in nats summed over the predicted tokens.
+    """
+
+    layers: Mapping[int, LayerStatistics]
+    num_tokens: int
+    num_predicted_tokens: int
+    loss_sum: float
+
+    def merge(self, other: Statistics) -> Statistics:
+        """Statistics of the union of two disjoint sets of sequences."""
+        assert self.layers.keys() == other.layers.keys()
+        return Statistics(
+            layers={index: layer.merge(other.layers[index]) for index, layer in self.layers.items()},
+            num_tokens=self.num_tokens + other.num_tokens,
+            num_predicted_tokens=self.num_predicted_tokens + other.num_predicted_tokens,
+            loss_sum=self.loss_sum + other.loss_sum,
+        )
+
+    def to_tensors(self) -> TensorDict:
+        tensors = {
+            "num_tokens": torch.tensor(self.num_tokens, dtype=torch.int64),
+            "num_predicted_tokens": torch.tensor(self.num_predicted_tokens, dtype=torch.int64),
+            "loss_sum": torch.tensor(self.loss_sum, dtype=torch.float64),
+        }
+        for index, layer in self.layers.items():
+            tensors |= {f"layers.{index}.{_without_shape(name)}": tensor.cpu() for name, tensor in layer.items()}
+        return tensors
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Statistics:
+        names = [field.name for field in fields(LayerStatistics)]
+        return cls(
+            layers={
+                index: LayerStatistics(**{name: tensors[f"layers.{index}.{_without_shape(name)}"] for name in names})
+                for index in _layer_indices(tensors)
+            },
+            num_tokens=int(tensors["num_tokens"]),
+            num_predicted_tokens=int(tensors["num_predicted_tokens"]),
+            loss_sum=float(tensors["loss_sum"]),
+        )
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """Weights of one layer's routed experts; views of the model's own memory.
+
+    Attributes:
+        gate_EFD, up_EFD: rows k produce h_k (METHOD section 1).
+        down_EDF: column k is w_k.
+    """
+
+    gate_EFD: Tensor
+    up_EFD: Tensor
+    down_EDF: Tensor
+
+    def __post_init__(self) -> None:
+        num_experts, width, model_width = self.gate_EFD.shape
+        assert self.up_EFD.shape == self.gate_EFD.shape
+        assert self.down_EDF.shape == (num_experts, model_width, width)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Importance of every atomic expert, bigger is more important: float32 (E, F) by decoder layer index."""
+
+    layers: Mapping[int, Tensor]
+
+    def __post_init__(self) -> None:
+        for index, scores_EF in self.layers.items():
+            assert scores_EF.dim() == 2 and scores_EF.dtype == torch.float32, (index, scores_EF.shape, scores_EF.dtype)
+
+    def to_tensors(self) -> TensorDict:
+        return {f"layers.{index}": scores_EF for index, scores_EF in self.layers.items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Scores:
+        return cls(layers={index: tensors[f"layers.{index}"] for index in _layer_indices(tensors)})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which atomic experts are kept: bool (E, F) by decoder layer index, true = kept."""
+
+    layers: Mapping[int, Tensor]
+
+    def __post_init__(self) -> None:
+        for index, kept_EF in self.layers.items():
+            assert kept_EF.dim() == 2 and kept_EF.dtype == torch.bool, (index, kept_EF.shape, kept_EF.dtype)
+            assert kept_EF.any(), f"layer {index} would lose all its experts"
+
+    @property
+    def num_atomic_experts(self) -> int:
+        return sum(kept_EF.numel() for kept_EF in self.layers.values())
+
+    @property
+    def num_removed(self) -> int:
+        return self.num_atomic_experts - sum(int(kept_EF.sum()) for kept_EF in self.layers.values())
+
+    def to_tensors(self) -> TensorDict:
+        return {f"layers.{index}": kept_EF for index, kept_EF in self.layers.items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Plan:
+        return cls(layers={index: tensors[f"layers.{index}"] for index in _layer_indices(tensors)})
+
+
+Metrics = dict[str, float]  # by contract name, for example "perplexity/pydocs"
+
+
+def _without_shape(name: str) -> str:
+    return name.rsplit("_", 1)[0]
+
+
+def _layer_indices(tensors: Mapping[str, Tensor]) -> list[int]:
+    return sorted({int(name.split(".")[1]) for name in tensors if name.startswith("layers.")})

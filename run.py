@@ -1,0 +1,26 @@
+"""Prune one Mixture-of-Experts model: calibrate -> score -> prune -> evaluate.
+
+Run:  python run.py                              the built-in model, offline
+      python run.py pruning.ratio=0.4            any field of conf/
+      python run.py -m pruning.ratio=0.2,0.4     a sweep
+      python run.py --help                       groups and fields
+"""
+
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+from heapr.main import one_line_errors, run_job
+from heapr.schema import register
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(config: DictConfig) -> None:
+    run_job(config)
+
+
+if __name__ == "__main__":
+    register()
+    with one_line_errors(Path(__file__).parent / "conf"):
+        main()
