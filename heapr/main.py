@@ -58,7 +58,7 @@ def one_line_errors(config_folder: Path) -> Iterator[None]:
 
 
 def _stop(message: str, code: int = EXIT_CODE) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    sys.stderr.write(f"error: {message}\n")
     sys.exit(code)
 
 

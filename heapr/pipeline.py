@@ -82,7 +82,12 @@ def run(config: ExperimentConfig, folder: Path) -> Summary:
     _warn_of_overlap(recipes)
     outputs = Path(config.paths.outputs)
     tracker = open_tracker(
-        config.tracking.mode, project=config.tracking.project, run_folder=folder, wandb_folder=outputs, name=_name(config), config=asdict(config)
+        config.tracking.mode,
+        project=config.tracking.project,
+        run_folder=folder,
+        wandb_folder=outputs,
+        name=_name(config),
+        config=asdict(config),
     )
     try:
         pipeline = Pipeline(Store(outputs / "artifacts"), ModelOnDemand(source, device), recipes, tracker)
@@ -166,7 +171,12 @@ class Pipeline:
         return {"dense": dense, "pruned": pruned, "size": removed | size_change(dense, pruned)}
 
     def _measure(
-        self, evaluators: Sequence[Evaluator], recipes: Mapping[str, Recipe], statistics: Statistics, model: Callable[[], MoEModel], variant: str
+        self,
+        evaluators: Sequence[Evaluator],
+        recipes: Mapping[str, Recipe],
+        statistics: Statistics,
+        model: Callable[[], MoEModel],
+        variant: str,
     ) -> Metrics:
         metrics: Metrics = {}
         for evaluator in evaluators:

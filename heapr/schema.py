@@ -145,7 +145,9 @@ def build(entry: Mapping[str, Any], where: str, **injected: Any) -> Any:
     """
     arguments = {key: value for key, value in entry.items() if key != "_target_"}
     if "_target_" not in entry:
-        raise ConfigError(f"{where} has no _target_, so it names no plug-in; choose one of the group's options, for example {where}=<option>")
+        raise ConfigError(
+            f"{where} has no _target_, so it names no plug-in; choose one of the group's options, for example {where}=<option>"
+        )
     try:
         target = hydra.utils.get_object(entry["_target_"])
     except Exception as error:  # whatever importing a wrongly named module raises

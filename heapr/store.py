@@ -100,15 +100,9 @@ class Store:
 
     def get(self, recipe: Recipe, make: Callable[[Path], None]) -> Artifact:
         """The artifact of a recipe; `make` fills an empty folder with its files if it is not there yet."""
+        path = self.path(recipe)
         with StageMeter() as meter:
-            path = self.path(recipe)
-            cached = _is_intact(path)
-            if not cached:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with _locked(path):
-                    cached = _is_intact(path)  # another process may have made it while this one waited
-                    if not cached:
-                        _publish(recipe, path, make)
+            cached = _is_intact(path) or not _make_once(recipe, path, make)
         peak = 0 if cached else meter.peak_memory_bytes
         return Artifact(recipe.stage, recipe.key, path, cached, meter.seconds, peak)
 
@@ -141,6 +135,16 @@ def _locked(path: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _make_once(recipe: Recipe, path: Path, make: Callable[[Path], None]) -> bool:
+    """Make the artifact under its lock. False if another process made it while this one waited."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path):
+        if _is_intact(path):
+            return False
+        _publish(recipe, path, make)
+        return True
 
 
 def _publish(recipe: Recipe, path: Path, make: Callable[[Path], None]) -> None:

@@ -80,15 +80,16 @@ def other_flops(model: MoEModel, window: int) -> float:
 
 
 def size_change(dense: Metrics, pruned: Metrics) -> Metrics:
-    """The pruned model's counts, and the share of each that was removed."""
+    """The pruned model's counts, and the share of each that was removed; of those that were measured."""
     removed = {
         "parameters_removed_ratio": "parameters",
         "atomic_experts_removed_ratio": "atomic_experts",
         "bytes_removed_ratio": "bytes",
         "flops_removed_ratio": "flops_per_token",
     }
-    counts = {name: pruned[name] for name in removed.values()}
-    return counts | {ratio: 1 - pruned[name] / dense[name] for ratio, name in removed.items()}
+    measured = {ratio: name for ratio, name in removed.items() if name in dense and name in pruned}
+    counts = {name: pruned[name] for name in measured.values()}
+    return counts | {ratio: 1 - pruned[name] / dense[name] for ratio, name in measured.items()}
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from heapr.calibration.corpora import Corpus
@@ -47,7 +48,11 @@ class Perplexity:
         num_batches = math.ceil(len(self._windows.ids_NW) / self.batch_size)
         total = 0.0
         for ids_NW in progress(batches(self._windows, self.batch_size), total=num_batches, description=self.name):
-            ids_NW = ids_NW.to(model.device)
-            total += next_token_loss(model, model.hidden_states(input_ids=ids_NW), ids_NW).double().sum().item()
+            total += _loss_sum(model, ids_NW.to(model.device))
         mean = total / self._windows.num_predicted_tokens
         return {self.name: math.exp(mean), f"num_tokens/{self.corpus.name}": self._windows.ids_NW.numel()}
+
+
+def _loss_sum(model: MoEModel, ids_NW: Tensor) -> float:
+    """Summed next-token cross-entropy in nats."""
+    return next_token_loss(model, model.hidden_states(input_ids=ids_NW), ids_NW).double().sum().item()

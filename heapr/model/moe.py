@@ -112,7 +112,7 @@ class MoEModel:
         with torch.no_grad():
             expected = self.model(input_ids=ids_NW, use_cache=False).logits.float()
             difference = (self.logits(self.hidden_states(input_ids=ids_NW)) - expected).abs().max()
-        if not difference <= 1e-2 * expected.abs().max():
+        if difference > 1e-2 * expected.abs().max():  # false for NaN, which calibration will name
             raise ConfigError(f"{type(self.model).__name__} needs a missing capability: post-processing of logits")
 
     def chunk_size(self) -> int:
@@ -134,7 +134,9 @@ def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
         block = model.get_submodule(name.rpartition(".")[0])
         layers.append(MoELayer(index=_layer_index(name), name=name, block=block))
     if not layers:
-        raise ConfigError(f"{type(model).__name__} has no MoE layer that transformers' experts interface serves; choose a Mixture-of-Experts model")
+        raise ConfigError(
+            f"{type(model).__name__} has no MoE layer that transformers' experts interface serves; choose a Mixture-of-Experts model"
+        )
     return sorted(layers, key=lambda layer: layer.index)
 
 

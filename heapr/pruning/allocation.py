@@ -7,6 +7,8 @@ Shape letters: E experts, F atomic experts of an expert.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -24,8 +26,8 @@ def allocate(scores: Scores, *, ratio: float, scope: str) -> Plan:
         scores: bigger is more important.
         ratio: share of all routed atomic experts to remove, in [0, 1).
         scope: what is ranked together: "global" all layers (HEAPr-G of the paper), "layer" each layer by itself
-            (HEAPr-L), "expert" each expert by itself. Within "layer" and "expert" every group loses the same share,
-            up to one atomic expert, so that the total is exact.
+            (HEAPr-L), "expert" each expert by itself. Layers ("layer", "expert") and experts ("expert") lose the same
+            number, up to one, so that the total is exact.
 
     Equal scores are removed in order of layer, expert and atomic expert. The best atomic expert of every layer always
     stays, so no layer loses all of its experts.
@@ -37,19 +39,21 @@ def allocate(scores: Scores, *, ratio: float, scope: str) -> Plan:
         raise ConfigError(f"pruning.ratio={ratio} is not in [0, 1); give the share of atomic experts to remove, for example 0.25")
     if scope not in SCOPES:
         raise ConfigError(f"pruning.scope='{scope}' is unknown; choose one of {', '.join(SCOPES)}")
-    flat = torch.cat([_protect_best(scores_EF).flatten() for scores_EF in scores.layers.values()])
-    kept = torch.ones(len(flat), dtype=torch.bool)
-    start = 0
-    for size, num_removed in zip(*_groups(scores, ratio, scope), strict=True):
-        group = flat[start : start + size]
-        lowest = torch.sort(group, stable=True).indices[:num_removed]
-        if num_removed and group[lowest].isinf().any():
-            raise ConfigError(f"pruning.ratio={ratio} would remove every atomic expert of a layer; choose a lower ratio")
-        kept[start + lowest] = False
-        start += size
-    shapes = [scores_EF.shape for scores_EF in scores.layers.values()]
-    parts = kept.split([shape.numel() for shape in shapes])
-    return Plan(layers={index: part.view(shape) for index, part, shape in zip(scores.layers, parts, shapes, strict=True)})
+    protected = [_protect_best(scores_EF) for scores_EF in scores.layers.values()]
+    sizes = [scores_EF.numel() for scores_EF in protected]
+    if scope == "global":
+        kept_flat = _keep_highest(torch.cat([scores_EF.flatten() for scores_EF in protected]), round_half_up(ratio * sum(sizes)))
+        kept = [part.view_as(scores_EF) for part, scores_EF in zip(kept_flat.split(sizes), protected, strict=True)]
+    else:
+        keep = _keep_highest if scope == "layer" else _keep_highest_of_each_expert
+        kept = [keep(scores_EF, number) for scores_EF, number in zip(protected, _shares(sizes, ratio), strict=True)]
+    if not all(kept_EF[scores_EF.isinf()].all() for kept_EF, scores_EF in zip(kept, protected, strict=True)):
+        raise ConfigError(f"pruning.ratio={ratio} with scope '{scope}' would remove every atomic expert of a layer; choose a lower ratio")
+    return Plan(layers=dict(zip(scores.layers, kept, strict=True)))
+
+
+def round_half_up(number: float) -> int:
+    return math.floor(number + 0.5)
 
 
 def _protect_best(scores_EF: Tensor) -> Tensor:
@@ -59,18 +63,24 @@ def _protect_best(scores_EF: Tensor) -> Tensor:
     return protected
 
 
-def _groups(scores: Scores, ratio: float, scope: str) -> tuple[list[int], list[int]]:
-    """Sizes of the groups that are ranked by themselves, and how many atomic experts each loses.
+def _shares(sizes: Sequence[int], ratio: float) -> list[int]:
+    """How many each layer loses. Boundaries are rounded, not shares, so that the total is round(ratio * sum(sizes))."""
+    before = [0] + [round_half_up(ratio * end) for end in accumulate(sizes)]
+    return [end - start for start, end in pairwise(before)]
 
-    Boundaries are rounded, not groups: the losses of any run of groups add up to its share within one.
-    """
-    shapes = [scores_EF.shape for scores_EF in scores.layers.values()]
-    if scope == "global":
-        sizes = [sum(shape.numel() for shape in shapes)]
-    elif scope == "layer":
-        sizes = [shape.numel() for shape in shapes]
-    else:
-        sizes = [shape[1] for shape in shapes for _ in range(shape[0])]
-    ends = torch.tensor(sizes).cumsum(0).tolist()
-    removed_before = [0] + [math.floor(ratio * end + 0.5) for end in ends]
-    return sizes, [after - before for before, after in zip(removed_before, removed_before[1:], strict=False)]
+
+def _keep_highest(scores: Tensor, num_removed: int) -> Tensor:
+    """Mask without the lowest scores; of equal ones the first go."""
+    kept = torch.ones(scores.numel(), dtype=torch.bool)
+    kept[torch.sort(scores.flatten(), stable=True).indices[:num_removed]] = False
+    return kept.view_as(scores)
+
+
+def _keep_highest_of_each_expert(scores_EF: Tensor, num_removed: int) -> Tensor:
+    """Every expert loses the same number; what does not divide is taken from those whose next atomic expert scores lowest."""
+    base, extra = divmod(num_removed, len(scores_EF))
+    number_E = torch.full((len(scores_EF),), base)
+    if extra:
+        next_E = scores_EF.sort(dim=1).values[:, base]
+        number_E[torch.sort(next_E, stable=True).indices[:extra]] += 1
+    return torch.stack([_keep_highest(scores_F, int(number)) for scores_F, number in zip(scores_EF, number_E, strict=True)])

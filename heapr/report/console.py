@@ -47,5 +47,7 @@ def _stages_table(stages: list[Mapping[str, Any]]) -> Table:
         column.justify = "right"
     for stage in stages:
         peak = "" if stage["cached"] else f"{stage['peak_memory_bytes'] / 2**30:.2f} GiB"
-        table.add_row(stage["stage"], "cached" if stage["cached"] else "made", f"{stage['seconds']:.1f}", peak, Text(stage["path"], overflow="fold"))
+        table.add_row(
+            stage["stage"], "cached" if stage["cached"] else "made", f"{stage['seconds']:.1f}", peak, Text(stage["path"], overflow="fold")
+        )
     return table

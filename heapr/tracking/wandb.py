@@ -42,8 +42,8 @@ class Wandb:
             logger.info("wandb ran offline; to send it later: wandb sync %s", Path(folder).parent)
 
 
-def resolve_mode(mode: str) -> str:
-    """"online" or "offline" (or what WANDB_MODE says, if it is set)."""
+def resolve_mode(mode: str) -> Any:
+    """ "online" or "offline" (or what WANDB_MODE says, if it is set)."""
     if mode != "auto":
         return mode
     if "WANDB_MODE" in os.environ:
@@ -62,7 +62,7 @@ def has_key() -> bool:
         return False
 
 
-def _start(mode: str, arguments: dict[str, Any]) -> Any:
+def _start(mode: Any, arguments: dict[str, Any]) -> Any:
     import wandb  # seconds to import: only when it is used
 
     settings = wandb.Settings(init_timeout=INIT_TIMEOUT_SECONDS, silent=True, console="off")

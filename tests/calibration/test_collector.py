@@ -1,0 +1,115 @@
+"""The collector against slow oracles, and the equivalences that its statistics must have."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from heapr.calibration.collector import collect
+from heapr.model.moe import MoEModel
+from heapr.score.gradient import Heapr
+from heapr.types import Statistics
+from tests.oracle import published_scores, visits_of
+from tests.tiny import tiny_ids, tiny_qwen3_moe
+
+
+def assert_same_statistics(a: Statistics, b: Statistics, tolerance: float = 1e-5) -> None:
+    assert a.layers.keys() == b.layers.keys()
+    assert (a.num_tokens, a.num_predicted_tokens) == (b.num_tokens, b.num_predicted_tokens)
+    assert a.loss_sum == pytest.approx(b.loss_sum, rel=tolerance)
+    for index in a.layers:
+        for name, tensor in a.layers[index].items():
+            other = getattr(b.layers[index], name)
+            scale = other.abs().max().item()
+            torch.testing.assert_close(tensor, other, rtol=tolerance, atol=tolerance * scale, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_heapr_score_equals_published_two_stage_procedure(causal_lm: PreTrainedModel, ids_NW: Tensor) -> None:
+    expected = published_scores(causal_lm, ids_NW)
+    scores = Heapr()(collect(MoEModel(causal_lm), [ids_NW]), {})
+    for score_EF, expected_EF in zip(scores.layers.values(), expected, strict=True):
+        assert ((score_EF - expected_EF).abs() <= 1e-5 * expected_EF.abs()).all()
+    flat = torch.cat([s.flatten() for s in scores.layers.values()])
+    flat_expected = torch.cat([s.flatten() for s in expected])
+    assert torch.equal(flat.argsort(stable=True), flat_expected.argsort(stable=True))
+
+
+def test_every_statistic_equals_its_definition(causal_lm: PreTrainedModel, ids_NW: Tensor) -> None:
+    visits = visits_of(causal_lm, ids_NW)
+    statistics = collect(MoEModel(causal_lm), [ids_NW])
+    for layer_statistics, seen in zip(statistics.layers.values(), visits.values(), strict=True):
+        for expert, list_of_visits in seen.items():
+            h = torch.stack([v.h_F.detach() for v in list_of_visits]).double()
+            g = torch.stack([v.h_F.grad for v in list_of_visits]).double()
+            p = torch.stack([v.router_weight.detach() for v in list_of_visits]).double()
+            norms = torch.stack([v.output_D.detach().norm() for v in list_of_visits]).double()
+            expected = {
+                "count_E": len(p), "router_weight_sum_E": p.sum(), "output_norm_sum_E": (p * norms).sum(),
+                "h_sq_sum_EF": (h**2).sum(0), "g_sq_sum_EF": (g**2).sum(0), "gh_sq_sum_EF": ((g * h) ** 2).sum(0),
+                "gh_sum_EF": (g * h).sum(0), "h_abs_sum_EF": h.abs().sum(0),
+                "ph_sq_sum_EF": ((p[:, None] * h) ** 2).sum(0), "ph_abs_max_EF": (p[:, None] * h).abs().amax(0),
+            }  # fmt: skip
+            assert set(expected) == {name for name, _ in layer_statistics.items()}
+            for name, value in expected.items():
+                got = getattr(layer_statistics, name)[expert]
+                torch.testing.assert_close(got, torch.as_tensor(value, dtype=torch.float64), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_statistics_do_not_depend_on_the_batch_size(model: MoEModel, ids_NW: Tensor, batch_size: int) -> None:
+    assert_same_statistics(collect(model, ids_NW.split(batch_size)), collect(model, ids_NW.split(8)))
+
+
+def test_two_halves_merged_equal_the_whole(model: MoEModel, ids_NW: Tensor) -> None:
+    halves = [collect(model, [half]) for half in ids_NW.split(4)]
+    assert_same_statistics(halves[0].merge(halves[1]), collect(model, ids_NW.split(4)), tolerance=1e-12)
+
+
+def test_capture_leaves_model_as_it_was(causal_lm: PreTrainedModel, ids_NW: Tensor) -> None:
+    causal_lm.model.embed_tokens.weight.requires_grad_(False)
+    needed = [p.requires_grad for p in causal_lm.parameters()]
+    before = causal_lm(input_ids=ids_NW).logits
+    implementation = causal_lm.get_experts_implementation()
+    collect(MoEModel(causal_lm), [ids_NW])
+    assert torch.equal(causal_lm(input_ids=ids_NW).logits, before)
+    assert causal_lm.get_experts_implementation() == implementation
+    assert [p.requires_grad for p in causal_lm.parameters()] == needed
+    assert all(p.grad is None for p in causal_lm.parameters())
+
+
+def test_unrouted_experts_are_counted_as_such() -> None:
+    model = tiny_qwen3_moe()
+    with torch.no_grad():
+        model.model.layers[1].mlp.gate.weight[2] = 0.0
+        model.model.layers[1].mlp.gate.weight[[0, 1]] *= 50
+    statistics = collect(MoEModel(model), [tiny_ids(1, 3)])
+    counts = statistics.layers[1].count_E
+    assert counts.sum() == 3 * 2
+    scores = Heapr()(statistics, {}).layers[1]
+    assert (counts == 0).any()
+    assert (scores[counts == 0] == -1).all()
+    assert (scores[counts > 0] >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"), [("layer", "activations of layer 1 .* batch 1"), ("head", "gradients of layer 1|the loss is .*batch 1")]
+)
+def test_not_a_number_stops_and_names_layer_and_batch(causal_lm: PreTrainedModel, ids_NW: Tensor, spoil: str, message: str) -> None:
+    def batches():
+        yield ids_NW[:2]
+        with torch.no_grad():
+            if spoil == "layer":
+                causal_lm.model.layers[1].mlp.experts.gate_up_proj[:] = float("nan")
+            else:
+                causal_lm.lm_head.weight[5] = float("inf")
+        yield ids_NW[2:4]
+
+    with pytest.raises(FloatingPointError, match=message):
+        collect(MoEModel(causal_lm), batches())
+
+
+def test_mixed_dense_and_sparse_layers_keep_their_decoder_index() -> None:
+    model = MoEModel(tiny_qwen3_moe(num_hidden_layers=3, mlp_only_layers=[1]))
+    assert list(collect(model, [tiny_ids(2, 8)]).layers) == [0, 2]

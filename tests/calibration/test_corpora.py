@@ -1,0 +1,82 @@
+"""Corpora: splits that never overlap, fixed order, identities that follow the content, clear refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from heapr.calibration.corpora import PackageDocs, PyDocs, TextFiles, is_heldout, select_split
+from heapr.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def pydocs() -> dict[str, list[str]]:
+    return {split: PyDocs(split).documents() for split in ("train", "heldout")}
+
+
+def test_train_and_heldout_never_overlap(pydocs: dict[str, list[str]]) -> None:
+    assert not set(pydocs["train"]) & set(pydocs["heldout"])
+    assert 0.07 < len(pydocs["heldout"]) / len(pydocs["train"]) < 0.15
+
+
+def test_pydocs_holds_real_docstrings_of_the_standard_library_and_no_tests(pydocs: dict[str, list[str]]) -> None:
+    import argparse
+    import inspect
+
+    everything = set(pydocs["train"]) | set(pydocs["heldout"])
+    assert inspect.getdoc(argparse) in everything
+    assert not any("test_" in text and "unittest.TestCase" in text and len(text) < 20 for text in everything)
+    assert sum(map(len, pydocs["train"])) > 1_000_000
+
+
+def test_numpydocs_is_another_text(pydocs: dict[str, list[str]]) -> None:
+    numpydocs = PackageDocs("numpy", "all").documents()
+    assert len(numpydocs) > 500
+    assert len(set(numpydocs) & set(pydocs["train"])) < 0.05 * len(numpydocs)
+
+
+def test_select_split_drops_repeats_and_blanks_and_keeps_order() -> None:
+    documents = [f"text {number}" for number in range(100)]
+    selected = select_split([*documents, "text 3", "  "], "all")
+    assert selected == documents
+    train, heldout = select_split(documents, "train"), select_split(documents, "heldout")
+    assert sorted(train + heldout) == sorted(documents)
+    assert all(is_heldout(text) for text in heldout)
+
+
+def test_text_files_reads_text_and_json_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one text")
+    (tmp_path / "b.jsonl").write_text('{"text": "first"}\n\n{"text": "second"}\n')
+    corpus = TextFiles([str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")], split="all")
+    assert corpus.documents() == ["one text", "first", "second"]
+
+
+def test_identity_follows_content_not_path(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one text")
+    (tmp_path / "b.txt").write_text("one text")
+    (tmp_path / "c.txt").write_text("another text")
+    a, b, c = (TextFiles([str(tmp_path / f"{name}.txt")], split="all").identity() for name in "abc")
+    assert a == b
+    assert a != c
+    assert a != TextFiles([str(tmp_path / "a.txt")], split="train").identity()
+    assert PyDocs("train").identity() != PyDocs("heldout").identity()
+
+
+def test_bad_text_files_are_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    (tmp_path / "bad.jsonl").write_text('{"title": "no text"}\n')
+    cases = {"missing.txt": "does not exist", "empty.txt": "is empty", "latin.txt": "not UTF-8"}
+    for name, message in cases.items():
+        with pytest.raises(ConfigError, match=message) as caught:
+            TextFiles([str(tmp_path / name)], split="all")
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="line 1 .* field 'text'"):
+        TextFiles([str(tmp_path / "bad.jsonl")], split="all").documents()
+    with pytest.raises(ConfigError, match="no paths"):
+        TextFiles([], split="all")
+    with pytest.raises(ConfigError, match="no such package"):
+        PackageDocs("no_such_package_anywhere", "all")
+    with pytest.raises(ConfigError, match="split 'test' is unknown"):
+        PyDocs("test")

@@ -1,0 +1,37 @@
+"""Shared fixtures: seeded tiny models and token batches."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
+os.environ.pop("WANDB_API_KEY", None)
+os.environ["WANDB_MODE"] = "offline"
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from heapr.model.moe import MoEModel
+from tests.tiny import tiny_ids, tiny_qwen3_moe
+
+
+@pytest.fixture(scope="session", autouse=True)
+def two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture
+def causal_lm() -> PreTrainedModel:
+    return tiny_qwen3_moe()
+
+
+@pytest.fixture
+def model(causal_lm: PreTrainedModel) -> MoEModel:
+    return MoEModel(causal_lm)
+
+
+@pytest.fixture
+def ids_NW() -> Tensor:
+    return tiny_ids(num_sequences=8, length=12)

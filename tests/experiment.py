@@ -1,0 +1,56 @@
+"""Compose and run experiments in tests, on a tiny model folder and a small text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from heapr.pipeline import Summary, run
+from heapr.schema import ExperimentConfig, register, resolve
+from tests.tiny import byte_tokenizer, tiny_qwen3_moe
+
+CONF = Path(__file__).parents[1] / "conf"
+
+
+def compose_experiment(*overrides: str) -> ExperimentConfig:
+    """What `python run.py <overrides>` would run."""
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return resolve(compose("config", overrides=list(overrides)))
+
+
+def write_model(folder: Path, seed: int = 0) -> Path:
+    tiny_qwen3_moe(seed).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_texts(folder: Path) -> list[str]:
+    """Overrides that calibrate on one small text and evaluate on another."""
+    sentences = [f"Line {number}: the {word} of {number * 7 % 31} things.\n" for number in range(60) for word in ("sum", "list")]
+    (folder / "train.txt").write_text("".join(sentences[:80]))
+    (folder / "test.txt").write_text("".join(sentences[80:]))
+    return [
+        "calibration=text_files", f"calibration.corpus.paths=[{folder / 'train.txt'}]",
+        "calibration.num_samples=6", "calibration.sequence_length=32", "calibration.batch_size=4",
+        "evaluation/corpora=[text_files]", f"evaluation.corpora.text_files.paths=[{folder / 'test.txt'}]",
+        "evaluation.perplexity.window=32", "evaluation.efficiency.window=32",
+    ]  # fmt: skip
+
+
+def run_in(folder: Path, *overrides: str) -> Summary:
+    """Run an experiment whose outputs lie in a folder."""
+    run_folder = folder / "run"
+    run_folder.mkdir(parents=True, exist_ok=True)
+    return run(compose_experiment("tracking=none", f"paths.outputs={folder / 'outputs'}", *overrides), run_folder)
+
+
+def cached_stages(summary: Summary) -> dict[str, bool]:
+    """Whether each stage was found; evaluate counts as found if all of the pruned model's were."""
+    found: dict[str, bool] = {}
+    for stage in summary.stages:
+        found[stage["stage"]] = found.get(stage["stage"], True) and stage["cached"]
+    return found

@@ -1,0 +1,96 @@
+"""Surgery: the pruned model is the masked model, only smaller; and it still works as a language model."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from heapr.calibration.collector import collect
+from heapr.model.experts import RaggedExperts
+from heapr.model.moe import MoEModel
+from heapr.pruning.allocation import SCOPES, allocate
+from heapr.pruning.surgery import mask, remove
+from heapr.score.data_free import Random
+from heapr.score.gradient import Heapr
+from heapr.types import Plan
+from tests.tiny import layer_statistics, statistics_of
+
+
+def random_plan(ratio: float, scope: str = "global") -> Plan:
+    layer = layer_statistics([1] * 4, h_sq_sum=[[1.0] * 8] * 4)
+    return allocate(Random(seed=1)(statistics_of({0: layer, 1: layer}), {}), ratio=ratio, scope=scope)
+
+
+def logits(model: MoEModel, ids_NW: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model.model(input_ids=ids_NW, use_cache=False).logits
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("ratio", [0.1, 0.5, 0.9])
+def test_pruned_equals_masked(causal_lm: PreTrainedModel, ids_NW: Tensor, scope: str, ratio: float) -> None:
+    plan = random_plan(ratio, scope)
+    masked, pruned = MoEModel(causal_lm), MoEModel(copy.deepcopy(causal_lm))
+    dense = logits(masked, ids_NW)
+    mask(masked, plan)
+    remove(pruned, plan)
+    torch.testing.assert_close(logits(pruned, ids_NW), logits(masked, ids_NW), rtol=1e-5, atol=1e-5)
+    assert (logits(pruned, ids_NW) - dense).abs().max() > 1e-2  # pruning did something
+    assert sum(sum(layer.widths) for layer in pruned.layers) == plan.num_atomic_experts - plan.num_removed
+
+
+def test_rows_and_columns_are_really_gone(causal_lm: PreTrainedModel) -> None:
+    before = sum(p.numel() for p in causal_lm.parameters())
+    plan = random_plan(0.5)
+    remove(MoEModel(causal_lm), plan)
+    assert before - sum(p.numel() for p in causal_lm.parameters()) == plan.num_removed * 3 * 16
+
+
+def test_an_expert_that_loses_everything_contributes_nothing(causal_lm: PreTrainedModel, ids_NW: Tensor) -> None:
+    kept_EF = torch.ones(4, 8, dtype=torch.bool)
+    kept_EF[2] = False
+    plan = Plan(layers={0: kept_EF, 1: torch.ones(4, 8, dtype=torch.bool)})
+    masked, pruned = MoEModel(causal_lm), MoEModel(copy.deepcopy(causal_lm))
+    mask(masked, plan)
+    remove(pruned, plan)
+    assert pruned.layers[0].widths == [8, 8, 0, 8]
+    torch.testing.assert_close(logits(pruned, ids_NW), logits(masked, ids_NW), rtol=1e-5, atol=1e-5)
+
+
+def test_ratio_zero_is_the_dense_model_exactly(model: MoEModel, ids_NW: Tensor) -> None:
+    dense = logits(model, ids_NW)
+    remove(model, random_plan(0.0))
+    assert torch.equal(logits(model, ids_NW), dense)
+
+
+def test_generation_with_the_cache_equals_generation_without(model: MoEModel, ids_NW: Tensor) -> None:
+    remove(model, random_plan(0.5))
+    arguments = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    with_cache = model.model.generate(ids_NW[:2], use_cache=True, **arguments)
+    assert with_cache.shape == (2, 20)
+    assert torch.equal(with_cache, model.model.generate(ids_NW[:2], use_cache=False, **arguments))
+
+
+def test_statistics_of_a_pruned_model_are_those_of_its_kept_atomic_experts(causal_lm: PreTrainedModel, ids_NW: Tensor) -> None:
+    """A pruned model can be calibrated again; beside the masked one its kept atomic experts have the same scores."""
+    plan = random_plan(0.4)
+    masked, pruned = MoEModel(causal_lm), MoEModel(copy.deepcopy(causal_lm))
+    mask(masked, plan)
+    remove(pruned, plan)
+    expected, got = (Heapr()(collect(model, [ids_NW]), {}) for model in (masked, pruned))
+    for index, kept_EF in plan.layers.items():
+        for expert, kept_F in enumerate(kept_EF):
+            ours = got.layers[index][expert, : kept_F.sum()]
+            torch.testing.assert_close(ours, expected.layers[index][expert, kept_F], rtol=1e-4, atol=1e-7)
+
+
+def test_only_experts_that_lose_something_become_ragged(model: MoEModel) -> None:
+    kept_EF = torch.ones(4, 8, dtype=torch.bool)
+    kept_EF[0, 0] = False
+    remove(model, Plan(layers={0: torch.ones(4, 8, dtype=torch.bool), 1: kept_EF}))
+    assert not isinstance(model.layers[0].experts, RaggedExperts)
+    assert isinstance(model.layers[1].experts, RaggedExperts)

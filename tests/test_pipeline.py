@@ -1,0 +1,226 @@
+"""The pipeline: what it makes, what it makes again and what it does not, and what it refuses before any work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from heapr.errors import ConfigError
+from heapr.evaluation.perplexity import Perplexity
+from heapr.model.load import ModelSource
+from heapr.model.moe import MoEModel
+from heapr.pipeline import Summary
+from heapr.pruning.surgery import mask
+from heapr.types import Plan, Scores, Statistics
+from tests.experiment import cached_stages, compose_experiment, run_in, write_model, write_texts
+
+
+class Experiment:
+    """One tiny experiment; call it with further overrides."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.model_folder = write_model(folder / "model")
+        self.overrides = ["model=hf", f"model.path={self.model_folder}", "model.dtype=float32", *write_texts(folder)]
+
+    def __call__(self, *overrides: str) -> Summary:
+        return run_in(self.folder, *self.overrides, *overrides)
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Experiment:
+    return Experiment(tmp_path)
+
+
+def test_artifacts_follow_the_contract(experiment: Experiment) -> None:
+    summary = experiment()
+    paths = {stage["stage"]: Path(stage["path"]) for stage in summary.stages}
+    statistics = Statistics.from_tensors(load_file(paths["calibrate"] / "statistics.safetensors"))
+    assert load_file(paths["calibrate"] / "tokens.safetensors")["ids"].shape == (6, 32)
+    assert statistics.num_tokens == 6 * 32 and statistics.num_predicted_tokens == 6 * 31
+    assert all(layer.count_E.sum() == 6 * 32 * 2 for layer in statistics.layers.values())
+    scores = load_file(paths["score"] / "scores.safetensors")
+    assert {name: (t.shape, t.dtype) for name, t in scores.items()} == {f"layers.{i}": ((4, 8), torch.float32) for i in (0, 1)}
+    plan = Plan.from_tensors(load_file(paths["prune"] / "plan.safetensors"))
+    assert plan.num_removed == 16
+    assert Scores.from_tensors(scores).layers[0][~plan.layers[0]].max() <= Scores.from_tensors(scores).layers[0][plan.layers[0]].max()
+
+    written = json.loads((experiment.folder / "run" / "summary.json").read_text())
+    assert written.keys() == {"metrics", "stages", "config"}
+    assert written["metrics"] == summary.metrics
+    assert all({"stage", "key", "path", "cached", "seconds", "peak_memory_bytes"} <= stage.keys() for stage in written["stages"])
+    assert written["config"]["pruning"] == {"ratio": 0.25, "scope": "global"}
+    assert written["metrics"]["size"]["atomic_experts_removed_ratio"] == 0.25
+    assert written["metrics"]["size"]["parameters_removed_ratio"] == pytest.approx(
+        16 * 3 * 16 / written["metrics"]["dense"]["parameters"]
+    )
+    lines = (experiment.folder / "run" / "tracking.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["pruned/perplexity/text_files"] == summary.metrics["pruned"]["perplexity/text_files"]
+
+
+def test_pruned_perplexity_is_that_of_the_masked_model(experiment: Experiment) -> None:
+    summary = experiment("pruning.ratio=0.5")
+    path = next(Path(stage["path"]) for stage in summary.stages if stage["stage"] == "prune")
+    config = compose_experiment(*experiment.overrides)
+    from heapr.evaluation.build import build_evaluators
+    from heapr.model.load import find_model
+
+    source = find_model(str(experiment.model_folder), dtype="float32")
+    evaluator = next(e for e in build_evaluators(config.evaluation) if isinstance(e, Perplexity))
+    evaluator.prepare(source.tokenizer())
+    model = source.load(torch.device("cpu"))
+    empty = Statistics(layers={}, num_tokens=0, num_predicted_tokens=0, loss_sum=0.0)
+    assert evaluator(model, empty)["perplexity/text_files"] == pytest.approx(summary.metrics["dense"]["perplexity/text_files"], rel=1e-6)
+    mask(model, Plan.from_tensors(load_file(path / "plan.safetensors")))
+    assert evaluator(model, empty)["perplexity/text_files"] == pytest.approx(summary.metrics["pruned"]["perplexity/text_files"], rel=1e-5)
+
+
+def test_ratio_zero_gives_the_dense_metrics(experiment: Experiment) -> None:
+    summary = experiment("pruning.ratio=0")
+    assert summary.metrics["pruned"] == summary.metrics["dense"]
+    assert summary.metrics["size"]["flops_removed_ratio"] == 0
+
+
+def test_same_configuration_twice_does_no_work(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = experiment()
+    monkeypatch.setattr(ModelSource, "load", lambda self, device: pytest.fail("the model was loaded again"))
+    second = experiment()
+    assert [s["key"] for s in second.stages] == [s["key"] for s in first.stages]
+    assert all(stage["cached"] for stage in second.stages)
+    assert second.metrics == first.metrics
+
+
+MADE_AGAIN = [
+    (["pruning.ratio=0.4"], {"prune", "evaluate"}),
+    (["pruning=layer"], {"prune", "evaluate"}),
+    (["score=fisher"], {"score", "prune", "evaluate"}),
+    (["score=random"], {"score", "prune", "evaluate"}),
+    (["calibration.seed=1"], {"calibrate", "score", "prune", "evaluate"}),
+    (["calibration.num_samples=5"], {"calibrate", "score", "prune", "evaluate"}),
+    (["calibration.sequence_length=16"], {"calibrate", "score", "prune", "evaluate"}),
+    (["calibration.corpus.split=train", "calibration.corpus.paths=[{folder}/documents.jsonl]"], {"calibrate", "score", "prune", "evaluate"}),
+    (["model.path={folder}/other_model"], {"calibrate", "score", "prune", "evaluate"}),
+    (["model.dtype=bfloat16"], {"calibrate", "score", "prune", "evaluate"}),
+    (["evaluation.perplexity.window=16"], {"evaluate"}),
+    (["tracking=wandb_offline"], set()),
+    (["runtime.device=cpu", "runtime.num_threads=2"], set()),
+    (["calibration.batch_size=2", "evaluation.perplexity.batch_size=3"], set()),
+    (["model.name=another_name"], set()),
+    (["model.path={folder}/moved_model"], set()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("overrides", "made_again"), MADE_AGAIN, ids=[change[0][0] for change in MADE_AGAIN])
+def test_only_what_changed_is_made_again(tiny_run: Experiment, overrides: list[str], made_again: set[str]) -> None:
+    found = cached_stages(tiny_run(*(override.format(folder=tiny_run.folder) for override in overrides)))
+    assert {stage for stage, cached in found.items() if not cached} == made_again
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+    experiment = Experiment(tmp_path_factory.mktemp("experiment"))
+    write_model(experiment.folder / "other_model", seed=1)
+    (experiment.folder / "documents.jsonl").write_text("".join(json.dumps({"text": f"document {n} " * 9}) + "\n" for n in range(50)))
+    import shutil
+
+    shutil.copytree(experiment.model_folder, experiment.folder / "moved_model")
+    experiment()
+    return experiment
+
+
+@pytest.fixture
+def tiny_run(finished_run: Experiment, tmp_path: Path) -> Experiment:
+    """A copy of one finished experiment, so that tests do not see each other's artifacts."""
+    import copy
+    import shutil
+
+    mine = copy.copy(finished_run)
+    mine.overrides = [*finished_run.overrides, f"paths.outputs={tmp_path / 'outputs'}"]
+    shutil.copytree(finished_run.folder / "outputs", tmp_path / "outputs")
+    return mine
+
+
+def test_the_dense_model_is_evaluated_once(experiment: Experiment) -> None:
+    experiment("evaluation.efficiency=null")
+    dense_key = experiment("evaluation.efficiency=null").stages[3]["key"]
+    for overrides in (["pruning.ratio=0.5"], ["score=magnitude"], ["calibration.seed=3"]):
+        stage = experiment("evaluation.efficiency=null", *overrides).stages[3]
+        assert stage["key"] == dense_key and stage["cached"]
+
+
+def test_a_damaged_artifact_is_made_again_with_the_same_result(experiment: Experiment) -> None:
+    first = experiment()
+    scores = Path(next(s["path"] for s in first.stages if s["stage"] == "score")) / "scores.safetensors"
+    scores.write_bytes(scores.read_bytes()[:-4])
+    second = experiment()
+    assert cached_stages(second) == {"calibrate": True, "score": False, "prune": True, "evaluate": True}
+    assert second.metrics == first.metrics
+
+
+def test_without_evaluation_the_plan_is_still_made(experiment: Experiment) -> None:
+    experiment.overrides = [text for text in experiment.overrides if not text.startswith("evaluation")]
+    summary = experiment("evaluation=none")
+    assert summary.metrics == {"dense": {}, "pruned": {}, "size": {"atomic_experts_removed_ratio": 0.25}}
+
+
+BAD_INPUT = [
+    (["pruning.ratio=1"], r"pruning.ratio=1.0 is not in \[0, 1\)"),
+    (["pruning.ratio=-0.1"], r"not in \[0, 1\)"),
+    (["pruning.ratio=nan"], r"not in \[0, 1\)"),
+    (["pruning.scope=block"], "pruning.scope='block' is unknown; choose one of global, layer, expert"),
+    (["model.dtype=int8"], "model.dtype='int8' is unknown"),
+    (["model.path={folder}/nowhere"], "no such folder"),
+    (["model.path=builtin:nothing"], "no such built-in model; known: builtin:qwen3_moe_tiny"),
+    (["model.path={folder}/empty"], "has no config.json"),
+    (["model.path={folder}/llama"], "has no MoE layer"),
+    (["model.path={folder}/gpt_oss"], "needs a missing capability: experts with transposed weights"),
+    (["model.path={folder}/unfinished"], "weights in .* cannot be loaded"),
+    (["model.path=someone/some-model"], "neither a local folder nor in the local hub cache, and the hub cannot be reached"),
+    (["calibration.num_samples=1000"], "num_samples=1000, but corpus 'text_files' holds [0-9]+ sequences of 32"),
+    (["calibration.num_samples=0"], "num_samples=0 is below 1"),
+    (["calibration.sequence_length=65"], "sequence_length=65 is above the 64 tokens of model 'hf'"),
+    (["evaluation.perplexity.window=65"], "window=65 is not between 2 and the 64 tokens"),
+    (["evaluation.perplexity.window=1"], "window=1 is not between 2"),
+    (["evaluation.corpora.text_files.paths=[{folder}/short.txt]"], "has 3 tokens, less than one window of 32"),
+    (["calibration.corpus.paths=[{folder}/none.txt]"], "none.txt' does not exist"),
+    (["calibration.corpus.paths=[{folder}/empty.txt]"], "is empty"),
+    (["calibration.corpus.paths=[{folder}/latin.txt]"], "is not UTF-8"),
+    (["+score.sede=3", "score=random"], "unknown key 'score.sede'; did you mean score.seed"),
+    (["+calibration.corpus.path=x"], "unknown key 'calibration.corpus.path'; did you mean calibration.corpus.paths"),
+    (["+evaluation.perplexity.windows=3"], "unknown key 'evaluation.perplexity.windows'; did you mean evaluation.perplexity.window"),
+    (["score._target_=heapr.score.gradient.Haepr"], "score._target_='heapr.score.gradient.Haepr' cannot be imported"),
+    (["runtime.device=tpu9"], "runtime.device='tpu9' is unknown"),
+    (["runtime.device=cuda:7"], "torch sees [0-9] GPUs"),
+    (["tracking.mode=maybe"], "tracking.mode='maybe' is unknown"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bad_place(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+    from transformers import GptOssConfig, LlamaConfig
+
+    experiment = Experiment(tmp_path_factory.mktemp("bad"))
+    (experiment.folder / "empty").mkdir()
+    (experiment.folder / "empty.txt").touch()
+    (experiment.folder / "latin.txt").write_bytes(b"caf\xe9")
+    (experiment.folder / "short.txt").write_text("abc")
+    small = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    LlamaConfig(**small).save_pretrained(experiment.folder / "llama")
+    GptOssConfig(**small, num_key_value_heads=1, head_dim=8, num_local_experts=2).save_pretrained(experiment.folder / "gpt_oss")
+    write_model(experiment.folder / "unfinished")
+    (experiment.folder / "unfinished" / "model.safetensors").unlink()
+    return experiment
+
+
+@pytest.mark.parametrize(("overrides", "message"), BAD_INPUT, ids=[" ".join(case[0]) for case in BAD_INPUT])
+def test_bad_input_is_refused_in_one_line_before_calibration(
+    bad_place: Experiment, monkeypatch: pytest.MonkeyPatch, overrides: list[str], message: str
+) -> None:
+    monkeypatch.setattr("heapr.pipeline.collect", lambda *_: pytest.fail("calibration began"))
+    with pytest.raises(ConfigError, match=message) as caught:
+        bad_place(*(override.format(folder=bad_place.folder) for override in overrides))
+    assert "\n" not in str(caught.value)
