@@ -16,7 +16,8 @@ from pathlib import Path
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from hydra.types import RunMode
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from heapr.errors import ConfigError
@@ -27,7 +28,16 @@ CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEX
 
 
 def run_job(config: DictConfig) -> None:
-    """One job of Hydra's: check the configuration, run the pipeline, print the table."""
+    """One job of Hydra's. In a sweep a mistake fails its job and Hydra goes on with the others."""
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        _run(config)
+        return
+    with one_line_errors():  # before Hydra adds a line of its own
+        _run(config)
+
+
+def _run(config: DictConfig) -> None:
+    """Check the configuration, run the pipeline, print the table."""
     typed = resolve(config)  # before torch is imported: a mistake is answered at once
     from dataclasses import asdict
 
@@ -40,8 +50,12 @@ def run_job(config: DictConfig) -> None:
 
 
 @contextmanager
-def one_line_errors(config_folder: Path) -> Iterator[None]:
-    """Turn a user's mistake into one line and exit code 2; anything else is our bug and keeps its stack trace."""
+def one_line_errors(config_folder: Path | None = None) -> Iterator[None]:
+    """Turn a user's mistake into one line and exit code 2; anything else is our bug and keeps its stack trace.
+
+    Args:
+        config_folder: where known keys are looked up when one is misspelt.
+    """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # otherwise Hydra prints errors itself and exits with 1
     try:
         yield
@@ -62,22 +76,29 @@ def _stop(message: str, code: int = EXIT_CODE) -> None:
     sys.exit(code)
 
 
-def _explain(error: Exception, config_folder: Path) -> str:
-    """Hydra's message, or a better one where a key is misspelt."""
+def _explain(error: Exception, config_folder: Path | None) -> str:
+    """Hydra's message, or a better one where a key is misspelt or a value has the wrong type."""
     text = str(error).strip()
-    match = re.search(r"Could not override '([^']+)'", text)
-    if match and "is not in" in text:
-        return unknown_key(match.group(1), _known_keys(match.group(1), config_folder))
+    match = re.match(r"Could not override '([^']+)'", text)
+    if match and "To append to your config" in text and config_folder is not None:
+        return _explain_unknown_key(match.group(1), config_folder)
+    if text.startswith("Error merging override") and error.__cause__ is not None:
+        reason = str(error.__cause__).split("\n", 1)[0]
+        return f"{text.removeprefix('Error merging override ')}: {reason}; give a value of the field's type (heapr/schema.py)"
     return text
 
 
-def _known_keys(path: str, config_folder: Path) -> list[str]:
-    """Keys beside the misspelt one in the default configuration."""
+def _explain_unknown_key(path: str, config_folder: Path) -> str:
+    """Compare a misspelt key, part by part, with the default configuration."""
     from hydra import compose, initialize_config_dir
 
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_folder), version_base="1.3"):
-        config = compose("config")
-    parent = path.rpartition(".")[0]
-    node = OmegaConf.select(config, parent) if parent else config
-    return [str(key) for key in node] if isinstance(node, DictConfig) else []
+        node = compose("config")
+    parts = path.split(".")
+    for number, part in enumerate(parts, start=1):
+        if not isinstance(node, DictConfig) or part not in node:
+            known = [str(key) for key in node] if isinstance(node, DictConfig) else []
+            return unknown_key(".".join(parts[:number]), known)
+        node = node[part]
+    return f"'{path}' is a group of fields, not one; give one of its fields"

@@ -99,7 +99,7 @@ def run(config: ExperimentConfig, folder: Path) -> Summary:
         tracker.log({f"{group}/{name}": value for group, values in metrics.items() for name, value in values.items()})
     finally:
         tracker.close()
-    summary = Summary(metrics=metrics, stages=[artifact.summary() for artifact in pipeline.artifacts], config=asdict(config))
+    summary = Summary(metrics=metrics, stages=pipeline.stages, config=asdict(config))
     write_json(folder / SUMMARY, asdict(summary))
     return summary
 
@@ -116,7 +116,7 @@ class Pipeline:
 
     def __init__(self, store: Store, models: ModelOnDemand, recipes: Recipes, tracker: Tracker) -> None:
         self.store, self.models, self.recipes, self.tracker = store, models, recipes, tracker
-        self.artifacts: list[Artifact] = []
+        self.stages: list[dict[str, Any]] = []
 
     def prepare(self, evaluators: Sequence[Evaluator]) -> None:
         """Let every evaluator that has something left to do find the user's mistakes now."""
@@ -159,8 +159,8 @@ class Pipeline:
 
         what = f"{settings.ratio:.4g} of all atomic experts, ranked per {settings.scope}"
         plan = Plan.from_tensors(load_file(self._get(self.recipes.prune, make, what).path / PLAN))
-        exact = settings.ratio * plan.num_atomic_experts
-        logger.info("prune     removes %d of %d atomic experts (asked for %.6g)", plan.num_removed, plan.num_atomic_experts, exact)
+        asked = settings.ratio * plan.num_atomic_experts
+        logger.info("%-9s removes %d of %d atomic experts (asked for %.6g)", "prune", plan.num_removed, plan.num_atomic_experts, asked)
         return plan
 
     def evaluate(self, evaluators: Sequence[Evaluator], statistics: Statistics, plan: Plan) -> dict[str, Metrics]:
@@ -184,17 +184,17 @@ class Pipeline:
             def make(folder: Path, evaluator: Evaluator = evaluator) -> None:
                 write_json(folder / METRICS, evaluator(model(), statistics))
 
-            artifact = self._get(recipes[evaluator.name], make, f"{evaluator.name} of the {variant} model")
+            artifact = self._get(recipes[evaluator.name], make, f"{evaluator.name}, {variant}")
             metrics |= json.loads((artifact.path / METRICS).read_text())
         return metrics
 
     def _get(self, recipe: Recipe, make: Callable[[Path], None], what: str) -> Artifact:
         """Answer from the store or make it; one log line either way."""
         artifact = self.store.get(recipe, make)
-        self.artifacts.append(artifact)
+        self.stages.append({"stage": recipe.stage, "what": what, **artifact.summary()})
         origin = "cached" if artifact.cached else f"made, peak memory {artifact.peak_memory_bytes / 2**30:.2f} GiB"
         logger.info("%-9s %s %s: %s, %.1f s", recipe.stage, recipe.key, what, origin, artifact.seconds)
-        self.tracker.log({f"stages/{len(self.artifacts)}_{recipe.stage}/{name}": value for name, value in artifact.summary().items()})
+        self.tracker.log({f"stages/{len(self.stages)}_{recipe.stage}/{name}": value for name, value in artifact.summary().items()})
         return artifact
 
 
@@ -276,7 +276,7 @@ def _warn_of_overlap(recipes: Recipes) -> None:
 def _log_unrouted(statistics: Statistics) -> None:
     for index, layer in statistics.layers.items():
         if unrouted := int((layer.count_E == 0).sum()):
-            logger.info("calibrate layer %d: %d of %d experts were reached by no token; they go first", index, unrouted, len(layer.count_E))
+            logger.info("%-9s no token reached %d of %d experts of layer %d; they go first", "calibrate", unrouted, len(layer.count_E), index)
 
 
 def _name(config: ExperimentConfig) -> str:

@@ -63,7 +63,7 @@ def test_a_sweep_runs_every_job_and_shares_calibration(tmp_path: Path) -> None:
     summaries = [json.loads((sweep / job / "summary.json").read_text()) for job in ("0", "1")]
     assert [s["config"]["pruning"]["ratio"] for s in summaries] == [0.2, 0.4]
     assert [s["stages"][0]["cached"] for s in summaries] == [False, True]
-    assert "Dense against pruned" in result.stdout
+    assert "dense against pruned" in result.stdout
     assert not list((tmp_path / "outputs").glob("wandb*"))  # tracking=none
 
 

@@ -6,8 +6,10 @@ In: a run's summary, as in summary.json. Out: text on the console.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
@@ -22,12 +24,14 @@ SIZE_ROWS = {  # size on the model: its share removed, how to print it
 
 def print_summary(summary: Mapping[str, Any], run_folder: str, console: Console | None = None) -> None:
     """Dense against pruned, the stages, and where everything lies."""
-    (console or Console()).print(Group(_metrics_table(summary["metrics"]), _stages_table(summary["stages"]), Text(f"run: {run_folder}")))
+    artifacts = Path(summary["stages"][0]["path"]).parents[1]
+    places = Text(f"artifacts: {artifacts}/<stage>/<artifact>\nthis run:  {run_folder}", overflow="fold")
+    (console or Console()).print(Group(_metrics_table(summary["metrics"]), "", _stages_table(summary["stages"]), "", places))
 
 
 def _metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> Table:
     dense, pruned, size = metrics["dense"], metrics["pruned"], metrics["size"]
-    table = Table("", "dense", "pruned", "change", title="Dense against pruned", title_justify="left")
+    table = Table("dense against pruned", "dense", "pruned", "change", box=SIMPLE_HEAD)
     for column in table.columns[1:]:
         column.justify = "right"
     for name in dense:
@@ -42,12 +46,11 @@ def _metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> Table:
 
 
 def _stages_table(stages: list[Mapping[str, Any]]) -> Table:
-    table = Table("stage", "", "seconds", "peak memory", "artifact", title="Stages", title_justify="left")
+    table = Table("stage", "", "seconds", "peak memory", "artifact", box=SIMPLE_HEAD)
     for column in table.columns[2:4]:
         column.justify = "right"
     for stage in stages:
+        name = f"{stage['stage']} {stage['what']}" if stage["stage"] == "evaluate" else stage["stage"]
         peak = "" if stage["cached"] else f"{stage['peak_memory_bytes'] / 2**30:.2f} GiB"
-        table.add_row(
-            stage["stage"], "cached" if stage["cached"] else "made", f"{stage['seconds']:.1f}", peak, Text(stage["path"], overflow="fold")
-        )
+        table.add_row(name, "cached" if stage["cached"] else "made", f"{stage['seconds']:.1f}", peak, stage["key"])
     return table

@@ -1,0 +1,52 @@
+"""Perplexity against a slow token-by-token reference."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from heapr.calibration.corpora import TextFiles
+from heapr.evaluation.perplexity import Perplexity
+from heapr.model import moe
+from heapr.model.moe import MoEModel
+from heapr.types import Statistics
+from tests.tiny import byte_tokenizer
+
+TEXT = "The quick brown fox jumps over the lazy dog; " * 5
+EMPTY = Statistics(layers={}, num_tokens=0, num_predicted_tokens=0, loss_sum=0.0)
+
+
+def measure(model: MoEModel, folder: Path, batch_size: int) -> dict[str, float]:
+    (folder / "text.txt").write_text(TEXT)
+    evaluator = Perplexity(TextFiles([str(folder / "text.txt")], split="all"), window=16, batch_size=batch_size)
+    evaluator.prepare(byte_tokenizer())
+    return evaluator(model, EMPTY)
+
+
+def test_equals_a_token_by_token_reference(model: MoEModel, tmp_path: Path) -> None:
+    ids = byte_tokenizer()(TEXT)["input_ids"]
+    windows = [ids[start : start + 16] for start in range(0, len(ids) - 15, 16)]
+    losses = []
+    for window in windows:
+        for position in range(1, 16):
+            with torch.no_grad():
+                logits = model.model(input_ids=torch.tensor([window[:position]]), use_cache=False).logits[0, -1]
+            losses.append(-torch.log_softmax(logits.double(), dim=0)[window[position]].item())
+    metrics = measure(model, tmp_path, batch_size=4)
+    assert metrics["perplexity/text_files"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-6)
+    assert metrics["num_tokens/text_files"] == 16 * len(windows)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_does_not_depend_on_the_batch_size(model: MoEModel, tmp_path: Path, batch_size: int) -> None:
+    expected = measure(model, tmp_path, batch_size=4)["perplexity/text_files"]
+    assert measure(model, tmp_path, batch_size)["perplexity/text_files"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_does_not_depend_on_the_chunk_of_logits(model: MoEModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = measure(model, tmp_path, batch_size=4)["perplexity/text_files"]
+    monkeypatch.setattr(moe, "LOGITS_CHUNK", 257 * 7)  # seven tokens at a time
+    assert measure(model, tmp_path, batch_size=4)["perplexity/text_files"] == pytest.approx(expected, rel=1e-6)

@@ -1,0 +1,70 @@
+"""The view of a model: its layers, its losses, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import GptOssConfig, GptOssForCausalLM, GraniteMoeConfig, GraniteMoeForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from heapr.errors import ConfigError
+from heapr.model import moe
+from heapr.model.experts import observe_experts, use_heapr_experts
+from heapr.model.moe import MoEModel, next_token_loss, summed_loss_backward
+
+SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+def test_heapr_experts_give_the_logits_of_transformers(causal_lm: PreTrainedModel, ids_NW: Tensor, implementation: str) -> None:
+    causal_lm.set_experts_implementation(implementation)
+    with torch.no_grad():
+        expected = causal_lm(input_ids=ids_NW, use_cache=False).logits
+        with use_heapr_experts(causal_lm):
+            torch.testing.assert_close(causal_lm(input_ids=ids_NW, use_cache=False).logits, expected, rtol=1e-5, atol=1e-5)
+    assert causal_lm.config._experts_implementation == implementation
+
+
+def test_observers_see_the_expert_as_the_formula_has_it(model: MoEModel, ids_NW: Tensor) -> None:
+    """output = W_down h, and every token is seen by K experts of a layer."""
+    layer = model.layers[0]
+    seen = []
+    with torch.no_grad(), observe_experts(model.model, [(layer.experts, lambda *call: seen.append(call))]):
+        model.model(input_ids=ids_NW, use_cache=False)
+    assert sum(len(h_nF) for _, h_nF, _, _ in seen) == ids_NW.numel() * 2
+    down_EDF = layer.weights().down_EDF
+    for expert, h_nF, router_weight_n, output_nD in seen:
+        torch.testing.assert_close(output_nD, h_nF @ down_EDF[expert].T)
+        assert ((router_weight_n > 0) & (router_weight_n <= 1)).all()
+    assert layer.experts.observer is None
+
+
+def test_losses_equal_those_of_whole_logits(causal_lm: PreTrainedModel, ids_NW: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moe, "LOGITS_CHUNK", 257 * 10)
+    model = MoEModel(causal_lm)
+    logits = causal_lm(input_ids=ids_NW, use_cache=False).logits[:, :-1]
+    expected = F.cross_entropy(logits.flatten(0, 1), ids_NW[:, 1:].flatten(), reduction="none").view(8, 11)
+    torch.testing.assert_close(next_token_loss(model, model.hidden_states(input_ids=ids_NW), ids_NW), expected)
+
+    leaf = causal_lm.get_input_embeddings()(ids_NW).detach().requires_grad_()
+    (expected_grad,) = torch.autograd.grad(
+        F.cross_entropy(causal_lm(inputs_embeds=leaf).logits[:, :-1].flatten(0, 1), ids_NW[:, 1:].flatten(), reduction="sum"), leaf
+    )
+    leaf.grad = None
+    total = summed_loss_backward(model, model.hidden_states(inputs_embeds=leaf), ids_NW)
+    torch.testing.assert_close(total, expected.sum())
+    torch.testing.assert_close(leaf.grad, expected_grad, rtol=1e-4, atol=1e-5)
+
+
+def test_models_without_experts_and_missing_capabilities_are_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="LlamaForCausalLM has no MoE layer"):
+        MoEModel(LlamaForCausalLM(LlamaConfig(**SMALL)))
+    with pytest.raises(ConfigError, match="GptOssForCausalLM needs a missing capability: experts with transposed weights"):
+        MoEModel(GptOssForCausalLM(GptOssConfig(**SMALL, num_key_value_heads=1, head_dim=8, num_local_experts=2)))
+
+
+def test_models_that_change_their_logits_after_the_head_are_refused() -> None:
+    config = GraniteMoeConfig(**SMALL, num_key_value_heads=1, num_local_experts=2, num_experts_per_tok=1, logits_scaling=8.0)
+    with pytest.raises(ConfigError, match="missing capability: (post-processing of logits|experts)"):
+        MoEModel(GraniteMoeForCausalLM(config).eval()).check_head()

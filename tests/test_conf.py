@@ -1,0 +1,47 @@
+"""Every option of every group composes, passes the checks, and its plug-ins can be built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from heapr.evaluation.build import build_evaluators
+from heapr.schema import build
+from tests.experiment import CONF, compose_experiment
+
+GROUPS = ("model", "calibration", "score", "pruning", "evaluation", "tracking", "runtime", "paths")
+OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
+NEEDED = {("model", "hf"): ["model.path=owner/name"], ("calibration", "text_files"): ["calibration.corpus.paths=[{text}]"]}
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_composes_and_builds(group: str, option: str, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("some text")
+    overrides = [override.format(text=text) for override in NEEDED.get((group, option), [])]
+    config = compose_experiment(f"{group}={option}", *overrides)
+    assert build(config.calibration.corpus, "calibration.corpus").documents
+    assert callable(build(config.score, "score"))
+    build_evaluators(config.evaluation)
+
+
+@pytest.mark.parametrize("corpus", [path.stem for path in sorted((CONF / "evaluation" / "corpora").glob("*.yaml"))])
+def test_every_evaluation_corpus_builds(corpus: str, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("some text")
+    overrides = [f"evaluation.corpora.text_files.paths=[{text}]"] if corpus == "text_files" else []
+    evaluators = build_evaluators(compose_experiment(f"evaluation/corpora=[{corpus}]", *overrides).evaluation)
+    assert [evaluator.name for evaluator in evaluators] == [f"perplexity/{corpus}", "efficiency"]
+
+
+def test_every_group_has_a_package_folder_and_a_test_folder_of_its_name() -> None:
+    root = CONF.parent
+    for group in ("model", "calibration", "score", "pruning", "evaluation", "tracking"):
+        assert (root / "heapr" / group).is_dir() and (root / "tests" / group).is_dir()
+
+
+def test_options_are_documented_in_their_first_line() -> None:
+    for path in CONF.rglob("*.yaml"):
+        if "hydra" not in path.parts and path.parent.name not in {"paths"}:
+            assert path.read_text().startswith("# "), path
