@@ -69,7 +69,7 @@ class TwoStage:
             F.cross_entropy(logits.flatten(0, 1), ids_NW[:, 1:].flatten(), reduction="sum").backward()
             self.model.zero_grad()
         for layer, matrices in self.G.items():
-            matrices /= self.count[layer].clamp(min=1)[:, None, None]
+            matrices.div_(self.count[layer].clamp(min=1)[:, None, None])
         self._with(self._score_stage_forward)
         with torch.no_grad():
             for ids_NW in batches:
@@ -96,7 +96,9 @@ class TwoStage:
         return _expert_loop(layer, hidden, index, weights, visit=visit)
 
 
-def _expert_loop(layer: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor, *, visit: Callable[[int, Tensor, Tensor], None]) -> Tensor:
+def _expert_loop(
+    layer: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor, *, visit: Callable[[int, Tensor, Tensor], None]
+) -> Tensor:
     """The experts' forward as in transformers' eager implementation."""
     total = torch.zeros_like(hidden)
     for expert in range(layer.num_experts):

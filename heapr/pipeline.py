@@ -89,6 +89,7 @@ def run(config: ExperimentConfig, folder: Path) -> Summary:
         name=_name(config),
         config=asdict(config),
     )
+    logger.info("%-9s %s, results in %s", "run", _name(config), folder)
     try:
         pipeline = Pipeline(Store(outputs / "artifacts"), ModelOnDemand(source, device), recipes, tracker)
         pipeline.prepare(evaluators)
@@ -276,7 +277,9 @@ def _warn_of_overlap(recipes: Recipes) -> None:
 def _log_unrouted(statistics: Statistics) -> None:
     for index, layer in statistics.layers.items():
         if unrouted := int((layer.count_E == 0).sum()):
-            logger.info("%-9s no token reached %d of %d experts of layer %d; they go first", "calibrate", unrouted, len(layer.count_E), index)
+            logger.info(
+                "%-9s no token reached %d of %d experts of layer %d; they go first", "calibrate", unrouted, len(layer.count_E), index
+            )
 
 
 def _name(config: ExperimentConfig) -> str:

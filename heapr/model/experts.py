@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,8 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 IMPLEMENTATION = "heapr"
+
+Experts = Any  # an experts module of transformers or RaggedExperts; nn.Module does not declare what they share
 
 
 class ExpertObserver(Protocol):
@@ -55,14 +57,14 @@ class RaggedExperts(nn.Module):
         return _run(self, hidden_TD, expert_TK, router_weight_TK, weights=zip(gate_up, down, strict=True))
 
 
-def dense_experts_forward(experts: nn.Module, hidden_TD: Tensor, expert_TK: Tensor, router_weight_TK: Tensor) -> Tensor:
+def dense_experts_forward(experts: Experts, hidden_TD: Tensor, expert_TK: Tensor, router_weight_TK: Tensor) -> Tensor:
     """Forward of a transformers experts module: gate_up_proj (E, 2F, D), down_proj (E, D, F)."""
     weights = zip(experts.gate_up_proj, experts.down_proj, strict=True)
     return _run(experts, hidden_TD, expert_TK, router_weight_TK, weights=weights)
 
 
 def _run(
-    experts: nn.Module, hidden_TD: Tensor, expert_TK: Tensor, router_weight_TK: Tensor, *, weights: Iterable[tuple[Tensor, Tensor]]
+    experts: Experts, hidden_TD: Tensor, expert_TK: Tensor, router_weight_TK: Tensor, *, weights: Iterable[tuple[Tensor, Tensor]]
 ) -> Tensor:
     """Sum over each token's experts of p * E(x), with E(x) = W_down h(x) (METHOD section 1).
 
@@ -107,7 +109,7 @@ def use_heapr_experts(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def observe_experts(model: PreTrainedModel, observers: Sequence[tuple[nn.Module, ExpertObserver]]) -> Iterator[None]:
+def observe_experts(model: PreTrainedModel, observers: Sequence[tuple[Experts, ExpertObserver]]) -> Iterator[None]:
     """Let each observer see what flows through its experts module; the model's outputs do not change. Restores."""
     with use_heapr_experts(model):
         for experts, observer in observers:

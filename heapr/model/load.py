@@ -9,6 +9,9 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlparse
@@ -17,6 +20,7 @@ import huggingface_hub
 import torch
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from heapr.errors import ConfigError
 from heapr.files import hash_file
@@ -60,7 +64,8 @@ class ModelSource:
             ConfigError: weights are missing or do not fit the configuration.
         """
         try:
-            model = AutoModelForCausalLM.from_pretrained(self.folder, config=self.config, dtype=self.dtype, local_files_only=True)
+            with _bar_on_terminals_only():
+                model = AutoModelForCausalLM.from_pretrained(self.folder, config=self.config, dtype=self.dtype, local_files_only=True)
         except (OSError, RuntimeError) as error:
             raise ConfigError(f"the weights in '{self.folder}' cannot be loaded: {_first_line(error)}") from error
         moe = MoEModel(model.to(device))
@@ -163,6 +168,19 @@ def _check_architecture(config: PretrainedConfig, path: str) -> None:
     except ValueError as error:
         raise ConfigError(f"model.path='{path}' is not a causal language model: {_first_line(error)}") from error
     find_moe_layers(model)
+
+
+@contextmanager
+def _bar_on_terminals_only() -> Iterator[None]:
+    """transformers' bar over the weights is noise in a log file."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _first_line(error: Exception) -> str:

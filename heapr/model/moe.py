@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import moe as transformers_moe
 
 from heapr.errors import ConfigError
-from heapr.model.experts import RaggedExperts
+from heapr.model.experts import Experts, RaggedExperts
 from heapr.types import ExpertWeights
 
 # What an experts module may need beyond gated, bias-free [gate; up] weights: attribute of the decorator, value we handle.
@@ -47,10 +47,10 @@ class MoELayer:
     block: nn.Module
 
     @property
-    def experts(self) -> nn.Module:
+    def experts(self) -> Experts:
         return self.block.get_submodule(self.name.rpartition(".")[2])
 
-    def replace_experts(self, experts: nn.Module) -> None:
+    def replace_experts(self, experts: RaggedExperts) -> None:
         setattr(self.block, self.name.rpartition(".")[2], experts)
 
     @property
@@ -92,15 +92,18 @@ class MoEModel:
 
     @property
     def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        return device
 
     def hidden_states(self, **inputs: Tensor) -> Tensor:
         """Final hidden states (N, W, D), those that the output head turns into logits."""
-        return self.model.base_model(use_cache=False, **inputs).last_hidden_state
+        hidden: Tensor = self.model.base_model(use_cache=False, **inputs).last_hidden_state
+        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of final hidden states, in float32."""
-        return self.model.get_output_embeddings()(hidden).float()
+        logits: Tensor = self.model.get_output_embeddings()(hidden)
+        return logits.float()
 
     def check_head(self) -> None:
         """Refuse models whose logits are not just the output head's: losses computed in chunks would be wrong.
@@ -117,7 +120,8 @@ class MoEModel:
 
     def chunk_size(self) -> int:
         """Tokens whose logits are held at once."""
-        return max(1, LOGITS_CHUNK // self.model.get_output_embeddings().weight.shape[0])
+        vocabulary_size: int = self.model.get_output_embeddings().weight.shape[0]
+        return max(1, LOGITS_CHUNK // vocabulary_size)
 
 
 def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
@@ -185,11 +189,11 @@ def frozen_parameters(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
-def _is_experts(module: nn.Module) -> bool:
+def _is_experts(module: Experts) -> bool:
     return isinstance(module, RaggedExperts) or all(hasattr(module, name) for name in CAPABILITIES)
 
 
-def _check_capabilities(model: PreTrainedModel, experts: nn.Module) -> None:
+def _check_capabilities(model: PreTrainedModel, experts: Experts) -> None:
     if isinstance(experts, RaggedExperts):
         return
     for name, (handled, description) in CAPABILITIES.items():

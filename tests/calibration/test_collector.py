@@ -51,7 +51,7 @@ def test_every_statistic_equals_its_definition(causal_lm: PreTrainedModel, ids_N
                 "gh_sum_EF": (g * h).sum(0), "h_abs_sum_EF": h.abs().sum(0),
                 "ph_sq_sum_EF": ((p[:, None] * h) ** 2).sum(0), "ph_abs_max_EF": (p[:, None] * h).abs().amax(0),
             }  # fmt: skip
-            assert set(expected) == {name for name, _ in layer_statistics.items()}
+            assert set(expected) == set(dict(layer_statistics.items()))
             for name, value in expected.items():
                 got = getattr(layer_statistics, name)[expert]
                 torch.testing.assert_close(got, torch.as_tensor(value, dtype=torch.float64), rtol=1e-5, atol=1e-6)

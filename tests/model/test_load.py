@@ -16,7 +16,9 @@ def test_identity_follows_weights_and_dtype_not_path(tmp_path: Path) -> None:
     copy = Path(shutil.copytree(first, tmp_path / "copy"))
     (copy / "README.md").write_text("a card changes nothing")
     other = write_model(tmp_path / "other", seed=1)
-    identity = {name: find_model(str(path), dtype="float32").identity for name, path in {"first": first, "copy": copy, "other": other}.items()}
+    identity = {
+        name: find_model(str(path), dtype="float32").identity for name, path in {"first": first, "copy": copy, "other": other}.items()
+    }
     assert identity["first"] == identity["copy"]
     assert identity["first"] != identity["other"]
     assert identity["first"] != find_model(str(first), dtype="bfloat16").identity

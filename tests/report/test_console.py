@@ -6,6 +6,11 @@ from rich.console import Console
 
 from heapr.report.console import print_summary
 
+
+def stage(name: str, **values: object) -> dict[str, object]:
+    return {"stage": name, "what": "", "path": f"o/{name}/{values['key']}", **values}
+
+
 SUMMARY = {
     "metrics": {
         "dense": {"perplexity/pydocs": 20.0, "parameters": 2000.0, "flops_per_token": 10.0},
@@ -13,15 +18,29 @@ SUMMARY = {
         "size": {"parameters_removed_ratio": 0.25, "flops_removed_ratio": 0.1, "atomic_experts_removed_ratio": 0.3},
     },
     "stages": [
-        {"stage": "calibrate", "what": "128 x 256 tokens", "key": "abc", "path": "o/calibrate/abc", "cached": False, "seconds": 12.34, "peak_memory_bytes": 2**30},
-        {"stage": "score", "what": "by Heapr", "key": "def", "path": "o/score/def", "cached": True, "seconds": 0.01, "peak_memory_bytes": 0},
+        stage("calibrate", key="abc", cached=False, seconds=12.34, peak_memory_bytes=2**30),
+        stage("score", key="def", cached=True, seconds=0.01, peak_memory_bytes=0),
     ],
-}  # fmt: skip
+}
 
 
 def test_table_holds_metrics_change_seconds_memory_and_places() -> None:
     console = Console(width=120, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115 (rich wants a file)
     print_summary(SUMMARY, "outputs/runs/now", console)
     text = console.export_text()
-    for expected in ("20.00", "21.00", "+5.0%", "2,000", "1,500", "-25.0%", "-10.0%", "12.3", "1.00 GiB", "cached", "abc", "o/<stage>", "outputs/runs/now"):
+    for expected in (
+        "20.00",
+        "21.00",
+        "+5.0%",
+        "2,000",
+        "1,500",
+        "-25.0%",
+        "-10.0%",
+        "12.3",
+        "1.00 GiB",
+        "cached",
+        "abc",
+        "o/<stage>",
+        "outputs/runs/now",
+    ):
         assert expected in text

@@ -1,0 +1,42 @@
+"""The real thing: the built-in model on real text, pruned at 25 %."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.experiment import run_in
+
+SMALLER = ["calibration.num_samples=64", "evaluation/corpora=[pydocs]", "evaluation.efficiency=null"]
+
+
+@pytest.fixture(scope="module")
+def perplexity(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    """Held-out perplexity: dense, and pruned at 25 % by each criterion."""
+    folder: Path = tmp_path_factory.mktemp("builtin")
+    found = {}
+    for score in ("heapr", "fisher", "heapr_sum", "magnitude", "random"):
+        metrics = run_in(folder, f"score={score}", "pruning.ratio=0.25", *SMALLER).metrics
+        found["dense"] = metrics["dense"]["perplexity/pydocs"]
+        found[score] = metrics["pruned"]["perplexity/pydocs"]
+    return found
+
+
+def test_the_dense_model_reaches_its_figure(perplexity: dict[str, float]) -> None:
+    assert perplexity["dense"] <= 32
+
+
+def test_heapr_stays_within_ten_percent_of_the_dense_model(perplexity: dict[str, float]) -> None:
+    assert perplexity["dense"] < perplexity["heapr"] <= 1.10 * perplexity["dense"]
+
+
+def test_heapr_beats_the_controls_by_a_wide_margin(perplexity: dict[str, float]) -> None:
+    """Their increase over the dense model is at least five times as large."""
+    increase = {name: value - perplexity["dense"] for name, value in perplexity.items()}
+    assert increase["magnitude"] > 5 * increase["heapr"]
+    assert increase["random"] > 5 * increase["heapr"]
+
+
+def test_the_joint_moment_is_no_worse_than_the_product_of_moments(perplexity: dict[str, float]) -> None:
+    assert perplexity["fisher"] <= perplexity["heapr_sum"] * 1.02
