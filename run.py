@@ -22,5 +22,5 @@ def main(config: DictConfig) -> None:
 
 if __name__ == "__main__":
     register()
-    with one_line_errors(Path(__file__).parent / "conf"):
+    with one_line_errors(Path(__file__).resolve().parent / "conf"):
         main()

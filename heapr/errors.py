@@ -1,4 +1,4 @@
-"""The one error for mistakes a user can mend, and its way to the console: one line, exit code 2."""
+"""The one error for mistakes that a user can mend."""
 
 from __future__ import annotations
 

@@ -18,6 +18,19 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def hash_file_once(path: Path, memory: Path) -> str:
+    """As `hash_file`, but remembered in a folder by place, size and time of change: large weights are read once."""
+    stat = path.stat()
+    place = hashlib.sha256(f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()
+    remembered = memory / f"{place}.json"
+    if remembered.is_file():
+        return str(json.loads(remembered.read_text())["sha256"])
+    digest = hash_file(path)
+    memory.mkdir(parents=True, exist_ok=True)
+    write_json(remembered, {"file": str(path.resolve()), "sha256": digest})
+    return digest
+
+
 def fsync(path: Path) -> None:
     """Force a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -30,6 +43,6 @@ def fsync(path: Path) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader sees the old file or the whole new one, never a part."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
     fsync(temporary)
     temporary.rename(path)

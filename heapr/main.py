@@ -5,14 +5,16 @@ In: the configuration that Hydra composed, or the error that it met. Out: a run,
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
+from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -24,7 +26,6 @@ from heapr.errors import ConfigError
 from heapr.schema import resolve, unknown_key
 
 EXIT_CODE = 2
-CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOSPC)
 
 
 def run_job(config: DictConfig) -> None:
@@ -39,14 +40,11 @@ def run_job(config: DictConfig) -> None:
 def _run(config: DictConfig) -> None:
     """Check the configuration, run the pipeline, print the table."""
     typed = resolve(config)  # before torch is imported: a mistake is answered at once
-    from dataclasses import asdict
-
     from heapr.pipeline import run
     from heapr.report.console import print_summary
 
     folder = Path(HydraConfig.get().runtime.output_dir)
-    summary = run(typed, folder)
-    print_summary(asdict(summary), str(folder))
+    print_summary(asdict(run(typed, folder)), str(folder))
 
 
 @contextmanager
@@ -66,7 +64,7 @@ def one_line_errors(config_folder: Path | None = None) -> Iterator[None]:
     except (HydraException, OmegaConfBaseException) as error:
         _stop(_explain(error, config_folder))
     except OSError as error:
-        if error.errno not in CANNOT_WRITE or error.filename is None:
+        if error.filename is None or _came_from_job(error):
             raise
         _stop(f"cannot write '{error.filename}': {error.strerror}; choose another folder with paths.outputs=...")
 
@@ -74,6 +72,11 @@ def one_line_errors(config_folder: Path | None = None) -> Iterator[None]:
 def _stop(message: str, code: int = EXIT_CODE) -> None:
     sys.stderr.write(f"error: {message}\n")
     sys.exit(code)
+
+
+def _came_from_job(error: BaseException) -> bool:
+    """Whether the error was raised in the job; if not, Hydra could not make the run's folder."""
+    return any(frame.f_code is _run.__code__ for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def _explain(error: Exception, config_folder: Path | None) -> str:
@@ -89,16 +92,24 @@ def _explain(error: Exception, config_folder: Path | None) -> str:
 
 
 def _explain_unknown_key(path: str, config_folder: Path) -> str:
-    """Compare a misspelt key, part by part, with the default configuration."""
-    from hydra import compose, initialize_config_dir
-
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(config_folder), version_base="1.3"):
-        node = compose("config")
+    """Compare a misspelt key, part by part, with the configuration of the groups' options that were chosen."""
+    node = _compose_groups(sys.argv[1:], config_folder)
     parts = path.split(".")
     for number, part in enumerate(parts, start=1):
         if not isinstance(node, DictConfig) or part not in node:
             known = [str(key) for key in node] if isinstance(node, DictConfig) else []
             return unknown_key(".".join(parts[:number]), known)
         node = node[part]
-    return f"'{path}' is a group of fields, not one; give one of its fields"
+    return f"'{path}' is not a field that can be set; see --help"
+
+
+def _compose_groups(overrides: Sequence[str], config_folder: Path) -> DictConfig:
+    """The configuration with the first of the options chosen for each group and no other override."""
+    matches = [re.fullmatch(r"([a-z_/]+)=([a-z_0-9]+)(,.*)?", override) for override in overrides]
+    choices = [f"{match[1]}={match[2]}" for match in matches if match]
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_folder), version_base="1.3"):
+        try:
+            return compose("config", overrides=choices)
+        except HydraException:  # one of them is misspelt itself
+            return compose("config")

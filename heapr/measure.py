@@ -18,22 +18,30 @@ CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 class StageMeter:
-    """Context manager; after it, `seconds` and `peak_memory_bytes` hold what the block took."""
+    """Context manager; after it, `seconds` and `peak_memory_bytes` hold what the block took.
+
+    Args:
+        device: where the work is done, and so whose memory is meant.
+    """
 
     seconds: float = 0.0
     peak_memory_bytes: int = 0
 
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
     def __enter__(self) -> StageMeter:
         self._started = time.perf_counter()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
         else:
             _reset_resident_peak()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.seconds = time.perf_counter() - self._started
-        self.peak_memory_bytes = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _resident_peak()
+        on_gpu = self._device.type == "cuda"
+        self.peak_memory_bytes = torch.cuda.max_memory_allocated(self._device) if on_gpu else _resident_peak()
 
 
 def _reset_resident_peak() -> None:

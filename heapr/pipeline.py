@@ -1,7 +1,7 @@
 """The paper's algorithm, read aloud: calibrate -> score -> prune -> evaluate.
 
 In: an experiment's configuration. Out: a `Summary`. Every stage goes through the artifact store, which answers from disk
-when it already holds the result; nothing below this file sees a configuration or builds a path.
+when it already holds the result.
 """
 
 from __future__ import annotations
@@ -9,37 +9,31 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 
 from heapr.calibration.collector import collect
-from heapr.calibration.corpora import Corpus
-from heapr.calibration.sampling import batches, sample, windows
-from heapr.errors import ConfigError
-from heapr.evaluation.build import build_evaluators
+from heapr.calibration.sampling import batches
 from heapr.evaluation.efficiency import size_change
-from heapr.evaluation.evaluator import Evaluator
+from heapr.experiment import Experiment, prepare
 from heapr.files import write_json
-from heapr.model.load import ModelSource, find_model
 from heapr.model.moe import MoEModel
 from heapr.progress import progress
 from heapr.pruning.allocation import allocate
 from heapr.pruning.surgery import remove
-from heapr.recipes import Recipes, experiment_recipes
-from heapr.schema import CalibrationConfig, ExperimentConfig, PruningConfig, build
-from heapr.score.criterion import Criterion
-from heapr.store import Artifact, Recipe, Store
+from heapr.schema import ExperimentConfig
+from heapr.store import Artifact, Recipe
 from heapr.tracking.build import open_tracker
 from heapr.tracking.tracker import Tracker
 from heapr.types import ExpertWeights, Metrics, Plan, Scores, Statistics, TensorDict
 
 logger = logging.getLogger(__name__)
 
+# The files of the artifact contract.
 TOKENS, STATISTICS, SCORES = "tokens.safetensors", "statistics.safetensors", "scores.safetensors"
 PLAN, METRICS, SUMMARY = "plan.safetensors", "metrics.json", "summary.json"
 
@@ -60,47 +54,27 @@ class Summary:
 
 
 def run(config: ExperimentConfig, folder: Path) -> Summary:
-    """One experiment. Users' mistakes are found before the first expensive step.
+    """One experiment.
 
     Args:
         config: checked by `heapr.schema.resolve`.
         folder: of this run; gets `summary.json` and the tracker's file.
 
     Raises:
-        ConfigError: the user's mistake.
-        FloatingPointError: calibration met NaN or infinity; the message names layer and batch.
+        ConfigError: the user's mistake, found before the first expensive step.
+        FloatingPointError: NaN or infinity; the message names where.
     """
-    corpus: Corpus = build(config.calibration.corpus, "calibration.corpus")
-    criterion: Criterion = build(config.score, "score")
-    evaluators = build_evaluators(config.evaluation)
-    device = _device(config.runtime.device)
-    if config.runtime.num_threads is not None:
-        torch.set_num_threads(config.runtime.num_threads)
-    source = find_model(config.model.path, dtype=config.model.dtype, revision=config.model.revision)
-    _check_lengths(config, source)
-    recipes = experiment_recipes(config, source.identity, corpus, evaluators)
-    _warn_of_overlap(recipes)
-    outputs = Path(config.paths.outputs)
-    tracker = open_tracker(
-        config.tracking.mode,
-        project=config.tracking.project,
-        run_folder=folder,
-        wandb_folder=outputs,
-        name=_name(config),
-        config=asdict(config),
-    )
-    logger.info("%-9s %s, results in %s", "run", _name(config), folder)
-    try:
-        pipeline = Pipeline(Store(outputs / "artifacts"), ModelOnDemand(source, device), recipes, tracker)
-        pipeline.prepare(evaluators)
-        statistics = pipeline.calibrate(corpus, config.calibration)
-        scores = pipeline.score(criterion, statistics)
-        plan = pipeline.prune(scores, config.pruning)
-        metrics = pipeline.evaluate(evaluators, statistics, plan)
+    experiment = prepare(config)
+    logger.info("%-9s %s, results in %s", "run", experiment.name, folder)
+    resolved, outputs = asdict(config), Path(config.paths.outputs)
+    with open_tracker(config.tracking, name=experiment.name, folder=folder, outputs=outputs, config=resolved) as tracker:
+        pipeline = Pipeline(experiment, tracker)
+        statistics = pipeline.calibrate()
+        scores = pipeline.score(statistics)
+        plan = pipeline.prune(scores)
+        metrics = pipeline.evaluate(statistics, plan)
         tracker.log({f"{group}/{name}": value for group, values in metrics.items() for name, value in values.items()})
-    finally:
-        tracker.close()
-    summary = Summary(metrics=metrics, stages=pipeline.stages, config=asdict(config))
+    summary = Summary(metrics=metrics, stages=pipeline.stages, config=resolved)
     write_json(folder / SUMMARY, asdict(summary))
     return summary
 
@@ -108,181 +82,99 @@ def run(config: ExperimentConfig, folder: Path) -> Summary:
 class Pipeline:
     """The four stages, each answered by the store or made.
 
+    The model is loaded when a stage first needs it: a run that finds everything in the store never does.
+
     Args:
-        store: where artifacts are.
-        models: loads the model when a stage first needs it.
-        recipes: what determines each result.
+        experiment: what to do.
         tracker: gets seconds and cache hits of every stage.
     """
 
-    def __init__(self, store: Store, models: ModelOnDemand, recipes: Recipes, tracker: Tracker) -> None:
-        self.store, self.models, self.recipes, self.tracker = store, models, recipes, tracker
+    def __init__(self, experiment: Experiment, tracker: Tracker) -> None:
+        self.experiment, self.tracker = experiment, tracker
         self.stages: list[dict[str, Any]] = []
+        self._model: MoEModel | None = None
+        self._is_pruned = False
 
-    def prepare(self, evaluators: Sequence[Evaluator]) -> None:
-        """Let every evaluator that has something left to do find the user's mistakes now."""
-        for evaluator in evaluators:
-            recipes = (self.recipes.evaluate_dense[evaluator.name], self.recipes.evaluate_pruned[evaluator.name])
-            if not all(self.store.has(recipe) for recipe in recipes):
-                evaluator.prepare(self.models.source.tokenizer())
-
-    def calibrate(self, corpus: Corpus, settings: CalibrationConfig) -> Statistics:
+    def calibrate(self) -> Statistics:
         """One forward and one backward pass over the calibration tokens; running sums per atomic expert."""
 
         def make(folder: Path) -> None:
-            available = windows(corpus, self.models.source.tokenizer(), length=settings.sequence_length)
-            tokens = sample(available, num_samples=settings.num_samples, seed=settings.seed, corpus_name=corpus.name)
-            num_batches = math.ceil(settings.num_samples / settings.batch_size)
-            model = self.models.dense()
-            bar = progress(batches(tokens, settings.batch_size), total=num_batches, description="calibrate")
+            tokens, batch_size = self.experiment.tokens, self.experiment.batch_size
+            assert tokens is not None, "the calibration vanished from the store while the experiment was under way"
+            num_batches = math.ceil(len(tokens.ids_NW) / batch_size)
+            bar = progress(batches(tokens, batch_size), total=num_batches, description="calibrate")
+            statistics = collect(self._dense_model(), bar)
             _save(tokens.to_tensors(), folder / TOKENS)
-            _save(collect(model, bar).to_tensors(), folder / STATISTICS)
+            _save(statistics.to_tensors(), folder / STATISTICS)
 
-        what = f"{settings.num_samples} x {settings.sequence_length} tokens of {corpus.name}"
-        statistics = Statistics.from_tensors(load_file(self._get(self.recipes.calibrate, make, what).path / STATISTICS))
-        _log_unrouted(statistics)
-        return statistics
+        artifact = self._get(self.experiment.recipes.calibrate, make)
+        return Statistics.from_tensors(load_file(artifact.path / STATISTICS))
 
-    def score(self, criterion: Criterion, statistics: Statistics) -> Scores:
+    def score(self, statistics: Statistics) -> Scores:
         """The importance of every atomic expert."""
 
         def make(folder: Path) -> None:
-            _save(criterion(statistics, self.models.weights()).to_tensors(), folder / SCORES)
+            _save(self.experiment.criterion(statistics, self._weights).to_tensors(), folder / SCORES)
 
-        what = f"by {type(criterion).__name__}"
-        return Scores.from_tensors(load_file(self._get(self.recipes.score, make, what).path / SCORES))
+        artifact = self._get(self.experiment.recipes.score, make)
+        return Scores.from_tensors(load_file(artifact.path / SCORES))
 
-    def prune(self, scores: Scores, settings: PruningConfig) -> Plan:
+    def prune(self, scores: Scores) -> Plan:
         """Which atomic experts go: the lowest-scoring share."""
 
         def make(folder: Path) -> None:
-            _save(allocate(scores, ratio=settings.ratio, scope=settings.scope).to_tensors(), folder / PLAN)
+            _save(allocate(scores, ratio=self.experiment.ratio, scope=self.experiment.scope).to_tensors(), folder / PLAN)
 
-        what = f"{settings.ratio:.4g} of all atomic experts, ranked per {settings.scope}"
-        plan = Plan.from_tensors(load_file(self._get(self.recipes.prune, make, what).path / PLAN))
-        asked = settings.ratio * plan.num_atomic_experts
+        artifact = self._get(self.experiment.recipes.prune, make)
+        plan = Plan.from_tensors(load_file(artifact.path / PLAN))
+        asked = self.experiment.ratio * plan.num_atomic_experts
         logger.info("%-9s removes %d of %d atomic experts (asked for %.6g)", "prune", plan.num_removed, plan.num_atomic_experts, asked)
         return plan
 
-    def evaluate(self, evaluators: Sequence[Evaluator], statistics: Statistics, plan: Plan) -> dict[str, Metrics]:
+    def evaluate(self, statistics: Statistics, plan: Plan) -> dict[str, Metrics]:
         """Metrics of the dense and of the pruned model. The dense ones come first: pruning changes the model in place."""
-        dense = self._measure(evaluators, self.recipes.evaluate_dense, statistics, self.models.dense, "dense")
-        pruned = self._measure(evaluators, self.recipes.evaluate_pruned, statistics, lambda: self.models.pruned(plan), "pruned")
+        recipes = self.experiment.recipes
+        dense = self._measure(recipes.evaluate_dense, statistics, self._dense_model, variant="dense")
+        pruned = self._measure(recipes.evaluate_pruned, statistics, lambda: self._pruned_model(plan), variant="pruned")
         removed = {"atomic_experts_removed_ratio": plan.num_removed / plan.num_atomic_experts}
         return {"dense": dense, "pruned": pruned, "size": removed | size_change(dense, pruned)}
 
-    def _measure(
-        self,
-        evaluators: Sequence[Evaluator],
-        recipes: Mapping[str, Recipe],
-        statistics: Statistics,
-        model: Callable[[], MoEModel],
-        variant: str,
-    ) -> Metrics:
+    def _measure(self, recipes: Sequence[Recipe], statistics: Statistics, model: Callable[[], MoEModel], *, variant: str) -> Metrics:
         metrics: Metrics = {}
-        for evaluator in evaluators:
-
-            def make(folder: Path, evaluator: Evaluator = evaluator) -> None:
-                write_json(folder / METRICS, evaluator(model(), statistics))
-
-            artifact = self._get(recipes[evaluator.name], make, f"{evaluator.name}, {variant}")
+        for evaluator, recipe in zip(self.experiment.evaluators, recipes, strict=True):
+            artifact = self._get(
+                recipe,
+                lambda folder, evaluator=evaluator: write_json(folder / METRICS, evaluator(model(), statistics)),  # type: ignore[misc]
+                what=f"{evaluator.name} {variant}",
+            )
             metrics |= json.loads((artifact.path / METRICS).read_text())
         return metrics
 
-    def _get(self, recipe: Recipe, make: Callable[[Path], None], what: str) -> Artifact:
+    def _dense_model(self) -> MoEModel:
+        assert not self._is_pruned, "the dense model was pruned in place"
+        if self._model is None:
+            self._model = self.experiment.source.load(self.experiment.device)
+        return self._model
+
+    def _pruned_model(self, plan: Plan) -> MoEModel:
+        if self._model is None or not self._is_pruned:
+            self._model = self._dense_model()
+            remove(self._model, plan)
+            self._is_pruned = True
+        return self._model
+
+    def _weights(self, index: int) -> ExpertWeights:
+        return next(layer.weights() for layer in self._dense_model().layers if layer.index == index)
+
+    def _get(self, recipe: Recipe, make: Callable[[Path], None], what: str = "") -> Artifact:
         """Answer from the store or make it; one log line either way."""
-        artifact = self.store.get(recipe, make)
+        artifact = self.experiment.store.get(recipe, make)
         self.stages.append({"stage": recipe.stage, "what": what, **artifact.summary()})
         origin = "cached" if artifact.cached else f"made, peak memory {artifact.peak_memory_bytes / 2**30:.2f} GiB"
-        logger.info("%-9s %s %s: %s, %.1f s", recipe.stage, recipe.key, what, origin, artifact.seconds)
+        logger.info("%-9s %s%s: %s, %.1f s", recipe.stage, f"{what} " if what else "", recipe.key, origin, artifact.seconds)
         self.tracker.log({f"stages/{len(self.stages)}_{recipe.stage}/{name}": value for name, value in artifact.summary().items()})
         return artifact
 
 
-class ModelOnDemand:
-    """Loads the model when it is first needed: a run that finds everything in the store never does."""
-
-    def __init__(self, source: ModelSource, device: torch.device) -> None:
-        self.source, self.device = source, device
-        self._dense: MoEModel | None = None
-        self._pruned: MoEModel | None = None
-
-    def dense(self) -> MoEModel:
-        if self._dense is None:
-            self._dense = self.source.load(self.device)
-        return self._dense
-
-    def pruned(self, plan: Plan) -> MoEModel:
-        """The dense model with the plan applied; in place, so there is no dense model afterwards."""
-        if self._pruned is None:
-            self._pruned, self._dense = self.dense(), None
-            remove(self._pruned, plan)
-        return self._pruned
-
-    def weights(self) -> Mapping[int, ExpertWeights]:
-        """Expert weights by layer index; the model is loaded when the first is asked for."""
-        return _LazyWeights(self)
-
-
-class _LazyWeights(Mapping[int, ExpertWeights]):
-    def __init__(self, models: ModelOnDemand) -> None:
-        self._models = models
-
-    def __getitem__(self, index: int) -> ExpertWeights:
-        return next(layer.weights() for layer in self._models.dense().layers if layer.index == index)
-
-    def __iter__(self) -> Iterator[int]:
-        return (layer.index for layer in self._models.dense().layers)
-
-    def __len__(self) -> int:
-        return len(self._models.dense().layers)
-
-
 def _save(tensors: TensorDict, path: Path) -> None:
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"runtime.device='{name}' is unknown; choose auto, cpu, cuda or cuda:<number>") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"runtime.device='{name}', but torch sees {torch.cuda.device_count()} GPUs; choose auto or cpu")
-    return device
-
-
-def _check_lengths(config: ExperimentConfig, source: ModelSource) -> None:
-    limit = source.max_sequence_length
-    if limit is not None and config.calibration.sequence_length > limit:
-        raise ConfigError(
-            f"calibration.sequence_length={config.calibration.sequence_length} is above the {limit} tokens of model "
-            f"'{config.model.name}'; give at most {limit}"
-        )
-    for name, entry in config.evaluation.items():
-        window = entry.get("window") if isinstance(entry, Mapping) else None
-        if window is not None and not 2 <= window <= (limit or window):
-            raise ConfigError(f"evaluation.{name}.window={window} is not between 2 and the {limit} tokens of model '{config.model.name}'")
-
-
-def _warn_of_overlap(recipes: Recipes) -> None:
-    calibrated_on = recipes.calibrate.config["corpus"]
-    for name, recipe in recipes.evaluate_dense.items():
-        if recipe.config["evaluator"].get("corpus") == calibrated_on:
-            logger.warning("%s is measured on the very text that is calibrated on; use other splits to measure generalisation", name)
-
-
-def _log_unrouted(statistics: Statistics) -> None:
-    for index, layer in statistics.layers.items():
-        if unrouted := int((layer.count_E == 0).sum()):
-            logger.info(
-                "%-9s no token reached %d of %d experts of layer %d; they go first", "calibrate", unrouted, len(layer.count_E), index
-            )
-
-
-def _name(config: ExperimentConfig) -> str:
-    """Readable name of a run: model, criterion, scope, ratio."""
-    criterion = config.score.get("_target_", "").rpartition(".")[2].lower()
-    return f"{config.model.name} {criterion} {config.pruning.scope} {config.pruning.ratio:.4g}"

@@ -25,14 +25,14 @@ class Recipes:
 
     Attributes:
         calibrate, score, prune: one each.
-        evaluate_dense, evaluate_pruned: one per evaluator, by its name.
+        evaluate_dense, evaluate_pruned: one per evaluator, in their order.
     """
 
     calibrate: Recipe
     score: Recipe
     prune: Recipe
-    evaluate_dense: Mapping[str, Recipe]
-    evaluate_pruned: Mapping[str, Recipe]
+    evaluate_dense: Sequence[Recipe]
+    evaluate_pruned: Sequence[Recipe]
 
 
 def experiment_recipes(
@@ -56,8 +56,8 @@ def experiment_recipes(
         calibrate=calibrate,
         score=score,
         prune=prune,
-        evaluate_dense={e.name: _evaluate_dense(e, model_identity, calibrate) for e in evaluators},
-        evaluate_pruned={e.name: _recipe("evaluate", {"evaluator": e.identity()}, prune) for e in evaluators},
+        evaluate_dense=[_evaluate_dense(evaluator, model_identity, calibrate) for evaluator in evaluators],
+        evaluate_pruned=[_recipe("evaluate", {"evaluator": evaluator.identity()}, prune) for evaluator in evaluators],
     )
 
 

@@ -1,4 +1,4 @@
-"""The typed configuration: every field with its meaning, unit and range, and the checks across fields.
+"""The typed configuration: every field with its meaning, unit and range.
 
 In: what Hydra composed from conf/. Out: `ExperimentConfig`, checked; and the plug-ins that its `_target_` entries name.
 Light on purpose: no torch, so that a mistyped command line is answered at once.
@@ -9,11 +9,13 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Collection, Mapping
+import typing
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import hydra.utils
+import pydantic
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
@@ -124,12 +126,12 @@ def check(config: ExperimentConfig) -> None:
     _choice("model.dtype", config.model.dtype, DTYPES)
     _choice("tracking.mode", config.tracking.mode, TRACKING_MODES)
     calibration = config.calibration
-    _at_least("calibration.num_samples", calibration.num_samples, 1)
-    _at_least("calibration.sequence_length", calibration.sequence_length, 2)
-    _at_least("calibration.batch_size", calibration.batch_size, 1)
-    _at_least("calibration.seed", calibration.seed, 0)
+    at_least("calibration.num_samples", calibration.num_samples, 1)
+    at_least("calibration.sequence_length", calibration.sequence_length, 2)
+    at_least("calibration.batch_size", calibration.batch_size, 1)
+    at_least("calibration.seed", calibration.seed, 0)
     if config.runtime.num_threads is not None:
-        _at_least("runtime.num_threads", config.runtime.num_threads, 1)
+        at_least("runtime.num_threads", config.runtime.num_threads, 1)
 
 
 def build(entry: Mapping[str, Any], where: str, **injected: Any) -> Any:
@@ -141,30 +143,43 @@ def build(entry: Mapping[str, Any], where: str, **injected: Any) -> Any:
         injected: further arguments, not from the configuration.
 
     Raises:
-        ConfigError: unknown target, or arguments that it does not take or lacks; and what the plug-in itself raises.
+        ConfigError: unknown target, or arguments that it does not take, lacks or that have another type; and what the
+            plug-in itself raises.
     """
+    target = plug_in(entry, where)
     arguments = {key: value for key, value in entry.items() if key != "_target_"}
-    if "_target_" not in entry:
-        raise ConfigError(
-            f"{where} has no _target_, so it names no plug-in; choose one of the group's options, for example {where}=<option>"
-        )
-    try:
-        target = hydra.utils.get_object(entry["_target_"])
-    except Exception as error:  # whatever importing a wrongly named module raises
-        raise ConfigError(f"{where}._target_='{entry['_target_']}' cannot be imported; see docs/adding.md") from error
-    known = inspect.signature(target).parameters
-    for key in arguments:
+    known = {name: p for name, p in inspect.signature(target).parameters.items() if name not in injected}
+    hints = typing.get_type_hints(target.__init__) if inspect.isclass(target) else {}
+    for key, value in arguments.items():
         if key not in known:
-            raise ConfigError(unknown_key(f"{where}.{key}", [name for name in known if name not in injected]))
-    absent = [name for name, p in known.items() if p.default is p.empty and name not in arguments and name not in injected]
+            raise ConfigError(unknown_key(f"{where}.{key}", known))
+        _check_type(f"{where}.{key}", value, hints.get(key, Any))
+    absent = [name for name, parameter in known.items() if parameter.default is parameter.empty and name not in arguments]
     if absent:
         raise ConfigError(f"{where} lacks {', '.join(absent)}; give it, for example {where}.{absent[0]}=...")
     return target(**arguments, **injected)
 
 
-def takes(entry: Mapping[str, Any], argument: str) -> bool:
-    """Whether the plug-in of an entry has an argument of that name."""
-    return argument in inspect.signature(hydra.utils.get_object(entry["_target_"])).parameters
+def plug_in(entry: Any, where: str) -> Callable[..., Any]:
+    """What an entry's `_target_` names.
+
+    Raises:
+        ConfigError: it names nothing.
+    """
+    if not isinstance(entry, Mapping) or "_target_" not in entry:
+        raise ConfigError(f"{where} has no _target_, so it names no plug-in; look for a misspelt key, or see docs/adding.md")
+    try:
+        target: Callable[..., Any] = hydra.utils.get_object(entry["_target_"])
+    except Exception as error:  # whatever importing a wrongly named module raises
+        raise ConfigError(f"{where}._target_='{entry['_target_']}' cannot be imported; see docs/adding.md") from error
+    return target
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    try:
+        pydantic.TypeAdapter(hint, config=pydantic.ConfigDict(strict=True)).validate_python(value)
+    except pydantic.ValidationError as error:
+        raise ConfigError(f"{name}={value} has the wrong type: {error.errors()[0]['msg']}") from error
 
 
 def unknown_key(path: str, known: Collection[str]) -> str:
@@ -180,6 +195,6 @@ def _choice(name: str, value: str, known: Collection[str]) -> None:
         raise ConfigError(f"{name}='{value}' is unknown; choose one of {', '.join(known)}")
 
 
-def _at_least(name: str, value: int, minimum: int) -> None:
+def at_least(name: str, value: int, minimum: int) -> None:
     if value < minimum:
         raise ConfigError(f"{name}={value} is below {minimum}; give a whole number of at least {minimum}")

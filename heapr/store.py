@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,8 +23,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 
+from heapr.errors import ConfigError
 from heapr.files import fsync, hash_file, write_json
 from heapr.measure import StageMeter
 
@@ -86,10 +89,29 @@ class Recipe:
 
 
 class Store:
-    """Artifacts below one folder, `<root>/<stage>/<key>/`."""
+    """Artifacts below one folder, `<root>/<stage>/<key>/`.
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    Args:
+        root: made if it is not there.
+        device: whose peak memory is measured while an artifact is made.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+
+    def __init__(self, root: Path, device: torch.device) -> None:
+        self.root, self.device = root, device
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=root):
+                pass
+        except OSError as error:
+            raise ConfigError(f"cannot write '{root}': {error.strerror}; choose another folder with paths.outputs=...") from error
+
+    @property
+    def digests(self) -> Path:
+        """Where hashes of large files are remembered."""
+        return self.root / ".digests"
 
     def path(self, recipe: Recipe) -> Path:
         return self.root / recipe.stage / recipe.key
@@ -101,7 +123,7 @@ class Store:
     def get(self, recipe: Recipe, make: Callable[[Path], None]) -> Artifact:
         """The artifact of a recipe; `make` fills an empty folder with its files if it is not there yet."""
         path = self.path(recipe)
-        with StageMeter() as meter:
+        with StageMeter(self.device) as meter:
             cached = _is_intact(path) or not _make_once(recipe, path, make)
         peak = 0 if cached else meter.peak_memory_bytes
         return Artifact(recipe.stage, recipe.key, path, cached, meter.seconds, peak)

@@ -181,6 +181,7 @@ class Scores:
     def __post_init__(self) -> None:
         for index, scores_EF in self.layers.items():
             assert scores_EF.dim() == 2 and scores_EF.dtype == torch.float32, (index, scores_EF.shape, scores_EF.dtype)
+            assert scores_EF.isfinite().all(), f"scores of layer {index} are not finite"
 
     def to_tensors(self) -> TensorDict:
         return {f"layers.{index}": scores_EF for index, scores_EF in self.layers.items()}

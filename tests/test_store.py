@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from heapr.store import Recipe, Store, canonical_json
 
+CPU = torch.device("cpu")
 RECIPE = Recipe(stage="score", version=1, config={"ratio": 0.5}, upstream={"calibrate": "abc"})
 
 
@@ -27,7 +29,7 @@ def make_slowly(root: str, log: str, seconds: float) -> None:
         time.sleep(seconds)
         make_file(folder)
 
-    Store(Path(root)).get(RECIPE, make)
+    Store(Path(root), CPU).get(RECIPE, make)
 
 
 def forbidden(folder: Path) -> None:
@@ -35,7 +37,7 @@ def forbidden(folder: Path) -> None:
 
 
 def test_made_once_then_cached(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+    store = Store(tmp_path, CPU)
     assert not store.has(RECIPE)
     first, second = store.get(RECIPE, make_file), store.get(RECIPE, forbidden)
     assert (first.cached, second.cached) == (False, True)
@@ -45,7 +47,7 @@ def test_made_once_then_cached(tmp_path: Path) -> None:
 
 
 def test_manifest_says_what_it_is(tmp_path: Path) -> None:
-    manifest = json.loads((Store(tmp_path).get(RECIPE, make_file).path / "manifest.json").read_text())
+    manifest = json.loads((Store(tmp_path, CPU).get(RECIPE, make_file).path / "manifest.json").read_text())
     assert manifest["stage"] == "score" and manifest["stage_version"] == 1 and manifest["key"] == RECIPE.key
     assert manifest["upstream"] == {"calibrate": "abc"} and manifest["config"] == {"ratio": 0.5}
     assert manifest["files"]["data.txt"]["size"] == 6 and len(manifest["files"]["data.txt"]["sha256"]) == 64
@@ -73,7 +75,7 @@ def test_noise_in_floats_and_order_of_keys_do_not_matter() -> None:
 
 @pytest.mark.parametrize("damage", ["change", "truncate", "remove", "manifest"])
 def test_damaged_artifacts_are_made_again(tmp_path: Path, damage: str) -> None:
-    store = Store(tmp_path)
+    store = Store(tmp_path, CPU)
     path = store.get(RECIPE, make_file).path
     if damage == "change":
         (path / "data.txt").write_text("resulT")
@@ -93,7 +95,7 @@ def test_a_failed_make_leaves_nothing(tmp_path: Path) -> None:
         make_file(folder)
         raise RuntimeError("half-way")
 
-    store = Store(tmp_path)
+    store = Store(tmp_path, CPU)
     with pytest.raises(RuntimeError, match="half-way"):
         store.get(RECIPE, fail)
     assert not store.has(RECIPE)
@@ -111,7 +113,7 @@ def test_parallel_processes_make_it_once(tmp_path: Path) -> None:
         process.join(timeout=30)
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert len(log.read_text().splitlines()) == 1
-    assert Store(tmp_path / "store").has(RECIPE)
+    assert Store(tmp_path / "store", CPU).has(RECIPE)
 
 
 def test_kill_9_leaves_no_half_artifact_and_the_next_takes_over(tmp_path: Path) -> None:
@@ -125,6 +127,6 @@ def test_kill_9_leaves_no_half_artifact_and_the_next_takes_over(tmp_path: Path) 
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert list((root / "score").glob(".*.tmp-*"))  # what the killed process left
-    assert not Store(root).has(RECIPE)
-    assert not Store(root).get(RECIPE, make_file).cached
+    assert not Store(root, CPU).has(RECIPE)
+    assert not Store(root, CPU).get(RECIPE, make_file).cached
     assert not list((root / "score").glob(".*.tmp-*"))

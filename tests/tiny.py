@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from heapr.types import LayerStatistics, Statistics
+from heapr.types import ExpertWeights, LayerStatistics, Statistics
 
 VOCABULARY_SIZE = 257
 
@@ -36,6 +36,11 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+
+
+def no_weights(index: int) -> ExpertWeights:
+    """For criteria that must not look at weights."""
+    raise AssertionError(f"the weights of layer {index} were asked for")
 
 
 def layer_statistics(count: list[float], **values: list[list[float]]) -> LayerStatistics:

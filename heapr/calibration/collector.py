@@ -8,7 +8,7 @@ Shape letters: D model width, E experts, F atomic experts of an expert, n tokens
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch
@@ -20,11 +20,20 @@ from heapr.types import LayerStatistics, Statistics
 
 
 class LayerObserver:
-    """Running statistics of one layer, updated when the gradient of an expert's activations arrives."""
+    """Running sums of one layer, updated when the gradient of an expert's activations arrives.
+
+    Args:
+        layer: what is observed.
+        device: where the sums are kept.
+    """
 
     def __init__(self, layer: MoELayer, device: torch.device) -> None:
         self.index = layer.index
-        self.statistics = LayerStatistics.zeros(layer.num_experts, layer.width, device)
+        zeros = LayerStatistics.zeros(layer.num_experts, layer.width, device)
+        self.sums = dict(zeros.items())
+
+    def statistics(self) -> LayerStatistics:
+        return LayerStatistics(**self.sums)
 
     def __call__(self, expert: int, h_nF: Tensor, router_weight_n: Tensor, output_nD: Tensor) -> None:
         if h_nF.requires_grad:
@@ -35,20 +44,20 @@ class LayerObserver:
         """Add one expert's tokens. Sums over a batch are taken in float32, sums over batches in float64."""
         h_nF, g_nF, p_n = h_nF.float(), grad_nF.float(), router_weight_n.float()
         gh_nF, h_sq_nF, h_abs_nF = g_nF * h_nF, h_nF.square(), h_nF.abs()
-        kept = self.statistics
-        kept.count_E[expert] += len(p_n)
-        kept.router_weight_sum_E[expert] += p_n.sum()
-        kept.output_norm_sum_E[expert] += p_n @ torch.linalg.vector_norm(output_nD, dim=1, dtype=torch.float32)
+        sums = self.sums
+        sums["count_E"][expert] += len(p_n)
+        sums["router_weight_sum_E"][expert] += p_n.sum()
+        sums["output_norm_sum_E"][expert] += p_n @ torch.linalg.vector_norm(output_nD, dim=1, dtype=torch.float32)
 
-        atomic = (expert, slice(0, h_nF.shape[1]))
-        kept.h_sq_sum_EF[atomic] += h_sq_nF.sum(0)
-        kept.g_sq_sum_EF[atomic] += g_nF.square().sum(0)
-        kept.gh_sq_sum_EF[atomic] += gh_nF.square().sum(0)
-        kept.gh_sum_EF[atomic] += gh_nF.sum(0)
-        kept.h_abs_sum_EF[atomic] += h_abs_nF.sum(0)
-        kept.ph_sq_sum_EF[atomic] += p_n.square() @ h_sq_nF
+        atomic = (expert, slice(0, h_nF.shape[1]))  # experts of a pruned layer have individual widths
+        sums["h_sq_sum_EF"][atomic] += h_sq_nF.sum(0)
+        sums["g_sq_sum_EF"][atomic] += g_nF.square().sum(0)
+        sums["gh_sq_sum_EF"][atomic] += gh_nF.square().sum(0)
+        sums["gh_sum_EF"][atomic] += gh_nF.sum(0)
+        sums["h_abs_sum_EF"][atomic] += h_abs_nF.sum(0)
+        sums["ph_sq_sum_EF"][atomic] += p_n.square() @ h_sq_nF
         largest_F = (p_n.unsqueeze(1) * h_abs_nF).amax(0).double()
-        kept.ph_abs_max_EF[atomic] = torch.maximum(kept.ph_abs_max_EF[atomic], largest_F)
+        sums["ph_abs_max_EF"][atomic] = torch.maximum(sums["ph_abs_max_EF"][atomic], largest_F)
 
 
 def collect(model: MoEModel, batches: Iterable[Tensor]) -> Statistics:
@@ -74,7 +83,7 @@ def collect(model: MoEModel, batches: Iterable[Tensor]) -> Statistics:
             loss_sum += loss.item()
             num_tokens += ids_NW.numel()
             num_predicted_tokens += ids_NW[:, 1:].numel()
-    layers = {observer.index: observer.statistics for observer in observers}
+    layers = {observer.index: observer.statistics() for observer in observers}
     return Statistics(layers=layers, num_tokens=num_tokens, num_predicted_tokens=num_predicted_tokens, loss_sum=loss_sum)
 
 
@@ -84,20 +93,27 @@ def _forward_backward(model: MoEModel, ids_NW: Tensor) -> Tensor:
     return summed_loss_backward(model, model.hidden_states(inputs_embeds=embeddings), ids_NW)
 
 
-def check_finite(batch: int, loss: Tensor, observers: list[LayerObserver]) -> None:
-    """Stop at the first batch that is not finite, and name where it began: activations first, in order of depth.
+FORWARD = ("router_weight_sum_E", "h_abs_sum_EF", "h_sq_sum_EF", "output_norm_sum_E", "ph_sq_sum_EF")  # in order of computation
+BACKWARD = ("g_sq_sum_EF", "gh_sum_EF", "gh_sq_sum_EF")
+
+
+def check_finite(batch: int, loss: Tensor, observers: Sequence[LayerObserver]) -> None:
+    """Stop at the first batch that is not finite and name where it began: forward statistics from the first layer on,
+    then the loss, then backward statistics from the last layer on.
 
     Raises:
         FloatingPointError: naming layer and batch.
     """
-    advice = "use a wider model.dtype (bfloat16 or float32) or look at the weights and the text"
-    activations = torch.stack([observer.statistics.h_abs_sum_EF.sum() for observer in observers]).isfinite().tolist()
-    gradients = torch.stack([observer.statistics.g_sq_sum_EF.sum() for observer in observers]).isfinite().tolist()
-    for observer, finite in zip(observers, activations, strict=True):
-        if not finite:
-            raise FloatingPointError(f"activations of layer {observer.index} are NaN or infinite in batch {batch}; {advice}")
-    for observer, finite in reversed(list(zip(observers, gradients, strict=True))):
-        if not finite:
-            raise FloatingPointError(f"gradients of layer {observer.index} are NaN or infinite in batch {batch}; {advice}")
-    if not loss.isfinite():
-        raise FloatingPointError(f"the loss is NaN or infinite in batch {batch}, behind the last layer; {advice}")
+    forward = [(observer, name) for observer in observers for name in FORWARD]
+    backward = [(observer, name) for observer in reversed(observers) for name in BACKWARD]
+    sums = [observer.sums[name].sum() for observer, name in forward] + [loss] + [observer.sums[name].sum() for observer, name in backward]
+    finite = torch.stack([value.double() for value in sums]).isfinite().tolist()  # one synchronisation with the device
+    if all(finite):
+        return
+    places = [f"{name} of layer {observer.index}" for observer, name in forward]
+    places += ["the loss, behind the last layer,"]
+    places += [f"{name} of layer {observer.index}" for observer, name in backward]
+    first = places[finite.index(False)]
+    raise FloatingPointError(
+        f"calibration: {first} is NaN or infinite in batch {batch}; use a wider model.dtype, or look at weights and text"
+    )

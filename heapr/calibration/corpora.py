@@ -11,8 +11,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import platform
-import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -57,12 +55,7 @@ class PyDocs:
         return select_split(_docstrings(self._root), self.split)
 
     def identity(self) -> dict[str, str]:
-        return {
-            "corpus": self.name,
-            "split": self.split,
-            "version": f"{platform.python_implementation()} {sys.version}",
-            "files": _listing_hash(self._root),
-        }
+        return {"corpus": self.name, "split": self.split, "sha256": _content_hash(self._root)}
 
 
 class PackageDocs:
@@ -88,7 +81,7 @@ class PackageDocs:
         return select_split(_docstrings(self._root), self.split)
 
     def identity(self) -> dict[str, str]:
-        return {"corpus": self.name, "split": self.split, "files": _listing_hash(self._root)}
+        return {"corpus": self.name, "split": self.split, "sha256": _content_hash(self._root)}
 
 
 class TextFiles:
@@ -98,14 +91,14 @@ class TextFiles:
         paths: the files, in the order in which their documents are joined.
         split: "train", "heldout" (one document in ten, by hash) or "all".
         text_field: name of the text in each JSON object of a ``.jsonl`` file.
+        name: what the corpus is called in metrics.
 
     Raises:
         ConfigError: no path given, or a file is missing, empty, not UTF-8, or lacks the text field.
     """
 
-    name = "text_files"
-
-    def __init__(self, paths: Sequence[str], split: str, text_field: str = "text") -> None:
+    def __init__(self, paths: Sequence[str], split: str, text_field: str = "text", name: str = "text_files") -> None:
+        self.name = name
         if not paths:
             raise ConfigError("text_files has no paths; give them, for example calibration.corpus.paths=[my.txt]")
         self.split = _check_split(split)
@@ -128,19 +121,20 @@ class TextFiles:
         digest = hashlib.sha256()
         for path, text in zip(self._paths, self._texts, strict=True):
             digest.update(f"{path.suffix}\0{len(text)}\0{text}".encode())
-        return {"corpus": self.name, "split": self.split, "text_field": self._text_field, "sha256": digest.hexdigest()}
+        return {"corpus": "text_files", "split": self.split, "text_field": self._text_field, "sha256": digest.hexdigest()}
 
     def _json_lines(self, path: Path, text: str) -> Iterator[str]:
-        for number, line in enumerate(text.splitlines(), start=1):
+        for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would cut at separators inside JSON strings
             if not line.strip():
                 continue
             try:
-                yield str(json.loads(line)[self._text_field])
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ConfigError(
-                    f"line {number} of '{path}' is not a JSON object with the field '{self._text_field}' "
-                    f"({type(error).__name__}); mend the line or set text_field"
-                ) from error
+                document = json.loads(line)[self._text_field]
+            except (json.JSONDecodeError, KeyError, TypeError):
+                document = None
+            if not isinstance(document, str):
+                wanted = f"a JSON object with text in the field '{self._text_field}'"
+                raise ConfigError(f"line {number} of '{path}' is not {wanted}; mend the line or set text_field")
+            yield document
 
 
 def select_split(documents: Sequence[str], split: str) -> list[str]:
@@ -165,7 +159,9 @@ def _check_split(split: str) -> str:
 
 def _read_utf8(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"text file '{path}' cannot be read: {error.strerror}; give a readable file") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"text file '{path}' is not UTF-8 (byte {error.start}); convert it, for example with iconv") from error
     if not text.strip():
@@ -186,10 +182,13 @@ def _is_skipped_folder(name: str) -> bool:
     return name in ("site-packages", "__pycache__") or name.startswith("test") or name.endswith("_test")
 
 
-def _listing_hash(root: Path) -> str:
-    """Hash of names and sizes of the source files: milliseconds instead of reading every file again."""
-    listing = [(path.relative_to(root).as_posix(), path.stat().st_size) for path in _source_files(root)]
-    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+def _content_hash(root: Path) -> str:
+    """Hash of the source files: tenths of a second, where parsing them for their docstrings takes several."""
+    digest = hashlib.sha256()
+    for path in _source_files(root):
+        digest.update(f"{path.relative_to(root).as_posix()}\0{path.stat().st_size}\0".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _docstrings(root: Path) -> list[str]:

@@ -6,6 +6,7 @@ non-overlapping windows, the remainder dropped (METHOD section 2).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import torch
@@ -15,6 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from heapr.calibration.corpora import DOCUMENT_SEPARATOR, Corpus
 from heapr.errors import ConfigError
 from heapr.types import TokenWindows
+
+logger = logging.getLogger(__name__)
 
 
 def tokenize(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> Tensor:
@@ -36,7 +39,10 @@ def windows(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, *, length: int) 
             f"corpus '{corpus.name}' (split {corpus.split}) has {len(tokens)} tokens, less than one window of {length}; "
             "give more text or a shorter window"
         )
-    return TokenWindows(ids_NW=tokens[: num_windows * length].view(num_windows, length))
+    used = num_windows * length
+    what = f"{corpus.name} ({corpus.split})"
+    logger.info("%-9s %s: %d windows of %d tokens, %d tokens left over", "corpus", what, num_windows, length, len(tokens) - used)
+    return TokenWindows(ids_NW=tokens[:used].view(num_windows, length))
 
 
 def sample(available: TokenWindows, *, num_samples: int, seed: int, corpus_name: str) -> TokenWindows:

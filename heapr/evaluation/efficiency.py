@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from heapr.model.experts import use_heapr_experts
 from heapr.model.moe import MoEModel
+from heapr.schema import at_least
 from heapr.types import Metrics, Statistics
 
 FLOPS_PER_MULTIPLY_ADD = 2
@@ -31,13 +32,17 @@ class Efficiency:
     with F_e the width of expert e (METHOD section 1: rows of W_gate and W_up, columns of W_down).
 
     Args:
-        window: tokens of the window on which attention is counted.
+        window: tokens of the window on which attention is counted, at least 2.
+
+    Raises:
+        ConfigError: the window is too short.
     """
 
     name = "efficiency"
     uses_statistics = True
 
     def __init__(self, window: int) -> None:
+        at_least("evaluation.efficiency.window", window, 2)
         self.window = window
 
     def identity(self) -> dict[str, Any]:

@@ -17,7 +17,10 @@ from heapr.calibration.corpora import Corpus
 from heapr.calibration.sampling import batches, windows
 from heapr.model.moe import MoEModel, next_token_loss
 from heapr.progress import progress
+from heapr.schema import at_least
 from heapr.types import Metrics, Statistics, TokenWindows
+
+MAX_MEAN_LOSS = 700.0  # exp() of more is not a number; a model that bad has no perplexity to speak of
 
 
 class Perplexity:
@@ -26,18 +29,23 @@ class Perplexity:
     Args:
         corpus: the text.
         window: tokens of a window, at least 2.
-        batch_size: windows per forward pass; does not change the result.
+        batch_size: windows per forward pass, at least 1; does not change the result.
+
+    Raises:
+        ConfigError: a number is out of range.
     """
 
     uses_statistics = False
 
     def __init__(self, corpus: Corpus, window: int, batch_size: int) -> None:
+        at_least("evaluation.perplexity.window", window, 2)
+        at_least("evaluation.perplexity.batch_size", batch_size, 1)
         self.corpus, self.window, self.batch_size = corpus, window, batch_size
         self.name = f"perplexity/{corpus.name}"
         self._windows: TokenWindows | None = None
 
     def identity(self) -> dict[str, Any]:
-        return {"evaluator": "perplexity", "corpus": self.corpus.identity(), "window": self.window}
+        return {"evaluator": "perplexity", "name": self.name, "corpus": self.corpus.identity(), "window": self.window}
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._windows = windows(self.corpus, tokenizer, length=self.window)
@@ -47,12 +55,16 @@ class Perplexity:
         assert self._windows is not None, "prepare() comes first"
         num_batches = math.ceil(len(self._windows.ids_NW) / self.batch_size)
         total = 0.0
-        for ids_NW in progress(batches(self._windows, self.batch_size), total=num_batches, description=self.name):
-            total += _loss_sum(model, ids_NW.to(model.device))
-        mean = total / self._windows.num_predicted_tokens
+        bar = progress(batches(self._windows, self.batch_size), total=num_batches, description=self.name)
+        for number, ids_NW in enumerate(bar):
+            loss_sum = _loss_sum(model, ids_NW.to(model.device))
+            if not math.isfinite(loss_sum):
+                raise FloatingPointError(f"{self.name}: the loss is NaN or infinite in batch {number}; use a wider model.dtype")
+            total += loss_sum
+        mean = min(total / self._windows.num_predicted_tokens, MAX_MEAN_LOSS)
         return {self.name: math.exp(mean), f"num_tokens/{self.corpus.name}": self._windows.ids_NW.numel()}
 
 
 def _loss_sum(model: MoEModel, ids_NW: Tensor) -> float:
     """Summed next-token cross-entropy in nats."""
-    return next_token_loss(model, model.hidden_states(input_ids=ids_NW), ids_NW).double().sum().item()
+    return float(next_token_loss(model, model.hidden_states(input_ids=ids_NW), ids_NW).double().sum())

@@ -1,7 +1,7 @@
 """The experts' forward: one function for dense and ragged experts, with an optional observer of what flows through.
 
 In: hidden states, and the router's choice of experts and weights. Out: the weighted sum of the chosen experts' outputs.
-`register()` makes the function known to transformers under the name "heapr", so that one file serves every family.
+`use_heapr_experts` makes transformers call it under the name "heapr", so that one file serves every family.
 Shape letters: T tokens, D model width, E experts, F atomic experts of an expert, K experts per token, S = T*K
 (token, expert) pairs sorted by expert, n tokens of one expert.
 """

@@ -1,7 +1,7 @@
 """Find, check, identify and load a model and its tokenizer.
 
-In: a built-in name, a local folder or a hub id. Out: `ModelSource` (cheap: no weights are read) and from it a `MoEModel`.
-Every mistake that can be seen in the configuration is refused before weights are loaded.
+In: a built-in name, a local folder or a hub id. Out: `ModelSource` (cheap: no weights are loaded, and none downloaded) and
+from it a `MoEModel`. Every mistake that can be seen in configuration and tokenizer is refused here.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ from urllib.parse import urlparse
 
 import huggingface_hub
 import torch
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from heapr.errors import ConfigError
-from heapr.files import hash_file
+from heapr.files import hash_file, hash_file_once
 from heapr.model.moe import MoEModel, find_moe_layers
 
 BUILTIN_PREFIX = "builtin:"
 BUILTIN_FOLDER = Path(__file__).parent / "builtin"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HUB_TIMEOUT_SECONDS = 3.0
-FILES_WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+DESCRIPTION_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+WEIGHT_FILES = ["*.safetensors"]
 
 
 @dataclass(frozen=True)
@@ -38,103 +39,115 @@ class ModelSource:
     """A model that was found and checked, not yet loaded.
 
     Attributes:
-        folder: local folder with config, weights and tokenizer.
+        folder: local folder with configuration and tokenizer; of a hub model, the cache's.
         identity: what the model is: hub id and commit, or a hash of the folder's content; and the dtype.
-        dtype: dtype of the loaded weights.
+        dtype: of the loaded weights.
         config: transformers' configuration.
+        tokenizer: the model's own.
+        layer_sizes: atomic experts of each MoE layer.
     """
 
     folder: Path
     identity: dict[str, str]
     dtype: torch.dtype
     config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    layer_sizes: list[int]
 
     @property
     def max_sequence_length(self) -> int | None:
         """Most tokens in a sequence, where the configuration names a limit."""
         return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return AutoTokenizer.from_pretrained(self.folder)
-
     def load(self, device: torch.device) -> MoEModel:
-        """Load the weights.
+        """Load the weights; of a hub model, download them first.
 
         Raises:
-            ConfigError: weights are missing or do not fit the configuration.
+            ConfigError: weights are missing, damaged, or do not fit the configuration.
         """
+        if "hub" in self.identity:
+            _download(self.identity["hub"], self.identity["commit"], DESCRIPTION_FILES + WEIGHT_FILES)
+        model = MoEModel(self._load_weights().to(device))
+        model.check_head()
+        return model
+
+    def _load_weights(self) -> PreTrainedModel:
         try:
             with _bar_on_terminals_only():
-                model = AutoModelForCausalLM.from_pretrained(self.folder, config=self.config, dtype=self.dtype, local_files_only=True)
-        except (OSError, RuntimeError) as error:
-            raise ConfigError(f"the weights in '{self.folder}' cannot be loaded: {_first_line(error)}") from error
-        moe = MoEModel(model.to(device))
-        moe.check_head()
-        return moe
+                model, found = AutoModelForCausalLM.from_pretrained(
+                    self.folder, config=self.config, dtype=self.dtype, local_files_only=True, output_loading_info=True
+                )
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise ConfigError(f"the weights in '{self.folder}' cannot be loaded: {_first_line(error)}; get them again") from error
+        for problem in ("missing_keys", "mismatched_keys"):
+            if found.get(problem):
+                names = sorted(str(name) for name in found[problem])
+                what = f"{problem.replace('_', ' ')} {names[0]} and {len(names) - 1} more"
+                raise ConfigError(f"the weights in '{self.folder}' do not fit its config.json: {what}; get them again")
+        return model
 
 
-def find_model(path: str, *, dtype: str, revision: str | None = None) -> ModelSource:
+def find_model(path: str, *, dtype: str, revision: str | None = None, digests: Path | None = None) -> ModelSource:
     """Find a model and check all that can be checked without its weights.
 
     Args:
         path: "builtin:<name>", a local folder, or a hub id.
-        dtype: "float32", "bfloat16" or "float16".
+        dtype: name of a torch dtype.
         revision: branch, tag or commit of a hub id; its commit enters the identity.
+        digests: folder in which hashes of large local weights are remembered.
 
     Raises:
-        ConfigError: no such model, not a Mixture-of-Experts model, a missing capability, an unknown dtype.
+        ConfigError: no such model, not a Mixture-of-Experts model, a missing capability, no usable tokenizer.
     """
-    if dtype not in DTYPES:
-        raise ConfigError(f"model.dtype='{dtype}' is unknown; choose one of {', '.join(DTYPES)}")
-    folder, identity = _locate(path, revision)
+    if path.startswith(BUILTIN_PREFIX):
+        folder = _builtin(path.removeprefix(BUILTIN_PREFIX))
+        identity = {"sha256": hash_folder(folder)}
+    elif Path(path).expanduser().is_dir():
+        folder = Path(path).expanduser()
+        identity = {"sha256": hash_folder(folder, digests)}
+    elif path.count("/") == 1 and not path.startswith(("/", ".", "~")):
+        folder = _download(path, revision, DESCRIPTION_FILES)
+        identity = {"hub": path, "commit": folder.name}
+    else:
+        raise ConfigError(f"model.path='{path}': no such folder; give a folder with config.json and safetensors, or a hub id 'owner/name'")
     config = _read_config(folder)
-    _check_architecture(config, path)
-    return ModelSource(folder=folder, identity={**identity, "dtype": dtype}, dtype=DTYPES[dtype], config=config)
+    sizes = _layer_sizes(config, path)
+    tokenizer = _read_tokenizer(folder, config)
+    return ModelSource(folder, {**identity, "dtype": dtype}, getattr(torch, dtype), config, tokenizer, sizes)
 
 
-def hash_folder(folder: Path) -> str:
+def hash_folder(folder: Path, digests: Path | None = None) -> str:
     """sha256 over names and contents of the files that make a model: configuration, weights, tokenizer."""
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.suffix != ".md":
-            digest.update(f"{path.name}\0{hash_file(path)}\0".encode())
+    for path in sorted(path for pattern in DESCRIPTION_FILES + WEIGHT_FILES for path in folder.glob(pattern)):
+        remembered = digests is not None and path.suffix == ".safetensors"
+        content = hash_file_once(path, digests) if remembered and digests else hash_file(path)
+        digest.update(f"{path.name}\0{content}\0".encode())
     return digest.hexdigest()
 
 
-def _locate(path: str, revision: str | None) -> tuple[Path, dict[str, str]]:
-    if path.startswith(BUILTIN_PREFIX):
-        folder = BUILTIN_FOLDER / path.removeprefix(BUILTIN_PREFIX)
-        if not folder.is_dir():
-            known = sorted(BUILTIN_PREFIX + entry.name for entry in BUILTIN_FOLDER.iterdir() if entry.is_dir())
-            raise ConfigError(f"model.path='{path}': no such built-in model; known: {', '.join(known)}")
-        return folder, {"sha256": hash_folder(folder)}
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder, {"sha256": hash_folder(folder)}
-    if not _is_hub_id(path):
-        raise ConfigError(f"model.path='{path}': no such folder; give a folder with config.json and safetensors, or a hub id 'owner/name'")
-    return _download(path, revision)
+def _builtin(name: str) -> Path:
+    known = sorted(entry.name for entry in BUILTIN_FOLDER.iterdir() if entry.is_dir())
+    if name not in known:
+        raise ConfigError(
+            f"model.path='{BUILTIN_PREFIX}{name}': no such built-in model; known: {', '.join(BUILTIN_PREFIX + n for n in known)}"
+        )
+    return BUILTIN_FOLDER / name
 
 
-def _is_hub_id(path: str) -> bool:
-    return path.count("/") == 1 and not path.startswith(("/", ".", "~")) and not path.endswith("/")
-
-
-def _download(hub_id: str, revision: str | None) -> tuple[Path, dict[str, str]]:
-    """Folder and identity of a hub model: from the local cache if it is there, else from the hub."""
+def _download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
+    """Folder of a hub model with the wanted files: the hub is asked if it can be reached, else the local cache."""
+    online = _hub_is_reachable()
     try:
-        folder = huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=FILES_WANTED, local_files_only=True)
+        folder = huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=patterns, local_files_only=not online)
     except LocalEntryNotFoundError:
-        if not _hub_is_reachable():
-            raise ConfigError(
-                f"model.path='{hub_id}' is neither a local folder nor in the local hub cache, and the hub cannot be reached; "
-                "download it where there is a network (hf download) or give a local folder"
-            ) from None
-        try:
-            folder = huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=FILES_WANTED)
-        except (RepositoryNotFoundError, HfHubHTTPError, OSError) as error:
-            raise ConfigError(f"model.path='{hub_id}' cannot be downloaded: {_first_line(error)}") from error
-    return Path(folder), {"hub": hub_id, "commit": Path(folder).name}
+        raise ConfigError(
+            f"model.path='{hub_id}' is neither a local folder nor in the local hub cache, and the hub cannot be reached; "
+            "download it where there is a network (hf download) or give a local folder"
+        ) from None
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise ConfigError(f"model.path='{hub_id}' cannot be downloaded: {_first_line(error)}") from error
+    return Path(folder)
 
 
 def _hub_is_reachable() -> bool:
@@ -160,14 +173,31 @@ def _read_config(folder: Path) -> PretrainedConfig:
         raise ConfigError(f"config.json in '{folder}' cannot be used: {_first_line(error)}") from error
 
 
-def _check_architecture(config: PretrainedConfig, path: str) -> None:
-    """Build the model without memory and look for MoE layers and missing capabilities."""
+def _layer_sizes(config: PretrainedConfig, path: str) -> list[int]:
+    """Build the model without memory: refuses what has no MoE layer or needs a missing capability."""
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except ValueError as error:
         raise ConfigError(f"model.path='{path}' is not a causal language model: {_first_line(error)}") from error
-    find_moe_layers(model)
+    return [sum(layer.widths) for layer in find_moe_layers(model)]
+
+
+def _read_tokenizer(folder: Path, config: PretrainedConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer; transformers answers a missing one with an empty one, which is refused here."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (ValueError, KeyError, OSError) as error:
+        raise ConfigError(f"the tokenizer in '{folder}' cannot be used: {_first_line(error)}") from error
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest <= 1:
+        raise ConfigError(f"folder '{folder}' has no tokenizer; put the model's own tokenizer files (tokenizer.json ...) there")
+    vocabulary_size = config.get_text_config().vocab_size
+    if largest >= vocabulary_size:
+        raise ConfigError(
+            f"the tokenizer in '{folder}' has ids up to {largest}, the model {vocabulary_size} embeddings; use the model's own"
+        )
+    return tokenizer
 
 
 @contextmanager

@@ -16,8 +16,6 @@ from torch import Tensor
 from heapr.errors import ConfigError
 from heapr.types import Plan, Scores
 
-SCOPES = ("global", "layer", "expert")
-
 
 def allocate(scores: Scores, *, ratio: float, scope: str) -> Plan:
     """Remove the lowest-scoring atomic experts.
@@ -33,23 +31,39 @@ def allocate(scores: Scores, *, ratio: float, scope: str) -> Plan:
     stays, so no layer loses all of its experts.
 
     Raises:
-        ConfigError: unknown scope, ratio outside [0, 1), or so high that a layer would be emptied.
+        ConfigError: the ratio is so high that a layer would be emptied.
     """
-    if not 0 <= ratio < 1:
-        raise ConfigError(f"pruning.ratio={ratio} is not in [0, 1); give the share of atomic experts to remove, for example 0.25")
-    if scope not in SCOPES:
-        raise ConfigError(f"pruning.scope='{scope}' is unknown; choose one of {', '.join(SCOPES)}")
     protected = [_protect_best(scores_EF) for scores_EF in scores.layers.values()]
     sizes = [scores_EF.numel() for scores_EF in protected]
+    numbers = numbers_removed(sizes, ratio=ratio, scope=scope)
     if scope == "global":
-        kept_flat = _keep_highest(torch.cat([scores_EF.flatten() for scores_EF in protected]), round_half_up(ratio * sum(sizes)))
+        kept_flat = _keep_highest(torch.cat([scores_EF.flatten() for scores_EF in protected]), numbers[0])
         kept = [part.view_as(scores_EF) for part, scores_EF in zip(kept_flat.split(sizes), protected, strict=True)]
     else:
         keep = _keep_highest if scope == "layer" else _keep_highest_of_each_expert
-        kept = [keep(scores_EF, number) for scores_EF, number in zip(protected, _shares(sizes, ratio), strict=True)]
-    if not all(kept_EF[scores_EF.isinf()].all() for kept_EF, scores_EF in zip(kept, protected, strict=True)):
-        raise ConfigError(f"pruning.ratio={ratio} with scope '{scope}' would remove every atomic expert of a layer; choose a lower ratio")
+        kept = [keep(scores_EF, number) for scores_EF, number in zip(protected, numbers, strict=True)]
     return Plan(layers=dict(zip(scores.layers, kept, strict=True)))
+
+
+def numbers_removed(sizes: Sequence[int], *, ratio: float, scope: str) -> list[int]:
+    """How many atomic experts go: one number for all layers ("global"), else one per layer.
+
+    Args:
+        sizes: atomic experts of each layer.
+        ratio, scope: as in `allocate`.
+
+    Raises:
+        ConfigError: a layer would be emptied.
+    """
+    assert 0 <= ratio < 1 and scope in {"global", "layer", "expert"}, (ratio, scope)
+    before = [0] + [round_half_up(ratio * end) for end in accumulate(sizes)]
+    if scope == "global":
+        numbers, most = before[-1:], [sum(sizes) - len(sizes)]  # one of each layer stays
+    else:  # boundaries are rounded, not shares, so that the total is exact
+        numbers, most = [end - start for start, end in pairwise(before)], [size - 1 for size in sizes]
+    if any(number > limit for number, limit in zip(numbers, most, strict=True)):
+        raise ConfigError(f"pruning.ratio={ratio} with scope '{scope}' would remove every atomic expert of a layer; choose a lower ratio")
+    return numbers
 
 
 def round_half_up(number: float) -> int:
@@ -61,12 +75,6 @@ def _protect_best(scores_EF: Tensor) -> Tensor:
     protected = scores_EF.clone()
     protected.view(-1)[scores_EF.argmax()] = math.inf
     return protected
-
-
-def _shares(sizes: Sequence[int], ratio: float) -> list[int]:
-    """How many each layer loses. Boundaries are rounded, not shares, so that the total is round(ratio * sum(sizes))."""
-    before = [0] + [round_half_up(ratio * end) for end in accumulate(sizes)]
-    return [end - start for start, end in pairwise(before)]
 
 
 def _keep_highest(scores: Tensor, num_removed: int) -> Tensor:

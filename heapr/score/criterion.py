@@ -6,7 +6,7 @@ g = dloss/dh with loss the sum over N predicted tokens, n the number of tokens r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -14,14 +14,15 @@ from torch import Tensor
 
 from heapr.types import ExpertWeights, LayerStatistics, Scores, Statistics
 
+WeightsOf = Callable[[int], ExpertWeights]  # by decoder layer index
 UNROUTED_SCORE = -1.0  # below every score of an expert that was reached (METHOD section 2)
 
 
 class Criterion(Protocol):
     """A pure function of statistics and weights."""
 
-    def __call__(self, statistics: Statistics, weights: Mapping[int, ExpertWeights]) -> Scores:
-        """Scores of all layers; `weights` is a mapping by layer index that may load lazily."""
+    def __call__(self, statistics: Statistics, weights: WeightsOf) -> Scores:
+        """Scores of all layers of the statistics."""
         ...
 
 

@@ -5,11 +5,11 @@ In: weights (magnitude) or a seed (random). Out: scores without unit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 
-from heapr.types import ExpertWeights, Scores, Statistics
+from heapr.errors import ConfigError
+from heapr.score.criterion import WeightsOf
+from heapr.types import Scores, Statistics
 
 
 class Magnitude:
@@ -20,10 +20,10 @@ class Magnitude:
     with w_gate,k and w_up,k the rows k of W_gate and W_up and w_down,k column k of W_down.
     """
 
-    def __call__(self, statistics: Statistics, weights: Mapping[int, ExpertWeights]) -> Scores:
+    def __call__(self, statistics: Statistics, weights: WeightsOf) -> Scores:
         scores = {}
         for index in statistics.layers:
-            layer = weights[index]
+            layer = weights(index)
             norms = [
                 torch.linalg.vector_norm(layer.gate_EFD, dim=2, dtype=torch.float32),
                 torch.linalg.vector_norm(layer.up_EFD, dim=2, dtype=torch.float32),
@@ -37,12 +37,17 @@ class Random:
     """Uniform numbers in [0, 1) from a seeded generator, layer after layer: the control.
 
     Args:
-        seed: seed of the generator.
+        seed: of the generator, at least 0.
+
+    Raises:
+        ConfigError: the seed is negative.
     """
 
     def __init__(self, seed: int) -> None:
+        if seed < 0:
+            raise ConfigError(f"score.seed={seed} is below 0; give a whole number of at least 0")
         self.seed = seed
 
-    def __call__(self, statistics: Statistics, weights: Mapping[int, ExpertWeights]) -> Scores:
+    def __call__(self, statistics: Statistics, weights: WeightsOf) -> Scores:
         generator = torch.Generator().manual_seed(self.seed)
         return Scores(layers={index: torch.rand(layer.shape, generator=generator) for index, layer in statistics.layers.items()})

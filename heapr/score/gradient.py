@@ -6,10 +6,8 @@ sum over N predicted tokens, n the number of tokens routed to the expert.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from heapr.score.criterion import mean_over_routed, unrouted_last
-from heapr.types import ExpertWeights, Scores, Statistics
+from heapr.score.criterion import WeightsOf, mean_over_routed, unrouted_last
+from heapr.types import Scores, Statistics
 
 
 class Heapr:
@@ -21,7 +19,7 @@ class Heapr:
     Means are over the tokens routed to the expert. Experts without tokens score -1.
     """
 
-    def __call__(self, statistics: Statistics, weights: Mapping[int, ExpertWeights]) -> Scores:
+    def __call__(self, statistics: Statistics, weights: WeightsOf) -> Scores:
         scores = {}
         for index, layer in statistics.layers.items():
             h_sq_EF = mean_over_routed(layer.h_sq_sum_EF, layer.count_E)
@@ -37,7 +35,7 @@ class HeaprSum:
         s_k = n/(2N) mean(h_k^2) mean(g_k^2)                                                 (METHOD section 2)
     """
 
-    def __call__(self, statistics: Statistics, weights: Mapping[int, ExpertWeights]) -> Scores:
+    def __call__(self, statistics: Statistics, weights: WeightsOf) -> Scores:
         scores = {}
         for index, layer in statistics.layers.items():
             h_sq_EF = mean_over_routed(layer.h_sq_sum_EF, layer.count_E)
@@ -53,7 +51,7 @@ class Fisher:
         s_k = 1/(2N) sum (g_k h_k)^2                                                         (METHOD section 2)
     """
 
-    def __call__(self, statistics: Statistics, weights: Mapping[int, ExpertWeights]) -> Scores:
+    def __call__(self, statistics: Statistics, weights: WeightsOf) -> Scores:
         scores = {}
         for index, layer in statistics.layers.items():
             predicted_EF = 0.5 * layer.gh_sq_sum_EF / statistics.num_predicted_tokens  # METHOD section 2

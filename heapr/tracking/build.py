@@ -1,23 +1,43 @@
-"""From the tracking group's configuration to a tracker."""
+"""From the tracking group's configuration to a tracker.
+
+In: the group's settings. Out: a tracker that is closed whatever happens, and told whether the run succeeded.
+"""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from heapr.schema import TrackingConfig
 from heapr.tracking.tracker import JsonLines, Several, Tracker
+from heapr.tracking.wandb import Wandb, resolve_mode
 
 FILE_NAME = "tracking.jsonl"
-logger = logging.getLogger(__name__)
 
 
-def open_tracker(mode: str, *, project: str, run_folder: Path, wandb_folder: Path, name: str, config: Mapping[str, Any]) -> Tracker:
-    """The run's JSON-lines file, and wandb beside it unless mode is "none"."""
-    lines = JsonLines(run_folder / FILE_NAME)
-    if mode == "none":
-        return lines
-    from heapr.tracking.wandb import Wandb
+@contextmanager
+def open_tracker(settings: TrackingConfig, *, name: str, folder: Path, outputs: Path, config: Mapping[str, Any]) -> Iterator[Tracker]:
+    """The run's JSON-lines file, and wandb beside it unless the mode is "none".
 
-    return Several(lines, Wandb(mode, folder=wandb_folder, project=project, name=name, config=config))
+    Args:
+        settings: mode and project.
+        name: of the run, readable.
+        folder: of the run; gets the JSON-lines file.
+        outputs: gets wandb's folder.
+        config: the whole resolved configuration.
+
+    Raises:
+        ConfigError: wandb is to be online without a key.
+    """
+    trackers: list[Tracker] = [JsonLines(folder / FILE_NAME)]
+    if settings.mode != "none":
+        trackers.append(Wandb(resolve_mode(settings.mode), folder=outputs, project=settings.project, name=name, config=config))
+    tracker = Several(*trackers)
+    try:
+        yield tracker
+    except BaseException:
+        tracker.close(succeeded=False)
+        raise
+    tracker.close(succeeded=True)

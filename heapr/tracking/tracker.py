@@ -17,7 +17,7 @@ class Tracker(Protocol):
         """Record values under their contract names."""
         ...
 
-    def close(self) -> None:
+    def close(self, *, succeeded: bool) -> None:
         """Write what is left; nothing is recorded afterwards."""
         ...
 
@@ -32,7 +32,7 @@ class JsonLines:
         self._file.write(json.dumps({"time": round(time.time(), 3), **values}) + "\n")
         self._file.flush()
 
-    def close(self) -> None:
+    def close(self, *, succeeded: bool) -> None:
         self._file.close()
 
 
@@ -46,6 +46,6 @@ class Several:
         for tracker in self._trackers:
             tracker.log(values)
 
-    def close(self) -> None:
+    def close(self, *, succeeded: bool) -> None:
         for tracker in self._trackers:
-            tracker.close()
+            tracker.close(succeeded=succeeded)

@@ -12,7 +12,7 @@ from heapr.model.moe import MoEModel
 from heapr.score.gradient import Heapr
 from heapr.types import Statistics
 from tests.oracle import published_scores, visits_of
-from tests.tiny import tiny_ids, tiny_qwen3_moe
+from tests.tiny import no_weights, tiny_ids, tiny_qwen3_moe
 
 
 def assert_same_statistics(a: Statistics, b: Statistics, tolerance: float = 1e-5) -> None:
@@ -28,7 +28,7 @@ def assert_same_statistics(a: Statistics, b: Statistics, tolerance: float = 1e-5
 
 def test_heapr_score_equals_published_two_stage_procedure(causal_lm: PreTrainedModel, ids_NW: Tensor) -> None:
     expected = published_scores(causal_lm, ids_NW)
-    scores = Heapr()(collect(MoEModel(causal_lm), [ids_NW]), {})
+    scores = Heapr()(collect(MoEModel(causal_lm), [ids_NW]), no_weights)
     for score_EF, expected_EF in zip(scores.layers.values(), expected, strict=True):
         assert ((score_EF - expected_EF).abs() <= 1e-5 * expected_EF.abs()).all()
     flat = torch.cat([s.flatten() for s in scores.layers.values()])
@@ -87,7 +87,7 @@ def test_unrouted_experts_are_counted_as_such() -> None:
     statistics = collect(MoEModel(model), [tiny_ids(1, 3)])
     counts = statistics.layers[1].count_E
     assert counts.sum() == 3 * 2
-    scores = Heapr()(statistics, {}).layers[1]
+    scores = Heapr()(statistics, no_weights).layers[1]
     assert (counts == 0).any()
     assert (scores[counts == 0] == -1).all()
     assert (scores[counts > 0] >= 0).all()

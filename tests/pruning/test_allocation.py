@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from heapr.errors import ConfigError
-from heapr.pruning.allocation import SCOPES, allocate
+from heapr.pruning.allocation import allocate, numbers_removed
+from heapr.schema import SCOPES
 from heapr.types import Scores
 
 
@@ -63,12 +64,8 @@ def test_unrouted_experts_go_first() -> None:
     assert allocate(scores, ratio=0.25, scope="global").layers[0].tolist() == [[True, True], [False, False]]
 
 
-@pytest.mark.parametrize("ratio", [-0.1, 1.0, 1.5, float("nan")])
-def test_a_ratio_outside_its_range_is_refused(ratio: float) -> None:
-    with pytest.raises(ConfigError, match=r"not in \[0, 1\)"):
-        allocate(random_scores(), ratio=ratio, scope="global")
-
-
-def test_an_unknown_scope_is_refused() -> None:
-    with pytest.raises(ConfigError, match="choose one of global, layer, expert"):
-        allocate(random_scores(), ratio=0.5, scope="block")
+@pytest.mark.parametrize("scope", SCOPES)
+def test_numbers_removed_refuses_exactly_what_would_empty_a_layer(scope: str) -> None:
+    assert sum(numbers_removed([32, 32], ratio=0.96, scope=scope)) == 61
+    with pytest.raises(ConfigError, match="would remove every atomic expert of a layer"):
+        numbers_removed([32, 32], ratio=0.99, scope=scope)

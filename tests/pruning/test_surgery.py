@@ -12,17 +12,18 @@ from transformers import PreTrainedModel
 from heapr.calibration.collector import collect
 from heapr.model.experts import RaggedExperts
 from heapr.model.moe import MoEModel
-from heapr.pruning.allocation import SCOPES, allocate
+from heapr.pruning.allocation import allocate
 from heapr.pruning.surgery import mask, remove
+from heapr.schema import SCOPES
 from heapr.score.data_free import Random
 from heapr.score.gradient import Heapr
 from heapr.types import Plan
-from tests.tiny import layer_statistics, statistics_of
+from tests.tiny import layer_statistics, no_weights, statistics_of
 
 
 def random_plan(ratio: float, scope: str = "global") -> Plan:
     layer = layer_statistics([1] * 4, h_sq_sum=[[1.0] * 8] * 4)
-    return allocate(Random(seed=1)(statistics_of({0: layer, 1: layer}), {}), ratio=ratio, scope=scope)
+    return allocate(Random(seed=1)(statistics_of({0: layer, 1: layer}), no_weights), ratio=ratio, scope=scope)
 
 
 def logits(model: MoEModel, ids_NW: Tensor) -> Tensor:
@@ -81,7 +82,7 @@ def test_statistics_of_a_pruned_model_are_those_of_its_kept_atomic_experts(causa
     masked, pruned = MoEModel(causal_lm), MoEModel(copy.deepcopy(causal_lm))
     mask(masked, plan)
     remove(pruned, plan)
-    expected, got = (Heapr()(collect(model, [ids_NW]), {}) for model in (masked, pruned))
+    expected, got = (Heapr()(collect(model, [ids_NW]), no_weights) for model in (masked, pruned))
     for index, kept_EF in plan.layers.items():
         for expert, kept_F in enumerate(kept_EF):
             ours = got.layers[index][expert, : kept_F.sum()]

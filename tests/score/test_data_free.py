@@ -6,7 +6,7 @@ import torch
 
 from heapr.score.data_free import Magnitude, Random
 from heapr.types import ExpertWeights
-from tests.tiny import layer_statistics, statistics_of
+from tests.tiny import layer_statistics, no_weights, statistics_of
 
 
 def test_magnitude_is_the_norm_of_all_three_slices() -> None:
@@ -16,13 +16,13 @@ def test_magnitude_is_the_norm_of_all_three_slices() -> None:
         down_EDF=torch.tensor([[[4.0, 0.0], [0.0, -4.0]]]),
     )
     statistics = statistics_of({3: layer_statistics([1], h_sq_sum=[[1.0, 1.0]])})
-    assert Magnitude()(statistics, {3: weights}).layers[3].tolist() == [[5.0, 5.0]]
+    assert Magnitude()(statistics, {3: weights}.__getitem__).layers[3].tolist() == [[5.0, 5.0]]
 
 
 def test_random_is_seeded() -> None:
     layer = layer_statistics([1, 1], h_sq_sum=[[1.0] * 50, [1.0] * 50])
     statistics = statistics_of({0: layer, 1: layer})
-    first, again, other = (Random(seed)(statistics, {}).layers for seed in (5, 5, 6))
+    first, again, other = (Random(seed)(statistics, no_weights).layers for seed in (5, 5, 6))
     assert torch.equal(first[0], again[0])
     assert torch.equal(first[1], again[1])
     assert not torch.equal(first[0], other[0])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from heapr.score.gradient import Fisher, Heapr, HeaprSum
-from tests.tiny import layer_statistics, statistics_of
+from tests.tiny import layer_statistics, no_weights, statistics_of
 
 # Two experts of two atomic experts: 4 tokens reached the first, none the second. N = 10 predicted tokens.
 LAYER = {"h_sq_sum": [[8.0, 2.0], [0.0, 0.0]], "g_sq_sum": [[4.0, 12.0], [0.0, 0.0]], "gh_sq_sum": [[3.0, 5.0], [0.0, 0.0]]}
@@ -22,7 +22,7 @@ LAYER = {"h_sq_sum": [[8.0, 2.0], [0.0, 0.0]], "g_sq_sum": [[4.0, 12.0], [0.0, 0
 )
 def test_hand_computed(criterion: Heapr | HeaprSum | Fisher, expected: list[float]) -> None:
     statistics = statistics_of({7: layer_statistics([4, 0], **LAYER)}, num_predicted_tokens=10)
-    scores = criterion(statistics, {})
+    scores = criterion(statistics, no_weights)
     assert scores.layers.keys() == {7}
     torch.testing.assert_close(scores.layers[7][0], torch.tensor(expected))
     assert scores.layers[7][1].tolist() == [-1, -1]  # unrouted: below every other
@@ -30,5 +30,5 @@ def test_hand_computed(criterion: Heapr | HeaprSum | Fisher, expected: list[floa
 
 def test_heapr_sum_is_heapr_times_routed_tokens_over_predicted_tokens() -> None:
     statistics = statistics_of({0: layer_statistics([4, 2], **{**LAYER, "h_sq_sum": [[8.0, 2.0], [1.0, 3.0]]})}, num_predicted_tokens=10)
-    heapr, heapr_sum = Heapr()(statistics, {}).layers[0], HeaprSum()(statistics, {}).layers[0]
+    heapr, heapr_sum = Heapr()(statistics, no_weights).layers[0], HeaprSum()(statistics, no_weights).layers[0]
     torch.testing.assert_close(heapr_sum, heapr * torch.tensor([[4.0], [2.0]]) / 10)
