@@ -14,11 +14,11 @@ from tests.tiny import byte_tokenizer, tiny_qwen3_moe
 CONF = Path(__file__).parents[1] / "conf"
 
 
-def compose_experiment(*overrides: str) -> ExperimentConfig:
+def compose_experiment(*overrides: str, conf: Path = CONF) -> ExperimentConfig:
     """What `python run.py <overrides>` would run."""
     register()
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with initialize_config_dir(str(conf), version_base="1.3"):
         return resolve(compose("config", overrides=list(overrides)))
 
 
@@ -49,7 +49,7 @@ def run_in(folder: Path, *overrides: str) -> Summary:
 
 
 def cached_stages(summary: Summary) -> dict[str, bool]:
-    """Whether each stage was found; evaluate counts as found if all of the pruned model's were."""
+    """Whether each stage was found; evaluate counts as found if all of its artifacts were."""
     found: dict[str, bool] = {}
     for stage in summary.stages:
         found[stage["stage"]] = found.get(stage["stage"], True) and stage["cached"]

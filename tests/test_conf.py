@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,11 @@ def test_options_are_documented_in_their_first_line() -> None:
     for path in CONF.rglob("*.yaml"):
         if "hydra" not in path.parts and path.parent.name not in {"paths"}:
             assert path.read_text().startswith("# "), path
+
+
+def test_your_own_machines_settings_are_taken_from_conf_local(tmp_path: Path) -> None:
+    shutil.copytree(CONF, tmp_path / "conf", ignore=shutil.ignore_patterns("local"))
+    (tmp_path / "conf" / "local").mkdir()
+    (tmp_path / "conf" / "local" / "default.yaml").write_text("runtime:\n  num_threads: 3\npaths:\n  outputs: /scratch/heapr\n")
+    config = compose_experiment(conf=tmp_path / "conf")
+    assert config.runtime.num_threads == 3 and config.paths.outputs == "/scratch/heapr"

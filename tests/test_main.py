@@ -35,10 +35,14 @@ def run_py(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
         ("paths.outputs=/dev/null/outputs", "cannot write '/dev/null/outputs"),
         ("calibration.num_samples=", "calibration.num_samples"),
         ("model=hf", "no value for model.path"),
+        ("score=random score.sede=3", "did you mean score.seed?"),
+        ("calibration=text_files calibration.corpus.path=x", "did you mean calibration.corpus.paths?"),
+        ("calibration=text_files", "text_files has no paths"),
+        ("paths.outputs=/proc/outputs", "cannot write '/proc/outputs"),
     ],
 )
 def test_a_mistake_costs_one_line_and_exit_code_2(tmp_path: Path, override: str, message: str) -> None:
-    result = run_py(override, "tracking=none", folder=tmp_path)
+    result = run_py(*override.split(" "), "tracking=none", folder=tmp_path)
     assert result.returncode == 2, result.stderr
     assert message in result.stderr
     assert "Traceback" not in result.stderr

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import logging
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from heapr.errors import ConfigError
+from heapr.evaluation.build import build_evaluators
 from heapr.evaluation.perplexity import Perplexity
-from heapr.model.load import ModelSource
+from heapr.model.load import ModelSource, find_model
 from heapr.pipeline import Summary
 from heapr.pruning.surgery import mask
 from heapr.types import Plan, Scores, Statistics
@@ -63,12 +67,9 @@ def test_pruned_perplexity_is_that_of_the_masked_model(experiment: Experiment) -
     summary = experiment("pruning.ratio=0.5")
     path = next(Path(stage["path"]) for stage in summary.stages if stage["stage"] == "prune")
     config = compose_experiment(*experiment.overrides)
-    from heapr.evaluation.build import build_evaluators
-    from heapr.model.load import find_model
-
     source = find_model(str(experiment.model_folder), dtype="float32")
     evaluator = next(e for e in build_evaluators(config.evaluation) if isinstance(e, Perplexity))
-    evaluator.prepare(source.tokenizer())
+    evaluator.prepare(source.tokenizer)
     model = source.load(torch.device("cpu"))
     empty = Statistics(layers={}, num_tokens=0, num_predicted_tokens=0, loss_sum=0.0)
     assert evaluator(model, empty)["perplexity/text_files"] == pytest.approx(summary.metrics["dense"]["perplexity/text_files"], rel=1e-6)
@@ -122,8 +123,6 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
     experiment = Experiment(tmp_path_factory.mktemp("experiment"))
     write_model(experiment.folder / "other_model", seed=1)
     (experiment.folder / "documents.jsonl").write_text("".join(json.dumps({"text": f"document {n} " * 9}) + "\n" for n in range(50)))
-    import shutil
-
     shutil.copytree(experiment.model_folder, experiment.folder / "moved_model")
     experiment()
     return experiment
@@ -132,9 +131,6 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
 @pytest.fixture
 def tiny_run(finished_run: Experiment, tmp_path: Path) -> Experiment:
     """A copy of one finished experiment, so that tests do not see each other's artifacts."""
-    import copy
-    import shutil
-
     mine = copy.copy(finished_run)
     mine.overrides = [*finished_run.overrides, f"paths.outputs={tmp_path / 'outputs'}"]
     shutil.copytree(finished_run.folder / "outputs", tmp_path / "outputs")
@@ -164,6 +160,34 @@ def test_without_evaluation_the_plan_is_still_made(experiment: Experiment) -> No
     assert summary.metrics == {"dense": {}, "pruned": {}, "size": {"atomic_experts_removed_ratio": 0.25}}
 
 
+def test_a_mistake_leaves_no_tracked_run(experiment: Experiment) -> None:
+    with pytest.raises(ConfigError):
+        experiment("calibration.num_samples=1000", "tracking=wandb_offline")
+    assert not (experiment.folder / "outputs" / "wandb").exists()
+    assert not (experiment.folder / "run" / "tracking.jsonl").exists()
+
+
+@pytest.mark.parametrize(("split", "warned"), [("all", True), ("heldout", True), ("train", False)])
+def test_evaluating_on_calibration_text_is_warned_of(
+    experiment: Experiment, caplog: pytest.LogCaptureFixture, split: str, warned: bool
+) -> None:
+    (experiment.folder / "documents.jsonl").write_text("".join(json.dumps({"text": f"document {n} " * 9}) + "\n" for n in range(90)))
+    caplog.set_level(logging.WARNING)
+    same = f"[{experiment.folder}/documents.jsonl]"
+    experiment(
+        f"calibration.corpus.paths={same}", f"calibration.corpus.split={split}", "calibration.num_samples=2",
+        f"evaluation.corpora.text_files.paths={same}", "evaluation.corpora.text_files.split=heldout",
+    )  # fmt: skip
+    assert ("is measured on text that is calibrated on" in caplog.text) == warned
+
+
+def test_two_user_texts_are_measured_under_their_names(experiment: Experiment) -> None:
+    (experiment.folder / "second.txt").write_text("another text, quite another text. " * 20)
+    second = f"{{_target_:heapr.calibration.corpora.TextFiles,paths:[{experiment.folder}/second.txt],split:all,name:second}}"
+    metrics = experiment(f"+evaluation.corpora.second={second}").metrics["dense"]
+    assert metrics["perplexity/second"] != metrics["perplexity/text_files"]
+
+
 BAD_INPUT = [
     (["pruning.ratio=1"], r"pruning.ratio=1.0 is not in \[0, 1\)"),
     (["pruning.ratio=-0.1"], r"not in \[0, 1\)"),
@@ -180,8 +204,8 @@ BAD_INPUT = [
     (["calibration.num_samples=1000"], "num_samples=1000, but corpus 'text_files' holds [0-9]+ sequences of 32"),
     (["calibration.num_samples=0"], "num_samples=0 is below 1"),
     (["calibration.sequence_length=65"], "sequence_length=65 is above the 64 tokens of model 'hf'"),
-    (["evaluation.perplexity.window=65"], "window=65 is not between 2 and the 64 tokens"),
-    (["evaluation.perplexity.window=1"], "window=1 is not between 2"),
+    (["evaluation.perplexity.window=65"], "evaluation.perplexity.window=65 is above the 64 tokens"),
+    (["evaluation.perplexity.window=1"], "window=1 is below 2"),
     (["evaluation.corpora.text_files.paths=[{folder}/short.txt]"], "has 3 tokens, less than one window of 32"),
     (["calibration.corpus.paths=[{folder}/none.txt]"], "none.txt' does not exist"),
     (["calibration.corpus.paths=[{folder}/empty.txt]"], "is empty"),
@@ -190,6 +214,19 @@ BAD_INPUT = [
     (["+calibration.corpus.path=x"], "unknown key 'calibration.corpus.path'; did you mean calibration.corpus.paths"),
     (["+evaluation.perplexity.windows=3"], "unknown key 'evaluation.perplexity.windows'; did you mean evaluation.perplexity.window"),
     (["score._target_=heapr.score.gradient.Haepr"], "score._target_='heapr.score.gradient.Haepr' cannot be imported"),
+    (["evaluation.perplexity.window=abc"], "evaluation.perplexity.window=abc has the wrong type"),
+    (["evaluation.perplexity.batch_size=0"], "evaluation.perplexity.batch_size=0 is below 1"),
+    (["score=random", "score.seed=abc"], "score.seed=abc has the wrong type"),
+    (["score=random", "score.seed=-1"], "score.seed=-1 is below 0"),
+    (["evaluation.perplexity=3"], "evaluation.perplexity has no _target_"),
+    (["+evaluation.perplexty.window=16"], "evaluation.perplexty has no _target_.* misspelt key"),
+    (["calibration.corpus.paths={folder}/train.txt"], "calibration.corpus.paths=.* has the wrong type"),
+    (["+evaluation.long={{_target_:heapr.evaluation.perplexity.Perplexity,window:16,batch_size:4}}"], "measures 'perplexity/text_files' 2 times"),
+    (["pruning.ratio=0.99"], "would remove every atomic expert of a layer"),
+    (["model.path={folder}/no_tokenizer"], "has no tokenizer"),
+    (["model.path={folder}/truncated"], "weights in .* cannot be loaded"),
+    (["model.path={folder}/incomplete"], "do not fit its config.json: missing keys model.layers.0.mlp.gate.weight"),
+    (["model.path=my models/x y"], "cannot be downloaded"),
     (["runtime.device=tpu9"], "runtime.device='tpu9' is unknown"),
     (["runtime.device=cuda:7"], "torch sees [0-9] GPUs"),
     (["tracking.mode=maybe"], "tracking.mode='maybe' is unknown"),
@@ -210,6 +247,11 @@ def bad_place(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
     GptOssConfig(**small, num_key_value_heads=1, head_dim=8, num_local_experts=2).save_pretrained(experiment.folder / "gpt_oss")
     write_model(experiment.folder / "unfinished")
     (experiment.folder / "unfinished" / "model.safetensors").unlink()
+    shutil.copytree(experiment.model_folder, experiment.folder / "no_tokenizer", ignore=shutil.ignore_patterns("tokenizer*"))
+    weights = write_model(experiment.folder / "truncated") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    weights = write_model(experiment.folder / "incomplete") / "model.safetensors"
+    save_file({name: t for name, t in load_file(weights).items() if name != "model.layers.0.mlp.gate.weight"}, weights, {"format": "pt"})
     return experiment
 
 

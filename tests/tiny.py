@@ -5,22 +5,45 @@ from __future__ import annotations
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    MixtralForCausalLM,
+    OlmoeForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeForCausalLM,
+)
 
 from heapr.types import ExpertWeights, LayerStatistics, Statistics
 
 VOCABULARY_SIZE = 257
 
 
-def tiny_qwen3_moe(seed: int = 0, **changes: object) -> PreTrainedModel:
+COMMON = {
+    "vocab_size": VOCABULARY_SIZE, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "head_dim": 8, "num_experts_per_tok": 2, "max_position_embeddings": 64, "eos_token_id": 0, "bos_token_id": None,
+    "pad_token_id": 0, "initializer_range": 0.3,
+}  # fmt: skip
+FAMILIES = {
+    "qwen3_moe": (Qwen3MoeForCausalLM, {"num_experts": 4, "moe_intermediate_size": 8, "intermediate_size": 24}),
+    "qwen2_moe": (
+        Qwen2MoeForCausalLM,
+        {"num_experts": 4, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 12, "intermediate_size": 24},
+    ),
+    "mixtral": (MixtralForCausalLM, {"num_local_experts": 4, "intermediate_size": 8}),
+    "olmoe": (OlmoeForCausalLM, {"num_experts": 4, "intermediate_size": 8}),
+}
+
+
+def tiny_model(family: str, seed: int = 0, **changes: object) -> PreTrainedModel:
     """2 layers x 4 experts x 8 atomic experts, top-2, weights large enough that every part matters."""
-    settings = {
-        "vocab_size": VOCABULARY_SIZE, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
-        "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "intermediate_size": 24,
-        "max_position_embeddings": 64, "eos_token_id": 0, "bos_token_id": None, "pad_token_id": 0, "initializer_range": 0.3,
-    }  # fmt: skip
+    model_class, settings = FAMILIES[family]
     torch.manual_seed(seed)
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**settings, **changes})).eval()
+    return model_class(model_class.config_class(**{**COMMON, **settings, **changes})).eval()
+
+
+def tiny_qwen3_moe(seed: int = 0, **changes: object) -> PreTrainedModel:
+    return tiny_model("qwen3_moe", seed, **changes)
 
 
 def tiny_ids(num_sequences: int, length: int, seed: int = 0) -> Tensor:

@@ -110,9 +110,9 @@ def check_finite(batch: int, loss: Tensor, observers: Sequence[LayerObserver]) -
     finite = torch.stack([value.double() for value in sums]).isfinite().tolist()  # one synchronisation with the device
     if all(finite):
         return
-    places = [f"{name} of layer {observer.index}" for observer, name in forward]
+    places = [f"statistic {name} of layer {observer.index}" for observer, name in forward]
     places += ["the loss, behind the last layer,"]
-    places += [f"{name} of layer {observer.index}" for observer, name in backward]
+    places += [f"statistic {name} of layer {observer.index}" for observer, name in backward]
     first = places[finite.index(False)]
     raise FloatingPointError(
         f"calibration: {first} is NaN or infinite in batch {batch}; use a wider model.dtype, or look at weights and text"

@@ -7,6 +7,7 @@ is calibrated on never appears in the text that is evaluated on.
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import importlib.util
 import json
@@ -52,7 +53,7 @@ class PyDocs:
         self._root = Path(sysconfig.get_path("stdlib"))
 
     def documents(self) -> list[str]:
-        return select_split(_docstrings(self._root), self.split)
+        return select_split(_docstrings(self._root, _content_hash(self._root)), self.split)
 
     def identity(self) -> dict[str, str]:
         return {"corpus": self.name, "split": self.split, "sha256": _content_hash(self._root)}
@@ -78,7 +79,7 @@ class PackageDocs:
         self._root = Path(spec.submodule_search_locations[0])
 
     def documents(self) -> list[str]:
-        return select_split(_docstrings(self._root), self.split)
+        return select_split(_docstrings(self._root, _content_hash(self._root)), self.split)
 
     def identity(self) -> dict[str, str]:
         return {"corpus": self.name, "split": self.split, "sha256": _content_hash(self._root)}
@@ -191,7 +192,8 @@ def _content_hash(root: Path) -> str:
     return digest.hexdigest()
 
 
-def _docstrings(root: Path) -> list[str]:
+@functools.lru_cache(maxsize=2)  # parsing takes seconds, and a run needs both splits; the hash makes it a pure function
+def _docstrings(root: Path, content_hash: str) -> list[str]:
     """Every docstring below root, files in sorted order, docstrings in source order."""
     documents: list[str] = []
     for path in _source_files(root):

@@ -194,9 +194,8 @@ def _read_tokenizer(folder: Path, config: PretrainedConfig) -> PreTrainedTokeniz
         raise ConfigError(f"folder '{folder}' has no tokenizer; put the model's own tokenizer files (tokenizer.json ...) there")
     vocabulary_size = config.get_text_config().vocab_size
     if largest >= vocabulary_size:
-        raise ConfigError(
-            f"the tokenizer in '{folder}' has ids up to {largest}, the model {vocabulary_size} embeddings; use the model's own"
-        )
+        sizes = f"ids up to {largest}, the model {vocabulary_size} embeddings"
+        raise ConfigError(f"the tokenizer in '{folder}' has {sizes}; use the model's own")
     return tokenizer
 
 

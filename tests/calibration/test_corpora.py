@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,31 @@ def test_text_files_reads_text_and_json_lines(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text('{"text": "first"}\n\n{"text": "second"}\n')
     corpus = TextFiles([str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")], split="all")
     assert corpus.documents() == ["one text", "first", "second"]
+
+
+def test_json_lines_keep_separators_inside_strings_and_take_text_only(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    text = "one\u2028line\x85still"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps({"text": text}, ensure_ascii=False).encode())
+    assert TextFiles([str(path)], split="all").documents() == [text]
+    for value in (None, 3, ["text"]):
+        path.write_text(json.dumps({"text": value}))
+        with pytest.raises(ConfigError, match="line 1 of .* is not a JSON object with text"):
+            TextFiles([str(path)], split="all").documents()
+
+
+def test_identity_of_package_docs_follows_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "some_package_of_the_test"
+    package.mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    (package / "__init__.py").write_text('"""abc"""')
+    before = PackageDocs(package.name, "all")
+    assert before.documents() == ["abc"]
+    identity = before.identity()
+    (package / "__init__.py").write_text('"""xyz"""')
+    after = PackageDocs(package.name, "all")
+    assert after.documents() == ["xyz"]
+    assert after.identity() != identity
 
 
 def test_identity_follows_content_not_path(tmp_path: Path) -> None:

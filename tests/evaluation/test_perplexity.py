@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from heapr.calibration.corpora import TextFiles
+from heapr.errors import ConfigError
 from heapr.evaluation.perplexity import Perplexity
 from heapr.model import moe
 from heapr.model.moe import MoEModel
 from heapr.types import Statistics
 from tests.tiny import byte_tokenizer
 
-TEXT = "The quick brown fox jumps over the lazy dog; " * 5
+TEXT = "The quick brown fox jumps over the lazy dog; " * 3
 EMPTY = Statistics(layers={}, num_tokens=0, num_predicted_tokens=0, loss_sum=0.0)
 
 
@@ -50,3 +51,17 @@ def test_does_not_depend_on_the_chunk_of_logits(model: MoEModel, tmp_path: Path,
     expected = measure(model, tmp_path, batch_size=4)["perplexity/text_files"]
     monkeypatch.setattr(moe, "LOGITS_CHUNK", 257 * 7)  # seven tokens at a time
     assert measure(model, tmp_path, batch_size=4)["perplexity/text_files"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_not_a_number_is_refused_not_cached(model: MoEModel, tmp_path: Path) -> None:
+    with torch.no_grad():
+        model.model.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="perplexity/text_files: the loss is NaN or infinite in batch 0"):
+        measure(model, tmp_path, batch_size=4)
+
+
+@pytest.mark.parametrize(("window", "batch_size"), [(1, 4), (16, 0)])
+def test_numbers_out_of_range_are_refused(tmp_path: Path, window: int, batch_size: int) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    with pytest.raises(ConfigError, match="is below"):
+        Perplexity(TextFiles([str(tmp_path / "text.txt")], split="all"), window=window, batch_size=batch_size)

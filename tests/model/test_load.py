@@ -31,5 +31,5 @@ def test_the_builtin_model_is_small_and_complete() -> None:
     assert len(model.layers) >= 3 and all(layer.num_experts >= 16 for layer in model.layers)
     assert source.config.num_experts_per_tok == 4
     assert sum(path.stat().st_size for path in source.folder.iterdir()) <= 8 * 2**20
-    text = source.tokenizer().decode(model.model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4)[0])
+    text = source.tokenizer.decode(model.model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4)[0])
     assert text
