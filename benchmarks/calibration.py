@@ -48,7 +48,7 @@ def floor(model: PreTrainedModel, batches: list[Tensor]) -> None:
 
 
 class TwoStage:
-    """(c): METHOD section 2 as published; float32 D x D matrices, one per expert."""
+    """(c): (3) and (4) of docs/method.md as published; float32 D x D matrices, one per expert."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -82,7 +82,10 @@ class TwoStage:
 
     def _gradient_stage_forward(self, layer: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         def visit(expert: int, h: Tensor, output: Tensor) -> None:
-            output.register_hook(lambda g: self.G[layer][expert].addmm_(g.T, g))
+            def add(g: Tensor) -> None:
+                self.G[layer][expert].addmm_(g.T, g)
+
+            output.register_hook(add)
             self.count[layer][expert] += len(h)
 
         return _expert_loop(layer, hidden, index, weights, visit=visit)

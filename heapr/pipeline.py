@@ -108,7 +108,11 @@ class Pipeline:
             _save(statistics.to_tensors(), folder / STATISTICS)
 
         artifact = self._get(self.experiment.recipes.calibrate, make)
-        return Statistics.from_tensors(load_file(artifact.path / STATISTICS))
+        statistics = Statistics.from_tensors(load_file(artifact.path / STATISTICS))
+        for index, layer in statistics.layers.items():
+            if unrouted := int((layer.count_E == 0).sum()):
+                logger.info("%-9s no token reached %d of %d experts of layer %d", "calibrate", unrouted, len(layer.count_E), index)
+        return statistics
 
     def score(self, statistics: Statistics) -> Scores:
         """The importance of every atomic expert."""

@@ -45,7 +45,7 @@ class TokenWindows:
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """Running statistics of one MoE layer over calibration tokens (METHOD section 4), float64.
+    """Running statistics of one MoE layer over calibration tokens (docs/method.md), float64.
 
     h is the intermediate activation of an atomic expert, g = dloss/dh with loss the *sum* over predicted tokens, p the
     router weight, y = E(x) the expert's output before p multiplies it. All are sums over the tokens routed to the
@@ -110,7 +110,7 @@ class Statistics:
     Attributes:
         layers: statistics by decoder layer index.
         num_tokens: tokens that went through the model.
-        num_predicted_tokens: those with a prediction; N of METHOD section 2.
+        num_predicted_tokens: those with a prediction; N.
         loss_sum: cross-entropy in nats summed over the predicted tokens.
     """
 
@@ -158,7 +158,7 @@ class ExpertWeights:
     """Weights of one layer's routed experts; views of the model's own memory.
 
     Attributes:
-        gate_EFD, up_EFD: rows k produce h_k (METHOD section 1).
+        gate_EFD, up_EFD: rows k produce h_k (docs/method.md, 1).
         down_EDF: column k is w_k.
     """
 

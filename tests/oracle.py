@@ -1,6 +1,6 @@
 """Slow oracles, written from the formulas and sharing no code with the package.
 
-`published_scores` is METHOD section 2 to the letter: the gradient at every expert's output, the D x D matrix G_e, and
+`published_scores` is (3) and (4) of docs/method.md to the letter: the gradient at every expert's output, the D x D matrix G_e, and
 1/2 e_k(x)^T G_e e_k(x) for every token.
 """
 

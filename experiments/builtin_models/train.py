@@ -1,7 +1,7 @@
 """Train a built-in model on the `pydocs` corpus, from nothing to a Hugging Face folder.
 
 Run:  python experiments/builtin_models/train.py --model qwen3_moe_tiny
-Out:  outputs/training/<model>/: log.jsonl, state.safetensors (for resuming), final/ (bfloat16 model, tokenizer, card).
+Out:  outputs/training/<model>/: state.safetensors (for resuming), final/ (bfloat16 model, tokenizer, card with the log).
 
 Seeded and resumable: data order and dropout depend on (seed, step) alone, so a run that was stopped and started again
 gives the weights of an uninterrupted one. `--install` copies final/ into the package.
@@ -10,6 +10,7 @@ gives the weights of an uninterrupted one. `--install` copies final/ into the pa
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import platform
@@ -19,8 +20,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from heapr.calibration.corpora import DOCUMENT_SEPARATOR, PyDocs
@@ -32,7 +35,7 @@ MODELS_FOLDER = Path(__file__).resolve().parents[2] / "heapr" / "model" / "built
 
 @dataclass(frozen=True)
 class Recipe:
-    """Hyper-parameters of the training run; everything that determines the weights."""
+    """Hyper-parameters of the training run."""
 
     model: str
     num_steps: int
@@ -87,7 +90,7 @@ def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT, model_max_length=512)
 
 
-def sample_batch(document_ids: list[torch.Tensor], recipe: Recipe, step: int) -> torch.Tensor:
+def sample_batch(document_ids: list[Tensor], recipe: Recipe, step: int) -> Tensor:
     """(batch_size, sequence_length) token ids: windows of freshly shuffled documents, a function of (seed, step) alone."""
     generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
     needed = recipe.batch_size * recipe.sequence_length
@@ -112,7 +115,7 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 
 
 @torch.no_grad()
-def heldout_loss(model: PreTrainedModel, tokens: torch.Tensor, recipe: Recipe) -> float:
+def heldout_loss(model: PreTrainedModel, tokens: Tensor, recipe: Recipe) -> float:
     """Mean next-token cross-entropy in nats over non-overlapping windows, first token of each not predicted."""
     model.eval()
     num_windows = len(tokens) // recipe.sequence_length
@@ -126,47 +129,53 @@ def heldout_loss(model: PreTrainedModel, tokens: torch.Tensor, recipe: Recipe) -
 
 
 class TrainingState:
-    """Model, its moving average and Adam's moments; saved as one safetensors file."""
+    """Model, its moving average, Adam's moments and the log; saved as one safetensors file."""
 
     def __init__(self, recipe: Recipe) -> None:
         torch.manual_seed(recipe.seed)
-        self.step = 0
+        self.recipe, self.step = recipe, 0
+        self.log: list[dict[str, float]] = []
         self.model = Qwen3MoeForCausalLM(build_config(recipe.model))
         self.model.set_experts_implementation("grouped_mm")
-        self.average = Qwen3MoeForCausalLM(build_config(recipe.model))
-        self.average.load_state_dict(self.model.state_dict())
+        self.average = copy.deepcopy(self.model)
         decayed = [p for p in self.model.parameters() if p.dim() >= 2]
         plain = [p for p in self.model.parameters() if p.dim() < 2]
         groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95))
 
-    def update_average(self, decay: float) -> None:
-        decay = min(decay, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            for mean, new in zip(self.average.parameters(), self.model.parameters(), strict=True):
-                mean.lerp_(new, 1 - decay)
+    @torch.no_grad()
+    def update_average(self) -> None:
+        decay = min(self.recipe.average_decay, (1 + self.step) / (10 + self.step))
+        for mean, new in zip(self.average.parameters(), self.model.parameters(), strict=True):
+            mean.lerp_(new, 1 - decay)
 
-    def save(self, folder: Path, recipe: Recipe) -> None:
+    def save(self, folder: Path) -> None:
         tensors = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
         tensors |= {f"average.{name}": p.detach() for name, p in self.average.named_parameters()}
         for name, parameter in self.model.named_parameters():
             moments = self.optimizer.state[parameter]
             tensors |= {f"exp_avg.{name}": moments["exp_avg"], f"exp_avg_sq.{name}": moments["exp_avg_sq"]}
-        metadata = {"step": str(self.step), "recipe": json.dumps(asdict(recipe))}
+        metadata = {"step": str(self.step), "made_by": self._made_by(), "log": json.dumps(self.log)}
         temporary = folder / "state.safetensors.part"
         save_file(tensors, temporary, metadata=metadata)
         temporary.rename(folder / "state.safetensors")
 
-    def load(self, folder: Path, recipe: Recipe) -> None:
+    def load(self, folder: Path) -> None:
+        """Go on from what was saved, if anything was.
+
+        Raises:
+            SystemExit: it was made by another recipe, architecture or corpus.
+        """
         path = folder / "state.safetensors"
         if not path.exists():
             return
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+        if metadata["made_by"] != self._made_by():
+            raise SystemExit(f"{path} was made with another recipe, architecture or corpus; remove it or choose another --output")
+        self.step, self.log = int(metadata["step"]), json.loads(metadata["log"])
+        tensors = load_file(path)
         with torch.no_grad():
-            tensors = load_file(path)
-            metadata = _metadata(path)
-            if json.loads(metadata["recipe"]) != asdict(recipe):
-                raise SystemExit(f"{path} was made with another recipe; remove it or choose another --output")
-            self.step = int(metadata["step"])
             for name, parameter in self.average.named_parameters():
                 parameter.copy_(tensors[f"average.{name}"])
             for name, parameter in self.model.named_parameters():
@@ -177,15 +186,13 @@ class TrainingState:
                     "exp_avg_sq": tensors[f"exp_avg_sq.{name}"],
                 }
 
-
-def _metadata(path: Path) -> dict[str, str]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        return dict(file.metadata())
+    def _made_by(self) -> str:
+        """Everything that determines the weights."""
+        corpus = PyDocs("train").identity()
+        return json.dumps([asdict(self.recipe), self.model.config.to_diff_dict(), corpus], sort_keys=True, default=str)
 
 
-def train_step(state: TrainingState, batch: torch.Tensor, recipe: Recipe) -> float:
+def train_step(state: TrainingState, batch: Tensor, recipe: Recipe) -> float:
     """One AdamW step; returns the loss, router auxiliary loss included."""
     torch.manual_seed(recipe.seed * 7_368_787 + state.step)  # dropout
     for group in state.optimizer.param_groups:
@@ -196,14 +203,27 @@ def train_step(state: TrainingState, batch: torch.Tensor, recipe: Recipe) -> flo
     state.optimizer.step()
     state.optimizer.zero_grad()
     state.step += 1
-    state.update_average(recipe.average_decay)
+    state.update_average()
     return loss.item()
+
+
+def train(state: TrainingState, document_ids: list[Tensor], heldout_tokens: Tensor, *, folder: Path, evaluate_every: int) -> None:
+    """Train to the last step; the log is part of the saved state, so that a stop between the two loses nothing."""
+    recipe, started = state.recipe, time.time() - (state.log[-1]["seconds"] if state.log else 0.0)
+    while state.step < recipe.num_steps:
+        loss = train_step(state, sample_batch(document_ids, recipe, state.step), recipe)
+        if state.step % evaluate_every == 0 or state.step == recipe.num_steps:
+            heldout = math.exp(heldout_loss(state.average, heldout_tokens, recipe))
+            row = {"step": state.step, "train_loss": loss, "heldout_perplexity": heldout, "seconds": time.time() - started}
+            state.log.append(row)
+            state.save(folder)
+            print(row, flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="qwen3_moe_tiny")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--evaluate-every", type=int, default=250)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--install", action="store_true", help="copy the result into the package")
@@ -220,30 +240,23 @@ def main() -> None:
     print(f"{sum(map(len, document_ids))} train tokens, {len(heldout_tokens)} held-out tokens", flush=True)
 
     state = TrainingState(recipe)
-    state.load(folder, recipe)
-    started = time.time()
-    while state.step < recipe.num_steps:
-        loss = train_step(state, sample_batch(document_ids, recipe, state.step), recipe)
-        if state.step % arguments.evaluate_every == 0 or state.step == recipe.num_steps:
-            held = heldout_loss(state.average, heldout_tokens, recipe)
-            row = {"step": state.step, "train_loss": loss, "heldout_perplexity": math.exp(held), "seconds": time.time() - started}
-            with (folder / "log.jsonl").open("a") as log:
-                log.write(json.dumps(row) + "\n")
-            print(row, flush=True)
-            state.save(folder, recipe)
+    state.load(folder)
+    train(state, document_ids, heldout_tokens, folder=folder, evaluate_every=arguments.evaluate_every)
 
     final = folder / "final"
     model = state.average.to(torch.bfloat16)
     model.set_experts_implementation("eager")
     model.save_pretrained(final)
     tokenizer.save_pretrained(final)
-    rounded = math.exp(heldout_loss(model.float(), heldout_tokens, recipe))
-    write_card(final, recipe, rounded=rounded, log=[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()])
+    loss = heldout_loss(model.float(), heldout_tokens, recipe)
+    num_bytes = len(DOCUMENT_SEPARATOR.join(heldout_documents).encode())
+    bits_per_byte = loss / math.log(2) * len(heldout_tokens) / num_bytes
+    write_card(final, recipe, perplexity=math.exp(loss), bits_per_byte=bits_per_byte, log=state.log)
     if arguments.install:
         shutil.copytree(final, MODELS_FOLDER / recipe.model, dirs_exist_ok=True)
 
 
-def write_card(folder: Path, recipe: Recipe, *, rounded: float, log: list[dict[str, float]]) -> None:
+def write_card(folder: Path, recipe: Recipe, *, perplexity: float, bits_per_byte: float, log: list[dict[str, float]]) -> None:
     """README.md of the model folder: what it is, how it was made, what it reached."""
     rows = "\n".join(f"| {r['step']} | {r['train_loss']:.3f} | {r['heldout_perplexity']:.2f} | {r['seconds']:.0f} |" for r in log)
     (folder / "README.md").write_text(
@@ -257,7 +270,8 @@ Trained on the docstrings of Python {platform.python_version()}'s standard libra
 
 with `{json.dumps(asdict(recipe))}`.
 
-Perplexity on the held-out documents (windows of {recipe.sequence_length} tokens, bfloat16 weights, computed in float32): **{rounded:.2f}**.
+Perplexity on the held-out documents (windows of {recipe.sequence_length} tokens, bfloat16 weights, computed in float32):
+**{perplexity:.2f}** with its vocabulary of {VOCABULARY_SIZE} tokens; {bits_per_byte:.3f} bits per byte.
 
 | step | train loss (with router auxiliary loss) | held-out perplexity | seconds |
 |---|---|---|---|

@@ -1,7 +1,7 @@
 """The collector: watches every routed expert during one forward and backward pass and keeps running sums.
 
-In: a model and its batches of token ids. Out: `Statistics` (METHOD section 4). The identity that makes one pass enough
-(METHOD section 3): E(x) = W_down h(x), so dloss/dh_k = w_k . g, and the D x D matrices of the published procedure are
+In: a model and its batches of token ids. Out: `Statistics` (docs/method.md). The identity that makes one pass enough
+(docs/method.md, 5): E(x) = W_down h(x), so dloss/dh_k = w_k . g, and the D x D matrices of the published procedure are
 never needed.
 Shape letters: D model width, E experts, F atomic experts of an expert, n tokens of one expert, N sequences, W window.
 """
@@ -64,7 +64,7 @@ def collect(model: MoEModel, batches: Iterable[Tensor]) -> Statistics:
     """Statistics of the batches: one forward and one backward each, parameters frozen, gradient from the input embeddings.
 
     The loss is the *sum* of next-token cross-entropies, so the statistics do not depend on how sequences are batched;
-    router auxiliary losses play no part (METHOD section 2).
+    router auxiliary losses play no part.
 
     Args:
         model: dense or pruned.

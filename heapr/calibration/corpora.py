@@ -21,7 +21,7 @@ from heapr.errors import ConfigError
 
 SPLITS = ("train", "heldout", "all")
 HELDOUT_BUCKETS = 10  # one document in ten is held out
-DOCUMENT_SEPARATOR = "\n\n"  # METHOD section 2: documents are joined by blank lines
+DOCUMENT_SEPARATOR = "\n\n"  # docs/method.md: documents are joined by blank lines
 
 
 class Corpus(Protocol):

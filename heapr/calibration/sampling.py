@@ -1,7 +1,7 @@
 """From a corpus to token windows, and from those to a seeded sample.
 
 In: documents and a tokenizer. Out: `TokenWindows`. Documents are joined by blank lines, tokenised as one text, cut into
-non-overlapping windows, the remainder dropped (METHOD section 2).
+non-overlapping windows, the remainder dropped (docs/method.md).
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ class Efficiency:
 
         sum over MoE layers and experts of f_e * 2 * 3 * D * F_e
 
-    with F_e the width of expert e (METHOD section 1: rows of W_gate and W_up, columns of W_down).
+    with F_e the width of expert e (docs/method.md, 1: rows of W_gate and W_up, columns of W_down).
 
     Args:
         window: tokens of the window on which attention is counted, at least 2.

@@ -1,6 +1,6 @@
 """Perplexity on one corpus.
 
-In: a model and a corpus. Out: `perplexity/<corpus>`. Protocol (METHOD section 2): documents joined by blank lines,
+In: a model and a corpus. Out: `perplexity/<corpus>`. Protocol (docs/method.md): documents joined by blank lines,
 non-overlapping windows, remainder dropped, the first token of each window not predicted.
 """
 

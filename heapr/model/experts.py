@@ -2,6 +2,7 @@
 
 In: hidden states, and the router's choice of experts and weights. Out: the weighted sum of the chosen experts' outputs.
 `use_heapr_experts` makes transformers call it under the name "heapr", so that one file serves every family.
+Equations are numbered as in docs/method.md.
 Shape letters: T tokens, D model width, E experts, F atomic experts of an expert, K experts per token, S = T*K
 (token, expert) pairs sorted by expert, n tokens of one expert.
 """
@@ -66,34 +67,30 @@ def dense_experts_forward(experts: Experts, hidden_TD: Tensor, expert_TK: Tensor
 def _run(
     experts: Experts, hidden_TD: Tensor, expert_TK: Tensor, router_weight_TK: Tensor, *, weights: Iterable[tuple[Tensor, Tensor]]
 ) -> Tensor:
-    """Sum over each token's experts of p * E(x), with E(x) = W_down h(x) (METHOD section 1).
+    """Sum over each token's experts of p * E(x), with E(x) = W_down h(x) (docs/method.md, 1).
 
     The (token, expert) pairs are sorted by expert, so that each expert's tokens are one contiguous segment.
     """
     flat_S = expert_TK.reshape(-1)
     order_S = torch.sort(flat_S, stable=True).indices
     counts = torch.bincount(flat_S, minlength=experts.num_experts).tolist()
-    hidden_segments = hidden_TD[order_S // expert_TK.shape[1]].split(counts)
-    router_segments = router_weight_TK.reshape(-1)[order_S].split(counts)
+    token_S = order_S // expert_TK.shape[1]
+    segments = zip(
+        token_S.split(counts), hidden_TD[token_S].split(counts), router_weight_TK.reshape(-1)[order_S].split(counts), strict=True
+    )
     observer = getattr(experts, "observer", None)
-    outputs = []
-    for expert, (gate_up_FD, down_DF) in enumerate(weights):
-        if counts[expert] == 0:
+    total_TD = torch.zeros_like(hidden_TD)
+    for expert, ((gate_up_FD, down_DF), (token_n, hidden_nD, router_weight_n)) in enumerate(zip(weights, segments, strict=True)):
+        if len(token_n) == 0:
             continue
-        gate_nF, up_nF = F.linear(hidden_segments[expert], gate_up_FD).chunk(2, dim=-1)
+        gate_nF, up_nF = F.linear(hidden_nD, gate_up_FD).chunk(2, dim=-1)
         h_nF = experts.act_fn(gate_nF) * up_nF
         output_nD = F.linear(h_nF, down_DF)
         if observer is not None:
-            observer(expert, h_nF, router_segments[expert], output_nD)
-        outputs.append(output_nD * router_segments[expert].unsqueeze(-1))
-    return _sum_over_experts(torch.cat(outputs), order_S, num_tokens=len(hidden_TD)).to(hidden_TD.dtype)
-
-
-def _sum_over_experts(output_SD: Tensor, order_S: Tensor, *, num_tokens: int) -> Tensor:
-    """Back to token order, then a sum of fixed order: unlike index_add_, the same on every device and in every run."""
-    inverse_S = torch.empty_like(order_S)
-    inverse_S[order_S] = torch.arange(len(order_S), device=order_S.device)
-    return output_SD[inverse_S].view(num_tokens, -1, output_SD.shape[-1]).sum(dim=1)
+            observer(expert, h_nF, router_weight_n, output_nD)
+        # A token visits an expert once, so no index repeats: the order of additions is the same on every device and in every run.
+        total_TD.index_add_(0, token_n, (output_nD * router_weight_n.unsqueeze(-1)).to(total_TD.dtype))
+    return total_TD
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from heapr.types import Plan
 
 @torch.no_grad()
 def remove(model: MoEModel, plan: Plan) -> None:
-    """Remove rows of W_gate and W_up and columns of W_down (METHOD section 1): experts become ragged.
+    """Remove rows of W_gate and W_up and columns of W_down (docs/method.md, 1): experts become ragged.
 
     A layer that keeps everything is left as it is. Each dense layer is freed before the next one is cut.
     """

@@ -26,7 +26,7 @@ def print_summary(summary: Mapping[str, Any], run_folder: str, console: Console 
     """Dense against pruned, the stages, and where everything lies."""
     artifacts = Path(summary["stages"][0]["path"]).parents[1]
     places = Text(f"artifacts: {artifacts}/<stage>/<artifact>\nthis run:  {run_folder}", overflow="fold")
-    (console or Console()).print(Group(_metrics_table(summary["metrics"]), "", _stages_table(summary["stages"]), "", places))
+    (console or Console()).print(Group(_metrics_table(summary["metrics"]), _stages_table(summary["stages"]), places))
 
 
 def _metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> Table:
@@ -50,7 +50,7 @@ def _stages_table(stages: list[Mapping[str, Any]]) -> Table:
     for column in table.columns[2:4]:
         column.justify = "right"
     for stage in stages:
-        name = f"{stage['stage']} {stage['what']}" if stage["stage"] == "evaluate" else stage["stage"]
+        name = stage["what"] or stage["stage"]
         peak = "" if stage["cached"] else f"{stage['peak_memory_bytes'] / 2**30:.2f} GiB"
         table.add_row(name, "cached" if stage["cached"] else "made", f"{stage['seconds']:.1f}", peak, stage["key"])
     return table

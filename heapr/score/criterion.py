@@ -15,7 +15,7 @@ from torch import Tensor
 from heapr.types import ExpertWeights, LayerStatistics, Scores, Statistics
 
 WeightsOf = Callable[[int], ExpertWeights]  # by decoder layer index
-UNROUTED_SCORE = -1.0  # below every score of an expert that was reached (METHOD section 2)
+UNROUTED_SCORE = -1.0  # below every score of an expert that was reached (docs/method.md)
 
 
 class Criterion(Protocol):

@@ -1,7 +1,7 @@
 """Criteria from activations and their gradients: `heapr` (the paper), `heapr_sum` and `fisher`.
 
 In: statistics. Out: scores in nats of loss. Symbols: h the activation of an atomic expert, g = dloss/dh with loss the
-sum over N predicted tokens, n the number of tokens routed to the expert.
+sum over N predicted tokens, n the number of tokens routed to the expert. Equation numbers are those of docs/method.md.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from heapr.types import Scores, Statistics
 class Heapr:
     """HEAPr's score of atomic expert k (arXiv 2509.22299, ICLR 2026):
 
-        s_k = 1/2 mean(h_k^2) mean(g_k^2)                                                    (METHOD section 3)
-            = 1/2 mean(h_k^2) w_k^T G w_k,  G = mean of (dloss/dE)(dloss/dE)^T               (METHOD section 2)
+        s_k = 1/2 mean(h_k^2) mean(g_k^2)                                                    (6)
+            = 1/2 mean(h_k^2) w_k^T G w_k,  G = mean of (dloss/dE)(dloss/dE)^T               (3), (4)
 
     Means are over the tokens routed to the expert. Experts without tokens score -1.
     """
@@ -24,7 +24,7 @@ class Heapr:
         for index, layer in statistics.layers.items():
             h_sq_EF = mean_over_routed(layer.h_sq_sum_EF, layer.count_E)
             g_sq_EF = mean_over_routed(layer.g_sq_sum_EF, layer.count_E)
-            scores[index] = unrouted_last(0.5 * h_sq_EF * g_sq_EF, layer)  # METHOD section 3
+            scores[index] = unrouted_last(0.5 * h_sq_EF * g_sq_EF, layer)  # (6)
         return Scores(layers=scores)
 
 
@@ -32,14 +32,14 @@ class HeaprSum:
     """HEAPr's score times the number of routed tokens: the predicted increase of the mean loss, in nats per token, if
     h^2 and g^2 were independent:
 
-        s_k = n/(2N) mean(h_k^2) mean(g_k^2)                                                 (METHOD section 2)
+        s_k = n/(2N) mean(h_k^2) mean(g_k^2)                                                 (7)
     """
 
     def __call__(self, statistics: Statistics, weights: WeightsOf) -> Scores:
         scores = {}
         for index, layer in statistics.layers.items():
             h_sq_EF = mean_over_routed(layer.h_sq_sum_EF, layer.count_E)
-            predicted_EF = 0.5 * h_sq_EF * layer.g_sq_sum_EF / statistics.num_predicted_tokens  # METHOD section 2
+            predicted_EF = 0.5 * h_sq_EF * layer.g_sq_sum_EF / statistics.num_predicted_tokens  # (7)
             scores[index] = unrouted_last(predicted_EF, layer)
         return Scores(layers=scores)
 
@@ -48,12 +48,12 @@ class Fisher:
     """Joint second moment of gradient and activation: the predicted increase of the mean loss, in nats per token,
     without assuming that the two are independent:
 
-        s_k = 1/(2N) sum (g_k h_k)^2                                                         (METHOD section 2)
+        s_k = 1/(2N) sum (g_k h_k)^2                                                         (8)
     """
 
     def __call__(self, statistics: Statistics, weights: WeightsOf) -> Scores:
         scores = {}
         for index, layer in statistics.layers.items():
-            predicted_EF = 0.5 * layer.gh_sq_sum_EF / statistics.num_predicted_tokens  # METHOD section 2
+            predicted_EF = 0.5 * layer.gh_sq_sum_EF / statistics.num_predicted_tokens  # (8)
             scores[index] = unrouted_last(predicted_EF, layer)
         return Scores(layers=scores)
