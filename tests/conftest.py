@@ -35,3 +35,8 @@ def model(causal_lm: PreTrainedModel) -> MoEModel:
 @pytest.fixture
 def ids_NW() -> Tensor:
     return tiny_ids(num_sequences=8, length=12)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("torch sees no GPU")

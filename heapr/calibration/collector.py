@@ -23,13 +23,12 @@ class LayerObserver:
     """Running sums of one layer, updated when the gradient of an expert's activations arrives.
 
     Args:
-        layer: what is observed.
-        device: where the sums are kept.
+        layer: what is observed; the sums are kept on its device.
     """
 
-    def __init__(self, layer: MoELayer, device: torch.device) -> None:
+    def __init__(self, layer: MoELayer) -> None:
         self.index = layer.index
-        zeros = LayerStatistics.zeros(layer.num_experts, layer.width, device)
+        zeros = LayerStatistics.zeros(layer.num_experts, layer.width, layer.experts.down_proj.device)
         self.sums = dict(zeros.items())
 
     def statistics(self) -> LayerStatistics:
@@ -73,7 +72,7 @@ def collect(model: MoEModel, batches: Iterable[Tensor]) -> Statistics:
     Raises:
         FloatingPointError: a loss or statistic is NaN or infinite; the message names layer and batch.
     """
-    observers = [LayerObserver(layer, model.device) for layer in model.layers]
+    observers = [LayerObserver(layer) for layer in model.layers]
     watched = [(layer.experts, observer) for layer, observer in zip(model.layers, observers, strict=True)]
     loss_sum, num_tokens, num_predicted_tokens = 0.0, 0, 0
     with frozen_parameters(model.model), observe_experts(model.model, watched):
@@ -107,7 +106,7 @@ def check_finite(batch: int, loss: Tensor, observers: Sequence[LayerObserver]) -
     forward = [(observer, name) for observer in observers for name in FORWARD]
     backward = [(observer, name) for observer in reversed(observers) for name in BACKWARD]
     sums = [observer.sums[name].sum() for observer, name in forward] + [loss] + [observer.sums[name].sum() for observer, name in backward]
-    finite = torch.stack([value.double() for value in sums]).isfinite().tolist()  # one synchronisation with the device
+    finite = torch.stack([value.to(loss.device, torch.float64) for value in sums]).isfinite().tolist()  # one synchronisation with the device
     if all(finite):
         return
     places = [f"statistic {name} of layer {observer.index}" for observer, name in forward]

@@ -68,6 +68,13 @@ def test_statistics_do_not_depend_on_the_batch_size(model: MoEModel, ids_NW: Ten
     assert_same_statistics(collect(model, ids_NW.split(batch_size)), collect(model, ids_NW.split(8)))
 
 
+@pytest.mark.gpu
+def test_a_gpu_gives_the_statistics_of_the_cpu(causal_lm: PreTrainedModel, ids_NW: Tensor) -> None:
+    expected = collect(MoEModel(causal_lm), [ids_NW])
+    got = Statistics.from_tensors(collect(MoEModel(causal_lm.cuda()), [ids_NW]).to_tensors())
+    assert_same_statistics(got, expected, tolerance=1e-3)
+
+
 def test_two_halves_merged_equal_the_whole(model: MoEModel, ids_NW: Tensor) -> None:
     halves = [collect(model, [half]) for half in ids_NW.split(4)]
     assert_same_statistics(halves[0].merge(halves[1]), collect(model, ids_NW.split(4)), tolerance=1e-12)
