@@ -223,7 +223,7 @@ def train(state: TrainingState, document_ids: list[Tensor], heldout_tokens: Tens
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="qwen3_moe_tiny")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--evaluate-every", type=int, default=250)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--install", action="store_true", help="copy the result into the package")
