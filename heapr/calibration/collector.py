@@ -106,7 +106,7 @@ def check_finite(batch: int, loss: Tensor, observers: Sequence[LayerObserver]) -
     forward = [(observer, name) for observer in observers for name in FORWARD]
     backward = [(observer, name) for observer in reversed(observers) for name in BACKWARD]
     sums = [observer.sums[name].sum() for observer, name in forward] + [loss] + [observer.sums[name].sum() for observer, name in backward]
-    finite = torch.stack([value.to(loss.device, torch.float64) for value in sums]).isfinite().tolist()  # one synchronisation with the device
+    finite = torch.stack([value.to(loss.device, torch.float64) for value in sums]).isfinite().tolist()  # one synchronisation
     if all(finite):
         return
     places = [f"statistic {name} of layer {observer.index}" for observer, name in forward]
