@@ -46,8 +46,8 @@ def _metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> Table:
 
 
 def _stages_table(stages: list[Mapping[str, Any]]) -> Table:
-    table = Table("stage", "", "seconds", "peak memory", "artifact", box=SIMPLE_HEAD, pad_edge=False)
-    table.columns[0].no_wrap = True
+    table = Table("stage", "", "seconds", "peak memory", "artifact", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.columns[0].no_wrap = table.columns[4].no_wrap = True
     for column in table.columns[2:4]:
         column.justify = "right"
     for stage in stages:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 from rich.console import Console
 
 from heapr.report.console import print_summary
@@ -25,7 +27,7 @@ SUMMARY = {
 
 
 def test_table_holds_metrics_change_seconds_memory_and_places() -> None:
-    console = Console(width=120, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115 (rich wants a file)
+    console = Console(width=120, record=True, quiet=False, file=io.StringIO())
     print_summary(SUMMARY, "outputs/runs/now", console)
     text = console.export_text()
     for expected in (
@@ -44,3 +46,13 @@ def test_table_holds_metrics_change_seconds_memory_and_places() -> None:
         "outputs/runs/now",
     ):
         assert expected in text
+
+
+def test_names_and_keys_are_whole_on_a_narrow_terminal() -> None:
+    long = {
+        **stage("evaluate", key="0123456789abcdef", cached=False, seconds=12.3, peak_memory_bytes=2**30),
+        "what": "perplexity/numpydocs pruned",
+    }
+    console = Console(width=80, record=True, file=io.StringIO())
+    print_summary({**SUMMARY, "stages": [long]}, "outputs/runs/now", console)
+    assert any("perplexity/numpydocs pruned" in line and "0123456789abcdef" in line for line in console.export_text().splitlines())
