@@ -155,20 +155,20 @@ class Statistics:
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """Weights of one layer's routed experts; views of the model's own memory.
+    """Weights of one layer's routed experts, zeros where an expert is narrower than F.
 
     Attributes:
-        gate_EFD, up_EFD: rows k produce h_k (docs/method.md, 1).
+        gate_EFD, up_EFD: rows k produce h_k (docs/method.md, 1); no gate in families that have none.
         down_EDF: column k is w_k.
     """
 
-    gate_EFD: Tensor
+    gate_EFD: Tensor | None
     up_EFD: Tensor
     down_EDF: Tensor
 
     def __post_init__(self) -> None:
-        num_experts, width, model_width = self.gate_EFD.shape
-        assert self.up_EFD.shape == self.gate_EFD.shape
+        num_experts, width, model_width = self.up_EFD.shape
+        assert self.gate_EFD is None or self.gate_EFD.shape == self.up_EFD.shape
         assert self.down_EDF.shape == (num_experts, model_width, width)
 
 

@@ -2,44 +2,119 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
+
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import (
-    MixtralForCausalLM,
-    OlmoeForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen2MoeForCausalLM,
-    Qwen3MoeForCausalLM,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from heapr.types import ExpertWeights, LayerStatistics, Statistics
 
 VOCABULARY_SIZE = 257
 
-
-COMMON = {
+COMMON = {  # each family takes those of these settings that its configuration has
     "vocab_size": VOCABULARY_SIZE, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
-    "head_dim": 8, "num_experts_per_tok": 2, "max_position_embeddings": 64, "eos_token_id": 0, "bos_token_id": None,
-    "pad_token_id": 0, "initializer_range": 0.3,
+    "head_dim": 8, "max_position_embeddings": 64, "eos_token_id": 0, "bos_token_id": None, "pad_token_id": 0, "initializer_range": 0.3,
+    "num_experts": 4, "n_routed_experts": 4, "num_local_experts": 4, "moe_num_experts": 4,
+    "num_experts_per_tok": 2, "moe_topk": 2, "moe_k": 2, "top_k_experts": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+    "intermediate_size": 24, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 12, "n_shared_experts": 1,
+    "num_shared_experts": 1, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
 }  # fmt: skip
-FAMILIES = {
-    "qwen3_moe": (Qwen3MoeForCausalLM, {"num_experts": 4, "moe_intermediate_size": 8, "intermediate_size": 24}),
-    "qwen2_moe": (
-        Qwen2MoeForCausalLM,
-        {"num_experts": 4, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 12, "intermediate_size": 24},
-    ),
-    "mixtral": (MixtralForCausalLM, {"num_local_experts": 4, "intermediate_size": 8}),
-    "olmoe": (OlmoeForCausalLM, {"num_experts": 4, "intermediate_size": 8}),
-}
+LATENT = {"num_key_value_heads": 2}  # multi-head latent attention has as many heads for keys as for queries
+EXPERT_WIDTH = {"intermediate_size": 8}  # the field that other families use for their dense layers
+DENSE_THEN_SPARSE = {"mlp_layer_types": ["dense", "sparse"]}
+LINEAR_THEN_FULL = {"layer_types": ["linear_attention", "full_attention"]}
+DELTA_NET = {
+    **LINEAR_THEN_FULL, "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+}  # fmt: skip
+FAMILIES: dict[str, dict[str, object]] = {  # transformers' folder of a family -> what it needs beyond the common settings
+    "afmoe": {},
+    "aria": EXPERT_WIDTH,
+    "axk1": LATENT,
+    "axk2": LATENT,
+    "bailing_hybrid": {**LATENT, **LINEAR_THEN_FULL, **DENSE_THEN_SPARSE, "num_mtp_layers": 0},
+    "beam": DENSE_THEN_SPARSE,
+    "cohere2_moe": EXPERT_WIDTH,
+    "deepseek_v2": LATENT,
+    "deepseek_v3": LATENT,
+    "deepseek_v32": LATENT,
+    "deepseek_v4": {},
+    "dots1": {},
+    "dots3_note": {**LATENT, **DENSE_THEN_SPARSE, "layer_types": ["full_attention"] * 2, "shared_experts_intermediate_size": 8},
+    "ernie4_5_moe": {},
+    "exaone_moe": {},
+    "flex_olmo": EXPERT_WIDTH,
+    "flint": {"mlp_only_layers": []},
+    "gemma4": {
+        "enable_moe_block": True, "hidden_size_per_layer_input": 0, "layer_types": ["sliding_attention", "full_attention"],
+        "num_kv_shared_layers": 0,
+    },
+    "glm4_moe": {},
+    "glm4_moe_lite": LATENT,
+    "glm_moe_dsa": LATENT,
+    "gpt_oss": EXPERT_WIDTH,
+    "granitemoe": {**EXPERT_WIDTH, "logits_scaling": 4.0},
+    "granitemoe_swa": EXPERT_WIDTH,
+    "granitemoehybrid": {
+        **EXPERT_WIDTH, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 4,
+        "layer_types": ["mamba", "attention"], "shared_intermediate_size": 8,
+    },
+    "granitemoeshared": EXPERT_WIDTH,
+    "hunyuan_v1_moe": EXPERT_WIDTH,
+    "hy_v3": {},
+    "hy_v4": {},
+    "inkling": {},
+    "inkling2": {},
+    "jamba": {
+        **EXPERT_WIDTH, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 1, "expert_layer_offset": 0,
+        "mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False,
+    },
+    "kimi_linear": {
+        **LATENT, **LINEAR_THEN_FULL, **DENSE_THEN_SPARSE, "linear_head_dim": 8, "linear_num_heads": 2, "q_lora_rank": None,
+    },
+    "kolibri1": {},
+    "laguna": {},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "llama4": {**EXPERT_WIDTH, "interleave_moe_layer_step": 1, "intermediate_size_mlp": 24, "attention_chunk_size": 32},
+    "mellum": {},
+    "mimo_v2_flash": {},
+    "minimax": EXPERT_WIDTH,
+    "minimax_m2": EXPERT_WIDTH,
+    "minimax_m3_vl": EXPERT_WIDTH,
+    "mixtral": EXPERT_WIDTH,
+    "nemotron_h": {},
+    "olmoe": EXPERT_WIDTH,
+    "phimoe": EXPERT_WIDTH,
+    "qwen2_moe": {},
+    "qwen3_5_moe": DELTA_NET,
+    "qwen3_moe": {},
+    "qwen3_next": DELTA_NET,
+    "solar_open": {},
+    "zaya": {"num_experts_per_tok": 1},
+}  # fmt: skip
+
+
+def model_class_of(family: str) -> type[PreTrainedModel]:
+    """The causal language model of a folder of transformers."""
+    folder = Path(transformers.__file__).parent / "models" / family
+    for path in sorted(folder.glob("modeling_*.py")):
+        module = importlib.import_module(f"transformers.models.{family}.{path.stem}")
+        for name in module.__all__:
+            if name.endswith("ForCausalLM"):
+                return getattr(module, name)
+    raise LookupError(family)
 
 
 def tiny_model(family: str, seed: int = 0, **changes: object) -> PreTrainedModel:
-    """2 layers x 4 experts x 8 atomic experts, top-2, weights large enough that every part matters."""
-    model_class, settings = FAMILIES[family]
+    """2 layers, 4 experts x 8 atomic experts, top-2, weights large enough that every part matters."""
+    model_class = model_class_of(family)
+    known = model_class.config_class()
+    settings = {name: value for name, value in COMMON.items() if name in dir(known)}
     torch.manual_seed(seed)
-    return model_class(model_class.config_class(**{**COMMON, **settings, **changes})).eval()
+    return model_class(model_class.config_class(**{**settings, **FAMILIES[family], **changes})).eval()
 
 
 def tiny_qwen3_moe(seed: int = 0, **changes: object) -> PreTrainedModel:

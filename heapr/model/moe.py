@@ -6,6 +6,7 @@ refused by the name of the missing capability.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,20 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.integrations import moe as transformers_moe
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from heapr.errors import ConfigError
-from heapr.model.experts import Experts, RaggedExperts
+from heapr.model.experts import CAPABILITIES, is_experts
+from heapr.model.ragged_experts import Experts, RaggedExperts, layout_of, matrices_of, widths_of
 from heapr.types import ExpertWeights
 
-# What an experts module may need beyond gated, bias-free [gate; up] weights: attribute of the decorator, value we handle.
-CAPABILITIES = {
-    "is_transposed": (False, "experts with transposed weights"),
-    "is_concatenated": (True, "experts with interleaved gate and up weights"),
-    "has_bias": (False, "experts with biases"),
-    "has_gate": (True, "experts without a gate"),
-    "has_post_expert_norm": (False, "experts with a norm after the down projection"),
-}
 LOGITS_CHUNK = 2**26  # logits held at once: 2^26 elements are 256 MiB in float32
 
 
@@ -58,22 +52,30 @@ class MoELayer:
         return int(self.experts.num_experts)
 
     @property
-    def width(self) -> int:
-        """Atomic experts of the widest expert."""
-        return max(self.experts.widths) if isinstance(self.experts, RaggedExperts) else int(self.experts.down_proj.shape[-1])
-
-    @property
     def widths(self) -> list[int]:
         """Atomic experts of each expert."""
-        if isinstance(self.experts, RaggedExperts):
-            return list(self.experts.widths)
-        return [self.width] * self.num_experts
+        return widths_of(self.experts)
+
+    @property
+    def width(self) -> int:
+        """Atomic experts of the widest expert."""
+        return max(self.widths)
 
     def weights(self) -> ExpertWeights:
-        """Views of the dense experts' weights."""
-        assert not isinstance(self.experts, RaggedExperts)
-        gate_EFD, up_EFD = self.experts.gate_up_proj.detach().chunk(2, dim=1)
-        return ExpertWeights(gate_EFD=gate_EFD, up_EFD=up_EFD, down_EDF=self.experts.down_proj.detach())
+        """A copy of the experts' weights; experts narrower than the widest are filled up with zeros."""
+        layout, width = layout_of(self.experts), self.width
+        gates, ups, downs = [], [], []
+        for matrices in matrices_of(self.experts):
+            inputs_GD, down_DF = matrices.inputs_GD.detach(), matrices.down_DF.detach()
+            missing = width - down_DF.shape[1]
+            if layout.has_gate:
+                gate_FD, up_FD = inputs_GD.chunk(2) if layout.is_concatenated else (inputs_GD[::2], inputs_GD[1::2])
+                gates.append(F.pad(gate_FD, (0, 0, 0, missing)))
+                ups.append(F.pad(up_FD, (0, 0, 0, missing)))
+            else:
+                ups.append(F.pad(inputs_GD, (0, 0, 0, missing)))
+            downs.append(F.pad(down_DF, (0, missing)))
+        return ExpertWeights(gate_EFD=torch.stack(gates) if gates else None, up_EFD=torch.stack(ups), down_EDF=torch.stack(downs))
 
 
 class MoEModel:
@@ -89,6 +91,7 @@ class MoEModel:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model.eval()
         self.layers = find_moe_layers(model)
+        self._head = _without_body(model)
 
     @property
     def device(self) -> torch.device:
@@ -97,16 +100,16 @@ class MoEModel:
 
     def hidden_states(self, **inputs: Tensor) -> Tensor:
         """Final hidden states (N, W, D), those that the output head turns into logits."""
-        hidden: Tensor = self.model.base_model(use_cache=False, **inputs).last_hidden_state
+        hidden: Tensor = self.model.get_submodule(_body_name(self.model))(use_cache=False, **inputs).last_hidden_state
         return hidden
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits of final hidden states, in float32."""
-        logits: Tensor = self.model.get_output_embeddings()(hidden)
-        return logits.float()
+    def logits(self, hidden_TD: Tensor) -> Tensor:
+        """Logits of final hidden states, in float32: what the model's own forward makes of them, scaling and capping included."""
+        logits: Tensor = self._head(inputs_embeds=hidden_TD.unsqueeze(0), use_cache=False).logits
+        return logits.squeeze(0).float()
 
     def check_head(self) -> None:
-        """Refuse models whose logits are not just the output head's: losses computed in chunks would be wrong.
+        """Refuse models whose logits do not follow from the final hidden states: losses computed in chunks would be wrong.
 
         Raises:
             ConfigError: naming the capability.
@@ -114,9 +117,9 @@ class MoEModel:
         ids_NW = torch.arange(8, device=self.device).unsqueeze(0)
         with torch.no_grad():
             expected = self.model(input_ids=ids_NW, use_cache=False).logits.float()
-            difference = (self.logits(self.hidden_states(input_ids=ids_NW)) - expected).abs().max()
+            difference = (self.logits(self.hidden_states(input_ids=ids_NW)[0]) - expected[0]).abs().max()
         if difference > 1e-2 * expected.abs().max():  # false for NaN, which calibration will name
-            raise ConfigError(f"{type(self.model).__name__} needs a missing capability: post-processing of logits")
+            raise ConfigError(f"{type(self.model).__name__} needs a missing capability: logits that depend on more than the final hidden states")
 
     def chunk_size(self) -> int:
         """Tokens whose logits are held at once."""
@@ -132,9 +135,11 @@ def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
     """
     layers = []
     for name, module in model.named_modules():
-        if not _is_experts(module):
+        if not is_experts(module):
             continue
-        _check_capabilities(model, module)
+        for attribute, description in CAPABILITIES.items():
+            if getattr(module, attribute, False):
+                raise ConfigError(f"{type(model).__name__} needs a missing capability: {description}")
         block = model.get_submodule(name.rpartition(".")[0])
         layers.append(MoELayer(index=_layer_index(name), name=name, block=block))
     if not layers:
@@ -189,18 +194,31 @@ def frozen_parameters(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
-def _is_experts(module: Experts) -> bool:
-    return isinstance(module, RaggedExperts) or all(hasattr(module, name) for name in CAPABILITIES)
+class _FinalHiddenStates(MoeModelOutputWithPast):
+    """A body's output of which only the final hidden states are there; whatever else a family returns is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
 
 
-def _check_capabilities(model: PreTrainedModel, experts: Experts) -> None:
-    if isinstance(experts, RaggedExperts):
-        return
-    for name, (handled, description) in CAPABILITIES.items():
-        if getattr(experts, name) != handled:
-            raise ConfigError(f"{type(model).__name__} needs a missing capability: {description}")
-    if type(experts)._apply_gate is not transformers_moe._default_apply_gate:
-        raise ConfigError(f"{type(model).__name__} needs a missing capability: experts with a gate of their own")
+class _PassThrough(nn.Module):
+    """A body that returns its input as final hidden states."""
+
+    def forward(self, inputs_embeds: Tensor, **_: object) -> MoeModelOutputWithPast:
+        return _FinalHiddenStates(last_hidden_state=inputs_embeds)
+
+
+def _without_body(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model, its parameters shared, whose forward starts at the final hidden states."""
+    head = copy.copy(model)
+    head._modules = {**model._modules, _body_name(model): _PassThrough()}
+    return head
+
+
+def _body_name(model: PreTrainedModel) -> str:
+    """Name of the child that computes the final hidden states: base_model_prefix is not its name in every family."""
+    return next(name for name, child in model.named_children() if isinstance(child, PreTrainedModel))
 
 
 def _layer_index(name: str) -> int:

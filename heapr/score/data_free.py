@@ -17,18 +17,16 @@ class Magnitude:
 
         s_k = sqrt(||w_gate,k||^2 + ||w_up,k||^2 + ||w_down,k||^2)
 
-    with w_gate,k and w_up,k the rows k of W_gate and W_up and w_down,k column k of W_down.
+    with w_gate,k and w_up,k the rows k of W_gate and W_up and w_down,k column k of W_down. Experts without a gate have two slices.
     """
 
     def __call__(self, statistics: Statistics, weights: WeightsOf) -> Scores:
         scores = {}
         for index in statistics.layers:
             layer = weights(index)
-            norms = [
-                torch.linalg.vector_norm(layer.gate_EFD, dim=2, dtype=torch.float32),
-                torch.linalg.vector_norm(layer.up_EFD, dim=2, dtype=torch.float32),
-                torch.linalg.vector_norm(layer.down_EDF, dim=1, dtype=torch.float32),
-            ]
+            inputs = [layer.up_EFD] if layer.gate_EFD is None else [layer.gate_EFD, layer.up_EFD]
+            norms = [torch.linalg.vector_norm(weight_EFD, dim=2, dtype=torch.float32) for weight_EFD in inputs]
+            norms.append(torch.linalg.vector_norm(layer.down_EDF, dim=1, dtype=torch.float32))
             scores[index] = torch.linalg.vector_norm(torch.stack(norms), dim=0).cpu()
         return Scores(layers=scores)
 

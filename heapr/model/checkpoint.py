@@ -1,0 +1,159 @@
+"""Checkpoints of pruned models: Hugging Face folders that load with and without heapr.
+
+In: a pruned model in memory, its tokenizer, what was done to it. Out: a folder; `load_pruned` reads one back. Ragged models get a
+model type of their own, "heapr_<type>", with a modelling file beside the weights that imports torch and transformers alone;
+uniform and masked ones are the family's own class.
+"""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import huggingface_hub
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from heapr.errors import ConfigError
+from heapr.model import ragged_experts
+from heapr.model.moe import MoEModel
+from heapr.model.ragged_experts import is_ragged, make_ragged
+from heapr.types import TensorDict
+
+RAGGED_PREFIX = "heapr_"
+MAX_SHARD_SIZE = "5GB"
+PLAN = "plan.safetensors"
+MODELING_FILE = "modeling_heapr.py"
+MODELING_TEMPLATE = Template('''"""$model_name whose experts have individual widths, pruned by heapr. Needs torch and transformers alone."""
+
+from $config_module import $config_name
+from $model_module import $model_name
+
+from .ragged_experts import make_ragged
+
+
+class Heapr$config_name($config_name):
+    model_type = "$model_type"
+
+
+class Heapr$model_name($model_name):
+    config_class = Heapr$config_name
+
+    def __init__(self, config):
+        super().__init__(config)
+        make_ragged(self, config.expert_widths)
+''')
+
+
+def save_checkpoint(
+    model: MoEModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, plan: TensorDict, about: dict[str, Any], card: str
+) -> None:
+    """Write a pruned model as a Hugging Face folder: sharded safetensors, configuration, tokenizer, card and plan.
+
+    Args:
+        model: ragged, uniform or masked.
+        tokenizer: its own.
+        folder: is made.
+        plan: goes into plan.safetensors.
+        about: what was done; becomes `heapr` in config.json. JSON types only.
+        card: text of README.md.
+    """
+    folder.mkdir(parents=True)
+    if any(is_ragged(layer.experts) for layer in model.layers):
+        _save_ragged(model, folder, about)
+    else:
+        model.model.config.heapr = about
+        model.model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+    tokenizer.save_pretrained(folder)
+    save_file(plan, folder / PLAN)
+    (folder / "README.md").write_text(card)
+
+
+def load_pruned(folder: str | Path, **arguments: Any) -> PreTrainedModel:
+    """Load a pruned checkpoint of any form, without running code from its folder.
+
+    Args:
+        folder: what `prune` wrote.
+        arguments: for transformers' `from_pretrained`, for example dtype or device_map.
+
+    Raises:
+        ConfigError: no such checkpoint.
+    """
+    register_ragged(Path(folder))
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **arguments)
+    return model.eval()
+
+
+def register_ragged(folder: Path) -> None:
+    """Make transformers know the model type of a ragged checkpoint; does nothing for other folders.
+
+    Raises:
+        ConfigError: the folder has no config.json, or its family is unknown.
+    """
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"folder '{folder}' has no config.json, so it is not a checkpoint; give the folder that prune wrote")
+    model_type = str(PretrainedConfig.get_config_dict(folder, local_files_only=True)[0].get("model_type", ""))
+    if not model_type.startswith(RAGGED_PREFIX) or model_type in CONFIG_MAPPING:
+        return
+    family = model_type.removeprefix(RAGGED_PREFIX)
+    if family not in CONFIG_MAPPING:
+        raise ConfigError(f"'{folder}' was pruned from a '{family}' model, which this transformers does not know; install a newer one")
+    config_class, model_class = ragged_classes(CONFIG_MAPPING[family])
+    AutoConfig.register(model_type, config_class)
+    AutoModelForCausalLM.register(config_class, model_class)
+
+
+def ragged_classes(config_class: type[PretrainedConfig]) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
+    """The same two classes as in the modelling file beside a checkpoint."""
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+    ragged_config = type(f"Heapr{config_class.__name__}", (config_class,), {"model_type": RAGGED_PREFIX + config_class.model_type})
+
+    def __init__(self: PreTrainedModel, config: PretrainedConfig) -> None:
+        model_class.__init__(self, config)
+        make_ragged(self, config.expert_widths)
+
+    members = {"config_class": ragged_config, "__init__": __init__, "__module__": model_class.__module__}
+    return ragged_config, type(f"Heapr{model_class.__name__}", (model_class,), members)
+
+
+def _save_ragged(model: MoEModel, folder: Path, about: dict[str, Any]) -> None:
+    source = model.model
+    family = str(source.config.model_type).removeprefix(RAGGED_PREFIX)
+    config_class = CONFIG_MAPPING[family]
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+    names = {"config_name": config_class.__name__, "model_name": model_class.__name__}
+    settings = source.config.to_dict() | {
+        "model_type": RAGGED_PREFIX + family,
+        "architectures": [f"Heapr{model_class.__name__}"],
+        "auto_map": {
+            "AutoConfig": f"modeling_heapr.Heapr{config_class.__name__}",
+            "AutoModelForCausalLM": f"modeling_heapr.Heapr{model_class.__name__}",
+        },
+        "expert_widths": {layer.name: layer.widths for layer in model.layers},
+        "heapr": about,
+    }
+    ragged_config, _ = ragged_classes(config_class)
+    ragged_config.from_dict(settings).save_pretrained(folder)
+    if source.generation_config is not None:
+        source.generation_config.save_pretrained(folder)
+    modules = {"config_module": _beside(config_class, folder), "model_module": _beside(model_class, folder)}
+    (folder / MODELING_FILE).write_text(MODELING_TEMPLATE.substitute(names, **modules, model_type=RAGGED_PREFIX + family))
+    shutil.copy(inspect.getfile(ragged_experts), folder)
+    is_tied = getattr(source.config.get_text_config(), "tie_word_embeddings", False)
+    huggingface_hub.save_torch_state_dict(
+        source.state_dict(), folder, max_shard_size=MAX_SHARD_SIZE, shared_tensors_to_discard=list(source._tied_weights_keys or []) if is_tied else None
+    )
+
+
+def _beside(family_class: type, folder: Path) -> str:
+    """Module to import a class from: transformers' own, or a copy of ours beside the weights."""
+    if family_class.__module__.startswith("transformers."):
+        return family_class.__module__
+    path = Path(inspect.getfile(family_class))
+    shutil.copy(path, folder)
+    return f".{path.stem}"
