@@ -1,0 +1,16 @@
+"""heapr prunes Mixture-of-Experts language models one atomic expert at a time.
+
+For library users: `heapr.load_pruned`, imported only when it is asked for, because torch and transformers take seconds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load_pruned":
+        from heapr.pruning.load import load_pruned
+
+        return load_pruned
+    raise AttributeError(f"module 'heapr' has no attribute '{name}'")

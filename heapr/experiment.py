@@ -10,6 +10,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,7 +20,8 @@ from heapr.errors import ConfigError
 from heapr.evaluation.build import build_evaluators
 from heapr.evaluation.evaluator import Evaluator
 from heapr.model.load import ModelSource, find_model
-from heapr.pruning.allocation import numbers_removed
+from heapr.pruning.allocation import Budget
+from heapr.pruning.uniform import Settings, uniform_settings
 from heapr.recipes import Recipes, experiment_recipes
 from heapr.schema import CalibrationConfig, ExperimentConfig, build
 from heapr.score.criterion import Criterion
@@ -40,7 +42,12 @@ class Experiment:
         tokens: calibration tokens; none if the calibration is in the store already.
         batch_size: calibration sequences per pass.
         criterion: the score.
-        ratio, scope: how much is removed, and what is ranked together.
+        budget: how much is removed.
+        form: of the checkpoint: ragged, uniform or masked.
+        uniform_settings: what the uniform form changes in the model's configuration.
+        save_checkpoint: whether the pruned model is written.
+        about: what is done, for its config.json and card.
+        device_map: how weights are spread over several GPUs.
         evaluators: in the order of their recipes.
     """
 
@@ -52,8 +59,12 @@ class Experiment:
     tokens: TokenWindows | None
     batch_size: int
     criterion: Criterion
-    ratio: float
-    scope: str
+    budget: Budget
+    form: str
+    uniform_settings: Settings
+    save_checkpoint: bool
+    about: Mapping[str, Any]
+    device_map: str | None
     evaluators: Sequence[Evaluator]
 
 
@@ -73,9 +84,9 @@ def prepare(config: ExperimentConfig) -> Experiment:
     if config.runtime.num_threads is not None:
         torch.set_num_threads(config.runtime.num_threads)
     store = Store(Path(config.paths.outputs) / "artifacts", device)
-    source = find_model(config.model.path, dtype=config.model.dtype, revision=config.model.revision, digests=store.digests)
+    source = find_source(config, store)
     _check_lengths(config, source)
-    numbers_removed(source.layer_sizes, ratio=config.pruning.ratio, scope=config.pruning.scope)
+    budget = find_budget(config, source)
     recipes = experiment_recipes(config, source.identity, corpus, evaluators)
     _warn_of_overlap(recipes)
     return Experiment(
@@ -87,10 +98,55 @@ def prepare(config: ExperimentConfig) -> Experiment:
         tokens=None if store.has(recipes.calibrate) else _calibration_tokens(corpus, source, config.calibration),
         batch_size=config.calibration.batch_size,
         criterion=criterion,
-        ratio=config.pruning.ratio,
-        scope=config.pruning.scope,
+        budget=budget,
+        form=config.pruning.form,
+        uniform_settings=uniform_settings(source.config, budget.uniform_width(source.widths)) if budget.is_uniform else {},
+        save_checkpoint=config.pruning.save_checkpoint,
+        about=_about(config, recipes, source),
+        device_map=config.runtime.device_map,
         evaluators=_prepared(evaluators, source, store, recipes),
     )
+
+
+def find_source(config: ExperimentConfig, store: Store) -> ModelSource:
+    """The model that is pruned.
+
+    Raises:
+        ConfigError: see `find_model`.
+    """
+    model = config.model
+    return find_model(
+        model.path, dtype=model.dtype, revision=model.revision, trust_remote_code=model.trust_remote_code, digests=store.digests
+    )
+
+
+def find_budget(config: ExperimentConfig, source: ModelSource) -> Budget:
+    """How much of it is removed.
+
+    Raises:
+        ConfigError: more than it can lose.
+    """
+    budget = Budget(
+        ratio=config.pruning.ratio,
+        scope=config.pruning.scope,
+        experts_per_token=source.experts_per_token,
+        width_multiple=config.pruning.width_multiple,
+        is_uniform=config.pruning.form == "uniform",
+    )
+    budget.check(source.widths)
+    return budget
+
+
+def _about(config: ExperimentConfig, recipes: Recipes, source: ModelSource) -> dict[str, Any]:
+    """What is done to the model, in JSON types."""
+    return {
+        "model": config.model.name,
+        "pruned_from": source.identity,
+        "criterion": dict(recipes.score.config["criterion"]),
+        "calibration": {name: value for name, value in recipes.calibrate.config.items() if name != "model"},
+        **recipes.prune.config,
+        "keys": {recipe.stage: recipe.key for recipe in (recipes.calibrate, recipes.score, recipes.prune)},
+    }
 
 
 def _calibration_tokens(corpus: Corpus, source: ModelSource, settings: CalibrationConfig) -> TokenWindows:

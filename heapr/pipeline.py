@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,13 @@ from heapr.calibration.sampling import batches
 from heapr.evaluation.efficiency import size_change
 from heapr.experiment import Experiment, prepare
 from heapr.files import write_json
+from heapr.model.checkpoint import save_checkpoint
 from heapr.model.moe import MoEModel
 from heapr.progress import progress
-from heapr.pruning.allocation import allocate
-from heapr.pruning.surgery import remove
+from heapr.pruning.allocation import allocate, report_allocation
+from heapr.pruning.surgery import mask, remove
+from heapr.pruning.uniform import make_uniform
+from heapr.report.card import model_card
 from heapr.schema import ExperimentConfig
 from heapr.store import Artifact, Recipe
 from heapr.tracking.build import open_tracker
@@ -35,7 +39,8 @@ logger = logging.getLogger(__name__)
 
 # The files of the artifact contract.
 TOKENS, STATISTICS, SCORES = "tokens.safetensors", "statistics.safetensors", "scores.safetensors"
-PLAN, METRICS, DETAILS, SUMMARY = "plan.safetensors", "metrics.json", "details.json", "summary.json"
+PLAN, ALLOCATION, CHECKPOINT, CARD = "plan.safetensors", "allocation.json", "checkpoint", "README.md"
+METRICS, DETAILS, SUMMARY = "metrics.json", "details.json", "summary.json"
 
 
 @dataclass(frozen=True)
@@ -71,8 +76,10 @@ def run(config: ExperimentConfig, folder: Path) -> Summary:
         pipeline = Pipeline(experiment, tracker)
         statistics = pipeline.calibrate()
         scores = pipeline.score(statistics)
+        dense = pipeline.measure_dense(statistics)  # now, because pruning changes the model in place
         plan = pipeline.prune(scores)
-        metrics = pipeline.evaluate(statistics, plan)
+        pruned = pipeline.measure_pruned(statistics, plan)
+        metrics = pipeline.conclude(dense, pruned, plan)
         tracker.log({f"{group}/{name}": value for group, values in metrics.items() for name, value in values.items()})
     summary = Summary(metrics=metrics, stages=pipeline.stages, config=resolved)
     write_json(folder / SUMMARY, asdict(summary))
@@ -123,25 +130,51 @@ class Pipeline:
         artifact = self._get(self.experiment.recipes.score, make)
         return Scores.from_tensors(load_file(artifact.path / SCORES))
 
+    def measure_dense(self, statistics: Statistics) -> Metrics:
+        """Metrics of the dense model."""
+        return self._measure(self.experiment.recipes.evaluate_dense, statistics, self._dense_model, variant="dense")
+
     def prune(self, scores: Scores) -> Plan:
-        """Which atomic experts go: the lowest-scoring share."""
+        """Which atomic experts go: the lowest-scoring share. And the model without them, as a checkpoint."""
+        experiment = self.experiment
 
         def make(folder: Path) -> None:
-            _save(allocate(scores, ratio=self.experiment.ratio, scope=self.experiment.scope).to_tensors(), folder / PLAN)
+            plan = allocate(scores, experiment.source.widths, experiment.budget)
+            _save(plan.to_tensors(), folder / PLAN, identity=experiment.source.identity)
+            write_json(folder / ALLOCATION, report_allocation(plan, scores, experiment.source.widths, experiment.budget))
+            if experiment.save_checkpoint:
+                self._save_checkpoint(plan, folder)
 
-        artifact = self._get(self.experiment.recipes.prune, make)
-        plan = Plan.from_tensors(load_file(artifact.path / PLAN))
-        asked = self.experiment.ratio * plan.num_atomic_experts
-        logger.info("%-9s removes %d of %d atomic experts (asked for %.6g)", "prune", plan.num_removed, plan.num_atomic_experts, asked)
-        return plan
+        needs = [f"{CHECKPOINT}/{CARD}"] if experiment.save_checkpoint else []
+        artifact = self._get(experiment.recipes.prune, make, needs=needs)
+        for line in json.loads((artifact.path / ALLOCATION).read_text())["summary"]:
+            logger.info("%-9s %s", "prune", line)
+        return Plan.from_tensors(load_file(artifact.path / PLAN))
 
-    def evaluate(self, statistics: Statistics, plan: Plan) -> dict[str, Metrics]:
-        """Metrics of the dense and of the pruned model. The dense ones come first: pruning changes the model in place."""
-        recipes = self.experiment.recipes
-        dense = self._measure(recipes.evaluate_dense, statistics, self._dense_model, variant="dense")
-        pruned = self._measure(recipes.evaluate_pruned, statistics, lambda: self._pruned_model(plan), variant="pruned")
-        removed = {"atomic_experts_removed_ratio": plan.num_removed / plan.num_atomic_experts}
-        return {"dense": dense, "pruned": pruned, "size": removed | size_change(dense, pruned)}
+    def measure_pruned(self, statistics: Statistics, plan: Plan) -> Metrics:
+        """Metrics of the pruned model."""
+        return self._measure(self.experiment.recipes.evaluate_pruned, statistics, lambda: self._pruned_model(plan), variant="pruned")
+
+    def conclude(self, dense: Metrics, pruned: Metrics, plan: Plan) -> dict[str, Metrics]:
+        """All metrics; the card of the checkpoint tells them too."""
+        experiment = self.experiment
+        removed = {"atomic_experts_removed_ratio": 1 - plan.num_kept / experiment.source.num_atomic_experts}
+        metrics = {"dense": dense, "pruned": pruned, "size": removed | size_change(dense, pruned)}
+        if experiment.save_checkpoint:
+            experiment.store.rewrite(experiment.recipes.prune, f"{CHECKPOINT}/{CARD}", model_card(experiment.about, metrics))
+        return metrics
+
+    def _save_checkpoint(self, plan: Plan, folder: Path) -> None:
+        """The masked form is written before rows and columns are removed, the others after."""
+        experiment = self.experiment
+        if experiment.form == "masked":
+            model = self._dense_model()
+            mask(model, plan)
+        else:
+            model = self._pruned_model(plan)
+        save_checkpoint(model, experiment.source.tokenizer, folder / CHECKPOINT, about=experiment.about)
+        (folder / CHECKPOINT / CARD).write_text(model_card(experiment.about, {}))
+        shutil.copy(folder / PLAN, folder / CHECKPOINT)
 
     def _measure(self, recipes: Sequence[Recipe], statistics: Statistics, model: Callable[[], MoEModel], *, variant: str) -> Metrics:
         metrics: Metrics = {}
@@ -157,22 +190,24 @@ class Pipeline:
     def _dense_model(self) -> MoEModel:
         assert not self._is_pruned, "the dense model was pruned in place"
         if self._model is None:
-            self._model = self.experiment.source.load(self.experiment.device)
+            self._model = self.experiment.source.load(self.experiment.device, self.experiment.device_map)
         return self._model
 
     def _pruned_model(self, plan: Plan) -> MoEModel:
         if self._model is None or not self._is_pruned:
             self._model = self._dense_model()
             remove(self._model, plan)
+            if self.experiment.uniform_settings:
+                make_uniform(self._model, self.experiment.uniform_settings)
             self._is_pruned = True
         return self._model
 
     def _weights(self, index: int) -> ExpertWeights:
         return next(layer.weights() for layer in self._dense_model().layers if layer.index == index)
 
-    def _get(self, recipe: Recipe, make: Callable[[Path], None], what: str = "") -> Artifact:
+    def _get(self, recipe: Recipe, make: Callable[[Path], None], what: str = "", needs: Sequence[str] = ()) -> Artifact:
         """Answer from the store or make it; one log line either way."""
-        artifact = self.experiment.store.get(recipe, make)
+        artifact = self.experiment.store.get(recipe, make, needs)
         self.stages.append({"stage": recipe.stage, "what": what, **artifact.summary()})
         origin = "cached" if artifact.cached else f"made, peak memory {artifact.peak_memory_bytes / 2**30:.2f} GiB"
         logger.info("%-9s %s%s: %s, %.1f s", recipe.stage, f"{what} " if what else "", recipe.key, origin, artifact.seconds)
@@ -186,5 +221,7 @@ def _write(evaluation: Evaluation, folder: Path) -> None:
         write_json(folder / DETAILS, evaluation.details)
 
 
-def _save(tensors: TensorDict, path: Path) -> None:
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+def _save(tensors: TensorDict, path: Path, identity: Mapping[str, str] | None = None) -> None:
+    """Write tensors; a plan says which model it is of."""
+    metadata = None if identity is None else {"model": json.dumps(identity)}
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)

@@ -16,7 +16,7 @@ from heapr.schema import ExperimentConfig
 from heapr.store import Recipe
 
 # Raised when the code of a stage gives other results than before: older artifacts are then made again.
-STAGE_VERSIONS = {"calibrate": 1, "score": 1, "prune": 1, "evaluate": 1}
+STAGE_VERSIONS = {"calibrate": 1, "score": 1, "prune": 2, "evaluate": 1}
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,9 @@ def experiment_recipes(
         },
     )
     score = _recipe("score", {"criterion": dict(config.score)}, calibrate)
-    prune = _recipe("prune", {"ratio": config.pruning.ratio, "scope": config.pruning.scope}, score)
+    pruning = config.pruning
+    settings_of_plan = {"ratio": pruning.ratio, "scope": pruning.scope, "width_multiple": pruning.width_multiple, "form": pruning.form}
+    prune = _recipe("prune", settings_of_plan, score)
     return Recipes(
         calibrate=calibrate,
         score=score,

@@ -30,6 +30,7 @@ class ModelConfig:
     path: str = MISSING  # "builtin:<name>", a local Hugging Face folder, or a hub id "owner/name"
     revision: str | None = None  # branch, tag or commit of a hub id; none is the hub's default
     dtype: str = MISSING  # float32, bfloat16 or float16
+    trust_remote_code: bool = False  # whether Python files that lie beside the weights may run
 
 
 @dataclass
@@ -49,6 +50,9 @@ class PruningConfig:
 
     ratio: float = MISSING  # share of routed atomic experts to remove, in [0, 1)
     scope: str = MISSING  # global, layer or expert
+    width_multiple: int = 1  # every expert's width becomes a multiple of it: 1, 8, 16, 32, 64, 128 or 256
+    form: str = "ragged"  # of the checkpoint: ragged (exact widths), uniform (one width, scope expert), masked (zeros)
+    save_checkpoint: bool = True  # off keeps only the plan, which re-creates the pruned model in memory
 
 
 @dataclass
@@ -64,6 +68,7 @@ class RuntimeConfig:
     """Where and how things are computed; changes no result."""
 
     device: str = MISSING  # auto (a GPU if there is one), cpu, cuda, cuda:<number>
+    device_map: str | None = None  # auto, balanced or sequential: spread the weights over several GPUs; none puts all on `device`
     num_threads: int | None = None  # CPU threads, at least 1; none leaves it to torch
 
 
@@ -86,10 +91,14 @@ class ExperimentConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
+    dry_run: bool = False  # print what would be done, from the model's config.json alone
 
 
 DTYPES = ("float32", "bfloat16", "float16")
 SCOPES = ("global", "layer", "expert")
+FORMS = ("ragged", "uniform", "masked")
+WIDTH_MULTIPLES = (1, 8, 16, 32, 64, 128, 256)
+DEVICE_MAPS = ("auto", "balanced", "sequential")
 TRACKING_MODES = ("auto", "online", "offline", "none")
 
 
@@ -123,6 +132,14 @@ def check(config: ExperimentConfig) -> None:
     if not (math.isfinite(ratio) and 0 <= ratio < 1):
         raise ConfigError(f"pruning.ratio={ratio} is not in [0, 1); give the share of atomic experts to remove, for example 0.25")
     _choice("pruning.scope", config.pruning.scope, SCOPES)
+    _choice("pruning.form", config.pruning.form, FORMS)
+    if config.pruning.form == "uniform" and config.pruning.scope != "expert":
+        raise ConfigError(
+            f"pruning.form=uniform gives every expert one width, which scope '{config.pruning.scope}' does not; use pruning=expert"
+        )
+    _choice("pruning.width_multiple", config.pruning.width_multiple, WIDTH_MULTIPLES)
+    if config.runtime.device_map is not None:
+        _choice("runtime.device_map", config.runtime.device_map, DEVICE_MAPS)
     _choice("model.dtype", config.model.dtype, DTYPES)
     _choice("tracking.mode", config.tracking.mode, TRACKING_MODES)
     calibration = config.calibration
@@ -190,9 +207,9 @@ def unknown_key(path: str, known: Collection[str]) -> str:
     return f"unknown key '{path}'; {suggestion}known here: {', '.join(sorted(known)) or 'none'}"
 
 
-def _choice(name: str, value: str, known: Collection[str]) -> None:
+def _choice(name: str, value: str | int, known: Collection[str | int]) -> None:
     if value not in known:
-        raise ConfigError(f"{name}='{value}' is unknown; choose one of {', '.join(known)}")
+        raise ConfigError(f"{name}={value!r} is unknown; choose one of {', '.join(map(str, known))}")
 
 
 def at_least(name: str, value: int, minimum: int) -> None:

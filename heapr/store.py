@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -27,12 +27,13 @@ import torch
 from filelock import FileLock, Timeout
 
 from heapr.errors import ConfigError
-from heapr.files import fsync, hash_file, write_json
+from heapr.files import fsync, hash_file, hash_file_once, write_json, write_text
 from heapr.measure import StageMeter
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+LARGE_FILE = 64 * 2**20  # bytes; hashing less takes no time to speak of
 KEY_LENGTH = 16  # hexadecimal digits: 64 bits
 RECORDED_LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "numpy")
 
@@ -118,15 +119,64 @@ class Store:
 
     def has(self, recipe: Recipe) -> bool:
         """Whether a complete, undamaged artifact is there."""
-        return _is_intact(self.path(recipe))
+        return self._is_intact(self.path(recipe))
 
-    def get(self, recipe: Recipe, make: Callable[[Path], None]) -> Artifact:
-        """The artifact of a recipe; `make` fills an empty folder with its files if it is not there yet."""
+    def get(self, recipe: Recipe, make: Callable[[Path], None], needs: Sequence[str] = ()) -> Artifact:
+        """The artifact of a recipe; `make` fills an empty folder with its files if it is not there yet.
+
+        Args:
+            recipe: what is wanted.
+            make: how it is made; the same recipe always gives the same files, of which some may be left out.
+            needs: files that must not have been left out.
+        """
         path = self.path(recipe)
         with StageMeter(self.device) as meter:
-            cached = _is_intact(path) or not _make_once(recipe, path, make)
+            cached = self._is_intact(path, needs) or not self._make_once(recipe, make, needs)
         peak = 0 if cached else meter.peak_memory_bytes
         return Artifact(recipe.stage, recipe.key, path, cached, meter.seconds, peak)
+
+    def rewrite(self, recipe: Recipe, name: str, text: str) -> None:
+        """Replace one text file of an artifact, for what is known only later. Killed in between, it is made again."""
+        path = self.path(recipe)
+        with _locked(path):
+            file = path / name
+            if file.read_text(encoding="utf-8") == text:
+                return
+            manifest = json.loads((path / MANIFEST).read_text())
+            write_text(file, text)
+            manifest["files"][name] = _describe(file)
+            write_json(path / MANIFEST, manifest)
+
+    def _make_once(self, recipe: Recipe, make: Callable[[Path], None], needs: Sequence[str]) -> bool:
+        """Make the artifact under its lock. False if another process made it while this one waited."""
+        path = self.path(recipe)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path):
+            if self._is_intact(path, needs):
+                return False
+            _publish(recipe, path, make)
+            return True
+
+    def _is_intact(self, path: Path, needs: Sequence[str] = ()) -> bool:
+        """Whether the folder has a manifest, the needed files, and every file has the size and hash that it had when it was
+        made. The hash of a large file is remembered until the file changes."""
+        if not (path / MANIFEST).is_file():
+            return False
+        try:
+            files = json.loads((path / MANIFEST).read_text())["files"]
+        except (json.JSONDecodeError, KeyError):
+            files = {"": {"size": -1, "sha256": ""}}
+        for name, expected in files.items():
+            if not self._is_as_made(path / name, expected):
+                logger.warning("%s %s is damaged (%s); it will be made again", path.parent.name, path.name, name or MANIFEST)
+                return False
+        return set(needs) <= set(files)
+
+    def _is_as_made(self, file: Path, expected: Mapping[str, Any]) -> bool:
+        if not file.is_file() or file.stat().st_size != expected["size"]:
+            return False
+        digest = hash_file_once(file, self.digests) if file.stat().st_size > LARGE_FILE else hash_file(file)
+        return bool(digest == expected["sha256"])
 
 
 def canonical_json(value: Any) -> str:
@@ -159,16 +209,6 @@ def _locked(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def _make_once(recipe: Recipe, path: Path, make: Callable[[Path], None]) -> bool:
-    """Make the artifact under its lock. False if another process made it while this one waited."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path):
-        if _is_intact(path):
-            return False
-        _publish(recipe, path, make)
-        return True
-
-
 def _publish(recipe: Recipe, path: Path, make: Callable[[Path], None]) -> None:
     """Make the files in a temporary folder, describe them, and rename it into place. Called under the lock."""
     for leftover in path.parent.glob(f".{path.name}.tmp-*"):
@@ -190,7 +230,7 @@ def _publish(recipe: Recipe, path: Path, make: Callable[[Path], None]) -> None:
 def _write_manifest(recipe: Recipe, folder: Path, *, seconds: float) -> None:
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": hash_file(path)}
+        files[path.relative_to(folder).as_posix()] = _describe(path)
         fsync(path)
     manifest = {
         "stage": recipe.stage,
@@ -208,20 +248,8 @@ def _write_manifest(recipe: Recipe, folder: Path, *, seconds: float) -> None:
     fsync(folder)
 
 
-def _is_intact(path: Path) -> bool:
-    """Whether the folder has a manifest and every file in it has the size and hash that it had when it was made."""
-    if not (path / MANIFEST).is_file():
-        return False
-    try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
-    except (json.JSONDecodeError, KeyError):
-        files = {"": {"size": -1, "sha256": ""}}
-    for name, expected in files.items():
-        file = path / name
-        if not file.is_file() or file.stat().st_size != expected["size"] or hash_file(file) != expected["sha256"]:
-            logger.warning("%s %s is damaged (%s); it will be made again", path.parent.name, path.name, name or MANIFEST)
-            return False
-    return True
+def _describe(file: Path) -> dict[str, Any]:
+    return {"size": file.stat().st_size, "sha256": hash_file(file)}
 
 
 def _git_commit() -> str | None:

@@ -194,7 +194,8 @@ class Scores:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which atomic experts are kept: bool (E, F) by decoder layer index, true = kept."""
+    """Which atomic experts are kept: bool (E, F) by decoder layer index, true = kept. False too where an expert of individual
+    width has no atomic expert."""
 
     layers: Mapping[int, Tensor]
 
@@ -204,12 +205,8 @@ class Plan:
             assert kept_EF.any(), f"layer {index} would lose all its experts"
 
     @property
-    def num_atomic_experts(self) -> int:
-        return sum(kept_EF.numel() for kept_EF in self.layers.values())
-
-    @property
-    def num_removed(self) -> int:
-        return self.num_atomic_experts - sum(int(kept_EF.sum()) for kept_EF in self.layers.values())
+    def num_kept(self) -> int:
+        return sum(int(kept_EF.sum()) for kept_EF in self.layers.values())
 
     def to_tensors(self) -> TensorDict:
         return {f"layers.{index}": kept_EF for index, kept_EF in self.layers.items()}

@@ -1,20 +1,20 @@
 """Checkpoints of pruned models: Hugging Face folders that load with and without heapr.
 
-In: a pruned model in memory, its tokenizer, what was done to it. Out: a folder; `load_pruned` reads one back. Ragged models get a
-model type of their own, "heapr_<type>", with a modelling file beside the weights that imports torch and transformers alone;
-uniform and masked ones are the family's own class.
+In: a pruned model in memory, its tokenizer, what was done to it. Out: a folder. Ragged models get a model type of their own,
+"heapr_<type>", with a modelling file beside the weights that imports torch and transformers alone; uniform and masked ones
+are the family's own class.
 """
 
 from __future__ import annotations
 
 import inspect
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from string import Template
 from typing import Any
 
 import huggingface_hub
-from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -23,11 +23,9 @@ from heapr.errors import ConfigError
 from heapr.model import ragged_experts
 from heapr.model.moe import MoEModel
 from heapr.model.ragged_experts import is_ragged, make_ragged
-from heapr.types import TensorDict
 
 RAGGED_PREFIX = "heapr_"
 MAX_SHARD_SIZE = "5GB"
-PLAN = "plan.safetensors"
 MODELING_FILE = "modeling_heapr.py"
 MODELING_TEMPLATE = Template('''"""$model_name whose experts have individual widths, pruned by heapr. Needs torch and transformers alone."""
 
@@ -50,43 +48,22 @@ class Heapr$model_name($model_name):
 ''')
 
 
-def save_checkpoint(
-    model: MoEModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, plan: TensorDict, about: dict[str, Any], card: str
-) -> None:
-    """Write a pruned model as a Hugging Face folder: sharded safetensors, configuration, tokenizer, card and plan.
+def save_checkpoint(model: MoEModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, about: Mapping[str, Any]) -> None:
+    """Write a pruned model as a Hugging Face folder: sharded safetensors, configuration, generation settings, tokenizer.
 
     Args:
         model: ragged, uniform or masked.
         tokenizer: its own.
         folder: is made.
-        plan: goes into plan.safetensors.
         about: what was done; becomes `heapr` in config.json. JSON types only.
-        card: text of README.md.
     """
     folder.mkdir(parents=True)
-    if any(is_ragged(layer.experts) for layer in model.layers):
+    if is_ragged(model.layers[0].experts):
         _save_ragged(model, folder, about)
     else:
-        model.model.config.heapr = about
+        model.model.config.heapr = dict(about)
         model.model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
     tokenizer.save_pretrained(folder)
-    save_file(plan, folder / PLAN)
-    (folder / "README.md").write_text(card)
-
-
-def load_pruned(folder: str | Path, **arguments: Any) -> PreTrainedModel:
-    """Load a pruned checkpoint of any form, without running code from its folder.
-
-    Args:
-        folder: what `prune` wrote.
-        arguments: for transformers' `from_pretrained`, for example dtype or device_map.
-
-    Raises:
-        ConfigError: no such checkpoint.
-    """
-    register_ragged(Path(folder))
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **arguments)
-    return model.eval()
 
 
 def register_ragged(folder: Path) -> None:
@@ -113,15 +90,15 @@ def ragged_classes(config_class: type[PretrainedConfig]) -> tuple[type[Pretraine
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
     ragged_config = type(f"Heapr{config_class.__name__}", (config_class,), {"model_type": RAGGED_PREFIX + config_class.model_type})
 
-    def __init__(self: PreTrainedModel, config: PretrainedConfig) -> None:
+    def initialise(self: PreTrainedModel, config: PretrainedConfig) -> None:
         model_class.__init__(self, config)
         make_ragged(self, config.expert_widths)
 
-    members = {"config_class": ragged_config, "__init__": __init__, "__module__": model_class.__module__}
+    members = {"config_class": ragged_config, "__init__": initialise, "__module__": model_class.__module__}
     return ragged_config, type(f"Heapr{model_class.__name__}", (model_class,), members)
 
 
-def _save_ragged(model: MoEModel, folder: Path, about: dict[str, Any]) -> None:
+def _save_ragged(model: MoEModel, folder: Path, about: Mapping[str, Any]) -> None:
     source = model.model
     family = str(source.config.model_type).removeprefix(RAGGED_PREFIX)
     config_class = CONFIG_MAPPING[family]
@@ -135,7 +112,7 @@ def _save_ragged(model: MoEModel, folder: Path, about: dict[str, Any]) -> None:
             "AutoModelForCausalLM": f"modeling_heapr.Heapr{model_class.__name__}",
         },
         "expert_widths": {layer.name: layer.widths for layer in model.layers},
-        "heapr": about,
+        "heapr": dict(about),
     }
     ragged_config, _ = ragged_classes(config_class)
     ragged_config.from_dict(settings).save_pretrained(folder)
@@ -146,7 +123,10 @@ def _save_ragged(model: MoEModel, folder: Path, about: dict[str, Any]) -> None:
     shutil.copy(inspect.getfile(ragged_experts), folder)
     is_tied = getattr(source.config.get_text_config(), "tie_word_embeddings", False)
     huggingface_hub.save_torch_state_dict(
-        source.state_dict(), folder, max_shard_size=MAX_SHARD_SIZE, shared_tensors_to_discard=list(source._tied_weights_keys or []) if is_tied else None
+        source.state_dict(),
+        folder,
+        max_shard_size=MAX_SHARD_SIZE,
+        shared_tensors_to_discard=list(source._tied_weights_keys or []) if is_tied else None,
     )
 
 

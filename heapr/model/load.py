@@ -7,12 +7,14 @@ from it a `MoEModel`. Every mistake that can be seen in configuration and tokeni
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -25,13 +27,15 @@ from transformers.utils import logging as transformers_logging
 
 from heapr.errors import ConfigError
 from heapr.files import hash_file, hash_file_once
-from heapr.model.moe import MoEModel, find_moe_layers
+from heapr.model.checkpoint import register_ragged
+from heapr.model.moe import MoEModel, experts_per_token, find_moe_layers
 
 BUILTIN_PREFIX = "builtin:"
 BUILTIN_FOLDER = Path(__file__).parent / "builtin"
 HUB_TIMEOUT_SECONDS = 3.0
 DESCRIPTION_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 WEIGHT_FILES = ["*.safetensors"]
+MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 
 
 @dataclass(frozen=True)
@@ -43,39 +47,65 @@ class ModelSource:
         identity: what the model is: hub id and commit, or a hash of the folder's content; and the dtype.
         dtype: of the loaded weights.
         config: transformers' configuration.
-        tokenizer: the model's own.
-        layer_sizes: atomic experts of each MoE layer.
+        widths: atomic experts of every expert, by decoder layer index.
+        experts_per_token: K.
+        trust_remote_code: whether Python files in the folder may run.
     """
 
     folder: Path
     identity: dict[str, str]
     dtype: torch.dtype
     config: PretrainedConfig
-    tokenizer: PreTrainedTokenizerBase
-    layer_sizes: list[int]
+    widths: Mapping[int, Sequence[int]]
+    experts_per_token: int
+    trust_remote_code: bool = False
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's own.
+
+        Raises:
+            ConfigError: there is none, or it is another model's.
+        """
+        return _read_tokenizer(self.folder, self.config, self.trust_remote_code)
+
+    @property
+    def num_atomic_experts(self) -> int:
+        return sum(sum(width_E) for width_E in self.widths.values())
 
     @property
     def max_sequence_length(self) -> int | None:
         """Most tokens in a sequence, where the configuration names a limit."""
         return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
-    def load(self, device: torch.device) -> MoEModel:
+    def load(self, device: torch.device, device_map: str | None = None) -> MoEModel:
         """Load the weights; of a hub model, download them first.
 
+        Args:
+            device: where they go.
+            device_map: spread them over all GPUs instead, as transformers does under this name.
+
         Raises:
-            ConfigError: weights are missing, damaged, or do not fit the configuration.
+            ConfigError: weights are missing, damaged, too large, or do not fit the configuration.
         """
         if "hub" in self.identity:
             _download(self.identity["hub"], self.identity["commit"], DESCRIPTION_FILES + WEIGHT_FILES)
-        model = MoEModel(self._load_weights().to(device))
+            check_weight_files(self.folder)
+        model = MoEModel(self._load_weights(device if device_map is None else device_map))
         model.check_head()
         return model
 
-    def _load_weights(self) -> PreTrainedModel:
+    def _load_weights(self, placement: torch.device | str) -> PreTrainedModel:
         try:
             with _bar_on_terminals_only():
                 model, found = AutoModelForCausalLM.from_pretrained(
-                    self.folder, config=self.config, dtype=self.dtype, local_files_only=True, output_loading_info=True
+                    self.folder,
+                    config=self.config,
+                    dtype=self.dtype,
+                    device_map=placement,
+                    trust_remote_code=self.trust_remote_code,
+                    local_files_only=True,
+                    output_loading_info=True,
                 )
         except (OSError, RuntimeError, SafetensorError) as error:
             raise ConfigError(f"the weights in '{self.folder}' cannot be loaded: {_first_line(error)}; get them again") from error
@@ -84,20 +114,27 @@ class ModelSource:
                 names = sorted(str(name) for name in found[problem])
                 what = f"{problem.replace('_', ' ')} {names[0]} and {len(names) - 1} more"
                 raise ConfigError(f"the weights in '{self.folder}' do not fit its config.json: {what}; get them again")
+        if any(parameter.device.type == "meta" for parameter in model.parameters()):
+            raise ConfigError(
+                f"the weights in '{self.folder}' do not fit into the memory of the GPUs as {self.dtype}; use more or larger ones"
+            )
         return model
 
 
-def find_model(path: str, *, dtype: str, revision: str | None = None, digests: Path | None = None) -> ModelSource:
+def find_model(
+    path: str, *, dtype: str, revision: str | None = None, trust_remote_code: bool = False, digests: Path | None = None
+) -> ModelSource:
     """Find a model and check all that can be checked without its weights.
 
     Args:
         path: "builtin:<name>", a local folder, or a hub id.
         dtype: name of a torch dtype.
         revision: branch, tag or commit of a hub id; its commit enters the identity.
+        trust_remote_code: whether Python files in the folder may run.
         digests: folder in which hashes of large local weights are remembered.
 
     Raises:
-        ConfigError: no such model, not a Mixture-of-Experts model, a missing capability, no usable tokenizer.
+        ConfigError: no such model, not a Mixture-of-Experts model, a missing capability, damaged weights.
     """
     if path.startswith(BUILTIN_PREFIX):
         folder = _builtin(path.removeprefix(BUILTIN_PREFIX))
@@ -105,15 +142,53 @@ def find_model(path: str, *, dtype: str, revision: str | None = None, digests: P
     elif Path(path).expanduser().is_dir():
         folder = Path(path).expanduser()
         identity = {"sha256": hash_folder(folder, digests)}
+        check_weight_files(folder)
     elif path.count("/") == 1 and not path.startswith(("/", ".", "~")):
-        folder = _download(path, revision, DESCRIPTION_FILES)
+        folder = _download(path, revision, DESCRIPTION_FILES + (["*.py"] if trust_remote_code else []))
         identity = {"hub": path, "commit": folder.name}
     else:
         raise ConfigError(f"model.path='{path}': no such folder; give a folder with config.json and safetensors, or a hub id 'owner/name'")
-    config = _read_config(folder)
-    sizes = _layer_sizes(config, path)
-    tokenizer = _read_tokenizer(folder, config)
-    return ModelSource(folder, {**identity, "dtype": dtype}, getattr(torch, dtype), config, tokenizer, sizes)
+    config = _read_config(folder, trust_remote_code)
+    model = _on_meta(config, path, trust_remote_code)
+    return ModelSource(
+        folder=folder,
+        identity={**identity, "dtype": dtype},
+        dtype=getattr(torch, dtype),
+        config=config,
+        widths={layer.index: layer.widths for layer in find_moe_layers(model)},
+        experts_per_token=experts_per_token(model),
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def check_weight_files(folder: Path) -> None:
+    """Every shard that the index names is there, and every safetensors file has the length that its header says.
+
+    Raises:
+        ConfigError: naming the file.
+    """
+    shards = {path.name for path in folder.glob("*.safetensors")}
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = set(json.loads(index.read_text())["weight_map"].values())
+    elif not shards and any(folder.glob("*.bin")):
+        raise ConfigError(f"the weights in '{folder}' are pickled (*.bin), which is not read; convert them to safetensors")
+    for name in sorted(shards):
+        if not (folder / name).is_file():
+            raise ConfigError(f"the weights in '{folder}' cannot be loaded: {name} is missing; get it again")
+        if (folder / name).stat().st_size != _length_by_header(folder / name):
+            raise ConfigError(f"the weights in '{folder}' cannot be loaded: {name} is damaged or not complete; get it again")
+
+
+def _length_by_header(path: Path) -> int:
+    """Bytes of a safetensors file: 8 for the header's length, the header, and the data that it describes; -1 if unreadable."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(min(length, MAX_HEADER)))
+        except ValueError:
+            return -1
+    return 8 + length + max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
 
 
 def hash_folder(folder: Path, digests: Path | None = None) -> str:
@@ -164,29 +239,37 @@ def _hub_is_reachable() -> bool:
     return True
 
 
-def _read_config(folder: Path) -> PretrainedConfig:
+def _read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     if not (folder / "config.json").is_file():
         raise ConfigError(f"folder '{folder}' has no config.json, so it is not a Hugging Face model; give one that has")
+    register_ragged(folder)
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, OSError) as error:
         raise ConfigError(f"config.json in '{folder}' cannot be used: {_first_line(error)}") from error
+    quantization = getattr(config, "quantization_config", None)
+    if quantization:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else type(quantization).__name__
+        raise ConfigError(
+            f"the weights in '{folder}' are quantised ({method}), and gradients need them whole; give a bfloat16 or float32 copy"
+        )
+    return config
 
 
-def _layer_sizes(config: PretrainedConfig, path: str) -> list[int]:
-    """Build the model without memory: refuses what has no MoE layer or needs a missing capability."""
+def _on_meta(config: PretrainedConfig, path: str, trust_remote_code: bool) -> PreTrainedModel:
+    """The model without memory: refuses what has no MoE layer or needs a missing capability."""
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except ValueError as error:
         raise ConfigError(f"model.path='{path}' is not a causal language model: {_first_line(error)}") from error
-    return [sum(layer.widths) for layer in find_moe_layers(model)]
+    return model
 
 
-def _read_tokenizer(folder: Path, config: PretrainedConfig) -> PreTrainedTokenizerBase:
+def _read_tokenizer(folder: Path, config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """The tokenizer; transformers answers a missing one with an empty one, which is refused here."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, OSError) as error:
         raise ConfigError(f"the tokenizer in '{folder}' cannot be used: {_first_line(error)}") from error
     largest = max(tokenizer.get_vocab().values(), default=0)

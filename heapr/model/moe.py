@@ -23,6 +23,7 @@ from heapr.model.experts import CAPABILITIES, is_experts
 from heapr.model.ragged_experts import Experts, RaggedExperts, layout_of, matrices_of, widths_of
 from heapr.types import ExpertWeights
 
+TOP_K_FIELDS = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k")  # K in the families' configurations
 LOGITS_CHUNK = 2**26  # logits held at once: 2^26 elements are 256 MiB in float32
 
 
@@ -119,7 +120,9 @@ class MoEModel:
             expected = self.model(input_ids=ids_NW, use_cache=False).logits.float()
             difference = (self.logits(self.hidden_states(input_ids=ids_NW)[0]) - expected[0]).abs().max()
         if difference > 1e-2 * expected.abs().max():  # false for NaN, which calibration will name
-            raise ConfigError(f"{type(self.model).__name__} needs a missing capability: logits that depend on more than the final hidden states")
+            raise ConfigError(
+                f"{type(self.model).__name__} needs a missing capability: logits that depend on more than the final hidden states"
+            )
 
     def chunk_size(self) -> int:
         """Tokens whose logits are held at once."""
@@ -147,6 +150,20 @@ def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
             f"{type(model).__name__} has no MoE layer that transformers' experts interface serves; choose a Mixture-of-Experts model"
         )
     return sorted(layers, key=lambda layer: layer.index)
+
+
+def experts_per_token(model: PreTrainedModel) -> int:
+    """K, the number of experts that every token is routed to; the largest where layers differ.
+
+    Raises:
+        ConfigError: no field of the configuration says it.
+    """
+    config = model.config.get_text_config()
+    for name in TOP_K_FIELDS:
+        value = getattr(config, name, None)
+        if value is not None:
+            return int(max(value)) if isinstance(value, list | tuple) else int(value)
+    raise ConfigError(f"{type(model).__name__} needs a missing capability: a number of experts per token under a name that is not known")
 
 
 def next_token_loss(model: MoEModel, hidden: Tensor, ids_NW: Tensor) -> Tensor:
@@ -194,7 +211,7 @@ def frozen_parameters(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
-class _FinalHiddenStates(MoeModelOutputWithPast):
+class _FinalHiddenStates(MoeModelOutputWithPast):  # type: ignore[misc]
     """A body's output of which only the final hidden states are there; whatever else a family returns is None."""
 
     def __getattr__(self, name: str) -> None:
@@ -218,7 +235,8 @@ def _without_body(model: PreTrainedModel) -> PreTrainedModel:
 
 def _body_name(model: PreTrainedModel) -> str:
     """Name of the child that computes the final hidden states: base_model_prefix is not its name in every family."""
-    return next(name for name, child in model.named_children() if isinstance(child, PreTrainedModel))
+    names: list[str] = [name for name, child in model.named_children() if isinstance(child, PreTrainedModel)]
+    return names[0]
 
 
 def _layer_index(name: str) -> int:

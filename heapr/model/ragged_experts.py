@@ -95,7 +95,7 @@ class RaggedExperts(nn.Module):
             self.register_parameter(f"{self.layout.input_name}_bias", nn.Parameter(like.new_empty(num_inputs)))
             self.down_proj_bias = nn.Parameter(like.new_empty(self.num_experts, model_width))
 
-    @torch.compiler.disable(reason="the number of tokens of an expert is data")
+    @torch.compiler.disable(reason="the number of tokens of an expert is data")  # type: ignore[untyped-decorator]
     def forward(self, hidden_TD: Tensor, *routing: Tensor) -> Tensor:
         return run_experts(self, hidden_TD, *routing)
 
@@ -104,7 +104,7 @@ class RaggedExperts(nn.Module):
         """Copy every expert's weights in; returns itself."""
         for mine, given in zip(matrices_of(self), matrices, strict=True):
             for target, source in zip(mine, given, strict=True):
-                if target is not None:
+                if target is not None and source is not None:
                     target.copy_(source)
         return self
 

@@ -25,8 +25,11 @@ SIZE_ROWS = {  # size on the model: its share removed, how to print it
 def print_summary(summary: Mapping[str, Any], run_folder: str, console: Console | None = None) -> None:
     """Dense against pruned, the stages, and where everything lies."""
     artifacts = Path(summary["stages"][0]["path"]).parents[1]
-    places = Text(f"artifacts: {artifacts}/<stage>/<artifact>\nthis run:  {run_folder}", overflow="fold")
-    (console or Console()).print(Group(_metrics_table(summary["metrics"]), _stages_table(summary["stages"]), places))
+    places = f"artifacts:  {artifacts}/<stage>/<artifact>\nthis run:   {run_folder}"
+    checkpoints = [Path(stage["path"]) / "checkpoint" for stage in summary["stages"] if stage["stage"] == "prune"]
+    if checkpoints[0].is_dir():
+        places += f"\ncheckpoint: {checkpoints[0]}"
+    (console or Console()).print(Group(_metrics_table(summary["metrics"]), _stages_table(summary["stages"]), Text(places, overflow="fold")))
 
 
 def _metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> Table:

@@ -1,0 +1,63 @@
+"""The card of a pruned checkpoint, its README.md.
+
+In: what was done, and metrics as in summary.json (none before they are measured). Out: Markdown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from string import Template
+from typing import Any
+
+CARD = Template("""---
+library_name: transformers
+tags: [heapr, mixture-of-experts, pruning]
+---
+# $model, $removed of its routed atomic experts removed
+Pruned with heapr: criterion `$criterion`, ratio $ratio, scope `$scope`, form `$form`, widths rounded to multiples of $multiple.
+Calibrated on $num_samples sequences of $sequence_length tokens of `$corpus` ($split, seed $seed).
+
+$metrics
+$loading
+`plan.safetensors` holds which atomic experts were kept (bool, experts x atomic experts, by decoder layer); `heapr` in `config.json`
+says what was done and to which weights.
+""")
+LOADING = {
+    "ragged": """Every expert has a width of its own, so the model needs the modelling file beside the weights, which imports torch
+and transformers alone:
+
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+
+With heapr installed no code of this folder runs: `model = heapr.load_pruned(folder)`.
+""",
+    "uniform": "All experts have one width: it loads as the original model does, without further code.\n",
+    "masked": "Removed atomic experts are zeros in the original shapes: it loads as the original model does and is no smaller.\n",
+}
+
+
+def model_card(about: Mapping[str, Any], metrics: Mapping[str, Mapping[str, float]]) -> str:
+    calibration = about["calibration"]
+    size = metrics.get("size", {})
+    return CARD.substitute(
+        model=about["model"],
+        removed=f"{size.get('atomic_experts_removed_ratio', about['ratio']):.1%}",
+        criterion=about["criterion"]["_target_"].rpartition(".")[2],
+        ratio=f"{about['ratio']:.6g}",
+        scope=about["scope"],
+        form=about["form"],
+        multiple=about["width_multiple"],
+        num_samples=calibration["num_samples"],
+        sequence_length=calibration["sequence_length"],
+        seed=calibration["seed"],
+        corpus=calibration["corpus"]["corpus"],
+        split=calibration["corpus"]["split"],
+        metrics=_table(metrics),
+        loading=LOADING[about["form"]],
+    )
+
+
+def _table(metrics: Mapping[str, Mapping[str, float]]) -> str:
+    """Dense beside pruned, of whatever was measured on both."""
+    dense, pruned = metrics.get("dense", {}), metrics.get("pruned", {})
+    rows = [f"| {name} | {dense[name]:,.6g} | {pruned[name]:,.6g} |\n" for name in dense if name in pruned]
+    return "| | dense | pruned |\n|---|---|---|\n" + "".join(rows) if rows else ""
