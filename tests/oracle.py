@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -21,31 +22,71 @@ class Visit:
         self.h_F, self.output_D, self.router_weight = h_F, output_D, router_weight
 
 
+def _is_routed(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("Experts") and hasattr(module, "down_proj") and hasattr(module, "num_experts")
+
+
+def expert_weights(experts: nn.Module, expert: int) -> tuple[Tensor, Tensor]:
+    """Input projection (rows, D) and down projection (D, F) of one expert, whatever way the family stores them."""
+    inputs = (experts.gate_up_proj if hasattr(experts, "gate_up_proj") else experts.up_proj)[expert]
+    down = experts.down_proj[expert]
+    return (inputs.T, down.T) if getattr(experts, "is_transposed", True) else (inputs, down)
+
+
+def visit(experts: nn.Module, expert: int, x_D: Tensor) -> tuple[Tensor, Tensor]:
+    """h and E(x) of one token in one expert."""
+    inputs_GD, down_DF = expert_weights(experts, expert)
+    pre_G = inputs_GD @ x_D
+    if getattr(experts, "has_bias", False):
+        pre_G = pre_G + experts.gate_up_proj_bias[expert]
+    if not hasattr(experts, "_apply_gate"):  # Llama-4
+        width = down_DF.shape[1]
+        h_F = experts.act_fn(pre_G[:width]) * pre_G[width:]
+    else:
+        h_F = experts._apply_gate(pre_G) if experts.has_gate else experts.act_fn(pre_G)
+    output_D = down_DF @ h_F
+    if getattr(experts, "has_bias", False):
+        output_D = output_D + experts.down_proj_bias[expert]
+    return h_F, output_D
+
+
 def visits_of(model: PreTrainedModel, ids_NW: Tensor) -> dict[nn.Module, dict[int, list[Visit]]]:
     """Every visit of a token to an expert, with gradients of the summed loss at the expert's output and at h."""
     visits: dict[nn.Module, dict[int, list[Visit]]] = defaultdict(lambda: defaultdict(list))
+
+    def seen(experts: nn.Module, expert: int, x_D: Tensor, weight: Tensor) -> Tensor:
+        h_F, output_D = visit(experts, expert, x_D)
+        h_F.retain_grad()
+        output_D.retain_grad()
+        visits[experts][expert].append(Visit(h_F, output_D, weight))
+        return weight * output_D
 
     def token_by_token(self: nn.Module, hidden_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
         rows = []
         for x_D, experts_K, weights_K in zip(hidden_TD, expert_TK, weight_TK, strict=True):
             total = torch.zeros_like(x_D)
             for expert, weight in zip(experts_K.tolist(), weights_K, strict=True):
-                width = self.down_proj.shape[2]
-                gate_F = self.gate_up_proj[expert, :width] @ x_D
-                h_F = torch.nn.functional.silu(gate_F) * (self.gate_up_proj[expert, width:] @ x_D)
-                output_D = self.down_proj[expert] @ h_F
-                h_F.retain_grad()
-                output_D.retain_grad()
-                visits[self][expert].append(Visit(h_F, output_D, weight))
-                total = total + weight * output_D
+                total = total + seen(self, expert, x_D, weight)
             rows.append(total)
         return torch.stack(rows)
 
+    def expert_by_expert(self: nn.Module, hidden_SD: Tensor) -> Tensor:
+        """Llama-4: for every expert all tokens times their router weight, which is zero where they were not routed."""
+        rows = []
+        for expert, hidden_TD in enumerate(hidden_SD.chunk(self.num_experts)):
+            rows += [seen(self, expert, x_D, torch.ones(())) if (x_D != 0).any() else torch.zeros_like(x_D) for x_D in hidden_TD]
+        return torch.stack(rows)
+
+    outside = [module for module in model.modules() if type(module).__name__ == "Llama4TextExperts"]
+    for experts in outside:
+        experts.forward = partial(expert_by_expert, experts)
     ALL_EXPERTS_FUNCTIONS.register("oracle", token_by_token)
-    previous = model.config._experts_implementation
+    previous = model.get_experts_implementation()
     model.set_experts_implementation("oracle")
     logits = model(input_ids=ids_NW, use_cache=False).logits
     model.set_experts_implementation(previous)
+    for experts in outside:
+        del experts.forward
     log_probs = torch.log_softmax(logits[:, :-1].float(), dim=-1)
     (-log_probs.gather(2, ids_NW[:, 1:, None]).sum()).backward()
     return visits
@@ -55,15 +96,16 @@ def published_scores(model: PreTrainedModel, ids_NW: Tensor) -> list[Tensor]:
     """HEAPr's two-stage score with explicit D x D matrices, one (E, F) tensor per MoE layer; -1 where no token came."""
     visits = visits_of(model, ids_NW)
     scores = []
-    for experts in [module for module in model.modules() if hasattr(module, "gate_up_proj")]:
-        score_EF = torch.full((experts.num_experts, experts.down_proj.shape[2]), -1.0, dtype=torch.float64)
+    for experts in [module for module in model.modules() if _is_routed(module)]:
+        width = expert_weights(experts, 0)[1].shape[1]
+        score_EF = torch.full((experts.num_experts, width), -1.0, dtype=torch.float64)
         for expert, seen in visits[experts].items():
             gradients = [visit.output_D.grad.double() for visit in seen]
             G_DD = sum(torch.outer(g, g) for g in gradients) / len(gradients)
-            down_DF = experts.down_proj[expert].detach().double()
+            down_DF = expert_weights(experts, expert)[1].detach().double()
             terms = []
-            for visit in seen:
-                atomic_FD = (visit.h_F.detach().double() * down_DF).T  # e_k(x) = h_k(x) w_k
+            for visited in seen:
+                atomic_FD = (visited.h_F.detach().double() * down_DF).T  # e_k(x) = h_k(x) w_k
                 terms.append(0.5 * torch.stack([e_D @ G_DD @ e_D for e_D in atomic_FD]))
             score_EF[expert] = torch.stack(terms).mean(0)
         scores.append(score_EF)

@@ -20,6 +20,7 @@ from heapr.pipeline import Summary
 from heapr.pruning.surgery import mask
 from heapr.types import Plan, Scores, Statistics
 from tests.experiment import cached_stages, compose_experiment, run_in, write_model, write_texts
+from tests.tiny import tiny_qwen3_moe
 
 
 class Experiment:
@@ -49,14 +50,20 @@ def test_artifacts_follow_the_contract(experiment: Experiment) -> None:
     scores = load_file(paths["score"] / "scores.safetensors")
     assert {name: (t.shape, t.dtype) for name, t in scores.items()} == {f"layers.{i}": ((4, 8), torch.float32) for i in (0, 1)}
     plan = Plan.from_tensors(load_file(paths["prune"] / "plan.safetensors"))
-    assert plan.num_removed == 16
+    assert plan.num_kept == 48
     assert Scores.from_tensors(scores).layers[0][~plan.layers[0]].max() <= Scores.from_tensors(scores).layers[0][plan.layers[0]].max()
 
     written = json.loads((experiment.folder / "run" / "summary.json").read_text())
     assert written.keys() == {"metrics", "stages", "config"}
     assert written["metrics"] == summary.metrics
     assert all({"stage", "key", "path", "cached", "seconds", "peak_memory_bytes"} <= stage.keys() for stage in written["stages"])
-    assert written["config"]["pruning"] == {"ratio": 0.25, "scope": "global"}
+    assert written["config"]["pruning"] == {
+        "ratio": 0.25,
+        "scope": "global",
+        "width_multiple": 1,
+        "form": "ragged",
+        "save_checkpoint": True,
+    }
     assert written["metrics"]["size"]["atomic_experts_removed_ratio"] == 0.25
     assert written["metrics"]["size"]["parameters_removed_ratio"] == pytest.approx(16 * 3 * 16 / written["metrics"]["dense"]["parameters"])
     lines = (experiment.folder / "run" / "tracking.jsonl").read_text().splitlines()
@@ -89,7 +96,7 @@ def test_ratio_zero_gives_the_dense_metrics(experiment: Experiment) -> None:
 
 def test_same_configuration_twice_does_no_work(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
     first = experiment()
-    monkeypatch.setattr(ModelSource, "load", lambda self, device: pytest.fail("the model was loaded again"))
+    monkeypatch.setattr(ModelSource, "load", lambda *_: pytest.fail("the model was loaded again"))
     second = experiment()
     assert [s["key"] for s in second.stages] == [s["key"] for s in first.stages]
     assert all(stage["cached"] for stage in second.stages)
@@ -202,8 +209,15 @@ BAD_INPUT = [
     (["model.path=builtin:nothing"], "no such built-in model; known: builtin:qwen3_moe_tiny"),
     (["model.path={folder}/empty"], "has no config.json"),
     (["model.path={folder}/llama"], "has no MoE layer"),
-    (["model.path={folder}/gpt_oss"], "needs a missing capability: experts with transposed weights"),
+    (["model.path={folder}/quantised"], r"are quantised \(mxfp4\)"),
+    (["model.path={folder}/pickled"], "are pickled"),
+    (["model.path={folder}/shard_missing"], "model-00002-of-00002.safetensors is missing"),
     (["model.path={folder}/unfinished"], "weights in .* cannot be loaded"),
+    (["pruning.form=squeezed"], "pruning.form='squeezed' is unknown; choose one of ragged, uniform, masked"),
+    (["pruning.form=uniform"], "gives every expert one width, which scope 'global' does not; use pruning=expert"),
+    (["pruning.width_multiple=7"], "pruning.width_multiple=7 is unknown; choose one of 1, 8, 16"),
+    (["pruning.width_multiple=16"], "experts of this model have 8 atomic experts"),
+    (["runtime.device_map=everywhere"], "runtime.device_map='everywhere' is unknown"),
     (["model.path=someone/some-model"], "neither a local folder nor in the local hub cache, and the hub cannot be reached"),
     (["calibration.num_samples=1000"], "num_samples=1000, but corpus 'text_files' holds [0-9]+ sequences of 32"),
     (["calibration.num_samples=0"], "num_samples=0 is below 1"),
@@ -226,9 +240,9 @@ BAD_INPUT = [
     (["+evaluation.perplexty.window=16"], "evaluation.perplexty has no _target_.* misspelt key"),
     (["calibration.corpus.paths={folder}/train.txt"], "calibration.corpus.paths=.* has the wrong type"),
     (["+evaluation.x={{_target_:heapr.evaluation.perplexity.Perplexity,window:16,batch_size:4}}"], "measures 'perplexity/text_files' 2"),
-    (["pruning.ratio=0.99"], "would remove every atomic expert of a layer"),
+    (["pruning.ratio=0.99"], "fewer experts than the 2 that every token is routed to"),
     (["model.path={folder}/no_tokenizer"], "has no tokenizer"),
-    (["model.path={folder}/truncated"], "weights in .* cannot be loaded"),
+    (["model.path={folder}/truncated"], "model.safetensors is damaged or not complete"),
     (["model.path={folder}/incomplete"], "do not fit its config.json: missing keys model.layers.0.mlp.gate.weight"),
     (["model.path=my models/x y"], "cannot be downloaded"),
     (["runtime.device=tpu9"], "runtime.device='tpu9' is unknown"),
@@ -239,7 +253,7 @@ BAD_INPUT = [
 
 @pytest.fixture(scope="module")
 def bad_place(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
-    from transformers import GptOssConfig, LlamaConfig
+    from transformers import LlamaConfig
 
     experiment = Experiment(tmp_path_factory.mktemp("bad"))
     (experiment.folder / "empty").mkdir()
@@ -248,7 +262,13 @@ def bad_place(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
     (experiment.folder / "short.txt").write_text("abc")
     small = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     LlamaConfig(**small).save_pretrained(experiment.folder / "llama")
-    GptOssConfig(**small, num_key_value_heads=1, head_dim=8, num_local_experts=2).save_pretrained(experiment.folder / "gpt_oss")
+    config = write_model(experiment.folder / "quantised") / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": {"quant_method": "mxfp4"}}))
+    (write_model(experiment.folder / "pickled") / "model.safetensors").rename(experiment.folder / "pickled" / "pytorch_model.bin")
+    shutil.copytree(experiment.model_folder, experiment.folder / "shard_missing")
+    tiny_qwen3_moe().save_pretrained(experiment.folder / "shard_missing", max_shard_size="30KB")
+    (experiment.folder / "shard_missing" / "model.safetensors").unlink()
+    next(experiment.folder.glob("shard_missing/model-00002-of-*.safetensors")).unlink()
     write_model(experiment.folder / "unfinished")
     (experiment.folder / "unfinished" / "model.safetensors").unlink()
     shutil.copytree(experiment.model_folder, experiment.folder / "no_tokenizer", ignore=shutil.ignore_patterns("tokenizer*"))

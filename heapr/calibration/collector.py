@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from heapr.model.experts import observe_experts
-from heapr.model.moe import MoELayer, MoEModel, frozen_parameters, summed_loss_backward
+from heapr.model.moe import MoELayer, MoEModel, frozen_parameters, gradient_from_embeddings, summed_loss_backward
 from heapr.types import LayerStatistics, Statistics
 
 
@@ -75,7 +75,7 @@ def collect(model: MoEModel, batches: Iterable[Tensor]) -> Statistics:
     observers = [LayerObserver(layer) for layer in model.layers]
     watched = [(layer.experts, observer) for layer, observer in zip(model.layers, observers, strict=True)]
     loss_sum, num_tokens, num_predicted_tokens = 0.0, 0, 0
-    with frozen_parameters(model.model), observe_experts(model.model, watched):
+    with frozen_parameters(model.model), gradient_from_embeddings(model.model), observe_experts(model.model, watched):
         for number, ids_NW in enumerate(batches):
             loss = _forward_backward(model, ids_NW.to(model.device))
             check_finite(number, loss, observers)
@@ -88,8 +88,7 @@ def collect(model: MoEModel, batches: Iterable[Tensor]) -> Statistics:
 
 def _forward_backward(model: MoEModel, ids_NW: Tensor) -> Tensor:
     """Summed loss of one batch, its gradient sent back to the input embeddings."""
-    embeddings = model.model.get_input_embeddings()(ids_NW).detach().requires_grad_()
-    return summed_loss_backward(model, model.hidden_states(inputs_embeds=embeddings), ids_NW)
+    return summed_loss_backward(model, model.hidden_states(input_ids=ids_NW), ids_NW)
 
 
 FORWARD = ("router_weight_sum_E", "h_abs_sum_EF", "h_sq_sum_EF", "output_norm_sum_E", "ph_sq_sum_EF")  # in order of computation

@@ -239,6 +239,17 @@ def _body_name(model: PreTrainedModel) -> str:
     return names[0]
 
 
+@contextmanager
+def gradient_from_embeddings(model: PreTrainedModel) -> Iterator[None]:
+    """Embedded tokens need a gradient inside, so that a backward pass through frozen parameters has where to go. The model still
+    sees token ids: some families route by them."""
+    handle = model.get_input_embeddings().register_forward_hook(lambda _, __, embedded: embedded.detach().requires_grad_())
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def _layer_index(name: str) -> int:
     """Decoder layer index from a module name such as `model.layers.3.mlp.experts`."""
     match = re.search(r"\.(\d+)\.", name)

@@ -59,5 +59,9 @@ def model_card(about: Mapping[str, Any], metrics: Mapping[str, Mapping[str, floa
 def _table(metrics: Mapping[str, Mapping[str, float]]) -> str:
     """Dense beside pruned, of whatever was measured on both."""
     dense, pruned = metrics.get("dense", {}), metrics.get("pruned", {})
-    rows = [f"| {name} | {dense[name]:,.6g} | {pruned[name]:,.6g} |\n" for name in dense if name in pruned]
+    rows = [f"| {name} | {_number(dense[name])} | {_number(pruned[name])} |\n" for name in dense if name in pruned]
     return "| | dense | pruned |\n|---|---|---|\n" + "".join(rows) if rows else ""
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}"

@@ -7,10 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
-    GptOssConfig,
-    GptOssForCausalLM,
-    GraniteMoeConfig,
-    GraniteMoeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -20,6 +16,7 @@ from heapr.errors import ConfigError
 from heapr.model import moe
 from heapr.model.experts import observe_experts, use_heapr_experts
 from heapr.model.moe import MoEModel, next_token_loss, summed_loss_backward
+from tests.tiny import tiny_model, tiny_qwen3_moe
 
 SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 
@@ -68,11 +65,31 @@ def test_losses_equal_those_of_whole_logits(causal_lm: PreTrainedModel, ids_NW: 
 def test_models_without_experts_and_missing_capabilities_are_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="LlamaForCausalLM has no MoE layer"):
         MoEModel(LlamaForCausalLM(LlamaConfig(**SMALL)))
-    with pytest.raises(ConfigError, match="GptOssForCausalLM needs a missing capability: experts with transposed weights"):
-        MoEModel(GptOssForCausalLM(GptOssConfig(**SMALL, num_key_value_heads=1, head_dim=8, num_local_experts=2)))
+    with_norm = tiny_qwen3_moe()
+    with_norm.model.layers[1].mlp.experts.has_post_expert_norm = True
+    with pytest.raises(ConfigError, match="Qwen3MoeForCausalLM needs a missing capability: experts with a norm after the down projection"):
+        MoEModel(with_norm)
 
 
-def test_models_that_change_their_logits_after_the_head_are_refused() -> None:
-    config = GraniteMoeConfig(**SMALL, num_key_value_heads=1, num_local_experts=2, num_experts_per_tok=1, logits_scaling=8.0)
-    with pytest.raises(ConfigError, match="missing capability: (post-processing of logits|experts)"):
-        MoEModel(GraniteMoeForCausalLM(config).eval()).check_head()
+def test_logits_include_what_a_family_does_behind_its_head(ids_NW: Tensor) -> None:
+    scaled = tiny_model("granitemoe")
+    assert scaled.config.logits_scaling == 4.0
+    model = MoEModel(scaled)
+    with torch.no_grad():
+        expected = scaled(input_ids=ids_NW, use_cache=False).logits.flatten(0, 1)
+        torch.testing.assert_close(model.logits(model.hidden_states(input_ids=ids_NW).flatten(0, 1)), expected)
+
+
+def test_models_whose_logits_depend_on_more_than_hidden_states_are_refused(causal_lm: PreTrainedModel) -> None:
+    forward = type(causal_lm).forward
+    seen_ids = type("SeenIds", (type(causal_lm),), {})
+
+    def shifted(self: PreTrainedModel, input_ids: Tensor | None = None, **inputs: object) -> object:
+        output = forward(self, input_ids=input_ids, **inputs)
+        output.logits = output.logits + (0.0 if input_ids is None else 5.0)
+        return output
+
+    seen_ids.forward = shifted
+    causal_lm.__class__ = seen_ids
+    with pytest.raises(ConfigError, match="missing capability: logits that depend on more than the final hidden states"):
+        MoEModel(causal_lm).check_head()

@@ -6,9 +6,17 @@ import pytest
 import torch
 
 from heapr.errors import ConfigError
-from heapr.pruning.allocation import allocate, numbers_removed
-from heapr.schema import SCOPES
-from heapr.types import Scores
+from heapr.pruning.allocation import Budget, allocate, report_allocation
+from heapr.schema import SCOPES, WIDTH_MULTIPLES
+from heapr.types import Plan, Scores
+
+
+def plan_of(scores: Scores, *, ratio: float, scope: str, experts_per_token: int = 1, **settings: object) -> Plan:
+    """Of experts that all have the width of the scores."""
+    widths = {index: [scores_EF.shape[1]] * len(scores_EF) for index, scores_EF in scores.layers.items()}
+    budget = Budget(ratio=ratio, scope=scope, experts_per_token=experts_per_token, **settings)
+    budget.check(widths)
+    return allocate(scores, widths, budget)
 
 
 def random_scores(num_layers: int = 3, num_experts: int = 5, width: int = 7) -> Scores:
@@ -19,32 +27,32 @@ def random_scores(num_layers: int = 3, num_experts: int = 5, width: int = 7) -> 
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("ratio", [0.0, 0.01, 0.2, 0.25, 1 / 3, 0.5, 0.6000000000000001, 0.9])
 def test_exactly_the_requested_number_is_removed(scope: str, ratio: float) -> None:
-    plan = allocate(random_scores(), ratio=ratio, scope=scope)
-    assert plan.num_removed == int(ratio * 105 + 0.5)
+    plan = plan_of(random_scores(), ratio=ratio, scope=scope)
+    assert plan.num_kept == 105 - int(ratio * 105 + 0.5)
     assert list(plan.layers) == [0, 2, 4]
 
 
 def test_groups_lose_the_same_share() -> None:
-    per_layer = allocate(random_scores(), ratio=0.3, scope="layer")
+    per_layer = plan_of(random_scores(), ratio=0.3, scope="layer")
     assert {int((~kept).sum()) for kept in per_layer.layers.values()} <= {10, 11}  # 0.3 * 35 = 10.5
-    per_expert = allocate(random_scores(), ratio=0.3, scope="expert")
+    per_expert = plan_of(random_scores(), ratio=0.3, scope="expert")
     assert {int(n) for kept in per_expert.layers.values() for n in (~kept).sum(1)} <= {2, 3}  # 0.3 * 7 = 2.1
 
 
 def test_the_lowest_scores_go() -> None:
     scores = Scores(layers={0: torch.tensor([[1.0, 9.0], [3.0, 8.0]]), 1: torch.tensor([[2.0, 7.0], [4.0, 5.0]])})
-    plan = allocate(scores, ratio=0.5, scope="global")
+    plan = plan_of(scores, ratio=0.5, scope="global")
     assert plan.layers[0].tolist() == [[False, True], [False, True]]
     assert plan.layers[1].tolist() == [[False, True], [False, True]]
-    per_layer = allocate(Scores(layers={0: scores.layers[0], 1: 100 * scores.layers[1]}), ratio=0.5, scope="layer")
+    per_layer = plan_of(Scores(layers={0: scores.layers[0], 1: 100 * scores.layers[1]}), ratio=0.5, scope="layer")
     assert per_layer.layers[1].tolist() == [[False, True], [False, True]]
-    globally = allocate(Scores(layers={0: scores.layers[0], 1: 100 * scores.layers[1]}), ratio=0.375, scope="global")
+    globally = plan_of(Scores(layers={0: scores.layers[0], 1: 100 * scores.layers[1]}), ratio=0.375, scope="global")
     assert globally.layers[0].tolist() == [[False, True], [False, False]]
     assert globally.layers[1].all()
 
 
 def test_ties_are_broken_by_position() -> None:
-    plan = allocate(Scores(layers={0: torch.ones(2, 4), 1: torch.ones(2, 4)}), ratio=0.25, scope="global")
+    plan = plan_of(Scores(layers={0: torch.ones(2, 4), 1: torch.ones(2, 4)}), ratio=0.25, scope="global")
     # the first of equals is the layer's best and stays; the next four go
     assert plan.layers[0].tolist() == [[True, False, False, False], [False, True, True, True]]
     assert plan.layers[1].all()
@@ -52,20 +60,119 @@ def test_ties_are_broken_by_position() -> None:
 
 def test_no_layer_loses_all_its_experts() -> None:
     scores = Scores(layers={0: torch.full((2, 4), 0.001), 1: torch.ones(2, 4)})
-    plan = allocate(scores, ratio=0.5, scope="global")
-    assert plan.num_removed == 8
+    plan = plan_of(scores, ratio=0.5, scope="global")
+    assert plan.num_kept == 8
     assert plan.layers[0].sum() == 1
-    with pytest.raises(ConfigError, match="would remove every atomic expert of a layer"):
-        allocate(scores, ratio=0.95, scope="global")
+    with pytest.raises(ConfigError, match="would leave a layer fewer experts than the 1 that every token is routed to"):
+        plan_of(scores, ratio=0.95, scope="global")
 
 
 def test_unrouted_experts_go_first() -> None:
     scores = Scores(layers={0: torch.tensor([[0.0, 1e-9], [-1.0, -1.0]]), 1: torch.rand(2, 2)})
-    assert allocate(scores, ratio=0.25, scope="global").layers[0].tolist() == [[True, True], [False, False]]
+    assert plan_of(scores, ratio=0.25, scope="global").layers[0].tolist() == [[True, True], [False, False]]
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-def test_numbers_removed_refuses_exactly_what_would_empty_a_layer(scope: str) -> None:
-    assert sum(numbers_removed([32, 32], ratio=0.96, scope=scope)) == 61
-    with pytest.raises(ConfigError, match="would remove every atomic expert of a layer"):
-        numbers_removed([32, 32], ratio=0.99, scope=scope)
+def test_a_ratio_is_refused_exactly_where_top_k_would_lack_experts(scope: str) -> None:
+    budget = Budget(ratio=0.87, scope=scope, experts_per_token=4)
+    assert sum(budget.numbers_removed([32, 32])) == 56  # 28 of each 32, or 56 of all 64
+    with pytest.raises(ConfigError, match="would leave a layer fewer experts than the 4 that every token is routed to"):
+        Budget(ratio=0.9, scope=scope, experts_per_token=4).numbers_removed([32, 32])
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("experts_per_token", [1, 3, 5])
+def test_every_layer_keeps_as_many_experts_as_a_token_needs(scope: str, experts_per_token: int) -> None:
+    scores = random_scores()
+    scores.layers[2][1:] *= 1e-6  # globally, layer 2 would keep one expert
+    plan = plan_of(scores, ratio=0.8, scope=scope, experts_per_token=experts_per_token)
+    assert plan.num_kept == 21
+    assert all(int(kept_EF.any(dim=1).sum()) >= experts_per_token for kept_EF in plan.layers.values())
+
+
+def ragged_scores() -> tuple[Scores, dict[int, list[int]]]:
+    """Scores of experts that were pruned before; beyond their widths lie the highest numbers, which must not count."""
+    widths = {0: [7, 3, 0, 5, 7], 2: [1, 6, 2, 7, 4], 4: [7, 7, 7, 7, 7]}
+    scores = random_scores()
+    for index, width_E in widths.items():
+        for expert, width in enumerate(width_E):
+            scores.layers[index][expert, width:] = 99.0
+    return scores, widths
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.5])
+def test_ragged_experts_lose_exactly_the_requested_number_again(scope: str, ratio: float) -> None:
+    scores, widths = ragged_scores()
+    plan = allocate(scores, widths, Budget(ratio=ratio, scope=scope, experts_per_token=2))
+    total = sum(map(sum, widths.values()))
+    assert plan.num_kept == total - int(ratio * total + 0.5)
+    for index, width_E in widths.items():
+        for kept_F, width in zip(plan.layers[index], width_E, strict=True):
+            assert not kept_F[width:].any()
+            if scope == "expert":
+                assert abs(int(kept_F.sum()) - width * (1 - ratio)) <= 1
+
+
+@pytest.mark.parametrize("multiple", WIDTH_MULTIPLES[1:5])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_widths_are_rounded_to_multiples_and_the_total_stays(multiple: int, scope: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    scores = Scores(layers={index: torch.rand(6, 128, generator=generator) ** (index + 1) for index in range(3)})
+    exact = plan_of(scores, ratio=0.4, scope=scope, experts_per_token=2)
+    plan = plan_of(scores, ratio=0.4, scope=scope, experts_per_token=2, width_multiple=multiple)
+    for index, kept_EF in plan.layers.items():
+        assert not (kept_EF.sum(dim=1) % multiple).any()
+        assert abs(int(kept_EF.sum()) - int(exact.layers[index].sum())) <= multiple
+        assert (kept_EF.sum(dim=1) - exact.layers[index].sum(dim=1)).abs().max() < multiple
+        for kept_F, scores_F in zip(kept_EF, scores.layers[index], strict=True):  # the best of each expert are kept
+            assert scores_F.sort().values[128 - int(kept_F.sum()) :].equal(scores_F[kept_F].sort().values)
+
+
+def test_rounding_up_goes_where_the_scores_are() -> None:
+    """Widths 3 and 5 become 0 and 8 or 8 and 0 by the sum of the next eight, which a few high scores decide."""
+    scores = torch.full((2, 16), 0.1)
+    scores[0, :3] = 5.0
+    scores[1, :5] = 4.0
+    plan = plan_of(Scores(layers={0: scores}), ratio=0.75, scope="layer", width_multiple=8)
+    assert plan.layers[0].sum(dim=1).tolist() == [0, 8]
+    scores[0, :3] = 9.0
+    plan = plan_of(Scores(layers={0: scores}), ratio=0.75, scope="layer", width_multiple=8)
+    assert plan.layers[0].sum(dim=1).tolist() == [8, 0]
+
+
+def test_rounding_leaves_as_many_experts_as_a_token_needs() -> None:
+    scores = torch.full((2, 16), 0.1)
+    scores[0, :6] = scores[1, :2] = 1.0
+    plan = plan_of(Scores(layers={0: scores}), ratio=0.75, scope="layer", experts_per_token=2, width_multiple=8)
+    assert plan.layers[0].sum(dim=1).tolist() == [8, 8]
+
+
+@pytest.mark.parametrize(("ratio", "multiple", "width"), [(0.3, 1, 22), (0.3, 8, 24), (0.5, 16, 16), (0.99, 8, 8)])
+def test_uniform_widths(ratio: float, multiple: int, width: int) -> None:
+    scores = random_scores(width=32)
+    plan = plan_of(scores, ratio=ratio, scope="expert", width_multiple=multiple, is_uniform=True) if ratio < 0.9 else None
+    if plan is None:  # the exact plan would leave nothing, the rounded one is made all the same
+        widths = {index: [32] * 5 for index in scores.layers}
+        plan = allocate(scores, widths, Budget(ratio=ratio, scope="expert", experts_per_token=1, width_multiple=multiple, is_uniform=True))
+    assert all((kept_EF.sum(dim=1) == width).all() for kept_EF in plan.layers.values())
+
+
+def test_what_cannot_be_rounded_is_refused() -> None:
+    with pytest.raises(ConfigError, match="width_multiple=16, but experts of this model have 7 atomic experts.*for example 1"):
+        plan_of(random_scores(), ratio=0.5, scope="global", width_multiple=16)
+    _, widths = ragged_scores()
+    with pytest.raises(ConfigError, match="needs experts of one width, this model has 8"):
+        Budget(ratio=0.5, scope="expert", experts_per_token=1, is_uniform=True).check(widths)
+
+
+def test_the_report_says_what_rounding_cost() -> None:
+    scores = torch.full((2, 16), 0.1)
+    scores[0, :3] = 5.0
+    scores[1, :5] = 4.0
+    widths, budget = {0: [16, 16]}, Budget(ratio=0.75, scope="layer", experts_per_token=1, width_multiple=8)
+    report = report_allocation(allocate(Scores(layers={0: scores}), widths, budget), Scores(layers={0: scores}), widths, budget)
+    assert report["atomic_experts_removed"] == 24 and report["atomic_experts_exchanged"] == 3
+    assert report["kept_score_without_rounding"] == pytest.approx(3 * 5 + 5 * 4)
+    assert report["kept_score"] == pytest.approx(5 * 4 + 3 * 0.1)
+    assert "3 of them others than without" in report["summary"][1]

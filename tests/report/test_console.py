@@ -22,6 +22,7 @@ SUMMARY = {
     "stages": [
         stage("calibrate", key="abc", cached=False, seconds=12.34, peak_memory_bytes=2**30),
         stage("score", key="def", cached=True, seconds=0.01, peak_memory_bytes=0),
+        stage("prune", key="ghi", cached=True, seconds=0.01, peak_memory_bytes=0),
     ],
 }
 
