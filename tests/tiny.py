@@ -14,6 +14,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from heapr.model import deepseek_moe
 from heapr.types import ExpertWeights, LayerStatistics, Statistics
 
 VOCABULARY_SIZE = 257
@@ -32,11 +33,19 @@ FAMILIES = {
     ),
     "mixtral": (MixtralForCausalLM, {"num_local_experts": 4, "intermediate_size": 8}),
     "olmoe": (OlmoeForCausalLM, {"num_experts": 4, "intermediate_size": 8}),
-}
+    "deepseek": (
+        deepseek_moe.DeepseekMoeForCausalLM,
+        {
+            "n_routed_experts": 4, "n_shared_experts": 2, "moe_intermediate_size": 8, "intermediate_size": 24,
+            "num_hidden_layers": 3, "first_k_dense_replace": 1,
+        },
+    ),
+}  # fmt: skip
 
 
 def tiny_model(family: str, seed: int = 0, **changes: object) -> PreTrainedModel:
-    """2 layers x 4 experts x 8 atomic experts, top-2, weights large enough that every part matters."""
+    """2 MoE layers x 4 experts x 8 atomic experts, top-2, weights large enough that every part matters."""
+    deepseek_moe.register()
     model_class, settings = FAMILIES[family]
     torch.manual_seed(seed)
     return model_class(model_class.config_class(**{**COMMON, **settings, **changes})).eval()

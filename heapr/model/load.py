@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from heapr.errors import ConfigError
 from heapr.files import hash_file, hash_file_once
+from heapr.model import deepseek_moe
 from heapr.model.moe import MoEModel, find_moe_layers
 
 BUILTIN_PREFIX = "builtin:"
@@ -104,6 +105,7 @@ def find_model(path: str, *, dtype: str, revision: str | None = None, digests: P
         identity = {"sha256": hash_folder(folder)}
     elif Path(path).expanduser().is_dir():
         folder = Path(path).expanduser()
+        _refuse_pickled_weights(folder)
         identity = {"sha256": hash_folder(folder, digests)}
     elif path.count("/") == 1 and not path.startswith(("/", ".", "~")):
         folder = _download(path, revision, DESCRIPTION_FILES)
@@ -164,9 +166,17 @@ def _hub_is_reachable() -> bool:
     return True
 
 
+def _refuse_pickled_weights(folder: Path) -> None:
+    """Pickled weights are never read; they would not enter the identity either."""
+    pickled = sorted(folder.glob("pytorch_model*.bin"))
+    if pickled and not any(folder.glob("*.safetensors")):
+        raise ConfigError(f"folder '{folder}' has its weights in {pickled[0].name}, not in safetensors; convert them with save_pretrained")
+
+
 def _read_config(folder: Path) -> PretrainedConfig:
     if not (folder / "config.json").is_file():
         raise ConfigError(f"folder '{folder}' has no config.json, so it is not a Hugging Face model; give one that has")
+    deepseek_moe.register()
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except (ValueError, KeyError, OSError) as error:
