@@ -3,7 +3,8 @@
 In: a folder in the hub's original format, of which only config.json and safetensors are read, never its remote code. Out: the
 usual config, model and causal language model, after `register()`. Imports only torch and transformers, so that it works as a
 custom model file beside a checkpoint. Source: Dai et al., DeepSeekMoE, arXiv 2401.06066, equations 9 to 11.
-Shape letters: N sequences, W positions, T = N*W tokens, D model width, E routed experts, K experts per token, V vocabulary.
+Shape letters: N sequences, W positions, T = N*W tokens, D model width, E routed experts, F atomic experts of an expert, K experts
+per token, n tokens of one expert, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,23 +14,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    Cache,
-    DynamicCache,
-    GenerationMixin,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.integrations import use_experts_implementation
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
-from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts, Qwen2MoeMLP
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeMLP
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -116,13 +111,38 @@ class DeepseekMoeRouter(nn.Module):
         return logits_TE, weight_TK.to(logits_TE.dtype), expert_TK
 
 
+@use_experts_implementation
+class DeepseekMoeExperts(nn.Module):
+    """The routed experts: gate_up_proj (E, 2F, D) holds [W_gate; W_up] of each, down_proj (E, D, F) its W_down.
+
+    transformers lets a model's experts implementation be chosen only if the decorator stands in the model's own file.
+    """
+
+    def __init__(self, config: DeepseekMoeConfig) -> None:
+        super().__init__()
+        self.num_experts = config.n_routed_experts
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * config.moe_intermediate_size, config.hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, config.hidden_size, config.moe_intermediate_size))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        """Sum over each token's experts of router weight times the expert's output."""
+        total_TD = torch.zeros_like(hidden_TD)
+        for expert in expert_TK.unique().tolist():
+            token_n, choice_n = torch.where(expert_TK == expert)
+            gate_nF, up_nF = F.linear(hidden_TD[token_n], self.gate_up_proj[expert]).chunk(2, dim=-1)
+            output_nD = F.linear(self.act_fn(gate_nF) * up_nF, self.down_proj[expert])
+            total_TD.index_add_(0, token_n, (weight_TK[token_n, choice_n, None] * output_nD).to(total_TD.dtype))
+        return total_TD
+
+
 class DeepseekMoeBlock(nn.Module):
     """Weighted sum of the chosen routed experts, plus one ungated shared MLP that every token goes through."""
 
     def __init__(self, config: DeepseekMoeConfig) -> None:
         super().__init__()
         self.gate = DeepseekMoeRouter(config)
-        self.experts = Qwen2MoeExperts(config)
+        self.experts = DeepseekMoeExperts(config)
         self.shared_experts = Qwen2MoeMLP(config, intermediate_size=config.n_shared_experts * config.moe_intermediate_size)
 
     def forward(self, hidden_NWD: Tensor) -> Tensor:
@@ -174,7 +194,7 @@ class DeepseekMoePreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, DeepseekMoeRouter):
             init.normal_(module.weight, std=self.config.initializer_range)
-        elif isinstance(module, Qwen2MoeExperts):
+        elif isinstance(module, DeepseekMoeExperts):
             init.normal_(module.gate_up_proj, std=self.config.initializer_range)
             init.normal_(module.down_proj, std=self.config.initializer_range)
 

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from heapr.errors import ConfigError
+
 IMPLEMENTATION = "heapr"
 
 Experts = Any  # an experts module of transformers or RaggedExperts; nn.Module does not declare what they share
@@ -95,10 +97,16 @@ def _run(
 
 @contextmanager
 def use_heapr_experts(model: PreTrainedModel) -> Iterator[None]:
-    """Select the forward above for every experts module of the model; restores the previous one."""
+    """Select the forward above for every experts module of the model; restores the previous one.
+
+    Raises:
+        ConfigError: transformers does not let the model's experts implementation be chosen, which it passes over in silence.
+    """
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, dense_experts_forward)
     previous = model.get_experts_implementation()
     model.set_experts_implementation(IMPLEMENTATION)
+    if IMPLEMENTATION not in model.get_experts_implementation().values():
+        raise ConfigError(f"{type(model).__name__} needs a missing capability: experts whose implementation cannot be chosen")
     try:
         yield
     finally:

@@ -14,10 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel, dynamic_module_utils
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from heapr.errors import ConfigError
 from heapr.model import deepseek_moe
 from heapr.model.deepseek_moe import DeepseekMoeBlock, DeepseekMoeConfig, DeepseekMoeForCausalLM, DeepseekMoeModel, DeepseekMoeRouter
+from heapr.model.experts import dense_experts_forward
 from heapr.model.load import find_model
 from heapr.model.moe import find_moe_layers
 from tests.deepseek import CONFIG_16B, TINY, write_original_folder
@@ -116,7 +118,7 @@ def deepseek() -> PreTrainedModel:
 def test_a_folder_in_the_original_format_has_the_logits_of_the_description(tmp_path: Path, changes: dict) -> None:
     config, tensors = write_original_folder(tmp_path / "model", **changes)
     deepseek_moe.register()
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float64)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float64, experts_implementation="eager")
     ids_NW = tiny_ids(2, 10)
     with torch.no_grad():
         logits_NWV = model(input_ids=ids_NW, use_cache=False).logits
@@ -256,8 +258,10 @@ def test_a_text_in_two_parts_through_the_cache_has_the_logits_of_the_whole(deeps
 def test_attention_implementations_padding_and_kept_logits_agree(deepseek: PreTrainedModel) -> None:
     ids_NW = tiny_ids(2, 9)
     deepseek.set_attn_implementation("eager")
+    assert deepseek.config._attn_implementation == "eager"
     expected = deepseek(input_ids=ids_NW).logits
     deepseek.set_attn_implementation("sdpa")
+    assert deepseek.config._attn_implementation == "sdpa"
     torch.testing.assert_close(deepseek(input_ids=ids_NW).logits, expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(deepseek(input_ids=ids_NW, logits_to_keep=2).logits, deepseek(input_ids=ids_NW).logits[:, -2:])
     padded = F.pad(ids_NW, (3, 0))
@@ -266,6 +270,18 @@ def test_attention_implementations_padding_and_kept_logits_agree(deepseek: PreTr
     torch.testing.assert_close(
         deepseek(input_ids=padded, attention_mask=mask, position_ids=positions).logits[:, 3:], expected, rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "heapr"])
+@torch.no_grad()
+def test_experts_implementations_can_be_chosen_and_agree(deepseek: PreTrainedModel, implementation: str) -> None:
+    deepseek.set_experts_implementation("eager")
+    assert deepseek.config._experts_implementation == "eager"
+    expected = deepseek(input_ids=tiny_ids(2, 9)).logits
+    ALL_EXPERTS_FUNCTIONS.register("heapr", dense_experts_forward)
+    deepseek.set_experts_implementation(implementation)
+    assert deepseek.config._experts_implementation == implementation
+    torch.testing.assert_close(deepseek(input_ids=tiny_ids(2, 9)).logits, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_outputs_for_training_and_inspection(deepseek: PreTrainedModel) -> None:

@@ -72,6 +72,15 @@ def test_models_without_experts_and_missing_capabilities_are_refused_by_name() -
         MoEModel(GptOssForCausalLM(GptOssConfig(**SMALL, num_key_value_heads=1, head_dim=8, num_local_experts=2)))
 
 
+def test_experts_that_keep_their_implementation_are_refused(causal_lm: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(causal_lm), "_can_set_experts_implementation_cached_value", False, raising=False)
+    with (
+        pytest.raises(ConfigError, match="missing capability: experts whose implementation cannot be chosen"),
+        use_heapr_experts(causal_lm),
+    ):
+        pytest.fail("the model was used")
+
+
 def test_models_that_change_their_logits_after_the_head_are_refused() -> None:
     config = GraniteMoeConfig(**SMALL, num_key_value_heads=1, num_local_experts=2, num_experts_per_tok=1, logits_scaling=8.0)
     with pytest.raises(ConfigError, match="missing capability: (post-processing of logits|experts)"):
