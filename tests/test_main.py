@@ -24,7 +24,10 @@ def run_py(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("pruning.ratoi=0.3", "unknown key 'pruning.ratoi'; did you mean pruning.ratio? known here: ratio, scope"),
+        (
+            "pruning.ratoi=0.3",
+            "unknown key 'pruning.ratoi'; did you mean pruning.ratio? known here: form, ratio, save_checkpoint, scope, width_multiple",
+        ),
         ("evaluation.perplexity.windo=3", "did you mean evaluation.perplexity.window?"),
         ("prunning.ratio=0.3", "did you mean pruning?"),
         ("pruning.ratio=lots", "pruning.ratio"),

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from heapr.model import deepseek_moe
 from heapr.types import ExpertWeights, LayerStatistics, Statistics
 
 VOCABULARY_SIZE = 257
@@ -38,6 +39,7 @@ FAMILIES: dict[str, dict[str, object]] = {  # transformers' folder of a family -
     "bailing_hybrid": {**LATENT, **LINEAR_THEN_FULL, **DENSE_THEN_SPARSE, "num_mtp_layers": 0},
     "beam": DENSE_THEN_SPARSE,
     "cohere2_moe": EXPERT_WIDTH,
+    "deepseek": {"num_hidden_layers": 3, "n_shared_experts": 2},  # heapr/model/deepseek_moe.py
     "deepseek_v2": LATENT,
     "deepseek_v3": LATENT,
     "deepseek_v32": LATENT,
@@ -98,7 +100,10 @@ FAMILIES: dict[str, dict[str, object]] = {  # transformers' folder of a family -
 
 
 def model_class_of(family: str) -> type[PreTrainedModel]:
-    """The causal language model of a folder of transformers."""
+    """The causal language model of a folder of transformers, or our own."""
+    if family == deepseek_moe.MODEL_TYPE:
+        deepseek_moe.register()
+        return deepseek_moe.DeepseekForCausalLM
     folder = Path(transformers.__file__).parent / "models" / family
     for path in sorted(folder.glob("modeling_*.py")):
         module = importlib.import_module(f"transformers.models.{family}.{path.stem}")

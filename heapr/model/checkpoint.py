@@ -62,6 +62,8 @@ def save_checkpoint(model: MoEModel, tokenizer: PreTrainedTokenizerBase, folder:
         _save_ragged(model, folder, about)
     else:
         model.model.config.heapr = dict(about)
+        if not type(model.model).__module__.startswith("transformers_modules."):
+            model.model.config.auto_map = {}  # may name remote code that was not used and is not beside these weights
         model.model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
     tokenizer.save_pretrained(folder)
 

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from heapr.errors import ConfigError
 from heapr.model.ragged_experts import ExpertObserver, Experts, is_ragged, run_experts
 
 IMPLEMENTATION = "heapr"
@@ -24,15 +25,21 @@ CAPABILITIES = {  # what an experts module may need that we lack, by attribute o
 
 def is_experts(module: nn.Module) -> bool:
     """Whether a module is a layer's routed experts: ragged, behind transformers' experts interface, or Llama-4's."""
-    return is_ragged(module) or hasattr(module, "is_concatenated") or _is_outside_interface(module)
+    return is_ragged(module) or _is_behind_interface(module) or _is_outside_interface(module)
 
 
 @contextmanager
 def use_heapr_experts(model: PreTrainedModel) -> Iterator[None]:
-    """Select `run_experts` for every experts module of the model; restores the previous forward."""
+    """Select `run_experts` for every experts module of the model; restores the previous forward.
+
+    Raises:
+        ConfigError: transformers does not let the model's experts implementation be chosen, which it passes over in silence.
+    """
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, run_experts)
     previous = model.get_experts_implementation()
     model.set_experts_implementation(IMPLEMENTATION)
+    if IMPLEMENTATION not in model.get_experts_implementation().values() and any(map(_is_behind_interface, model.modules())):
+        raise ConfigError(f"{type(model).__name__} needs a missing capability: experts whose implementation cannot be chosen")
     outside = [module for module in model.modules() if _is_outside_interface(module)]
     for experts in outside:
         experts.forward = partial(run_experts, experts)  # type: ignore[method-assign]
@@ -55,6 +62,10 @@ def observe_experts(model: PreTrainedModel, observers: Sequence[tuple[Experts, E
         finally:
             for experts, _ in observers:
                 experts.observer = None
+
+
+def _is_behind_interface(module: nn.Module) -> bool:
+    return hasattr(module, "is_concatenated")  # set by transformers' decorator
 
 
 def _is_outside_interface(module: nn.Module) -> bool:

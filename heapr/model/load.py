@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from heapr.errors import ConfigError
 from heapr.files import hash_file, hash_file_once
+from heapr.model import deepseek_moe
 from heapr.model.checkpoint import register_ragged
 from heapr.model.moe import MoEModel, experts_per_token, find_moe_layers
 
@@ -141,8 +142,8 @@ def find_model(
         identity = {"sha256": hash_folder(folder)}
     elif Path(path).expanduser().is_dir():
         folder = Path(path).expanduser()
-        identity = {"sha256": hash_folder(folder, digests)}
         check_weight_files(folder)
+        identity = {"sha256": hash_folder(folder, digests)}
     elif path.count("/") == 1 and not path.startswith(("/", ".", "~")):
         folder = _download(path, revision, DESCRIPTION_FILES + (["*.py"] if trust_remote_code else []))
         identity = {"hub": path, "commit": folder.name}
@@ -242,6 +243,7 @@ def _hub_is_reachable() -> bool:
 def _read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     if not (folder / "config.json").is_file():
         raise ConfigError(f"folder '{folder}' has no config.json, so it is not a Hugging Face model; give one that has")
+    deepseek_moe.register()
     register_ragged(folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)

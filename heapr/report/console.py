@@ -27,8 +27,7 @@ def print_summary(summary: Mapping[str, Any], run_folder: str, console: Console 
     artifacts = Path(summary["stages"][0]["path"]).parents[1]
     places = f"artifacts:  {artifacts}/<stage>/<artifact>\nthis run:   {run_folder}"
     checkpoints = [Path(stage["path"]) / "checkpoint" for stage in summary["stages"] if stage["stage"] == "prune"]
-    if checkpoints[0].is_dir():
-        places += f"\ncheckpoint: {checkpoints[0]}"
+    places += "".join(f"\ncheckpoint: {path}" for path in checkpoints if path.is_dir())
     (console or Console()).print(Group(_metrics_table(summary["metrics"]), _stages_table(summary["stages"]), Text(places, overflow="fold")))
 
 

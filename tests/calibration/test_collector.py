@@ -37,6 +37,7 @@ def test_heapr_score_equals_published_two_stage_procedure(causal_lm: PreTrainedM
     for score_EF, expected_EF in zip(scores.layers.values(), expected, strict=True):
         assert ((score_EF - expected_EF).abs() <= 1e-5 * expected_EF.abs()).all()
     flat = torch.cat([s.flatten() for s in scores.layers.values()])
+    assert (flat > 0).sum() > len(flat) / 2  # tokens were seen, by us and by the oracle
     flat_expected = torch.cat([s.flatten() for s in expected])
     assert torch.equal(flat.argsort(stable=True), flat_expected.argsort(stable=True))
 

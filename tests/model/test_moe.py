@@ -93,3 +93,12 @@ def test_models_whose_logits_depend_on_more_than_hidden_states_are_refused(causa
     causal_lm.__class__ = seen_ids
     with pytest.raises(ConfigError, match="missing capability: logits that depend on more than the final hidden states"):
         MoEModel(causal_lm).check_head()
+
+
+def test_experts_that_keep_their_implementation_are_refused(causal_lm: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(causal_lm), "_can_set_experts_implementation_cached_value", False, raising=False)
+    with (
+        pytest.raises(ConfigError, match="missing capability: experts whose implementation cannot be chosen"),
+        use_heapr_experts(causal_lm),
+    ):
+        pytest.fail("the model was used")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -19,13 +20,11 @@ from heapr.score.gradient import Heapr
 from heapr.types import Plan
 from tests.tiny import layer_statistics, no_weights, statistics_of, tiny_model
 
-WIDTHS = {0: [8] * 4, 1: [8] * 4}
 
-
-def random_plan(ratio: float, scope: str = "global") -> Plan:
+def random_plan(ratio: float, scope: str = "global", indices: Sequence[int] = (0, 1)) -> Plan:
     layer = layer_statistics([1] * 4, h_sq_sum=[[1.0] * 8] * 4)
-    scores = Random(seed=1)(statistics_of({0: layer, 1: layer}), no_weights)
-    return allocate(scores, WIDTHS, Budget(ratio=ratio, scope=scope, experts_per_token=2))
+    scores = Random(seed=1)(statistics_of(dict.fromkeys(indices, layer)), no_weights)
+    return allocate(scores, {index: [8] * 4 for index in indices}, Budget(ratio=ratio, scope=scope, experts_per_token=2))
 
 
 def logits(model: MoEModel, ids_NW: Tensor) -> Tensor:
@@ -38,8 +37,8 @@ def logits(model: MoEModel, ids_NW: Tensor) -> Tensor:
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 0.9])
 def test_pruned_equals_masked(family: str, ids_NW: Tensor, scope: str, ratio: float) -> None:
     causal_lm = tiny_model(family)
-    plan = random_plan(ratio, scope)
     masked, pruned = MoEModel(causal_lm), MoEModel(copy.deepcopy(causal_lm))
+    plan = random_plan(ratio, scope, indices=[layer.index for layer in masked.layers])
     dense = logits(masked, ids_NW)
     mask(masked, plan)
     remove(pruned, plan)
