@@ -29,13 +29,13 @@ from heapr.schema import ExperimentConfig
 from heapr.store import Artifact, Recipe
 from heapr.tracking.build import open_tracker
 from heapr.tracking.tracker import Tracker
-from heapr.types import ExpertWeights, Metrics, Plan, Scores, Statistics, TensorDict
+from heapr.types import Evaluation, ExpertWeights, Metrics, Plan, Scores, Statistics, TensorDict
 
 logger = logging.getLogger(__name__)
 
 # The files of the artifact contract.
 TOKENS, STATISTICS, SCORES = "tokens.safetensors", "statistics.safetensors", "scores.safetensors"
-PLAN, METRICS, SUMMARY = "plan.safetensors", "metrics.json", "summary.json"
+PLAN, METRICS, DETAILS, SUMMARY = "plan.safetensors", "metrics.json", "details.json", "summary.json"
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Pipeline:
         for evaluator, recipe in zip(self.experiment.evaluators, recipes, strict=True):
             artifact = self._get(
                 recipe,
-                lambda folder, evaluator=evaluator: write_json(folder / METRICS, evaluator(model(), statistics)),  # type: ignore[misc]
+                lambda folder, evaluator=evaluator: _write(evaluator(model(), statistics), folder),  # type: ignore[misc]
                 what=f"{evaluator.name} {variant}",
             )
             metrics |= json.loads((artifact.path / METRICS).read_text())
@@ -178,6 +178,12 @@ class Pipeline:
         logger.info("%-9s %s%s: %s, %.1f s", recipe.stage, f"{what} " if what else "", recipe.key, origin, artifact.seconds)
         self.tracker.log({f"stages/{len(self.stages)}_{recipe.stage}/{name}": value for name, value in artifact.summary().items()})
         return artifact
+
+
+def _write(evaluation: Evaluation, folder: Path) -> None:
+    write_json(folder / METRICS, evaluation.metrics)
+    if evaluation.details:
+        write_json(folder / DETAILS, evaluation.details)
 
 
 def _save(tensors: TensorDict, path: Path) -> None:

@@ -7,7 +7,8 @@ N sequences, W window length. Layers are keyed by decoder layer index.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -219,6 +220,19 @@ class Plan:
 
 
 Metrics = dict[str, float]  # by contract name, for example "perplexity/pydocs"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluator found.
+
+    Attributes:
+        metrics: numbers by contract name; metrics.json, tables and trackers.
+        details: whatever else is worth keeping (protocol, lists, matrices), JSON types only; details.json, where there are any.
+    """
+
+    metrics: Metrics
+    details: dict[str, Any] = field(default_factory=dict)
 
 
 def _without_shape(name: str) -> str:

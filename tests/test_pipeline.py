@@ -72,9 +72,13 @@ def test_pruned_perplexity_is_that_of_the_masked_model(experiment: Experiment) -
     evaluator.prepare(source.tokenizer)
     model = source.load(torch.device("cpu"))
     empty = Statistics(layers={}, num_tokens=0, num_predicted_tokens=0, loss_sum=0.0)
-    assert evaluator(model, empty)["perplexity/text_files"] == pytest.approx(summary.metrics["dense"]["perplexity/text_files"], rel=1e-6)
+    assert evaluator(model, empty).metrics["perplexity/text_files"] == pytest.approx(
+        summary.metrics["dense"]["perplexity/text_files"], rel=1e-6
+    )
     mask(model, Plan.from_tensors(load_file(path / "plan.safetensors")))
-    assert evaluator(model, empty)["perplexity/text_files"] == pytest.approx(summary.metrics["pruned"]["perplexity/text_files"], rel=1e-5)
+    assert evaluator(model, empty).metrics["perplexity/text_files"] == pytest.approx(
+        summary.metrics["pruned"]["perplexity/text_files"], rel=1e-5
+    )
 
 
 def test_ratio_zero_gives_the_dense_metrics(experiment: Experiment) -> None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from heapr.model.experts import use_heapr_experts
 from heapr.model.moe import MoEModel
 from heapr.schema import at_least
-from heapr.types import Metrics, Statistics
+from heapr.types import Evaluation, Metrics, Statistics
 
 FLOPS_PER_MULTIPLY_ADD = 2
 
@@ -51,14 +51,16 @@ class Efficiency:
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Nothing can go wrong."""
 
-    def __call__(self, model: MoEModel, statistics: Statistics) -> Metrics:
+    def __call__(self, model: MoEModel, statistics: Statistics) -> Evaluation:
         parameters = list(model.model.parameters())
-        return {
-            "parameters": sum(parameter.numel() for parameter in parameters),
-            "atomic_experts": sum(sum(layer.widths) for layer in model.layers),
-            "bytes": sum(parameter.numel() * parameter.element_size() for parameter in parameters),
-            "flops_per_token": other_flops(model, self.window) / self.window + expert_flops_per_token(model, statistics),
-        }
+        return Evaluation(
+            {
+                "parameters": sum(parameter.numel() for parameter in parameters),
+                "atomic_experts": sum(sum(layer.widths) for layer in model.layers),
+                "bytes": sum(parameter.numel() * parameter.element_size() for parameter in parameters),
+                "flops_per_token": other_flops(model, self.window) / self.window + expert_flops_per_token(model, statistics),
+            }
+        )
 
 
 def expert_flops_per_token(model: MoEModel, statistics: Statistics) -> float:

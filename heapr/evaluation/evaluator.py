@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from transformers import PreTrainedTokenizerBase
 
 from heapr.model.moe import MoEModel
-from heapr.types import Metrics, Statistics
+from heapr.types import Evaluation, Statistics
 
 
 class Evaluator(Protocol):
@@ -31,6 +31,6 @@ class Evaluator(Protocol):
         """
         ...
 
-    def __call__(self, model: MoEModel, statistics: Statistics) -> Metrics:
-        """Metrics by contract name; `statistics` are the dense model's."""
+    def __call__(self, model: MoEModel, statistics: Statistics) -> Evaluation:
+        """Metrics by contract name, and details; `statistics` are the dense model's."""
         ...

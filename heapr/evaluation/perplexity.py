@@ -18,7 +18,7 @@ from heapr.calibration.sampling import batches, windows
 from heapr.model.moe import MoEModel, next_token_loss
 from heapr.progress import progress
 from heapr.schema import at_least
-from heapr.types import Metrics, Statistics, TokenWindows
+from heapr.types import Evaluation, Statistics, TokenWindows
 
 MAX_MEAN_LOSS = 700.0  # exp() of more is not a number; a model that bad has no perplexity to speak of
 
@@ -51,7 +51,7 @@ class Perplexity:
         self._windows = windows(self.corpus, tokenizer, length=self.window)
 
     @torch.no_grad()
-    def __call__(self, model: MoEModel, statistics: Statistics) -> Metrics:
+    def __call__(self, model: MoEModel, statistics: Statistics) -> Evaluation:
         assert self._windows is not None, "prepare() comes first"
         num_batches = math.ceil(len(self._windows.ids_NW) / self.batch_size)
         total = 0.0
@@ -62,7 +62,7 @@ class Perplexity:
                 raise FloatingPointError(f"{self.name}: the loss is NaN or infinite in batch {number}; use a wider model.dtype")
             total += loss_sum
         mean = min(total / self._windows.num_predicted_tokens, MAX_MEAN_LOSS)
-        return {self.name: math.exp(mean), f"num_tokens/{self.corpus.name}": self._windows.ids_NW.numel()}
+        return Evaluation({self.name: math.exp(mean), f"num_tokens/{self.corpus.name}": self._windows.ids_NW.numel()})
 
 
 def _loss_sum(model: MoEModel, ids_NW: Tensor) -> float:

@@ -30,7 +30,7 @@ def test_flops_equal_torchs_count_on_the_tokens_whose_routing_was_counted(pruned
         kept_EF = torch.rand(4, 8, generator=torch.Generator().manual_seed(0)) > 0.4
         remove(model, Plan(layers={0: torch.ones(4, 8, dtype=torch.bool), 1: kept_EF}))
     statistics = collect(model, [ids_NW])
-    metrics = Efficiency(window=12)(model, statistics)
+    metrics = Efficiency(window=12)(model, statistics).metrics
     assert metrics["flops_per_token"] * 12 == pytest.approx(counted_by_torch(model, ids_NW), rel=1e-12)
 
 
@@ -48,7 +48,7 @@ def test_expert_flops_follow_the_routing() -> None:
 
 def test_counts_of_the_tiny_model() -> None:
     model = MoEModel(tiny_qwen3_moe())
-    metrics = Efficiency(window=8)(model, collect(model, [tiny_ids(1, 8)]))
+    metrics = Efficiency(window=8)(model, collect(model, [tiny_ids(1, 8)])).metrics
     experts = 2 * 4 * 3 * 8 * 16
     attention = 2 * (16 * 16 + 2 * 8 * 16 + 16 * 16 + 2 * 8)  # q, k and v, o, and the norms of q and k
     router_and_norms = 2 * (4 * 16 + 2 * 16) + 16

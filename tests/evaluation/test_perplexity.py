@@ -24,7 +24,7 @@ def measure(model: MoEModel, folder: Path, batch_size: int) -> dict[str, float]:
     (folder / "text.txt").write_text(TEXT)
     evaluator = Perplexity(TextFiles([str(folder / "text.txt")], split="all"), window=16, batch_size=batch_size)
     evaluator.prepare(byte_tokenizer())
-    return evaluator(model, EMPTY)
+    return evaluator(model, EMPTY).metrics
 
 
 def test_equals_a_token_by_token_reference(model: MoEModel, tmp_path: Path) -> None:
