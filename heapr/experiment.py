@@ -17,7 +17,7 @@ from heapr.calibration.corpora import Corpus
 from heapr.calibration.sampling import sample, windows
 from heapr.errors import ConfigError
 from heapr.evaluation.build import build_evaluators
-from heapr.evaluation.evaluator import Evaluator
+from heapr.evaluation.evaluator import Comparison, Evaluator
 from heapr.model.load import ModelSource, find_model
 from heapr.pruning.allocation import numbers_removed
 from heapr.recipes import Recipes, experiment_recipes
@@ -41,7 +41,7 @@ class Experiment:
         batch_size: calibration sequences per pass.
         criterion: the score.
         ratio, scope: how much is removed, and what is ranked together.
-        evaluators: in the order of their recipes.
+        evaluators, comparisons: in the order of their recipes.
     """
 
     name: str
@@ -55,6 +55,7 @@ class Experiment:
     ratio: float
     scope: str
     evaluators: Sequence[Evaluator]
+    comparisons: Sequence[Comparison]
 
 
 def prepare(config: ExperimentConfig) -> Experiment:
@@ -68,16 +69,19 @@ def prepare(config: ExperimentConfig) -> Experiment:
     """
     corpus: Corpus = build(config.calibration.corpus, "calibration.corpus")
     criterion: Criterion = build(config.score, "score")
-    evaluators = build_evaluators(config.evaluation)
     device = _device(config.runtime.device)
     if config.runtime.num_threads is not None:
         torch.set_num_threads(config.runtime.num_threads)
+    built = build_evaluators(config.evaluation, device)
+    evaluators = [entry for entry in built if isinstance(entry, Evaluator)]
+    comparisons = [entry for entry in built if isinstance(entry, Comparison)]
     store = Store(Path(config.paths.outputs) / "artifacts", device)
     source = find_model(config.model.path, dtype=config.model.dtype, revision=config.model.revision, digests=store.digests)
     _check_lengths(config, source)
     numbers_removed(source.layer_sizes, ratio=config.pruning.ratio, scope=config.pruning.scope)
-    recipes = experiment_recipes(config, source.identity, corpus, evaluators)
+    recipes = experiment_recipes(config, source.identity, corpus, evaluators, comparisons)
     _warn_of_overlap(recipes)
+    _prepare(evaluators, comparisons, source, store, recipes)
     return Experiment(
         name=f"{config.model.name} {type(criterion).__name__} {config.pruning.scope} {config.pruning.ratio:.4g}",
         source=source,
@@ -89,7 +93,8 @@ def prepare(config: ExperimentConfig) -> Experiment:
         criterion=criterion,
         ratio=config.pruning.ratio,
         scope=config.pruning.scope,
-        evaluators=_prepared(evaluators, source, store, recipes),
+        evaluators=evaluators,
+        comparisons=comparisons,
     )
 
 
@@ -98,12 +103,16 @@ def _calibration_tokens(corpus: Corpus, source: ModelSource, settings: Calibrati
     return sample(available, num_samples=settings.num_samples, seed=settings.seed, corpus_name=corpus.name)
 
 
-def _prepared(evaluators: Sequence[Evaluator], source: ModelSource, store: Store, recipes: Recipes) -> Sequence[Evaluator]:
+def _prepare(
+    evaluators: Sequence[Evaluator], comparisons: Sequence[Comparison], source: ModelSource, store: Store, recipes: Recipes
+) -> None:
     """Every evaluator that has something left to do finds the user's mistakes now."""
     for evaluator, *wanted in zip(evaluators, recipes.evaluate_dense, recipes.evaluate_pruned, strict=True):
         if not all(store.has(recipe) for recipe in wanted):
             evaluator.prepare(source.tokenizer)
-    return evaluators
+    for comparison, recipe in zip(comparisons, recipes.compare, strict=True):
+        if not store.has(recipe):
+            comparison.prepare(source)
 
 
 def _device(name: str) -> torch.device:
@@ -134,7 +143,10 @@ def _warn_of_overlap(recipes: Recipes) -> None:
     """Calibration and evaluation text are apart if they are other texts, or the train and held-out part of one."""
     calibrated = dict(recipes.calibrate.config["corpus"])
     split = calibrated.pop("split")
-    for recipe in recipes.evaluate_dense:
+    found: list[str] = []
+    for recipe in [*recipes.evaluate_dense, *recipes.compare]:
         measured = dict(recipe.config["evaluator"].get("corpus", {}))
         if measured and {measured.pop("split"), split} != {"train", "heldout"} and measured == calibrated:
-            logger.warning("%s is measured on text that is calibrated on; set the splits to train and heldout", measured["corpus"])
+            found.append(measured["corpus"])
+    for name in dict.fromkeys(found):
+        logger.warning("%s is measured on text that is calibrated on; set the splits to train and heldout", name)

@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from heapr.calibration.collector import collect
 from heapr.calibration.sampling import batches
 from heapr.evaluation.efficiency import size_change
+from heapr.evaluation.evaluator import Material
 from heapr.experiment import Experiment, prepare
 from heapr.files import write_json
 from heapr.model.moe import MoEModel
@@ -29,7 +31,7 @@ from heapr.schema import ExperimentConfig
 from heapr.store import Artifact, Recipe
 from heapr.tracking.build import open_tracker
 from heapr.tracking.tracker import Tracker
-from heapr.types import Evaluation, ExpertWeights, Metrics, Plan, Scores, Statistics, TensorDict
+from heapr.types import Evaluation, ExpertWeights, Metrics, Plan, Scores, Statistics, TensorDict, TokenWindows
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +45,7 @@ class Summary:
     """What a run did; `summary.json`.
 
     Attributes:
-        metrics: by contract name, of the "dense" and the "pruned" model, and the change of "size".
+        metrics: by contract name, of the "dense" and the "pruned" model, the change of "size", and the "comparison" of both.
         stages: one entry per artifact, in the order in which they were needed.
         config: the whole resolved configuration.
     """
@@ -72,7 +74,7 @@ def run(config: ExperimentConfig, folder: Path) -> Summary:
         statistics = pipeline.calibrate()
         scores = pipeline.score(statistics)
         plan = pipeline.prune(scores)
-        metrics = pipeline.evaluate(statistics, plan)
+        metrics = pipeline.evaluate(statistics, scores, plan)
         tracker.log({f"{group}/{name}": value for group, values in metrics.items() for name, value in values.items()})
     summary = Summary(metrics=metrics, stages=pipeline.stages, config=resolved)
     write_json(folder / SUMMARY, asdict(summary))
@@ -92,8 +94,8 @@ class Pipeline:
     def __init__(self, experiment: Experiment, tracker: Tracker) -> None:
         self.experiment, self.tracker = experiment, tracker
         self.stages: list[dict[str, Any]] = []
-        self._model: MoEModel | None = None
-        self._is_pruned = False
+        self._dense: MoEModel | None = None
+        self._pruned: MoEModel | None = None
 
     def calibrate(self) -> Statistics:
         """One forward and one backward pass over the calibration tokens; running sums per atomic expert."""
@@ -135,37 +137,75 @@ class Pipeline:
         logger.info("%-9s removes %d of %d atomic experts (asked for %.6g)", "prune", plan.num_removed, plan.num_atomic_experts, asked)
         return plan
 
-    def evaluate(self, statistics: Statistics, plan: Plan) -> dict[str, Metrics]:
-        """Metrics of the dense and of the pruned model. The dense ones come first: pruning changes the model in place."""
+    def evaluate(self, statistics: Statistics, scores: Scores, plan: Plan) -> dict[str, Metrics]:
+        """Metrics of the dense and of the pruned model, and what compares them.
+
+        Pruning changes the model in place, so what needs the dense one alone comes first. Comparisons that need both come
+        last: for them the dense model is loaded once more.
+        """
         recipes = self.experiment.recipes
+        material = self._material(statistics, scores, plan)
         dense = self._measure(recipes.evaluate_dense, statistics, self._dense_model, variant="dense")
+        comparison = self._compare("score", material)
         pruned = self._measure(recipes.evaluate_pruned, statistics, lambda: self._pruned_model(plan), variant="pruned")
+        comparison |= self._compare("prune", material)
         removed = {"atomic_experts_removed_ratio": plan.num_removed / plan.num_atomic_experts}
-        return {"dense": dense, "pruned": pruned, "size": removed | size_change(dense, pruned)}
+        return {"dense": dense, "pruned": pruned, "size": removed | size_change(dense, pruned), "comparison": comparison}
 
     def _measure(self, recipes: Sequence[Recipe], statistics: Statistics, model: Callable[[], MoEModel], *, variant: str) -> Metrics:
         metrics: Metrics = {}
         for evaluator, recipe in zip(self.experiment.evaluators, recipes, strict=True):
-            artifact = self._get(
-                recipe,
-                lambda folder, evaluator=evaluator: _write(evaluator(model(), statistics), folder),  # type: ignore[misc]
-                what=f"{evaluator.name} {variant}",
-            )
-            metrics |= json.loads((artifact.path / METRICS).read_text())
+            what = f"{evaluator.name} {variant}"
+            metrics |= self._metrics(recipe, lambda evaluator=evaluator: evaluator(model(), statistics), what)  # type: ignore[misc]
         return metrics
 
+    def _compare(self, upstream: str, material: Material) -> Metrics:
+        """Metrics of the comparisons that look at nothing behind one stage."""
+        metrics: Metrics = {}
+        for comparison, recipe in zip(self.experiment.comparisons, self.experiment.recipes.compare, strict=True):
+            if comparison.upstream == upstream:
+                metrics |= self._metrics(recipe, partial(comparison, material), comparison.name)
+        return metrics
+
+    def _metrics(self, recipe: Recipe, evaluate: Callable[[], Evaluation], what: str) -> Metrics:
+        def make(folder: Path) -> None:
+            evaluation = evaluate()
+            write_json(folder / METRICS, evaluation.metrics)
+            if evaluation.details:
+                write_json(folder / DETAILS, evaluation.details)
+
+        metrics: Metrics = json.loads((self._get(recipe, make, what).path / METRICS).read_text())
+        return metrics
+
+    def _material(self, statistics: Statistics, scores: Scores, plan: Plan) -> Material:
+        def dense_and_pruned() -> tuple[MoEModel, MoEModel]:
+            pruned = self._pruned_model(plan)  # first: it takes the dense model, if there is one
+            return self._dense_model(), pruned
+
+        return Material(
+            statistics=statistics,
+            scores=scores,
+            unit=self.experiment.criterion.unit,
+            plan=plan,
+            tokens=self._calibration_tokens,
+            dense=self._dense_model,
+            dense_and_pruned=dense_and_pruned,
+        )
+
+    def _calibration_tokens(self) -> TokenWindows:
+        return TokenWindows.from_tensors(load_file(self.experiment.store.path(self.experiment.recipes.calibrate) / TOKENS))
+
     def _dense_model(self) -> MoEModel:
-        assert not self._is_pruned, "the dense model was pruned in place"
-        if self._model is None:
-            self._model = self.experiment.source.load(self.experiment.device)
-        return self._model
+        if self._dense is None:
+            self._dense = self.experiment.source.load(self.experiment.device)
+        return self._dense
 
     def _pruned_model(self, plan: Plan) -> MoEModel:
-        if self._model is None or not self._is_pruned:
-            self._model = self._dense_model()
-            remove(self._model, plan)
-            self._is_pruned = True
-        return self._model
+        """The dense model, cut in place; whoever needs a dense one afterwards loads it anew."""
+        if self._pruned is None:
+            self._pruned, self._dense = self._dense_model(), None
+            remove(self._pruned, plan)
+        return self._pruned
 
     def _weights(self, index: int) -> ExpertWeights:
         return next(layer.weights() for layer in self._dense_model().layers if layer.index == index)
@@ -178,12 +218,6 @@ class Pipeline:
         logger.info("%-9s %s%s: %s, %.1f s", recipe.stage, f"{what} " if what else "", recipe.key, origin, artifact.seconds)
         self.tracker.log({f"stages/{len(self.stages)}_{recipe.stage}/{name}": value for name, value in artifact.summary().items()})
         return artifact
-
-
-def _write(evaluation: Evaluation, folder: Path) -> None:
-    write_json(folder / METRICS, evaluation.metrics)
-    if evaluation.details:
-        write_json(folder / DETAILS, evaluation.details)
 
 
 def _save(tensors: TensorDict, path: Path) -> None:
