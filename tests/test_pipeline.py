@@ -292,6 +292,7 @@ BAD_INPUT = [
     (["evaluation.perplexity=3"], "evaluation.perplexity has no _target_"),
     (["+evaluation.perplexty.window=16"], "evaluation.perplexty has no _target_.* misspelt key"),
     (["calibration.corpus.paths={folder}/train.txt"], "calibration.corpus.paths=.* has the wrong type"),
+    (["+evaluation.x={{_target_:heapr.calibration.corpora.PyDocs,split:all}}"], "is neither an evaluator nor a comparison"),
     (["+evaluation.x={{_target_:heapr.evaluation.perplexity.Perplexity,window:16,batch_size:4}}"], "measures 'perplexity/text_files' 2"),
     (["pruning.ratio=0.99"], "would remove every atomic expert of a layer"),
     (["model.path={folder}/no_tokenizer"], "has no tokenizer"),

@@ -22,7 +22,7 @@ def build_evaluators(evaluation: Mapping[str, Any], device: torch.device) -> lis
         device: where the models will be, for evaluators that ask for it.
 
     Raises:
-        ConfigError: a misspelt key, a bad corpus, or two evaluators of one name.
+        ConfigError: a misspelt key, a bad corpus, something else than an evaluator, or two evaluators of one name.
     """
     corpora = [build(entry, f"evaluation.corpora.{name}") for name, entry in evaluation.get("corpora", {}).items()]
     evaluators: list[Evaluator | Comparison] = []
@@ -32,10 +32,11 @@ def build_evaluators(evaluation: Mapping[str, Any], device: torch.device) -> lis
         where = f"evaluation.{name}"
         parameters = inspect.signature(plug_in(entry, where)).parameters
         injected = {"device": device} if "device" in parameters else {}
-        if "corpus" in parameters:
-            evaluators += [build(entry, where, corpus=corpus, **injected) for corpus in corpora]
-        else:
-            evaluators.append(build(entry, where, **injected))
+        injections = [{**injected, "corpus": corpus} for corpus in corpora] if "corpus" in parameters else [injected]
+        built = [build(entry, where, **arguments) for arguments in injections]
+        if not all(isinstance(evaluator, Evaluator | Comparison) for evaluator in built):
+            raise ConfigError(f"{where}._target_='{entry['_target_']}' is neither an evaluator nor a comparison; see docs/adding.md")
+        evaluators += built
     for name, number in Counter(evaluator.name for evaluator in evaluators).items():
         if number > 1:
             raise ConfigError(
