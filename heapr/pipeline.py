@@ -15,10 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 
 from heapr.calibration.collector import collect
 from heapr.calibration.sampling import batches
+from heapr.errors import ConfigError
 from heapr.evaluation.efficiency import size_change
 from heapr.evaluation.evaluator import Material
 from heapr.experiment import Experiment, prepare
@@ -178,10 +180,6 @@ class Pipeline:
         return metrics
 
     def _material(self, statistics: Statistics, scores: Scores, plan: Plan) -> Material:
-        def dense_and_pruned() -> tuple[MoEModel, MoEModel]:
-            pruned = self._pruned_model(plan)  # first: it takes the dense model, if there is one
-            return self._dense_model(), pruned
-
         return Material(
             statistics=statistics,
             scores=scores,
@@ -189,8 +187,18 @@ class Pipeline:
             plan=plan,
             tokens=self._calibration_tokens,
             dense=self._dense_model,
-            dense_and_pruned=dense_and_pruned,
+            dense_and_pruned=partial(self._dense_and_pruned, plan),
         )
+
+    def _dense_and_pruned(self, plan: Plan) -> tuple[MoEModel, MoEModel]:
+        pruned = self._pruned_model(plan)  # first: it takes the dense model, if there is one
+        try:
+            return self._dense_model(), pruned
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"the dense and the pruned model do not fit on '{self.experiment.device}' together; leave out what compares them: "
+                "evaluation.fidelity=null evaluation.throughput=null (all other results are in the store)"
+            ) from error
 
     def _calibration_tokens(self) -> TokenWindows:
         return TokenWindows.from_tensors(load_file(self.experiment.store.path(self.experiment.recipes.calibrate) / TOKENS))

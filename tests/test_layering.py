@@ -28,7 +28,8 @@ ALLOWED: dict[str, set[str]] = {
     "recipes": {"schema", "store", "calibration", "evaluation"},
     "experiment": {"errors", "types", "schema", "store", "recipes", "score", "model", "calibration", "pruning", "evaluation"},
     "pipeline": {
-        "experiment", "files", "progress", "schema", "store", "tracking", "types", "model", "calibration", "pruning", "evaluation",
+        "errors", "experiment", "files", "progress", "schema", "store", "tracking", "types", "model", "calibration", "pruning",
+        "evaluation",
     },
     "main": {"errors", "schema", "pipeline", "report"},
 }  # fmt: skip

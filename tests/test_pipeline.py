@@ -190,6 +190,23 @@ def test_models_are_loaded_only_as_often_as_needed(experiment: Experiment, monke
     assert loads_of(*only("truth"), "evaluation.truth.seed=2") == 1
 
 
+def test_two_models_that_do_not_fit_are_answered_in_one_line(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = ModelSource.load
+    loaded: list[int] = []
+
+    def load_one(self: ModelSource, device: torch.device):
+        if loaded:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        loaded.append(1)
+        return load(self, device)
+
+    monkeypatch.setattr(ModelSource, "load", load_one)
+    with pytest.raises(ConfigError, match="do not fit on 'cpu' together; leave out .* evaluation.fidelity=null") as caught:
+        experiment()
+    assert "\n" not in str(caught.value)
+    assert experiment("evaluation.fidelity=null", "evaluation.throughput=null").metrics["pruned"]["perplexity/text_files"] > 1
+
+
 def test_truth_does_not_depend_on_what_is_pruned(experiment: Experiment) -> None:
     experiment()
     made = {stage["what"]: not stage["cached"] for stage in experiment("pruning.ratio=0.5").stages}
