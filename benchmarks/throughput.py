@@ -106,18 +106,16 @@ def main() -> None:
                 times[name].append(elapsed)
     medians = {name: descriptive.median(values) for name, values in times.items()}
     for name, values in times.items():
-        print(
-            f"{name:18} {ids_NW.numel() / medians[name]:7.0f} tokens/s   median {medians[name]:.3f} s, {min(values):.3f} to {max(values):.3f}"
-        )
+        speed = ids_NW.numel() / medians[name]
+        print(f"{name:18} {speed:7.0f} tokens/s   median {medians[name]:.3f} s, {min(values):.3f} to {max(values):.3f}")
     dense_flops = flops(dense, ids_NW)
     for name, model in pruned.items():
         saved = dense_flops / flops(model, ids_NW)
         for reference in DENSE:
             turns = zip(times[f"dense, {reference}"], times[name], strict=True)
             faster = descriptive.median(before / after for before, after in turns)
-            print(
-                f"{name} against dense, {reference:10}: {faster:.3f} times as fast at 1/{saved:.3f} of the FLOPs: efficiency {faster / saved:.2f}"
-            )
+            efficiency = f"{faster:.3f} times as fast at 1/{saved:.3f} of the FLOPs: efficiency {faster / saved:.2f}"
+            print(f"{name} against dense, {reference:10}: {efficiency}")
 
 
 if __name__ == "__main__":

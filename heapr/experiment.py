@@ -18,7 +18,7 @@ from heapr.calibration.corpora import Corpus
 from heapr.calibration.sampling import sample, windows
 from heapr.errors import ConfigError
 from heapr.evaluation.build import build_evaluators
-from heapr.evaluation.evaluator import Evaluator
+from heapr.evaluation.evaluator import Comparison, Evaluator
 from heapr.model.load import ModelSource, find_model
 from heapr.pruning.allocation import Budget
 from heapr.pruning.uniform import Settings, uniform_settings
@@ -48,7 +48,7 @@ class Experiment:
         save_checkpoint: whether the pruned model is written.
         about: what is done, for its config.json and card.
         device_map: how weights are spread over several GPUs.
-        evaluators: in the order of their recipes.
+        evaluators, comparisons: in the order of their recipes.
     """
 
     name: str
@@ -66,6 +66,7 @@ class Experiment:
     about: Mapping[str, Any]
     device_map: str | None
     evaluators: Sequence[Evaluator]
+    comparisons: Sequence[Comparison]
 
 
 def prepare(config: ExperimentConfig) -> Experiment:
@@ -79,16 +80,19 @@ def prepare(config: ExperimentConfig) -> Experiment:
     """
     corpus: Corpus = build(config.calibration.corpus, "calibration.corpus")
     criterion: Criterion = build(config.score, "score")
-    evaluators = build_evaluators(config.evaluation)
     device = _device(config.runtime.device)
     if config.runtime.num_threads is not None:
         torch.set_num_threads(config.runtime.num_threads)
+    built = build_evaluators(config.evaluation, device)
+    evaluators = [entry for entry in built if isinstance(entry, Evaluator)]
+    comparisons = [entry for entry in built if isinstance(entry, Comparison)]
     store = Store(Path(config.paths.outputs) / "artifacts", device)
     source = find_source(config, store)
     _check_lengths(config, source)
     budget = find_budget(config, source)
-    recipes = experiment_recipes(config, source.identity, corpus, evaluators)
+    recipes = experiment_recipes(config, source.identity, corpus, evaluators, comparisons)
     _warn_of_overlap(recipes)
+    _prepare(evaluators, comparisons, source, store, recipes)
     return Experiment(
         name=f"{config.model.name} {type(criterion).__name__} {config.pruning.scope} {config.pruning.ratio:.4g}",
         source=source,
@@ -104,7 +108,8 @@ def prepare(config: ExperimentConfig) -> Experiment:
         save_checkpoint=config.pruning.save_checkpoint,
         about=_about(config, recipes, source),
         device_map=config.runtime.device_map,
-        evaluators=_prepared(evaluators, source, store, recipes),
+        evaluators=evaluators,
+        comparisons=comparisons,
     )
 
 
@@ -154,12 +159,16 @@ def _calibration_tokens(corpus: Corpus, source: ModelSource, settings: Calibrati
     return sample(available, num_samples=settings.num_samples, seed=settings.seed, corpus_name=corpus.name)
 
 
-def _prepared(evaluators: Sequence[Evaluator], source: ModelSource, store: Store, recipes: Recipes) -> Sequence[Evaluator]:
+def _prepare(
+    evaluators: Sequence[Evaluator], comparisons: Sequence[Comparison], source: ModelSource, store: Store, recipes: Recipes
+) -> None:
     """Every evaluator that has something left to do finds the user's mistakes now."""
     for evaluator, *wanted in zip(evaluators, recipes.evaluate_dense, recipes.evaluate_pruned, strict=True):
         if not all(store.has(recipe) for recipe in wanted):
             evaluator.prepare(source.tokenizer)
-    return evaluators
+    for comparison, recipe in zip(comparisons, recipes.compare, strict=True):
+        if not store.has(recipe):
+            comparison.prepare(source)
 
 
 def _device(name: str) -> torch.device:
@@ -190,7 +199,10 @@ def _warn_of_overlap(recipes: Recipes) -> None:
     """Calibration and evaluation text are apart if they are other texts, or the train and held-out part of one."""
     calibrated = dict(recipes.calibrate.config["corpus"])
     split = calibrated.pop("split")
-    for recipe in recipes.evaluate_dense:
+    found: list[str] = []
+    for recipe in [*recipes.evaluate_dense, *recipes.compare]:
         measured = dict(recipe.config["evaluator"].get("corpus", {}))
         if measured and {measured.pop("split"), split} != {"train", "heldout"} and measured == calibrated:
-            logger.warning("%s is measured on text that is calibrated on; set the splits to train and heldout", measured["corpus"])
+            found.append(measured["corpus"])
+    for name in dict.fromkeys(found):
+        logger.warning("%s is measured on text that is calibrated on; set the splits to train and heldout", name)

@@ -12,14 +12,18 @@ import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 
 from heapr.calibration.collector import collect
 from heapr.calibration.sampling import batches
+from heapr.errors import ConfigError
 from heapr.evaluation.efficiency import size_change
+from heapr.evaluation.evaluator import Material
 from heapr.experiment import Experiment, prepare
 from heapr.files import write_json
 from heapr.model.checkpoint import save_checkpoint
@@ -33,7 +37,7 @@ from heapr.schema import ExperimentConfig
 from heapr.store import Artifact, Recipe
 from heapr.tracking.build import open_tracker
 from heapr.tracking.tracker import Tracker
-from heapr.types import Evaluation, ExpertWeights, Metrics, Plan, Scores, Statistics, TensorDict
+from heapr.types import Evaluation, ExpertWeights, Metrics, Plan, Scores, Statistics, TensorDict, TokenWindows
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +52,7 @@ class Summary:
     """What a run did; `summary.json`.
 
     Attributes:
-        metrics: by contract name, of the "dense" and the "pruned" model, and the change of "size".
+        metrics: by contract name, of the "dense" and the "pruned" model, the change of "size", and the "comparison" of both.
         stages: one entry per artifact, in the order in which they were needed.
         config: the whole resolved configuration.
     """
@@ -76,9 +80,9 @@ def run(config: ExperimentConfig, folder: Path) -> Summary:
         pipeline = Pipeline(experiment, tracker)
         statistics = pipeline.calibrate()
         scores = pipeline.score(statistics)
-        dense = pipeline.measure_dense(statistics)  # now, because pruning changes the model in place
+        dense = pipeline.evaluate_dense(statistics, scores)  # now, because pruning changes the model in place
         plan = pipeline.prune(scores)
-        pruned = pipeline.measure_pruned(statistics, plan)
+        pruned = pipeline.evaluate_pruned(statistics, scores, plan)
         metrics = pipeline.conclude(dense, pruned, plan)
         tracker.log({f"{group}/{name}": value for group, values in metrics.items() for name, value in values.items()})
     summary = Summary(metrics=metrics, stages=pipeline.stages, config=resolved)
@@ -99,8 +103,8 @@ class Pipeline:
     def __init__(self, experiment: Experiment, tracker: Tracker) -> None:
         self.experiment, self.tracker = experiment, tracker
         self.stages: list[dict[str, Any]] = []
-        self._model: MoEModel | None = None
-        self._is_pruned = False
+        self._dense: MoEModel | None = None
+        self._pruned: MoEModel | None = None
 
     def calibrate(self) -> Statistics:
         """One forward and one backward pass over the calibration tokens; running sums per atomic expert."""
@@ -130,9 +134,11 @@ class Pipeline:
         artifact = self._get(self.experiment.recipes.score, make)
         return Scores.from_tensors(load_file(artifact.path / SCORES))
 
-    def measure_dense(self, statistics: Statistics) -> Metrics:
-        """Metrics of the dense model."""
-        return self._measure(self.experiment.recipes.evaluate_dense, statistics, self._dense_model, variant="dense")
+    def evaluate_dense(self, statistics: Statistics, scores: Scores) -> dict[str, Metrics]:
+        """Metrics of the dense model, and of the comparisons that need no other."""
+        recipes = self.experiment.recipes.evaluate_dense
+        dense = self._measure(recipes, statistics, self._dense_model, variant="dense")
+        return {"dense": dense, "comparison": self._compare("score", self._material(statistics, scores, None))}
 
     def prune(self, scores: Scores) -> Plan:
         """Which atomic experts go: the lowest-scoring share. And the model without them, as a checkpoint."""
@@ -151,15 +157,22 @@ class Pipeline:
             logger.info("%-9s %s", "prune", line)
         return Plan.from_tensors(load_file(artifact.path / PLAN))
 
-    def measure_pruned(self, statistics: Statistics, plan: Plan) -> Metrics:
-        """Metrics of the pruned model."""
-        return self._measure(self.experiment.recipes.evaluate_pruned, statistics, lambda: self._pruned_model(plan), variant="pruned")
+    def evaluate_pruned(self, statistics: Statistics, scores: Scores, plan: Plan) -> dict[str, Metrics]:
+        """Metrics of the pruned model, and of the comparisons with the dense one, for which that is loaded once more."""
+        recipes = self.experiment.recipes.evaluate_pruned
+        pruned = self._measure(recipes, statistics, partial(self._pruned_model, plan), variant="pruned")
+        return {"pruned": pruned, "comparison": self._compare("prune", self._material(statistics, scores, plan))}
 
-    def conclude(self, dense: Metrics, pruned: Metrics, plan: Plan) -> dict[str, Metrics]:
+    def conclude(self, dense: dict[str, Metrics], pruned: dict[str, Metrics], plan: Plan) -> dict[str, Metrics]:
         """All metrics; the card of the checkpoint tells them too."""
         experiment = self.experiment
         removed = {"atomic_experts_removed_ratio": 1 - plan.num_kept / experiment.source.num_atomic_experts}
-        metrics = {"dense": dense, "pruned": pruned, "size": removed | size_change(dense, pruned)}
+        metrics = {
+            "dense": dense["dense"],
+            "pruned": pruned["pruned"],
+            "size": removed | size_change(dense["dense"], pruned["pruned"]),
+            "comparison": dense["comparison"] | pruned["comparison"],
+        }
         if experiment.save_checkpoint:
             experiment.store.rewrite(experiment.recipes.prune, f"{CHECKPOINT}/{CARD}", model_card(experiment.about, metrics))
         return metrics
@@ -168,39 +181,78 @@ class Pipeline:
         """The masked form is written before rows and columns are removed, the others after."""
         experiment = self.experiment
         if experiment.form == "masked":
-            model = self._dense_model()
-            mask(model, plan)
+            mask(self._dense_model(), plan)
+            save_checkpoint(self._dense_model(), experiment.source.tokenizer, folder / CHECKPOINT, about=experiment.about)
+            self._pruned_model(plan)  # the masked model is no longer the dense one
         else:
-            model = self._pruned_model(plan)
-        save_checkpoint(model, experiment.source.tokenizer, folder / CHECKPOINT, about=experiment.about)
+            save_checkpoint(self._pruned_model(plan), experiment.source.tokenizer, folder / CHECKPOINT, about=experiment.about)
         (folder / CHECKPOINT / CARD).write_text(model_card(experiment.about, {}))
         shutil.copy(folder / PLAN, folder / CHECKPOINT)
 
     def _measure(self, recipes: Sequence[Recipe], statistics: Statistics, model: Callable[[], MoEModel], *, variant: str) -> Metrics:
         metrics: Metrics = {}
         for evaluator, recipe in zip(self.experiment.evaluators, recipes, strict=True):
-            artifact = self._get(
-                recipe,
-                lambda folder, evaluator=evaluator: _write(evaluator(model(), statistics), folder),  # type: ignore[misc]
-                what=f"{evaluator.name} {variant}",
-            )
-            metrics |= json.loads((artifact.path / METRICS).read_text())
+            what = f"{evaluator.name} {variant}"
+            metrics |= self._metrics(recipe, lambda evaluator=evaluator: evaluator(model(), statistics), what)  # type: ignore[misc]
         return metrics
 
+    def _compare(self, upstream: str, material: Material) -> Metrics:
+        """Metrics of the comparisons that look at nothing behind one stage."""
+        metrics: Metrics = {}
+        for comparison, recipe in zip(self.experiment.comparisons, self.experiment.recipes.compare, strict=True):
+            if comparison.upstream == upstream:
+                metrics |= self._metrics(recipe, partial(comparison, material), comparison.name)
+        return metrics
+
+    def _metrics(self, recipe: Recipe, evaluate: Callable[[], Evaluation], what: str) -> Metrics:
+        def make(folder: Path) -> None:
+            evaluation = evaluate()
+            write_json(folder / METRICS, evaluation.metrics)
+            if evaluation.details:
+                write_json(folder / DETAILS, evaluation.details)
+
+        metrics: Metrics = json.loads((self._get(recipe, make, what).path / METRICS).read_text())
+        return metrics
+
+    def _material(self, statistics: Statistics, scores: Scores, plan: Plan | None) -> Material:
+        return Material(
+            statistics=statistics,
+            scores=scores,
+            unit=self.experiment.criterion.unit,
+            widths=self.experiment.source.widths,
+            plan=plan,
+            tokens=self._calibration_tokens,
+            dense=self._dense_model,
+            dense_and_pruned=partial(self._dense_and_pruned, plan),
+        )
+
+    def _dense_and_pruned(self, plan: Plan | None) -> tuple[MoEModel, MoEModel]:
+        assert plan is not None, "asked for before there was a plan"
+        pruned = self._pruned_model(plan)  # first: it takes the dense model, if there is one
+        try:
+            return self._dense_model(), pruned
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"the dense and the pruned model do not fit on '{self.experiment.device}' together; leave out what compares them: "
+                "evaluation.fidelity=null evaluation.throughput=null (all other results are in the store)"
+            ) from error
+
+    def _calibration_tokens(self) -> TokenWindows:
+        return TokenWindows.from_tensors(load_file(self.experiment.store.path(self.experiment.recipes.calibrate) / TOKENS))
+
     def _dense_model(self) -> MoEModel:
-        assert not self._is_pruned, "the dense model was pruned in place"
-        if self._model is None:
-            self._model = self.experiment.source.load(self.experiment.device, self.experiment.device_map)
-        return self._model
+        if self._dense is None:
+            self._dense = self.experiment.source.load(self.experiment.device, self.experiment.device_map)
+        return self._dense
 
     def _pruned_model(self, plan: Plan) -> MoEModel:
-        if self._model is None or not self._is_pruned:
-            self._model = self._dense_model()
-            remove(self._model, plan)
+        """The dense model, cut in place; whoever needs a dense one afterwards loads it anew."""
+        if self._pruned is None:
+            self._pruned, self._dense = self._dense_model(), None
+            remove(self._pruned, plan)
             if self.experiment.uniform_settings:
-                make_uniform(self._model, self.experiment.uniform_settings)
-            self._is_pruned = True
-        return self._model
+                make_uniform(self._pruned, self.experiment.uniform_settings)
+        return self._pruned
 
     def _weights(self, index: int) -> ExpertWeights:
         return next(layer.weights() for layer in self._dense_model().layers if layer.index == index)

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from heapr.calibration.corpora import Corpus
-from heapr.evaluation.evaluator import Evaluator
+from heapr.evaluation.evaluator import Comparison, Evaluator
 from heapr.schema import ExperimentConfig
 from heapr.store import Recipe
 
 # Raised when the code of a stage gives other results than before: older artifacts are then made again.
-STAGE_VERSIONS = {"calibrate": 1, "score": 1, "prune": 2, "evaluate": 1}
+STAGE_VERSIONS = {"calibrate": 1, "score": 1, "prune": 2, "evaluate": 2}
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Recipes:
     Attributes:
         calibrate, score, prune: one each.
         evaluate_dense, evaluate_pruned: one per evaluator, in their order.
+        compare: one per comparison, in their order.
     """
 
     calibrate: Recipe
@@ -33,10 +34,15 @@ class Recipes:
     prune: Recipe
     evaluate_dense: Sequence[Recipe]
     evaluate_pruned: Sequence[Recipe]
+    compare: Sequence[Recipe]
 
 
 def experiment_recipes(
-    config: ExperimentConfig, model_identity: Mapping[str, str], corpus: Corpus, evaluators: Sequence[Evaluator]
+    config: ExperimentConfig,
+    model_identity: Mapping[str, str],
+    corpus: Corpus,
+    evaluators: Sequence[Evaluator],
+    comparisons: Sequence[Comparison],
 ) -> Recipes:
     """The recipes of an experiment; each holds the keys of those that it is made from."""
     settings = config.calibration
@@ -60,6 +66,7 @@ def experiment_recipes(
         prune=prune,
         evaluate_dense=[_evaluate_dense(evaluator, model_identity, calibrate) for evaluator in evaluators],
         evaluate_pruned=[_recipe("evaluate", {"evaluator": evaluator.identity()}, prune) for evaluator in evaluators],
+        compare=[_compare(comparison, {"score": score, "prune": prune}[comparison.upstream]) for comparison in comparisons],
     )
 
 
@@ -67,6 +74,10 @@ def _evaluate_dense(evaluator: Evaluator, model_identity: Mapping[str, str], cal
     """Depends on the calibration only if the evaluator reads its statistics, so that most are made once per model."""
     config = {"evaluator": evaluator.identity(), "model": dict(model_identity)}
     return _recipe("evaluate", config, *([calibrate] if evaluator.uses_statistics else []))
+
+
+def _compare(comparison: Comparison, upstream: Recipe) -> Recipe:
+    return _recipe("evaluate", {"evaluator": comparison.identity()}, upstream)
 
 
 def _recipe(stage: str, config: Mapping[str, Any], *upstream: Recipe) -> Recipe:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.experiment import run_in
 
-SMALLER = ["calibration.num_samples=64", "evaluation/corpora=[pydocs]", "evaluation.efficiency=null"]
+SMALLER = ["calibration.num_samples=64", "evaluation/corpora=[pydocs]", "evaluation/evaluators@evaluation=[perplexity]"]
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from heapr.evaluation.build import build_evaluators
 from heapr.schema import build
 from tests.experiment import CONF, compose_experiment
 
+CPU = torch.device("cpu")
 GROUPS = ("model", "calibration", "score", "pruning", "evaluation", "tracking", "runtime", "paths")
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
 NEEDED = {("model", "hf"): ["model.path=owner/name"], ("calibration", "text_files"): ["calibration.corpus.paths=[{text}]"]}
@@ -24,7 +26,7 @@ def test_every_option_composes_and_builds(group: str, option: str, tmp_path: Pat
     config = compose_experiment(f"{group}={option}", *overrides)
     assert build(config.calibration.corpus, "calibration.corpus").documents
     assert callable(build(config.score, "score"))
-    build_evaluators(config.evaluation)
+    build_evaluators(config.evaluation, CPU)
 
 
 @pytest.mark.parametrize("corpus", [path.stem for path in sorted((CONF / "evaluation" / "corpora").glob("*.yaml"))])
@@ -32,8 +34,15 @@ def test_every_evaluation_corpus_builds(corpus: str, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("some text")
     overrides = [f"evaluation.corpora.text_files.paths=[{text}]"] if corpus == "text_files" else []
-    evaluators = build_evaluators(compose_experiment(f"evaluation/corpora=[{corpus}]", *overrides).evaluation)
-    assert [evaluator.name for evaluator in evaluators] == [f"perplexity/{corpus}", "efficiency"]
+    evaluators = build_evaluators(compose_experiment(f"evaluation/corpora=[{corpus}]", *overrides).evaluation, CPU)
+    assert [evaluator.name for evaluator in evaluators] == [
+        f"perplexity/{corpus}",
+        "efficiency",
+        "routing",
+        f"fidelity/{corpus}",
+        "throughput",
+        "truth",
+    ]
 
 
 def test_every_group_has_a_package_folder_and_a_test_folder_of_its_name() -> None:

@@ -24,12 +24,12 @@ ALLOWED: dict[str, set[str]] = {
     "model": {"errors", "files", "types"},
     "calibration": {"errors", "model", "types"},
     "pruning": {"errors", "model", "types"},
-    "evaluation": {"errors", "progress", "schema", "types", "model", "calibration"},
+    "evaluation": {"errors", "measure", "progress", "schema", "types", "score", "model", "calibration", "pruning"},
     "recipes": {"schema", "store", "calibration", "evaluation"},
     "experiment": {"errors", "types", "schema", "store", "recipes", "score", "model", "calibration", "pruning", "evaluation"},
     "pipeline": {
-        "experiment", "files", "progress", "report", "schema", "store", "tracking", "types", "model", "calibration", "pruning",
-        "evaluation",
+        "errors", "experiment", "files", "progress", "report", "schema", "store", "tracking", "types", "model", "calibration",
+        "pruning", "evaluation",
     },
     "main": {"errors", "schema", "pipeline", "report"},
 }  # fmt: skip
@@ -73,6 +73,7 @@ def test_score_and_allocation_know_only_types_and_torch() -> None:
             "__future__",
             "collections",
             "dataclasses",
+            "enum",
             "typing",
             "math",
             "itertools",

@@ -75,7 +75,7 @@ def test_pruned_perplexity_is_that_of_the_masked_model(experiment: Experiment) -
     path = next(Path(stage["path"]) for stage in summary.stages if stage["stage"] == "prune")
     config = compose_experiment(*experiment.overrides)
     source = find_model(str(experiment.model_folder), dtype="float32")
-    evaluator = next(e for e in build_evaluators(config.evaluation) if isinstance(e, Perplexity))
+    evaluator = next(e for e in build_evaluators(config.evaluation, torch.device("cpu")) if isinstance(e, Perplexity))
     evaluator.prepare(source.tokenizer)
     model = source.load(torch.device("cpu"))
     empty = Statistics(layers={}, num_tokens=0, num_predicted_tokens=0, loss_sum=0.0)
@@ -92,6 +92,8 @@ def test_ratio_zero_gives_the_dense_metrics(experiment: Experiment) -> None:
     summary = experiment("pruning.ratio=0")
     assert summary.metrics["pruned"] == summary.metrics["dense"]
     assert summary.metrics["size"]["flops_removed_ratio"] == 0
+    assert summary.metrics["comparison"]["kl_to_dense/text_files"] == 0
+    assert summary.metrics["comparison"]["top1_agreement/text_files"] == 1
 
 
 def test_same_configuration_twice_does_no_work(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,9 +117,12 @@ MADE_AGAIN = [
     (["model.path={folder}/other_model"], {"calibrate", "score", "prune", "evaluate"}),
     (["model.dtype=bfloat16"], {"calibrate", "score", "prune", "evaluate"}),
     (["evaluation.perplexity.window=16"], {"evaluate"}),
+    (["evaluation.fidelity.window=16"], {"evaluate"}),
+    (["evaluation.truth.seed=1"], {"evaluate"}),
     (["tracking=wandb_offline"], set()),
     (["runtime.device=cpu", "runtime.num_threads=2"], set()),
     (["calibration.batch_size=2", "evaluation.perplexity.batch_size=3"], set()),
+    (["evaluation.fidelity.batch_size=3", "evaluation.truth.batch_size=3"], set()),
     (["model.name=another_name"], set()),
     (["model.path={folder}/moved_model"], set()),
 ]  # fmt: skip
@@ -159,6 +164,74 @@ def test_the_dense_model_is_evaluated_once(experiment: Experiment) -> None:
         assert stage["key"] == dense_key and stage["cached"]
 
 
+def test_comparisons_leave_metrics_and_details(experiment: Experiment) -> None:
+    summary = experiment("pruning.ratio=0.5")
+    comparison = summary.metrics["comparison"]
+    assert {"kl_to_dense/text_files", "top1_agreement/text_files", "truth/spearman", "routing/spearman", "decode_speedup"} <= set(
+        comparison
+    )
+    assert comparison["kl_to_dense/text_files"] > 0
+    assert all(isinstance(value, int | float) for value in comparison.values())
+    folders = {stage["what"]: Path(stage["path"]) for stage in summary.stages}
+    details = json.loads((folders["routing"] / "details.json").read_text())
+    plan = Plan.from_tensors(load_file(folders[""] / "plan.safetensors"))
+    assert {layer["layer"]: layer["widths"] for layer in details["layers"]} == {i: kept.sum(1).tolist() for i, kept in plan.layers.items()}
+    assert not (folders["efficiency dense"] / "details.json").exists()
+
+
+def test_models_are_loaded_only_as_often_as_needed(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for what needs one model at a time, once more for what needs both, never for what needs none."""
+    loads: list[int] = []
+    load = ModelSource.load
+    monkeypatch.setattr(ModelSource, "load", lambda self, *where: loads.append(1) or load(self, *where))
+
+    def loads_of(*overrides: str) -> int:
+        loads.clear()
+        experiment(*overrides)
+        return len(loads)
+
+    def only(*names: str) -> list[str]:
+        everything = ("perplexity", "efficiency", "routing", "fidelity", "throughput", "truth")
+        return [f"evaluation.{name}=null" for name in everything if name not in names]
+
+    assert loads_of(*only("perplexity", "truth")) == 1
+    assert loads_of(*only("routing")) == 0
+    assert loads_of(*only("fidelity")) == 2
+    assert loads_of(*only("truth"), "evaluation.truth.seed=2") == 1
+
+
+def test_two_models_that_do_not_fit_are_answered_in_one_line(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = ModelSource.load
+    loaded: list[int] = []
+
+    def load_one(self: ModelSource, device: torch.device, device_map: str | None = None):
+        if loaded:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        loaded.append(1)
+        return load(self, device)
+
+    monkeypatch.setattr(ModelSource, "load", load_one)
+    with pytest.raises(ConfigError, match="do not fit on 'cpu' together; leave out .* evaluation.fidelity=null") as caught:
+        experiment()
+    assert "\n" not in str(caught.value)
+    assert experiment("evaluation.fidelity=null", "evaluation.throughput=null").metrics["pruned"]["perplexity/text_files"] > 1
+
+
+def test_truth_does_not_depend_on_what_is_pruned(experiment: Experiment) -> None:
+    experiment()
+    made = {stage["what"]: not stage["cached"] for stage in experiment("pruning.ratio=0.5").stages}
+    assert made["fidelity/text_files"] and made["routing"] and made["throughput"] and not made["truth"]
+
+
+def test_timings_of_another_machine_are_made_again(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment()
+    elsewhere = {"device": "cpu", "name": "another processor", "threads": 2}
+    monkeypatch.setattr("heapr.evaluation.throughput.machine", lambda device: elsewhere)
+    stages = {stage["what"]: stage for stage in experiment().stages}
+    assert {what for what, stage in stages.items() if not stage["cached"]} == {"throughput"}
+    assert json.loads((Path(stages["throughput"]["path"]) / "details.json").read_text())["machine"] == elsewhere
+
+
 def test_a_damaged_artifact_is_made_again_with_the_same_result(experiment: Experiment) -> None:
     first = experiment()
     scores = Path(next(s["path"] for s in first.stages if s["stage"] == "score")) / "scores.safetensors"
@@ -171,7 +244,7 @@ def test_a_damaged_artifact_is_made_again_with_the_same_result(experiment: Exper
 def test_without_evaluation_the_plan_is_still_made(experiment: Experiment) -> None:
     experiment.overrides = [text for text in experiment.overrides if not text.startswith("evaluation")]
     summary = experiment("evaluation=none")
-    assert summary.metrics == {"dense": {}, "pruned": {}, "size": {"atomic_experts_removed_ratio": 0.25}}
+    assert summary.metrics == {"dense": {}, "pruned": {}, "size": {"atomic_experts_removed_ratio": 0.25}, "comparison": {}}
 
 
 def test_a_mistake_leaves_no_tracked_run(experiment: Experiment) -> None:
@@ -239,9 +312,21 @@ BAD_INPUT = [
     (["evaluation.perplexity.batch_size=0"], "evaluation.perplexity.batch_size=0 is below 1"),
     (["score=random", "score.seed=abc"], "score.seed=abc has the wrong type"),
     (["score=random", "score.seed=-1"], "score.seed=-1 is below 0"),
+    (["evaluation.fidelity.window=65"], "evaluation.fidelity.window=65 is above the 64 tokens"),
+    (["evaluation.fidelity.window=1"], "evaluation.fidelity.window=1 is below 2"),
+    (["evaluation.fidelity.max_windows=0"], "evaluation.fidelity.max_windows=0 is below 1"),
+    (["evaluation.perplexity=null", "evaluation.corpora.text_files.paths=[{folder}/short.txt]"], "has 3 tokens, less than one window"),
+    (["evaluation.throughput.new_tokens=0"], "evaluation.throughput.new_tokens=0 is below 1"),
+    (["evaluation.throughput.prompt_length=63"], r"prompt_length \+ new_tokens = 65 is above the 64 tokens"),
+    (["evaluation.efficiency.window=1"], "evaluation.efficiency.window=1 is below 2"),
+    (["evaluation.truth.num_groups=1"], "evaluation.truth.num_groups=1 is below 2"),
+    (["evaluation.truth.num_groups=33"], "num_groups=33 with sample_size=4 does not fit the model's 64 atomic experts: groups of 1"),
+    (["evaluation.truth.max_sequences=0"], "evaluation.truth.max_sequences=0 is below 1"),
+    (["+evaluation.truth.num_group=3"], "unknown key 'evaluation.truth.num_group'; did you mean evaluation.truth.num_groups"),
     (["evaluation.perplexity=3"], "evaluation.perplexity has no _target_"),
     (["+evaluation.perplexty.window=16"], "evaluation.perplexty has no _target_.* misspelt key"),
     (["calibration.corpus.paths={folder}/train.txt"], "calibration.corpus.paths=.* has the wrong type"),
+    (["+evaluation.x={{_target_:heapr.calibration.corpora.PyDocs,split:all}}"], "is neither an evaluator nor a comparison"),
     (["+evaluation.x={{_target_:heapr.evaluation.perplexity.Perplexity,window:16,batch_size:4}}"], "measures 'perplexity/text_files' 2"),
     (["pruning.ratio=0.99"], "fewer experts than the 2 that every token is routed to"),
     (["model.path={folder}/no_tokenizer"], "has no tokenizer"),

@@ -87,7 +87,7 @@ FAMILIES: dict[str, dict[str, object]] = {  # transformers' folder of a family -
     "minimax_m2": EXPERT_WIDTH,
     "minimax_m3_vl": EXPERT_WIDTH,
     "mixtral": EXPERT_WIDTH,
-    "nemotron_h": {},
+    "nemotron_h": {"mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1, "chunk_size": 4},
     "olmoe": EXPERT_WIDTH,
     "phimoe": EXPERT_WIDTH,
     "qwen2_moe": {},
@@ -97,6 +97,7 @@ FAMILIES: dict[str, dict[str, object]] = {  # transformers' folder of a family -
     "solar_open": {},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
+LAYOUTS = ("qwen3_moe", "qwen2_moe", "deepseek", "aria", "gpt_oss", "llama4", "nemotron_h")  # a family of each way to store experts
 
 
 def model_class_of(family: str) -> type[PreTrainedModel]:

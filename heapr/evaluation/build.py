@@ -7,27 +7,36 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from heapr.errors import ConfigError
-from heapr.evaluation.evaluator import Evaluator
+from heapr.evaluation.evaluator import Comparison, Evaluator
 from heapr.schema import build, plug_in
 
 
-def build_evaluators(evaluation: Mapping[str, Any]) -> list[Evaluator]:
+def build_evaluators(evaluation: Mapping[str, Any], device: torch.device) -> list[Evaluator | Comparison]:
     """Every entry but `corpora` is an evaluator; one that takes a corpus is built once for each.
 
+    Args:
+        evaluation: the group's configuration.
+        device: where the models will be, for evaluators that ask for it.
+
     Raises:
-        ConfigError: a misspelt key, a bad corpus, or two evaluators of one name.
+        ConfigError: a misspelt key, a bad corpus, something else than an evaluator, or two evaluators of one name.
     """
     corpora = [build(entry, f"evaluation.corpora.{name}") for name, entry in evaluation.get("corpora", {}).items()]
-    evaluators: list[Evaluator] = []
+    evaluators: list[Evaluator | Comparison] = []
     for name, entry in evaluation.items():
         if name == "corpora" or entry is None:
             continue
         where = f"evaluation.{name}"
-        if "corpus" in inspect.signature(plug_in(entry, where)).parameters:
-            evaluators += [build(entry, where, corpus=corpus) for corpus in corpora]
-        else:
-            evaluators.append(build(entry, where))
+        parameters = inspect.signature(plug_in(entry, where)).parameters
+        injected = {"device": device} if "device" in parameters else {}
+        injections = [{**injected, "corpus": corpus} for corpus in corpora] if "corpus" in parameters else [injected]
+        built = [build(entry, where, **arguments) for arguments in injections]
+        if not all(isinstance(evaluator, Evaluator | Comparison) for evaluator in built):
+            raise ConfigError(f"{where}._target_='{entry['_target_']}' is neither an evaluator nor a comparison; see docs/adding.md")
+        evaluators += built
     for name, number in Counter(evaluator.name for evaluator in evaluators).items():
         if number > 1:
             raise ConfigError(

@@ -13,23 +13,38 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerBase
 
-from heapr.model.experts import use_heapr_experts
+from heapr.model.experts import skip_experts
 from heapr.model.moe import MoEModel
+from heapr.model.ragged_experts import matrices_of
 from heapr.schema import at_least
 from heapr.types import Evaluation, Metrics, Statistics
 
 FLOPS_PER_MULTIPLY_ADD = 2
+REMOVED_RATIOS = {  # share removed, and of what
+    "parameters_removed_ratio": "parameters",
+    "parameters_routed_removed_ratio": "parameters_routed",
+    "parameters_active_removed_ratio": "parameters_active_per_token",
+    "atomic_experts_removed_ratio": "atomic_experts",
+    "bytes_removed_ratio": "bytes",
+    "flops_removed_ratio": "flops_per_token",
+    "flops_routed_removed_ratio": "flops_per_token_routed",
+}
 
 
 class Efficiency:
     """Counts, not timings.
 
-    FLOPs per token = those of everything but the routed experts, counted by torch on one window, plus those of the
-    routed experts by the calibration tokens' routing frequencies f_e:
+    Expert e of width F_e has P_e = 3 D F_e weights (docs/method.md, 1: rows of W_gate and W_up, columns of W_down; 2 D F_e
+    without a gate). With f_e the share of the calibration tokens that the dense model routes to it, and sums over MoE layers
+    and experts:
 
-        sum over MoE layers and experts of f_e * 2 * 3 * D * F_e
+        parameters_active_per_token = those of everything but the routed experts + sum of f_e P_e (biases not counted)
+        flops_per_token_routed      = 2 * sum of f_e P_e
+        flops_per_token             = those of everything but the routed experts, counted by torch on one window and divided
+                                      by its length, + flops_per_token_routed
 
-    with F_e the width of expert e (docs/method.md, 1: rows of W_gate and W_up, columns of W_down).
+    Removing a share of the atomic experts is therefore not removing that share of the FLOPs: experts that many tokens visit
+    may keep more than others.
 
     Args:
         window: tokens of the window on which attention is counted, at least 2.
@@ -53,24 +68,30 @@ class Efficiency:
 
     def __call__(self, model: MoEModel, statistics: Statistics) -> Evaluation:
         parameters = list(model.model.parameters())
+        num_parameters = sum(parameter.numel() for parameter in parameters)
+        num_routed = sum(parameter.numel() for layer in model.layers for parameter in layer.experts.parameters())
+        visited = visited_parameters_per_token(model, statistics)
+        flops_routed = FLOPS_PER_MULTIPLY_ADD * visited
         return Evaluation(
             {
-                "parameters": sum(parameter.numel() for parameter in parameters),
+                "parameters": num_parameters,
+                "parameters_routed": num_routed,
+                "parameters_active_per_token": num_parameters - num_routed + visited,
                 "atomic_experts": sum(sum(layer.widths) for layer in model.layers),
                 "bytes": sum(parameter.numel() * parameter.element_size() for parameter in parameters),
-                "flops_per_token": other_flops(model, self.window) / self.window + expert_flops_per_token(model, statistics),
+                "flops_per_token": other_flops(model, self.window) / self.window + flops_routed,
+                "flops_per_token_routed": flops_routed,
             }
         )
 
 
-def expert_flops_per_token(model: MoEModel, statistics: Statistics) -> float:
-    """FLOPs of the routed experts per token, by routing frequency."""
+def visited_parameters_per_token(model: MoEModel, statistics: Statistics) -> float:
+    """Weights of the routed experts that a token visits, by routing frequency: each is one multiplication and addition."""
     total = 0.0
     for layer in model.layers:
-        width_E = torch.tensor(layer.widths, dtype=torch.float64)
-        model_width = model.model.get_input_embeddings().weight.shape[1]
-        routed_E = statistics.layers[layer.index].count_E.cpu() / statistics.num_tokens
-        total += float((routed_E * width_E).sum()) * 3 * FLOPS_PER_MULTIPLY_ADD * model_width
+        weights_E = [matrices.inputs_GD.numel() + matrices.down_DF.numel() for matrices in matrices_of(layer.experts)]
+        visits_E = statistics.layers[layer.index].count_E.cpu()
+        total += float((visits_E * torch.tensor(weights_E)).sum()) / statistics.num_tokens
     return total
 
 
@@ -78,23 +99,14 @@ def expert_flops_per_token(model: MoEModel, statistics: Statistics) -> float:
 def other_flops(model: MoEModel, window: int) -> float:
     """FLOPs of one window for everything but the routed experts, counted by torch."""
     ids_NW = torch.zeros((1, window), dtype=torch.int64, device=model.device)
-    with use_heapr_experts(model.model), _countable_attention(model), FlopCounterMode(display=False) as counter:
+    with skip_experts(model.model), _countable_attention(model), FlopCounterMode(display=False) as counter:
         model.model(input_ids=ids_NW, use_cache=False)
-    counts = counter.get_flop_counts()
-    root = type(model.model).__name__
-    experts = sum(sum(counts[f"{root}.{layer.name}"].values()) for layer in model.layers)
-    return float(counter.get_total_flops() - experts)
+    return float(counter.get_total_flops())
 
 
 def size_change(dense: Metrics, pruned: Metrics) -> Metrics:
     """The pruned model's counts, and the share of each that was removed; of those that were measured."""
-    removed = {
-        "parameters_removed_ratio": "parameters",
-        "atomic_experts_removed_ratio": "atomic_experts",
-        "bytes_removed_ratio": "bytes",
-        "flops_removed_ratio": "flops_per_token",
-    }
-    measured = {ratio: name for ratio, name in removed.items() if name in dense and name in pruned}
+    measured = {ratio: name for ratio, name in REMOVED_RATIOS.items() if name in dense and name in pruned}
     counts = {name: pruned[name] for name in measured.values()}
     return counts | {ratio: 1 - pruned[name] / dense[name] for ratio, name in measured.items()}
 

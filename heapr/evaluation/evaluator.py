@@ -1,18 +1,25 @@
-"""What an evaluator is: a model in, metrics out. Each one's result is an artifact of its own.
+"""What an evaluator is: models in, metrics out. Each one's result is an artifact of its own.
 
-Evaluators with a `corpus` argument are built once for every corpus of `evaluation.corpora`.
+An `Evaluator` measures one model and is called on the dense and on the pruned one; a `Comparison` looks at both, or at what
+the stages found. Those with a `corpus` argument are built once for every corpus of `evaluation.corpora`; one with a
+`device` argument is told where the models are.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from transformers import PreTrainedTokenizerBase
 
+from heapr.model.load import ModelSource
 from heapr.model.moe import MoEModel
-from heapr.types import Evaluation, Statistics
+from heapr.score.criterion import Unit
+from heapr.types import Evaluation, Plan, Scores, Statistics, TokenWindows
 
 
+@runtime_checkable
 class Evaluator(Protocol):
     """Measures a dense or pruned model."""
 
@@ -33,4 +40,52 @@ class Evaluator(Protocol):
 
     def __call__(self, model: MoEModel, statistics: Statistics) -> Evaluation:
         """Metrics by contract name, and details; `statistics` are the dense model's."""
+        ...
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a comparison may look at; models and tokens are loaded when they are asked for.
+
+    Attributes:
+        statistics: of the dense model on the calibration tokens.
+        scores, unit: what the criterion said, and what its numbers are.
+        widths: atomic experts of every expert before pruning, by decoder layer index.
+        plan: what was removed; none for comparisons whose upstream is "score".
+        tokens: gives the calibration tokens.
+        dense: gives the dense model, for comparisons that need no pruned one.
+        dense_and_pruned: gives both, which then are in memory at once.
+    """
+
+    statistics: Statistics
+    scores: Scores
+    unit: Unit
+    widths: Mapping[int, Sequence[int]]
+    plan: Plan | None
+    tokens: Callable[[], TokenWindows]
+    dense: Callable[[], MoEModel]
+    dense_and_pruned: Callable[[], tuple[MoEModel, MoEModel]]
+
+
+@runtime_checkable
+class Comparison(Protocol):
+    """Compares the dense with the pruned model, or what was predicted with what is."""
+
+    name: str
+    upstream: Literal["score", "prune"]  # the last stage whose result it looks at
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that determines the metrics beside the results of the stages; JSON types only."""
+        ...
+
+    def prepare(self, source: ModelSource) -> None:
+        """Whatever can fail through a user's mistake; called before any expensive work.
+
+        Raises:
+            ConfigError: the comparison cannot be done as asked.
+        """
+        ...
+
+    def __call__(self, material: Material) -> Evaluation:
+        """Metrics by contract name, and details."""
         ...

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -48,6 +49,19 @@ def use_heapr_experts(model: PreTrainedModel) -> Iterator[None]:
     finally:
         model.set_experts_implementation(previous)
         for experts in outside:
+            del experts.forward
+
+
+@contextmanager
+def skip_experts(model: PreTrainedModel) -> Iterator[None]:
+    """Routed experts return zeros without computing anything, for counting what the rest of the model does. Restores."""
+    skipped = [module for module in model.modules() if is_experts(module)]
+    for experts in skipped:
+        experts.forward = lambda hidden, *_: torch.zeros_like(hidden)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for experts in skipped:
             del experts.forward
 
 

@@ -16,10 +16,21 @@ from rich.text import Text
 
 SIZE_ROWS = {  # size on the model: its share removed, how to print it
     "parameters": ("parameters_removed_ratio", "{:,.0f}"),
+    "parameters_active_per_token": ("parameters_active_removed_ratio", "{:,.0f}"),
     "atomic_experts": ("atomic_experts_removed_ratio", "{:,.0f}"),
     "bytes": ("bytes_removed_ratio", "{:,.0f}"),
     "flops_per_token": ("flops_removed_ratio", "{:,.0f}"),
+    "flops_per_token_routed": ("flops_routed_removed_ratio", "{:,.0f}"),
 }
+
+
+COMPARISON_ROWS = {  # beginning of a comparison's name: how to print it
+    "kl_to_dense/": "{:.4f}",
+    "top1_agreement/": "{:.1%}",
+    "truth/spearman": "{:.3f}",
+    "truth/pearson": "{:.3f}",
+}
+SPEED_ROWS = ("prefill_tokens_per_second", "decode_tokens_per_second")
 
 
 def print_summary(summary: Mapping[str, Any], run_folder: str, console: Console | None = None) -> None:
@@ -32,19 +43,34 @@ def print_summary(summary: Mapping[str, Any], run_folder: str, console: Console 
 
 
 def _metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> Table:
-    dense, pruned, size = metrics["dense"], metrics["pruned"], metrics["size"]
     table = Table("dense against pruned", "dense", "pruned", "change", box=SIMPLE_HEAD)
     for column in table.columns[1:]:
         column.justify = "right"
+    _add_models(table, metrics["dense"], metrics["pruned"], metrics["size"])
+    _add_comparison(table, metrics["comparison"])
+    if not table.rows:
+        table.add_row("atomic experts", "", "", f"{-metrics['size']['atomic_experts_removed_ratio']:+.1%}")
+    return table
+
+
+def _add_models(table: Table, dense: Mapping[str, float], pruned: Mapping[str, float], size: Mapping[str, float]) -> None:
     for name in dense:
         if name.startswith("perplexity/"):
             table.add_row(name, f"{dense[name]:.2f}", f"{pruned[name]:.2f}", f"{pruned[name] / dense[name] - 1:+.1%}")
     for name, (ratio, form) in SIZE_ROWS.items():
         if name in dense:
             table.add_row(name, form.format(dense[name]), form.format(pruned[name]), f"{-size[ratio]:+.1%}")
-    if not table.rows:
-        table.add_row("atomic experts", "", "", f"{-size['atomic_experts_removed_ratio']:+.1%}")
-    return table
+
+
+def _add_comparison(table: Table, comparison: Mapping[str, float]) -> None:
+    for name in SPEED_ROWS:
+        if f"{name}/dense" in comparison:
+            dense, pruned = comparison[f"{name}/dense"], comparison[f"{name}/pruned"]
+            table.add_row(name, f"{dense:,.0f}", f"{pruned:,.0f}", f"{pruned / dense - 1:+.1%}")
+    for beginning, form in COMPARISON_ROWS.items():
+        for name in comparison:
+            if name.startswith(beginning):
+                table.add_row(name, "", form.format(comparison[name]), "")
 
 
 def _stages_table(stages: list[Mapping[str, Any]]) -> Table:

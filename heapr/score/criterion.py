@@ -7,6 +7,7 @@ g = dloss/dh with loss the sum over N predicted tokens, n the number of tokens r
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import Enum
 from typing import Protocol
 
 import torch
@@ -18,8 +19,18 @@ WeightsOf = Callable[[int], ExpertWeights]  # by decoder layer index
 UNROUTED_SCORE = -1.0  # below every score of an expert that was reached (docs/method.md)
 
 
+class Unit(Enum):
+    """What a criterion's numbers predict of the removal of one atomic expert."""
+
+    NATS = "increase of the mean loss, in nats per predicted token"
+    NATS_PER_ROUTED_TOKEN = "increase of the summed loss, in nats per token routed to the expert"
+    NONE = "none: only the order means something"
+
+
 class Criterion(Protocol):
     """A pure function of statistics and weights."""
+
+    unit: Unit
 
     def __call__(self, statistics: Statistics, weights: WeightsOf) -> Scores:
         """Scores of all layers of the statistics."""
@@ -35,3 +46,22 @@ def unrouted_last(scores_EF: Tensor, layer: LayerStatistics) -> Tensor:
     """float32 scores, experts that no calibration token reached set below every other."""
     unrouted_E1 = (layer.count_E == 0).unsqueeze(1)
     return torch.where(unrouted_E1, UNROUTED_SCORE, scores_EF).float()
+
+
+def predicted_increase(scores: Scores, unit: Unit, statistics: Statistics) -> dict[int, Tensor] | None:
+    """Increase of the mean loss over the calibration tokens, in nats per token, that scores predict for each atomic expert.
+
+    A score per routed token s_k predicts n/N s_k, with n the tokens routed to the expert and N the predicted tokens: for
+    `heapr` that is (7) of docs/method.md. Experts that no token reached predict 0.
+
+    Returns:
+        float64 (E, F) by decoder layer index; none if the scores have no unit.
+    """
+    if unit is Unit.NONE:
+        return None
+    predicted = {}
+    for index, scores_EF in scores.layers.items():
+        count_E1 = statistics.layers[index].count_E.unsqueeze(1)
+        factor_E1 = torch.ones_like(count_E1) if unit is Unit.NATS else count_E1 / statistics.num_predicted_tokens
+        predicted[index] = torch.where(count_E1 == 0, 0.0, scores_EF.double() * factor_E1)
+    return predicted

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from heapr.errors import ConfigError
-from heapr.score.criterion import WeightsOf
+from heapr.score.criterion import Unit, WeightsOf
 from heapr.types import Scores, Statistics
 
 
@@ -19,6 +19,8 @@ class Magnitude:
 
     with w_gate,k and w_up,k the rows k of W_gate and W_up and w_down,k column k of W_down. Experts without a gate have two slices.
     """
+
+    unit = Unit.NONE
 
     def __call__(self, statistics: Statistics, weights: WeightsOf) -> Scores:
         scores = {}
@@ -40,6 +42,8 @@ class Random:
     Raises:
         ConfigError: the seed is negative.
     """
+
+    unit = Unit.NONE
 
     def __init__(self, seed: int) -> None:
         if seed < 0:

@@ -6,7 +6,7 @@ sum over N predicted tokens, n the number of tokens routed to the expert. Equati
 
 from __future__ import annotations
 
-from heapr.score.criterion import WeightsOf, mean_over_routed, unrouted_last
+from heapr.score.criterion import Unit, WeightsOf, mean_over_routed, unrouted_last
 from heapr.types import Scores, Statistics
 
 
@@ -18,6 +18,8 @@ class Heapr:
 
     Means are over the tokens routed to the expert. Experts without tokens score -1.
     """
+
+    unit = Unit.NATS_PER_ROUTED_TOKEN
 
     def __call__(self, statistics: Statistics, weights: WeightsOf) -> Scores:
         scores = {}
@@ -35,6 +37,8 @@ class HeaprSum:
         s_k = n/(2N) mean(h_k^2) mean(g_k^2)                                                 (7)
     """
 
+    unit = Unit.NATS
+
     def __call__(self, statistics: Statistics, weights: WeightsOf) -> Scores:
         scores = {}
         for index, layer in statistics.layers.items():
@@ -50,6 +54,8 @@ class Fisher:
 
         s_k = 1/(2N) sum (g_k h_k)^2                                                         (8)
     """
+
+    unit = Unit.NATS
 
     def __call__(self, statistics: Statistics, weights: WeightsOf) -> Scores:
         scores = {}

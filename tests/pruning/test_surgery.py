@@ -18,7 +18,7 @@ from heapr.schema import SCOPES
 from heapr.score.data_free import Random
 from heapr.score.gradient import Heapr
 from heapr.types import Plan
-from tests.tiny import layer_statistics, no_weights, statistics_of, tiny_model
+from tests.tiny import LAYOUTS, layer_statistics, no_weights, statistics_of, tiny_model
 
 
 def random_plan(ratio: float, scope: str = "global", indices: Sequence[int] = (0, 1)) -> Plan:
@@ -32,7 +32,7 @@ def logits(model: MoEModel, ids_NW: Tensor) -> Tensor:
         return model.model(input_ids=ids_NW, use_cache=False).logits
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "gpt_oss"])
+@pytest.mark.parametrize("family", LAYOUTS)
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 0.9])
 def test_pruned_equals_masked(family: str, ids_NW: Tensor, scope: str, ratio: float) -> None:

@@ -18,6 +18,12 @@ SUMMARY = {
         "dense": {"perplexity/pydocs": 20.0, "parameters": 2000.0, "flops_per_token": 10.0},
         "pruned": {"perplexity/pydocs": 21.0, "parameters": 1500.0, "flops_per_token": 9.0},
         "size": {"parameters_removed_ratio": 0.25, "flops_removed_ratio": 0.1, "atomic_experts_removed_ratio": 0.3},
+        "comparison": {
+            "kl_to_dense/pydocs": 0.0312,
+            "top1_agreement/pydocs": 0.9134,
+            "prefill_tokens_per_second/dense": 9000.0,
+            "prefill_tokens_per_second/pruned": 9900.0,
+        },
     },
     "stages": [
         stage("calibrate", key="abc", cached=False, seconds=12.34, peak_memory_bytes=2**30),
@@ -45,6 +51,11 @@ def test_table_holds_metrics_change_seconds_memory_and_places() -> None:
         "abc",
         "o/<stage>",
         "outputs/runs/now",
+        "0.0312",
+        "91.3%",
+        "9,000",
+        "9,900",
+        "+10.0%",
     ):
         assert expected in text
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from heapr.score.criterion import predicted_increase
+from heapr.score.data_free import Random
 from heapr.score.gradient import Fisher, Heapr, HeaprSum
 from tests.tiny import layer_statistics, no_weights, statistics_of
 
@@ -32,3 +34,16 @@ def test_heapr_sum_is_heapr_times_routed_tokens_over_predicted_tokens() -> None:
     statistics = statistics_of({0: layer_statistics([4, 2], **{**LAYER, "h_sq_sum": [[8.0, 2.0], [1.0, 3.0]]})}, num_predicted_tokens=10)
     heapr, heapr_sum = Heapr()(statistics, no_weights).layers[0], HeaprSum()(statistics, no_weights).layers[0]
     torch.testing.assert_close(heapr_sum, heapr * torch.tensor([[4.0], [2.0]]) / 10)
+
+
+def test_predicted_increase_by_hand() -> None:
+    """A score per routed token times n/N; an unrouted expert predicts nothing; an order predicts nothing at all."""
+    layer = layer_statistics([3, 0], h_sq_sum=[[6.0, 12.0], [0.0, 0.0]], g_sq_sum=[[3.0, 9.0], [0.0, 0.0]])
+    statistics = statistics_of({4: layer}, num_predicted_tokens=12)
+    scores = Heapr()(statistics, no_weights)
+    assert scores.layers[4].tolist() == [[1, 6], [-1, -1]]
+    predicted = predicted_increase(scores, Heapr.unit, statistics)
+    assert predicted is not None and predicted[4].tolist() == [[0.25, 1.5], [0, 0]]
+    alike = predicted_increase(HeaprSum()(statistics, no_weights), HeaprSum.unit, statistics)
+    assert alike is not None and alike[4].tolist() == predicted[4].tolist()
+    assert predicted_increase(scores, Random.unit, statistics) is None
