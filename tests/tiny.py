@@ -94,6 +94,10 @@ FAMILIES: dict[str, dict[str, object]] = {  # transformers' folder of a family -
     "qwen3_5_moe": DELTA_NET,
     "qwen3_moe": {},
     "qwen3_next": DELTA_NET,
+    "qwen4_exp": {
+        **DELTA_NET, "hc_count": 2, "hc_lowrank": 4, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8,
+        "indexer_budget": 16, "indexer_compress_ratio": 2,
+    },
     "solar_open": {},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip

@@ -1,0 +1,108 @@
+"""Which families of the installed transformers are supported, and why the others are not: docs/models.md.
+
+Run:  python -m tests.model.support      writes docs/models.md
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import transformers
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from heapr.errors import ConfigError
+from heapr.model.experts import CAPABILITIES
+from heapr.model.moe import MoEModel
+from heapr.model.ragged_experts import layout_of
+from heapr.pruning.uniform import uniform_settings
+from tests.tiny import FAMILIES, tiny_model
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
+MODELS = Path(transformers.__file__).parent / "models"
+DECORATOR = re.compile(r"^@use_experts_implementation(\([^)]*\))?\nclass ", re.MULTILINE)
+HEADER = f"""# Models
+Every family of transformers {transformers.__version__} whose experts go through its experts interface (`use_experts_implementation`), Llama-4, and
+DeepSeekMoE, which heapr brings itself. Supported means: tests/model/test_families.py runs its whole contract on a tiny model of the
+family: capturing leaves logits unchanged, the heapr score equals a slow oracle, pruned equals masked, all forms of checkpoint load with
+bit-equal logits (`ragged` where heapr is not installed), generation with the cache equals generation without, a training step.
+`uniform` is the checkpoint form for stock classes: where shared experts take their width from the same field, their number is raised
+so that their width stays; a width that does not divide it is refused.
+
+Written by `python -m tests.model.support`.
+
+| family | experts | supported | `uniform` |
+|---|---|---|---|
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    family: str
+    experts: str
+    supported: str
+    uniform: str = ""
+
+    def __str__(self) -> str:
+        return f"| {self.family} | {self.experts} | {self.supported} | {self.uniform} |\n"
+
+
+def families_of_transformers() -> dict[str, str]:
+    """Folders whose modelling file uses the experts interface, and the decorator's arguments."""
+    found = {}
+    for path in sorted(MODELS.glob("*/modeling_*.py")):
+        if match := DECORATOR.search(path.read_text()):
+            found[path.parent.name] = (match[1] or "").strip("()")
+    return found
+
+
+def row_of(family: str, arguments: str = "") -> Row:
+    if family in FAMILIES:
+        return _supported(family)
+    for attribute, description in CAPABILITIES.items():
+        if f"{attribute}=True" in arguments:
+            return Row(family, arguments, f"no: {description}")
+    causal = [model for model in _models_of(family) if model.__name__.endswith("ForCausalLM")]
+    if not causal:
+        largest = [model.__name__ for model in _models_of(family) if "For" in model.__name__]
+        return Row(
+            family, arguments, f"no: transformers has no causal language model of it, only {', '.join(largest[:2]) or 'a bare model'}"
+        )
+    if causal[0] not in MODEL_FOR_CAUSAL_LM_MAPPING.values():
+        return Row(family, arguments, f"no: transformers does not load {causal[0].__name__} as a causal language model")
+    return Row(family, arguments, "not known: no tiny model of it is tested")
+
+
+def table() -> str:
+    families = families_of_transformers()
+    rows = [row_of(family, families.get(family, "")) for family in sorted({*families, *FAMILIES})]
+    return HEADER + "".join(map(str, rows))
+
+
+def _supported(family: str) -> Row:
+    model = MoEModel(tiny_model(family))
+    layout = layout_of(model.layers[0].experts)
+    experts = ["gate and up" if layout.has_gate else "no gate"]
+    experts += ["biases"] * layout.has_bias + ["transposed"] * layout.is_transposed + ["interleaved"] * (not layout.is_concatenated)
+    experts += ["router weight on the input"] * layout.weighs_input
+    try:
+        fields = uniform_settings(model.model.config, 4)
+        uniform = " and ".join(f"`{name}`" for name in fields)
+    except ConfigError:
+        uniform = "refused"
+    return Row(family, ", ".join(experts), "yes", uniform)
+
+
+def _models_of(family: str) -> list[type[PreTrainedModel]]:
+    models = []
+    for path in sorted((MODELS / family).glob("modeling_*.py")):
+        module = importlib.import_module(f"transformers.models.{family}.{path.stem}")
+        models += [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, PreTrainedModel)]
+    return [model for model in models if model.__module__.startswith(f"transformers.models.{family}.")]
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(table())
