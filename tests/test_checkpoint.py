@@ -1,0 +1,199 @@
+"""Checkpoints as a run writes them: their forms, their card, and what can be done with them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen3MoeForCausalLM
+
+import heapr
+from heapr.errors import ConfigError
+from heapr.pipeline import Summary
+from tests.experiment import cached_stages, run_in, write_model, write_texts
+from tests.tiny import byte_tokenizer, tiny_ids, tiny_model
+
+IDS_NW = tiny_ids(2, 12)
+NO_TIMING = ["evaluation.throughput=null", "evaluation.truth=null", "evaluation.fidelity=null"]
+
+
+class Run:
+    """One tiny experiment; call it with further overrides."""
+
+    def __init__(self, folder: Path, model_folder: Path | None = None) -> None:
+        self.folder = folder
+        self.model_folder = model_folder or write_model(folder / "model")
+        self.overrides = ["model=hf", f"model.path={self.model_folder}", "model.dtype=float32", *write_texts(folder), *NO_TIMING]
+
+    def __call__(self, *overrides: str) -> Summary:
+        return run_in(self.folder, *self.overrides, *overrides)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path)
+
+
+def artifact(summary: Summary) -> Path:
+    return next(Path(stage["path"]) for stage in summary.stages if stage["stage"] == "prune")
+
+
+def logits(model: PreTrainedModel) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS_NW, use_cache=False).logits
+
+
+def test_the_ragged_checkpoint_is_the_dense_model_without_what_the_plan_removes(run: Run) -> None:
+    summary = run("pruning.ratio=0.4")
+    folder = artifact(summary) / "checkpoint"
+    model = heapr.load_pruned(folder)
+    assert torch.equal(logits(model), logits(heapr.load_pruned(run.model_folder, plan=artifact(summary) / "plan.safetensors")))
+    assert not torch.equal(logits(model), logits(heapr.load_pruned(run.model_folder)))
+    assert (folder / "plan.safetensors").read_bytes() == (artifact(summary) / "plan.safetensors").read_bytes()
+    assert AutoTokenizer.from_pretrained(folder)("abc").input_ids == byte_tokenizer()("abc").input_ids
+    widths = json.loads((folder / "config.json").read_text())["expert_widths"]
+    kept = load_file(folder / "plan.safetensors")
+    assert list(widths.values()) == [kept[f"layers.{index}"].sum(dim=1).tolist() for index in (0, 1)]
+    size = sum(entry.numel() for entry in load_file(folder / "model.safetensors").values())
+    assert size == summary.metrics["pruned"]["parameters"]
+
+
+def test_configuration_and_card_say_what_was_done_with_which_figures(run: Run) -> None:
+    summary = run("pruning.ratio=0.5", "score=fisher", "pruning.width_multiple=8", "pruning=layer")
+    folder = artifact(summary) / "checkpoint"
+    about = json.loads((folder / "config.json").read_text())["heapr"]
+    assert (about["ratio"], about["scope"], about["form"], about["width_multiple"]) == (0.5, "layer", "ragged", 8)
+    assert about["criterion"]["_target_"].endswith("Fisher") and len(about["pruned_from"]["sha256"]) == 64
+    card = (folder / "README.md").read_text()
+    for text in ("`Fisher`", "50.0% of its routed atomic experts", f"{summary.metrics['pruned']['perplexity/text_files']:.6g}"):
+        assert text in card
+    again = run("pruning.ratio=0.5", "score=fisher", "pruning.width_multiple=8", "pruning=layer")
+    assert all(stage["cached"] for stage in again.stages), "the card must not count as damage"
+
+
+def test_widths_are_multiples_and_rounding_is_reported(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    summary = run("pruning.ratio=0.5", "pruning.width_multiple=8")
+    kept = load_file(artifact(summary) / "plan.safetensors")
+    assert all(width in {0, 8} for kept_EF in kept.values() for width in kept_EF.sum(dim=1).tolist())
+    assert "rounding to multiples of 8" in caplog.text and "sum of kept scores" in caplog.text
+    report = json.loads((artifact(summary) / "allocation.json").read_text())
+    assert report["kept_score"] < report["kept_score_without_rounding"]
+
+
+def test_the_uniform_checkpoint_is_a_stock_model(run: Run) -> None:
+    summary = run("pruning=expert", "pruning.form=uniform", "pruning.ratio=0.5")
+    folder = artifact(summary) / "checkpoint"
+    assert not list(folder.glob("*.py"))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert type(model) is Qwen3MoeForCausalLM and model.config.moe_intermediate_size == 4
+    expected = logits(heapr.load_pruned(run.model_folder, plan=artifact(summary) / "plan.safetensors"))
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    names = load_file(folder / "model.safetensors")
+    assert names["model.layers.0.mlp.experts.3.down_proj.weight"].shape == (16, 4)  # the names that other tools read
+    assert summary.metrics["size"]["atomic_experts_removed_ratio"] == 0.5
+    assert summary.metrics["pruned"]["parameters"] == sum(tensor.numel() for tensor in names.values())
+
+
+def test_a_uniform_width_that_the_shared_experts_forbid_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("heapr.pipeline.collect", lambda *_: pytest.fail("calibration began"))
+    tiny_model("deepseek_v2").save_pretrained(tmp_path / "deepseek")
+    byte_tokenizer().save_pretrained(tmp_path / "deepseek")
+    run = Run(tmp_path, tmp_path / "deepseek")
+    with pytest.raises(ConfigError, match=r"a width of 6: shared experts of width 8 take it from the same field.* width of 1, 2, 4, or"):
+        run("pruning=expert", "pruning.form=uniform", "pruning.ratio=0.25")
+
+
+def test_the_masked_checkpoint_has_the_old_shape(run: Run) -> None:
+    summary = run("pruning.form=masked", "pruning.ratio=0.5")
+    folder = artifact(summary) / "checkpoint"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    expected = logits(heapr.load_pruned(run.model_folder, plan=artifact(summary) / "plan.safetensors"))
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    dense, masked = load_file(run.model_folder / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert {name: tensor.shape for name, tensor in masked.items()} == {name: tensor.shape for name, tensor in dense.items()}
+    assert summary.metrics["pruned"]["atomic_experts"] == 32
+
+
+def test_all_forms_of_one_plan_have_the_same_perplexity(run: Run) -> None:
+    ragged, masked = (run("pruning.ratio=0.5", f"pruning.form={form}").metrics["pruned"] for form in ("ragged", "masked"))
+    assert ragged["perplexity/text_files"] == pytest.approx(masked["perplexity/text_files"], rel=1e-6)
+
+
+def test_without_a_checkpoint_only_the_plan_is_kept_and_it_can_be_added_later(run: Run) -> None:
+    first = run("pruning.save_checkpoint=false")
+    assert not (artifact(first) / "checkpoint").exists()
+    plan = (artifact(first) / "plan.safetensors").read_bytes()
+    second = run("pruning.save_checkpoint=true")
+    assert artifact(second) == artifact(first) and (artifact(second) / "checkpoint").is_dir()
+    assert (artifact(second) / "plan.safetensors").read_bytes() == plan
+    assert cached_stages(second) == {"calibrate": True, "score": True, "prune": False, "evaluate": True}
+    assert cached_stages(run("pruning.save_checkpoint=false"))["prune"], "more than is needed is fine"
+
+
+@pytest.mark.parametrize("scope", ["global", "layer", "expert"])
+def test_a_pruned_checkpoint_is_pruned_again(run: Run, scope: str) -> None:
+    first = run("pruning.ratio=0.3", f"pruning={scope}")
+    second = Run(run.folder / "again", artifact(first) / "checkpoint") if (run.folder / "again").mkdir() is None else None
+    summary = second("pruning.ratio=0.3", f"pruning={scope}")
+    before, after = (load_file(artifact(s) / "plan.safetensors") for s in (first, summary))
+    kept = sum(int(kept_EF.sum()) for kept_EF in before.values())
+    assert sum(int(kept_EF.sum()) for kept_EF in after.values()) == kept - int(0.3 * kept + 0.5)
+    assert summary.metrics["dense"]["perplexity/text_files"] == pytest.approx(first.metrics["pruned"]["perplexity/text_files"], rel=1e-6)
+    assert summary.metrics["pruned"]["atomic_experts"] == kept - int(0.3 * kept + 0.5)
+    assert logits(heapr.load_pruned(artifact(summary) / "checkpoint")).isfinite().all()
+
+
+def spoiled(plan: Path, **changes: object) -> Path:
+    """A copy of a plan with other tensors or metadata."""
+    with safe_open(plan, framework="pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118 - not a mapping
+    copy = plan.with_name(f"spoiled_{len(list(plan.parent.iterdir()))}.safetensors")
+    save_file({**tensors, **changes.get("tensors", {})}, copy, changes.get("metadata", metadata))
+    return copy
+
+
+def test_plans_that_do_not_fit_are_refused_in_one_line(run: Run, tmp_path: Path) -> None:
+    plan = artifact(run("pruning.ratio=0.4")) / "plan.safetensors"
+    other_weights = write_model(tmp_path / "other", seed=1)
+    truncated = tmp_path / "truncated.safetensors"
+    truncated.write_bytes(plan.read_bytes()[:-10])
+    wide = tmp_path / "wide"
+    tiny_model("qwen3_moe", moe_intermediate_size=16).save_pretrained(wide)
+    byte_tokenizer().save_pretrained(wide)
+    ragged = artifact(run("pruning.ratio=0.4")) / "checkpoint"
+    widths = json.loads((ragged / "config.json").read_text())["expert_widths"]
+    widest = {index: max(width_E) for index, width_E in enumerate(widths.values())}
+    everything = {f"layers.{index}": torch.ones(4, width, dtype=torch.bool) for index, width in widest.items()}
+    cases = [
+        (run.model_folder, tmp_path / "no.safetensors", "cannot be read"),
+        (run.model_folder, truncated, "cannot be read"),
+        (run.model_folder, spoiled(plan, tensors={"layers.7": torch.ones(4, 8, dtype=torch.bool)}), "it has 3 layers"),
+        (run.model_folder, spoiled(plan, tensors={"layers.1": torch.ones(4, 8)}), "float32"),
+        (wide, plan, r"it has 2 layers of \(4, 8\) bool, the model 2 layers of \(4, 16\) bool"),
+        (other_weights, plan, "was made for other weights"),
+        (run.model_folder, spoiled(plan, metadata={"format": "pt"}), "was made for other weights"),
+        (ragged, spoiled(plan, tensors=everything), "(was made for other weights|does not fit)"),
+    ]
+    for model_folder, path, message in cases:
+        with pytest.raises(ConfigError, match=message) as caught:
+            heapr.load_pruned(model_folder, plan=path)
+        assert "\n" not in str(caught.value)
+
+
+def test_checkpoints_that_are_damaged_are_refused_in_one_line(run: Run) -> None:
+    folder = artifact(run("pruning.ratio=0.4")) / "checkpoint"
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(ConfigError, match="model.safetensors is damaged or not complete; get it again"):
+        heapr.load_pruned(folder)
+    weights.unlink()
+    with pytest.raises(ConfigError, match="weights in .* cannot be loaded"):
+        heapr.load_pruned(folder)
+    with pytest.raises(ConfigError, match="no such folder"):
+        heapr.load_pruned(folder.parent / "nothing")
