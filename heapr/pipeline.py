@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from heapr.calibration.collector import collect
 from heapr.calibration.sampling import batches
 from heapr.evaluation.efficiency import size_change
+from heapr.evaluation.protocol import protocol_differences, split_protocols
+from heapr.evaluation.zero_shot import average_accuracy
 from heapr.experiment import Experiment, prepare
 from heapr.files import write_json
 from heapr.model.moe import MoEModel
@@ -29,7 +31,7 @@ from heapr.schema import ExperimentConfig
 from heapr.store import Artifact, Recipe
 from heapr.tracking.build import open_tracker
 from heapr.tracking.tracker import Tracker
-from heapr.types import ExpertWeights, Metrics, Plan, Scores, Statistics, TensorDict
+from heapr.types import ExpertWeights, Metrics, Plan, ProtocolRecord, Scores, Statistics, TensorDict
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +46,13 @@ class Summary:
 
     Attributes:
         metrics: by contract name, of the "dense" and the "pruned" model, and the change of "size".
+        protocols: of the "dense" and the "pruned" model: how each corpus or task was measured.
         stages: one entry per artifact, in the order in which they were needed.
         config: the whole resolved configuration.
     """
 
     metrics: dict[str, Metrics]
+    protocols: dict[str, dict[str, ProtocolRecord]]
     stages: list[dict[str, Any]]
     config: dict[str, Any]
 
@@ -74,7 +78,9 @@ def run(config: ExperimentConfig, folder: Path) -> Summary:
         plan = pipeline.prune(scores)
         metrics = pipeline.evaluate(statistics, plan)
         tracker.log({f"{group}/{name}": value for group, values in metrics.items() for name, value in values.items()})
-    summary = Summary(metrics=metrics, stages=pipeline.stages, config=resolved)
+    for difference in protocol_differences(pipeline.protocols):
+        logger.warning("dense and pruned cannot be compared: %s", difference)
+    summary = Summary(metrics=metrics, protocols=pipeline.protocols, stages=pipeline.stages, config=resolved)
     write_json(folder / SUMMARY, asdict(summary))
     return summary
 
@@ -92,6 +98,7 @@ class Pipeline:
     def __init__(self, experiment: Experiment, tracker: Tracker) -> None:
         self.experiment, self.tracker = experiment, tracker
         self.stages: list[dict[str, Any]] = []
+        self.protocols: dict[str, dict[str, ProtocolRecord]] = {}
         self._model: MoEModel | None = None
         self._is_pruned = False
 
@@ -144,15 +151,16 @@ class Pipeline:
         return {"dense": dense, "pruned": pruned, "size": removed | size_change(dense, pruned)}
 
     def _measure(self, recipes: Sequence[Recipe], statistics: Statistics, model: Callable[[], MoEModel], *, variant: str) -> Metrics:
-        metrics: Metrics = {}
+        measured: dict[str, Any] = {}
         for evaluator, recipe in zip(self.experiment.evaluators, recipes, strict=True):
             artifact = self._get(
                 recipe,
                 lambda folder, evaluator=evaluator: write_json(folder / METRICS, evaluator(model(), statistics)),  # type: ignore[misc]
                 what=f"{evaluator.name} {variant}",
             )
-            metrics |= json.loads((artifact.path / METRICS).read_text())
-        return metrics
+            measured |= json.loads((artifact.path / METRICS).read_text())
+        metrics, self.protocols[variant] = split_protocols(measured)
+        return metrics | average_accuracy([evaluator.name for evaluator in self.experiment.evaluators], metrics)
 
     def _dense_model(self) -> MoEModel:
         assert not self._is_pruned, "the dense model was pruned in place"

@@ -16,7 +16,7 @@ from heapr.schema import ExperimentConfig
 from heapr.store import Recipe
 
 # Raised when the code of a stage gives other results than before: older artifacts are then made again.
-STAGE_VERSIONS = {"calibrate": 1, "score": 1, "prune": 1, "evaluate": 1}
+STAGE_VERSIONS = {"calibrate": 1, "score": 1, "prune": 1, "evaluate": 2}
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,10 @@ N sequences, W window length. Layers are keyed by decoder layer index.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +36,12 @@ class TokenWindows:
     def num_predicted_tokens(self) -> int:
         """Tokens with a prediction: the first of each window has none."""
         return self.ids_NW.shape[0] * (self.ids_NW.shape[1] - 1)
+
+    @property
+    def sha256(self) -> str:
+        """Fingerprint of the shape and of every token id."""
+        ids_NW = self.ids_NW.cpu().contiguous().numpy().astype("<i8")
+        return hashlib.sha256(f"{tuple(ids_NW.shape)}\0".encode() + ids_NW.tobytes()).hexdigest()
 
     def to_tensors(self) -> TensorDict:
         return {"ids": self.ids_NW}
@@ -219,6 +227,8 @@ class Plan:
 
 
 Metrics = dict[str, float]  # by contract name, for example "perplexity/pydocs"
+ProtocolRecord = dict[str, Any]  # how a result was measured, JSON types only
+Measurement = Mapping[str, float | ProtocolRecord]  # metrics, and under "protocol/<corpus or task>" how they were measured
 
 
 def _without_shape(name: str) -> str:

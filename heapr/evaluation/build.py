@@ -13,7 +13,7 @@ from heapr.schema import build, plug_in
 
 
 def build_evaluators(evaluation: Mapping[str, Any]) -> list[Evaluator]:
-    """Every entry but `corpora` is an evaluator; one that takes a corpus is built once for each.
+    """Every entry but `corpora` is an evaluator; one that takes a corpus or a task is built once for each.
 
     Raises:
         ConfigError: a misspelt key, a bad corpus, or two evaluators of one name.
@@ -24,8 +24,12 @@ def build_evaluators(evaluation: Mapping[str, Any]) -> list[Evaluator]:
         if name == "corpora" or entry is None:
             continue
         where = f"evaluation.{name}"
-        if "corpus" in inspect.signature(plug_in(entry, where)).parameters:
+        parameters = inspect.signature(plug_in(entry, where)).parameters
+        if "corpus" in parameters:
             evaluators += [build(entry, where, corpus=corpus) for corpus in corpora]
+        elif "task" in parameters:
+            shared = {key: value for key, value in entry.items() if key != "tasks"}
+            evaluators += [build(shared, where, task=task) for task in _tasks(entry, where)]
         else:
             evaluators.append(build(entry, where))
     for name, number in Counter(evaluator.name for evaluator in evaluators).items():
@@ -34,3 +38,10 @@ def build_evaluators(evaluation: Mapping[str, Any]) -> list[Evaluator]:
                 f"evaluation measures '{name}' {number} times; one would overwrite the other, keep one or give a corpus another name"
             )
     return evaluators
+
+
+def _tasks(entry: Mapping[str, Any], where: str) -> list[str]:
+    tasks = entry.get("tasks")
+    if not isinstance(tasks, list) or not tasks or not all(isinstance(task, str) for task in tasks):
+        raise ConfigError(f"{where}.tasks={tasks} is not a list of names; give one or more, for example {where}.tasks=[piqa,arc_easy]")
+    return tasks

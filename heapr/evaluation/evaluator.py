@@ -1,6 +1,7 @@
 """What an evaluator is: a model in, metrics out. Each one's result is an artifact of its own.
 
-Evaluators with a `corpus` argument are built once for every corpus of `evaluation.corpora`.
+Evaluators with a `corpus` argument are built once for every corpus of `evaluation.corpora`, those with a `task` argument once
+for each of their `tasks`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any, Protocol
 from transformers import PreTrainedTokenizerBase
 
 from heapr.model.moe import MoEModel
-from heapr.types import Metrics, Statistics
+from heapr.types import Measurement, Statistics
 
 
 class Evaluator(Protocol):
@@ -31,6 +32,9 @@ class Evaluator(Protocol):
         """
         ...
 
-    def __call__(self, model: MoEModel, statistics: Statistics) -> Metrics:
-        """Metrics by contract name; `statistics` are the dense model's."""
+    def __call__(self, model: MoEModel, statistics: Statistics) -> Measurement:
+        """Metrics by contract name, and under "protocol/<corpus or task>" how they were measured.
+
+        `statistics` are the dense model's.
+        """
         ...
