@@ -137,4 +137,7 @@ def _warn_of_overlap(recipes: Recipes) -> None:
     for recipe in recipes.evaluate_dense:
         measured = dict(recipe.config["evaluator"].get("corpus", {}))
         if measured and {measured.pop("split"), split} != {"train", "heldout"} and measured == calibrated:
-            logger.warning("%s is measured on text that is calibrated on; set the splits to train and heldout", measured["corpus"])
+            logger.warning(
+                "%s is measured on text that is calibrated on; choose another split for one of them, such as train and heldout",
+                measured["corpus"],
+            )

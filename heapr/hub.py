@@ -5,6 +5,7 @@ In: names. Out: paths. Without a network nothing waits: the hub is asked once, f
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 from collections.abc import Iterator
@@ -26,9 +27,13 @@ def hub_is_reachable() -> bool:
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
         return True  # only the proxy can tell
     endpoint = urlparse(huggingface_hub.constants.ENDPOINT)
+    return _answers(endpoint.hostname or "", endpoint.port or (443 if endpoint.scheme == "https" else 80))
+
+
+@functools.lru_cache(maxsize=2)  # asked once a process: where packets are dropped, every question takes the whole time
+def _answers(host: str, port: int) -> bool:
     try:
-        port = endpoint.port or (443 if endpoint.scheme == "https" else 80)
-        socket.create_connection((endpoint.hostname or "", port), timeout=TIMEOUT_SECONDS).close()
+        socket.create_connection((host, port), timeout=TIMEOUT_SECONDS).close()
     except OSError:
         return False
     return True

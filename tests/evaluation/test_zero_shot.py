@@ -101,6 +101,15 @@ def test_batch_size_changes_neither_result_nor_identity(model: MoEModel, sums: P
     assert fixed.identity() == automatic.identity()
 
 
+def test_the_batch_size_that_lm_eval_finds_gives_the_same_result_without_a_word(
+    model: MoEModel, sums: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    expected = measure(model, sums)
+    monkeypatch.setattr(zero_shot_engine, "BATCH_SIZE_ON_CPU", "auto")  # as on a GPU
+    assert measure(model, sums) == expected
+    assert capfd.readouterr() == ("", "")
+
+
 def test_the_protocol_names_version_shots_limit_and_requests(model: MoEModel, sums: Path) -> None:
     record = measure(model, sums)["protocol/sums"]
     assert (record["version"], record["num_fewshot"], record["limit"], record["num_items"]) == (3.0, 0, None, len(ITEMS))
