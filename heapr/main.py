@@ -86,18 +86,20 @@ def _explain(error: Exception, config_folder: Path | None) -> str:
     match = re.match(r"Could not override '([^']+)'", text)
     if match and "To append to your config" in text and config_folder is not None:
         return _explain_unknown_key(match.group(1), config_folder)
-    if match := re.search(r"Could not find '([^']+)'\s+Available options in '([^']+)':\s+(.*)", text, re.DOTALL):
-        return _unknown_option(*match.groups())
+    match = re.search(r"Could not (?:find|load) '([^']+)'", text)
+    if match and config_folder is not None and (config_folder / match[1]).parent.is_dir():
+        return _unknown_option(match[1], config_folder)
     if text.startswith("Error merging override") and error.__cause__ is not None:
         reason = str(error.__cause__).split("\n", 1)[0]
         return f"{text.removeprefix('Error merging override ')}: {reason}; give a value of the field's type (heapr/schema.py)"
     return text
 
 
-def _unknown_option(path: str, group: str, options: str) -> str:
-    """The message for a misspelt option of a group; `options` are the known ones, one a line."""
-    known = options.split()
-    near = difflib.get_close_matches(path.rpartition("/")[2], known, n=1)
+def _unknown_option(path: str, config_folder: Path) -> str:
+    """The message for a misspelt option of a group."""
+    group, _, option = path.rpartition("/")
+    known = sorted(file.stem for file in (config_folder / group).glob("*.yaml"))
+    near = difflib.get_close_matches(option, known, n=1)
     suggestion = f"did you mean {near[0]}? " if near else ""
     return f"unknown option '{path}'; {suggestion}known options of {group}: {', '.join(known)}"
 
