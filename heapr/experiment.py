@@ -205,4 +205,6 @@ def _warn_of_overlap(recipes: Recipes) -> None:
         if measured and {measured.pop("split"), split} != {"train", "heldout"} and measured == calibrated:
             found.append(measured["corpus"])
     for name in dict.fromkeys(found):
-        logger.warning("%s is measured on text that is calibrated on; set the splits to train and heldout", name)
+        logger.warning(
+            "%s is measured on text that is calibrated on; choose another split for one of them, such as train and heldout", name
+        )

@@ -5,6 +5,7 @@ In: the configuration that Hydra composed, or the error that it met. Out: a run,
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import sys
@@ -23,7 +24,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from heapr.errors import ConfigError
-from heapr.schema import resolve, unknown_key
+from heapr.schema import ExperimentConfig, register, resolve, unknown_key
 
 EXIT_CODE = 2
 
@@ -85,10 +86,22 @@ def _explain(error: Exception, config_folder: Path | None) -> str:
     match = re.match(r"Could not override '([^']+)'", text)
     if match and "To append to your config" in text and config_folder is not None:
         return _explain_unknown_key(match.group(1), config_folder)
+    match = re.search(r"Could not (?:find|load) '([^']+)'", text)
+    if match and config_folder is not None and (config_folder / match[1]).parent.is_dir():
+        return _unknown_option(match[1], config_folder)
     if text.startswith("Error merging override") and error.__cause__ is not None:
         reason = str(error.__cause__).split("\n", 1)[0]
         return f"{text.removeprefix('Error merging override ')}: {reason}; give a value of the field's type (heapr/schema.py)"
     return text
+
+
+def _unknown_option(path: str, config_folder: Path) -> str:
+    """The message for a misspelt option of a group."""
+    group, _, option = path.rpartition("/")
+    known = sorted(file.stem for file in (config_folder / group).glob("*.yaml"))
+    near = difflib.get_close_matches(option, known, n=1)
+    suggestion = f"did you mean {near[0]}? " if near else ""
+    return f"unknown option '{path}'; {suggestion}known options of {group}: {', '.join(known)}"
 
 
 def _explain_unknown_key(path: str, config_folder: Path) -> str:
@@ -101,6 +114,17 @@ def _explain_unknown_key(path: str, config_folder: Path) -> str:
             return unknown_key(".".join(parts[:number]), known)
         node = node[part]
     return f"'{path}' is not a field that can be set; see --help"
+
+
+def compose_experiment(overrides: Sequence[str], config_folder: Path) -> ExperimentConfig:
+    """What `python run.py <overrides>` would run, checked.
+
+    Raises:
+        ConfigError, HydraException: the user's mistake.
+    """
+    register()
+    with initialize_config_dir(str(config_folder), version_base="1.3"):
+        return resolve(compose("config", overrides=list(overrides)))
 
 
 def _compose_groups(overrides: Sequence[str], config_folder: Path) -> DictConfig:

@@ -24,6 +24,8 @@ from heapr.calibration.sampling import batches
 from heapr.errors import ConfigError
 from heapr.evaluation.efficiency import size_change
 from heapr.evaluation.evaluator import Material
+from heapr.evaluation.protocol import protocol_differences
+from heapr.evaluation.zero_shot import average_accuracy
 from heapr.experiment import Experiment, prepare
 from heapr.files import write_json
 from heapr.model.checkpoint import save_checkpoint
@@ -37,7 +39,7 @@ from heapr.schema import ExperimentConfig
 from heapr.store import Artifact, Recipe
 from heapr.tracking.build import open_tracker
 from heapr.tracking.tracker import Tracker
-from heapr.types import Evaluation, ExpertWeights, Metrics, Plan, Scores, Statistics, TensorDict, TokenWindows
+from heapr.types import Evaluation, ExpertWeights, Metrics, Plan, ProtocolRecord, Scores, Statistics, TensorDict, TokenWindows
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +55,13 @@ class Summary:
 
     Attributes:
         metrics: by contract name, of the "dense" and the "pruned" model, the change of "size", and the "comparison" of both.
+        protocols: of the "dense" and the "pruned" model: how each corpus or task was measured.
         stages: one entry per artifact, in the order in which they were needed.
         config: the whole resolved configuration.
     """
 
     metrics: dict[str, Metrics]
+    protocols: dict[str, dict[str, ProtocolRecord]]
     stages: list[dict[str, Any]]
     config: dict[str, Any]
 
@@ -85,7 +89,9 @@ def run(config: ExperimentConfig, folder: Path) -> Summary:
         pruned = pipeline.evaluate_pruned(statistics, scores, plan)
         metrics = pipeline.conclude(dense, pruned, plan)
         tracker.log({f"{group}/{name}": value for group, values in metrics.items() for name, value in values.items()})
-    summary = Summary(metrics=metrics, stages=pipeline.stages, config=resolved)
+    for difference in protocol_differences(pipeline.protocols):
+        logger.warning("dense and pruned cannot be compared: %s", difference)
+    summary = Summary(metrics=metrics, protocols=pipeline.protocols, stages=pipeline.stages, config=resolved)
     write_json(folder / SUMMARY, asdict(summary))
     return summary
 
@@ -103,6 +109,7 @@ class Pipeline:
     def __init__(self, experiment: Experiment, tracker: Tracker) -> None:
         self.experiment, self.tracker = experiment, tracker
         self.stages: list[dict[str, Any]] = []
+        self.protocols: dict[str, dict[str, ProtocolRecord]] = {"dense": {}, "pruned": {}}
         self._dense: MoEModel | None = None
         self._pruned: MoEModel | None = None
 
@@ -193,26 +200,31 @@ class Pipeline:
         metrics: Metrics = {}
         for evaluator, recipe in zip(self.experiment.evaluators, recipes, strict=True):
             what = f"{evaluator.name} {variant}"
-            metrics |= self._metrics(recipe, lambda evaluator=evaluator: evaluator(model(), statistics), what)  # type: ignore[misc]
-        return metrics
+            path = self._evaluate(recipe, lambda evaluator=evaluator: evaluator(model(), statistics), what)  # type: ignore[misc]
+            metrics |= json.loads((path / METRICS).read_text())
+            if (path / DETAILS).is_file():
+                self.protocols[variant] |= json.loads((path / DETAILS).read_text()).get("protocols", {})
+        return metrics | average_accuracy([evaluator.name for evaluator in self.experiment.evaluators], metrics)
 
     def _compare(self, upstream: str, material: Material) -> Metrics:
         """Metrics of the comparisons that look at nothing behind one stage."""
         metrics: Metrics = {}
         for comparison, recipe in zip(self.experiment.comparisons, self.experiment.recipes.compare, strict=True):
             if comparison.upstream == upstream:
-                metrics |= self._metrics(recipe, partial(comparison, material), comparison.name)
+                path = self._evaluate(recipe, partial(comparison, material), comparison.name)
+                metrics |= json.loads((path / METRICS).read_text())
         return metrics
 
-    def _metrics(self, recipe: Recipe, evaluate: Callable[[], Evaluation], what: str) -> Metrics:
+    def _evaluate(self, recipe: Recipe, evaluate: Callable[[], Evaluation], what: str) -> Path:
+        """Folder of an evaluation's artifact."""
+
         def make(folder: Path) -> None:
             evaluation = evaluate()
             write_json(folder / METRICS, evaluation.metrics)
             if evaluation.details:
                 write_json(folder / DETAILS, evaluation.details)
 
-        metrics: Metrics = json.loads((self._get(recipe, make, what).path / METRICS).read_text())
-        return metrics
+        return self._get(recipe, make, what).path
 
     def _material(self, statistics: Statistics, scores: Scores, plan: Plan | None) -> Material:
         return Material(

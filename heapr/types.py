@@ -6,6 +6,7 @@ N sequences, W window length. Layers are keyed by decoder layer index.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -35,6 +36,12 @@ class TokenWindows:
     def num_predicted_tokens(self) -> int:
         """Tokens with a prediction: the first of each window has none."""
         return self.ids_NW.shape[0] * (self.ids_NW.shape[1] - 1)
+
+    @property
+    def sha256(self) -> str:
+        """Fingerprint of the shape and of every token id."""
+        ids_NW = self.ids_NW.cpu().contiguous().numpy().astype("<i8")
+        return hashlib.sha256(f"{tuple(ids_NW.shape)}\0".encode() + ids_NW.tobytes()).hexdigest()
 
     def to_tensors(self) -> TensorDict:
         return {"ids": self.ids_NW}
@@ -217,6 +224,7 @@ class Plan:
 
 
 Metrics = dict[str, float]  # by contract name, for example "perplexity/pydocs"
+ProtocolRecord = dict[str, Any]  # how a result was measured, JSON types only
 
 
 @dataclass(frozen=True)
@@ -225,7 +233,8 @@ class Evaluation:
 
     Attributes:
         metrics: numbers by contract name; metrics.json, tables and trackers.
-        details: whatever else is worth keeping (protocol, lists, matrices), JSON types only; details.json, where there are any.
+        details: whatever else is worth keeping (lists, matrices; "protocols", a `ProtocolRecord` by corpus or task), JSON types
+            only; details.json, where there are any.
     """
 
     metrics: Metrics

@@ -37,7 +37,7 @@ def write_texts(folder: Path) -> list[str]:
         "calibration=text_files", f"calibration.corpus.paths=[{folder / 'train.txt'}]",
         "calibration.num_samples=6", "calibration.sequence_length=32", "calibration.batch_size=4",
         "evaluation/corpora=[text_files]", f"evaluation.corpora.text_files.paths=[{folder / 'test.txt'}]",
-        "evaluation.perplexity.window=32", "evaluation.efficiency.window=32", "evaluation.fidelity.window=32",
+        "evaluation.zero_shot=null", "evaluation.perplexity.window=32", "evaluation.efficiency.window=32", "evaluation.fidelity.window=32",
         "evaluation.throughput.prompt_length=16", "evaluation.throughput.new_tokens=2", "evaluation.throughput.repeats=1",
         "evaluation.throughput.batch_size=1", "evaluation.truth.num_groups=4", "evaluation.truth.sample_size=4",
     ]  # fmt: skip

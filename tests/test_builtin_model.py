@@ -12,9 +12,13 @@ SMALLER = ["calibration.num_samples=64", "evaluation/corpora=[pydocs]", "evaluat
 
 
 @pytest.fixture(scope="module")
-def perplexity(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("builtin")
+
+
+@pytest.fixture(scope="module")
+def perplexity(folder: Path) -> dict[str, float]:
     """Held-out perplexity: dense, and pruned at 25 % by each criterion."""
-    folder: Path = tmp_path_factory.mktemp("builtin")
     found = {}
     for score in ("heapr", "fisher", "heapr_sum", "magnitude", "random"):
         metrics = run_in(folder, f"score={score}", "pruning.ratio=0.25", *SMALLER).metrics
@@ -40,3 +44,11 @@ def test_heapr_beats_the_controls_by_a_wide_margin(perplexity: dict[str, float])
 
 def test_the_joint_moment_is_no_worse_than_the_product_of_moments(perplexity: dict[str, float]) -> None:
     assert perplexity["fisher"] <= perplexity["heapr_sum"] * 1.02
+
+
+def test_accuracy_is_above_chance_and_falls_with_pruning(folder: Path) -> None:
+    """Which of four continuations is the docstring's own: chance is 25 %."""
+    metrics = run_in(folder, "pruning.ratio=0.6", "calibration.num_samples=64", "evaluation.perplexity=null").metrics
+    dense, pruned = (metrics[variant]["accuracy/pydocs_continuation"] for variant in ("dense", "pruned"))
+    assert dense > 0.25 + 6 * metrics["dense"]["accuracy_stderr/pydocs_continuation"]
+    assert 0.25 < pruned < dense - 0.02

@@ -37,12 +37,28 @@ def test_every_evaluation_corpus_builds(corpus: str, tmp_path: Path) -> None:
     evaluators = build_evaluators(compose_experiment(f"evaluation/corpora=[{corpus}]", *overrides).evaluation, CPU)
     assert [evaluator.name for evaluator in evaluators] == [
         f"perplexity/{corpus}",
+        "accuracy/pydocs_continuation",
         "efficiency",
         "routing",
         f"fidelity/{corpus}",
         "throughput",
         "truth",
     ]
+
+
+def test_the_papers_evaluation_is_its_corpora_its_tasks_and_its_window() -> None:
+    config = compose_experiment("evaluation=paper")
+    tasks = ["openbookqa", "arc_easy", "winogrande", "hellaswag", "arc_challenge", "piqa", "mathqa"]
+    names = [evaluator.name for evaluator in build_evaluators(config.evaluation, CPU)]
+    assert names == ["perplexity/wikitext2", "perplexity/ptb", *(f"accuracy/{task}" for task in tasks), "efficiency"]
+    assert config.evaluation["perplexity"]["window"] == 2048
+
+
+@pytest.mark.parametrize("corpus", ["wikitext2", "c4"])
+def test_the_papers_calibration_protocol(corpus: str) -> None:
+    calibration = compose_experiment(f"calibration={corpus}").calibration
+    assert (calibration.num_samples, calibration.sequence_length, calibration.seed) == (128, 2048, 0)
+    assert calibration.corpus["split"] == "train"
 
 
 def test_every_group_has_a_package_folder_and_a_test_folder_of_its_name() -> None:

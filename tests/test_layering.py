@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "heapr"
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "files": set(),
+    "hub": set(),
     "measure": set(),
     "progress": set(),
     "report": set(),
@@ -21,10 +22,12 @@ ALLOWED: dict[str, set[str]] = {
     "tracking": {"errors", "schema"},
     "store": {"errors", "files", "measure"},
     "score": {"errors", "types"},
-    "model": {"errors", "files", "types"},
-    "calibration": {"errors", "model", "types"},
+    "model": {"errors", "files", "hub", "types"},
+    "calibration": {"errors", "files", "hub", "model", "types"},
     "pruning": {"errors", "model", "types"},
-    "evaluation": {"errors", "measure", "progress", "schema", "types", "score", "model", "calibration", "pruning"},
+    "evaluation": {
+        "errors", "files", "hub", "measure", "progress", "schema", "types", "score", "model", "calibration", "pruning",
+    },
     "recipes": {"schema", "store", "calibration", "evaluation"},
     "experiment": {"errors", "types", "schema", "store", "recipes", "score", "model", "calibration", "pruning", "evaluation"},
     "pipeline": {
@@ -32,6 +35,7 @@ ALLOWED: dict[str, set[str]] = {
         "pruning", "evaluation",
     },
     "main": {"errors", "schema", "pipeline", "report"},
+    "prefetch": {"errors", "hub", "schema", "main", "model", "calibration", "evaluation"},
 }  # fmt: skip
 
 
@@ -41,14 +45,14 @@ def part_of(path: Path) -> str:
 
 def imports_of(path: Path) -> set[str]:
     """Full names of what a file imports: `from heapr import store` is `heapr.store`."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-    return names
+    return {name for node in ast.walk(ast.parse(path.read_text())) for name in imported_names(node)}
+
+
+def imported_names(node: ast.AST) -> set[str]:
+    if isinstance(node, ast.ImportFrom):
+        assert node.level == 0, "relative import"
+        return {f"{node.module}.{alias.name}" for alias in node.names}
+    return {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
 
 
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -92,6 +96,12 @@ def test_the_schema_is_light_and_only_the_top_knows_hydra() -> None:
     for path in FILES:
         if any(name.split(".")[0] in {"hydra", "omegaconf"} for name in imports_of(path)):
             assert part_of(path) in {"schema", "main"}, path
+
+
+def test_slow_libraries_are_imported_where_they_are_needed() -> None:
+    for path in FILES:
+        names = {name.split(".")[0] for node in ast.parse(path.read_text()).body for name in imported_names(node)}
+        assert not names & {"lm_eval", "datasets", "pyarrow", "wandb"}, path
 
 
 def test_no_family_is_named_outside_the_model_folder() -> None:

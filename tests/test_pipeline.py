@@ -19,6 +19,7 @@ from heapr.model.load import ModelSource, find_model
 from heapr.pipeline import Summary
 from heapr.pruning.surgery import mask
 from heapr.types import Plan, Scores, Statistics
+from tests.evaluation.test_zero_shot import ITEMS, write_task
 from tests.experiment import cached_stages, compose_experiment, run_in, write_model, write_texts
 from tests.tiny import tiny_qwen3_moe
 
@@ -54,8 +55,11 @@ def test_artifacts_follow_the_contract(experiment: Experiment) -> None:
     assert Scores.from_tensors(scores).layers[0][~plan.layers[0]].max() <= Scores.from_tensors(scores).layers[0][plan.layers[0]].max()
 
     written = json.loads((experiment.folder / "run" / "summary.json").read_text())
-    assert written.keys() == {"metrics", "stages", "config"}
+    assert written.keys() == {"metrics", "protocols", "stages", "config"}
     assert written["metrics"] == summary.metrics
+    assert all(isinstance(value, int | float) for values in written["metrics"].values() for value in values.values())
+    assert written["protocols"]["dense"] == written["protocols"]["pruned"]
+    assert written["protocols"]["dense"]["text_files"]["window"] == 32
     assert all({"stage", "key", "path", "cached", "seconds", "peak_memory_bytes"} <= stage.keys() for stage in written["stages"])
     assert written["config"]["pruning"] == {
         "ratio": 0.25,
@@ -67,6 +71,7 @@ def test_artifacts_follow_the_contract(experiment: Experiment) -> None:
     assert written["metrics"]["size"]["atomic_experts_removed_ratio"] == 0.25
     assert written["metrics"]["size"]["parameters_removed_ratio"] == pytest.approx(16 * 3 * 16 / written["metrics"]["dense"]["parameters"])
     lines = (experiment.folder / "run" / "tracking.jsonl").read_text().splitlines()
+    assert all(isinstance(value, int | float) for value in json.loads(lines[-1]).values())
     assert json.loads(lines[-1])["pruned/perplexity/text_files"] == summary.metrics["pruned"]["perplexity/text_files"]
 
 
@@ -275,6 +280,22 @@ def test_two_user_texts_are_measured_under_their_names(experiment: Experiment) -
     assert metrics["perplexity/second"] != metrics["perplexity/text_files"]
 
 
+def test_another_task_or_corpus_recomputes_nothing(experiment: Experiment) -> None:
+    tasks = write_task(experiment.folder / "tasks")
+    write_task(tasks, name="more", items=ITEMS[:5])
+    (experiment.folder / "ptb.txt").write_text(" a sentence of the treebank \n" * 20)
+    zero_shot = f"evaluation.zero_shot={{_target_:heapr.evaluation.zero_shot.ZeroShot,include_path:{tasks},tasks:["
+    first = experiment(zero_shot + "sums]}")
+    ptb = f"{{_target_:heapr.calibration.corpora_published.PennTreebank,split:test,path:{experiment.folder}/ptb.txt}}"
+    second = experiment(zero_shot + "sums,more]}", f"+evaluation.corpora.ptb={ptb}")
+    made = [stage["what"] for stage in second.stages if not stage["cached"]]
+    assert made == [f"{name} {variant}" for variant in ("dense", "pruned") for name in ("perplexity/ptb", "accuracy/more")]
+    accuracy = second.metrics["dense"]
+    assert first.metrics["dense"]["accuracy/average"] == accuracy["accuracy/sums"]
+    assert accuracy["accuracy/average"] == pytest.approx((accuracy["accuracy/sums"] + accuracy["accuracy/more"]) / 2)
+
+
+ZERO_SHOT, PUBLISHED = "_target_:heapr.evaluation.zero_shot.ZeroShot", "_target_:heapr.calibration.corpora_published"
 BAD_INPUT = [
     (["pruning.ratio=1"], r"pruning.ratio=1.0 is not in \[0, 1\)"),
     (["pruning.ratio=-0.1"], r"not in \[0, 1\)"),
@@ -328,6 +349,14 @@ BAD_INPUT = [
     (["calibration.corpus.paths={folder}/train.txt"], "calibration.corpus.paths=.* has the wrong type"),
     (["+evaluation.x={{_target_:heapr.calibration.corpora.PyDocs,split:all}}"], "is neither an evaluator nor a comparison"),
     (["+evaluation.x={{_target_:heapr.evaluation.perplexity.Perplexity,window:16,batch_size:4}}"], "measures 'perplexity/text_files' 2"),
+    ([f"evaluation.zero_shot={{{{{ZERO_SHOT},tasks:[piqa]}}}}"], "data of zero-shot task 'piqa' are not here"),
+    ([f"evaluation.zero_shot={{{{{ZERO_SHOT},tasks:[]}}}}"], "evaluation.zero_shot.tasks=.* is not a list of"),
+    ([f"evaluation.zero_shot={{{{{ZERO_SHOT},tasks:[a],limits:1}}}}"], "did you mean evaluation.zero_shot.limit"),
+    ([f"+evaluation.corpora.w={{{{{PUBLISHED}.WikiText2,split:test}}}}"], "'wikitext2': .* the hub cannot be"),
+    ([f"+evaluation.corpora.w={{{{{PUBLISHED}.C4,split:tset}}}}"], "c4 has no split 'tset'; choose one of"),
+    ([f"+evaluation.corpora.w={{{{{PUBLISHED}.PennTreebank,split:test}}}}"], "'ptb': .* the hub cannot be"),
+    ([f"+evaluation.corpora.w={{{{{PUBLISHED}.C4,split:train,path:{{folder}}/empty.txt}}}}"], "holds no text"),
+    ([f"+evaluation.corpora.w={{{{{PUBLISHED}.C4,split:train,path:{{folder}}/short.txt}}}}"], "has 3 tokens, less"),
     (["pruning.ratio=0.99"], "fewer experts than the 2 that every token is routed to"),
     (["model.path={folder}/no_tokenizer"], "has no tokenizer"),
     (["model.path={folder}/truncated"], "model.safetensors is damaged or not complete"),

@@ -1,7 +1,7 @@
 """Corpora: ordered documents of real text, each with an identity that enters the artifact key.
 
 In: where the text lives. Out: a list of documents. Train and held-out parts are split by document hash, so the text that
-is calibrated on never appears in the text that is evaluated on.
+is calibrated on never appears in the text that is evaluated on. The paper's corpora: corpora_published.py.
 """
 
 from __future__ import annotations
@@ -31,7 +31,11 @@ class Corpus(Protocol):
     split: str
 
     def documents(self) -> list[str]:
-        """The documents of the split, in a fixed order, without duplicates."""
+        """The documents of the split, in a fixed order.
+
+        Text that is collected here (docstrings, your own files) comes without blank and repeated documents; published corpora come
+        row by row as they were published (corpora_published.py), because published figures were measured so.
+        """
         ...
 
     def identity(self) -> dict[str, str]:
@@ -126,16 +130,23 @@ class TextFiles:
 
     def _json_lines(self, path: Path, text: str) -> Iterator[str]:
         for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would cut at separators inside JSON strings
-            if not line.strip():
-                continue
-            try:
-                document = json.loads(line)[self._text_field]
-            except (json.JSONDecodeError, KeyError, TypeError):
-                document = None
-            if not isinstance(document, str):
-                wanted = f"a JSON object with text in the field '{self._text_field}'"
-                raise ConfigError(f"line {number} of '{path}' is not {wanted}; mend the line or set text_field")
-            yield document
+            if line.strip():
+                yield parse_json_line(line, self._text_field, f"line {number} of '{path}'")
+
+
+def parse_json_line(line: str, field: str, where: str) -> str:
+    """The text in one field of a line of JSON.
+
+    Raises:
+        ConfigError: the line is no such thing.
+    """
+    try:
+        document = json.loads(line)[field]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        document = None
+    if not isinstance(document, str):
+        raise ConfigError(f"{where} is not a JSON object with text in the field '{field}'; mend the line or name another field or file")
+    return document
 
 
 def select_split(documents: Sequence[str], split: str) -> list[str]:

@@ -26,6 +26,11 @@ def tokenize(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
 
 
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Tokens that the tokenizer puts around a text by itself; once around the whole corpus, not around each window."""
+    return [str(token) for token in tokenizer.convert_ids_to_tokens(tokenizer("")["input_ids"])]
+
+
 def windows(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, *, length: int) -> TokenWindows:
     """Non-overlapping windows of the corpus in order; the remainder is dropped.
 

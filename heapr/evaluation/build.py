@@ -15,7 +15,7 @@ from heapr.schema import build, plug_in
 
 
 def build_evaluators(evaluation: Mapping[str, Any], device: torch.device) -> list[Evaluator | Comparison]:
-    """Every entry but `corpora` is an evaluator; one that takes a corpus is built once for each.
+    """Every entry but `corpora` is an evaluator; one that takes a corpus or a task is built once for each.
 
     Args:
         evaluation: the group's configuration.
@@ -32,8 +32,13 @@ def build_evaluators(evaluation: Mapping[str, Any], device: torch.device) -> lis
         where = f"evaluation.{name}"
         parameters = inspect.signature(plug_in(entry, where)).parameters
         injected = {"device": device} if "device" in parameters else {}
-        injections = [{**injected, "corpus": corpus} for corpus in corpora] if "corpus" in parameters else [injected]
-        built = [build(entry, where, **arguments) for arguments in injections]
+        if "corpus" in parameters:
+            built = [build(entry, where, corpus=corpus, **injected) for corpus in corpora]
+        elif "task" in parameters:
+            shared = {key: value for key, value in entry.items() if key != "tasks"}
+            built = [build(shared, where, task=task, **injected) for task in _tasks(entry, where)]
+        else:
+            built = [build(entry, where, **injected)]
         if not all(isinstance(evaluator, Evaluator | Comparison) for evaluator in built):
             raise ConfigError(f"{where}._target_='{entry['_target_']}' is neither an evaluator nor a comparison; see docs/adding.md")
         evaluators += built
@@ -43,3 +48,10 @@ def build_evaluators(evaluation: Mapping[str, Any], device: torch.device) -> lis
                 f"evaluation measures '{name}' {number} times; one would overwrite the other, keep one or give a corpus another name"
             )
     return evaluators
+
+
+def _tasks(entry: Mapping[str, Any], where: str) -> list[str]:
+    tasks = entry.get("tasks")
+    if not isinstance(tasks, list) or not tasks or not all(isinstance(task, str) for task in tasks):
+        raise ConfigError(f"{where}.tasks={tasks} is not a list of names; give one or more, for example {where}.tasks=[piqa,arc_easy]")
+    return tasks

@@ -1,8 +1,8 @@
 """What an evaluator is: models in, metrics out. Each one's result is an artifact of its own.
 
 An `Evaluator` measures one model and is called on the dense and on the pruned one; a `Comparison` looks at both, or at what
-the stages found. Those with a `corpus` argument are built once for every corpus of `evaluation.corpora`; one with a
-`device` argument is told where the models are.
+the stages found. Those with a `corpus` argument are built once for every corpus of `evaluation.corpora`, those with a `task`
+argument once for each of their `tasks`; one with a `device` argument is told where the models are.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ class Evaluator(Protocol):
         ...
 
     def __call__(self, model: MoEModel, statistics: Statistics) -> Evaluation:
-        """Metrics by contract name, and details; `statistics` are the dense model's."""
+        """Metrics by contract name, and details, of which "protocols" says by corpus or task how they were measured.
+
+        `statistics` are the dense model's.
+        """
         ...
 
 

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import socket
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from urllib.parse import urlparse
 
 import huggingface_hub
 import torch
@@ -27,13 +24,13 @@ from transformers.utils import logging as transformers_logging
 
 from heapr.errors import ConfigError
 from heapr.files import hash_file, hash_file_once
+from heapr.hub import hub_is_reachable
 from heapr.model import deepseek_moe
 from heapr.model.checkpoint import register_ragged
 from heapr.model.moe import MoEModel, experts_per_token, find_moe_layers
 
 BUILTIN_PREFIX = "builtin:"
 BUILTIN_FOLDER = Path(__file__).parent / "builtin"
-HUB_TIMEOUT_SECONDS = 3.0
 DESCRIPTION_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 WEIGHT_FILES = ["*.safetensors"]
 MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
@@ -79,6 +76,13 @@ class ModelSource:
         """Most tokens in a sequence, where the configuration names a limit."""
         return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether every file of weights is in the folder."""
+        index = self.folder / "model.safetensors.index.json"
+        names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+        return all((self.folder / name).is_file() for name in names)
+
     def load(self, device: torch.device, device_map: str | None = None) -> MoEModel:
         """Load the weights; of a hub model, download them first.
 
@@ -89,12 +93,20 @@ class ModelSource:
         Raises:
             ConfigError: weights are missing, damaged, too large, or do not fit the configuration.
         """
-        if "hub" in self.identity:
-            _download(self.identity["hub"], self.identity["commit"], DESCRIPTION_FILES + WEIGHT_FILES)
-            check_weight_files(self.folder)
+        self.fetch()
         model = MoEModel(self._load_weights(device if device_map is None else device_map))
         model.check_head()
         return model
+
+    def fetch(self) -> None:
+        """Download the weights of a hub model; a local one has them.
+
+        Raises:
+            ConfigError: they cannot be downloaded, or are damaged.
+        """
+        if "hub" in self.identity:
+            _download(self.identity["hub"], self.identity["commit"], DESCRIPTION_FILES + WEIGHT_FILES)
+            check_weight_files(self.folder)
 
     def _load_weights(self, placement: torch.device | str) -> PreTrainedModel:
         try:
@@ -213,7 +225,7 @@ def _builtin(name: str) -> Path:
 
 def _download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
     """Folder of a hub model with the wanted files: the hub is asked if it can be reached, else the local cache."""
-    online = _hub_is_reachable()
+    online = hub_is_reachable()
     try:
         folder = huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=patterns, local_files_only=not online)
     except LocalEntryNotFoundError:
@@ -224,20 +236,6 @@ def _download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise ConfigError(f"model.path='{hub_id}' cannot be downloaded: {_first_line(error)}") from error
     return Path(folder)
-
-
-def _hub_is_reachable() -> bool:
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return False
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return True  # only the proxy can tell
-    endpoint = urlparse(huggingface_hub.constants.ENDPOINT)
-    try:
-        port = endpoint.port or (443 if endpoint.scheme == "https" else 80)
-        socket.create_connection((endpoint.hostname or "", port), timeout=HUB_TIMEOUT_SECONDS).close()
-    except OSError:
-        return False
-    return True
 
 
 def _read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:

@@ -57,6 +57,10 @@ def _add_models(table: Table, dense: Mapping[str, float], pruned: Mapping[str, f
     for name in dense:
         if name.startswith("perplexity/"):
             table.add_row(name, f"{dense[name]:.2f}", f"{pruned[name]:.2f}", f"{pruned[name] / dense[name] - 1:+.1%}")
+    accuracies = [name for name in dense if name.startswith("accuracy/")]
+    for name in accuracies:
+        if name != "accuracy/average" or len(accuracies) > 2:  # of one task it is that task's
+            table.add_row(name, f"{dense[name]:.1%}", f"{pruned[name]:.1%}", f"{100 * (pruned[name] - dense[name]):+.1f} points")
     for name, (ratio, form) in SIZE_ROWS.items():
         if name in dense:
             table.add_row(name, form.format(dense[name]), form.format(pruned[name]), f"{-size[ratio]:+.1%}")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from heapr.calibration.corpora import TextFiles
 from heapr.errors import ConfigError
@@ -14,17 +18,18 @@ from heapr.evaluation.perplexity import Perplexity
 from heapr.model import moe
 from heapr.model.moe import MoEModel
 from heapr.types import Statistics
-from tests.tiny import byte_tokenizer
+from tests.tiny import byte_tokenizer, tiny_qwen3_moe
 
 TEXT = "The quick brown fox jumps over the lazy dog; " * 3
 EMPTY = Statistics(layers={}, num_tokens=0, num_predicted_tokens=0, loss_sum=0.0)
 
 
-def measure(model: MoEModel, folder: Path, batch_size: int) -> dict[str, float]:
+def measure(model: MoEModel, folder: Path, batch_size: int) -> dict[str, Any]:
     (folder / "text.txt").write_text(TEXT)
     evaluator = Perplexity(TextFiles([str(folder / "text.txt")], split="all"), window=16, batch_size=batch_size)
     evaluator.prepare(byte_tokenizer())
-    return evaluator(model, EMPTY).metrics
+    found = evaluator(model, EMPTY)
+    return {**found.metrics, **found.details["protocols"]}
 
 
 def test_equals_a_token_by_token_reference(model: MoEModel, tmp_path: Path) -> None:
@@ -58,6 +63,48 @@ def test_not_a_number_is_refused_not_cached(model: MoEModel, tmp_path: Path) -> 
         model.model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="perplexity/text_files: the loss is NaN or infinite in batch 0"):
         measure(model, tmp_path, batch_size=4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 100])
+def test_never_holds_more_logits_than_the_chunk(model: MoEModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int) -> None:
+    monkeypatch.setattr(moe, "LOGITS_CHUNK", 257 * 7)
+    sizes: list[int] = []
+    model.model.lm_head.register_forward_hook(lambda head, inputs, logits: sizes.append(logits.numel()))
+    measure(model, tmp_path, batch_size)
+    assert max(sizes) == 257 * 7
+
+
+def test_losses_of_a_bfloat16_model_are_summed_in_float32(tmp_path: Path) -> None:
+    model = MoEModel(tiny_qwen3_moe().bfloat16())
+    ids = torch.tensor(byte_tokenizer()(TEXT)["input_ids"])
+    ids_NW = ids[: len(ids) // 16 * 16].view(-1, 16)
+    with torch.no_grad():
+        logits = model.model(input_ids=ids_NW, use_cache=False).logits[:, :-1].double()
+    expected = math.exp(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids_NW[:, 1:].flatten()).item())
+    assert measure(model, tmp_path, batch_size=100)["perplexity/text_files"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_protocol_is_recorded(model: MoEModel, tmp_path: Path) -> None:
+    metrics = measure(model, tmp_path, batch_size=4)
+    ids = byte_tokenizer()(TEXT)["input_ids"]
+    num_windows = len(ids) // 16
+    tokens = struct.pack(f"<{16 * num_windows}q", *ids[: 16 * num_windows])
+    record = metrics["protocol/text_files"]
+    assert record == {
+        "corpus": record["corpus"], "split": "all", "joiner": "\n\n", "window": 16, "stride": 16, "special_tokens": [],
+        "num_tokens": 16 * num_windows, "num_predicted_tokens": 15 * num_windows,
+        "tokens_sha256": hashlib.sha256(f"({num_windows}, 16)\0".encode() + tokens).hexdigest(),
+    }  # fmt: skip
+    assert record["corpus"]["corpus"] == "text_files" and len(record["corpus"]["sha256"]) == 64
+
+
+def test_tokens_that_the_tokenizer_adds_are_recorded(model: MoEModel, tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    (tmp_path / "text.txt").write_text(TEXT)
+    evaluator = Perplexity(TextFiles([str(tmp_path / "text.txt")], split="all"), window=16, batch_size=4)
+    evaluator.prepare(tokenizer)
+    assert evaluator(model, EMPTY)["protocol/text_files"]["special_tokens"] == ["<|endoftext|>"]
 
 
 @pytest.mark.parametrize(("window", "batch_size"), [(1, 4), (16, 0)])

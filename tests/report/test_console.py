@@ -15,8 +15,14 @@ def stage(name: str, **values: object) -> dict[str, object]:
 
 SUMMARY = {
     "metrics": {
-        "dense": {"perplexity/pydocs": 20.0, "parameters": 2000.0, "flops_per_token": 10.0},
-        "pruned": {"perplexity/pydocs": 21.0, "parameters": 1500.0, "flops_per_token": 9.0},
+        "dense": {
+            "perplexity/pydocs": 20.0,
+            "accuracy/piqa": 0.75,
+            "accuracy/average": 0.75,
+            "parameters": 2000.0,
+            "flops_per_token": 10.0,
+        },
+        "pruned": {"perplexity/pydocs": 21.0, "accuracy/piqa": 0.7, "accuracy/average": 0.7, "parameters": 1500.0, "flops_per_token": 9.0},
         "size": {"parameters_removed_ratio": 0.25, "flops_removed_ratio": 0.1, "atomic_experts_removed_ratio": 0.3},
         "comparison": {
             "kl_to_dense/pydocs": 0.0312,
@@ -41,6 +47,10 @@ def test_table_holds_metrics_change_seconds_memory_and_places() -> None:
         "20.00",
         "21.00",
         "+5.0%",
+        "accuracy/piqa",
+        "75.0%",
+        "70.0%",
+        "-5.0 points",
         "2,000",
         "1,500",
         "-25.0%",
@@ -58,6 +68,15 @@ def test_table_holds_metrics_change_seconds_memory_and_places() -> None:
         "+10.0%",
     ):
         assert expected in text
+    assert "average" not in text  # of one task
+
+
+def test_the_average_of_several_tasks_is_shown() -> None:
+    console = Console(width=120, record=True, file=io.StringIO())
+    metrics = {"accuracy/a": 0.5, "accuracy/b": 0.7, "accuracy/average": 0.6}
+    summary = {**SUMMARY, "metrics": {"dense": metrics, "pruned": metrics, "size": {}}}
+    print_summary(summary, "outputs/runs/now", console)
+    assert "accuracy/average" in console.export_text()
 
 
 def test_names_and_keys_are_whole_on_a_narrow_terminal() -> None:

@@ -1,0 +1,140 @@
+"""Zero-shot accuracy on one task, through lm-eval.
+
+In: a model and the name of a task. Out: `accuracy/<task>`, `accuracy_norm/<task>`, their standard errors as
+`accuracy_stderr/<task>` and `accuracy_norm_stderr/<task>`, any other metric of the task as `<metric>/<task>`, and how exactly
+it was measured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import tempfile
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from heapr.errors import ConfigError
+from heapr.evaluation import zero_shot_local
+from heapr.evaluation.zero_shot_engine import LoadedTask, evaluate_task, load_task
+from heapr.files import hash_file
+from heapr.model.moe import MoEModel
+from heapr.schema import at_least
+from heapr.types import Evaluation, Metrics, Statistics
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "accuracy/"
+
+
+class ZeroShot:
+    """One task of lm-eval, one of your own, or the one that is made here (zero_shot_local.py).
+
+    Args:
+        task: name of a task, group or tag.
+        num_fewshot: examples before each question, at least 0; none leaves it to the task: 0 for the paper's.
+        limit: only the first questions of each task, at least 1; none takes all.
+        batch_size: requests per pass, at least 1, or "auto": the largest that fits a GPU; does not change the result.
+        include_path: folder with tasks of your own: lm-eval's YAML files, and the code and data beside them.
+
+    Raises:
+        ConfigError: a number is out of range, or there is no such folder.
+    """
+
+    uses_statistics = False
+
+    def __init__(
+        self,
+        task: str,
+        *,
+        num_fewshot: int | None = None,
+        limit: int | None = None,
+        batch_size: int | str = "auto",
+        include_path: str | None = None,
+    ) -> None:
+        at_least("evaluation.zero_shot.num_fewshot", num_fewshot or 0, 0)
+        at_least("evaluation.zero_shot.limit", 1 if limit is None else limit, 1)
+        if batch_size != "auto":
+            if isinstance(batch_size, str):
+                raise ConfigError(f"evaluation.zero_shot.batch_size={batch_size} is neither auto nor a whole number; give one of them")
+            at_least("evaluation.zero_shot.batch_size", batch_size, 1)
+        self.task, self.num_fewshot, self.limit, self.batch_size = task, num_fewshot, limit, batch_size
+        self.name = f"{PREFIX}{task}"
+        self._folder = None if include_path is None else Path(include_path).expanduser()
+        if self._folder is not None and not self._folder.is_dir():
+            raise ConfigError(f"evaluation.zero_shot.include_path='{include_path}' is no folder; give one with lm-eval's YAML files")
+        self._loaded: LoadedTask | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """lm-eval's version stands for its own tasks; the content of your folder, or of the text, for those made here."""
+        what = {
+            "evaluator": "zero_shot",
+            "task": self.task,
+            "num_fewshot": self.num_fewshot,
+            "limit": self.limit,
+            "lm_eval": version("lm_eval"),
+        }
+        if self._is_local:
+            return what | zero_shot_local.identity()
+        return what if self._folder is None else what | {"include_sha256": _hash_folder(self._folder)}
+
+    def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self.fetch()
+
+    def fetch(self) -> None:
+        """Load the task and its data: from the local cache, or from the hub.
+
+        Raises:
+            ConfigError: unknown task, or its data cannot be had.
+        """
+        folder = self._folder
+        if self._is_local:
+            self._made = tempfile.TemporaryDirectory(prefix="heapr-")  # goes with this object
+            folder = Path(self._made.name)
+            zero_shot_local.write_task(folder)
+        self._loaded = load_task(self.task, folder, "" if folder is None else _hash_folder(folder))
+
+    def __call__(self, model: MoEModel, statistics: Statistics) -> Evaluation:
+        assert self._loaded is not None, "prepare() comes first"
+        return evaluate_task(
+            self._loaded, model, tokenizer=self._tokenizer, batch_size=self.batch_size, num_fewshot=self.num_fewshot, limit=self.limit
+        )
+
+    @property
+    def _is_local(self) -> bool:
+        return self.task == zero_shot_local.NAME
+
+
+def average_accuracy(evaluators: Sequence[str], metrics: Metrics) -> Metrics:
+    """`accuracy/average`: the plain mean of the tasks' `acc`, as the paper takes it, and its standard error.
+
+    Args:
+        evaluators: names of all evaluators; those of tasks begin with "accuracy/".
+        metrics: what they measured.
+
+    Returns:
+        nothing if there is no task, or one that has no accuracy.
+    """
+    tasks = [name.removeprefix(PREFIX) for name in evaluators if name.startswith(PREFIX)]
+    without = [task for task in tasks if f"accuracy/{task}" not in metrics]
+    if not tasks or without:
+        if without:
+            logger.info("%-9s no average accuracy: %s has none", "evaluate", ", ".join(without))
+        return {}
+    average = {"accuracy/average": sum(metrics[f"accuracy/{task}"] for task in tasks) / len(tasks)}
+    errors = [metrics.get(f"accuracy_stderr/{task}", math.nan) for task in tasks]
+    error = math.hypot(*errors) / len(tasks)  # of independent tasks
+    return average | ({"accuracy_stderr/average": error} if math.isfinite(error) else {})
+
+
+def _hash_folder(folder: Path) -> str:
+    """sha256 over names and contents of all files below the folder but Python's caches."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{hash_file(path)}\0".encode())
+    return digest.hexdigest()

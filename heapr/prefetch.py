@@ -1,0 +1,99 @@
+"""Fetch what an experiment needs from the hub: model, corpora and tasks, on a machine with a network, for one without.
+
+Run:  python -m heapr.prefetch <the same overrides as for run.py>
+
+In: an experiment's configuration. Out: filled caches (HF_HOME says where), one line for every item, exit code 2 if one is missing.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from heapr.errors import ConfigError
+from heapr.main import compose_experiment, one_line_errors
+from heapr.schema import ExperimentConfig, build
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "conf"
+
+
+def main(overrides: Sequence[str]) -> None:
+    """Fetch and say so; a mistake in the overrides costs one line."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logger.setLevel(logging.INFO)
+    with one_line_errors(CONFIG_FOLDER):
+        config = compose_experiment(overrides, CONFIG_FOLDER)
+        if missing := fetch_all(config):
+            raise ConfigError(f"{len(missing)} of what this experiment needs could not be fetched: {', '.join(missing)}")
+
+
+def fetch_all(config: ExperimentConfig) -> list[str]:
+    """Fetch every item that is not in a local cache yet; one line each.
+
+    Returns:
+        names of the items that could not be fetched.
+
+    Raises:
+        ConfigError: the configuration is wrong.
+    """
+    return [name for name, fetch in _items(config).items() if not _fetch(name, fetch)]
+
+
+def _items(config: ExperimentConfig) -> dict[str, Callable[[], None]]:
+    """What the experiment needs, and how each is had; text and tasks that are made here need nothing."""
+    import torch
+
+    from heapr.calibration.corpora_published import PublishedText
+    from heapr.evaluation.build import build_evaluators
+    from heapr.evaluation.perplexity import Perplexity
+    from heapr.evaluation.zero_shot import ZeroShot
+
+    evaluators = build_evaluators(config.evaluation, torch.device("cpu"))
+    corpora = [build(config.calibration.corpus, "calibration.corpus")]
+    corpora += [evaluator.corpus for evaluator in evaluators if isinstance(evaluator, Perplexity)]
+    items: dict[str, Callable[[], None]] = {f"model {config.model.path}": lambda: _fetch_model(config)}
+    items |= {f"corpus {corpus.name} ({corpus.split})": corpus.fetch for corpus in corpora if isinstance(corpus, PublishedText)}
+    return items | {f"task {evaluator.task}": evaluator.fetch for evaluator in evaluators if isinstance(evaluator, ZeroShot)}
+
+
+def _fetch_model(config: ExperimentConfig) -> None:
+    from heapr.model.load import find_model
+
+    source = find_model(
+        config.model.path, dtype=config.model.dtype, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
+    )
+    source.fetch()
+    if not source.has_weights:
+        raise ConfigError(
+            f"the weights of model.path='{config.model.path}' are not in '{source.folder}'; get them where there is a network"
+        )
+
+
+def _fetch(name: str, fetch: Callable[[], None]) -> bool:
+    """Look into the caches first, then ask the hub."""
+    from heapr.hub import hub_is_reachable, no_network
+
+    try:
+        with no_network():
+            fetch()
+        logger.info("here     %s", name)
+        return True
+    except ConfigError as error:
+        reason = str(error)
+    if hub_is_reachable():
+        try:
+            fetch()
+            logger.info("fetched  %s", name)
+            return True
+        except ConfigError as error:
+            reason = str(error)
+    logger.error("missing  %s: %s", name, reason)
+    return False
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
