@@ -63,9 +63,8 @@ def _items(config: ExperimentConfig) -> dict[str, Callable[[], None]]:
 def _fetch_model(config: ExperimentConfig) -> None:
     from heapr.model.load import find_model
 
-    source = find_model(
-        config.model.path, dtype=config.model.dtype, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
-    )
+    model = config.model
+    source = find_model(model.path, dtype=model.dtype, revision=model.revision, trust_remote_code=model.trust_remote_code)
     source.fetch()
     if not source.has_weights:
         raise ConfigError(

@@ -1,6 +1,6 @@
 """Perplexity on one corpus.
 
-In: a model and a corpus. Out: `perplexity/<corpus>`, and `protocol/<corpus>`: how exactly it was measured. Protocol
+In: a model and a corpus. Out: `perplexity/<corpus>`, and how exactly it was measured. Protocol
 (docs/method.md): documents joined by blank lines, non-overlapping windows, remainder dropped, the first token of each window
 not predicted. Losses are float32, whatever the model's dtype, and their sum float64.
 """

@@ -29,7 +29,7 @@ def measure(model: MoEModel, folder: Path, batch_size: int) -> dict[str, Any]:
     evaluator = Perplexity(TextFiles([str(folder / "text.txt")], split="all"), window=16, batch_size=batch_size)
     evaluator.prepare(byte_tokenizer())
     found = evaluator(model, EMPTY)
-    return {**found.metrics, **found.details["protocols"]}
+    return {**found.metrics, **{f"protocol/{name}": record for name, record in found.details["protocols"].items()}}
 
 
 def test_equals_a_token_by_token_reference(model: MoEModel, tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_tokens_that_the_tokenizer_adds_are_recorded(model: MoEModel, tmp_path: 
     (tmp_path / "text.txt").write_text(TEXT)
     evaluator = Perplexity(TextFiles([str(tmp_path / "text.txt")], split="all"), window=16, batch_size=4)
     evaluator.prepare(tokenizer)
-    assert evaluator(model, EMPTY)["protocol/text_files"]["special_tokens"] == ["<|endoftext|>"]
+    assert evaluator(model, EMPTY).details["protocols"]["text_files"]["special_tokens"] == ["<|endoftext|>"]
 
 
 @pytest.mark.parametrize(("window", "batch_size"), [(1, 4), (16, 0)])

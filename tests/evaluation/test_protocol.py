@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from heapr.evaluation.protocol import compare_summaries, protocol_differences, split_protocols
+from heapr.evaluation.protocol import compare_summaries, protocol_differences
 
 RECORD = {"corpus": {"corpus": "wikitext2", "commit": "abc"}, "window": 2048, "joiner": "\n\n"}
-
-
-def test_metrics_and_protocols_are_told_apart() -> None:
-    measured = {"perplexity/x": 3.0, "num_tokens/x": 7, "protocol/x": RECORD}
-    assert split_protocols(measured) == ({"perplexity/x": 3.0, "num_tokens/x": 7}, {"x": RECORD})
 
 
 def test_equal_protocols_do_not_differ_and_what_one_alone_measured_is_no_difference() -> None:

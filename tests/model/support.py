@@ -27,10 +27,10 @@ DECORATOR = re.compile(r"^@use_experts_implementation(\([^)]*\))?\nclass ", re.M
 HEADER = f"""# Models
 Every family of transformers {transformers.__version__} whose experts go through its experts interface (`use_experts_implementation`),
 Llama-4, and DeepSeekMoE, which heapr brings itself. Supported means: tests/model/test_families.py runs its whole contract on a tiny
-model of the family: capturing leaves logits unchanged, the heapr score equals a slow oracle, pruned equals masked, all forms of checkpoint load with
-bit-equal logits (`ragged` where heapr is not installed), generation with the cache equals generation without, a training step.
-`uniform` is the checkpoint form for stock classes: where shared experts take their width from the same field, their number is raised
-so that their width stays; a width that does not divide it is refused.
+model of the family: capturing leaves logits unchanged, the heapr score equals a slow oracle, pruned equals masked, all forms of
+checkpoint load with bit-equal logits (`ragged` where heapr is not installed), generation with the cache equals generation without, a
+training step. `uniform` is the checkpoint form for stock classes: where shared experts take their width from the same field, their
+number is raised so that their width stays; a width that does not divide it is refused.
 
 Written by `python -m tests.model.support`.
 
