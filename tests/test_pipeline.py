@@ -289,7 +289,8 @@ def test_another_task_or_corpus_recomputes_nothing(experiment: Experiment) -> No
     ptb = f"{{_target_:heapr.calibration.corpora_published.PennTreebank,split:test,path:{experiment.folder}/ptb.txt}}"
     second = experiment(zero_shot + "sums,more]}", f"+evaluation.corpora.ptb={ptb}")
     made = [stage["what"] for stage in second.stages if not stage["cached"]]
-    assert made == [f"{name} {variant}" for variant in ("dense", "pruned") for name in ("perplexity/ptb", "accuracy/more")]
+    new = [f"{name} {variant}" for variant in ("dense", "pruned") for name in ("perplexity/ptb", "accuracy/more")]
+    assert made == [*new, "fidelity/ptb"]
     accuracy = second.metrics["dense"]
     assert first.metrics["dense"]["accuracy/average"] == accuracy["accuracy/sums"]
     assert accuracy["accuracy/average"] == pytest.approx((accuracy["accuracy/sums"] + accuracy["accuracy/more"]) / 2)

@@ -74,7 +74,7 @@ def test_table_holds_metrics_change_seconds_memory_and_places() -> None:
 def test_the_average_of_several_tasks_is_shown() -> None:
     console = Console(width=120, record=True, file=io.StringIO())
     metrics = {"accuracy/a": 0.5, "accuracy/b": 0.7, "accuracy/average": 0.6}
-    summary = {**SUMMARY, "metrics": {"dense": metrics, "pruned": metrics, "size": {}}}
+    summary = {**SUMMARY, "metrics": {"dense": metrics, "pruned": metrics, "size": {}, "comparison": {}}}
     print_summary(summary, "outputs/runs/now", console)
     assert "accuracy/average" in console.export_text()
 
