@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,9 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Q
 
 import heapr
 from heapr.errors import ConfigError
+from heapr.evaluation.zero_shot import ZeroShot
+from heapr.model.moe import MoEModel
 from heapr.pipeline import Summary
+from tests.evaluation.test_zero_shot import write_task
 from tests.experiment import cached_stages, run_in, write_model, write_texts
-from tests.tiny import byte_tokenizer, tiny_ids, tiny_model
+from tests.tiny import byte_tokenizer, statistics_of, tiny_ids, tiny_model
 
 IDS_NW = tiny_ids(2, 12)
 NO_TIMING = ["evaluation.throughput=null", "evaluation.truth=null", "evaluation.fidelity=null"]
@@ -197,3 +203,29 @@ def test_checkpoints_that_are_damaged_are_refused_in_one_line(run: Run) -> None:
         heapr.load_pruned(folder)
     with pytest.raises(ConfigError, match="no such folder"):
         heapr.load_pruned(folder.parent / "nothing")
+
+
+LM_EVAL_WITHOUT_HEAPR = """
+import sys
+sys.modules["heapr"] = None  # importing it fails
+from lm_eval.__main__ import cli_evaluate
+cli_evaluate()
+"""
+
+
+def test_lm_eval_runs_a_ragged_checkpoint_without_heapr(run: Run, tmp_path: Path) -> None:
+    folder = artifact(run("pruning.ratio=0.4")) / "checkpoint"
+    tasks = write_task(tmp_path / "tasks")
+    arguments = [
+        "--model", "hf", "--model_args", f"pretrained={folder},trust_remote_code=True,dtype=float32", "--tasks", "sums",
+        "--include_path", str(tasks), "--device", "cpu", "--output_path", str(tmp_path / "out"),
+    ]  # fmt: skip
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", LM_EVAL_WITHOUT_HEAPR, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    found = json.loads(next((tmp_path / "out").rglob("results_*.json")).read_text())["results"]["sums"]["acc,none"]
+    evaluator = ZeroShot("sums", include_path=str(tasks))
+    evaluator.prepare(byte_tokenizer())
+    model = MoEModel(heapr.load_pruned(folder))
+    assert evaluator(model, statistics_of({})).metrics["accuracy/sums"] == pytest.approx(found)
