@@ -5,3 +5,7 @@ from __future__ import annotations
 
 class ConfigError(ValueError):
     """A user's mistake. The message says what was given, why it cannot be, and what to do."""
+
+
+class NotHereError(ConfigError):
+    """What was asked for is not on this machine, though it may be on another: text, or a device."""

@@ -16,7 +16,7 @@ import torch
 
 from heapr.calibration.corpora import Corpus
 from heapr.calibration.sampling import sample, windows
-from heapr.errors import ConfigError
+from heapr.errors import ConfigError, NotHereError
 from heapr.evaluation.build import build_evaluators
 from heapr.evaluation.evaluator import Comparison, Evaluator
 from heapr.model.load import ModelSource, find_model
@@ -29,6 +29,8 @@ from heapr.store import Store
 from heapr.types import TokenWindows
 
 logger = logging.getLogger(__name__)
+
+CHECKPOINT, CARD = "checkpoint", "README.md"  # folder of the prune artifact, and the file written last in it
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def prepare(config: ExperimentConfig) -> Experiment:
     """
     corpus: Corpus = build(config.calibration.corpus, "calibration.corpus")
     criterion: Criterion = build(config.score, "score")
-    device = _device(config.runtime.device)
+    device = find_device(config.runtime.device)
     if config.runtime.num_threads is not None:
         torch.set_num_threads(config.runtime.num_threads)
     built = build_evaluators(config.evaluation, device)
@@ -88,13 +90,13 @@ def prepare(config: ExperimentConfig) -> Experiment:
     comparisons = [entry for entry in built if isinstance(entry, Comparison)]
     store = Store(Path(config.paths.outputs) / "artifacts", device)
     source = find_source(config, store)
-    _check_lengths(config, source)
+    check_lengths(config, source)
     budget = find_budget(config, source)
     recipes = experiment_recipes(config, source.identity, corpus, evaluators, comparisons)
     _warn_of_overlap(recipes)
     _prepare(evaluators, comparisons, source, store, recipes)
     return Experiment(
-        name=f"{config.model.name} {type(criterion).__name__} {config.pruning.scope} {config.pruning.ratio:.4g}",
+        name=name_of(config, criterion),
         source=source,
         device=device,
         store=store,
@@ -104,13 +106,18 @@ def prepare(config: ExperimentConfig) -> Experiment:
         criterion=criterion,
         budget=budget,
         form=config.pruning.form,
-        uniform_settings=uniform_settings(source.config, budget.uniform_width(source.widths)) if budget.is_uniform else {},
+        uniform_settings=find_uniform_settings(source, budget),
         save_checkpoint=config.pruning.save_checkpoint,
         about=_about(config, recipes, source),
         device_map=config.runtime.device_map,
         evaluators=evaluators,
         comparisons=comparisons,
     )
+
+
+def name_of(config: ExperimentConfig, criterion: Criterion) -> str:
+    """Readable: model, criterion, scope, ratio."""
+    return f"{config.model.name} {type(criterion).__name__} {config.pruning.scope} {config.pruning.ratio:.4g}"
 
 
 def find_source(config: ExperimentConfig, store: Store) -> ModelSource:
@@ -121,7 +128,12 @@ def find_source(config: ExperimentConfig, store: Store) -> ModelSource:
     """
     model = config.model
     return find_model(
-        model.path, dtype=model.dtype, revision=model.revision, trust_remote_code=model.trust_remote_code, digests=store.digests
+        model.path,
+        dtype=model.dtype,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        digests=store.digests,
+        config_only=config.dry_run,
     )
 
 
@@ -140,6 +152,20 @@ def find_budget(config: ExperimentConfig, source: ModelSource) -> Budget:
     )
     budget.check(source.widths)
     return budget
+
+
+def find_uniform_settings(source: ModelSource, budget: Budget) -> Settings:
+    """What the uniform form changes in the model's configuration; nothing for the other forms.
+
+    Raises:
+        ConfigError: the configuration cannot say it.
+    """
+    return uniform_settings(source.config, budget.uniform_width(source.widths)) if budget.is_uniform else {}
+
+
+def needed_of_prune(save_checkpoint: bool) -> list[str]:
+    """Files without which the prune artifact is made again."""
+    return [f"{CHECKPOINT}/{CARD}"] if save_checkpoint else []
 
 
 def _about(config: ExperimentConfig, recipes: Recipes, source: ModelSource) -> dict[str, Any]:
@@ -171,7 +197,13 @@ def _prepare(
             comparison.prepare(source)
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device of a name, or of "auto".
+
+    Raises:
+        NotHereError: torch does not see it.
+        ConfigError: no device has this name.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -179,12 +211,16 @@ def _device(name: str) -> torch.device:
     except RuntimeError as error:
         raise ConfigError(f"runtime.device='{name}' is unknown; choose auto, cpu, cuda or cuda:<number>") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"runtime.device='{name}', but torch sees {torch.cuda.device_count()} GPUs; choose auto or cpu")
+        raise NotHereError(f"runtime.device='{name}', but torch sees {torch.cuda.device_count()} GPUs; choose auto or cpu")
     return device
 
 
-def _check_lengths(config: ExperimentConfig, source: ModelSource) -> None:
-    """No sequence may be longer than the model takes."""
+def check_lengths(config: ExperimentConfig, source: ModelSource) -> None:
+    """No sequence may be longer than the model takes.
+
+    Raises:
+        ConfigError: one is.
+    """
     lengths = {"calibration.sequence_length": config.calibration.sequence_length}
     for name, entry in config.evaluation.items():
         if isinstance(entry, Mapping) and "window" in entry:

@@ -39,8 +39,14 @@ def run_job(config: DictConfig) -> None:
 
 
 def _run(config: DictConfig) -> None:
-    """Check the configuration, run the pipeline, print the table."""
+    """Check the configuration, then run the pipeline or only say what it would do, and print the tables."""
     typed = resolve(config)  # before torch is imported: a mistake is answered at once
+    if typed.dry_run:
+        from heapr.dry_run import dry_run
+        from heapr.report.dry_run import print_dry_run
+
+        print_dry_run(asdict(dry_run(typed)))
+        return
     from heapr.pipeline import run
     from heapr.report.console import print_summary
 

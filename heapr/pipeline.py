@@ -26,7 +26,7 @@ from heapr.evaluation.efficiency import size_change
 from heapr.evaluation.evaluator import Material
 from heapr.evaluation.protocol import protocol_differences
 from heapr.evaluation.zero_shot import average_accuracy
-from heapr.experiment import Experiment, prepare
+from heapr.experiment import CARD, CHECKPOINT, Experiment, needed_of_prune, prepare
 from heapr.files import write_json
 from heapr.model.checkpoint import save_checkpoint
 from heapr.model.moe import MoEModel
@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 # The files of the artifact contract.
 TOKENS, STATISTICS, SCORES = "tokens.safetensors", "statistics.safetensors", "scores.safetensors"
-PLAN, ALLOCATION, CHECKPOINT, CARD = "plan.safetensors", "allocation.json", "checkpoint", "README.md"
+PLAN, ALLOCATION = "plan.safetensors", "allocation.json"
 METRICS, DETAILS, SUMMARY = "metrics.json", "details.json", "summary.json"
 
 
@@ -158,8 +158,7 @@ class Pipeline:
             if experiment.save_checkpoint:
                 self._save_checkpoint(plan, folder)
 
-        needs = [f"{CHECKPOINT}/{CARD}"] if experiment.save_checkpoint else []
-        artifact = self._get(experiment.recipes.prune, make, needs=needs)
+        artifact = self._get(experiment.recipes.prune, make, needs=needed_of_prune(experiment.save_checkpoint))
         for line in json.loads((artifact.path / ALLOCATION).read_text())["summary"]:
             logger.info("%-9s %s", "prune", line)
         return Plan.from_tensors(load_file(artifact.path / PLAN))

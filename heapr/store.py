@@ -117,9 +117,9 @@ class Store:
     def path(self, recipe: Recipe) -> Path:
         return self.root / recipe.stage / recipe.key
 
-    def has(self, recipe: Recipe) -> bool:
-        """Whether a complete, undamaged artifact is there."""
-        return self._is_intact(self.path(recipe))
+    def has(self, recipe: Recipe, needs: Sequence[str] = ()) -> bool:
+        """Whether a complete, undamaged artifact is there, with all the files that are needed."""
+        return self._is_intact(self.path(recipe), needs)
 
     def get(self, recipe: Recipe, make: Callable[[Path], None], needs: Sequence[str] = ()) -> Artifact:
         """The artifact of a recipe; `make` fills an empty folder with its files if it is not there yet.

@@ -100,6 +100,10 @@ class LayerStatistics:
     def items(self) -> list[tuple[str, Tensor]]:
         return [(field.name, getattr(self, field.name)) for field in fields(self)]
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(int(tensor.nbytes) for tensor in vars(self).values())
+
     def merge(self, other: LayerStatistics) -> LayerStatistics:
         """Statistics of the union of two disjoint token sets."""
         assert self.shape == other.shape

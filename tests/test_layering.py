@@ -34,7 +34,10 @@ ALLOWED: dict[str, set[str]] = {
         "errors", "experiment", "files", "progress", "report", "schema", "store", "tracking", "types", "model", "calibration",
         "pruning", "evaluation",
     },
-    "main": {"errors", "schema", "pipeline", "report"},
+    "dry_run": {
+        "errors", "types", "schema", "store", "recipes", "experiment", "model", "calibration", "pruning", "evaluation",
+    },
+    "main": {"errors", "schema", "pipeline", "dry_run", "report"},
     "prefetch": {"errors", "hub", "schema", "main", "model", "calibration", "evaluation"},
 }  # fmt: skip
 

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 from tests.experiment import write_model, write_texts
+from tests.tiny import tiny_qwen3_moe
 
 ROOT = Path(__file__).parents[1]
 
 
-def run_py(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+def run_py(*arguments: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **variables}
     command = [sys.executable, str(ROOT / "run.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=120, check=False)
 
@@ -36,6 +37,7 @@ def run_py(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
         ("evaluation/corpora=[wikitex2]", "unknown option 'evaluation/corpora/wikitex2'; did you mean wikitext2?"),
         ("model.path=/no/such/folder", "no such folder"),
         ("model.path=someone/some-model", "the hub cannot be reached"),
+        ("model=qwen3_30b_a3b dry_run=true", "the hub cannot be reached"),
         ("paths.outputs=/dev/null/outputs", "cannot write '/dev/null/outputs"),
         ("calibration.num_samples=", "calibration.num_samples"),
         ("model=hf", "no value for model.path"),
@@ -59,6 +61,17 @@ def test_help_shows_groups_and_fields(tmp_path: Path) -> None:
     assert result.returncode == 0
     for text in ("score: fisher, heapr, heapr_sum, magnitude, random", "ratio: 0.25", "python run.py -m pruning.ratio=0.2,0.3,0.4"):
         assert text in result.stdout
+
+
+def test_a_dry_run_prints_the_plan_from_config_json_alone_and_makes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    tiny_qwen3_moe().config.save_pretrained(tmp_path / "model")
+    overrides = ["model=hf", f"model.path={tmp_path / 'model'}", "model.trust_remote_code=true", "runtime.device_map=auto", "dry_run=true"]
+    result = run_py(*overrides, *write_texts(tmp_path), folder=tmp_path, COLUMNS="80", PYTHONPROFILEIMPORTTIME="1")
+    assert result.returncode == 0, result.stderr
+    assert "Qwen3MoeForCausalLM" in result.stdout and "to be made" in result.stdout and "holds no weights" in result.stdout
+    assert not any(line.split("|")[-1].strip().startswith("wandb") for line in result.stderr.splitlines())
+    assert not any((tmp_path / "outputs" / "artifacts").iterdir())
 
 
 def test_a_sweep_runs_every_job_and_shares_calibration(tmp_path: Path) -> None:

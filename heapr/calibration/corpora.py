@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from heapr.errors import ConfigError
+from heapr.errors import ConfigError, NotHereError
 
 SPLITS = ("train", "heldout", "all")
 HELDOUT_BUCKETS = 10  # one document in ten is held out
@@ -71,13 +71,13 @@ class PackageDocs:
         split: "train", "heldout" (one document in ten, by hash) or "all".
 
     Raises:
-        ConfigError: the package is not installed.
+        NotHereError: the package is not installed.
     """
 
     def __init__(self, package: str, split: str) -> None:
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
-            raise ConfigError(f"corpus of package '{package}': no such package is installed; install it or name another")
+            raise NotHereError(f"corpus of package '{package}': no such package is installed; install it or name another")
         self.name = f"{package}docs"
         self.split = _check_split(split)
         self._root = Path(spec.submodule_search_locations[0])
@@ -99,7 +99,8 @@ class TextFiles:
         name: what the corpus is called in metrics.
 
     Raises:
-        ConfigError: no path given, or a file is missing, empty, not UTF-8, or lacks the text field.
+        NotHereError: a file is missing.
+        ConfigError: no path given, or a file is empty, not UTF-8, or lacks the text field.
     """
 
     def __init__(self, paths: Sequence[str], split: str, text_field: str = "text", name: str = "text_files") -> None:
@@ -111,7 +112,7 @@ class TextFiles:
         self._text_field = text_field
         for path in self._paths:
             if not path.is_file():
-                raise ConfigError(f"text file '{path}' does not exist or is not a file; give the path of a readable file")
+                raise NotHereError(f"text file '{path}' does not exist or is not a file; give the path of a readable file")
             if path.stat().st_size == 0:
                 raise ConfigError(f"text file '{path}' is empty; give a file with text")
         self._texts = [_read_utf8(path) for path in self._paths]

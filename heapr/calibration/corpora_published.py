@@ -15,7 +15,7 @@ from typing import ClassVar
 from huggingface_hub.errors import HfHubHTTPError
 
 from heapr.calibration.corpora import parse_json_line
-from heapr.errors import ConfigError
+from heapr.errors import ConfigError, NotHereError
 from heapr.files import hash_file
 from heapr.hub import data_file
 
@@ -106,7 +106,7 @@ class PublishedText:
                 f"{what} cannot be downloaded: {str(error).strip().splitlines()[0]}; give a local copy with its path"
             ) from error
         if found is None:
-            raise ConfigError(
+            raise NotHereError(
                 f"{what} is not in the local hub cache, and the hub cannot be reached; run python -m heapr.prefetch with the "
                 "same overrides where there is a network, or give a local copy with its path"
             )

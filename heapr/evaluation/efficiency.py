@@ -5,8 +5,6 @@ In: a dense or pruned model, and the dense model's routing frequencies. Out: cou
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerBase
 
 from heapr.model.experts import skip_experts
+from heapr.model.meta import eager_attention
 from heapr.model.moe import MoEModel
 from heapr.model.ragged_experts import matrices_of
 from heapr.schema import at_least
@@ -99,7 +98,7 @@ def visited_parameters_per_token(model: MoEModel, statistics: Statistics) -> flo
 def other_flops(model: MoEModel, window: int) -> float:
     """FLOPs of one window for everything but the routed experts, counted by torch."""
     ids_NW = torch.zeros((1, window), dtype=torch.int64, device=model.device)
-    with skip_experts(model.model), _countable_attention(model), FlopCounterMode(display=False) as counter:
+    with skip_experts(model.model), eager_attention(model), FlopCounterMode(display=False) as counter:
         model.model(input_ids=ids_NW, use_cache=False)
     return float(counter.get_total_flops())
 
@@ -109,14 +108,3 @@ def size_change(dense: Metrics, pruned: Metrics) -> Metrics:
     measured = {ratio: name for ratio, name in REMOVED_RATIOS.items() if name in dense and name in pruned}
     counts = {name: pruned[name] for name in measured.values()}
     return counts | {ratio: 1 - pruned[name] / dense[name] for ratio, name in measured.items()}
-
-
-@contextmanager
-def _countable_attention(model: MoEModel) -> Iterator[None]:
-    """Attention as plain matrix products: torch does not count the fused kernels of every device."""
-    previous = model.model.config._attn_implementation
-    model.model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.model.set_attn_implementation(previous)

@@ -6,12 +6,12 @@ dense, observed and ragged.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -19,6 +19,7 @@ from heapr.errors import ConfigError
 from heapr.model.ragged_experts import ExpertObserver, Experts, is_ragged, run_experts
 
 IMPLEMENTATION = "heapr"
+ExpertsForward = Callable[..., Tensor]  # run_experts, or what stands in for it where there is no data
 CAPABILITIES = {  # what an experts module may need that we lack, by attribute of transformers' decorator
     "has_post_expert_norm": "experts with a norm after the down projection: such an expert is not a sum of atomic experts",
 }
@@ -30,23 +31,24 @@ def is_experts(module: nn.Module) -> bool:
 
 
 @contextmanager
-def use_heapr_experts(model: PreTrainedModel) -> Iterator[None]:
-    """Select `run_experts` for every experts module of the model; restores the previous forward.
+def use_heapr_experts(model: PreTrainedModel, run: ExpertsForward = run_experts) -> Iterator[None]:
+    """Select `run` for every experts module of the model; restores the previous forward.
 
     Raises:
         ConfigError: transformers does not let the model's experts implementation be chosen, which it passes over in silence.
     """
-    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, run_experts)
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, run)
     previous = model.get_experts_implementation()
     model.set_experts_implementation(IMPLEMENTATION)
     if IMPLEMENTATION not in model.get_experts_implementation().values() and any(map(_is_behind_interface, model.modules())):
         raise ConfigError(f"{type(model).__name__} needs a missing capability: experts whose implementation cannot be chosen")
-    outside = [module for module in model.modules() if _is_outside_interface(module)]
+    outside = [module for module in model.modules() if _is_outside_interface(module) or (is_ragged(module) and run is not run_experts)]
     for experts in outside:
-        experts.forward = partial(run_experts, experts)  # type: ignore[method-assign]
+        experts.forward = partial(run, experts)  # type: ignore[method-assign]
     try:
         yield
     finally:
+        ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, run_experts)
         model.set_experts_implementation(previous)
         for experts in outside:
             del experts.forward
@@ -66,9 +68,11 @@ def skip_experts(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def observe_experts(model: PreTrainedModel, observers: Sequence[tuple[Experts, ExpertObserver]]) -> Iterator[None]:
+def observe_experts(
+    model: PreTrainedModel, observers: Sequence[tuple[Experts, ExpertObserver]], run: ExpertsForward = run_experts
+) -> Iterator[None]:
     """Let each observer see what flows through its experts module; the model's outputs do not change. Restores."""
-    with use_heapr_experts(model):
+    with use_heapr_experts(model, run):
         for experts, observer in observers:
             experts.observer = observer
         try:

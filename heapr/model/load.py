@@ -31,6 +31,7 @@ from heapr.model.moe import MoEModel, experts_per_token, find_moe_layers
 
 BUILTIN_PREFIX = "builtin:"
 BUILTIN_FOLDER = Path(__file__).parent / "builtin"
+CONFIG_FILE = "config.json"
 DESCRIPTION_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 WEIGHT_FILES = ["*.safetensors"]
 MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
@@ -82,6 +83,15 @@ class ModelSource:
         index = self.folder / "model.safetensors.index.json"
         names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
         return all((self.folder / name).is_file() for name in names)
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers, with and without experts."""
+        return int(self.config.get_text_config().num_hidden_layers)
+
+    def on_meta(self) -> MoEModel:
+        """The model without memory, in its dtype: shapes alone."""
+        return MoEModel(_on_meta(self.config, str(self.folder), self.trust_remote_code, self.dtype))
 
     def load(self, device: torch.device, device_map: str | None = None) -> MoEModel:
         """Load the weights; of a hub model, download them first.
@@ -135,7 +145,13 @@ class ModelSource:
 
 
 def find_model(
-    path: str, *, dtype: str, revision: str | None = None, trust_remote_code: bool = False, digests: Path | None = None
+    path: str,
+    *,
+    dtype: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    digests: Path | None = None,
+    config_only: bool = False,
 ) -> ModelSource:
     """Find a model and check all that can be checked without its weights.
 
@@ -145,6 +161,7 @@ def find_model(
         revision: branch, tag or commit of a hub id; its commit enters the identity.
         trust_remote_code: whether Python files in the folder may run.
         digests: folder in which hashes of large local weights are remembered.
+        config_only: of a hub id, download no more than its config.json.
 
     Raises:
         ConfigError: no such model, not a Mixture-of-Experts model, a missing capability, damaged weights.
@@ -157,7 +174,8 @@ def find_model(
         check_weight_files(folder)
         identity = {"sha256": hash_folder(folder, digests)}
     elif path.count("/") == 1 and not path.startswith(("/", ".", "~")):
-        folder = _download(path, revision, DESCRIPTION_FILES + (["*.py"] if trust_remote_code else []))
+        described = [CONFIG_FILE] if config_only else DESCRIPTION_FILES
+        folder = _download(path, revision, described + (["*.py"] if trust_remote_code else []))
         identity = {"hub": path, "commit": folder.name}
     else:
         raise ConfigError(f"model.path='{path}': no such folder; give a folder with config.json and safetensors, or a hub id 'owner/name'")
@@ -239,7 +257,7 @@ def _download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
 
 
 def _read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
-    if not (folder / "config.json").is_file():
+    if not (folder / CONFIG_FILE).is_file():
         raise ConfigError(f"folder '{folder}' has no config.json, so it is not a Hugging Face model; give one that has")
     deepseek_moe.register()
     register_ragged(folder)
@@ -256,11 +274,11 @@ def _read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     return config
 
 
-def _on_meta(config: PretrainedConfig, path: str, trust_remote_code: bool) -> PreTrainedModel:
+def _on_meta(config: PretrainedConfig, path: str, trust_remote_code: bool, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The model without memory: refuses what has no MoE layer or needs a missing capability."""
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except ValueError as error:
         raise ConfigError(f"model.path='{path}' is not a causal language model: {_first_line(error)}") from error
     return model

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from heapr.errors import ConfigError
 from heapr.model.experts import CAPABILITIES, is_experts
-from heapr.model.ragged_experts import Experts, RaggedExperts, layout_of, matrices_of, widths_of
+from heapr.model.ragged_experts import Experts, RaggedExperts, layout_of, matrices_of, model_width_of, widths_of
 from heapr.types import ExpertWeights
 
 TOP_K_FIELDS = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k")  # K in the families' configurations
@@ -61,6 +61,23 @@ class MoELayer:
     def width(self) -> int:
         """Atomic experts of the widest expert."""
         return max(self.widths)
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of all routed experts of the layer."""
+        return sum(parameter.numel() for parameter in self.experts.parameters())
+
+    @property
+    def model_width(self) -> int:
+        """D."""
+        return model_width_of(self.experts)
+
+    @property
+    def atomic_expert_parameters(self) -> int:
+        """Parameters that go with one atomic expert: its rows of the input projection, with their biases, and its column w_k."""
+        layout = layout_of(self.experts)
+        num_rows = 2 if layout.has_gate else 1
+        return num_rows * (self.model_width + layout.has_bias) + self.model_width
 
     def weights(self) -> ExpertWeights:
         """A copy of the experts' weights; experts narrower than the widest are filled up with zeros."""

@@ -187,16 +187,26 @@ def run_experts(experts: Experts, hidden_TD: Tensor, *routing: Tensor) -> Tensor
             weight, zero where a token was not routed to it; the result then has this shape too.
         routing: expert_TK and router_weight_TK; nothing for a family that weighs the input. Expert number E means none.
     """
+    expert_TK, router_weight_TK = routing_of(experts, hidden_TD, *routing)
+    counts = torch.bincount(expert_TK.reshape(-1), minlength=experts.num_experts + 1).tolist()
+    return run_sorted(experts, hidden_TD, expert_TK, router_weight_TK, counts=counts)
+
+
+def routing_of(experts: Experts, hidden_TD: Tensor, *routing: Tensor) -> tuple[Tensor, Tensor]:
+    """expert_TK and router_weight_TK, also of a family that does not say them (see `run_experts`)."""
     if layout_of(experts).weighs_input:
-        return _sorted_by_expert(experts, hidden_TD, *_routing_of_weighted(hidden_TD, int(experts.num_experts)))
-    return _sorted_by_expert(experts, hidden_TD, *routing)
+        return _routing_of_weighted(hidden_TD, int(experts.num_experts))
+    expert_TK, router_weight_TK = routing
+    return expert_TK, router_weight_TK
 
 
-def _sorted_by_expert(experts: Experts, hidden_TD: Tensor, expert_TK: Tensor, router_weight_TK: Tensor) -> Tensor:
-    """The (token, expert) pairs are sorted by expert, so that each expert's tokens are one contiguous segment."""
-    flat_S = expert_TK.reshape(-1)
-    order_S = torch.sort(flat_S, stable=True).indices
-    counts = torch.bincount(flat_S, minlength=experts.num_experts + 1).tolist()
+def run_sorted(experts: Experts, hidden_TD: Tensor, expert_TK: Tensor, router_weight_TK: Tensor, *, counts: list[int]) -> Tensor:
+    """The (token, expert) pairs are sorted by expert, so that each expert's tokens are one contiguous segment.
+
+    Args:
+        counts: pairs of every expert, and of none.
+    """
+    order_S = torch.sort(expert_TK.reshape(-1), stable=True).indices
     token_S = order_S // expert_TK.shape[1]
     segments = zip(
         token_S.split(counts), hidden_TD[token_S].split(counts), router_weight_TK.reshape(-1)[order_S].split(counts), strict=True

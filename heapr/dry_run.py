@@ -1,0 +1,229 @@
+"""What a run would do, need and take, without weights, tokenizer or text: from the model's config.json, on the meta device.
+
+In: an experiment's configuration. Out: `DryRun`, numbers. What is not on this machine (text, a device) becomes a note; every
+other mistake is refused as in a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from heapr.calibration.corpora import Corpus
+from heapr.errors import NotHereError
+from heapr.evaluation.build import build_evaluators
+from heapr.evaluation.evaluator import Comparison, Evaluator
+from heapr.experiment import check_lengths, find_budget, find_device, find_source, find_uniform_settings, name_of, needed_of_prune
+from heapr.model.load import ModelSource
+from heapr.model.meta import activation_bytes, calibration_flops
+from heapr.model.moe import MoEModel
+from heapr.pruning.allocation import Budget
+from heapr.recipes import Recipes, experiment_recipes
+from heapr.schema import CalibrationConfig, ExperimentConfig, build
+from heapr.store import Store
+from heapr.types import LayerStatistics
+
+MATRIX_ELEMENT_BYTES = 4  # the published procedure's D x D matrices are float32
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """One artifact.
+
+    Attributes:
+        stage, key: what it is.
+        what: of an evaluation, what is measured on which model.
+        cached: whether it is in the store already.
+    """
+
+    stage: str
+    what: str
+    key: str
+    cached: bool
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """The numbers of a planned run.
+
+    Attributes:
+        name: readable: model, criterion, scope, ratio.
+        path, architecture, dtype: the model, its class, and its weights' dtype.
+        ratio: share of routed atomic experts to remove.
+        num_layers, num_moe_layers: decoder layers, and those with routed experts.
+        num_experts, width: experts of a layer, atomic experts of an expert: the fewest and the most.
+        experts_per_token: K.
+        atomic_experts, parameters, expert_parameters: of the dense model; the last in routed experts.
+        atomic_experts_removed, parameters_removed: by the ratio, before widths are rounded to multiples.
+        weight_bytes: all parameters in `dtype`.
+        statistics_bytes: of the calibration statistics, float64; exact.
+        matrix_bytes: of the D x D matrices that the published procedure holds instead, one per expert, float32.
+        num_samples, batch_size, sequence_length: of the calibration.
+        activation_bytes: held between forward and backward of a batch (`heapr.model.meta`); none if not known for this family.
+        calibration_flops: forward and backward over all samples; none if not known for this family.
+        stages: in the order of a run; empty if a corpus is missing on which keys depend.
+        notes: one line each: what is not on this machine.
+    """
+
+    name: str
+    path: str
+    architecture: str
+    dtype: str
+    ratio: float
+    num_layers: int
+    num_moe_layers: int
+    num_experts: tuple[int, int]
+    width: tuple[int, int]
+    experts_per_token: int
+    atomic_experts: int
+    atomic_experts_removed: int
+    parameters: int
+    expert_parameters: int
+    parameters_removed: int
+    weight_bytes: int
+    statistics_bytes: int
+    matrix_bytes: int
+    num_samples: int
+    batch_size: int
+    sequence_length: int
+    activation_bytes: int | None
+    calibration_flops: int | None
+    stages: list[PlannedStage]
+    notes: list[str]
+
+
+def dry_run(config: ExperimentConfig) -> DryRun:
+    """Plan a run; nothing is loaded, tokenised or made.
+
+    Args:
+        config: checked by `heapr.schema.resolve`.
+
+    Raises:
+        ConfigError: the user's mistake.
+    """
+    notes: list[str] = []
+    criterion = build(config.score, "score")
+    corpus: Corpus | None = _or_note(notes, lambda: _known_corpus(config.calibration.corpus, "calibration.corpus"))
+    device = _or_note(notes, lambda: find_device(config.runtime.device)) or torch.device("cpu")
+    built = build_evaluators(_what_is_here(config.evaluation, notes), device)
+    evaluators = [entry for entry in built if isinstance(entry, Evaluator)]
+    comparisons = [entry for entry in built if isinstance(entry, Comparison)]
+    store = Store(Path(config.paths.outputs) / "artifacts", torch.device("cpu"))
+    source = find_source(config, store)
+    check_lengths(config, source)
+    budget = find_budget(config, source)
+    find_uniform_settings(source, budget)
+    stages: list[PlannedStage] = []
+    if corpus is not None:
+        recipes = experiment_recipes(config, source.identity, corpus, evaluators, comparisons)
+        stages = list(_stages(recipes, store, built, config.pruning.save_checkpoint))
+    model = source.on_meta()
+    if "hub" not in source.identity and not any(source.folder.glob("*.safetensors")):
+        notes.append(f"'{source.folder}' holds no weights; with them the keys will be others, because weights determine results")
+    return DryRun(
+        name=name_of(config, criterion),
+        path=config.model.path,
+        dtype=config.model.dtype,
+        ratio=config.pruning.ratio,
+        experts_per_token=source.experts_per_token,
+        num_layers=source.num_layers,
+        num_samples=config.calibration.num_samples,
+        batch_size=min(config.calibration.batch_size, config.calibration.num_samples),
+        sequence_length=config.calibration.sequence_length,
+        stages=stages,
+        notes=notes,
+        **_sizes(model, source, budget),
+        **_costs(model, config.calibration),
+    )
+
+
+def _sizes(model: MoEModel, source: ModelSource, budget: Budget) -> dict[str, Any]:
+    """Counts and bytes that follow from shapes; all exact."""
+    layers = model.layers
+    parameters = sum(parameter.numel() for parameter in model.model.parameters())
+    removed = _num_removed(source, budget)
+    statistics = [LayerStatistics.zeros(layer.num_experts, layer.width, torch.device("meta")) for layer in layers]
+    return {
+        "architecture": type(model.model).__name__,
+        "num_moe_layers": len(layers),
+        "num_experts": _range_of([layer.num_experts for layer in layers]),
+        "width": _range_of([width for layer in layers for width in layer.widths]),
+        "atomic_experts": source.num_atomic_experts,
+        "atomic_experts_removed": removed,
+        "parameters": parameters,
+        "expert_parameters": sum(layer.num_parameters for layer in layers),
+        "parameters_removed": removed * layers[0].atomic_expert_parameters,
+        "weight_bytes": parameters * source.dtype.itemsize,
+        "statistics_bytes": sum(layer.num_bytes for layer in statistics),
+        "matrix_bytes": sum(layer.num_experts * layer.model_width**2 * MATRIX_ELEMENT_BYTES for layer in layers),
+    }
+
+
+def _num_removed(source: ModelSource, budget: Budget) -> int:
+    """Atomic experts that go."""
+    if budget.is_uniform:
+        width = budget.uniform_width(source.widths)
+        return sum(old - width for width_E in source.widths.values() for old in width_E)
+    return sum(budget.numbers_removed([sum(width_E) for width_E in source.widths.values()]))
+
+
+def _costs(model: MoEModel, calibration: CalibrationConfig) -> dict[str, Any]:
+    """FLOPs of the calibration and bytes of a batch, where the family's layers run on the meta device."""
+    batch_size = min(calibration.batch_size, calibration.num_samples)
+    try:
+        flops = calibration.num_samples * calibration_flops(model, calibration.sequence_length)
+        return {"calibration_flops": flops, "activation_bytes": activation_bytes(model, batch_size, calibration.sequence_length)}
+    except RuntimeError:  # torch's answer to a layer that wants to read values, which are not there
+        return {"calibration_flops": None, "activation_bytes": None}
+
+
+def _stages(recipes: Recipes, store: Store, evaluation: Sequence[Evaluator | Comparison], save_checkpoint: bool) -> Iterator[PlannedStage]:
+    """Every artifact in the order of a run."""
+    evaluators = [entry for entry in evaluation if isinstance(entry, Evaluator)]
+    comparisons = list(zip([entry for entry in evaluation if isinstance(entry, Comparison)], recipes.compare, strict=True))
+    for recipe in (recipes.calibrate, recipes.score):
+        yield PlannedStage(recipe.stage, "", recipe.key, store.has(recipe))
+    for evaluator, recipe in zip(evaluators, recipes.evaluate_dense, strict=True):
+        yield PlannedStage(recipe.stage, f"{evaluator.name} dense", recipe.key, store.has(recipe))
+    yield from (PlannedStage(r.stage, c.name, r.key, store.has(r)) for c, r in comparisons if c.upstream == "score")
+    yield PlannedStage("prune", "", recipes.prune.key, store.has(recipes.prune, needed_of_prune(save_checkpoint)))
+    for evaluator, recipe in zip(evaluators, recipes.evaluate_pruned, strict=True):
+        yield PlannedStage(recipe.stage, f"{evaluator.name} pruned", recipe.key, store.has(recipe))
+    yield from (PlannedStage(r.stage, c.name, r.key, store.has(r)) for c, r in comparisons if c.upstream == "prune")
+
+
+def _what_is_here(evaluation: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    """The evaluation without the corpora whose text is missing."""
+    corpora = evaluation.get("corpora", {})
+    here = {
+        name: entry
+        for name, entry in corpora.items()
+        if _or_note(notes, lambda name=name, entry=entry: _known_corpus(entry, f"evaluation.corpora.{name}"))  # type: ignore[misc]
+    }
+    return {**evaluation, "corpora": here}
+
+
+def _known_corpus(entry: Mapping[str, Any], where: str) -> Corpus:
+    """A corpus whose identity can be told."""
+    corpus: Corpus = build(entry, where)
+    corpus.identity()
+    return corpus
+
+
+def _or_note(notes: list[str], find: Callable[[], T]) -> T | None:
+    """What is found, or none and a note of what is not on this machine."""
+    try:
+        return find()
+    except NotHereError as error:
+        notes.append(str(error))
+        return None
+
+
+def _range_of(numbers: list[int]) -> tuple[int, int]:
+    return min(numbers), max(numbers)

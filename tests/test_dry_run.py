@@ -1,0 +1,192 @@
+"""A dry run's numbers against published ones, against a real run, and what it says of mistakes and missing parts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from safetensors.torch import load_file
+
+import heapr.dry_run
+import heapr.model.load
+from heapr.dry_run import DryRun, dry_run
+from heapr.errors import ConfigError
+from heapr.main import one_line_errors
+from heapr.model.load import find_model
+from heapr.types import Statistics
+from tests.architectures import write_config
+from tests.experiment import compose_experiment, run_in, write_model, write_texts
+from tests.tiny import tiny_qwen3_moe
+
+
+def plan_in(folder: Path, *overrides: str) -> DryRun:
+    return dry_run(compose_experiment("tracking=none", "dry_run=true", f"paths.outputs={folder / 'outputs'}", *overrides))
+
+
+def calibration_in(folder: Path) -> list[str]:
+    """Overrides that calibrate on a small text and measure nothing."""
+    return [*(override for override in write_texts(folder) if override.startswith("calibration")), "evaluation=none"]
+
+
+def no_values(*_: object) -> int:
+    raise RuntimeError("Tensor.item() cannot be called on meta tensors")
+
+
+@pytest.mark.parametrize(
+    ("option", "parameters", "shares"),
+    [
+        ("deepseek_moe_16b_base", 16.4e9, {0.2: 18.3, 0.4: 36.5}),
+        ("qwen1_5_moe_a2_7b_chat", 14.3e9, {0.25: 21.8, 0.5: 43.5}),
+        ("qwen3_30b_a3b", 30.5e9, {0.25: 23.7, 0.5: 47.5}),
+        ("qwen2_57b_a14b", 57.4e9, {0.4: 34.4}),
+    ],
+)
+def test_removed_shares_of_whole_models_are_the_published_ones(
+    option: str, parameters: float, shares: dict[float, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heapr.dry_run, "calibration_flops", no_values)
+    folder = write_config(tmp_path / "model", option)
+    settings = [f"model={option}", f"model.path={folder}", *calibration_in(tmp_path)]
+    for ratio, percent in shares.items():
+        plan = plan_in(tmp_path, *settings, f"pruning.ratio={ratio}")
+        assert plan.parameters == pytest.approx(parameters, rel=0.003)
+        assert round(100 * plan.parameters_removed / plan.parameters, 1) == percent
+        assert plan.parameters_removed / plan.expert_parameters == pytest.approx(ratio, abs=1e-6)
+        assert plan.weight_bytes == 2 * plan.parameters
+        assert plan.activation_bytes is None and plan.calibration_flops is None
+        assert "holds no weights" in plan.notes[0]
+
+
+def test_qwen3_30b_in_all_its_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heapr.dry_run, "calibration_flops", no_values)
+    folder = write_config(tmp_path / "model", "qwen3_30b_a3b")
+    plan = plan_in(tmp_path, "model=qwen3_30b_a3b", f"model.path={folder}", *calibration_in(tmp_path))
+    assert (plan.num_moe_layers, plan.num_layers, plan.num_experts, plan.width, plan.experts_per_token) == (
+        48,
+        48,
+        (128, 128),
+        (768,) * 2,
+        8,
+    )
+    assert plan.atomic_experts == 48 * 128 * 768 and plan.atomic_experts_removed == plan.atomic_experts // 4
+    assert plan.expert_parameters == plan.atomic_experts * 3 * 2048
+    assert plan.statistics_bytes == 48 * 8 * (3 * 128 + 7 * 128 * 768)
+    assert plan.matrix_bytes == 48 * 128 * 2048**2 * 4  # 103 GB
+
+
+def test_a_dry_run_tells_what_a_run_then_does(tmp_path: Path) -> None:
+    settings = ["model=hf", f"model.path={write_model(tmp_path / 'model')}", "model.dtype=float32", *write_texts(tmp_path)]
+    before = plan_in(tmp_path, *settings)
+    assert not any(stage.cached for stage in before.stages) and not before.notes
+    summary = run_in(tmp_path, *settings)
+    assert [(s.stage, s.what, s.key) for s in before.stages] == [(s["stage"], s["what"], s["key"]) for s in summary.stages]
+
+    after = plan_in(tmp_path, *settings)
+    assert all(stage.cached for stage in after.stages)
+    assert after.parameters == summary.metrics["dense"]["parameters"]
+    assert after.weight_bytes == summary.metrics["dense"]["bytes"]
+    assert after.parameters - after.parameters_removed == summary.metrics["pruned"]["parameters"]
+    folder = next((tmp_path / "outputs" / "artifacts" / "calibrate").glob("*/statistics.safetensors"))
+    statistics = Statistics.from_tensors(load_file(folder))
+    assert after.statistics_bytes == sum(layer.num_bytes for layer in statistics.layers.values())
+
+    changed = plan_in(tmp_path, *settings, "pruning.ratio=0.5")
+    made = {(stage.stage, stage.what) for stage in changed.stages if not stage.cached}
+    evaluations = ("perplexity/text_files pruned", "efficiency pruned", "routing", "fidelity/text_files", "throughput")
+    assert made == {("prune", ""), *(("evaluate", what) for what in evaluations)}
+
+
+def test_a_plan_without_its_checkpoint_is_to_be_made_again(tmp_path: Path) -> None:
+    settings = [
+        "model=hf",
+        f"model.path={write_model(tmp_path / 'model')}",
+        "model.dtype=float32",
+        *calibration_in(tmp_path),
+    ]
+    run_in(tmp_path, *settings, "pruning.save_checkpoint=false")
+    cached = {
+        save: {stage.stage: stage.cached for stage in plan_in(tmp_path, *settings, f"pruning.save_checkpoint={save}").stages}
+        for save in ("true", "false")
+    }
+    assert not cached["true"]["prune"] and cached["false"]["prune"] and cached["true"]["calibrate"]
+
+
+def test_costs_grow_with_samples_and_batches(tmp_path: Path) -> None:
+    settings = [
+        "model=hf",
+        f"model.path={write_model(tmp_path / 'model')}",
+        "model.dtype=float32",
+        *calibration_in(tmp_path),
+    ]
+    one = plan_in(tmp_path, *settings, "calibration.num_samples=1")
+    six = plan_in(tmp_path, *settings)
+    assert one.batch_size == 1 and six.batch_size == 4
+    assert one.calibration_flops and six.calibration_flops == 6 * one.calibration_flops
+    assert one.activation_bytes and six.activation_bytes == pytest.approx(4 * one.activation_bytes, rel=0.05)
+
+
+def test_removed_parameters_of_the_uniform_form_are_those_of_its_width(tmp_path: Path) -> None:
+    settings = ["model=hf", f"model.path={write_model(tmp_path / 'model')}", *calibration_in(tmp_path)]
+    plan = plan_in(tmp_path, *settings, "pruning=expert", "pruning.form=uniform", "pruning.ratio=0.3")
+    assert plan.atomic_experts_removed == 2 * 4 * 2  # 8 -> 6, the width nearest to 5.6
+    assert plan.parameters_removed == 2 * 4 * 2 * 3 * 16
+
+
+def test_what_is_not_here_is_noted_and_the_rest_is_told(tmp_path: Path) -> None:
+    settings = ["model=hf", f"model.path={write_model(tmp_path / 'model')}", *write_texts(tmp_path)]
+    without_test = plan_in(tmp_path, *settings, "evaluation.corpora.text_files.paths=[/no/test.txt]", "runtime.device=cuda:99")
+    what = [stage.what for stage in without_test.stages if stage.stage == "evaluate"]
+    assert what == ["efficiency dense", "truth", "efficiency pruned", "routing", "throughput"]
+    assert "'/no/test.txt' does not exist" in without_test.notes[0] and "cuda:99" in without_test.notes[1]
+    without_train = plan_in(tmp_path, *settings, "calibration.corpus.paths=[/no/train.txt]")
+    assert without_train.stages == [] and without_train.parameters > 0 and len(without_train.notes) == 1
+
+
+def mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
+    (folder / "empty").mkdir()
+    dense = tiny_qwen3_moe().config.to_dict() | {"mlp_only_layers": [0, 1]}
+    (folder / "dense").mkdir()
+    (folder / "dense" / "config.json").write_text(json.dumps(dense))
+    model = write_model(folder / "model")
+    return {
+        "no config": ([f"model.path={folder / 'empty'}"], "has no config.json"),
+        "no folder": (["model.path=/no/such/folder"], "no such folder"),
+        "dense": ([f"model.path={folder / 'dense'}"], "has no MoE layer"),
+        "offline": (["model.path=someone/some-model"], "the hub cannot be reached"),
+        "ratio": ([f"model.path={model}", "pruning.ratio=0.99"], "choose a lower ratio"),
+        "length": ([f"model.path={model}", "calibration.sequence_length=100"], "is above the 64 tokens"),
+        "key": ([f"model.path={model}", "+calibration.corpus.splti=all"], "did you mean calibration.corpus.split?"),
+        "device": ([f"model.path={model}", "runtime.device=cdua"], "runtime.device='cdua' is unknown"),
+    }
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cases = mistakes(tmp_path)
+    capsys.readouterr()
+    for overrides, message in cases.values():
+        with pytest.raises(SystemExit) as stopped, one_line_errors():
+            plan_in(tmp_path, "model=hf", *calibration_in(tmp_path), *overrides)
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_of_a_hub_model_config_json_alone_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_config(tmp_path / "snapshots" / "0a1b", "qwen3_30b_a3b")
+    asked: list[list[str]] = []
+
+    def download(hub_id: str, *, allow_patterns: list[str], **_: object) -> str:
+        asked.append(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr(heapr.model.load, "hub_is_reachable", lambda: True)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    source = find_model("Qwen/Qwen3-30B-A3B", dtype="bfloat16", config_only=True)
+    assert asked == [["config.json"]] and source.identity == {"hub": "Qwen/Qwen3-30B-A3B", "commit": "0a1b", "dtype": "bfloat16"}
+
+
+def test_only_what_is_missing_is_forgiven(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(ConfigError, match="is empty"):
+        plan_in(tmp_path, "calibration=text_files", f"calibration.corpus.paths=[{tmp_path / 'empty.txt'}]")
