@@ -10,7 +10,7 @@ run: $(STAMP) ## prune the built-in model on real text, offline
 	$(BIN)/python run.py
 
 test: $(STAMP) ## the test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+os.environ["OMP_NUM_THREADS"] = "1"  # models are tiny, and tests run side by side; also for the processes that tests start
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 os.environ.pop("WANDB_API_KEY", None)
 os.environ["WANDB_MODE"] = "offline"
@@ -15,11 +16,6 @@ from transformers import PreTrainedModel
 
 from heapr.model.moe import MoEModel
 from tests.tiny import tiny_ids, tiny_qwen3_moe
-
-
-@pytest.fixture(scope="session", autouse=True)
-def two_threads() -> None:
-    torch.set_num_threads(2)
 
 
 @pytest.fixture

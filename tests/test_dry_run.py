@@ -139,7 +139,7 @@ def test_what_is_not_here_is_noted_and_the_rest_is_told(tmp_path: Path) -> None:
     without_test = plan_in(tmp_path, *settings, "evaluation.corpora.text_files.paths=[/no/test.txt]", "runtime.device=cuda:99")
     what = [stage.what for stage in without_test.stages if stage.stage == "evaluate"]
     assert what == ["efficiency dense", "truth", "efficiency pruned", "routing", "throughput"]
-    assert "'/no/test.txt' does not exist" in without_test.notes[0] and "cuda:99" in without_test.notes[1]
+    assert "cuda:99" in without_test.notes[0] and "'/no/test.txt' does not exist" in without_test.notes[1]
     without_train = plan_in(tmp_path, *settings, "calibration.corpus.paths=[/no/train.txt]")
     assert without_train.stages == [] and without_train.parameters > 0 and len(without_train.notes) == 1
 

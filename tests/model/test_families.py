@@ -160,7 +160,6 @@ sys.modules["heapr"] = None  # importing it fails
 from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
-torch.set_num_threads(2)  # as in conftest.py: sums may be split otherwise with another number
 ids_NW = torch.load(sys.argv[2])
 for folder in sorted(Path(sys.argv[1]).iterdir()):
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
