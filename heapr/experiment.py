@@ -89,7 +89,7 @@ def prepare(config: ExperimentConfig) -> Experiment:
     store = Store(Path(config.paths.outputs) / "artifacts", device)
     source = find_source(config, store)
     _check_lengths(config, source)
-    budget = find_budget(config, source)
+    budget = find_budget(config, source, criterion)
     recipes = experiment_recipes(config, source.identity, corpus, evaluators, comparisons)
     _warn_of_overlap(recipes)
     _prepare(evaluators, comparisons, source, store, recipes)
@@ -125,11 +125,11 @@ def find_source(config: ExperimentConfig, store: Store) -> ModelSource:
     )
 
 
-def find_budget(config: ExperimentConfig, source: ModelSource) -> Budget:
-    """How much of it is removed.
+def find_budget(config: ExperimentConfig, source: ModelSource, criterion: Criterion) -> Budget:
+    """How much of it is removed, and in which pieces.
 
     Raises:
-        ConfigError: more than it can lose.
+        ConfigError: more than it can lose, or a scope that the criterion does not have.
     """
     budget = Budget(
         ratio=config.pruning.ratio,
@@ -137,6 +137,7 @@ def find_budget(config: ExperimentConfig, source: ModelSource) -> Budget:
         experts_per_token=source.experts_per_token,
         width_multiple=config.pruning.width_multiple,
         is_uniform=config.pruning.form == "uniform",
+        granularity=criterion.granularity,
     )
     budget.check(source.widths)
     return budget
