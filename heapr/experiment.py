@@ -26,7 +26,7 @@ from heapr.recipes import Recipes, experiment_recipes
 from heapr.schema import CalibrationConfig, ExperimentConfig, build
 from heapr.score.criterion import Criterion
 from heapr.store import Store
-from heapr.types import TokenWindows
+from heapr.types import Granularity, TokenWindows
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def prepare(config: ExperimentConfig) -> Experiment:
         ConfigError: the user's mistake.
     """
     corpus: Corpus = build(config.calibration.corpus, "calibration.corpus")
-    criterion: Criterion = build(config.score, "score")
+    criterion = find_criterion(config)
     device = _device(config.runtime.device)
     if config.runtime.num_threads is not None:
         torch.set_num_threads(config.runtime.num_threads)
@@ -113,6 +113,21 @@ def prepare(config: ExperimentConfig) -> Experiment:
     )
 
 
+def find_criterion(config: ExperimentConfig) -> Criterion:
+    """The score.
+
+    Raises:
+        ConfigError: it cannot be built, or does not go with the scope.
+    """
+    criterion: Criterion = build(config.score, "score")
+    if criterion.granularity is Granularity.EXPERT and config.pruning.scope == "expert":
+        raise ConfigError(
+            f"pruning.scope=expert ranks inside each expert, but score {type(criterion).__name__} removes whole experts; "
+            "use pruning=global or pruning=layer"
+        )
+    return criterion
+
+
 def find_source(config: ExperimentConfig, store: Store) -> ModelSource:
     """The model that is pruned.
 
@@ -129,7 +144,7 @@ def find_budget(config: ExperimentConfig, source: ModelSource, criterion: Criter
     """How much of it is removed, and in which pieces.
 
     Raises:
-        ConfigError: more than it can lose, or a scope that the criterion does not have.
+        ConfigError: more than it can lose.
     """
     budget = Budget(
         ratio=config.pruning.ratio,

@@ -33,7 +33,7 @@ class Budget:
         experts_per_token: K; at least so many experts of every layer keep at least one atomic expert.
         width_multiple: every expert's width becomes a multiple of it.
         is_uniform: every expert of every layer gets the same width (scope "expert").
-        granularity: whole experts are removed as near to the ratio as they come; layers ("layer") then lose the same share up to
+        granularity: whole experts (not scope "expert") are removed as near to the ratio as they come; layers ("layer") then lose the same share up to
             one expert, and K experts of every layer stay whole.
     """
 
@@ -47,13 +47,13 @@ class Budget:
     def __post_init__(self) -> None:
         assert 0 <= self.ratio < 1 and self.scope in {"global", "layer", "expert"}, (self.ratio, self.scope)
         assert not self.is_uniform or self.scope == "expert"
+        assert self.granularity is Granularity.ATOMIC_EXPERT or self.scope != "expert"
 
     def check(self, widths: Widths) -> None:
         """Whatever can be refused before there are scores.
 
         Raises:
-            ConfigError: a layer would keep fewer experts than a token needs, widths are no multiples, or whole experts are to be
-                ranked inside an expert.
+            ConfigError: a layer would keep fewer experts than a token needs, or widths are no multiples.
         """
         if self.granularity is Granularity.EXPERT:
             self._check_whole_experts(widths)
@@ -87,10 +87,6 @@ class Budget:
 
     def _check_whole_experts(self, widths: Widths) -> None:
         """At the least, the K narrowest experts of each layer stay."""
-        if self.scope == "expert":
-            raise ConfigError(
-                "pruning.scope=expert ranks inside each expert, but the chosen score removes whole experts; use pruning=global or layer"
-            )
         sizes = [sum(width_E) for width_E in widths.values()]
         stay = [sum(sorted(filter(None, width_E))[: self.experts_per_token]) for width_E in widths.values()]
         if self.scope == "global":
