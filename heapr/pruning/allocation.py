@@ -33,8 +33,8 @@ class Budget:
         experts_per_token: K; at least so many experts of every layer keep at least one atomic expert.
         width_multiple: every expert's width becomes a multiple of it.
         is_uniform: every expert of every layer gets the same width (scope "expert").
-        granularity: whole experts (not scope "expert") are removed as near to the ratio as they come; layers ("layer") then lose the same share up to
-            one expert, and K experts of every layer stay whole.
+        granularity: whole experts (not with scope "expert") are removed as near to the ratio as they come; layers ("layer") then
+            lose the same share up to one expert, and K experts of every layer stay whole.
     """
 
     ratio: float
