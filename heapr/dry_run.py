@@ -17,7 +17,16 @@ from heapr.calibration.corpora import Corpus
 from heapr.errors import NotHereError
 from heapr.evaluation.build import build_evaluators
 from heapr.evaluation.evaluator import Comparison, Evaluator
-from heapr.experiment import check_lengths, find_budget, find_device, find_source, find_uniform_settings, name_of, needed_of_prune
+from heapr.experiment import (
+    check_lengths,
+    find_budget,
+    find_criterion,
+    find_device,
+    find_source,
+    find_uniform_settings,
+    name_of,
+    needed_of_prune,
+)
 from heapr.model.load import ModelSource
 from heapr.model.meta import activation_bytes, calibration_flops
 from heapr.model.moe import MoEModel
@@ -108,7 +117,7 @@ def dry_run(config: ExperimentConfig) -> DryRun:
         ConfigError: the user's mistake.
     """
     notes: list[str] = []
-    criterion = build(config.score, "score")
+    criterion = find_criterion(config)
     corpus: Corpus | None = _or_note(notes, lambda: _known_corpus(config.calibration.corpus, "calibration.corpus"))
     device = _or_note(notes, lambda: find_device(config.runtime.device)) or torch.device("cpu")
     built = build_evaluators(_what_is_here(config.evaluation, notes), device)
@@ -117,7 +126,7 @@ def dry_run(config: ExperimentConfig) -> DryRun:
     store = Store(Path(config.paths.outputs) / "artifacts", torch.device("cpu"))
     source = find_source(config, store)
     check_lengths(config, source)
-    budget = find_budget(config, source)
+    budget = find_budget(config, source, criterion)
     find_uniform_settings(source, budget)
     stages: list[PlannedStage] = []
     if corpus is not None:

@@ -26,7 +26,7 @@ from heapr.recipes import Recipes, experiment_recipes
 from heapr.schema import CalibrationConfig, ExperimentConfig, build
 from heapr.score.criterion import Criterion
 from heapr.store import Store
-from heapr.types import TokenWindows
+from heapr.types import Granularity, TokenWindows
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def prepare(config: ExperimentConfig) -> Experiment:
         ConfigError: the user's mistake.
     """
     corpus: Corpus = build(config.calibration.corpus, "calibration.corpus")
-    criterion: Criterion = build(config.score, "score")
+    criterion = find_criterion(config)
     device = find_device(config.runtime.device)
     if config.runtime.num_threads is not None:
         torch.set_num_threads(config.runtime.num_threads)
@@ -91,7 +91,7 @@ def prepare(config: ExperimentConfig) -> Experiment:
     store = Store(Path(config.paths.outputs) / "artifacts", device)
     source = find_source(config, store)
     check_lengths(config, source)
-    budget = find_budget(config, source)
+    budget = find_budget(config, source, criterion)
     recipes = experiment_recipes(config, source.identity, corpus, evaluators, comparisons)
     _warn_of_overlap(recipes)
     _prepare(evaluators, comparisons, source, store, recipes)
@@ -120,6 +120,21 @@ def name_of(config: ExperimentConfig, criterion: Criterion) -> str:
     return f"{config.model.name} {type(criterion).__name__} {config.pruning.scope} {config.pruning.ratio:.4g}"
 
 
+def find_criterion(config: ExperimentConfig) -> Criterion:
+    """The score.
+
+    Raises:
+        ConfigError: it cannot be built, or does not go with the scope.
+    """
+    criterion: Criterion = build(config.score, "score")
+    if criterion.granularity is Granularity.EXPERT and config.pruning.scope == "expert":
+        raise ConfigError(
+            f"pruning.scope=expert ranks inside each expert, but score {type(criterion).__name__} removes whole experts; "
+            "use pruning=global or pruning=layer"
+        )
+    return criterion
+
+
 def find_source(config: ExperimentConfig, store: Store) -> ModelSource:
     """The model that is pruned.
 
@@ -137,8 +152,8 @@ def find_source(config: ExperimentConfig, store: Store) -> ModelSource:
     )
 
 
-def find_budget(config: ExperimentConfig, source: ModelSource) -> Budget:
-    """How much of it is removed.
+def find_budget(config: ExperimentConfig, source: ModelSource, criterion: Criterion) -> Budget:
+    """How much of it is removed, and in which pieces.
 
     Raises:
         ConfigError: more than it can lose.
@@ -149,6 +164,7 @@ def find_budget(config: ExperimentConfig, source: ModelSource) -> Budget:
         experts_per_token=source.experts_per_token,
         width_multiple=config.pruning.width_multiple,
         is_uniform=config.pruning.form == "uniform",
+        granularity=criterion.granularity,
     )
     budget.check(source.widths)
     return budget

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from enum import Enum
 from typing import Any
 
 import torch
@@ -201,6 +202,13 @@ class Scores:
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Scores:
         return cls(layers={index: tensors[f"layers.{index}"] for index in _layer_indices(tensors)})
+
+
+class Granularity(Enum):
+    """What is removed as one piece; it belongs to the criterion, and allocation follows it."""
+
+    ATOMIC_EXPERT = "atomic expert"
+    EXPERT = "expert"
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Slow oracles, written from the formulas and sharing no code with the package.
 
 `published_scores` is (3) and (4) of docs/method.md to the letter: the gradient at every expert's output, the D x D matrix G_e, and
-1/2 e_k(x)^T G_e e_k(x) for every token.
+1/2 e_k(x)^T G_e e_k(x) for every token. `visited_scores` is the other criteria that have data, visit by visit.
 """
 
 from __future__ import annotations
@@ -109,4 +109,27 @@ def published_scores(model: PreTrainedModel, ids_NW: Tensor) -> list[Tensor]:
                 terms.append(0.5 * torch.stack([e_D @ G_DD @ e_D for e_D in atomic_FD]))
             score_EF[expert] = torch.stack(terms).mean(0)
         scores.append(score_EF)
+    return scores
+
+
+def visited_scores(model: PreTrainedModel, ids_NW: Tensor, alpha: float) -> dict[str, list[Tensor]]:
+    """`taylor`, `activation`, `camera`, `reap` and `frequency`: one float64 (E, F) tensor each per MoE layer; -1 where no token came."""
+    visits = visits_of(model, ids_NW)
+    scores: dict[str, list[Tensor]] = defaultdict(list)
+    for experts in [module for module in model.modules() if _is_routed(module)]:
+        width = expert_weights(experts, 0)[1].shape[1]
+        for name in ("taylor", "activation", "camera", "reap", "frequency"):
+            scores[name].append(torch.full((experts.num_experts, width), -1.0, dtype=torch.float64))
+        for expert, seen in visits[experts].items():
+            down_DF = expert_weights(experts, expert)[1].detach().double()
+            n = len(seen)
+            scores["frequency"][-1][expert] = n
+            scores["reap"][-1][expert] = sum(abs(v.router_weight.item()) * v.output_D.detach().double().norm() for v in seen) / n
+            for k in range(width):
+                w_sq = sum(float(w) ** 2 for w in down_DF[:, k])
+                h = [v.h_F[k].item() for v in seen]
+                weighted_sq = [(v.router_weight.item() * v.h_F[k].item()) ** 2 for v in seen]
+                scores["taylor"][-1][expert, k] = abs(sum(v.h_F[k].item() * v.h_F.grad[k].item() for v in seen))
+                scores["activation"][-1][expert, k] = sum(value**2 for value in h) / n * w_sq
+                scores["camera"][-1][expert, k] = ((1 - alpha) * sum(weighted_sq) + alpha * max(weighted_sq)) * w_sq
     return scores

@@ -33,7 +33,7 @@ def run_py(*arguments: str, folder: Path, **variables: str) -> subprocess.Comple
         ("prunning.ratio=0.3", "did you mean pruning?"),
         ("pruning.ratio=lots", "pruning.ratio"),
         ("pruning.ratio=1.5", "pruning.ratio=1.5 is not in [0, 1)"),
-        ("score=haepr", "unknown option 'score/haepr'; did you mean heapr? known options of score: fisher, heapr,"),
+        ("score=haepr", "unknown option 'score/haepr'; did you mean heapr? known options of score: activation, camera, fisher,"),
         ("evaluation/corpora=[wikitex2]", "unknown option 'evaluation/corpora/wikitex2'; did you mean wikitext2?"),
         ("model.path=/no/such/folder", "no such folder"),
         ("model.path=someone/some-model", "the hub cannot be reached"),
@@ -59,7 +59,11 @@ def test_a_mistake_costs_one_line_and_exit_code_2(tmp_path: Path, override: str,
 def test_help_shows_groups_and_fields(tmp_path: Path) -> None:
     result = run_py("--help", folder=tmp_path)
     assert result.returncode == 0
-    for text in ("score: fisher, heapr, heapr_sum, magnitude, random", "ratio: 0.25", "python run.py -m pruning.ratio=0.2,0.3,0.4"):
+    for text in (
+        "score: activation, camera, fisher, frequency, heapr, heapr_expert, heapr_sum, magnitude, random, reap, taylor",
+        "ratio: 0.25",
+        "python run.py -m pruning.ratio=0.2,0.3,0.4",
+    ):
         assert text in result.stdout
 
 

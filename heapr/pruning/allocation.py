@@ -1,4 +1,4 @@
-"""Allocation: from scores to a plan. How many atomic experts go, and where; nothing about models.
+"""Allocation: from scores to a plan. How many atomic or whole experts go, and where; nothing about models.
 
 In: scores, the widths of the experts they belong to, and a budget. Out: a `Plan`.
 Shape letters: E experts, F atomic experts of the widest expert, K experts per token.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from heapr.errors import ConfigError
-from heapr.types import Plan, Scores
+from heapr.types import Granularity, Plan, Scores
 
 Widths = Mapping[int, Sequence[int]]  # atomic experts of every expert, by decoder layer index
 
@@ -33,6 +33,8 @@ class Budget:
         experts_per_token: K; at least so many experts of every layer keep at least one atomic expert.
         width_multiple: every expert's width becomes a multiple of it.
         is_uniform: every expert of every layer gets the same width (scope "expert").
+        granularity: whole experts (not with scope "expert") are removed as near to the ratio as they come; layers ("layer") then
+            lose the same share up to one expert, and K experts of every layer stay whole.
     """
 
     ratio: float
@@ -40,10 +42,12 @@ class Budget:
     experts_per_token: int
     width_multiple: int = 1
     is_uniform: bool = False
+    granularity: Granularity = Granularity.ATOMIC_EXPERT
 
     def __post_init__(self) -> None:
         assert 0 <= self.ratio < 1 and self.scope in {"global", "layer", "expert"}, (self.ratio, self.scope)
         assert not self.is_uniform or self.scope == "expert"
+        assert self.granularity is Granularity.ATOMIC_EXPERT or self.scope != "expert"
 
     def check(self, widths: Widths) -> None:
         """Whatever can be refused before there are scores.
@@ -51,6 +55,8 @@ class Budget:
         Raises:
             ConfigError: a layer would keep fewer experts than a token needs, or widths are no multiples.
         """
+        if self.granularity is Granularity.EXPERT:
+            self._check_whole_experts(widths)
         self.numbers_removed([sum(width_E) for width_E in widths.values()])
         several = {width for width_E in widths.values() for width in width_E if width % self.width_multiple}
         if several:
@@ -76,11 +82,23 @@ class Budget:
         else:  # boundaries are rounded, not shares, so that the total is exact
             numbers, most = [end - start for start, end in pairwise(before)], [size - self.experts_per_token for size in sizes]
         if any(number > limit for number, limit in zip(numbers, most, strict=True)):
-            raise ConfigError(
-                f"pruning.ratio={self.ratio} with scope '{self.scope}' would leave a layer fewer experts than the "
-                f"{self.experts_per_token} that every token is routed to; choose a lower ratio"
-            )
+            raise self._too_few_experts()
         return numbers
+
+    def _check_whole_experts(self, widths: Widths) -> None:
+        """At the least, the K narrowest experts of each layer stay."""
+        sizes = [sum(width_E) for width_E in widths.values()]
+        stay = [sum(sorted(filter(None, width_E))[: self.experts_per_token]) for width_E in widths.values()]
+        if self.scope == "global":
+            sizes, stay = [sum(sizes)], [sum(stay)]
+        if any(round_half_up(self.ratio * size) > size - least for size, least in zip(sizes, stay, strict=True)):
+            raise self._too_few_experts()
+
+    def _too_few_experts(self) -> ConfigError:
+        return ConfigError(
+            f"pruning.ratio={self.ratio} with scope '{self.scope}' would leave a layer fewer experts than the "
+            f"{self.experts_per_token} that every token is routed to; choose a lower ratio"
+        )
 
     def uniform_width(self, widths: Widths) -> int:
         """The one width that is nearest to what the ratio asks for, at least one multiple.
@@ -96,10 +114,10 @@ class Budget:
 
 
 def allocate(scores: Scores, widths: Widths, budget: Budget) -> Plan:
-    """Remove the lowest-scoring atomic experts.
+    """Remove the lowest-scoring atomic experts, or the lowest-scoring whole experts.
 
     Equal scores are removed in order of layer, expert and atomic expert. The best atomic expert of each layer's K best
-    experts always stays.
+    experts always stays; of whole experts, each layer's K best.
 
     Args:
         scores: bigger is more important. What lies beyond an expert's width is ignored.
@@ -110,6 +128,8 @@ def allocate(scores: Scores, widths: Widths, budget: Budget) -> Plan:
         ConfigError: see `Budget.check`.
     """
     layers = {index: scores_EF.masked_fill(~_exists(scores_EF, widths[index]), -math.inf) for index, scores_EF in scores.layers.items()}
+    if budget.granularity is Granularity.EXPERT:
+        return _whole_experts(layers, widths, budget)
     if budget.is_uniform:
         width = budget.uniform_width(widths)
         return Plan(layers={index: _keep_best_of_each(scores_EF, [width] * len(scores_EF)) for index, scores_EF in layers.items()})
@@ -124,7 +144,11 @@ def report_allocation(plan: Plan, scores: Scores, widths: Widths, budget: Budget
     removed, exchanged = total - plan.num_kept, sum(int((plan.layers[i] & ~exact.layers[i]).sum()) for i in plan.layers)
     kept_score, exact_score = _kept_score(plan, scores), _kept_score(exact, scores)
     summary = [f"removes {removed} of {total} atomic experts (asked for {budget.ratio * total:.6g})"]
-    if budget.width_multiple > 1 or budget.is_uniform:
+    if budget.granularity is Granularity.EXPERT:
+        present = sum(width > 0 for width_E in widths.values() for width in width_E)
+        kept = sum(int(kept_EF.any(dim=1).sum()) for kept_EF in plan.layers.values())
+        summary.append(f"these are {present - kept} of {present} experts, removed whole")
+    elif budget.width_multiple > 1 or budget.is_uniform:
         form = "one width" if budget.is_uniform else f"multiples of {budget.width_multiple}"
         summary.append(
             f"rounding to {form}: {exact.num_kept} -> {plan.num_kept} kept, {exchanged} of them others than without; "
@@ -159,6 +183,29 @@ def _exact(layers: Mapping[int, Tensor], widths: Widths, budget: Budget) -> Plan
         kept = {i: [w - r for w, r in zip(widths[i], removed[i], strict=True)] for i in exists}
         return Plan(layers={i: _keep_best_of_each(protected[i], kept[i]) for i in exists})
     return Plan(layers={index: _scatter(kept_S, exists_EF) for kept_S, (index, exists_EF) in zip(kept_flat, exists.items(), strict=True)})
+
+
+def _whole_experts(layers: Mapping[int, Tensor], widths: Widths, budget: Budget) -> Plan:
+    """A plan that keeps or removes experts as a whole, in number as near to the ratio as they come (of two equally near numbers
+    the larger). What a layer ("layer") loses too much or too little is made up for by the next one."""
+    kept = {index: scores_EF > -math.inf for index, scores_EF in layers.items()}
+    wanted, removed = 0.0, 0
+    for group in [list(layers)] if budget.scope == "global" else [[index] for index in layers]:
+        wanted += budget.ratio * sum(sum(widths[index]) for index in group)
+        removable = sorted(expert for index in group for expert in _removable(layers[index], index, budget.experts_per_token))
+        totals = list(accumulate((widths[index][expert] for _, index, expert in removable), initial=removed))
+        number = min(range(len(totals)), key=lambda number: (abs(totals[number] - wanted), -number))
+        for _, index, expert in removable[:number]:
+            kept[index][expert] = False
+        removed = totals[number]
+    return Plan(layers=kept)
+
+
+def _removable(scores_EF: Tensor, index: int, experts_per_token: int) -> list[tuple[float, int, int]]:
+    """Score, layer and expert of those that have atomic experts and are not among the K best."""
+    score_E = scores_EF.amax(dim=1)
+    best = _highest(score_E, experts_per_token)
+    return [(score, index, expert) for expert, score in enumerate(score_E.tolist()) if score > -math.inf and expert not in best]
 
 
 def _round_widths(plan: Plan, scored: Mapping[int, Tensor], budget: Budget) -> Plan:

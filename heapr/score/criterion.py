@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from heapr.types import ExpertWeights, LayerStatistics, Scores, Statistics
+from heapr.types import ExpertWeights, Granularity, LayerStatistics, Scores, Statistics
 
 WeightsOf = Callable[[int], ExpertWeights]  # by decoder layer index
 UNROUTED_SCORE = -1.0  # below every score of an expert that was reached (docs/method.md)
@@ -28,9 +28,13 @@ class Unit(Enum):
 
 
 class Criterion(Protocol):
-    """A pure function of statistics and weights."""
+    """A pure function of statistics and weights.
+
+    One whose granularity is the expert gives all atomic experts of an expert the same score, the expert's.
+    """
 
     unit: Unit
+    granularity: Granularity  # what is removed as one piece
 
     def __call__(self, statistics: Statistics, weights: WeightsOf) -> Scores:
         """Scores of all layers of the statistics."""

@@ -9,7 +9,7 @@ import torch
 
 from heapr.errors import ConfigError
 from heapr.score.criterion import Unit, WeightsOf
-from heapr.types import Scores, Statistics
+from heapr.types import Granularity, Scores, Statistics
 
 
 class Magnitude:
@@ -21,6 +21,7 @@ class Magnitude:
     """
 
     unit = Unit.NONE
+    granularity = Granularity.ATOMIC_EXPERT
 
     def __call__(self, statistics: Statistics, weights: WeightsOf) -> Scores:
         scores = {}
@@ -44,6 +45,7 @@ class Random:
     """
 
     unit = Unit.NONE
+    granularity = Granularity.ATOMIC_EXPERT
 
     def __init__(self, seed: int) -> None:
         if seed < 0:

@@ -1,13 +1,13 @@
-"""Criteria from activations and their gradients: `heapr` (the paper), `heapr_sum` and `fisher`.
+"""Criteria from activations and their gradients: `heapr` (the paper), `heapr_sum`, `fisher` and `taylor`.
 
-In: statistics. Out: scores in nats of loss. Symbols: h the activation of an atomic expert, g = dloss/dh with loss the
+In: statistics. Out: scores from predictions of the loss. Symbols: h the activation of an atomic expert, g = dloss/dh with loss the
 sum over N predicted tokens, n the number of tokens routed to the expert. Equation numbers are those of docs/method.md.
 """
 
 from __future__ import annotations
 
 from heapr.score.criterion import Unit, WeightsOf, mean_over_routed, unrouted_last
-from heapr.types import Scores, Statistics
+from heapr.types import Granularity, Scores, Statistics
 
 
 class Heapr:
@@ -20,6 +20,7 @@ class Heapr:
     """
 
     unit = Unit.NATS_PER_ROUTED_TOKEN
+    granularity = Granularity.ATOMIC_EXPERT
 
     def __call__(self, statistics: Statistics, weights: WeightsOf) -> Scores:
         scores = {}
@@ -38,6 +39,7 @@ class HeaprSum:
     """
 
     unit = Unit.NATS
+    granularity = Granularity.ATOMIC_EXPERT
 
     def __call__(self, statistics: Statistics, weights: WeightsOf) -> Scores:
         scores = {}
@@ -56,10 +58,29 @@ class Fisher:
     """
 
     unit = Unit.NATS
+    granularity = Granularity.ATOMIC_EXPERT
 
     def __call__(self, statistics: Statistics, weights: WeightsOf) -> Scores:
         scores = {}
         for index, layer in statistics.layers.items():
             predicted_EF = 0.5 * layer.gh_sq_sum_EF / statistics.num_predicted_tokens  # (8)
             scores[index] = unrouted_last(predicted_EF, layer)
+        return Scores(layers=scores)
+
+
+class Taylor:
+    """Size of the first-order change of the loss when atomic expert k goes:
+
+        s_k = |sum g_k h_k|                                                                  (10)
+
+    The sum is over the tokens routed to the expert; its sign, whether the loss would rise or fall, is dropped, so the
+    score has no unit. After the first-order importance of Molchanov et al., "Importance Estimation for Neural Network Pruning"
+    (arXiv 1906.10771), which takes squares. Experts without tokens score -1.
+    """
+
+    unit = Unit.NONE
+    granularity = Granularity.ATOMIC_EXPERT
+
+    def __call__(self, statistics: Statistics, weights: WeightsOf) -> Scores:
+        scores = {index: unrouted_last(layer.gh_sum_EF.abs(), layer) for index, layer in statistics.layers.items()}  # (10)
         return Scores(layers=scores)

@@ -7,7 +7,7 @@ import torch
 
 from heapr.score.criterion import predicted_increase
 from heapr.score.data_free import Random
-from heapr.score.gradient import Fisher, Heapr, HeaprSum
+from heapr.score.gradient import Fisher, Heapr, HeaprSum, Taylor
 from tests.tiny import layer_statistics, no_weights, statistics_of
 
 # Two experts of two atomic experts: 4 tokens reached the first, none the second. N = 10 predicted tokens.
@@ -47,3 +47,8 @@ def test_predicted_increase_by_hand() -> None:
     alike = predicted_increase(HeaprSum()(statistics, no_weights), HeaprSum.unit, statistics)
     assert alike is not None and alike[4].tolist() == predicted[4].tolist()
     assert predicted_increase(scores, Random.unit, statistics) is None
+
+
+def test_taylor_is_the_size_of_the_summed_products() -> None:
+    statistics = statistics_of({7: layer_statistics([4, 0], gh_sum=[[-3.0, 2.0], [0.0, 0.0]])}, num_predicted_tokens=10)
+    assert Taylor()(statistics, no_weights).layers[7].tolist() == [[3, 2], [-1, -1]]
