@@ -266,8 +266,8 @@ def _read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     except (ValueError, KeyError, OSError) as error:
         if "trust_remote_code" in str(error) and not trust_remote_code:
             raise ConfigError(
-                f"the model in '{folder}' needs the Python code beside its weights, which is not run unasked; read it, and if you trust it, "
-                "give model.trust_remote_code=true"
+                f"the model in '{folder}' needs the Python code beside its weights, which is not run unasked; read it, and if you "
+                "trust it, give model.trust_remote_code=true"
             ) from error
         raise ConfigError(f"config.json in '{folder}' cannot be used: {_first_line(error)}") from error
     quantization = getattr(config, "quantization_config", None)
