@@ -154,14 +154,15 @@ def compose_jobs(experiment: str, jobs: Sequence[Job], config_folder: Path) -> l
     Raises:
         ConfigError: one does not compose; the message names it.
     """
-    configs = []
-    for number, job in enumerate(jobs):
+
+    def compose_job(number: int, job: Job) -> ExperimentConfig:
         try:
-            configs.append(compose_experiment(job, config_folder))
+            return compose_experiment(job, config_folder)
         except (ConfigError, HydraException, OmegaConfBaseException) as error:
             reason = explain(error, config_folder, job)
             raise ConfigError(f"job {number} of {experiment} ({' '.join(job)}): {reason}") from error
-    return configs
+
+    return [compose_job(number, job) for number, job in enumerate(jobs)]
 
 
 def report(root: Path, folder: Path) -> int:
@@ -246,7 +247,12 @@ def _check_settings(settings: Sequence[str], config_folder: Path) -> None:
     """A launcher that is not there is found before anything runs."""
     register()
     with initialize_config_dir(str(config_folder), version_base="1.3"):
-        compose("config", overrides=list(settings), return_hydra_config=True)
+        try:
+            compose("config", overrides=list(settings), return_hydra_config=True)
+        except HydraException as error:
+            known = " ".join(line.strip() for line in str(error).splitlines()[1:5])
+            hint = "joblib and submitit come with pip install 'heapr[joblib]' and 'heapr[slurm]'"
+            raise ConfigError(f"{' '.join(settings)}: {str(error).splitlines()[0]} {known}; {hint}") from error
 
 
 def _switch(key: str, value: str) -> bool:
@@ -271,6 +277,5 @@ def _help(root: Path) -> None:
         "results=true     keep tables and figures in experiments/<name>/results",
         "",
     ]
-    for name in experiment_names(root / "experiments"):
-        lines.append(f"{name:20} {load_definition(root / 'experiments', name).title}")
+    lines += [f"{name:20} {load_definition(root / 'experiments', name).title}" for name in experiment_names(root / "experiments")]
     console.print("\n".join(lines), markup=False, highlight=False)

@@ -92,7 +92,7 @@ class PastSeconds:
 
     def __init__(self, artifacts: Path) -> None:
         manifests = [json.loads(path.read_text(encoding="utf-8")) for path in artifacts.glob(f"*/[!.]*/{MANIFEST}")]
-        self._models = {}  # of each artifact, by key
+        self._models: dict[str, Any] = {}  # of each artifact, by key
         for stage in STAGES:
             for manifest in manifests:
                 if manifest["stage"] == stage:
