@@ -6,7 +6,7 @@ In: the folder of a sweep, made by sweep.py or by `python run.py -m`. Out: one `
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,8 @@ class Record:
         experiment, version: its name, and whether it is "paper" or "tiny".
         command, date: that started the sweep.
         jobs: overrides of each.
-        report: layout of tables and figures.
+        title: of the experiment.
+        report: its tables and figures.
     """
 
     experiment: str
@@ -40,7 +41,13 @@ class Record:
     command: str
     date: str
     jobs: list[list[str]]
-    report: Mapping[str, Any]
+    title: str = ""
+    report: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """As the report takes it."""
+        return {"title": self.title, "command": self.command, "date": self.date, "entries": list(self.report)}
 
     def write(self, folder: Path) -> None:
         write_json(folder / RECORD, asdict(self))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class Definition:
         jobs: blocks for the paper's models, run one after the other.
         tiny: blocks for the built-in model.
         baselines: further blocks for the paper's models, on request.
-        report: layout of tables and figures (heapr/report).
+        report, tiny_report: tables and figures of the two versions (heapr/report/layout.py); none is the default.
     """
 
     name: str
@@ -45,7 +45,8 @@ class Definition:
     jobs: Sequence[Block]
     tiny: Sequence[Block]
     baselines: Sequence[Block] = ()
-    report: Mapping[str, Any] = field(default_factory=dict)
+    report: Sequence[Mapping[str, Any]] = ()
+    tiny_report: Sequence[Mapping[str, Any]] = ()
 
 
 def experiment_names(experiments: Path) -> list[str]:
@@ -78,7 +79,7 @@ def load_definition(experiments: Path, name: str) -> Definition:
 def make_jobs(definition: Definition, overrides: Sequence[str], *, baselines: bool = False) -> list[Job]:
     """All jobs in their order, none twice.
 
-    An override whose values all occur among the experiment's own selects their jobs (`model=qwen3_30b_a3b`); any other
+    An override whose values all occur among the experiment's own selects their jobs (such as one model); any other
     replaces what the jobs say, and multiplies them if it lists several values.
 
     Args:

@@ -178,7 +178,7 @@ def report(root: Path, folder: Path) -> int:
     from heapr.sweep.collect import RECORD, Record, collect_jobs
 
     jobs = collect_jobs(folder)
-    layout = Record.read(folder).report if (folder / RECORD).is_file() else {}
+    layout = Record.read(folder).layout if (folder / RECORD).is_file() else {}
     write_report(jobs, layout, folder, root / "experiments" / "published")
     failed = [job for job in jobs if job.summary is None]
     lines = [f"{len(jobs) - len(failed)} of {len(jobs)} jobs finished; tables, figures and report.html: {folder}"]
@@ -220,7 +220,8 @@ def _run(root: Path, request: Request, definition: Definition, jobs: Sequence[Jo
         command=request.command,
         date=f"{datetime.now():%Y-%m-%d}",
         jobs=[list(job) for job in jobs],
-        report=definition.report,
+        title=definition.title,
+        report=definition.tiny_report if request.version == "tiny" else definition.report,
     )
     folder = new_folder(sweeps, record)
     exit_code = launch(root, folder, request.settings)

@@ -100,7 +100,7 @@ def test_two_sweeps_at_once_calibrate_once(material: tuple[Path, list[str]], tmp
     common = ["evaluation=sweep", *overrides, f"paths.outputs={tmp_path}", "pruning.save_checkpoint=false"]
     folders = []
     for ratio in (0.2, 0.4):
-        record = Record("both", "tiny", "", "", [[*common, f"pruning.ratio={ratio}"]], {})
+        record = Record("both", "tiny", "", "", [[*common, f"pruning.ratio={ratio}"]])
         folders.append(new_folder(tmp_path / "sweeps", record))
     with ThreadPoolExecutor() as pool:
         assert list(pool.map(lambda folder: launch(ROOT, folder, []), folders)) == [0, 0]
