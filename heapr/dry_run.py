@@ -33,7 +33,7 @@ from heapr.model.moe import MoEModel
 from heapr.pruning.allocation import Budget
 from heapr.recipes import Recipes, experiment_recipes
 from heapr.schema import CalibrationConfig, ExperimentConfig, build
-from heapr.store import Store
+from heapr.store import Recipe, Store
 from heapr.types import LayerStatistics
 
 MATRIX_ELEMENT_BYTES = 4  # the published procedure's D x D matrices are float32
@@ -49,12 +49,14 @@ class PlannedStage:
         stage, key: what it is.
         what: of an evaluation, what is measured on which model.
         cached: whether it is in the store already.
+        config: resolved configuration of the stage.
     """
 
     stage: str
     what: str
     key: str
     cached: bool
+    config: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -117,26 +119,12 @@ def dry_run(config: ExperimentConfig) -> DryRun:
         ConfigError: the user's mistake.
     """
     notes: list[str] = []
-    criterion = find_criterion(config)
-    corpus: Corpus | None = _or_note(notes, lambda: _known_corpus(config.calibration.corpus, "calibration.corpus"))
-    device = _or_note(notes, lambda: find_device(config.runtime.device)) or torch.device("cpu")
-    built = build_evaluators(_what_is_here(config.evaluation, notes), device)
-    evaluators = [entry for entry in built if isinstance(entry, Evaluator)]
-    comparisons = [entry for entry in built if isinstance(entry, Comparison)]
-    store = Store(Path(config.paths.outputs) / "artifacts", torch.device("cpu"))
-    source = find_source(config, store)
-    check_lengths(config, source)
-    budget = find_budget(config, source, criterion)
-    find_uniform_settings(source, budget)
-    stages: list[PlannedStage] = []
-    if corpus is not None:
-        recipes = experiment_recipes(config, source.identity, corpus, evaluators, comparisons)
-        stages = list(_stages(recipes, store, built, config.pruning.save_checkpoint))
+    source, budget, stages = plan_stages(config, notes)
     model = source.on_meta()
     if "hub" not in source.identity and not any(source.folder.glob("*.safetensors")):
         notes.append(f"'{source.folder}' holds no weights; with them the keys will be others, because weights determine results")
     return DryRun(
-        name=name_of(config, criterion),
+        name=name_of(config, find_criterion(config)),
         path=config.model.path,
         dtype=config.model.dtype,
         ratio=config.pruning.ratio,
@@ -150,6 +138,33 @@ def dry_run(config: ExperimentConfig) -> DryRun:
         **_sizes(model, source, budget),
         **_costs(model, config.calibration),
     )
+
+
+def plan_stages(config: ExperimentConfig, notes: list[str]) -> tuple[ModelSource, Budget, list[PlannedStage]]:
+    """The model, how much is removed of it, and every artifact; no artifact if a corpus is missing on which keys depend.
+
+    Args:
+        config: checked by `heapr.schema.resolve`.
+        notes: gets one line for each thing that is not on this machine.
+
+    Raises:
+        ConfigError: the user's mistake.
+    """
+    criterion = find_criterion(config)
+    corpus: Corpus | None = _or_note(notes, lambda: _known_corpus(config.calibration.corpus, "calibration.corpus"))
+    device = _or_note(notes, lambda: find_device(config.runtime.device)) or torch.device("cpu")
+    built = build_evaluators(_what_is_here(config.evaluation, notes), device)
+    evaluators = [entry for entry in built if isinstance(entry, Evaluator)]
+    comparisons = [entry for entry in built if isinstance(entry, Comparison)]
+    store = Store(Path(config.paths.outputs) / "artifacts", torch.device("cpu"))
+    source = find_source(config, store)
+    check_lengths(config, source)
+    budget = find_budget(config, source, criterion)
+    find_uniform_settings(source, budget)
+    if corpus is None:
+        return source, budget, []
+    recipes = experiment_recipes(config, source.identity, corpus, evaluators, comparisons)
+    return source, budget, list(_stages(recipes, store, built, config.pruning.save_checkpoint))
 
 
 def _sizes(model: MoEModel, source: ModelSource, budget: Budget) -> dict[str, Any]:
@@ -196,15 +211,16 @@ def _stages(recipes: Recipes, store: Store, evaluation: Sequence[Evaluator | Com
     """Every artifact in the order of a run."""
     evaluators = [entry for entry in evaluation if isinstance(entry, Evaluator)]
     comparisons = list(zip([entry for entry in evaluation if isinstance(entry, Comparison)], recipes.compare, strict=True))
-    for recipe in (recipes.calibrate, recipes.score):
-        yield PlannedStage(recipe.stage, "", recipe.key, store.has(recipe))
-    for evaluator, recipe in zip(evaluators, recipes.evaluate_dense, strict=True):
-        yield PlannedStage(recipe.stage, f"{evaluator.name} dense", recipe.key, store.has(recipe))
-    yield from (PlannedStage(r.stage, c.name, r.key, store.has(r)) for c, r in comparisons if c.upstream == "score")
-    yield PlannedStage("prune", "", recipes.prune.key, store.has(recipes.prune, needed_of_prune(save_checkpoint)))
-    for evaluator, recipe in zip(evaluators, recipes.evaluate_pruned, strict=True):
-        yield PlannedStage(recipe.stage, f"{evaluator.name} pruned", recipe.key, store.has(recipe))
-    yield from (PlannedStage(r.stage, c.name, r.key, store.has(r)) for c, r in comparisons if c.upstream == "prune")
+
+    def plan(recipe: Recipe, what: str = "", needs: Sequence[str] = ()) -> PlannedStage:
+        return PlannedStage(recipe.stage, what, recipe.key, store.has(recipe, needs), recipe.config)
+
+    yield from (plan(recipes.calibrate), plan(recipes.score))
+    yield from (plan(r, f"{e.name} dense") for e, r in zip(evaluators, recipes.evaluate_dense, strict=True))
+    yield from (plan(r, c.name) for c, r in comparisons if c.upstream == "score")
+    yield plan(recipes.prune, needs=needed_of_prune(save_checkpoint))
+    yield from (plan(r, f"{e.name} pruned") for e, r in zip(evaluators, recipes.evaluate_pruned, strict=True))
+    yield from (plan(r, c.name) for c, r in comparisons if c.upstream == "prune")
 
 
 def _what_is_here(evaluation: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ In: the configuration that Hydra composed, or the error that it met. Out: a run,
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import re
 import sys
@@ -26,16 +27,35 @@ from omegaconf.errors import OmegaConfBaseException
 from heapr.errors import ConfigError
 from heapr.schema import ExperimentConfig, register, resolve, unknown_key
 
+logger = logging.getLogger(__name__)
+
 EXIT_CODE = 2
+ERROR = "error.txt"  # in the folder of a sweep's job that failed
 
 
 def run_job(config: DictConfig) -> None:
     """One job of Hydra's. In a sweep a mistake fails its job and Hydra goes on with the others."""
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        _run(config)
+        with _recorded_failure(Path(HydraConfig.get().runtime.output_dir)):
+            _run(config)
         return
     with one_line_errors():  # before Hydra adds a line of its own
         _run(config)
+
+
+@contextmanager
+def _recorded_failure(folder: Path) -> Iterator[None]:
+    """Leave one line in the job's folder, and for what is not the user's mistake a stack trace in its log."""
+    (folder / ERROR).unlink(missing_ok=True)
+    try:
+        yield
+    except Exception as error:
+        expected = isinstance(error, ConfigError | FloatingPointError)
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        line = first_line if expected else f"{type(error).__name__}: {first_line}"
+        logger.error("this job failed: %s", line, exc_info=None if expected else error)
+        (folder / ERROR).write_text(line + "\n", encoding="utf-8")
+        raise
 
 
 def _run(config: DictConfig) -> None:
@@ -69,7 +89,7 @@ def one_line_errors(config_folder: Path | None = None) -> Iterator[None]:
     except FloatingPointError as error:
         _stop(str(error), code=1)
     except (HydraException, OmegaConfBaseException) as error:
-        _stop(_explain(error, config_folder))
+        _stop(explain(error, config_folder, sys.argv[1:]))
     except OSError as error:
         if error.filename is None or _came_from_job(error):
             raise
@@ -86,12 +106,18 @@ def _came_from_job(error: BaseException) -> bool:
     return any(frame.f_code is _run.__code__ for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
-def _explain(error: Exception, config_folder: Path | None) -> str:
-    """Hydra's message, or a better one where a key is misspelt or a value has the wrong type."""
+def explain(error: Exception, config_folder: Path | None, overrides: Sequence[str]) -> str:
+    """Hydra's message, or a better one where a key is misspelt or a value has the wrong type.
+
+    Args:
+        error: what was raised on composing.
+        config_folder: where known keys are looked up.
+        overrides: that were composed.
+    """
     text = str(error).strip()
     match = re.match(r"Could not override '([^']+)'", text)
     if match and "To append to your config" in text and config_folder is not None:
-        return _explain_unknown_key(match.group(1), config_folder)
+        return _explain_unknown_key(match.group(1), config_folder, overrides)
     match = re.search(r"Could not (?:find|load) '([^']+)'", text)
     if match and config_folder is not None and (config_folder / match[1]).parent.is_dir():
         return _unknown_option(match[1], config_folder)
@@ -110,9 +136,9 @@ def _unknown_option(path: str, config_folder: Path) -> str:
     return f"unknown option '{path}'; {suggestion}known options of {group}: {', '.join(known)}"
 
 
-def _explain_unknown_key(path: str, config_folder: Path) -> str:
+def _explain_unknown_key(path: str, config_folder: Path, overrides: Sequence[str]) -> str:
     """Compare a misspelt key, part by part, with the configuration of the groups' options that were chosen."""
-    node = _compose_groups(sys.argv[1:], config_folder)
+    node = _compose_groups(overrides, config_folder)
     parts = path.split(".")
     for number, part in enumerate(parts, start=1):
         if not isinstance(node, DictConfig) or part not in node:

@@ -1,0 +1,75 @@
+"""The published two-stage calibration, as the measure of what the identity saves: (3) and (4) of docs/method.md, literally.
+
+In: a model and batches. Out: HEAPr's scores by decoder layer index. First stage: a forward and a backward pass, a D x D matrix
+per expert. Second stage: another forward pass. As here parameters are frozen, so that the procedures differ in nothing else.
+Shape letters: D model width, E experts, F atomic experts of an expert, n tokens of one expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from heapr.model.experts import observe_experts
+from heapr.model.moe import MoELayer, MoEModel, frozen_parameters, gradient_from_embeddings, summed_loss_backward
+from heapr.types import ExpertWeights
+
+
+class GradientMatrices:
+    """First stage: sums of g g^T over the tokens of each expert, g = dloss/dE(x), float32 (E, D, D)."""
+
+    def __init__(self, layer: MoELayer) -> None:
+        device = layer.experts.down_proj.device
+        self.sum_EDD = torch.zeros(layer.num_experts, layer.model_width, layer.model_width, device=device)
+        self.count_E = torch.zeros(layer.num_experts, device=device)
+
+    def __call__(self, expert: int, h_nF: Tensor, router_weight_n: Tensor, output_nD: Tensor) -> None:
+        def add(grad_nD: Tensor) -> None:
+            g_nD = grad_nD.float()
+            self.sum_EDD[expert].addmm_(g_nD.T, g_nD)
+            self.count_E[expert] += len(g_nD)
+
+        if output_nD.requires_grad:
+            output_nD.register_hook(add)
+
+
+class ActivationSquares:
+    """Second stage: sums of h^2 over the tokens of each expert, float32 (E, F)."""
+
+    def __init__(self, layer: MoELayer) -> None:
+        self.sum_EF = torch.zeros(layer.num_experts, layer.width, device=layer.experts.down_proj.device)
+
+    def __call__(self, expert: int, h_nF: Tensor, router_weight_n: Tensor, output_nD: Tensor) -> None:
+        self.sum_EF[expert, : h_nF.shape[1]] += h_nF.float().square().sum(0)
+
+
+def two_stage_scores(model: MoEModel, batches: Sequence[Tensor]) -> dict[int, Tensor]:
+    """1/2 mean(h_k^2) w_k^T G w_k, float32 (E, F) by decoder layer index; 0 for experts without tokens.
+
+    Args:
+        model: dense or pruned.
+        batches: int64 (N, W) token ids each.
+    """
+    matrices = [GradientMatrices(layer) for layer in model.layers]
+    squares = [ActivationSquares(layer) for layer in model.layers]
+    experts = [layer.experts for layer in model.layers]
+    with frozen_parameters(model.model), gradient_from_embeddings(model.model):
+        with observe_experts(model.model, list(zip(experts, matrices, strict=True))):
+            for ids_NW in batches:
+                summed_loss_backward(model, model.hidden_states(input_ids=ids_NW), ids_NW)
+        with torch.no_grad(), observe_experts(model.model, list(zip(experts, squares, strict=True))):
+            for ids_NW in batches:
+                model.hidden_states(input_ids=ids_NW)
+    found = zip(model.layers, matrices, squares, strict=True)
+    return {layer.index: _scores(layer.weights(), matrix, square) for layer, matrix, square in found}
+
+
+@torch.no_grad()
+def _scores(weights: ExpertWeights, matrices: GradientMatrices, squares: ActivationSquares) -> Tensor:
+    count_E1 = matrices.count_E.clamp(min=1).unsqueeze(1)
+    rows = []
+    for down_DF, sum_DD in zip(weights.down_EDF, matrices.sum_EDD, strict=True):
+        rows.append((down_DF.float() * (sum_DD @ down_DF.float())).sum(0))  # (4), without the mean over tokens
+    return 0.5 * (squares.sum_EF / count_E1) * (torch.stack(rows) / count_E1)

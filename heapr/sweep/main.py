@@ -1,0 +1,282 @@
+"""The command line of sweep.py: plan, run, report.
+
+In: `experiment=<name>` and overrides, or `report_dir=<folder>`. Out: a sweep's folder with jobs, tables, figures and report.html;
+exit code 1 if a job failed, 2 with one line for a mistake.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+from heapr.errors import ConfigError
+from heapr.main import compose_experiment, explain, one_line_errors
+from heapr.schema import ExperimentConfig, register
+from heapr.sweep.definition import TINY, Definition, Job, experiment_names, load_definition, make_jobs
+
+logger = logging.getLogger(__name__)
+
+SWITCHES = ("report_only", "results", "baselines")
+MAX_FIGURE = 200_000  # bytes of a figure that is kept with an experiment
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for.
+
+    Attributes:
+        experiment: its name; none if a folder is reported.
+        report_dir: folder to report, instead of an experiment.
+        dry_run: show the plan and stop.
+        report_only: of the newest sweep, without running anything.
+        results: keep tables and figures with the experiment.
+        baselines: run them too.
+        overrides: of all jobs.
+        settings: overrides of Hydra itself.
+        command: as it was typed.
+    """
+
+    experiment: str | None
+    report_dir: Path | None
+    dry_run: bool
+    report_only: bool
+    results: bool
+    baselines: bool
+    overrides: tuple[str, ...]
+    settings: tuple[str, ...]
+    command: str
+
+    @property
+    def version(self) -> str:
+        return "tiny" if TINY in self.overrides else "paper"
+
+
+def main(arguments: Sequence[str], root: Path) -> None:
+    """Do what the command line asks, and exit.
+
+    Args:
+        arguments: of the command line.
+        root: holds run.py, conf/ and experiments/.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
+    if {"-h", "--help"} & set(arguments):
+        _help(root)
+        return
+    with one_line_errors(root / "conf"):
+        request = read_request(arguments, experiment_names(root / "experiments"))
+        if request.report_dir is not None:
+            sys.exit(report(root, request.report_dir))
+        sys.exit(sweep(root, request))
+
+
+def read_request(arguments: Sequence[str], experiments: Sequence[str]) -> Request:
+    """Understand the command line.
+
+    Raises:
+        ConfigError: it asks for nothing that can be done.
+    """
+    own: dict[str, str] = {}
+    rest: list[str] = []
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key in ("experiment", "report_dir", *SWITCHES):
+            own[key] = value
+        elif argument != "--dry-run":
+            rest.append(argument)
+    for argument in rest:
+        if argument.startswith("-") or ("=" not in argument and not argument.startswith("~")):
+            known = ["--dry-run", "--help", *(f"{key}=" for key in ("experiment", "report_dir", *SWITCHES))]
+            near = difflib.get_close_matches(argument, known, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ConfigError(f"'{argument}' is neither an override (key=value) nor an option; {hint}options: {', '.join(known)}")
+        if argument.startswith("dry_run="):
+            raise ConfigError(f"'{argument}' is for one run; give --dry-run to see the plan of a sweep")
+    if ("experiment" in own) == ("report_dir" in own):
+        raise ConfigError(f"give either experiment=<name> or report_dir=<folder>; experiments: {', '.join(experiments)}")
+    if "report_dir" in own and (rest or len(own) > 1 or "--dry-run" in arguments):
+        raise ConfigError("report_dir=<folder> stands alone: a report is made from what is in the folder")
+    settings = tuple(argument for argument in rest if argument.startswith(("hydra.", "hydra/", "+hydra.")))
+    return Request(
+        experiment=own.get("experiment"),
+        report_dir=Path(own["report_dir"]) if "report_dir" in own else None,
+        dry_run="--dry-run" in arguments,
+        overrides=tuple(argument for argument in rest if argument not in settings),
+        settings=settings,
+        command=shlex.join(["python", "sweep.py", *arguments]),
+        **{key: _switch(key, own.get(key, "false")) for key in SWITCHES},
+    )
+
+
+def sweep(root: Path, request: Request) -> int:
+    """Plan, run and report an experiment.
+
+    Returns:
+        exit code: 1 if a job failed.
+
+    Raises:
+        ConfigError: the user's mistake.
+    """
+    assert request.experiment is not None
+    definition = load_definition(root / "experiments", request.experiment)
+    jobs = make_jobs(definition, request.overrides, baselines=request.baselines)
+    if request.report_only:
+        return _report_newest(root, request, definition, jobs)
+    configs = compose_jobs(definition.name, jobs, root / "conf")
+    _check_settings(request.settings, root / "conf")
+    from heapr.sweep.plan import plan_sweep
+    from heapr.sweep.table import print_plan
+
+    plan = plan_sweep(jobs, configs)
+    print_plan(plan, f"{definition.name} ({request.version}): {definition.title}")
+    if request.dry_run:
+        return 0
+    problems = [job.problem for job in plan.jobs if job.problem]
+    if len(problems) == len(jobs):
+        raise ConfigError(f"no job of {definition.name} can run; the first: {problems[0]}")
+    return _run(root, request, definition, jobs, sweeps=Path(configs[0].paths.outputs) / "sweeps")
+
+
+def compose_jobs(experiment: str, jobs: Sequence[Job], config_folder: Path) -> list[ExperimentConfig]:
+    """The checked configuration of every job.
+
+    Raises:
+        ConfigError: one does not compose; the message names it.
+    """
+
+    def compose_job(number: int, job: Job) -> ExperimentConfig:
+        try:
+            return compose_experiment(job, config_folder)
+        except (ConfigError, HydraException, OmegaConfBaseException) as error:
+            reason = explain(error, config_folder, job)
+            raise ConfigError(f"job {number} of {experiment} ({' '.join(job)}): {reason}") from error
+
+    return [compose_job(number, job) for number, job in enumerate(jobs)]
+
+
+def report(root: Path, folder: Path) -> int:
+    """Tables and figures of a sweep's folder, into the folder.
+
+    Returns:
+        exit code: 1 if a job had failed.
+
+    Raises:
+        ConfigError: the folder holds no sweep, or results that cannot stand in one table.
+    """
+    from heapr.report.report import write_report
+    from heapr.sweep.collect import RECORD, Record, collect_jobs
+
+    jobs = collect_jobs(folder)
+    layout = Record.read(folder).layout if (folder / RECORD).is_file() else {}
+    write_report(jobs, layout, folder, root / "experiments" / "published")
+    failed = [job for job in jobs if job.summary is None]
+    lines = [f"{len(jobs) - len(failed)} of {len(jobs)} jobs finished; tables, figures and report.html: {folder}"]
+    lines += [f"  job {job.number} failed ({' '.join(job.overrides)}): {job.error}" for job in failed]
+    Console(soft_wrap=True).print("\n".join(lines), markup=False, highlight=False)
+    return 1 if failed else 0
+
+
+def keep_results(root: Path, folder: Path) -> Path:
+    """Copy tables, figures and report.html of a sweep beside its experiment.
+
+    Returns:
+        the folder they are in.
+    """
+    from heapr.sweep.collect import Record
+
+    record = Record.read(folder)
+    kept = root / "experiments" / record.experiment / "results" / record.version
+    shutil.rmtree(kept, ignore_errors=True)
+    kept.mkdir(parents=True)
+    for path in [*folder.glob("table*.*"), folder / "report.html"]:
+        shutil.copy(path, kept)
+    if (folder / "figures").is_dir():
+        shutil.copytree(folder / "figures", kept / "figures")
+    for path in kept.glob("figures/*"):
+        if path.stat().st_size > MAX_FIGURE:
+            logger.warning("%s has %d bytes; figures that are kept should have at most %d", path, path.stat().st_size, MAX_FIGURE)
+    (kept / "README.md").write_text(f"# {record.experiment}, {record.version}\n\n    {record.command}\n\nRun on {record.date}.\n")
+    return kept
+
+
+def _run(root: Path, request: Request, definition: Definition, jobs: Sequence[Job], *, sweeps: Path) -> int:
+    from heapr.sweep.collect import Record
+    from heapr.sweep.launch import launch, new_folder
+
+    record = Record(
+        experiment=definition.name,
+        version=request.version,
+        command=request.command,
+        date=f"{datetime.now():%Y-%m-%d}",
+        jobs=[list(job) for job in jobs],
+        title=definition.title,
+        report=definition.tiny_report if request.version == "tiny" else definition.report,
+    )
+    folder = new_folder(sweeps, record)
+    exit_code = launch(root, folder, request.settings)
+    if exit_code:
+        logger.error("the process that ran the jobs ended with exit code %d; the same command goes on where it stopped", exit_code)
+    return max(_finish(root, request, folder), 1 if exit_code else 0)
+
+
+def _report_newest(root: Path, request: Request, definition: Definition, jobs: Sequence[Job]) -> int:
+    from heapr.sweep.collect import newest_sweep
+
+    (config,) = compose_jobs(definition.name, jobs[:1], root / "conf")
+    return _finish(root, request, newest_sweep(Path(config.paths.outputs) / "sweeps", definition.name, request.version))
+
+
+def _finish(root: Path, request: Request, folder: Path) -> int:
+    failed = report(root, folder)
+    if request.results:
+        Console(soft_wrap=True).print(f"kept in {keep_results(root, folder)}", markup=False, highlight=False)
+    return failed
+
+
+def _check_settings(settings: Sequence[str], config_folder: Path) -> None:
+    """A launcher that is not there is found before anything runs."""
+    register()
+    with initialize_config_dir(str(config_folder), version_base="1.3"):
+        try:
+            compose("config", overrides=list(settings), return_hydra_config=True)
+        except HydraException as error:
+            known = " ".join(line.strip() for line in str(error).splitlines()[1:5])
+            hint = "joblib and submitit come with pip install 'heapr[joblib]' and 'heapr[slurm]'"
+            raise ConfigError(f"{' '.join(settings)}: {str(error).splitlines()[0]} {known}; {hint}") from error
+
+
+def _switch(key: str, value: str) -> bool:
+    if value not in ("true", "false"):
+        raise ConfigError(f"{key}={value} is neither true nor false")
+    return value == "true"
+
+
+def _help(root: Path) -> None:
+    console = Console(soft_wrap=True)
+    lines = [
+        "python sweep.py experiment=<name> [model=tiny] [overrides] [--dry-run]",
+        "python sweep.py experiment=<name> report_only=true",
+        "python sweep.py report_dir=<folder of a sweep>",
+        "",
+        "model=tiny       the experiment's version for the built-in model: offline, minutes on 2 cores",
+        "overrides        as for run.py; one whose values the experiment sweeps selects those jobs, others apply to all jobs",
+        "hydra/launcher=  basic (one job after the other), joblib, submitit_slurm ... (docs/experiments.md)",
+        "--dry-run        show the plan and stop",
+        "report_only=true tables and figures of the experiment's newest sweep, from its artifacts alone",
+        "baselines=true   run the experiment's baselines too",
+        "results=true     keep tables and figures in experiments/<name>/results",
+        "",
+    ]
+    lines += [f"{name:20} {load_definition(root / 'experiments', name).title}" for name in experiment_names(root / "experiments")]
+    console.print("\n".join(lines), markup=False, highlight=False)

@@ -1,0 +1,120 @@
+"""What a sweep would do: which stages every job needs, which the store has, which several jobs share, and how long it takes.
+
+In: the checked configuration of every job. Out: `Plan`, printed as a table. Nothing is loaded, tokenised or made.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from heapr.dry_run import PlannedStage, plan_stages
+from heapr.errors import ConfigError
+from heapr.schema import ExperimentConfig
+from heapr.store import MANIFEST, canonical_json
+
+STAGES = ("calibrate", "score", "prune", "evaluate")
+
+
+@dataclass(frozen=True)
+class PlannedJob:
+    """One job.
+
+    Attributes:
+        overrides: of its configuration.
+        stages: all its artifacts, in order.
+        seconds: how long each artifact took before, where something like it was made.
+        problem: why it would fail, or why its keys are not known; empty if it can be run.
+    """
+
+    overrides: tuple[str, ...]
+    stages: Sequence[PlannedStage]
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """All jobs, and what is left to make.
+
+    Attributes:
+        jobs: in their order.
+        seconds: expected for each distinct artifact that is not there, by key; none if nothing like it was made before.
+    """
+
+    jobs: Sequence[PlannedJob]
+    seconds: Mapping[str, float | None]
+
+    def to_make(self) -> dict[str, PlannedStage]:
+        """Distinct artifacts that are not there, by key."""
+        return {stage.key: stage for job in self.jobs for stage in job.stages if not stage.cached}
+
+    def states(self, number: int) -> dict[str, Counter[str]]:
+        """How many artifacts of each stage of a job are "cached", to "make", or "shared": made by an earlier job."""
+        earlier = {stage.key for job in self.jobs[:number] for stage in job.stages}
+        states: dict[str, Counter[str]] = {name: Counter() for name in STAGES}
+        for stage in self.jobs[number].stages:
+            states[stage.stage]["cached" if stage.cached else "shared" if stage.key in earlier else "make"] += 1
+        return states
+
+
+def plan_sweep(jobs: Sequence[tuple[str, ...]], configs: Sequence[ExperimentConfig]) -> SweepPlan:
+    """Plan all jobs.
+
+    Args:
+        jobs: overrides of each.
+        configs: checked configuration of each.
+    """
+    planned = [_plan_job(overrides, config) for overrides, config in zip(jobs, configs, strict=True)]
+    past = PastSeconds(Path(configs[0].paths.outputs) / "artifacts")
+    seconds = {stage.key: past.expected(stage, job.stages) for job in planned for stage in job.stages if not stage.cached}
+    return SweepPlan(planned, seconds)
+
+
+def _plan_job(overrides: tuple[str, ...], config: ExperimentConfig) -> PlannedJob:
+    notes: list[str] = []
+    try:
+        *_, stages = plan_stages(replace(config, dry_run=True), notes)
+    except ConfigError as error:
+        return PlannedJob(overrides, [], str(error))
+    return PlannedJob(overrides, stages, "; ".join(notes))
+
+
+class PastSeconds:
+    """How long artifacts took, from the manifests of a store.
+
+    A stage is compared with those of the same model: calibrations per token, evaluations with those that measured the same.
+    """
+
+    def __init__(self, artifacts: Path) -> None:
+        manifests = [json.loads(path.read_text(encoding="utf-8")) for path in artifacts.glob(f"*/[!.]*/{MANIFEST}")]
+        self._models: dict[str, Any] = {}  # of each artifact, by key
+        for stage in STAGES:
+            for manifest in manifests:
+                if manifest["stage"] == stage:
+                    upstream = [self._models.get(key) for key in manifest["upstream"].values()]
+                    self._models[manifest["key"]] = manifest["config"].get("model") or next(iter(upstream), None)
+        self._seconds: dict[str, list[float]] = defaultdict(list)
+        for manifest in manifests:
+            kind, amount = _kind(manifest["stage"], manifest["config"], self._models[manifest["key"]])
+            self._seconds[kind].append(manifest["seconds"] / amount)
+
+    def expected(self, stage: PlannedStage, job: Sequence[PlannedStage]) -> float | None:
+        """Median of those like it; none if there are none.
+
+        Args:
+            stage: what is to be made.
+            job: all stages of its job, of which the first says the model.
+        """
+        kind, amount = _kind(stage.stage, stage.config, job[0].config["model"])
+        return statistics.median(self._seconds[kind]) * amount if kind in self._seconds else None
+
+
+def _kind(stage: str, config: Mapping[str, Any], model: Any) -> tuple[str, float]:
+    """What takes equally long, and how much of it there is."""
+    amount = config["num_samples"] * config["sequence_length"] if stage == "calibrate" else 1
+    return canonical_json([stage, model, config.get("evaluator")]), amount

@@ -1,0 +1,17 @@
+"""Reproduce one table or figure: plan -> every job of an experiment -> tables, figures and one HTML page.
+
+Run:  python sweep.py experiment=main_table model=tiny                the built-in model, offline
+      python sweep.py experiment=main_table                           the paper's models
+      python sweep.py experiment=main_table --dry-run                 the plan alone
+      python sweep.py experiment=main_table report_only=true          tables and figures of its newest sweep
+      python sweep.py report_dir=outputs/sweeps/<folder>              the same of any sweep, python run.py -m ... too
+      python sweep.py --help                                          all experiments
+"""
+
+import sys
+from pathlib import Path
+
+from heapr.sweep.main import main
+
+if __name__ == "__main__":
+    main(sys.argv[1:], Path(__file__).resolve().parent)

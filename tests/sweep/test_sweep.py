@@ -1,0 +1,138 @@
+"""Sweeps of a tiny model, really run: failures, starting again, reports, and two processes at once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from heapr.errors import ConfigError
+from heapr.sweep.collect import Record, collect_jobs
+from heapr.sweep.launch import launch, new_folder
+from heapr.sweep.main import main
+from tests.experiment import write_model, write_texts
+
+ROOT = Path(__file__).parents[2]
+IMPOSSIBLE = "0.999"  # fewer atomic experts than layers would be left
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A folder, and overrides that make the built-in model's version of an experiment small."""
+    folder = tmp_path_factory.mktemp("sweep")
+    texts = [o for o in write_texts(folder) if not o.startswith(("evaluation.throughput", "evaluation.truth"))]
+    model = ["model=tiny", f"model.path={write_model(folder / 'model')}", "tracking=none", "runtime.num_threads=1"]
+    return folder, [*model, f"paths.outputs={folder / 'outputs'}", *texts]
+
+
+def sweep(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments, ROOT)
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code
+
+
+def summaries(outputs: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(outputs.glob("sweeps/*/*/summary.json"))]
+
+
+@pytest.fixture(scope="module")
+def swept(material: tuple[Path, list[str]]) -> Path:
+    """The folder of a sweep whose second job fails."""
+    folder, overrides = material
+    assert sweep("experiment=ratio_curve", *overrides, f"pruning.ratio=0.4,{IMPOSSIBLE}") == 1
+    (made,) = (folder / "outputs" / "sweeps").iterdir()
+    return made
+
+
+def test_a_failed_job_is_told_and_the_others_finish(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    finished, failed = collect_jobs(swept)
+    assert finished.summary is not None and finished.summary["config"]["pruning"]["ratio"] == 0.4
+    assert failed.summary is None and failed.error is not None and failed.error.startswith(f"pruning.ratio={IMPOSSIBLE}")
+    assert sweep(f"report_dir={swept}") == 1
+    told = capsys.readouterr().out
+    assert "1 of 2 jobs finished" in told and "job 1 failed" in told and failed.error in told
+    assert (swept / "table.md").is_file() and (swept / "report.html").is_file()
+
+
+def test_a_report_is_made_again_from_the_artifacts_alone(swept: Path, material: tuple[Path, list[str]]) -> None:
+    (swept / "report.html").unlink()
+    assert sweep("experiment=ratio_curve", "report_only=true", *material[1]) == 1
+    assert (swept / "report.html").is_file()
+
+
+def test_started_again_nothing_is_made(swept: Path, material: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    folder, overrides = material
+    assert sweep("experiment=ratio_curve", *overrides, "pruning.ratio=0.4") == 0
+    assert "of which to make: none" in " ".join(capsys.readouterr().out.split())
+    again = summaries(folder / "outputs")[-1]
+    assert all(stage["cached"] for stage in again["stages"])
+
+
+def test_the_plan_tells_what_is_shared_and_runs_nothing(material: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    folder, overrides = material
+    arguments = ["experiment=ratio_curve", "--dry-run", "pruning.ratio=0.3,0.5", f"paths.outputs={folder / 'plan'}"]
+    assert sweep(*(o for o in overrides if not o.startswith("paths.")), *arguments) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["0", "pruning.ratio=0.3", "make", "make", "make"] in [line[:5] for line in lines]
+    assert ["1", "pruning.ratio=0.5", "shared", "shared", "make"] in [line[:5] for line in lines]
+    assert not (folder / "plan" / "sweeps").exists()
+
+
+def test_a_job_that_does_not_compose_stops_everything(material: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    folder, overrides = material
+    others = [o for o in overrides if not o.startswith("paths.")]
+    assert sweep("experiment=ratio_curve", *others, f"paths.outputs={folder / 'never'}", "pruning.ratio=0.4,1.5") == 2
+    error = capsys.readouterr().err
+    assert "job 1 of ratio_curve (pruning.ratio=1.5" in error and "is not in [0, 1)" in error
+    assert sweep("experiment=ratio_curve", *others, f"paths.outputs={folder / 'never'}", "pruning.ratoi=0.4") == 2
+    assert "did you mean pruning.ratio?" in capsys.readouterr().err
+    assert not (folder / "never").exists()
+
+
+def test_two_sweeps_at_once_calibrate_once(material: tuple[Path, list[str]], tmp_path: Path) -> None:
+    overrides = [o for o in material[1] if not o.startswith("paths.")]
+    common = ["evaluation=sweep", *overrides, f"paths.outputs={tmp_path}", "pruning.save_checkpoint=false"]
+    folders = []
+    for ratio in (0.2, 0.4):
+        record = Record("both", "tiny", "", "", [[*common, f"pruning.ratio={ratio}"]])
+        folders.append(new_folder(tmp_path / "sweeps", record))
+    with ThreadPoolExecutor() as pool:
+        assert list(pool.map(lambda folder: launch(ROOT, folder, []), folders)) == [0, 0]
+    stages = [stage for summary in summaries(tmp_path) for stage in summary["stages"]]
+    made = [stage["key"] for stage in stages if not stage["cached"]]
+    assert len(made) == len(set(made)) == len({stage["key"] for stage in stages})
+    assert [stage["cached"] for stage in stages if stage["stage"] == "calibrate"].count(False) == 1
+
+
+def test_jobs_that_never_started_are_not_forgotten(tmp_path: Path) -> None:
+    """Of a plain sweep of run.py, killed in its second job of three."""
+    hydra = "hydra:\n  sweeper:\n    _target_: hydra._internal.core_plugins.basic_sweeper.BasicSweeper\n  overrides:\n    task:\n"
+    (tmp_path / "multirun.yaml").write_text(hydra + "    - pruning.ratio=0.2,0.3,0.4\n")
+    for number in (0, 1):
+        (tmp_path / str(number) / ".hydra").mkdir(parents=True)
+        (tmp_path / str(number) / ".hydra" / "overrides.yaml").write_text(f"- pruning.ratio=0.{number + 2}\n")
+    (tmp_path / "0" / "summary.json").write_text("{}")
+    jobs = collect_jobs(tmp_path)
+    assert [job.overrides for job in jobs] == [("pruning.ratio=0.2",), ("pruning.ratio=0.3",), ("pruning.ratio=0.4",)]
+    assert [job.error is None for job in jobs] == [True, False, False]
+    assert "was stopped" in str(jobs[1].error) and jobs[2].error == "never started"
+
+
+@pytest.mark.parametrize(("name", "message"), [("missing", "is no folder"), ("empty", "holds no jobs")])
+def test_a_folder_without_a_sweep_is_refused(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=message):
+        collect_jobs(tmp_path / name)
+
+
+def test_the_command_line_answers_a_mistake_in_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "sweep.py"), "experiment=ratio_curv"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False)
+    assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1
+    assert "did you mean ratio_curve?" in result.stderr
