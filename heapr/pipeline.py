@@ -24,7 +24,7 @@ from heapr.calibration.sampling import batches
 from heapr.errors import ConfigError
 from heapr.evaluation.efficiency import size_change
 from heapr.evaluation.evaluator import Material
-from heapr.evaluation.protocol import protocol_differences
+from heapr.report.protocol import protocol_differences
 from heapr.evaluation.zero_shot import average_accuracy
 from heapr.experiment import Experiment, prepare
 from heapr.files import write_json
