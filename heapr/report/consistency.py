@@ -72,7 +72,7 @@ def _scatter(axis: Axes, groups: Sequence[Mapping[str, float]], across: str, low
     if edge:
         xs = [group[across] if group[across] > 0 else low[0] for group in edge]
         ys = [group[MEASURED] if group[MEASURED] > 0 else low[1] for group in edge]
-        axis.plot(xs, ys, linestyle="none", marker="x", color=how["color"], label="not above zero, at the edge", clip_on=False)
+        axis.plot(xs, ys, **{**how, "marker": "x", "label": "not above zero, at the edge"})
 
 
 def _label(job: JobResult, names: Sequence[str]) -> str:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from heapr.report import metrics
-from heapr.report.factors import UNKNOWN, describe, factor, header, show, varying
+from heapr.report.factors import UNKNOWN, describe, factor, header, in_order, show, varying
 from heapr.report.layout import Entry
 from heapr.report.published import Number, curve
 from heapr.report.results import JobResult, finished
-from heapr.report.style import COLOURS, DENSE_LINE, legend_above, look, panels
+from heapr.report.style import COLOURS, DENSE_LINE, PUBLISHED, UNPRUNED, legend_above, look, panels
 from heapr.report.table import grouped
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FLOPS, REMOVED = "size/flops_removed_ratio", "size/atomic_experts_removed_ratio"
+
+BEHIND: dict[str, Any] = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"}  # a bar's number
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def ratio_curve(entry: Entry, jobs: Sequence[JobResult], published: Sequence[Num
             for number, series in enumerate(all_series):
                 _ratio_line(axis, series, name, look(number), published)
             finish_axis(axis, name, of_model)
-        axes[-1].set_xlabel("atomic experts removed (%)")
+        _ratio_axis(axes[-1], of_model)
         legend_above(figure, axes)
         drawings.append(Drawing(figure, model))
     return drawings
@@ -121,7 +123,7 @@ def series_of(jobs: Sequence[JobResult], entry: Entry, x: str) -> list[Series]:
     series = []
     for label, members in lines.items():
         points = [group.jobs for group in grouped(members, [*names, x], entry.average_over)]
-        series.append(Series(label, tuple(sorted(points, key=lambda group: _order(factor(group[0], x))))))
+        series.append(Series(label, tuple(sorted(points, key=lambda group: in_order(factor(group[0], x))))))
     return series
 
 
@@ -137,27 +139,40 @@ def finish_axis(axis: Axes, metric: str, jobs: Sequence[JobResult]) -> None:
 
 
 def _ratio_line(axis: Axes, series: Series, metric: str, how: dict[str, Any], published: Sequence[Number]) -> None:
-    found, places = series.values(metric), dict((point, mean) for point, mean, _ in series.values(REMOVED))
+    found, places = series.values(metric), {point: mean for point, mean, _ in series.values(REMOVED)}
     xs = [places.get(point, 100 * factor(series.points[point][0], "ratio")) for point, _, _ in found]
     errors = [deviation for _, _, deviation in found]
     axis.errorbar(xs, [mean for _, mean, _ in found], yerr=errors if any(errors) else None, capsize=2, label=series.label, **how)
     theirs = curve(published, series.points[0][0], metric)
     if theirs:
         ys = [metrics.scaled(metric, value) for _, value in theirs]
-        hollow = {**how, "linestyle": "none", "markerfacecolor": "white", "markersize": 5}
-        axis.plot([100 * ratio for ratio, _ in theirs], ys, label=f"{series.label}, published", zorder=3, **hollow)
+        hollow = {**how, "linestyle": "none", "markerfacecolor": "white", "markersize": 6.5}
+        axis.plot([100 * ratio for ratio, _ in theirs], ys, label=f"{series.label}{PUBLISHED}", zorder=1.8, **hollow)
+
+
+def _ratio_axis(axis: Axes, jobs: Sequence[JobResult]) -> None:
+    """Ticks at the ratios that were asked for, as far as they have room."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter
+
+    ratios = sorted({100 * factor(job, "ratio") for job in jobs})
+    if len(ratios) <= 10:
+        axis.xaxis.set_major_locator(FixedLocator(ratios))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+    axis.set_xlabel("atomic experts removed (%)")
 
 
 def _dense_line(axis: Axes, metric: str, jobs: Sequence[JobResult], *, upright: bool) -> None:
     values = [value for job in jobs if (value := metrics.value(job, metric, dense=True)) is not None]
     if values and not metric.startswith("size/"):
         draw = axis.axvline if upright else axis.axhline
-        draw(metrics.scaled(metric, values[0]), label="unpruned", zorder=1.5, **DENSE_LINE)
+        draw(metrics.scaled(metric, values[0]), label=UNPRUNED, zorder=1.5, **DENSE_LINE)
 
 
 def _limits(axis: Axes) -> tuple[float, float]:
     """Of everything that is drawn upwards, before margins."""
-    ys = [y for line in axis.get_lines() for y in list(line.get_ydata())] or [1.0]
+    import numpy as np
+
+    ys = [float(y) for line in axis.get_lines() for y in np.asarray(line.get_ydata())] or [1.0]
     return min(ys), max(ys)
 
 
@@ -173,7 +188,7 @@ def _logarithmic(axis: Axes, span: float, which: str) -> None:
 
 def _places(jobs: Sequence[JobResult], x: str) -> dict[Any, float]:
     """Position of every value on the axis: itself if it is a number, its rank if not."""
-    values = sorted({factor(job, x) for job in jobs} - {UNKNOWN}, key=_order)
+    values = sorted({factor(job, x) for job in jobs} - {UNKNOWN}, key=in_order)
     are_numbers = all(isinstance(value, int | float) for value in values)
     return {value: float(value) if are_numbers else float(rank) for rank, value in enumerate(values)}
 
@@ -206,20 +221,17 @@ def _bar_panel(axis: Axes, metric: str, all_series: Sequence[Series], categories
             xerr=deviations if any(deviations) else None, error_kw={"capsize": 1.5, "linewidth": 0.8},
         )  # fmt: skip
         for y, mean, deviation in zip(ys, means, deviations, strict=True):
-            axis.annotate(_short(mean), (mean + deviation, y), xytext=(2, 0), textcoords="offset points", va="center", fontsize=7)
+            end = (mean + deviation, y)
+            axis.annotate(_short(mean), end, xytext=(2, 0), textcoords="offset points", va="center", fontsize=7, bbox=BEHIND)
     axis.set_yticks(range(len(categories)), categories)
     axis.invert_yaxis()
     axis.grid(visible=False, axis="y")
-    axis.margins(x=0.16)
     if is_logarithmic:
         _logarithmic(axis, widest / narrowest, which="x")
+        axis.set_xlim(narrowest / 2, widest * (widest / narrowest) ** 0.25)
+    else:
+        axis.set_xlim(right=1.18 * widest)
 
 
 def _short(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) < 100 else f"{value:.1f}"
-
-
-def _order(value: Any) -> tuple[bool, float, str]:
-    """Numbers by size, then text in its own order."""
-    is_number = isinstance(value, int | float)
-    return (not is_number, float(value) if is_number else 0.0, "" if is_number else str(value))

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
+import yaml
+
 from heapr.report.results import JobResult
 
 UNKNOWN = "—"
@@ -106,6 +108,12 @@ def differing(jobs: Sequence[JobResult]) -> list[str]:
     return [path for path in paths if any(config.get(path) != configs[0].get(path) for config in configs)]
 
 
+def in_order(value: Any) -> tuple[bool, float, str]:
+    """Numbers by size, then text in its own order."""
+    is_number = isinstance(value, int | float)
+    return (not is_number, float(value) if is_number else 0.0, "" if is_number else str(value))
+
+
 def _from_config(config: Mapping[str, Any], name: str) -> Any:
     if name == "model":
         model = config["model"]
@@ -128,12 +136,7 @@ def _from_overrides(overrides: Sequence[str], name: str) -> Any:
         value = _chosen(overrides, GROUPS[name])
     if value is None:
         return UNKNOWN
-    for number in (int, float):
-        try:
-            return number(value)
-        except ValueError:
-            continue
-    return value
+    return yaml.safe_load(value)
 
 
 def _chosen(overrides: Sequence[str], key: str) -> str | None:

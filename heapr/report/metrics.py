@@ -20,6 +20,7 @@ SIZE_LABELS = {
     "atomic_experts_removed_ratio": "atomic experts removed",
     "bytes_removed_ratio": "bytes saved",
 }
+COSTS = {"seconds": "time", "peak_memory_bytes": "peak memory"}
 KINDS = {  # first part of a name: its quantity, which way is better, unit, decimals
     "perplexity": ("perplexity", LOWER, "", 2),
     "accuracy": ("accuracy", HIGHER, "%", 2),
@@ -98,7 +99,8 @@ def label(name: str) -> str:
     if group == "size":
         return SIZE_LABELS.get(rest, rest.replace("_", " "))
     if group == "stages":
-        return rest.replace("/", " ").replace("_bytes", "").replace("_", " ")
+        stage, _, quantity = rest.rpartition("/")
+        return f"{stage} {COSTS.get(quantity, quantity)}"
     quantity = KINDS[group][0] if group in KINDS else group.replace("_", " ")
     return f"{LABELS.get(rest, rest.replace('_', ' '))} {quantity}"
 
@@ -110,7 +112,7 @@ def axis_label(name: str) -> str:
 
 def column_label(name: str) -> str:
     """A metric's name with its unit and the direction that is better."""
-    return " ".join(part for part in (label(name), unit(name), ARROWS[better(name)]) if part)
+    return f"{axis_label(name)} {ARROWS[better(name)]}".strip()
 
 
 def scaled(name: str, number: float) -> float:
@@ -131,7 +133,7 @@ def signed(name: str, number: float, beside: float) -> str:
 
 
 def _decimals(name: str, number: float) -> int:
-    group, _, rest = name.partition("/")
+    group = name.partition("/")[0]
     if group == "stages":
         return 2
     if name.endswith("_ratio"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import html
 import io
+import textwrap
 import unicodedata
 from collections.abc import Sequence
 
@@ -141,10 +142,10 @@ def _ampersands(cells: Sequence[str]) -> str:
 
 
 def _tex_header(name: str) -> str:
-    """Words of a long header one below the other."""
-    words = escape_tex(name).split(" ")
-    stacked = r"\\".join(words)
-    return words[0] if len(words) == 1 else f"\\shortstack{{{stacked}}}"
+    """A long header on several lines."""
+    lines = [escape_tex(line) for line in textwrap.wrap(name, 13)]
+    stacked = r"\\".join(lines)
+    return stacked if len(lines) <= 1 else f"\\shortstack{{{stacked}}}"
 
 
 def _plain(text: str) -> str:

@@ -119,28 +119,22 @@ def removed_by_layer(job: JobResult) -> list[LayerRemoval] | None:
 def stage_cost(job: JobResult, stage: str, quantity: str) -> float | None:
     """`seconds` or `peak_memory_bytes` that making a stage took, when it was made; none if that is not known.
 
-    A cached stage took no time in this job; its manifest says what it took when it was made.
+    The manifest says it; without one, the summary of the job that made the stage does.
     """
-    entries = stage_entries(job, stage)
-    if not entries:
-        return None
-    made = entries[0]
-    if made["cached"]:
-        folder = stage_folder(job, stage)
-        if folder is None or not (folder / MANIFEST).is_file():
-            return None
-        made = json.loads((folder / MANIFEST).read_text())
+    entries, folder = stage_entries(job, stage), stage_folder(job, stage)
+    made: dict[str, Any] = {} if not entries or entries[0]["cached"] else dict(entries[0])
+    if folder is not None and (folder / MANIFEST).is_file():
+        made = made | json.loads((folder / MANIFEST).read_text())
     value = made.get(quantity)
     return None if value is None else float(value)
 
 
 def _read_job(folder: Path) -> JobResult:
-    overrides = folder / OVERRIDES
-    found = yaml.safe_load(overrides.read_text()) if overrides.is_file() else []
-    common = {"number": int(folder.name), "overrides": tuple(found or ()), "folder": folder}
+    path = folder / OVERRIDES
+    overrides = tuple(yaml.safe_load(path.read_text()) or ()) if path.is_file() else ()
     if (folder / SUMMARY).is_file():
-        return JobResult(**common, summary=json.loads((folder / SUMMARY).read_text()), error=None)
-    return JobResult(**common, summary=None, error=_last_error(folder / LOG))
+        return JobResult(int(folder.name), overrides, folder, json.loads((folder / SUMMARY).read_text()), error=None)
+    return JobResult(int(folder.name), overrides, folder, summary=None, error=_last_error(folder / LOG))
 
 
 def _last_error(log: Path) -> str:

@@ -5,7 +5,7 @@ In: a drawn figure. Out: a PNG and an SVG. matplotlib is imported where it is ne
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +16,14 @@ if TYPE_CHECKING:
 
 WIDTH = 3.3  # inches: a column
 DPI = 200
+UNPRUNED, PUBLISHED = "unpruned", ", published"
 # Okabe and Ito's palette without yellow, which white paper swallows, and black, which is the unpruned model's.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5F5F5F")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", ":")
-DENSE_LINE = {"color": "black", "linestyle": (0, (4, 2)), "linewidth": 0.9}
-SETTINGS: Mapping[str, Any] = {
+DENSE_LINE: dict[str, Any] = {"color": "black", "linestyle": (0, (4, 2)), "linewidth": 0.9}
+SETTINGS: dict[str, Any] = {
+    "backend": "agg",
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans", "Arial", "Helvetica", "sans-serif"],
     "font.size": 7.5,
@@ -59,7 +61,9 @@ def style() -> Iterator[None]:
     """matplotlib's settings for everything drawn or written inside."""
     import matplotlib
 
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **SETTINGS, "backend": "agg"}):
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(SETTINGS)  # type: ignore[arg-type]
         yield
 
 
@@ -87,18 +91,16 @@ def legend_above(figure: Figure, axes: Sequence[Axes]) -> None:
     for panel in axes:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
+    labels = sorted(found, key=lambda label: (label == UNPRUNED, label.endswith(PUBLISHED)))
     if found:
         longest = max(map(len, found))
         columns = 3 if longest <= 12 else 2 if longest <= 24 else 1
-        figure.legend(found.values(), found.keys(), loc="outside upper center", ncols=min(columns, len(found)))
+        figure.legend([found[label] for label in labels], labels, loc="outside upper center", ncols=min(columns, len(found)))
 
 
 def write_figure(figure: Figure, path: Path) -> list[Path]:
     """The figure as `<path>.svg` and `<path>.png`."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-
     svg, png = path.with_suffix(".svg"), path.with_suffix(".png")
-    FigureCanvasSVG(figure).print_svg(svg, metadata=NO_METADATA)
-    FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})
+    figure.savefig(svg, metadata=NO_METADATA)
+    figure.savefig(png, dpi=DPI, metadata={"Software": None})
     return [svg, png]

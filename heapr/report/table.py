@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from heapr.errors import ConfigError
 from heapr.report import metrics
-from heapr.report.factors import PATHS, UNKNOWN, describe, differing, factor, header, selected, show, varying
+from heapr.report.factors import PATHS, UNKNOWN, describe, differing, factor, header, in_order, selected, show, varying
 from heapr.report.layout import Entry
 from heapr.report.published import Number, find
 from heapr.report.results import JobResult, finished
@@ -111,7 +111,7 @@ class _Builder:
         for model in dict.fromkeys(factor(job, "model") for job in self.jobs):
             of_model = [group for group in self.groups if factor(group.first, "model") == model]
             rows += self._dense_rows([job for group in of_model for job in group.done])
-            for ratio in dict.fromkeys(factor(group.first, "ratio") for group in of_model):
+            for ratio in sorted({factor(group.first, "ratio") for group in of_model}, key=in_order):
                 rows += self._ratio_rows([group for group in of_model if factor(group.first, "ratio") == ratio])
         columns = [*(["job"] if self.is_numbered else []), *map(header, self.shown), "", *map(metrics.column_label, self.names)]
         return Table(self.entry.title, self._caption(), tuple(columns), tuple(rows), tuple(self.notes.texts))
@@ -184,15 +184,16 @@ class _Builder:
         return tuple(self.notes.number(failure(job)) for job in group.jobs if job.summary is None)
 
     def _best(self, groups: Sequence[Group], number: int) -> list[Group]:
-        """The groups that print the best value; none where fewer than two can be compared."""
+        """The groups that print the best value; none where all are equal."""
         name = self.names[number]
         direction = metrics.better(name)
         means = [(statistics.fmean(values), group) for group in groups if (values := group.values(name))]
-        if direction == 0 or len(means) < 2:
+        if direction == 0 or not means:
             return []
         winner = max(direction * mean for mean, _ in means)
         printed = metrics.text(name, direction * winner)
-        return [group for mean, group in means if metrics.text(name, mean) == printed]
+        best = [group for mean, group in means if metrics.text(name, mean) == printed]
+        return best if len(best) < len(means) else []
 
     def _published_rows(self, job: JobResult, ours: Sequence[float | None], *, dense: bool) -> list[Row]:
         found = [find(self.published, job, name, dense=dense) for name in self.names]
