@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 FLOPS, REMOVED = "size/flops_removed_ratio", "size/atomic_experts_removed_ratio"
 
-BEHIND: dict[str, Any] = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"}  # a bar's number
-
 
 @dataclass(frozen=True)
 class Drawing:
@@ -220,17 +218,14 @@ def _bar_panel(axis: Axes, metric: str, all_series: Sequence[Series], categories
             ys, means, height=0.9 * thickness, color=COLOURS[number % len(COLOURS)], label=series.label if len(all_series) > 1 else None,
             xerr=deviations if any(deviations) else None, error_kw={"capsize": 1.5, "linewidth": 0.8},
         )  # fmt: skip
-        for y, mean, deviation in zip(ys, means, deviations, strict=True):
-            end = (mean + deviation, y)
-            axis.annotate(_short(mean), end, xytext=(2, 0), textcoords="offset points", va="center", fontsize=7, bbox=BEHIND)
+        for y, mean in zip(ys, means, strict=True):  # in a column beside the panel, where nothing crosses them
+            axis.text(1.02, y, _short(mean), transform=axis.get_yaxis_transform(), va="center", fontsize=7)
     axis.set_yticks(range(len(categories)), categories)
     axis.invert_yaxis()
     axis.grid(visible=False, axis="y")
     if is_logarithmic:
         _logarithmic(axis, widest / narrowest, which="x")
-        axis.set_xlim(narrowest / 2, widest * (widest / narrowest) ** 0.25)
-    else:
-        axis.set_xlim(right=1.18 * widest)
+        axis.set_xlim(left=narrowest / 2)
 
 
 def _short(value: float) -> str:

@@ -131,6 +131,9 @@ def _target(entry: Mapping[str, Any]) -> str:
 
 
 def _from_overrides(overrides: Sequence[str], name: str) -> Any:
+    path = _chosen(overrides, "model.path")
+    if name == "model" and path is not None:
+        return PurePosixPath(path).name
     value = _chosen(overrides, PATHS.get(name, name))
     if value is None and name in GROUPS:
         value = _chosen(overrides, GROUPS[name])

@@ -112,7 +112,7 @@ def axis_label(name: str) -> str:
 
 def column_label(name: str) -> str:
     """A metric's name with its unit and the direction that is better."""
-    return f"{axis_label(name)} {ARROWS[better(name)]}".strip()
+    return f"{axis_label(name)}\N{NO-BREAK SPACE}{ARROWS[better(name)]}".strip()
 
 
 def scaled(name: str, number: float) -> float:

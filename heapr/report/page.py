@@ -17,7 +17,7 @@ from urllib.parse import quote
 from heapr.report.factors import differing, flat
 from heapr.report.layout import Entry, Layout
 from heapr.report.render import to_html
-from heapr.report.results import JobResult, finished
+from heapr.report.results import JobResult, artifact_folder, finished
 from heapr.report.table import Table, failure
 
 CSS = """
@@ -132,7 +132,7 @@ def _stages(jobs: Sequence[JobResult], folder: Path) -> str:
         if job.summary is None:
             texts.append(f"<p>Job {job.number}: <code>{name}</code>{place} <span class=failed>failed</span></p>\n")
             continue
-        rows = "".join(_stage_row(stage, folder) for stage in job.summary["stages"])
+        rows = "".join(_stage_row(stage, _link(artifact_folder(job, stage), folder)) for stage in job.summary["stages"])
         head = "<thead><tr><th>stage</th><th>artifact</th><th>seconds</th></tr></thead>"
         texts.append(
             f"<details><summary>Job {job.number}: <code>{name}</code>{place}</summary>\n"
@@ -141,12 +141,10 @@ def _stages(jobs: Sequence[JobResult], folder: Path) -> str:
     return "".join(texts)
 
 
-def _stage_row(stage: Mapping[str, Any], folder: Path) -> str:
+def _stage_row(stage: Mapping[str, Any], link: str) -> str:
     what = html.escape(f"{stage['stage']} {stage.get('what', '')}".strip())
     seconds = "cached" if stage["cached"] else f"{stage['seconds']:.1f}"
-    return (
-        f'<tr><td>{what}</td><td><a href="{_link(Path(stage["path"]), folder)}">{html.escape(stage["key"])}</a></td><td>{seconds}</td></tr>'
-    )
+    return f'<tr><td>{what}</td><td><a href="{link}">{html.escape(stage["key"])}</a></td><td>{seconds}</td></tr>'
 
 
 def _common(jobs: Sequence[JobResult]) -> str:

@@ -79,16 +79,19 @@ def stage_entries(job: JobResult, stage: str) -> list[Mapping[str, Any]]:
 
 
 def stage_folder(job: JobResult, stage: str) -> Path | None:
-    """Where the artifact of a stage, or of an evaluation by its name, lies; none if it is not there (any more).
+    """Where the artifact of a stage, or of an evaluation by its name, lies; none if it is not there (any more)."""
+    folders = [artifact_folder(job, entry) for entry in stage_entries(job, stage)]
+    return next((folder for folder in folders if folder.is_dir()), None)
+
+
+def artifact_folder(job: JobResult, entry: Mapping[str, Any]) -> Path:
+    """Where a stage's entry says that its artifact lies.
 
     A relative path counts from the folder that the sweep was started in: ours, or one above the job's.
     """
-    for entry in stage_entries(job, stage):
-        above = [] if job.folder is None else job.folder.resolve().parents
-        for start in [Path.cwd(), *above]:
-            if (start / entry["path"]).is_dir():
-                return Path(start / entry["path"])
-    return None
+    above = [] if job.folder is None else job.folder.resolve().parents
+    places: list[Path] = [start / entry["path"] for start in [Path.cwd(), *above]]
+    return next((place for place in places if place.is_dir()), places[0])
 
 
 def details(job: JobResult, evaluation: str) -> Mapping[str, Any] | None:

@@ -118,13 +118,9 @@ class _Builder:
 
     def _caption(self) -> str:
         parts = []
-        if self.jobs and self.constant:
-            same = [
-                f"{header(name)} {show(name, factor(self.jobs[0], name))}"
-                for name in self.constant
-                if factor(self.jobs[0], name) != UNKNOWN
-            ]
-            parts.append(f"In all rows: {', '.join(same)}.")
+        known = {name: value for name in self.constant for job in self.jobs if (value := factor(job, name)) != UNKNOWN}
+        if known:
+            parts.append(f"In all rows: {', '.join(f'{header(name)} {show(name, value)}' for name, value in known.items())}.")
         if any(len(group.jobs) > 1 for group in self.groups):
             parts.append(f"Mean ± sample standard deviation over {header(self.entry.average_over or '')}.")
         if any(metrics.standard_error(job, name) is not None for job in finished(self.jobs) for name in self.names):
