@@ -24,7 +24,6 @@ from heapr.calibration.sampling import batches
 from heapr.errors import ConfigError
 from heapr.evaluation.efficiency import size_change
 from heapr.evaluation.evaluator import Material
-from heapr.evaluation.protocol import protocol_differences
 from heapr.evaluation.zero_shot import average_accuracy
 from heapr.experiment import CARD, CHECKPOINT, Experiment, needed_of_prune, prepare
 from heapr.files import write_json
@@ -35,6 +34,7 @@ from heapr.pruning.allocation import allocate, report_allocation
 from heapr.pruning.surgery import mask, remove
 from heapr.pruning.uniform import make_uniform
 from heapr.report.card import model_card
+from heapr.report.protocol import protocol_differences
 from heapr.schema import ExperimentConfig
 from heapr.store import Artifact, Recipe
 from heapr.tracking.build import open_tracker

@@ -1,11 +1,24 @@
-"""What a report is made from: the jobs of a sweep, those that failed too."""
+"""The jobs of a sweep as their folders tell them, and what the artifacts behind them hold.
+
+In: a sweep's folder. Out: one `JobResult` per job, those that failed included.
+Shape letters: E experts of a layer, F atomic experts of one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import yaml
+
+SUMMARY, LOG = "summary.json", "run.log"
+OVERRIDES, CONFIG = ".hydra/overrides.yaml", ".hydra/config.yaml"
+DETAILS, PLAN, MANIFEST = "details.json", "plan.safetensors", "manifest.json"
+ERROR_LINE = re.compile(r"^(?:\S+ ERROR\s+(?P<logged>.+)|error: (?P<short>.+)|(?P<raised>[\w.]*(?:Error|Exception|Interrupt)\b.*))$")
 
 
 @dataclass(frozen=True)
@@ -13,11 +26,11 @@ class JobResult:
     """One job of a sweep.
 
     Attributes:
-        number: its place in the sweep.
-        overrides: of its configuration.
-        folder: its own; none if it never started.
-        summary: as in summary.json; none if it did not finish.
-        error: one line, why it did not finish.
+        number: of the job in its sweep.
+        overrides: as on the command line.
+        folder: of the job; none if it never started.
+        summary: as in summary.json; none if the job failed or never ran.
+        error: why there is no summary, in one line.
     """
 
     number: int
@@ -25,3 +38,111 @@ class JobResult:
     folder: Path | None
     summary: Mapping[str, Any] | None
     error: str | None
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The resolved configuration; of a failed job, as far as its folder knows it."""
+        if self.summary is not None:
+            return dict(self.summary["config"])
+        path = None if self.folder is None else self.folder / CONFIG
+        return (yaml.safe_load(path.read_text()) or {}) if path is not None and path.is_file() else {}
+
+    @property
+    def metrics(self) -> Mapping[str, Mapping[str, float]]:
+        """By group, as in summary.json; empty if there is no summary."""
+        return {} if self.summary is None else self.summary["metrics"]
+
+
+@dataclass(frozen=True)
+class LayerRemoval:
+    """Shares of atomic experts removed: of a layer (by decoder layer index), and of each of its experts."""
+
+    layer: int
+    share: float
+    share_E: tuple[float, ...]
+
+
+def read_jobs(sweep_folder: Path) -> list[JobResult]:
+    """All jobs of a sweep, in order of their numbers: the folders that are named by a number."""
+    folders = [path for path in sweep_folder.iterdir() if path.is_dir() and path.name.isdecimal()]
+    return [_read_job(folder) for folder in sorted(folders, key=lambda path: int(path.name))]
+
+
+def finished(jobs: Sequence[JobResult]) -> list[JobResult]:
+    return [job for job in jobs if job.summary is not None]
+
+
+def stage_entries(job: JobResult, stage: str) -> list[Mapping[str, Any]]:
+    """What summary.json says of a stage, or of an evaluation by its name."""
+    stages = [] if job.summary is None else job.summary["stages"]
+    return [entry for entry in stages if stage in {entry["stage"], entry.get("what")}]
+
+
+def stage_folder(job: JobResult, stage: str) -> Path | None:
+    """Where the artifact of a stage, or of an evaluation by its name, lies; none if it is not there (any more)."""
+    folders = [artifact_folder(job, entry) for entry in stage_entries(job, stage)]
+    return next((folder for folder in folders if folder.is_dir()), None)
+
+
+def artifact_folder(job: JobResult, entry: Mapping[str, Any]) -> Path:
+    """Where a stage's entry says that its artifact lies.
+
+    A relative path counts from the folder that the sweep was started in: ours, or one above the job's.
+    """
+    above = [] if job.folder is None else job.folder.resolve().parents
+    places: list[Path] = [start / entry["path"] for start in [Path.cwd(), *above]]
+    return next((place for place in places if place.is_dir()), places[0])
+
+
+def details(job: JobResult, evaluation: str) -> Mapping[str, Any] | None:
+    """details.json of an evaluation by its name; none if it was not made."""
+    folder = stage_folder(job, evaluation)
+    if folder is None or not (folder / DETAILS).is_file():
+        return None
+    return dict(json.loads((folder / DETAILS).read_text()))
+
+
+def removed_by_layer(job: JobResult) -> list[LayerRemoval] | None:
+    """In order of layers; none if neither the `routing` evaluation nor the plan is there."""
+    routing = details(job, "routing")
+    if routing is not None:
+        return [
+            LayerRemoval(layer["layer"], 1 - layer["layer_kept_ratio"], tuple(1 - ratio for ratio in layer["kept_ratio"]))
+            for layer in routing["layers"]
+        ]
+    folder = stage_folder(job, "prune")
+    if folder is None or not (folder / PLAN).is_file():
+        return None
+    from safetensors.numpy import load_file
+
+    plan = {int(name.removeprefix("layers.")): kept_EF for name, kept_EF in load_file(folder / PLAN).items()}
+    return [LayerRemoval(i, float(1 - plan[i].mean()), tuple((1 - plan[i].mean(axis=1)).tolist())) for i in sorted(plan)]
+
+
+def stage_cost(job: JobResult, stage: str, quantity: str) -> float | None:
+    """`seconds` or `peak_memory_bytes` that making a stage took, when it was made; none if that is not known.
+
+    The manifest says it; without one, the summary of the job that made the stage does.
+    """
+    entries, folder = stage_entries(job, stage), stage_folder(job, stage)
+    made: dict[str, Any] = {} if not entries or entries[0]["cached"] else dict(entries[0])
+    if folder is not None and (folder / MANIFEST).is_file():
+        made = made | json.loads((folder / MANIFEST).read_text())
+    value = made.get(quantity)
+    return None if value is None else float(value)
+
+
+def _read_job(folder: Path) -> JobResult:
+    path = folder / OVERRIDES
+    overrides = tuple(yaml.safe_load(path.read_text()) or ()) if path.is_file() else ()
+    if (folder / SUMMARY).is_file():
+        return JobResult(int(folder.name), overrides, folder, json.loads((folder / SUMMARY).read_text()), error=None)
+    return JobResult(int(folder.name), overrides, folder, summary=None, error=_last_error(folder / LOG))
+
+
+def _last_error(log: Path) -> str:
+    """The last line that reports an error, or that there is none."""
+    if not log.is_file():
+        return "did not start"
+    matches = [match for match in map(ERROR_LINE.match, log.read_text(errors="replace").splitlines()) if match]
+    return next(text for text in matches[-1].groups() if text) if matches else "ended without a result and without an error in its log"

@@ -9,10 +9,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from heapr.types import ProtocolRecord
+TOKENIZER_FIELDS = frozenset({"num_tokens", "num_predicted_tokens", "tokens_sha256", "special_tokens"})
 
 
-def protocol_differences(protocols: Mapping[str, Mapping[str, ProtocolRecord]]) -> list[str]:
+def protocol_differences(protocols: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
     """How results differ in the way they were measured: one line for every corpus or task and field, none if they agree.
 
     Tokenizers cut a text into different tokens: between models of different families the numbers of tokens and their
@@ -43,6 +43,23 @@ def compare_summaries(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return protocol_differences(
         {f"{name} {variant}": records for name, summary in summaries.items() for variant, records in summary["protocols"].items()}
     )
+
+
+def compare_models(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """As `compare_summaries`, between runs of different models: what their tokenizers decide does not count.
+
+    Args:
+        summaries: of runs, by name, as in summary.json.
+    """
+
+    def without_tokens(records: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        return {
+            measured: {field: value for field, value in record.items() if field not in TOKENIZER_FIELDS}
+            for measured, record in records.items()
+        }
+
+    protocols = {name: summary["protocols"] for name, summary in summaries.items()}
+    return protocol_differences({f"{n} {variant}": without_tokens(r) for n, found in protocols.items() for variant, r in found.items()})
 
 
 def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

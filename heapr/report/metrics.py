@@ -1,0 +1,143 @@
+"""Metrics by their contract names: where a summary holds them, which way is better, how they are printed.
+
+In: jobs. Out: numbers and text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from heapr.report.results import JobResult, finished, stage_cost
+
+LOWER, HIGHER = -1, 1
+ARROWS = {LOWER: "↓", HIGHER: "↑", 0: ""}
+LABELS = {"wikitext2": "WikiText-2", "ptb": "PTB", "c4": "C4"}
+SIZE_LABELS = {
+    "flops_removed_ratio": "FLOPs saved",
+    "flops_routed_removed_ratio": "experts' FLOPs saved",
+    "parameters_removed_ratio": "parameters removed",
+    "parameters_active_removed_ratio": "active parameters removed",
+    "atomic_experts_removed_ratio": "atomic experts removed",
+    "bytes_removed_ratio": "bytes saved",
+}
+COSTS = {"seconds": "time", "peak_memory_bytes": "peak memory"}
+KINDS = {  # first part of a name: its quantity, which way is better, unit, decimals
+    "perplexity": ("perplexity", LOWER, "", 2),
+    "accuracy": ("accuracy", HIGHER, "%", 2),
+    "accuracy_norm": ("normalised accuracy", HIGHER, "%", 2),
+    "kl_to_dense": ("KL to unpruned", LOWER, "nats", 4),
+    "top1_agreement": ("top-1 agreement", HIGHER, "%", 1),
+    "truth": ("predicted against measured", HIGHER, "", 3),
+    "prefill_tokens_per_second": ("prefill tokens per second", HIGHER, "", 0),
+    "decode_tokens_per_second": ("decode tokens per second", HIGHER, "", 0),
+}
+
+
+def value(job: JobResult, name: str, *, dense: bool = False) -> float | None:
+    """A metric of the pruned or the dense model; none if it was not measured.
+
+    Args:
+        name: as in summary.json; sizes as `size/<name>`, cost of a stage as `stages/<stage>/seconds` or `.../peak_memory_bytes`.
+    """
+    metrics = job.metrics
+    if not metrics:
+        return None
+    group, _, rest = name.partition("/")
+    if dense:
+        if group == "size":
+            return 0.0 if rest.endswith("removed_ratio") and rest in metrics["size"] else metrics["dense"].get(rest)
+        return metrics["dense"].get(name)
+    if group == "size":
+        return metrics["size"].get(rest)
+    if group == "stages":
+        stage, _, quantity = rest.rpartition("/")
+        return stage_cost(job, stage, quantity)
+    return metrics["pruned"].get(name, metrics["comparison"].get(name))
+
+
+def standard_error(job: JobResult, name: str, *, dense: bool = False) -> float | None:
+    """Of an accuracy: the harness' standard error."""
+    group, _, rest = name.partition("/")
+    return value(job, f"{group}_stderr/{rest}", dense=dense)
+
+
+def known(jobs: Sequence[JobResult]) -> list[str]:
+    """All metrics of a quality or a size saved that any job has, in the order in which summaries hold them."""
+    names: dict[str, None] = {}
+    for job in finished(jobs):
+        for name in [*job.metrics["pruned"], *job.metrics["comparison"]]:
+            if name.partition("/")[0] in KINDS:
+                names[name] = None
+        names |= {f"size/{name}": None for name in ("parameters_removed_ratio", "flops_removed_ratio") if name in job.metrics["size"]}
+    return list(names)
+
+
+def better(name: str) -> int:
+    """`LOWER`, `HIGHER`, or 0 where neither is better."""
+    group, _, rest = name.partition("/")
+    if group == "size":
+        return HIGHER if rest.endswith("removed_ratio") else LOWER
+    if group == "stages":
+        return LOWER
+    if name in {"truth/loss", "truth/num_tokens"}:
+        return 0
+    return KINDS[group][1] if group in KINDS else 0
+
+
+def unit(name: str) -> str:
+    group, _, rest = name.partition("/")
+    if name.endswith("_ratio"):
+        return "%"
+    if group == "stages":
+        return "s" if rest.endswith("seconds") else "GiB"
+    return KINDS[group][2] if group in KINDS else ""
+
+
+def label(name: str) -> str:
+    """A metric's name for a reader, without unit and direction."""
+    group, _, rest = name.partition("/")
+    if group == "size":
+        return SIZE_LABELS.get(rest, rest.replace("_", " "))
+    if group == "stages":
+        stage, _, quantity = rest.rpartition("/")
+        return f"{stage} {COSTS.get(quantity, quantity)}"
+    quantity = KINDS[group][0] if group in KINDS else group.replace("_", " ")
+    return f"{LABELS.get(rest, rest.replace('_', ' '))} {quantity}"
+
+
+def axis_label(name: str) -> str:
+    """A metric's name with its unit."""
+    return f"{label(name)} ({unit(name)})" if unit(name) else label(name)
+
+
+def column_label(name: str) -> str:
+    """A metric's name with its unit and the direction that is better."""
+    return f"{axis_label(name)}\N{NO-BREAK SPACE}{ARROWS[better(name)]}".strip()
+
+
+def scaled(name: str, number: float) -> float:
+    """A number in the unit that it is printed in."""
+    return number * {"%": 100.0, "GiB": 2.0**-30}.get(unit(name), 1.0)
+
+
+def text(name: str, number: float) -> str:
+    """A number as it is printed, without its unit; a minus sign is a minus sign."""
+    number = scaled(name, number)
+    return f"{number:,.{_decimals(name, number)}f}".replace("-", "−")
+
+
+def signed(name: str, number: float, beside: float) -> str:
+    """A difference as it is printed, as fine as the number it stands beside."""
+    decimals = _decimals(name, scaled(name, beside))
+    return f"{scaled(name, number):+,.{decimals}f}".replace("-", "−")
+
+
+def _decimals(name: str, number: float) -> int:
+    group = name.partition("/")[0]
+    if group == "stages":
+        return 2
+    if name.endswith("_ratio"):
+        return 1
+    if group not in KINDS:
+        return 0 if float(number).is_integer() else 3
+    return max(0, KINDS[group][3] - max(0, len(str(int(abs(number)))) - 2)) if group == "perplexity" else KINDS[group][3]
