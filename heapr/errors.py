@@ -7,5 +7,9 @@ class ConfigError(ValueError):
     """A user's mistake. The message says what was given, why it cannot be, and what to do."""
 
 
+class TooLargeError(ConfigError):
+    """A model does not fit into memory."""
+
+
 class NotHereError(ConfigError):
     """What was asked for is not on this machine, though it may be on another: text, or a device."""

@@ -19,6 +19,7 @@ from heapr.calibration.sampling import sample, windows
 from heapr.errors import ConfigError, NotHereError
 from heapr.evaluation.build import build_evaluators
 from heapr.evaluation.evaluator import Comparison, Evaluator
+from heapr.model.checkpoint import check_form
 from heapr.model.load import ModelSource, find_model
 from heapr.pruning.allocation import Budget
 from heapr.pruning.uniform import Settings, uniform_settings
@@ -92,6 +93,8 @@ def prepare(config: ExperimentConfig) -> Experiment:
     source = find_source(config, store)
     check_lengths(config, source)
     budget = find_budget(config, source, criterion)
+    if config.pruning.save_checkpoint:
+        check_form(source.config, config.pruning.form)
     recipes = experiment_recipes(config, source.identity, corpus, evaluators, comparisons)
     _warn_of_overlap(recipes)
     _prepare(evaluators, comparisons, source, store, recipes)

@@ -16,12 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 
 from heapr.calibration.collector import collect
 from heapr.calibration.sampling import batches
-from heapr.errors import ConfigError
+from heapr.errors import TooLargeError
 from heapr.evaluation.efficiency import size_change
 from heapr.evaluation.evaluator import Material
 from heapr.evaluation.zero_shot import average_accuracy
@@ -180,7 +179,7 @@ class Pipeline:
             "comparison": dense["comparison"] | pruned["comparison"],
         }
         if experiment.save_checkpoint:
-            experiment.store.rewrite(experiment.recipes.prune, f"{CHECKPOINT}/{CARD}", model_card(experiment.about, metrics))
+            experiment.store.rewrite(experiment.recipes.prune, f"{CHECKPOINT}/{CARD}", partial(model_card, experiment.about, metrics))
         return metrics
 
     def _save_checkpoint(self, plan: Plan, folder: Path) -> None:
@@ -192,7 +191,7 @@ class Pipeline:
             self._pruned_model(plan)  # the masked model is no longer the dense one
         else:
             save_checkpoint(self._pruned_model(plan), experiment.source.tokenizer, folder / CHECKPOINT, about=experiment.about)
-        (folder / CHECKPOINT / CARD).write_text(model_card(experiment.about, {}))
+        (folder / CHECKPOINT / CARD).write_text(model_card(experiment.about, {}), encoding="utf-8")
         shutil.copy(folder / PLAN, folder / CHECKPOINT)
 
     def _measure(self, recipes: Sequence[Recipe], statistics: Statistics, model: Callable[[], MoEModel], *, variant: str) -> Metrics:
@@ -242,8 +241,8 @@ class Pipeline:
         pruned = self._pruned_model(plan)  # first: it takes the dense model, if there is one
         try:
             return self._dense_model(), pruned
-        except torch.OutOfMemoryError as error:
-            raise ConfigError(
+        except TooLargeError as error:
+            raise TooLargeError(
                 f"the dense and the pruned model do not fit on '{self.experiment.device}' together; leave out what compares them: "
                 "evaluation.fidelity=null evaluation.throughput=null (all other results are in the store)"
             ) from error

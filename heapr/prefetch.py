@@ -49,12 +49,11 @@ def _items(config: ExperimentConfig) -> dict[str, Callable[[], None]]:
 
     from heapr.calibration.corpora_published import PublishedText
     from heapr.evaluation.build import build_evaluators
-    from heapr.evaluation.perplexity import Perplexity
     from heapr.evaluation.zero_shot import ZeroShot
 
     evaluators = build_evaluators(config.evaluation, torch.device("cpu"))
     corpora = [build(config.calibration.corpus, "calibration.corpus")]
-    corpora += [evaluator.corpus for evaluator in evaluators if isinstance(evaluator, Perplexity)]
+    corpora += [evaluator.corpus for evaluator in evaluators if hasattr(evaluator, "corpus")]
     items: dict[str, Callable[[], None]] = {f"model {config.model.path}": lambda: _fetch_model(config)}
     items |= {f"corpus {corpus.name} ({corpus.split})": corpus.fetch for corpus in corpora if isinstance(corpus, PublishedText)}
     return items | {f"task {evaluator.task}": evaluator.fetch for evaluator in evaluators if isinstance(evaluator, ZeroShot)}

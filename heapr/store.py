@@ -135,12 +135,14 @@ class Store:
         peak = 0 if cached else meter.peak_memory_bytes
         return Artifact(recipe.stage, recipe.key, path, cached, meter.seconds, peak)
 
-    def rewrite(self, recipe: Recipe, name: str, text: str) -> None:
-        """Replace one text file of an artifact, for what is known only later. Killed in between, it is made again."""
+    def rewrite(self, recipe: Recipe, name: str, change: Callable[[str], str]) -> None:
+        """Change one text file of an artifact, for what is known only later. Killed in between, it is made again."""
         path = self.path(recipe)
         with _locked(path):
             file = path / name
-            if file.read_text(encoding="utf-8") == text:
+            before = file.read_text(encoding="utf-8")
+            text = change(before)
+            if text == before:
                 return
             manifest = json.loads((path / MANIFEST).read_text())
             write_text(file, text)
@@ -219,10 +221,12 @@ def _publish(recipe: Recipe, path: Path, make: Callable[[Path], None]) -> None:
     try:
         make(temporary)
         _write_manifest(recipe, temporary, seconds=time.time() - started)
-        if path.exists():
-            shutil.rmtree(path)  # damaged: an intact one would have been returned
+        aside = path.parent / f".{path.name}.tmp-{os.getpid()}-old"
+        if path.exists():  # damaged, or without a file that is needed now; who reads it meanwhile misses it for a moment at most
+            os.rename(path, aside)
         os.rename(temporary, path)
         fsync(path.parent)
+        shutil.rmtree(aside, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

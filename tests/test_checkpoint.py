@@ -18,8 +18,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Q
 import heapr
 from heapr.errors import ConfigError
 from heapr.evaluation.zero_shot import ZeroShot
+from heapr.model.checkpoint import save_checkpoint
 from heapr.model.moe import MoEModel
 from heapr.pipeline import Summary
+from heapr.pruning.surgery import mask, remove
+from heapr.pruning.uniform import make_uniform, uniform_settings
+from heapr.types import Plan
 from tests.evaluation.test_zero_shot import write_task
 from tests.experiment import cached_stages, run_in, write_model, write_texts
 from tests.tiny import byte_tokenizer, statistics_of, tiny_ids, tiny_model
@@ -203,6 +207,59 @@ def test_checkpoints_that_are_damaged_are_refused_in_one_line(run: Run) -> None:
         heapr.load_pruned(folder)
     with pytest.raises(ConfigError, match="no such folder"):
         heapr.load_pruned(folder.parent / "nothing")
+
+
+def test_the_card_keeps_figures_that_are_not_measured_again(run: Run) -> None:
+    card = artifact(run("pruning.ratio=0.4")) / "checkpoint" / "README.md"
+    before = card.read_text()
+    assert "| perplexity/text_files |" in before and "| parameters |" in before
+    run("pruning.ratio=0.4", "evaluation.perplexity=null")
+    assert card.read_text() == before
+    run("pruning.ratio=0.4", "evaluation.perplexity.window=16")
+    assert card.read_text() != before and card.read_text().count("| perplexity/text_files |") == 1
+
+
+def test_load_pruned_keeps_the_dtype_of_the_weights(run: Run) -> None:
+    folder = artifact(run("pruning.ratio=0.4", "model.dtype=bfloat16")) / "checkpoint"
+    assert next(heapr.load_pruned(folder).parameters()).dtype == torch.bfloat16
+    assert next(heapr.load_pruned(folder, dtype="float32").parameters()).dtype == torch.float32
+
+
+STOCK_WITHOUT_HEAPR = """
+import sys
+sys.modules["heapr"] = None  # importing it fails
+import torch
+from transformers import AutoModelForCausalLM
+for folder in sys.argv[2:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = model(input_ids=torch.load(sys.argv[1]), use_cache=False).logits
+    assert torch.equal(logits, torch.load(folder + "/logits.pt")), folder
+"""
+
+
+def test_our_own_family_loads_without_heapr_in_the_stock_forms(tmp_path: Path) -> None:
+    """DeepSeekMoE is not in transformers: its file goes with it."""
+    folders = []
+    for form in ("uniform", "masked"):
+        model = MoEModel(tiny_model("deepseek"))
+        plan = Plan(layers={layer.index: torch.arange(8).expand(4, 8) < 4 for layer in model.layers})
+        if form == "uniform":
+            settings = uniform_settings(model.model.config, 4)
+            remove(model, plan)
+            make_uniform(model, settings)
+        else:
+            mask(model, plan)
+        save_checkpoint(model, byte_tokenizer(), tmp_path / form, about={})
+        torch.save(logits(model.model), tmp_path / form / "logits.pt")
+        names = load_file(tmp_path / form / "model.safetensors")
+        assert "model.layers.1.mlp.experts.3.down_proj.weight" in names
+        folders.append(str(tmp_path / form))
+    torch.save(IDS_NW, tmp_path / "ids.pt")
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-c", STOCK_WITHOUT_HEAPR, str(tmp_path / "ids.pt"), *folders]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
 
 
 LM_EVAL_WITHOUT_HEAPR = """

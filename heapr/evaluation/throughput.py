@@ -159,6 +159,6 @@ def _timings(phase: str, num_tokens: int, seconds: Mapping[str, Tensor]) -> Metr
 
 def _read(model: MoEModel, ids_NW: Tensor, cache: Any = None) -> Any:
     """The cache after reading tokens and computing the logits of the next one."""
-    outputs = model.model.base_model(input_ids=ids_NW, past_key_values=cache, use_cache=True)
-    model.logits(outputs.last_hidden_state[:, -1:])
+    outputs = model.body(input_ids=ids_NW, past_key_values=cache, use_cache=True)
+    model.logits(outputs.last_hidden_state[:, -1])
     return outputs.past_key_values

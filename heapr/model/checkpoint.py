@@ -15,6 +15,7 @@ from string import Template
 from typing import Any
 
 import huggingface_hub
+from torch import Size, Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -24,6 +25,7 @@ from heapr.model import ragged_experts
 from heapr.model.moe import MoEModel
 from heapr.model.ragged_experts import is_ragged, make_ragged
 
+REMOTE_MODULES = "transformers_modules."  # where transformers puts Python code from beside weights
 RAGGED_PREFIX = "heapr_"
 MAX_SHARD_SIZE = "5GB"
 MODELING_FILE = "modeling_heapr.py"
@@ -61,10 +63,7 @@ def save_checkpoint(model: MoEModel, tokenizer: PreTrainedTokenizerBase, folder:
     if is_ragged(model.layers[0].experts):
         _save_ragged(model, folder, about)
     else:
-        model.model.config.heapr = dict(about)
-        if not type(model.model).__module__.startswith("transformers_modules."):
-            model.model.config.auto_map = {}  # may name remote code that was not used and is not beside these weights
-        model.model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+        _save_stock(model.model, folder, about)
     tokenizer.save_pretrained(folder)
 
 
@@ -100,6 +99,32 @@ def ragged_classes(config_class: type[PretrainedConfig]) -> tuple[type[Pretraine
     return ragged_config, type(f"Heapr{model_class.__name__}", (model_class,), members)
 
 
+def check_form(config: PretrainedConfig, form: str) -> None:
+    """Whether a pruned model of this configuration can be saved in a form.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if form == "ragged" and type(config).__module__.startswith(REMOTE_MODULES):
+        raise ConfigError(
+            f"pruning.form=ragged builds on a class of transformers, but {type(config).__name__} comes from the Python code beside the "
+            "weights; use pruning.form=masked, or pruning.save_checkpoint=false for the plan alone"
+        )
+
+
+def _save_stock(model: PreTrainedModel, folder: Path, about: Mapping[str, Any]) -> None:
+    """In the family's own class; of a class of ours, with its file beside the weights."""
+    model.config.heapr = dict(about)
+    own = type(model).__module__
+    if not own.startswith(REMOTE_MODULES):  # a name in config.json of remote code that was not used would mislead
+        beside = "" if own.startswith("transformers.") else _beside(type(model), folder).removeprefix(".")
+        classes = {"AutoConfig": type(model.config).__name__, "AutoModelForCausalLM": type(model).__name__}
+        model.config.auto_map = {name: f"{beside}.{value}" for name, value in classes.items()} if beside else {}
+    on_cpu: dict[tuple[int, Size], Tensor] = {}  # transformers copies weights to save them: not on a full GPU; tied ones stay one
+    state = {name: on_cpu.setdefault((tensor.data_ptr(), tensor.shape), tensor.cpu()) for name, tensor in model.state_dict().items()}
+    model.save_pretrained(folder, state_dict=state, max_shard_size=MAX_SHARD_SIZE)
+
+
 def _save_ragged(model: MoEModel, folder: Path, about: Mapping[str, Any]) -> None:
     source = model.model
     family = str(source.config.model_type).removeprefix(RAGGED_PREFIX)
@@ -108,6 +133,7 @@ def _save_ragged(model: MoEModel, folder: Path, about: Mapping[str, Any]) -> Non
     names = {"config_name": config_class.__name__, "model_name": model_class.__name__}
     settings = source.config.to_dict() | {
         "model_type": RAGGED_PREFIX + family,
+        "dtype": str(source.dtype).removeprefix("torch."),
         "architectures": [f"Heapr{model_class.__name__}"],
         "auto_map": {
             "AutoConfig": f"modeling_heapr.Heapr{config_class.__name__}",

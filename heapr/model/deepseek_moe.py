@@ -189,6 +189,10 @@ class DeepseekMoePreTrainedModel(PreTrainedModel):
         "attentions": LlamaAttention,
     }
 
+    def __init__(self, config: DeepseekMoeConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        _register_conversion()  # before weights are read: as a custom model file this one is never registered otherwise
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -297,4 +301,9 @@ def register() -> None:
     AutoConfig.register(MODEL_TYPE, DeepseekMoeConfig, exist_ok=True)
     AutoModel.register(DeepseekMoeConfig, DeepseekMoeModel, exist_ok=True)
     AutoModelForCausalLM.register(DeepseekMoeConfig, DeepseekForCausalLM, exist_ok=True)
+    _register_conversion()
+
+
+def _register_conversion() -> None:
+    """Checkpoints hold one tensor per expert and matrix, as Qwen2-MoE's do."""
     register_checkpoint_conversion_mapping(MODEL_TYPE, get_checkpoint_conversion_mapping("qwen2_moe"), overwrite=True)

@@ -43,28 +43,34 @@ def use_heapr_experts(model: PreTrainedModel, run: ExpertsForward = run_experts)
     if IMPLEMENTATION not in model.get_experts_implementation().values() and any(map(_is_behind_interface, model.modules())):
         raise ConfigError(f"{type(model).__name__} needs a missing capability: experts whose implementation cannot be chosen")
     outside = [module for module in model.modules() if _is_outside_interface(module) or (is_ragged(module) and run is not run_experts)]
-    for experts in outside:
-        experts.forward = partial(run, experts)  # type: ignore[method-assign]
     try:
-        yield
+        with _forwards(outside, lambda experts: partial(run, experts)):
+            yield
     finally:
         ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, run_experts)
         model.set_experts_implementation(previous)
-        for experts in outside:
-            del experts.forward
 
 
 @contextmanager
 def skip_experts(model: PreTrainedModel) -> Iterator[None]:
     """Routed experts return zeros without computing anything, for counting what the rest of the model does. Restores."""
-    skipped = [module for module in model.modules() if is_experts(module)]
-    for experts in skipped:
-        experts.forward = lambda hidden, *_: torch.zeros_like(hidden)  # type: ignore[method-assign]
+    with _forwards([module for module in model.modules() if is_experts(module)], lambda _: lambda hidden, *__: torch.zeros_like(hidden)):
+        yield
+
+
+@contextmanager
+def _forwards(modules: Sequence[nn.Module], make: Callable[[nn.Module], Callable[..., Tensor]]) -> Iterator[None]:
+    """Give each module a forward of its own; restores what was there, a device map's hook too."""
+    previous = [module.__dict__.get("forward") for module in modules]
+    for module in modules:
+        module.forward = make(module)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for experts in skipped:
-            del experts.forward
+        for module, forward in zip(modules, previous, strict=True):
+            del module.forward
+            if forward is not None:
+                module.forward = forward  # type: ignore[method-assign]
 
 
 @contextmanager

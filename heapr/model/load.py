@@ -17,12 +17,12 @@ from pathlib import Path
 
 import huggingface_hub
 import torch
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from heapr.errors import ConfigError
+from heapr.errors import ConfigError, TooLargeError
 from heapr.files import hash_file, hash_file_once
 from heapr.hub import hub_is_reachable
 from heapr.model import deepseek_moe
@@ -34,6 +34,8 @@ BUILTIN_FOLDER = Path(__file__).parent / "builtin"
 CONFIG_FILE = "config.json"
 DESCRIPTION_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 WEIGHT_FILES = ["*.safetensors"]
+# What transformers raises over a config.json with values that cannot be
+UNUSABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError, StrictDataclassError)
 MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 
 
@@ -81,7 +83,7 @@ class ModelSource:
     def has_weights(self) -> bool:
         """Whether every file of weights is in the folder."""
         index = self.folder / "model.safetensors.index.json"
-        names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+        names = _shards_of(index) if index.is_file() else {"model.safetensors"}
         return all((self.folder / name).is_file() for name in names)
 
     @property
@@ -130,6 +132,8 @@ class ModelSource:
                     local_files_only=True,
                     output_loading_info=True,
                 )
+        except torch.OutOfMemoryError as error:
+            raise TooLargeError(self._too_large()) from error
         except (OSError, RuntimeError, SafetensorError) as error:
             raise ConfigError(f"the weights in '{self.folder}' cannot be loaded: {_first_line(error)}; get them again") from error
         for problem in ("missing_keys", "mismatched_keys"):
@@ -138,16 +142,17 @@ class ModelSource:
                 what = f"{problem.replace('_', ' ')} {names[0]} and {len(names) - 1} more"
                 raise ConfigError(f"the weights in '{self.folder}' do not fit its config.json: {what}; get them again")
         if any(parameter.device.type == "meta" for parameter in model.parameters()):
-            raise ConfigError(
-                f"the weights in '{self.folder}' do not fit into the memory of the GPUs as {self.dtype}; use more or larger ones"
-            )
+            raise TooLargeError(self._too_large())
         return model
+
+    def _too_large(self) -> str:
+        return f"the weights in '{self.folder}' do not fit into memory as {self.identity['dtype']}; use more or larger GPUs, or runtime=cpu"
 
 
 def find_model(
     path: str,
     *,
-    dtype: str,
+    dtype: str | None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     digests: Path | None = None,
@@ -157,7 +162,7 @@ def find_model(
 
     Args:
         path: "builtin:<name>", a local folder, or a hub id.
-        dtype: name of a torch dtype.
+        dtype: name of a torch dtype; none is that of the weights, as config.json says.
         revision: branch, tag or commit of a hub id; its commit enters the identity.
         trust_remote_code: whether Python files in the folder may run.
         digests: folder in which hashes of large local weights are remembered.
@@ -172,7 +177,7 @@ def find_model(
     elif Path(path).expanduser().is_dir():
         folder = Path(path).expanduser()
         check_weight_files(folder)
-        identity = {"sha256": hash_folder(folder, digests)}
+        identity = {"sha256": hash_folder(folder, digests, ["*.py"] if trust_remote_code else [])}
     elif path.count("/") == 1 and not path.startswith(("/", ".", "~")):
         described = [CONFIG_FILE] if config_only else DESCRIPTION_FILES
         folder = _download(path, revision, described + (["*.py"] if trust_remote_code else []))
@@ -181,9 +186,10 @@ def find_model(
         raise ConfigError(f"model.path='{path}': no such folder; give a folder with config.json and safetensors, or a hub id 'owner/name'")
     config = _read_config(folder, trust_remote_code)
     model = _on_meta(config, path, trust_remote_code)
+    dtype = dtype or str(config.dtype or torch.float32).removeprefix("torch.")
     return ModelSource(
         folder=folder,
-        identity={**identity, "dtype": dtype},
+        identity={**identity, "dtype": dtype, **({"remote_code": "trusted"} if trust_remote_code else {})},
         dtype=getattr(torch, dtype),
         config=config,
         widths={layer.index: layer.widths for layer in find_moe_layers(model)},
@@ -201,7 +207,7 @@ def check_weight_files(folder: Path) -> None:
     shards = {path.name for path in folder.glob("*.safetensors")}
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = set(json.loads(index.read_text())["weight_map"].values())
+        shards = _shards_of(index)
     elif not shards and any(folder.glob("*.bin")):
         raise ConfigError(f"the weights in '{folder}' are pickled (*.bin), which is not read; convert them to safetensors")
     for name in sorted(shards):
@@ -211,21 +217,34 @@ def check_weight_files(folder: Path) -> None:
             raise ConfigError(f"the weights in '{folder}' cannot be loaded: {name} is damaged or not complete; get it again")
 
 
+def _shards_of(index: Path) -> set[str]:
+    """Files that an index of weights names.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    try:
+        return {str(name) for name in json.loads(index.read_text())["weight_map"].values()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"the weights in '{index.parent}' cannot be loaded: {index.name} is damaged; get it again") from error
+
+
 def _length_by_header(path: Path) -> int:
     """Bytes of a safetensors file: 8 for the header's length, the header, and the data that it describes; -1 if unreadable."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         try:
             header = json.loads(file.read(min(length, MAX_HEADER)))
-        except ValueError:
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError, AttributeError):
             return -1
-    return 8 + length + max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    return 8 + length + int(max(ends, default=0))
 
 
-def hash_folder(folder: Path, digests: Path | None = None) -> str:
-    """sha256 over names and contents of the files that make a model: configuration, weights, tokenizer."""
+def hash_folder(folder: Path, digests: Path | None = None, more: Sequence[str] = ()) -> str:
+    """sha256 over names and contents of the files that make a model: configuration, weights, tokenizer, and more patterns."""
     digest = hashlib.sha256()
-    for path in sorted(path for pattern in DESCRIPTION_FILES + WEIGHT_FILES for path in folder.glob(pattern)):
+    for path in sorted(path for pattern in [*DESCRIPTION_FILES, *WEIGHT_FILES, *more] for path in folder.glob(pattern)):
         remembered = digests is not None and path.suffix == ".safetensors"
         content = hash_file_once(path, digests) if remembered and digests else hash_file(path)
         digest.update(f"{path.name}\0{content}\0".encode())
@@ -260,10 +279,12 @@ def _read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     if not (folder / CONFIG_FILE).is_file():
         raise ConfigError(f"folder '{folder}' has no config.json, so it is not a Hugging Face model; give one that has")
     deepseek_moe.register()
-    register_ragged(folder)
     try:
+        register_ragged(folder)
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError) as error:
+    except ConfigError:
+        raise
+    except UNUSABLE as error:
         if "trust_remote_code" in str(error) and not trust_remote_code:
             raise ConfigError(
                 f"the model in '{folder}' needs the Python code beside its weights, which is not run unasked; read it, and if you "
@@ -286,6 +307,10 @@ def _on_meta(config: PretrainedConfig, path: str, trust_remote_code: bool, dtype
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except ValueError as error:
         raise ConfigError(f"model.path='{path}' is not a causal language model: {_first_line(error)}") from error
+    except UNUSABLE as error:
+        raise ConfigError(
+            f"config.json of model.path='{path}' describes no model: {_first_line(error)}; look for a damaged field"
+        ) from error
     return model
 
 

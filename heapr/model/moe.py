@@ -117,14 +117,20 @@ class MoEModel:
         return device
 
     def hidden_states(self, **inputs: Tensor) -> Tensor:
-        """Final hidden states (N, W, D), those that the output head turns into logits."""
-        hidden: Tensor = self.model.get_submodule(_body_name(self.model))(use_cache=False, **inputs).last_hidden_state
-        return hidden
+        """Final hidden states (N, W, D), those that the output head turns into logits; on the model's first device."""
+        hidden: Tensor = self.body(use_cache=False, **inputs).last_hidden_state
+        return hidden.to(self.device)
+
+    @property
+    def body(self) -> nn.Module:
+        """The child that computes the final hidden states."""
+        body: nn.Module = self.model.get_submodule(_body_name(self.model))
+        return body
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Logits of final hidden states, in float32: what the model's own forward makes of them, scaling and capping included."""
         logits: Tensor = self._head(inputs_embeds=hidden_TD.unsqueeze(0), use_cache=False).logits
-        return logits.squeeze(0).float()
+        return logits.squeeze(0).to(hidden_TD.device, torch.float32)
 
     def check_head(self) -> None:
         """Refuse models whose logits do not follow from the final hidden states: losses computed in chunks would be wrong.
@@ -246,6 +252,7 @@ class _PassThrough(nn.Module):
 def _without_body(model: PreTrainedModel) -> PreTrainedModel:
     """The same model, its parameters shared, whose forward starts at the final hidden states."""
     head = copy.copy(model)
+    head.__dict__.pop("forward", None)  # with a device map, accelerate's, which is bound to the whole model
     head._modules = {**model._modules, _body_name(model): _PassThrough()}
     return head
 

@@ -19,13 +19,13 @@ from heapr.pruning.surgery import remove
 from heapr.types import Plan
 
 
-def load_pruned(path: str | Path, *, plan: str | Path | None = None, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
+def load_pruned(path: str | Path, *, plan: str | Path | None = None, dtype: str | None = None, device: str = "cpu") -> PreTrainedModel:
     """Load a pruned model, ready to generate. No code of its folder runs.
 
     Args:
         path: a checkpoint that `prune` wrote, of any form; with `plan`, the dense model that the plan was made for.
         plan: a plan.safetensors: its atomic experts are removed from the dense model in memory.
-        dtype: float32, bfloat16 or float16.
+        dtype: float32, bfloat16 or float16; none is that of the weights.
         device: where it goes.
 
     Raises:

@@ -5,6 +5,7 @@ In: what was done, and metrics as in summary.json (none before they are measured
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from string import Template
 from typing import Any
@@ -22,6 +23,7 @@ $loading
 `plan.safetensors` holds which atomic experts were kept (bool, experts x atomic experts, by decoder layer); `heapr` in `config.json`
 says what was done and to which weights.
 """)
+ROW = re.compile(r"^\| ([^|\s]+) \| ([^|]+ \| [^|]+) \|$", re.MULTILINE)
 LOADING = {
     "ragged": """Every expert has a width of its own, so the model needs the modelling file beside the weights, which imports torch
 and transformers alone:
@@ -35,12 +37,18 @@ With heapr installed no code of this folder runs: `model = heapr.load_pruned(fol
 }
 
 
-def model_card(about: Mapping[str, Any], metrics: Mapping[str, Mapping[str, float]]) -> str:
+def model_card(about: Mapping[str, Any], metrics: Mapping[str, Mapping[str, float]], previous: str = "") -> str:
+    """The card; figures of a previous one that are not measured now are kept.
+
+    Args:
+        about: what was done.
+        metrics: dense and pruned.
+        previous: the card as it is.
+    """
     calibration = about["calibration"]
-    size = metrics.get("size", {})
     return CARD.substitute(
         model=about["model"],
-        removed=f"{size.get('atomic_experts_removed_ratio', about['ratio']):.1%}",
+        removed=f"{about['ratio']:.1%}",
         criterion=about["criterion"]["_target_"].rpartition(".")[2],
         ratio=f"{about['ratio']:.6g}",
         scope=about["scope"],
@@ -51,16 +59,18 @@ def model_card(about: Mapping[str, Any], metrics: Mapping[str, Mapping[str, floa
         seed=calibration["seed"],
         corpus=calibration["corpus"]["corpus"],
         split=calibration["corpus"]["split"],
-        metrics=_table(metrics),
+        metrics=_table(metrics, previous),
         loading=LOADING[about["form"]],
     )
 
 
-def _table(metrics: Mapping[str, Mapping[str, float]]) -> str:
+def _table(metrics: Mapping[str, Mapping[str, float]], previous: str) -> str:
     """Dense beside pruned, of whatever was measured on both."""
     dense, pruned = metrics.get("dense", {}), metrics.get("pruned", {})
-    rows = [f"| {name} | {_number(dense[name])} | {_number(pruned[name])} |\n" for name in dense if name in pruned]
-    return "| | dense | pruned |\n|---|---|---|\n" + "".join(rows) if rows else ""
+    rows = dict(ROW.findall(previous))
+    rows |= {name: f"{_number(dense[name])} | {_number(pruned[name])}" for name in dense if name in pruned}
+    lines = [f"| {name} | {numbers} |\n" for name, numbers in rows.items()]
+    return "| | dense | pruned |\n|---|---|---|\n" + "".join(lines) if lines else ""
 
 
 def _number(value: float) -> str:

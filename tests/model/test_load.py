@@ -9,9 +9,13 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from accelerate import dispatch_model
 
-from heapr.errors import ConfigError
+from heapr.calibration.collector import collect
+from heapr.errors import ConfigError, TooLargeError
+from heapr.model.experts import skip_experts
 from heapr.model.load import find_model
+from heapr.model.moe import MoEModel
 from tests.experiment import write_model
 from tests.tiny import tiny_ids, tiny_qwen3_moe
 
@@ -82,3 +86,63 @@ def test_a_hub_model_is_identified_by_its_commit(tmp_path: Path, monkeypatch: py
     assert len(source.load(torch.device("cpu")).layers) == 2
     with pytest.raises(ConfigError, match="neither a local folder nor in the local hub cache"):
         find_model("someone/some-moe", dtype="float32", revision="d" * 40)
+
+
+def test_a_model_spread_by_accelerate_gives_the_same(tmp_path: Path) -> None:
+    """With the hooks that a device map of several devices brings; loss, gradients and counting of FLOPs go through them."""
+    plain = MoEModel(tiny_qwen3_moe())
+    hooked = MoEModel(dispatch_model(tiny_qwen3_moe(), {"": "cpu"}, force_hooks=True))
+    hooked.check_head()
+    ids_NW = tiny_ids(2, 8)
+    for name, tensor in collect(plain, [ids_NW]).layers[0].items():
+        assert torch.equal(getattr(collect(hooked, [ids_NW]).layers[0], name), tensor)
+    with skip_experts(hooked.model), torch.no_grad():
+        skipped = hooked.model(input_ids=ids_NW).logits
+    with torch.no_grad():
+        assert torch.equal(hooked.model(input_ids=ids_NW).logits, plain.model(input_ids=ids_NW).logits)
+    assert not torch.equal(skipped, plain.model(input_ids=ids_NW).logits)
+
+
+def test_what_does_not_fit_into_memory_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = find_model(str(write_model(tmp_path / "model")), dtype="float32")
+
+    def out_of_memory(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("heapr.model.load.AutoModelForCausalLM.from_pretrained", out_of_memory)
+    with pytest.raises(TooLargeError, match="do not fit into memory as float32"):
+        source.load(torch.device("cpu"))
+
+
+DAMAGED = {
+    "cut short": lambda config: json.dumps(config)[:-20],
+    "a list": lambda config: "[]",
+    "a wrong type": lambda config: json.dumps(config | {"hidden_size": "sixteen"}),
+    "a zero": lambda config: json.dumps(config | {"num_attention_heads": 0}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_damaged_configurations_are_refused_in_one_line(tmp_path: Path, damage: str) -> None:
+    config = write_model(tmp_path / "model") / "config.json"
+    config.write_text(DAMAGED[damage](json.loads(config.read_text())))
+    with pytest.raises(ConfigError, match="config.json .*(cannot be used|describes no model)") as caught:
+        find_model(str(config.parent), dtype="float32")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("index", ["{}", "[]", "{", '{"weight_map": []}'])
+def test_damaged_indices_of_weights_are_refused_in_one_line(tmp_path: Path, index: str) -> None:
+    folder = write_model(tmp_path / "model")
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ConfigError, match="model.safetensors.index.json is damaged; get it again"):
+        find_model(str(folder), dtype="float32")
+
+
+def test_trusted_code_is_part_of_the_identity(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model")
+    (folder / "modeling.py").write_text("x = 1")
+    untrusted, trusted = (find_model(str(folder), dtype="float32", trust_remote_code=trust).identity for trust in (False, True))
+    (folder / "modeling.py").write_text("x = 2")
+    assert find_model(str(folder), dtype="float32").identity == untrusted
+    assert len({str(untrusted), str(trusted), str(find_model(str(folder), dtype="float32", trust_remote_code=True).identity)}) == 3
