@@ -14,6 +14,8 @@ from pathlib import Path
 
 from heapr.sweep.collect import RECORD, Record
 
+INTERRUPTED = 130  # a shell's exit code of what was interrupted
+
 
 def new_folder(sweeps: Path, record: Record) -> Path:
     """An empty folder for a sweep, with its record."""
@@ -36,7 +38,10 @@ def launch(root: Path, folder: Path, settings: Sequence[str]) -> int:
     """
     chosen = ["hydra/sweeper=jobs", f"hydra.sweeper.file={_quoted(folder / RECORD)}", f"hydra.sweep.dir={_quoted(folder)}"]
     command = [sys.executable, str(root / "run.py"), "--multirun", *chosen, *settings]
-    return subprocess.run(command, check=False).returncode
+    try:
+        return subprocess.run(command, check=False).returncode
+    except KeyboardInterrupt:  # the jobs got it, too
+        return INTERRUPTED
 
 
 def _quoted(path: Path) -> str:

@@ -77,7 +77,7 @@ def main(arguments: Sequence[str], root: Path) -> None:
     with one_line_errors(root / "conf"):
         request = read_request(arguments, experiment_names(root / "experiments"))
         if request.report_dir is not None:
-            sys.exit(report(root, request.report_dir))
+            sys.exit(_report(root, request.report_dir)[0])
         sys.exit(sweep(root, request))
 
 
@@ -165,11 +165,11 @@ def compose_jobs(experiment: str, jobs: Sequence[Job], config_folder: Path) -> l
     return [compose_job(number, job) for number, job in enumerate(jobs)]
 
 
-def report(root: Path, folder: Path) -> int:
+def _report(root: Path, folder: Path) -> tuple[int, list[Path]]:
     """Tables and figures of a sweep's folder, into the folder.
 
     Returns:
-        exit code: 1 if a job had failed.
+        exit code, 1 if a job had failed; and the files.
 
     Raises:
         ConfigError: the folder holds no sweep, or results that cannot stand in one table.
@@ -179,16 +179,21 @@ def report(root: Path, folder: Path) -> int:
 
     jobs = collect_jobs(folder)
     layout = Record.read(folder).layout if (folder / RECORD).is_file() else {}
-    write_report(jobs, layout, folder, root / "experiments" / "published")
+    files = write_report(jobs, layout, folder, root / "experiments" / "published")
     failed = [job for job in jobs if job.summary is None]
     lines = [f"{len(jobs) - len(failed)} of {len(jobs)} jobs finished; tables, figures and report.html: {folder}"]
     lines += [f"  job {job.number} failed ({' '.join(job.overrides)}): {job.error}" for job in failed]
     Console(soft_wrap=True).print("\n".join(lines), markup=False, highlight=False)
-    return 1 if failed else 0
+    return 1 if failed else 0, files
 
 
-def keep_results(root: Path, folder: Path) -> Path:
-    """Copy tables, figures and report.html of a sweep beside its experiment.
+def keep_results(root: Path, folder: Path, files: Sequence[Path]) -> Path:
+    """Copy a sweep's report beside its experiment.
+
+    Args:
+        root: holds experiments/.
+        folder: of the sweep.
+        files: of its report, below the folder.
 
     Returns:
         the folder they are in.
@@ -199,13 +204,12 @@ def keep_results(root: Path, folder: Path) -> Path:
     kept = root / "experiments" / record.experiment / "results" / record.version
     shutil.rmtree(kept, ignore_errors=True)
     kept.mkdir(parents=True)
-    for path in [*folder.glob("table*.*"), folder / "report.html"]:
-        shutil.copy(path, kept)
-    if (folder / "figures").is_dir():
-        shutil.copytree(folder / "figures", kept / "figures")
-    for path in kept.glob("figures/*"):
-        if path.stat().st_size > MAX_FIGURE:
-            logger.warning("%s has %d bytes; figures that are kept should have at most %d", path, path.stat().st_size, MAX_FIGURE)
+    for file in files:
+        if file.suffix in (".svg", ".png") and file.stat().st_size > MAX_FIGURE:
+            logger.warning("%s has %d bytes; figures that are kept should have at most %d", file, file.stat().st_size, MAX_FIGURE)
+        copy = kept / file.relative_to(folder)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(file, copy)
     (kept / "README.md").write_text(f"# {record.experiment}, {record.version}\n\n    {record.command}\n\nRun on {record.date}.\n")
     return kept
 
@@ -238,10 +242,10 @@ def _report_newest(root: Path, request: Request, definition: Definition, jobs: S
 
 
 def _finish(root: Path, request: Request, folder: Path) -> int:
-    failed = report(root, folder)
+    exit_code, files = _report(root, folder)
     if request.results:
-        Console(soft_wrap=True).print(f"kept in {keep_results(root, folder)}", markup=False, highlight=False)
-    return failed
+        Console(soft_wrap=True).print(f"kept in {keep_results(root, folder, files)}", markup=False, highlight=False)
+    return exit_code
 
 
 def _check_settings(settings: Sequence[str], config_folder: Path) -> None:
@@ -251,9 +255,9 @@ def _check_settings(settings: Sequence[str], config_folder: Path) -> None:
         try:
             compose("config", overrides=list(settings), return_hydra_config=True)
         except HydraException as error:
-            known = " ".join(line.strip() for line in str(error).splitlines()[1:5])
+            reason = " ".join(str(error).partition("Config search path")[0].removeprefix("In 'hydra/config': ").split())
             hint = "joblib and submitit come with pip install 'heapr[joblib]' and 'heapr[slurm]'"
-            raise ConfigError(f"{' '.join(settings)}: {str(error).splitlines()[0]} {known}; {hint}") from error
+            raise ConfigError(f"{' '.join(settings)}: {reason}; {hint}") from error
 
 
 def _switch(key: str, value: str) -> bool:

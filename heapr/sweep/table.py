@@ -21,7 +21,7 @@ def print_plan(plan: SweepPlan, title: str, console: Console | None = None) -> N
     """Jobs, what of them is in the store or shared, and the expected time."""
     common = common_overrides([job.overrides for job in plan.jobs])
     parts = [Text(title, style="bold"), Text(f"every job: {' '.join(common)}")] if common else [Text(title, style="bold")]
-    (console or Console()).print(Group(*parts, _jobs_table(plan, common), Text(_what_is_left(plan))))
+    (console or Console()).print(Group(*parts, _jobs_table(plan, common), *_problems(plan), Text(_what_is_left(plan))))
 
 
 def common_overrides(jobs: Sequence[Job]) -> Job:
@@ -34,11 +34,16 @@ def _jobs_table(plan: SweepPlan, common: Job) -> Table:
     table.columns[1].overflow = "fold"
     for number, job in enumerate(plan.jobs):
         overrides = Text(" ".join(override for override in job.overrides if override not in common) or "-")
-        if job.problem:
-            overrides.append(f"\n{job.problem}", style="yellow")
         states = plan.states(number)
         table.add_row(str(number), overrides, *(_cell(states[stage]) for stage in STAGES))
     return table
+
+
+def _problems(plan: SweepPlan) -> list[Text]:
+    """Each problem once, with the jobs that have it."""
+    problems = dict.fromkeys(job.problem for job in plan.jobs if job.problem)
+    numbers = {problem: [str(number) for number, job in enumerate(plan.jobs) if job.problem == problem] for problem in problems}
+    return [Text(f"job {', '.join(numbers[problem])}: {problem}\n", style="yellow") for problem in problems]
 
 
 def _cell(states: Counter[str]) -> str:
@@ -52,7 +57,9 @@ def _what_is_left(plan: SweepPlan) -> str:
     numbers = Counter(stage.stage for stage in left.values())
     counted = ", ".join(f"{numbers[stage]} {stage}" for stage in STAGES)
     distinct = len({stage.key for job in plan.jobs for stage in job.stages})
-    lines = [f"{len(plan.jobs)} jobs, {distinct} artifacts, of which to make: {counted if left else 'none'}"]
+    unknown = sum(not job.stages for job in plan.jobs)
+    jobs = f"{len(plan.jobs)} jobs" + (f" ({unknown} cannot be planned)" if unknown else "")
+    lines = [f"{jobs}, {distinct} artifacts, of which to make: {counted if left else 'none'}"]
     known = [seconds for seconds in plan.seconds.values() if seconds is not None]
     if known:
         lines.append(f"estimated from earlier ones like them: {sum(known) / 60:.1f} min for {len(known)} of {len(left)}")

@@ -14,7 +14,7 @@ import pytest
 from heapr.errors import ConfigError
 from heapr.sweep.collect import Record, collect_jobs
 from heapr.sweep.launch import launch, new_folder
-from heapr.sweep.main import main
+from heapr.sweep.main import keep_results, main
 from tests.experiment import write_model, write_texts
 
 ROOT = Path(__file__).parents[2]
@@ -64,6 +64,23 @@ def test_a_report_is_made_again_from_the_artifacts_alone(swept: Path, material: 
     (swept / "report.html").unlink()
     assert sweep("experiment=ratio_curve", "report_only=true", *material[1]) == 1
     assert (swept / "report.html").is_file()
+
+
+def test_results_are_kept_with_command_and_date(tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    (folder / "figures").mkdir(parents=True)
+    Record("criteria", "tiny", "python sweep.py experiment=criteria model=tiny", "2026-11-22", []).write(folder)
+    files = [folder / "table.md", folder / "figures" / "curve.svg"]
+    for file in files:
+        file.write_text(file.name)
+    (folder / "run.log").write_text("not of the report")
+    old = tmp_path / "experiments" / "criteria" / "results" / "tiny" / "old.svg"
+    old.parent.mkdir(parents=True)
+    old.write_text("of an earlier sweep")
+    kept = keep_results(tmp_path, folder, files)
+    assert sorted(path.relative_to(kept).as_posix() for path in kept.rglob("*.*")) == ["README.md", "figures/curve.svg", "table.md"]
+    assert "python sweep.py experiment=criteria model=tiny" in (kept / "README.md").read_text()
+    assert "2026-11-22" in (kept / "README.md").read_text()
 
 
 def test_started_again_nothing_is_made(swept: Path, material: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]) -> None:
