@@ -219,14 +219,10 @@ def _bar_panel(axis: Axes, metric: str, all_series: Sequence[Series], categories
             xerr=deviations if any(deviations) else None, error_kw={"capsize": 1.5, "linewidth": 0.8},
         )  # fmt: skip
         for y, mean in zip(ys, means, strict=True):  # in a column beside the panel, where nothing crosses them
-            axis.text(1.02, y, _short(mean), transform=axis.get_yaxis_transform(), va="center", fontsize=7)
+            axis.text(1.02, y, metrics.printed(metric, mean), transform=axis.get_yaxis_transform(), va="center", fontsize=7)
     axis.set_yticks(range(len(categories)), categories)
     axis.invert_yaxis()
     axis.grid(visible=False, axis="y")
     if is_logarithmic:
         _logarithmic(axis, widest / narrowest, which="x")
         axis.set_xlim(left=narrowest / 2)
-
-
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) < 100 else f"{value:.1f}"

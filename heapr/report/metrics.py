@@ -122,7 +122,11 @@ def scaled(name: str, number: float) -> float:
 
 def text(name: str, number: float) -> str:
     """A number as it is printed, without its unit; a minus sign is a minus sign."""
-    number = scaled(name, number)
+    return printed(name, scaled(name, number))
+
+
+def printed(name: str, number: float) -> str:
+    """As `text`, of a number that has its unit already."""
     return f"{number:,.{_decimals(name, number)}f}".replace("-", "−")
 
 

@@ -161,7 +161,8 @@ class _Builder:
                 is_best = any(group is winner for winner in best[number])
                 cells.append(Cell(text, notes, is_best))
             labels = [show(name, factor(group.first, name)) for name in self.shown]
-            rows.append(Row(self._labels(labels, "" if group.done else "failed", group.first), tuple(cells), is_ours=True))
+            kind, marks = ("", ()) if group.done else ("failed", notes)
+            rows.append(Row(self._labels(labels, kind, group.first, marks), tuple(cells), is_ours=True))
             means = [statistics.fmean(values) if (values := group.values(name)) else None for name in self.names]
             rows += self._published_rows(group.first, means, dense=False)
         return [replace(row, starts_group=number == 0) for number, row in enumerate(rows)]
