@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from heapr.errors import ConfigError
 from heapr.report import metrics
-from heapr.report.factors import PATHS, UNKNOWN, describe, differing, factor, header, in_order, selected, show, varying
+from heapr.report.factors import PATHS, RESULTLESS, UNKNOWN, describe, differing, factor, header, in_order, selected, show, varying
 from heapr.report.layout import Entry
 from heapr.report.published import Number, find
 from heapr.report.results import JobResult, finished
@@ -231,7 +231,7 @@ def _check_alike(jobs: Sequence[JobResult], average_over: str) -> None:
     """Jobs that are averaged may differ in nothing else that changes a result."""
     last = average_over.rpartition(".")[2]
     for path in differing(jobs):
-        if path.split(".")[0] not in {"paths", "runtime", "tracking"} and not path.endswith(f".{last}") and PATHS.get(last) != path:
+        if path.split(".")[0] not in RESULTLESS and not path.endswith(f".{last}") and PATHS.get(last) != path:
             numbers = ", ".join(str(job.number) for job in jobs)
             raise ConfigError(f"jobs {numbers} would be averaged over {average_over}, but differ in {path}; add it to rows or series")
 

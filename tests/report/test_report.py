@@ -68,6 +68,18 @@ def test_ratio_curve_draws_ours_the_published_the_unpruned_and_flops_on_a_panel_
     assert [text.get_text() for text in legend.get_texts()] == ["heapr", "random", "heapr, published", "unpruned"]
 
 
+def test_a_line_has_one_point_for_every_ratio_and_a_bar_its_own_place() -> None:
+    values = {("Heapr", "global"): 8.0, ("Camera", "global"): 9.0, ("Camera", "layer"): 10.0}
+    jobs = [job(n, {PERPLEXITY: value}, config(0.25, *what)) for n, (what, value) in enumerate(values.items())]
+    (drawing,) = ratio_curve(Entry(kind="ratio_curve", title="", metrics=(PERPLEXITY,), series=("criterion",)), jobs, [])
+    lines = {label: ys for label, (_, ys) in curve_data(drawing.figure.axes[0]).items()}
+    assert lines == {"heapr global": [8.0], "camera global": [9.0], "camera layer": [10.0], "unpruned": [7.5, 7.5]}
+    (drawing,) = bars(Entry(kind="bars", title="", metrics=(PERPLEXITY,), x="criterion", series=("ratio",)), jobs, [])
+    (axis,) = drawing.figure.axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["heapr global", "camera global", "camera layer"]
+    assert [bar.get_width() for bar in axis.patches] == [8.0, 9.0, 10.0]
+
+
 def test_models_get_figures_of_their_own() -> None:
     other = job(4, {PERPLEXITY: 9.0}, {**config(), "model": {"name": "tiny", "path": "builtin:x"}})
     drawings = ratio_curve(Entry(kind="ratio_curve", title="", metrics=(PERPLEXITY,)), [*ratios(), other], [])
