@@ -19,7 +19,7 @@ from heapr.report.curves import bars, calibration_curve, ratio_curve
 from heapr.report.layers import layer_heatmap
 from heapr.report.layout import Entry, read_layout
 from heapr.report.published import read_published
-from heapr.report.report import write_report
+from heapr.report.report import check_protocols, write_report
 from heapr.report.results import JobResult
 from heapr.report.style import style
 from tests.report.sweeps import config, failed, job, write_details, write_published
@@ -217,16 +217,16 @@ def test_mixed_protocols_are_refused_with_the_difference(tmp_path: Path) -> None
         write_report([jobs[0], JobResult(1, (), None, other, None), *jobs[2:]], {}, tmp_path, None)
 
 
-def test_models_may_differ_in_what_their_tokenizers_decide(tmp_path: Path) -> None:
+def test_models_may_differ_in_what_their_tokenizers_decide() -> None:
     other = copy.deepcopy(ratios()[0].summary)
     assert other is not None
     other["config"]["model"] = {"name": "tiny", "path": "builtin:x"}
     for records in other["protocols"].values():
         records["wikitext2"] |= {"num_tokens": 7, "tokens_sha256": "cd"}
-    write_report([*ratios(), JobResult(9, (), None, other, None)], {}, tmp_path, None)
+    check_protocols([*ratios(), JobResult(9, (), None, other, None)])
     other["protocols"]["dense"]["wikitext2"]["joiner"] = " "
     with pytest.raises(ConfigError, match="different joiner"):
-        write_report([*ratios(), JobResult(9, (), None, other, None)], {}, tmp_path, None)
+        check_protocols([*ratios(), JobResult(9, (), None, other, None)])
 
 
 def test_a_sweep_of_failures_is_a_table_of_gaps_and_an_empty_one_is_refused(tmp_path: Path) -> None:
