@@ -13,7 +13,7 @@ from heapr.errors import ConfigError
 from heapr.report import metrics
 from heapr.report.factors import PATHS, RESULTLESS, UNKNOWN, describe, differing, factor, header, in_order, selected, show, varying
 from heapr.report.layout import Entry
-from heapr.report.published import Number, find
+from heapr.report.published import Number, find, protocol_note
 from heapr.report.results import JobResult, finished
 
 GAP = "—"
@@ -130,7 +130,22 @@ class _Builder:
             parts.append(f"{GAP} stands for what was not measured.")
         if any(cell.is_best for cell in cells):
             parts.append("Bold: the best of those with the same model and ratio.")
+        if not all(row.is_ours for row in rows):
+            parts.append(f"Published numbers have protocols of their own; ours: {self._protocol()}.")
         return " ".join(parts)
+
+    def _protocol(self) -> str:
+        """How ours were measured: windows of corpora, and the harness' version and shots of tasks."""
+        records = {
+            name: record for job in finished(self.jobs) if job.summary for name, record in job.summary["protocols"]["pruned"].items()
+        }
+        texts = []
+        for name, record in records.items():
+            if "window" in record:
+                texts.append(f"{name} in windows of {record['window']} tokens")
+            elif "lm_eval" in record:
+                texts.append(f"{name} with lm-eval {record['lm_eval']}, {record['num_fewshot']} shots")
+        return ", ".join(texts)
 
     def _dense_rows(self, jobs: Sequence[JobResult]) -> list[Row]:
         """One row for the unpruned model; more only if jobs of one model disagree about it."""
@@ -201,7 +216,7 @@ class _Builder:
         sources = dict.fromkeys(number.source for number in found if number is not None)
         if not sources:
             return []
-        marks = {source: self.notes.number(f"Published in {source}, measured by its own protocol.") for source in sources}
+        marks = {source: self.notes.number(protocol_note(source)) for source in sources}
         values, differences = [], []
         for name, number, mine in zip(self.names, found, ours, strict=True):
             notes = (marks[number.source],) if number is not None and len(sources) > 1 else ()

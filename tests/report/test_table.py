@@ -129,9 +129,10 @@ def test_published_numbers_stand_beside_ours_with_source_and_difference(tmp_path
         ["random", "9.00", GAP, GAP],
     ]
     assert table.notes == (
-        "Published in D2-MoE (ICML 2025) Table 2, measured by its own protocol.",
-        "Published in HEAPr README, 2026-02-20, measured by its own protocol.",
+        "Published in D2-MoE (ICML 2025) Table 2: 512 calibration sequences, accuracies as whole percents.",
+        "Published in HEAPr README, 2026-02-20: 128 calibration sequences of 2048 tokens, perplexity over windows of 2048.",
     )
+    assert table.caption.endswith("Published numbers have protocols of their own; ours: wikitext2 in windows of 2048 tokens.")
     assert table.rows[4].labels[-1].notes == (2,) and table.rows[4].cells[0].notes == ()
     with pytest.raises(ConfigError, match=r"results.csv is missing"):
         read_published(tmp_path / "nothing")
