@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from heapr.report import metrics
-from heapr.report.factors import UNKNOWN, describe, factor, header, in_order, show, varying
+from heapr.report.factors import UNKNOWN, describe, factor, header, in_order, show, telling_apart, varying
 from heapr.report.layout import Entry
 from heapr.report.published import Number, curve
 from heapr.report.results import JobResult, finished
@@ -91,11 +91,13 @@ def bars(entry: Entry, jobs: Sequence[JobResult], published: Sequence[Number]) -
     """One bar per job or average: what is compared down the side, series by colour, a panel per metric."""
     drawings = []
     for model, of_model in by_model(jobs):
-        all_series = series_of(of_model, entry, x=entry.x)
-        categories = list(dict.fromkeys(factor(job, entry.x) for job in of_model))
-        figure, axes = panels(len(entry.metrics), height=0.3 + 0.16 * len(categories) * len(all_series) + 0.05 * len(categories))
+        series_names = [name for name in entry.series if name != entry.x]
+        names = [entry.x, *telling_apart(of_model, [entry.x, *series_names], entry.average_over)]
+        categories = list(dict.fromkeys(describe(job, names) for job in of_model))
+        all_series = [_bars_of(members, label, names, entry) for label, members in _lines(of_model, series_names).items()]
+        figure, axes = panels(len(entry.metrics), height=0.4 + (0.15 * len(all_series) + 0.05) * len(categories))
         for axis, name in zip(axes, entry.metrics, strict=True):
-            _bar_panel(axis, name, all_series, [show(entry.x, value) for value in categories], entry.x)
+            _bar_panel(axis, name, all_series, categories, names)
             _dense_line(axis, name, of_model, upright=True)
             axis.set_xlabel(metrics.axis_label(name))
             axis.set_ylabel(header(entry.x))
@@ -112,17 +114,31 @@ def by_model(jobs: Sequence[JobResult]) -> list[tuple[str, list[JobResult]]]:
 
 
 def series_of(jobs: Sequence[JobResult], entry: Entry, x: str) -> list[Series]:
-    """Lines in order of appearance, their points in order of x; jobs of one point are averaged if the entry says over what."""
+    """Lines in order of appearance, their points in order of x; jobs of one point are averaged if the entry says over what.
+
+    A line has one point for every x: what else tells jobs apart makes further lines.
+    """
     names = [name for name in entry.series if name != x]
+    names += telling_apart(jobs, [*names, x], entry.average_over)
+    series = []
+    for label, members in _lines(jobs, names).items():
+        points = [group.jobs for group in grouped(members, [*names, x], entry.average_over)]
+        series.append(Series(label, tuple(sorted(points, key=lambda group: in_order(factor(group[0], x))))))
+    return series
+
+
+def _lines(jobs: Sequence[JobResult], names: Sequence[str]) -> dict[str, list[JobResult]]:
+    """Jobs by the factors that tell lines apart, in words; of those, only the ones that vary are named."""
     shown = varying(jobs, names) or names
     lines: dict[str, list[JobResult]] = {}
     for job in jobs:
         lines.setdefault(describe(job, shown), []).append(job)
-    series = []
-    for label, members in lines.items():
-        points = [group.jobs for group in grouped(members, [*names, x], entry.average_over)]
-        series.append(Series(label, tuple(sorted(points, key=lambda group: in_order(factor(group[0], x))))))
-    return series
+    return lines
+
+
+def _bars_of(jobs: Sequence[JobResult], label: str, names: Sequence[str], entry: Entry) -> Series:
+    """The bars of one colour."""
+    return Series(label, tuple(group.jobs for group in grouped(jobs, [*names, *entry.series], entry.average_over)))
 
 
 def finish_axis(axis: Axes, metric: str, jobs: Sequence[JobResult]) -> None:
@@ -204,14 +220,14 @@ def _factor_axis(axis: Axes, x: str, places: dict[Any, float]) -> None:
     axis.set_xlabel(header(x))
 
 
-def _bar_panel(axis: Axes, metric: str, all_series: Sequence[Series], categories: Sequence[str], x: str) -> None:
+def _bar_panel(axis: Axes, metric: str, all_series: Sequence[Series], categories: Sequence[str], names: Sequence[str]) -> None:
     thickness = 0.8 / len(all_series)
     widest = max((mean for series in all_series for _, mean, _ in series.values(metric)), default=1.0)
     narrowest = min((mean for series in all_series for _, mean, _ in series.values(metric)), default=1.0)
     is_logarithmic = metric.startswith("perplexity/") and narrowest > 0 and widest / narrowest > 8
     for number, series in enumerate(all_series):
         found = series.values(metric)
-        rows = [categories.index(show(x, factor(series.points[point][0], x))) for point, _, _ in found]
+        rows = [categories.index(describe(series.points[point][0], names)) for point, _, _ in found]
         ys = [row + thickness * (number - (len(all_series) - 1) / 2) for row in rows]
         means, deviations = [mean for _, mean, _ in found], [deviation for _, _, deviation in found]
         axis.barh(
@@ -219,14 +235,10 @@ def _bar_panel(axis: Axes, metric: str, all_series: Sequence[Series], categories
             xerr=deviations if any(deviations) else None, error_kw={"capsize": 1.5, "linewidth": 0.8},
         )  # fmt: skip
         for y, mean in zip(ys, means, strict=True):  # in a column beside the panel, where nothing crosses them
-            axis.text(1.02, y, _short(mean), transform=axis.get_yaxis_transform(), va="center", fontsize=7)
+            axis.text(1.02, y, metrics.printed(metric, mean), transform=axis.get_yaxis_transform(), va="center", fontsize=7)
     axis.set_yticks(range(len(categories)), categories)
-    axis.invert_yaxis()
+    axis.set_ylim(len(categories) - 0.5, -0.5)
     axis.grid(visible=False, axis="y")
     if is_logarithmic:
         _logarithmic(axis, widest / narrowest, which="x")
         axis.set_xlim(left=narrowest / 2)
-
-
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) < 100 else f"{value:.1f}"

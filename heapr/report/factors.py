@@ -32,6 +32,7 @@ HEADERS = {
     "sequence_length": "sequence length",
     "corpus": "calibrated on",
 }
+RESULTLESS = {"paths", "runtime", "tracking", "evaluation", "dry_run"}  # groups that change no pruned model
 NAMES = ("model", "criterion", "corpus", *PATHS)
 
 
@@ -70,6 +71,20 @@ def show(name: str, value: Any) -> str:
 def varying(jobs: Sequence[JobResult], names: Sequence[str]) -> list[str]:
     """Those factors that have more than one known value."""
     return [name for name in names if len({str(factor(job, name)) for job in jobs} - {UNKNOWN}) > 1]
+
+
+def telling_apart(jobs: Sequence[JobResult], names: Sequence[str], average_over: str | None) -> list[str]:
+    """The factors to add to some, so that jobs that are equal in all of them are those that are averaged: as few as it takes."""
+    paths = [path for path in differing(jobs) if path.split(".")[0] not in RESULTLESS and path not in PATHS.values()]
+    added: list[str] = []
+    for candidate in [*varying(jobs, NAMES), *paths]:
+        groups: dict[tuple[str, ...], list[JobResult]] = {}
+        for job in jobs:
+            groups.setdefault(tuple(str(factor(job, name)) for name in [*names, *added]), []).append(job)
+        is_averaged = average_over is not None and candidate.rpartition(".")[2] == average_over.rpartition(".")[2]
+        if not is_averaged and any(varying(members, [candidate]) for members in groups.values()):
+            added.append(candidate)
+    return added
 
 
 def describe(job: JobResult, names: Sequence[str]) -> str:

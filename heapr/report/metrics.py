@@ -27,10 +27,15 @@ KINDS = {  # first part of a name: its quantity, which way is better, unit, deci
     "accuracy_norm": ("normalised accuracy", HIGHER, "%", 2),
     "kl_to_dense": ("KL to unpruned", LOWER, "nats", 4),
     "top1_agreement": ("top-1 agreement", HIGHER, "%", 1),
-    "truth": ("predicted against measured", HIGHER, "", 3),
+    "truth": ("correlation", HIGHER, "", 3),
     "prefill_tokens_per_second": ("prefill tokens per second", HIGHER, "", 0),
     "decode_tokens_per_second": ("decode tokens per second", HIGHER, "", 0),
+    "calibration_seconds": ("calibration time", LOWER, "s", 2),
+    "calibration_speedup": ("calibration speed-up", HIGHER, "", 2),
+    "calibration_state_bytes": ("calibration state", LOWER, "MiB", 2),
+    "calibration_peak_memory_bytes": ("calibration peak memory", LOWER, "MiB", 1),
 }
+UNASKED = {"accuracy_norm"}
 
 
 def value(job: JobResult, name: str, *, dense: bool = False) -> float | None:
@@ -62,14 +67,17 @@ def standard_error(job: JobResult, name: str, *, dense: bool = False) -> float |
 
 
 def known(jobs: Sequence[JobResult]) -> list[str]:
-    """All metrics of a quality or a size saved that any job has, in the order in which summaries hold them."""
+    """What a table shows unless it is told otherwise, of what any job measured, in the order in which summaries hold it.
+
+    Left out: normalised accuracies, and the average of a single task. The CSV holds everything.
+    """
     names: dict[str, None] = {}
     for job in finished(jobs):
-        for name in [*job.metrics["pruned"], *job.metrics["comparison"]]:
-            if name.partition("/")[0] in KINDS:
-                names[name] = None
+        measured = [*job.metrics["pruned"], *job.metrics["comparison"]]
+        names |= dict.fromkeys(name for name in measured if name.partition("/")[0] in KINDS.keys() - UNASKED and better(name))
         names |= {f"size/{name}": None for name in ("parameters_removed_ratio", "flops_removed_ratio") if name in job.metrics["size"]}
-    return list(names)
+    accuracies = [name for name in names if name.startswith("accuracy/")]
+    return [name for name in names if name != "accuracy/average" or len(accuracies) > 2]
 
 
 def better(name: str) -> int:
@@ -102,7 +110,7 @@ def label(name: str) -> str:
         stage, _, quantity = rest.rpartition("/")
         return f"{stage} {COSTS.get(quantity, quantity)}"
     quantity = KINDS[group][0] if group in KINDS else group.replace("_", " ")
-    return f"{LABELS.get(rest, rest.replace('_', ' '))} {quantity}"
+    return f"{LABELS.get(rest, rest.replace('_', ' '))} {quantity}".strip()
 
 
 def axis_label(name: str) -> str:
@@ -117,12 +125,18 @@ def column_label(name: str) -> str:
 
 def scaled(name: str, number: float) -> float:
     """A number in the unit that it is printed in."""
-    return number * {"%": 100.0, "GiB": 2.0**-30}.get(unit(name), 1.0)
+    return number * {"%": 100.0, "MiB": 2.0**-20, "GiB": 2.0**-30}.get(unit(name), 1.0)
 
 
 def text(name: str, number: float) -> str:
     """A number as it is printed, without its unit; a minus sign is a minus sign."""
-    number = scaled(name, number)
+    return printed(name, scaled(name, number))
+
+
+def printed(name: str, number: float) -> str:
+    """As `text`, of a number that has its unit already."""
+    if name.partition("/")[0] not in {*KINDS, "size", "stages"} and not float(number).is_integer():
+        return f"{number:.3g}".replace("-", "−")
     return f"{number:,.{_decimals(name, number)}f}".replace("-", "−")
 
 
@@ -139,5 +153,5 @@ def _decimals(name: str, number: float) -> int:
     if name.endswith("_ratio"):
         return 1
     if group not in KINDS:
-        return 0 if float(number).is_integer() else 3
+        return 0
     return max(0, KINDS[group][3] - max(0, len(str(int(abs(number)))) - 2)) if group == "perplexity" else KINDS[group][3]

@@ -35,8 +35,15 @@ METRICS = {
     "flops_reduction_percent": "size/flops_removed_ratio",
 }
 AVERAGED = {"openbookqa", "arc_easy", "winogrande", "hellaswag", "arc_challenge", "piqa", "mathqa"}  # by avg7_acc
-# A method's own newest release first; then the sources that the paper took its baselines from.
-SOURCES = ("HEAPr README, 2026-02-20", "HEAPr README, 2025-10-13", "HEAPr paper", "D2-MoE", "Sub-MoE", "CAMERA")
+# A method's own newest release first; then the sources that the paper took its baselines from. What is known of their protocols:
+SOURCES = {
+    "HEAPr README, 2026-02-20": "128 calibration sequences of 2048 tokens, perplexity over windows of 2048",
+    "HEAPr README, 2025-10-13": "128 calibration sequences of 2048 tokens, perplexity over windows of 2048",
+    "HEAPr paper": "128 calibration sequences of 2048 tokens, perplexity over windows of 2048",
+    "D2-MoE": "512 calibration sequences, accuracies as whole percents",
+    "Sub-MoE": "other zero-shot tasks in its averages, accuracies as whole percents",
+    "CAMERA": "other zero-shot tasks in its averages",
+}
 DENSE = ("", "")
 
 
@@ -113,6 +120,12 @@ def _metric(published: str) -> str | None:
         return METRICS[published]
     task = published.removesuffix("_acc")
     return f"accuracy/{task}" if task != published and not re.fullmatch(r"avg\d+", task) else None
+
+
+def protocol_note(source: str) -> str:
+    """Where a number was printed, and what is known of how it was measured."""
+    known = next((protocol for beginning, protocol in SOURCES.items() if source.startswith(beginning)), "protocol not known")
+    return f"Published in {source}: {known}."
 
 
 def _rank(source: str) -> int:

@@ -20,6 +20,8 @@ from heapr.report.table import Cell, Row, Table
 TEX_LETTERS = {
     "\\": r"\textbackslash{}",
     **{letter: f"\\{letter}" for letter in "&%$#_{}"},
+    "[": "{[}",  # after a line break it would begin a length
+    "]": "{]}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
     "<": r"\textless{}",

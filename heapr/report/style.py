@@ -5,6 +5,7 @@ In: a drawn figure. Out: a PNG and an SVG. matplotlib is imported where it is ne
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 3.3  # inches: a column
+LEGEND_ROW = 0.15  # inches
 DPI = 200
 UNPRUNED, PUBLISHED = "unpruned", ", published"
 # Okabe and Ito's palette without yellow, which white paper swallows, and black, which is the unpruned model's.
@@ -71,17 +73,18 @@ def panels(number: int, *, height: float, sharex: bool = False) -> tuple[Figure,
     """A figure with axes below each other, none of it registered anywhere."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, height * number + 0.35), layout="constrained")
+    figure = Figure(figsize=(WIDTH, height * number + 0.2), layout="constrained")
     axes = figure.subplots(number, 1, sharex=sharex, squeeze=False)
     return figure, list(axes[:, 0])
 
 
 def look(number: int) -> dict[str, Any]:
-    """Colour, marker and line of the series of a number; after the seventh, colours return with another line."""
+    """Colour, marker and line of the series of a number; after the seventh, colours return with another line and marker."""
+    turn = number // len(COLOURS)
     return {
         "color": COLOURS[number % len(COLOURS)],
-        "marker": MARKERS[number % len(MARKERS)],
-        "linestyle": LINES[number // len(COLOURS) % len(LINES)],
+        "marker": MARKERS[(number + turn) % len(MARKERS)],
+        "linestyle": LINES[turn % len(LINES)],
     }
 
 
@@ -94,8 +97,9 @@ def legend_above(figure: Figure, axes: Sequence[Axes]) -> None:
     labels = sorted(found, key=lambda label: (label == UNPRUNED, label.endswith(PUBLISHED)))
     if found:
         longest = max(map(len, found))
-        columns = 3 if longest <= 12 else 2 if longest <= 24 else 1
-        figure.legend([found[label] for label in labels], labels, loc="outside upper center", ncols=min(columns, len(found)))
+        columns = min(3 if longest <= 12 else 2 if longest <= 24 else 1, len(found))
+        figure.set_figheight(figure.get_figheight() + LEGEND_ROW * math.ceil(len(found) / columns))  # the panels keep their height
+        figure.legend([found[label] for label in labels], labels, loc="outside upper center", ncols=columns)
 
 
 def write_figure(figure: Figure, path: Path) -> list[Path]:

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 
 from heapr.errors import ConfigError
 from heapr.report import metrics
-from heapr.report.factors import PATHS, UNKNOWN, describe, differing, factor, header, in_order, selected, show, varying
+from heapr.report.factors import PATHS, RESULTLESS, UNKNOWN, describe, differing, factor, header, in_order, selected, show, varying
 from heapr.report.layout import Entry
-from heapr.report.published import Number, find
+from heapr.report.published import Number, find, protocol_note
 from heapr.report.results import JobResult, finished
 
 GAP = "—"
@@ -113,10 +113,10 @@ class _Builder:
             rows += self._dense_rows([job for group in of_model for job in group.done])
             for ratio in sorted({factor(group.first, "ratio") for group in of_model}, key=in_order):
                 rows += self._ratio_rows([group for group in of_model if factor(group.first, "ratio") == ratio])
-        columns = [*(["job"] if self.is_numbered else []), *map(header, self.shown), "", *map(metrics.column_label, self.names)]
-        return Table(self.entry.title, self._caption(), tuple(columns), tuple(rows), tuple(self.notes.texts))
+        columns = [*(["job"] if self.is_numbered else []), *map(header, self.shown), *map(metrics.column_label, self.names)]
+        return Table(self.entry.title, self._caption(rows), tuple(columns), tuple(rows), tuple(self.notes.texts))
 
-    def _caption(self) -> str:
+    def _caption(self, rows: Sequence[Row]) -> str:
         parts = []
         known = {name: value for name in self.constant for job in self.jobs if (value := factor(job, name)) != UNKNOWN}
         if known:
@@ -125,8 +125,27 @@ class _Builder:
             parts.append(f"Mean ± sample standard deviation over {header(self.entry.average_over or '')}.")
         if any(metrics.standard_error(job, name) is not None for job in finished(self.jobs) for name in self.names):
             parts.append("In parentheses: standard error.")
-        parts.append(f"{GAP} stands for what was not measured. Bold: the best of those with the same model and ratio.")
+        cells = [cell for row in rows for cell in row.cells]
+        if any(cell.text == GAP for cell in cells):
+            parts.append(f"{GAP} stands for what was not measured.")
+        if any(cell.is_best for cell in cells):
+            parts.append("Bold: the best of those with the same model and ratio.")
+        if not all(row.is_ours for row in rows):
+            parts.append(f"Published numbers have protocols of their own; ours: {self._protocol()}.")
         return " ".join(parts)
+
+    def _protocol(self) -> str:
+        """How ours were measured: windows of corpora, and the harness' version and shots of tasks."""
+        records = {
+            name: record for job in finished(self.jobs) if job.summary for name, record in job.summary["protocols"]["pruned"].items()
+        }
+        texts = []
+        for name, record in records.items():
+            if "window" in record:
+                texts.append(f"{name} in windows of {record['window']} tokens")
+            elif "lm_eval" in record:
+                texts.append(f"{name} with lm-eval {record['lm_eval']}, {record['num_fewshot']} shots")
+        return ", ".join(texts)
 
     def _dense_rows(self, jobs: Sequence[JobResult]) -> list[Row]:
         """One row for the unpruned model; more only if jobs of one model disagree about it."""
@@ -161,7 +180,8 @@ class _Builder:
                 is_best = any(group is winner for winner in best[number])
                 cells.append(Cell(text, notes, is_best))
             labels = [show(name, factor(group.first, name)) for name in self.shown]
-            rows.append(Row(self._labels(labels, "" if group.done else "failed", group.first), tuple(cells), is_ours=True))
+            marks = () if group.done else notes
+            rows.append(Row(self._labels(labels, "", group.first, marks), tuple(cells), is_ours=True))
             means = [statistics.fmean(values) if (values := group.values(name)) else None for name in self.names]
             rows += self._published_rows(group.first, means, dense=False)
         return [replace(row, starts_group=number == 0) for number, row in enumerate(rows)]
@@ -196,7 +216,7 @@ class _Builder:
         sources = dict.fromkeys(number.source for number in found if number is not None)
         if not sources:
             return []
-        marks = {source: self.notes.number(f"Published in {source}, measured by its own protocol.") for source in sources}
+        marks = {source: self.notes.number(protocol_note(source)) for source in sources}
         values, differences = [], []
         for name, number, mine in zip(self.names, found, ours, strict=True):
             notes = (marks[number.source],) if number is not None and len(sources) > 1 else ()
@@ -209,9 +229,12 @@ class _Builder:
         return [published, Row(self._labels(blank, DIFFERENCE, None), tuple(differences), is_ours=False)]
 
     def _labels(self, labels: Sequence[str], kind: str, job: JobResult | None, notes: tuple[int, ...] = ()) -> tuple[Cell, ...]:
-        """The cells before the metrics: job number where it is needed, factors, kind of the row."""
+        """The cells before the metrics: job number where it is needed, and factors; the kind of a row stands where it says most."""
         number = [Cell("" if job is None or kind.startswith(UNPRUNED) else str(job.number))] if self.is_numbered else []
-        return (*number, *(Cell(text) for text in labels), Cell(kind, notes))
+        place = next((place for place, name in enumerate(self.shown) if name != "model"), 0)
+        cells = [Cell(text) for text in labels]
+        cells[place] = Cell(", ".join(text for text in (labels[place], kind) if text), notes)
+        return (*number, *cells)
 
 
 def grouped(jobs: Sequence[JobResult], identifying: Sequence[str], average_over: str | None) -> list[Group]:
@@ -230,7 +253,7 @@ def _check_alike(jobs: Sequence[JobResult], average_over: str) -> None:
     """Jobs that are averaged may differ in nothing else that changes a result."""
     last = average_over.rpartition(".")[2]
     for path in differing(jobs):
-        if path.split(".")[0] not in {"paths", "runtime", "tracking"} and not path.endswith(f".{last}") and PATHS.get(last) != path:
+        if path.split(".")[0] not in RESULTLESS and not path.endswith(f".{last}") and PATHS.get(last) != path:
             numbers = ", ".join(str(job.number) for job in jobs)
             raise ConfigError(f"jobs {numbers} would be averaged over {average_over}, but differ in {path}; add it to rows or series")
 
