@@ -22,6 +22,11 @@ def two_threads() -> None:
     torch.set_num_threads(2)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def wandb_copies_tables_to(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["WANDB_DATA_DIR"] = str(tmp_path_factory.mktemp("wandb"))
+
+
 @pytest.fixture
 def causal_lm() -> PreTrainedModel:
     return tiny_qwen3_moe()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 RATIO, NUM_TOKENS = "pruning.ratio", "calibration/tokens"
+FIGURES = "figures/"  # how the names of images begin
 AXES = (RATIO, NUM_TOKENS)  # what is logged together with one of these is drawn over it
 
 

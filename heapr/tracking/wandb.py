@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import netrc
 import os
+import queue
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ logger = logging.getLogger(__name__)
 
 PROBE_SECONDS = 3.0  # is anybody there?
 START_SECONDS = 12.0  # most that starting a run online may take after that
-FINISH_SECONDS = 15.0  # most that sending the rest may take; what is left is on disk
-UPLOAD_SLICE_SECONDS = 10  # an upload that was asked for may take long, as long as somebody is there
+MEDIA_SECONDS = 8.0  # most that tables, images and folders may be waited for at the end of a run
+FINISH_SECONDS = 8.0  # most that sending the rest may take after that; what is left is on disk
+UPLOAD_SLICE_SECONDS = 10.0  # an upload that was asked for takes as long as it takes, while somebody is there
 MAX_TAG = 64  # letters that wandb allows
 
 
@@ -43,17 +45,22 @@ class Wandb:
     def __init__(self, run: Run, *, mode: str, project: str, upload: bool, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._upload = upload
-        self._uploads: list[Any] = []
         self._defined, self._warned = set(AXES), set[str]()
         arguments: dict[str, Any] = {"dir": str(folder), "project": project, "name": run.name, "id": run.id, "group": run.group}
         arguments |= {"job_type": run.job_type, "tags": [tag[:MAX_TAG] for tag in run.tags], "config": dict(run.config)}
         self._run, self._mode = _start(mode, arguments)
+        self._media: queue.Queue[Mapping[str, Value] | None] = queue.Queue()
+        self._courier = threading.Thread(target=self._log_media, daemon=True)  # for each of these wandb waits for an answer
+        self._courier.start()
 
     def log(self, values: Mapping[str, Value]) -> None:
         if self._run is None:
             return
+        media = {name: value for name, value in values.items() if isinstance(value, Table | Image | Folder)}
+        if media:
+            self._media.put(media)
         try:
-            self._log(values)
+            self._log_row({name: value for name, value in values.items() if name not in media})
         except Exception as error:  # wandb raises what it likes, and the run must go on
             self._warn(error)
 
@@ -62,9 +69,12 @@ class Wandb:
             return
         folder = Path(self._run.dir).parent
         try:
-            self._wait_for_uploads()
+            self._wait_for_media()
             self._run.finish(exit_code=0 if succeeded else 1)
-            is_sent = self._mode == "online"
+            is_sent = self._mode == "online" and not self._warned
+        except TimeoutError as error:
+            is_sent = False
+            self._warn(error)
         except Exception as error:
             is_sent = False
             self._warn(error)
@@ -72,11 +82,7 @@ class Wandb:
         if not is_sent:
             logger.info("wandb has what is not sent yet on disk; to send it later: wandb sync %s", folder)
 
-    def _log(self, values: Mapping[str, Value]) -> None:
-        for value in values.values():
-            if isinstance(value, Folder):
-                self._log_folder(value)
-        row = {name: _converted(value) for name, value in values.items() if not isinstance(value, Folder)}
+    def _log_row(self, row: dict[str, Any]) -> None:
         axis = next((name for name in AXES if name in row), None)
         for name in row:
             if axis is not None and name not in self._defined:
@@ -88,6 +94,17 @@ class Wandb:
         if row:
             self._run.log(row)
 
+    def _log_media(self) -> None:
+        """In a thread of its own, until there is None or wandb fails."""
+        try:
+            while (values := self._media.get()) is not None:
+                for folder in [value for value in values.values() if isinstance(value, Folder)]:
+                    self._log_folder(folder)
+                if row := {name: _converted(value) for name, value in values.items() if not isinstance(value, Folder)}:
+                    self._run.log(row)
+        except Exception as error:
+            self._warn(error)
+
     def _log_folder(self, folder: Folder) -> None:
         import wandb
 
@@ -97,17 +114,18 @@ class Wandb:
             self._run.log_artifact(artifact)
             return
         artifact.add_dir(str(folder.path), policy="immutable", skip_cache=True)
-        self._uploads.append(self._run.log_artifact(artifact))
+        self._run.log_artifact(artifact)
+        if self._mode == "online":
+            artifact.wait()
 
-    def _wait_for_uploads(self) -> None:
-        """As long as it takes, and as somebody is there: they were asked for."""
-        from wandb.sdk.artifacts.exceptions import WaitTimeoutError
-
-        for artifact in self._uploads if self._mode == "online" else []:
-            while _is_reachable():
-                with suppress(WaitTimeoutError):
-                    artifact.wait(timeout=UPLOAD_SLICE_SECONDS)
-                    break
+    def _wait_for_media(self) -> None:
+        """Offline as long as it takes, since that is the disk alone; online not longer than somebody is there."""
+        self._media.put(None)
+        self._courier.join(MEDIA_SECONDS if self._mode == "online" else None)
+        while self._upload and self._courier.is_alive() and _is_reachable():
+            self._courier.join(UPLOAD_SLICE_SECONDS)
+        if self._courier.is_alive():
+            self._warn(TimeoutError("tables, figures or artifacts were not taken in time"))
 
     def _warn(self, error: Exception) -> None:
         """Once for each reason: calibration would repeat it every second."""
@@ -155,6 +173,7 @@ def _start(mode: Any, arguments: dict[str, Any]) -> tuple[Any, str]:
             reason = f"{_endpoint()[0]} does not answer"
         except Exception as error:
             reason = _first_line(error)
+            _stop_service()  # which would not let the id be used again
         logger.warning("wandb cannot be reached (%s); the run goes on offline", reason)
         mode = "offline"
     try:
@@ -169,25 +188,29 @@ def _stop_service() -> None:
     """End wandb's own process, so that the next run starts a new one."""
     import wandb
 
-    with suppress(Exception):  # it may be dead already
-        wandb.teardown()
+    _within(PROBE_SECONDS, wandb.teardown)  # it may be dead already
 
 
 def _is_reachable() -> bool:
-    """Whether somebody answers; in a thread, since looking up a name knows no time limit."""
+    """Whether somebody answers."""
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
         return True  # only the proxy can tell
-    answers: list[bool] = []
-    probe = threading.Thread(target=_probe, args=(answers,), daemon=True)
-    probe.start()
-    probe.join(PROBE_SECONDS)
-    return bool(answers)
+    return _within(PROBE_SECONDS, lambda: socket.create_connection(_endpoint(), timeout=PROBE_SECONDS).close())
 
 
-def _probe(answers: list[bool]) -> None:
-    with suppress(OSError):
-        socket.create_connection(_endpoint(), timeout=PROBE_SECONDS).close()
-        answers.append(True)
+def _within(seconds: float, call: Callable[[], None]) -> bool:
+    """Whether a call ends well within some time; in a thread, since looking up a name or ending a process knows no limit."""
+    done = threading.Event()
+
+    def attempt() -> None:
+        with suppress(Exception):
+            call()
+            done.set()
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return done.is_set()
 
 
 def _endpoint() -> tuple[str, int]:

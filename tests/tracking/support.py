@@ -10,6 +10,8 @@ from typing import Any
 
 from wandb.util import get_core_path
 
+from heapr.tracking.tracker import Run
+
 
 @dataclass(frozen=True)
 class OfflineRun:
@@ -17,7 +19,7 @@ class OfflineRun:
 
     Attributes:
         folder: of the run.
-        run: name, id, group, job type, tags.
+        run: name, id, group, job type, tags, as wandb calls them.
         config: values by key.
         history: rows, nested names joined by dots.
         axes: what each metric is drawn over.
@@ -59,9 +61,14 @@ def read_run(folder: Path) -> OfflineRun:
     return OfflineRun(
         folder=folder,
         run=run,
-        config={entry["key"]: json.loads(entry["value_json"]) for entry in run.pop("config")["update"]},
+        config=run["config"]["update"],
         history=[row["item"] for row in by_type.get("history", [])],
         axes={metric["name"]: metric["step_metric"] for metric in by_type.get("metric", [])},
         artifacts=by_type.get("artifact", []),
         exit_code=by_type["exit"][0].get("exit_code", 0),
     )
+
+
+def tracked_run(run_id: str = "id", group: str | None = None) -> Run:
+    """A run with little to say."""
+    return Run(name="name", id=run_id, job_type="experiment", group=group, tags=("tag",), config={"pruning": {"ratio": 0.5}})
