@@ -14,7 +14,7 @@ from typing import Any
 
 from heapr.errors import ConfigError
 from heapr.tracking.tracker import FIGURES, NUM_TOKENS, RATIO
-from heapr.tracking.wandb import has_key
+from heapr.tracking.wandb import has_key, is_reachable
 
 MODEL, CRITERION = "labels.model", "labels.criterion"  # in a run's configuration
 QUALITY = ("perplexity/", "accuracy/", "kl_to_dense/")  # how the names of what is compared begin
@@ -39,12 +39,14 @@ def create_dashboard(entity: str | None, project: str) -> str:
     """Save a dashboard of a project and return its address.
 
     Raises:
-        ConfigError: wandb-workspaces or a key is not there, wandb refuses, or the project has nothing to compare.
+        ConfigError: wandb-workspaces or a key is not there, wandb does not answer or refuses, or the project has nothing to compare.
     """
     if importlib.util.find_spec("wandb_workspaces") is None:
         raise ConfigError("the dashboard needs wandb-workspaces; pip install 'heapr[dashboard]'")
     if not has_key():
         raise ConfigError("the dashboard is saved by wandb, but no key is found; set WANDB_API_KEY or run wandb login")
+    if not is_reachable():
+        raise ConfigError("the dashboard is saved by wandb, which does not answer; look at the network and WANDB_BASE_URL")
     import wandb
 
     try:

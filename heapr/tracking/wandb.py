@@ -46,7 +46,7 @@ class Wandb:
         folder.mkdir(parents=True, exist_ok=True)
         self._upload = upload
         self._defined, self._warned = set(AXES), set[str]()
-        arguments: dict[str, Any] = {"dir": str(folder), "project": project, "name": run.name, "id": run.id, "group": run.group}
+        arguments: dict[str, Any] = {"dir": str(folder.resolve()), "project": project, "name": run.name, "id": run.id, "group": run.group}
         arguments |= {"job_type": run.job_type, "tags": [tag[:MAX_TAG] for tag in run.tags], "config": dict(run.config)}
         self._run, self._mode = _start(mode, arguments)
         self._media: queue.Queue[Mapping[str, Value] | None] = queue.Queue()
@@ -122,7 +122,7 @@ class Wandb:
         """Offline as long as it takes, since that is the disk alone; online not longer than somebody is there."""
         self._media.put(None)
         self._courier.join(MEDIA_SECONDS if self._mode == "online" else None)
-        while self._upload and self._courier.is_alive() and _is_reachable():
+        while self._upload and self._courier.is_alive() and is_reachable():
             self._courier.join(UPLOAD_SLICE_SECONDS)
         if self._courier.is_alive():
             self._warn(TimeoutError("tables, figures or artifacts were not taken in time"))
@@ -168,7 +168,7 @@ def _start(mode: Any, arguments: dict[str, Any]) -> tuple[Any, str]:
     )
     if mode == "online":
         try:
-            if _is_reachable():
+            if is_reachable():
                 return wandb.init(mode="online", resume="allow", settings=settings, **arguments), mode
             reason = f"{_endpoint()[0]} does not answer"
         except Exception as error:
@@ -191,7 +191,7 @@ def _stop_service() -> None:
     _within(PROBE_SECONDS, wandb.teardown)  # it may be dead already
 
 
-def _is_reachable() -> bool:
+def is_reachable() -> bool:
     """Whether somebody answers."""
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
         return True  # only the proxy can tell

@@ -12,7 +12,7 @@ from typing import Any
 
 ENTITY = {"id": "1", "name": "me"}
 BUCKET = {
-    "id": "1", "name": "run", "displayName": "run", "config": "{}", "historyLineCount": 0,
+    "id": "1", "name": "id", "displayName": "name", "config": "{}", "historyLineCount": 0,
     "project": {"id": "1", "name": "project", "entity": ENTITY},
 }  # fmt: skip
 
