@@ -124,7 +124,7 @@ def dry_run(config: ExperimentConfig) -> DryRun:
     if "hub" not in source.identity and not any(source.folder.glob("*.safetensors")):
         notes.append(f"'{source.folder}' holds no weights; with them the keys will be others, because weights determine results")
     return DryRun(
-        name=name_of(config, find_criterion(config)),
+        name=name_of(config),
         path=config.model.path,
         dtype=config.model.dtype,
         ratio=config.pruning.ratio,

@@ -25,7 +25,7 @@ from heapr.pruning.allocation import Budget
 from heapr.pruning.uniform import Settings, uniform_settings
 from heapr.recipes import Recipes, experiment_recipes
 from heapr.schema import CalibrationConfig, ExperimentConfig, build
-from heapr.score.criterion import Criterion
+from heapr.score.criterion import Criterion, criterion_name
 from heapr.store import Store
 from heapr.types import Granularity, TokenWindows
 
@@ -40,6 +40,7 @@ class Experiment:
 
     Attributes:
         name: readable: model, criterion, scope, ratio.
+        labels: what it is one of: model, criterion, scope, calibration corpus.
         source, device: the model, and where it will be.
         store, recipes: where results are, and what determines each.
         tokens: calibration tokens; none if the calibration is in the store already.
@@ -55,6 +56,7 @@ class Experiment:
     """
 
     name: str
+    labels: Mapping[str, str]
     source: ModelSource
     device: torch.device
     store: Store
@@ -99,7 +101,13 @@ def prepare(config: ExperimentConfig) -> Experiment:
     _warn_of_overlap(recipes)
     _prepare(evaluators, comparisons, source, store, recipes)
     return Experiment(
-        name=name_of(config, criterion),
+        name=name_of(config),
+        labels={
+            "model": config.model.name,
+            "criterion": criterion_name(config.score["_target_"]),
+            "scope": config.pruning.scope,
+            "corpus": corpus.name,
+        },
         source=source,
         device=device,
         store=store,
@@ -118,9 +126,9 @@ def prepare(config: ExperimentConfig) -> Experiment:
     )
 
 
-def name_of(config: ExperimentConfig, criterion: Criterion) -> str:
+def name_of(config: ExperimentConfig) -> str:
     """Readable: model, criterion, scope, ratio."""
-    return f"{config.model.name} {type(criterion).__name__} {config.pruning.scope} {config.pruning.ratio:.4g}"
+    return f"{config.model.name} {criterion_name(config.score['_target_'])} {config.pruning.scope} {100 * config.pruning.ratio:.4g}%"
 
 
 def find_criterion(config: ExperimentConfig) -> Criterion:

@@ -70,8 +70,10 @@ def _run(config: DictConfig) -> None:
     from heapr.pipeline import run
     from heapr.report.console import print_summary
 
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    print_summary(asdict(run(typed, folder)), str(folder))
+    hydra = HydraConfig.get()
+    folder = Path(hydra.runtime.output_dir)
+    sweep = Path(hydra.sweep.dir).resolve().name if hydra.mode == RunMode.MULTIRUN else None
+    print_summary(asdict(run(typed, folder, sweep=sweep)), str(folder))
 
 
 @contextmanager

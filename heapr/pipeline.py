@@ -23,6 +23,7 @@ from heapr.calibration.sampling import batches
 from heapr.errors import TooLargeError
 from heapr.evaluation.efficiency import size_change
 from heapr.evaluation.evaluator import Material
+from heapr.evaluation.routing import layer_routing
 from heapr.evaluation.zero_shot import average_accuracy
 from heapr.experiment import CARD, CHECKPOINT, Experiment, needed_of_prune, prepare
 from heapr.files import write_json
@@ -37,7 +38,8 @@ from heapr.report.protocol import protocol_differences
 from heapr.schema import ExperimentConfig
 from heapr.store import Artifact, Recipe
 from heapr.tracking.build import open_tracker
-from heapr.tracking.tracker import Tracker
+from heapr.tracking.tracker import NUM_TOKENS, RATIO, Folder, Image, Run, Tracker
+from heapr.tracking.values import CalibrationProgress, figures, layer_table
 from heapr.types import Evaluation, ExpertWeights, Metrics, Plan, ProtocolRecord, Scores, Statistics, TensorDict, TokenWindows
 
 logger = logging.getLogger(__name__)
@@ -65,12 +67,13 @@ class Summary:
     config: dict[str, Any]
 
 
-def run(config: ExperimentConfig, folder: Path) -> Summary:
+def run(config: ExperimentConfig, folder: Path, *, sweep: str | None = None) -> Summary:
     """One experiment.
 
     Args:
         config: checked by `heapr.schema.resolve`.
         folder: of this run; gets `summary.json` and the tracker's file.
+        sweep: name of the sweep that this is a job of; none for a single run.
 
     Raises:
         ConfigError: the user's mistake, found before the first expensive step.
@@ -78,16 +81,19 @@ def run(config: ExperimentConfig, folder: Path) -> Summary:
     """
     experiment = prepare(config)
     logger.info("%-9s %s, results in %s", "run", experiment.name, folder)
-    resolved, outputs = asdict(config), Path(config.paths.outputs)
-    with open_tracker(config.tracking, name=experiment.name, folder=folder, outputs=outputs, config=resolved) as tracker:
+    resolved = asdict(config)
+    tracked = _tracked_run(experiment, sweep, resolved)
+    with open_tracker(config.tracking, tracked, folder=folder, outputs=Path(config.paths.outputs)) as tracker:
         pipeline = Pipeline(experiment, tracker)
         statistics = pipeline.calibrate()
         scores = pipeline.score(statistics)
         dense = pipeline.evaluate_dense(statistics, scores)  # now, because pruning changes the model in place
+        tracker.log({RATIO: 0.0, **dense["dense"]})
         plan = pipeline.prune(scores)
         pruned = pipeline.evaluate_pruned(statistics, scores, plan)
         metrics = pipeline.conclude(dense, pruned, plan)
-        tracker.log({f"{group}/{name}": value for group, values in metrics.items() for name, value in values.items()})
+        pipeline.show(statistics, plan, figures(sorted(folder.glob("*.png"))))
+        tracker.log({RATIO: config.pruning.ratio, **metrics["pruned"], **metrics["size"], **metrics["comparison"]})
     for difference in protocol_differences(pipeline.protocols):
         logger.warning("dense and pruned cannot be compared: %s", difference)
     summary = Summary(metrics=metrics, protocols=pipeline.protocols, stages=pipeline.stages, config=resolved)
@@ -102,7 +108,7 @@ class Pipeline:
 
     Args:
         experiment: what to do.
-        tracker: gets seconds and cache hits of every stage.
+        tracker: gets seconds and cache hits of every stage, and what happens on the way.
     """
 
     def __init__(self, experiment: Experiment, tracker: Tracker) -> None:
@@ -120,12 +126,14 @@ class Pipeline:
             assert tokens is not None, "the calibration vanished from the store while the experiment was under way"
             num_batches = math.ceil(len(tokens.ids_NW) / batch_size)
             bar = progress(batches(tokens, batch_size), total=num_batches, description="calibrate")
-            statistics = collect(self._dense_model(), bar)
+            statistics = collect(self._dense_model(), bar, on_batch=CalibrationProgress(self.tracker))
             _save(tokens.to_tensors(), folder / TOKENS)
             _save(statistics.to_tensors(), folder / STATISTICS)
 
         artifact = self._get(self.experiment.recipes.calibrate, make)
         statistics = Statistics.from_tensors(load_file(artifact.path / STATISTICS))
+        loss = statistics.loss_sum / statistics.num_predicted_tokens
+        self.tracker.log({NUM_TOKENS: statistics.num_tokens, "calibration/loss": loss})
         for index, layer in statistics.layers.items():
             if unrouted := int((layer.count_E == 0).sum()):
                 logger.info("%-9s no token reached %d of %d experts of layer %d", "calibrate", unrouted, len(layer.count_E), index)
@@ -181,6 +189,14 @@ class Pipeline:
         if experiment.save_checkpoint:
             experiment.store.rewrite(experiment.recipes.prune, f"{CHECKPOINT}/{CARD}", partial(model_card, experiment.about, metrics))
         return metrics
+
+    def show(self, statistics: Statistics, plan: Plan, images: Mapping[str, Image]) -> None:
+        """Layers, figures and artifacts, for whoever looks at the run."""
+        widths = self.experiment.source.widths
+        layers = [layer_routing(index, plan, width_E, statistics) for index, width_E in widths.items()]
+        self.tracker.log({"layers": layer_table(layers), **images})
+        artifacts = {stage["key"]: Folder(stage["stage"], stage["key"], Path(stage["path"])) for stage in self.stages}
+        self.tracker.log({f"artifacts/{folder.stage}-{key}": folder for key, folder in artifacts.items()})
 
     def _save_checkpoint(self, plan: Plan, folder: Path) -> None:
         """The masked form is written before rows and columns are removed, the others after."""
@@ -273,14 +289,21 @@ class Pipeline:
         self.stages.append({"stage": recipe.stage, "what": what, **artifact.summary()})
         origin = "cached" if artifact.cached else f"made, peak memory {artifact.peak_memory_bytes / 2**30:.2f} GiB"
         logger.info("%-9s %s%s: %s, %.1f s", recipe.stage, f"{what} " if what else "", recipe.key, origin, artifact.seconds)
-        self.tracker.log({f"stages/{len(self.stages)}_{recipe.stage}/{name}": value for name, value in artifact.summary().items()})
+        measured = {"seconds": artifact.seconds, "cached": artifact.cached, "peak_memory_bytes": artifact.peak_memory_bytes}
+        name = "/".join(["stages", recipe.stage, *what.split()])
+        self.tracker.log({f"{name}/{number}": value for number, value in measured.items()})
         return artifact
 
 
-def _write(evaluation: Evaluation, folder: Path) -> None:
-    write_json(folder / METRICS, evaluation.metrics)
-    if evaluation.details:
-        write_json(folder / DETAILS, evaluation.details)
+def _tracked_run(experiment: Experiment, sweep: str | None, resolved: Mapping[str, Any]) -> Run:
+    return Run(
+        name=experiment.name,
+        id=experiment.recipes.key,
+        job_type="experiment",
+        group=sweep,
+        tags=tuple(experiment.labels.values()),
+        config={**resolved, "labels": dict(experiment.labels)},
+    )
 
 
 def _save(tensors: TensorDict, path: Path, identity: Mapping[str, str] | None = None) -> None:

@@ -6,6 +6,7 @@ does not change a result (batch sizes, device, paths, tracking) does not appear 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from heapr.calibration.corpora import Corpus
 from heapr.evaluation.evaluator import Comparison, Evaluator
 from heapr.schema import ExperimentConfig
-from heapr.store import Recipe
+from heapr.store import KEY_LENGTH, Recipe
 
 # Raised when the code of a stage gives other results than before: older artifacts are then made again.
 STAGE_VERSIONS = {"calibrate": 1, "score": 1, "prune": 2, "evaluate": 2}
@@ -35,6 +36,12 @@ class Recipes:
     evaluate_dense: Sequence[Recipe]
     evaluate_pruned: Sequence[Recipe]
     compare: Sequence[Recipe]
+
+    @property
+    def key(self) -> str:
+        """Of the whole experiment: the same whenever all results are, whatever the paths, device or tracking."""
+        last = [self.prune, *self.evaluate_dense, *self.evaluate_pruned, *self.compare]
+        return hashlib.sha256(" ".join(recipe.key for recipe in last).encode()).hexdigest()[:KEY_LENGTH]
 
 
 def experiment_recipes(

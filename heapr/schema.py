@@ -61,6 +61,7 @@ class TrackingConfig:
 
     mode: str = MISSING  # auto (online if a key is found, else offline), online, offline, none
     project: str = MISSING  # wandb project
+    upload: bool = False  # send the files of artifacts to wandb; off tells it where they are
 
 
 @dataclass
@@ -141,7 +142,7 @@ def check(config: ExperimentConfig) -> None:
     if config.runtime.device_map is not None:
         _choice("runtime.device_map", config.runtime.device_map, DEVICE_MAPS)
     _choice("model.dtype", config.model.dtype, DTYPES)
-    _choice("tracking.mode", config.tracking.mode, TRACKING_MODES)
+    _check_tracking(config.tracking)
     calibration = config.calibration
     at_least("calibration.num_samples", calibration.num_samples, 1)
     at_least("calibration.sequence_length", calibration.sequence_length, 2)
@@ -149,6 +150,14 @@ def check(config: ExperimentConfig) -> None:
     at_least("calibration.seed", calibration.seed, 0)
     if config.runtime.num_threads is not None:
         at_least("runtime.num_threads", config.runtime.num_threads, 1)
+
+
+def _check_tracking(tracking: TrackingConfig) -> None:
+    _choice("tracking.mode", tracking.mode, TRACKING_MODES)
+    if not tracking.project or set(tracking.project) & set("/\\#?%:") or len(tracking.project) > 128:
+        raise ConfigError(f"tracking.project='{tracking.project}' is no wandb project; give 1 to 128 letters without / \\ # ? % :")
+    if tracking.upload and tracking.mode == "none":
+        raise ConfigError("tracking.upload=true, but tracking=none sends nothing; use tracking=wandb or tracking.upload=false")
 
 
 def build(entry: Mapping[str, Any], where: str, **injected: Any) -> Any:

@@ -18,6 +18,11 @@ from heapr.model.moe import MoEModel
 from tests.tiny import tiny_ids, tiny_qwen3_moe
 
 
+@pytest.fixture(scope="session", autouse=True)
+def wandb_copies_tables_to(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["WANDB_DATA_DIR"] = str(tmp_path_factory.mktemp("wandb"))
+
+
 @pytest.fixture
 def causal_lm() -> PreTrainedModel:
     return tiny_qwen3_moe()

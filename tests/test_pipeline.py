@@ -81,7 +81,7 @@ def test_artifacts_follow_the_contract(experiment: Experiment) -> None:
     assert written["metrics"]["size"]["parameters_removed_ratio"] == pytest.approx(16 * 3 * 16 / written["metrics"]["dense"]["parameters"])
     lines = (experiment.folder / "run" / "tracking.jsonl").read_text().splitlines()
     assert all(isinstance(value, int | float) for value in json.loads(lines[-1]).values())
-    assert json.loads(lines[-1])["pruned/perplexity/text_files"] == summary.metrics["pruned"]["perplexity/text_files"]
+    assert json.loads(lines[-1])["perplexity/text_files"] == summary.metrics["pruned"]["perplexity/text_files"]
 
 
 def test_pruned_perplexity_is_that_of_the_masked_model(experiment: Experiment) -> None:

@@ -8,7 +8,7 @@ Shape letters: D model width, E experts, F atomic experts of an expert, n tokens
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -59,7 +59,9 @@ class LayerObserver:
         sums["ph_abs_max_EF"][atomic] = torch.maximum(sums["ph_abs_max_EF"][atomic], largest_F)
 
 
-def collect(model: MoEModel, batches: Iterable[Tensor]) -> Statistics:
+def collect(
+    model: MoEModel, batches: Iterable[Tensor], *, on_batch: Callable[[int, float], None] = lambda num_tokens, loss: None
+) -> Statistics:
     """Statistics of the batches: one forward and one backward each, parameters frozen, gradient from the input embeddings.
 
     The loss is the *sum* of next-token cross-entropies, so the statistics do not depend on how sequences are batched;
@@ -68,6 +70,7 @@ def collect(model: MoEModel, batches: Iterable[Tensor]) -> Statistics:
     Args:
         model: dense or pruned.
         batches: int64 (N, W) token ids each.
+        on_batch: told, after each batch, the number of tokens so far and their mean loss, in nats per predicted token.
 
     Raises:
         FloatingPointError: a loss or statistic is NaN or infinite; the message names layer and batch.
@@ -82,6 +85,7 @@ def collect(model: MoEModel, batches: Iterable[Tensor]) -> Statistics:
             loss_sum += loss.item()
             num_tokens += ids_NW.numel()
             num_predicted_tokens += ids_NW[:, 1:].numel()
+            on_batch(num_tokens, loss_sum / num_predicted_tokens)
     layers = {observer.index: observer.statistics() for observer in observers}
     return Statistics(layers=layers, num_tokens=num_tokens, num_predicted_tokens=num_predicted_tokens, loss_sum=loss_sum)
 

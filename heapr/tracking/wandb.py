@@ -1,6 +1,7 @@
 """wandb: online when a key is found, otherwise offline; never asks, never waits for the network for long.
 
-In: numbers by name. Out: a wandb run, or an offline run folder and the command that sends it later.
+In: values by name. Out: a wandb run, or an offline run folder and the command that sends it later. Whatever happens to
+wandb, the run goes on: a warning says what is missing.
 """
 
 from __future__ import annotations
@@ -8,49 +9,133 @@ from __future__ import annotations
 import logging
 import netrc
 import os
+import queue
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 from heapr.errors import ConfigError
+from heapr.tracking.tracker import AXES, RATIO, Folder, Image, Run, Table, Value
 
 logger = logging.getLogger(__name__)
 
 PROBE_SECONDS = 3.0  # is anybody there?
-START_SECONDS = 20  # most that starting a run online may take
-FINISH_SECONDS = 60.0  # most that sending the rest may take; what is left is on disk
+START_SECONDS = 12.0  # most that starting a run online may take after that
+MEDIA_SECONDS = 8.0  # most that tables, images and folders may be waited for at the end of a run
+FINISH_SECONDS = 8.0  # most that sending the rest may take after that; what is left is on disk
+UPLOAD_SLICE_SECONDS = 10.0  # an upload that was asked for takes as long as it takes, while somebody is there
+MAX_TAG = 64  # letters that wandb allows
 
 
 class Wandb:
     """One wandb run.
 
     Args:
+        run: what it is called.
         mode: as `resolve_mode` gives it.
+        project: wandb's.
+        upload: send the files of folders, not only where they are.
         folder: where wandb keeps its files; made if it is not there.
-        project, name: as wandb shows the run.
-        config: the whole resolved configuration.
     """
 
-    def __init__(self, mode: Any, *, folder: Path, project: str, name: str, config: Mapping[str, Any]) -> None:
+    def __init__(self, run: Run, *, mode: str, project: str, upload: bool, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._run = _start(mode, {"dir": str(folder), "project": project, "name": name, "config": dict(config)})
+        self._upload = upload
+        self._defined, self._warned = set(AXES), set[str]()
+        arguments: dict[str, Any] = {"dir": str(folder.resolve()), "project": project, "name": run.name, "id": run.id, "group": run.group}
+        arguments |= {"job_type": run.job_type, "tags": [tag[:MAX_TAG] for tag in run.tags], "config": dict(run.config)}
+        self._run, self._mode = _start(mode, arguments)
+        self._media: queue.Queue[Mapping[str, Value] | None] = queue.Queue()
+        self._courier = threading.Thread(target=self._log_media, daemon=True)  # for each of these wandb waits for an answer
+        self._courier.start()
 
-    def log(self, values: Mapping[str, Any]) -> None:
-        self._run.log(dict(values))
+    def log(self, values: Mapping[str, Value]) -> None:
+        if self._run is None:
+            return
+        media = {name: value for name, value in values.items() if isinstance(value, Table | Image | Folder)}
+        if media:
+            self._media.put(media)
+        try:
+            self._log_row({name: value for name, value in values.items() if name not in media})
+        except Exception as error:  # wandb raises what it likes, and the run must go on
+            self._warn(error)
 
     def close(self, *, succeeded: bool) -> None:
+        if self._run is None:
+            return
         folder = Path(self._run.dir).parent
-        finish = threading.Thread(target=self._run.finish, kwargs={"exit_code": 0 if succeeded else 1}, daemon=True)
-        finish.start()
-        finish.join(FINISH_SECONDS)
-        if finish.is_alive() or self._run.settings._offline:
+        try:
+            self._wait_for_media()
+            self._run.finish(exit_code=0 if succeeded else 1)
+            is_sent = self._mode == "online" and not self._warned
+        except TimeoutError as error:
+            is_sent = False
+            self._warn(error)
+        except Exception as error:
+            is_sent = False
+            self._warn(error)
+            _stop_service()
+        if not is_sent:
             logger.info("wandb has what is not sent yet on disk; to send it later: wandb sync %s", folder)
 
+    def _log_row(self, row: dict[str, Any]) -> None:
+        axis = next((name for name in AXES if name in row), None)
+        for name in row:
+            if axis is not None and name not in self._defined:
+                self._defined.add(name)
+                self._run.define_metric(name, step_metric=axis)
+        if RATIO in row:  # wandb looks for a name with a dot in nested values
+            section, field = RATIO.split(".")
+            row[section] = {field: row.pop(RATIO)}
+        if row:
+            self._run.log(row)
 
-def resolve_mode(mode: str) -> Any:
+    def _log_media(self) -> None:
+        """In a thread of its own, until there is None or wandb fails."""
+        try:
+            while (values := self._media.get()) is not None:
+                for folder in [value for value in values.values() if isinstance(value, Folder)]:
+                    self._log_folder(folder)
+                if row := {name: _converted(value) for name, value in values.items() if not isinstance(value, Folder)}:
+                    self._run.log(row)
+        except Exception as error:
+            self._warn(error)
+
+    def _log_folder(self, folder: Folder) -> None:
+        import wandb
+
+        artifact = wandb.Artifact(f"{folder.stage}-{folder.key}", folder.stage, metadata={"key": folder.key})
+        if not self._upload:
+            artifact.add_reference(folder.path.resolve().as_uri(), checksum=False)  # the store's manifest has the hashes
+            self._run.log_artifact(artifact)
+            return
+        artifact.add_dir(str(folder.path), policy="immutable", skip_cache=True)
+        self._run.log_artifact(artifact)
+        if self._mode == "online":
+            artifact.wait()
+
+    def _wait_for_media(self) -> None:
+        """Offline as long as it takes, since that is the disk alone; online not longer than somebody is there."""
+        self._media.put(None)
+        self._courier.join(MEDIA_SECONDS if self._mode == "online" else None)
+        while self._upload and self._courier.is_alive() and is_reachable():
+            self._courier.join(UPLOAD_SLICE_SECONDS)
+        if self._courier.is_alive():
+            self._warn(TimeoutError("tables, figures or artifacts were not taken in time"))
+
+    def _warn(self, error: Exception) -> None:
+        """Once for each reason: calibration would repeat it every second."""
+        reason = _first_line(error)
+        if reason not in self._warned:
+            self._warned.add(reason)
+            logger.warning("wandb failed (%s); the run goes on, and its tracking.jsonl has everything", reason)
+
+
+def resolve_mode(mode: str) -> str:
     """ "online" or "offline", from "auto" (online if a key is found) or as asked; WANDB_MODE decides where "auto" was asked.
 
     Raises:
@@ -73,32 +158,73 @@ def has_key() -> bool:
         return False
 
 
+def _start(mode: Any, arguments: dict[str, Any]) -> tuple[Any, str]:
+    """The run, and whether it is online or offline after all; no run if wandb cannot start one at all."""
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # wandb's reports about itself wait for the network at exit
+    import wandb  # seconds to import: only when it is used
+
+    settings = wandb.Settings(
+        init_timeout=START_SECONDS, finish_timeout=FINISH_SECONDS, finish_timeout_raises=True, silent=True, console="off"
+    )
+    if mode == "online":
+        try:
+            if is_reachable():
+                return wandb.init(mode="online", resume="allow", settings=settings, **arguments), mode
+            reason = f"{_endpoint()[0]} does not answer"
+        except Exception as error:
+            reason = _first_line(error)
+            _stop_service()  # which would not let the id be used again
+        logger.warning("wandb cannot be reached (%s); the run goes on offline", reason)
+        mode = "offline"
+    try:
+        return wandb.init(mode=mode, settings=settings, **arguments), mode
+    except Exception as error:
+        logger.warning("wandb cannot start (%s); the run goes on without it", _first_line(error))
+        _stop_service()
+        return None, mode
+
+
+def _stop_service() -> None:
+    """End wandb's own process, so that the next run starts a new one."""
+    import wandb
+
+    _within(PROBE_SECONDS, wandb.teardown)  # it may be dead already
+
+
+def is_reachable() -> bool:
+    """Whether somebody answers."""
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True  # only the proxy can tell
+    return _within(PROBE_SECONDS, lambda: socket.create_connection(_endpoint(), timeout=PROBE_SECONDS).close())
+
+
+def _within(seconds: float, call: Callable[[], None]) -> bool:
+    """Whether a call ends well within some time; in a thread, since looking up a name or ending a process knows no limit."""
+    done = threading.Event()
+
+    def attempt() -> None:
+        with suppress(Exception):
+            call()
+            done.set()
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return done.is_set()
+
+
 def _endpoint() -> tuple[str, int]:
     url = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
     return url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
 
 
-def _is_reachable() -> bool:
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return True  # only the proxy can tell
-    try:
-        socket.create_connection(_endpoint(), timeout=PROBE_SECONDS).close()
-    except OSError:
-        return False
-    return True
+def _converted(value: Value) -> Any:
+    import wandb
+
+    if isinstance(value, Table):
+        return wandb.Table(columns=list(value.columns), data=[list(row) for row in value.rows], allow_mixed_types=True)
+    return wandb.Image(str(value.path)) if isinstance(value, Image) else value
 
 
-def _start(mode: Any, arguments: dict[str, Any]) -> Any:
-    import wandb  # seconds to import: only when it is used
-
-    settings = wandb.Settings(init_timeout=START_SECONDS, silent=True, console="off")
-    if mode == "online":
-        try:
-            if _is_reachable():
-                return wandb.init(mode=mode, settings=settings, **arguments)
-            reason = f"{_endpoint()[0]} does not answer"
-        except (wandb.errors.Error, TimeoutError) as error:
-            reason = str(error).split("\n", 1)[0]
-        logger.warning("wandb cannot be reached (%s); the run goes on offline", reason)
-        mode = "offline"
-    return wandb.init(mode=mode, settings=settings, **arguments)
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).split("\n", 1)[0]

@@ -1,0 +1,129 @@
+"""A wandb dashboard that compares ratios and criteria.
+
+Run:  python -m heapr.tracking.dashboard [--entity ...] [--project heapr]     needs a login and pip install 'heapr[dashboard]'
+In: the metrics that a project's runs have. Out: a saved view of the project; its address is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from heapr.errors import ConfigError
+from heapr.tracking.tracker import FIGURES, NUM_TOKENS, RATIO
+from heapr.tracking.wandb import has_key, is_reachable
+
+MODEL, CRITERION = "labels.model", "labels.criterion"  # in a run's configuration
+QUALITY = ("perplexity/", "accuracy/", "kl_to_dense/")  # how the names of what is compared begin
+EFFICIENCY = ("parameters_removed_ratio", "flops_removed_ratio")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Create the dashboard, or say in one line why that cannot be."""
+    parser = argparse.ArgumentParser(prog="python -m heapr.tracking.dashboard", description="Create a wandb dashboard.")
+    parser.add_argument("--entity", help="wandb user or team; yours if not given")
+    parser.add_argument("--project", default="heapr", help="wandb project, as tracking.project")
+    options = parser.parse_args(arguments)
+    try:
+        address = create_dashboard(options.entity, options.project)
+    except ConfigError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+    sys.stdout.write(f"{address}\n")
+
+
+def create_dashboard(entity: str | None, project: str) -> str:
+    """Save a dashboard of a project and return its address.
+
+    Raises:
+        ConfigError: wandb-workspaces or a key is not there, wandb does not answer or refuses, or the project has nothing to compare.
+    """
+    if importlib.util.find_spec("wandb_workspaces") is None:
+        raise ConfigError("the dashboard needs wandb-workspaces; pip install 'heapr[dashboard]'")
+    if not has_key():
+        raise ConfigError("the dashboard is saved by wandb, but no key is found; set WANDB_API_KEY or run wandb login")
+    if not is_reachable():
+        raise ConfigError("the dashboard is saved by wandb, which does not answer; look at the network and WANDB_BASE_URL")
+    import wandb
+
+    try:
+        api = wandb.Api(timeout=20)
+        owner = entity or api.default_entity
+        names = {name for run in api.runs(f"{owner}/{project}") for name in dict(run.summary)}
+        dashboard = build_dashboard(owner, project, sorted(names))
+        dashboard.save()
+        return str(dashboard.url)
+    except ConfigError:
+        raise
+    except Exception as error:  # wandb and what it is built on raise what they like
+        reason = str(error).split("\n", 1)[0]
+        raise ConfigError(f"wandb made no dashboard of '{project}' ({reason}); check --entity, --project and the key") from error
+
+
+def build_dashboard(entity: str, project: str, names: Sequence[str]) -> Any:
+    """A workspace: every metric over the ratio and over what was saved, a line for each criterion; then tables, figures and
+    what calibration did. Nothing is sent before its `save`.
+
+    Args:
+        entity, project: where it is saved.
+        names: of everything that the project's runs logged. Metrics have their contract names: of the pruned model at its
+            ratio, of the dense one at ratio 0.
+
+    Raises:
+        ConfigError: there is nothing to compare.
+    """
+    import wandb_workspaces.workspaces as ws
+    from wandb_workspaces.reports.v2 import MediaBrowser, RunComparer, WeavePanelSummaryTable
+
+    metrics = [name for name in names if name.startswith(QUALITY)]
+    if not metrics:
+        raise ConfigError(f"no run of '{entity}/{project}' has metrics yet; run experiments with tracking=wandb first")
+    lines = [_line(metric, RATIO, "share of atomic experts removed", group=CRITERION) for metric in metrics]
+    tables = [WeavePanelSummaryTable(table_name=name) for name in ("comparison", "layers")]
+    progress = [_line(name, NUM_TOKENS, "tokens", group=MODEL) for name in ("calibration/loss", "calibration/tokens_per_second")]
+    images = [MediaBrowser(title=name, media_keys=[name]) for name in names if name.startswith(FIGURES)]
+    return ws.Workspace(
+        entity=entity,
+        project=project,
+        name="Ratios and criteria",
+        sections=[
+            ws.Section(name="Quality by ratio", panels=lines, is_open=True),
+            ws.Section(name="Quality by what is saved", panels=_scatters(metrics), is_open=True),
+            ws.Section(name="Tables", panels=tables, is_open=True, layout_settings=ws.SectionLayoutSettings(columns=1, rows=2)),
+            ws.Section(name="Figures", panels=images),
+            ws.Section(name="Calibration", panels=progress),
+            ws.Section(name="Configurations", panels=[RunComparer(diff_only="split")]),
+        ],
+        runset_settings=ws.RunsetSettings(groupby=[ws.Config(MODEL), ws.Config(CRITERION)]),
+    )
+
+
+def _line(metric: str, axis: str, title: str, *, group: str) -> Any:
+    """One metric; a line for each group, of which it shows mean and standard error."""
+    from wandb_workspaces.reports.v2 import Config, LinePlot
+
+    return LinePlot(
+        title=metric,
+        x=axis,
+        y=[metric],
+        title_x=title,
+        groupby=Config(group),
+        groupby_aggfunc="mean",
+        groupby_rangefunc="stderr",
+        max_runs_to_show=100,
+    )
+
+
+def _scatters(metrics: Sequence[str]) -> list[Any]:
+    """Each metric over each saving, a point for each run."""
+    from wandb_workspaces.reports.v2 import ScatterPlot, SummaryMetric
+
+    pairs = [(metric, saved) for metric in metrics for saved in EFFICIENCY]
+    return [ScatterPlot(title=f"{metric} over {saved}", x=SummaryMetric(saved), y=SummaryMetric(metric)) for metric, saved in pairs]
+
+
+if __name__ == "__main__":
+    main()
