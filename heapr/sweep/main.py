@@ -6,12 +6,13 @@ exit code 1 if a job failed, 2 with one line for a mistake.
 
 from __future__ import annotations
 
+import csv
 import difflib
 import logging
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -145,7 +146,7 @@ def sweep(root: Path, request: Request) -> int:
     problems = [job.problem for job in plan.jobs if job.problem]
     if len(problems) == len(jobs):
         raise ConfigError(f"no job of {definition.name} can run; the first: {problems[0]}")
-    return _run(root, request, definition, jobs, sweeps=Path(configs[0].paths.outputs) / "sweeps")
+    return _run(root, request, definition, dict(zip(jobs, configs, strict=True)))
 
 
 def compose_jobs(experiment: str, jobs: Sequence[Job], config_folder: Path) -> list[ExperimentConfig]:
@@ -214,9 +215,10 @@ def keep_results(root: Path, folder: Path, files: Sequence[Path]) -> Path:
     return kept
 
 
-def _run(root: Path, request: Request, definition: Definition, jobs: Sequence[Job], *, sweeps: Path) -> int:
+def _run(root: Path, request: Request, definition: Definition, jobs: Mapping[Job, ExperimentConfig]) -> int:
     from heapr.sweep.collect import Record
     from heapr.sweep.launch import launch, new_folder
+    from heapr.tracking.values import log_sweep_summary
 
     record = Record(
         experiment=definition.name,
@@ -227,11 +229,16 @@ def _run(root: Path, request: Request, definition: Definition, jobs: Sequence[Jo
         title=definition.title,
         report=definition.tiny_report if request.version == "tiny" else definition.report,
     )
-    folder = new_folder(sweeps, record)
+    config = next(iter(jobs.values()))
+    outputs = Path(config.paths.outputs)
+    folder = new_folder(outputs / "sweeps", record)
     exit_code = launch(root, folder, request.settings)
     if exit_code:
         logger.error("the process that ran the jobs ended with exit code %d; the same command goes on where it stopped", exit_code)
-    return max(_finish(root, request, folder), 1 if exit_code else 0)
+    failed = _finish(root, request, folder)
+    rows = list(csv.DictReader((folder / "table.csv").read_text(encoding="utf-8").splitlines()))
+    log_sweep_summary(config.tracking, rows, folder=folder, images=sorted(folder.glob("figures/*.png")), outputs=outputs)
+    return max(failed, 1 if exit_code else 0)
 
 
 def _report_newest(root: Path, request: Request, definition: Definition, jobs: Sequence[Job]) -> int:
