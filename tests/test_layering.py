@@ -82,6 +82,7 @@ def test_score_and_allocation_know_only_types_and_torch() -> None:
             "collections",
             "dataclasses",
             "enum",
+            "re",
             "typing",
             "math",
             "itertools",
