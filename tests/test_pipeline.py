@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from heapr.errors import ConfigError
 from heapr.evaluation.build import build_evaluators
 from heapr.evaluation.perplexity import Perplexity
+from heapr.experiment import criterion_name, prepare
 from heapr.model.load import ModelSource, find_model
 from heapr.pipeline import Summary
 from heapr.pruning.surgery import mask
@@ -366,6 +367,8 @@ BAD_INPUT = [
     (["runtime.device=tpu9"], "runtime.device='tpu9' is unknown"),
     (["runtime.device=cuda:7"], "torch sees [0-9] GPUs"),
     (["tracking.mode=maybe"], "tracking.mode='maybe' is unknown"),
+    (["tracking.project=a/b"], "tracking.project='a/b' is no wandb project"),
+    (["tracking.upload=true"], "tracking=none sends nothing"),
 ]  # fmt: skip
 
 
@@ -405,3 +408,10 @@ def test_bad_input_is_refused_in_one_line_before_calibration(
     with pytest.raises(ConfigError, match=message) as caught:
         bad_place(*(override.format(folder=bad_place.folder) for override in overrides))
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_is_named_by_options_and_percent(experiment: Experiment) -> None:
+    config = compose_experiment(*experiment.overrides, f"paths.outputs={experiment.folder}", "score=heapr_sum", "pruning.ratio=0.125")
+    assert prepare(config).name.endswith(" heapr_sum global 12.5%")
+    for option in ("heapr", "heapr_sum", "fisher", "magnitude", "random"):
+        assert criterion_name(compose_experiment(f"score={option}").score["_target_"]) == option
