@@ -7,6 +7,7 @@ needed, its recipes written down.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from heapr.pruning.allocation import Budget
 from heapr.pruning.uniform import Settings, uniform_settings
 from heapr.recipes import Recipes, experiment_recipes
 from heapr.schema import CalibrationConfig, ExperimentConfig, build
-from heapr.score.criterion import Criterion, criterion_name
+from heapr.score.criterion import Criterion
 from heapr.store import Store
 from heapr.types import Granularity, TokenWindows
 
@@ -193,6 +194,11 @@ def find_uniform_settings(source: ModelSource, budget: Budget) -> Settings:
 def needed_of_prune(save_checkpoint: bool) -> list[str]:
     """Files without which the prune artifact is made again."""
     return [f"{CHECKPOINT}/{CARD}"] if save_checkpoint else []
+
+
+def criterion_name(target: str) -> str:
+    """The name of a criterion's option, from its `_target_`: heapr.score.gradient.HeaprSum is heapr_sum."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", target.rpartition(".")[2]).lower()
 
 
 def _about(config: ExperimentConfig, recipes: Recipes, source: ModelSource) -> dict[str, Any]:

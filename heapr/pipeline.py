@@ -38,8 +38,8 @@ from heapr.report.protocol import protocol_differences
 from heapr.schema import ExperimentConfig
 from heapr.store import Artifact, Recipe
 from heapr.tracking.build import open_tracker
-from heapr.tracking.tracker import NUM_TOKENS, RATIO, Folder, Image, Run, Tracker
-from heapr.tracking.values import CalibrationProgress, figures, layer_table
+from heapr.tracking.tracker import NUM_TOKENS, RATIO, Image, Run, Tracker
+from heapr.tracking.values import CalibrationProgress, artifacts, figures, layer_table
 from heapr.types import Evaluation, ExpertWeights, Metrics, Plan, ProtocolRecord, Scores, Statistics, TensorDict, TokenWindows
 
 logger = logging.getLogger(__name__)
@@ -194,9 +194,7 @@ class Pipeline:
         """Layers, figures and artifacts, for whoever looks at the run."""
         widths = self.experiment.source.widths
         layers = [layer_routing(index, plan, width_E, statistics) for index, width_E in widths.items()]
-        self.tracker.log({"layers": layer_table(layers), **images})
-        artifacts = {stage["key"]: Folder(stage["stage"], stage["key"], Path(stage["path"])) for stage in self.stages}
-        self.tracker.log({f"artifacts/{folder.stage}-{key}": folder for key, folder in artifacts.items()})
+        self.tracker.log({"layers": layer_table(layers), **images, **artifacts(self.stages)})
 
     def _save_checkpoint(self, plan: Plan, folder: Path) -> None:
         """The masked form is written before rows and columns are removed, the others after."""

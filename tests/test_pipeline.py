@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from heapr.errors import ConfigError
 from heapr.evaluation.build import build_evaluators
 from heapr.evaluation.perplexity import Perplexity
+from heapr.experiment import criterion_name, prepare
 from heapr.model.load import ModelSource, find_model
 from heapr.pipeline import Summary
 from heapr.pruning.surgery import mask
@@ -215,16 +217,15 @@ def test_models_are_loaded_only_as_often_as_needed(whole_experiment: Experiment,
 
 
 def test_two_models_that_do_not_fit_are_answered_in_one_line(whole_experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
-    load = ModelSource.load
-    loaded: list[int] = []
+    load, loaded = AutoModelForCausalLM.from_pretrained, []
 
-    def load_one(self: ModelSource, device: torch.device, device_map: str | None = None):
+    def load_one(*arguments: object, **settings: object) -> object:
         if loaded:
             raise torch.OutOfMemoryError("CUDA out of memory")
         loaded.append(1)
-        return load(self, device)
+        return load(*arguments, **settings)
 
-    monkeypatch.setattr(ModelSource, "load", load_one)
+    monkeypatch.setattr("heapr.model.load.AutoModelForCausalLM.from_pretrained", load_one)
     with pytest.raises(ConfigError, match="do not fit on 'cpu' together; leave out .* evaluation.fidelity=null") as caught:
         whole_experiment()
     assert "\n" not in str(caught.value)
@@ -375,6 +376,8 @@ BAD_INPUT = [
     (["runtime.device=tpu9"], "runtime.device='tpu9' is unknown"),
     (["runtime.device=cuda:7"], "torch sees [0-9] GPUs"),
     (["tracking.mode=maybe"], "tracking.mode='maybe' is unknown"),
+    (["tracking.project=a/b"], "tracking.project='a/b' is no wandb project"),
+    (["tracking.upload=true"], "tracking=none sends nothing"),
 ]  # fmt: skip
 
 
@@ -414,3 +417,10 @@ def test_bad_input_is_refused_in_one_line_before_calibration(
     with pytest.raises(ConfigError, match=message) as caught:
         bad_place(*(override.format(folder=bad_place.folder) for override in overrides))
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_is_named_by_options_and_percent(experiment: Experiment) -> None:
+    config = compose_experiment(*experiment.overrides, f"paths.outputs={experiment.folder}", "score=heapr_sum", "pruning.ratio=0.125")
+    assert prepare(config).name.endswith(" heapr_sum global 12.5%")
+    for option in ("heapr", "heapr_sum", "fisher", "magnitude", "random"):
+        assert criterion_name(compose_experiment(f"score={option}").score["_target_"]) == option

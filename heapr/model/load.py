@@ -185,8 +185,8 @@ def find_model(
     else:
         raise ConfigError(f"model.path='{path}': no such folder; give a folder with config.json and safetensors, or a hub id 'owner/name'")
     config = _read_config(folder, trust_remote_code)
+    dtype = dtype or str(config.dtype or torch.float32).removeprefix("torch.")  # now: building a model sets it
     model = _on_meta(config, path, trust_remote_code)
-    dtype = dtype or str(config.dtype or torch.float32).removeprefix("torch.")
     return ModelSource(
         folder=folder,
         identity={**identity, "dtype": dtype, **({"remote_code": "trusted"} if trust_remote_code else {})},

@@ -6,7 +6,6 @@ g = dloss/dh with loss the sum over N predicted tokens, n the number of tokens r
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from enum import Enum
 from typing import Protocol
@@ -40,11 +39,6 @@ class Criterion(Protocol):
     def __call__(self, statistics: Statistics, weights: WeightsOf) -> Scores:
         """Scores of all layers of the statistics."""
         ...
-
-
-def criterion_name(target: str) -> str:
-    """The name of a criterion's option, from its `_target_`: heapr.score.gradient.HeaprSum is heapr_sum."""
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", target.rpartition(".")[2]).lower()
 
 
 def mean_over_routed(sum_EF: Tensor, count_E: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 
 from heapr.schema import TrackingConfig
 from heapr.tracking.build import open_tracker
-from heapr.tracking.tracker import FIGURES, NUM_TOKENS, Image, Run, Table, Tracker
+from heapr.tracking.tracker import FIGURES, NUM_TOKENS, Folder, Image, Run, Table, Tracker
 
 PROGRESS_SECONDS = 1.0
 LAYER_COLUMNS = ("layer", "kept_ratio", "atomic_experts_before", "atomic_experts", "narrowest", "widest", "empty_experts", "most_routed")
@@ -65,6 +65,12 @@ def layer_table(layers: Iterable[Mapping[str, Any]]) -> Table:
 def figures(paths: Iterable[Path]) -> dict[str, Image]:
     """PNG files by what they are logged as."""
     return {f"{FIGURES}{path.stem}": Image(path) for path in paths}
+
+
+def artifacts(stages: Iterable[Mapping[str, Any]]) -> dict[str, Folder]:
+    """The folders of a run's stages, as in its summary, by what they are logged as."""
+    folders = [Folder(stage["stage"], stage["key"], Path(stage["path"])) for stage in stages]
+    return {f"artifacts/{folder.stage}-{folder.key}": folder for folder in folders}
 
 
 def log_sweep_summary(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import wandb
 
@@ -62,8 +62,8 @@ def track(folder: Path) -> float:
 
 
 def test_one_start_and_one_end_take_at_most_20_seconds() -> None:
-    assert wandb_tracker.PROBE_SECONDS + wandb_tracker.START_SECONDS < 20
-    assert wandb_tracker.MEDIA_SECONDS + wandb_tracker.FINISH_SECONDS < 20
+    assert 2 * wandb_tracker.PROBE_SECONDS + wandb_tracker.START_SECONDS < 20
+    assert wandb_tracker.MEDIA_SECONDS + wandb_tracker.FINISH_SECONDS + wandb_tracker.PROBE_SECONDS < 20
 
 
 @pytest.mark.usefixtures("with_key")
@@ -106,10 +106,9 @@ def test_wandbs_own_process_dies_and_the_next_run_is_tracked_again(tmp_path: Pat
     settings = TrackingConfig(mode="offline", project="p")
     wandb.teardown()  # a process of this test's own
     with open_tracker(settings, tracked_run(), folder=tmp_path, outputs=tmp_path / "first") as tracker:
-        children = subprocess.run(["pgrep", "-P", str(os.getpid()), "wandb-core"], capture_output=True, text=True, check=True)
-        (service,) = children.stdout.split()
-        os.kill(int(service), signal.SIGKILL)
-        time.sleep(0.2)
+        (service,) = [child for child in psutil.Process().children() if child.name() == "wandb-core"]
+        service.kill()
+        service.wait(5)
         tracker.log({"perplexity/x": 3.5})
     assert "wandb failed" in caplog.text
     assert "perplexity/x" in (tmp_path / "tracking.jsonl").read_text()
