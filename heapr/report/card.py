@@ -29,6 +29,7 @@ LOADING = {
 and transformers alone:
 
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 
 With heapr installed no code of this folder runs: `model = heapr.load_pruned(folder)`.
 """,
