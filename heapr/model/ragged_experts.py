@@ -207,11 +207,13 @@ def run_sorted(experts: Experts, hidden_TD: Tensor, expert_TK: Tensor, router_we
         counts: pairs of every expert, and of none.
     """
     order_S = torch.sort(expert_TK.reshape(-1), stable=True).indices
+    observer, activation = getattr(experts, "observer", None), activation_of(experts)
+    if observer is None and not layout_of(experts).has_bias and 0 in widths_of(experts):
+        order_S, counts = _without_empty(order_S, counts, widths_of(experts))
     token_S = order_S // expert_TK.shape[1]
     segments = zip(
         token_S.split(counts), hidden_TD[token_S].split(counts), router_weight_TK.reshape(-1)[order_S].split(counts), strict=True
     )
-    observer, activation = getattr(experts, "observer", None), activation_of(experts)
     total_TD = torch.zeros_like(hidden_TD)
     for expert, (matrices, (token_n, hidden_nD, router_weight_n)) in enumerate(zip(matrices_of(experts), segments, strict=False)):
         if len(token_n) == 0:
@@ -223,6 +225,13 @@ def run_sorted(experts: Experts, hidden_TD: Tensor, expert_TK: Tensor, router_we
         # A token visits an expert once, so no index repeats: the order of additions is the same on every device and in every run.
         total_TD.index_add_(0, token_n, (output_nD * router_weight_n.unsqueeze(-1)).to(total_TD.dtype))
     return total_TD
+
+
+def _without_empty(order_S: Tensor, counts: list[int], widths: list[int]) -> tuple[Tensor, list[int]]:
+    """Pairs and their numbers without those of experts of width 0, which contribute nothing: their tokens are not even gathered."""
+    has_work = [width > 0 for width in widths] + [False]
+    kept = [segment_n for segment_n, works in zip(order_S.split(counts), has_work, strict=True) if works]
+    return torch.cat(kept), [count if works else 0 for count, works in zip(counts, has_work, strict=True)]
 
 
 def _routing_of_weighted(hidden_SD: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
