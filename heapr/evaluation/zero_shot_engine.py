@@ -29,6 +29,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from heapr.errors import ConfigError
+from heapr.evaluation.zero_shot_local import NAME as LOCAL_TASK
 from heapr.hub import hub_is_reachable, no_network
 from heapr.model.moe import MoEModel
 from heapr.progress import bar_settings
@@ -79,7 +80,7 @@ def load_task(name: str, folder: Path | None, content: str) -> LoadedTask:
         if name not in manager.all_tasks:
             manager = _task_manager(folder, content, everything=True)
         if name not in manager.all_tasks:
-            near = difflib.get_close_matches(name, manager.all_tasks, n=3)
+            near = difflib.get_close_matches(name, [*manager.all_tasks, LOCAL_TASK], n=3)
             suggestion = f"did you mean {' or '.join(near)}? " if near else ""
             raise ConfigError(f"zero-shot task '{name}' is unknown; {suggestion}lm-eval ls tasks lists all, include_path adds your own")
         try:
