@@ -49,7 +49,9 @@ def test_the_joint_moment_is_no_worse_than_the_product_of_moments(perplexity: di
 def test_accuracy_is_above_chance_and_falls_with_pruning(folder: Path) -> None:
     """Which of four continuations is the docstring's own: chance is 25 %."""
     only = ["evaluation/corpora=[]", "evaluation/evaluators@evaluation=[zero_shot]"]
-    metrics = run_in(folder, "pruning.ratio=0.6", "calibration.num_samples=64", *only).metrics
+    metrics = run_in(
+        folder, "score=random", "pruning.ratio=0.6", "calibration.num_samples=64", "evaluation.zero_shot.limit=250", *only
+    ).metrics
     dense, pruned = (metrics[variant]["accuracy/pydocs_continuation"] for variant in ("dense", "pruned"))
     assert dense > 0.25 + 6 * metrics["dense"]["accuracy_stderr/pydocs_continuation"]
-    assert 0.25 < pruned < dense - 0.02
+    assert 0.25 < pruned < dense - 0.1
