@@ -6,8 +6,6 @@ from it a `MoEModel`. Every mistake that can be seen in configuration and tokeni
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,20 +21,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers.utils import logging as transformers_logging
 
 from heapr.errors import ConfigError, TooLargeError
-from heapr.files import hash_file, hash_file_once
 from heapr.hub import hub_is_reachable
 from heapr.model import deepseek_moe
 from heapr.model.checkpoint import register_ragged
+from heapr.model.model_files import DESCRIPTION_FILES, WEIGHT_FILES, check_weight_files, hash_folder, shards_of
 from heapr.model.moe import MoEModel, experts_per_token, find_moe_layers
 
 BUILTIN_PREFIX = "builtin:"
 BUILTIN_FOLDER = Path(__file__).parent / "builtin"
 CONFIG_FILE = "config.json"
-DESCRIPTION_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
-WEIGHT_FILES = ["*.safetensors"]
 # What transformers raises over a config.json with values that cannot be
 UNUSABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError, StrictDataclassError)
-MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 
 
 @dataclass(frozen=True)
@@ -83,7 +78,7 @@ class ModelSource:
     def has_weights(self) -> bool:
         """Whether every file of weights is in the folder."""
         index = self.folder / "model.safetensors.index.json"
-        names = _shards_of(index) if index.is_file() else {"model.safetensors"}
+        names = shards_of(index) if index.is_file() else {"model.safetensors"}
         return all((self.folder / name).is_file() for name in names)
 
     @property
@@ -196,59 +191,6 @@ def find_model(
         experts_per_token=experts_per_token(model),
         trust_remote_code=trust_remote_code,
     )
-
-
-def check_weight_files(folder: Path) -> None:
-    """Every shard that the index names is there, and every safetensors file has the length that its header says.
-
-    Raises:
-        ConfigError: naming the file.
-    """
-    shards = {path.name for path in folder.glob("*.safetensors")}
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = _shards_of(index)
-    elif not shards and any(folder.glob("*.bin")):
-        raise ConfigError(f"the weights in '{folder}' are pickled (*.bin), which is not read; convert them to safetensors")
-    for name in sorted(shards):
-        if not (folder / name).is_file():
-            raise ConfigError(f"the weights in '{folder}' cannot be loaded: {name} is missing; get it again")
-        if (folder / name).stat().st_size != _length_by_header(folder / name):
-            raise ConfigError(f"the weights in '{folder}' cannot be loaded: {name} is damaged or not complete; get it again")
-
-
-def _shards_of(index: Path) -> set[str]:
-    """Files that an index of weights names.
-
-    Raises:
-        ConfigError: it is damaged.
-    """
-    try:
-        return {str(name) for name in json.loads(index.read_text())["weight_map"].values()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"the weights in '{index.parent}' cannot be loaded: {index.name} is damaged; get it again") from error
-
-
-def _length_by_header(path: Path) -> int:
-    """Bytes of a safetensors file: 8 for the header's length, the header, and the data that it describes; -1 if unreadable."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        try:
-            header = json.loads(file.read(min(length, MAX_HEADER)))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return -1
-    return 8 + length + int(max(ends, default=0))
-
-
-def hash_folder(folder: Path, digests: Path | None = None, more: Sequence[str] = ()) -> str:
-    """sha256 over names and contents of the files that make a model: configuration, weights, tokenizer, and more patterns."""
-    digest = hashlib.sha256()
-    for path in sorted(path for pattern in [*DESCRIPTION_FILES, *WEIGHT_FILES, *more] for path in folder.glob(pattern)):
-        remembered = digests is not None and path.suffix == ".safetensors"
-        content = hash_file_once(path, digests) if remembered and digests else hash_file(path)
-        digest.update(f"{path.name}\0{content}\0".encode())
-    return digest.hexdigest()
 
 
 def _builtin(name: str) -> Path:

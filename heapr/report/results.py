@@ -1,13 +1,12 @@
-"""The jobs of a sweep as their folders tell them, and what the artifacts behind them hold.
+"""What a report is made from: the jobs of a sweep, those that failed too, and what the artifacts behind them hold.
 
-In: a sweep's folder. Out: one `JobResult` per job, those that failed included.
+In: jobs. Out: numbers and details of their artifacts.
 Shape letters: E experts of a layer, F atomic experts of one.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,8 @@ from typing import Any
 
 import yaml
 
-SUMMARY, LOG = "summary.json", "run.log"
-OVERRIDES, CONFIG = ".hydra/overrides.yaml", ".hydra/config.yaml"
+CONFIG = ".hydra/config.yaml"
 DETAILS, PLAN, MANIFEST = "details.json", "plan.safetensors", "manifest.json"
-ERROR_LINE = re.compile(r"^(?:\S+ ERROR\s+(?P<logged>.+)|error: (?P<short>.+)|(?P<raised>[\w.]*(?:Error|Exception|Interrupt)\b.*))$")
 
 
 @dataclass(frozen=True)
@@ -60,12 +57,6 @@ class LayerRemoval:
     layer: int
     share: float
     share_E: tuple[float, ...]
-
-
-def read_jobs(sweep_folder: Path) -> list[JobResult]:
-    """All jobs of a sweep, in order of their numbers: the folders that are named by a number."""
-    folders = [path for path in sweep_folder.iterdir() if path.is_dir() and path.name.isdecimal()]
-    return [_read_job(folder) for folder in sorted(folders, key=lambda path: int(path.name))]
 
 
 def finished(jobs: Sequence[JobResult]) -> list[JobResult]:
@@ -130,19 +121,3 @@ def stage_cost(job: JobResult, stage: str, quantity: str) -> float | None:
         made = made | json.loads((folder / MANIFEST).read_text())
     value = made.get(quantity)
     return None if value is None else float(value)
-
-
-def _read_job(folder: Path) -> JobResult:
-    path = folder / OVERRIDES
-    overrides = tuple(yaml.safe_load(path.read_text()) or ()) if path.is_file() else ()
-    if (folder / SUMMARY).is_file():
-        return JobResult(int(folder.name), overrides, folder, json.loads((folder / SUMMARY).read_text()), error=None)
-    return JobResult(int(folder.name), overrides, folder, summary=None, error=_last_error(folder / LOG))
-
-
-def _last_error(log: Path) -> str:
-    """The last line that reports an error, or that there is none."""
-    if not log.is_file():
-        return "did not start"
-    matches = [match for match in map(ERROR_LINE.match, log.read_text(errors="replace").splitlines()) if match]
-    return next(text for text in matches[-1].groups() if text) if matches else "ended without a result and without an error in its log"

@@ -1,8 +1,7 @@
-"""Jobs are read from their folders, those that failed too, and artifacts are found behind them."""
+"""What tells jobs apart, and the artifacts behind them."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,37 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from heapr.report.factors import UNKNOWN, describe, differing, factor, selected, show, varying
-from heapr.report.results import JobResult, read_jobs, removed_by_layer, stage_cost
+from heapr.report.results import JobResult, removed_by_layer, stage_cost
 from tests.report.sweeps import config, failed, job, write_details
-
-
-def write_job(folder: Path, *overrides: str, summary: object = None, log: str | None = None) -> None:
-    (folder / ".hydra").mkdir(parents=True)
-    (folder / ".hydra" / "overrides.yaml").write_text("".join(f"- {override}\n" for override in overrides))
-    if summary is not None:
-        (folder / "summary.json").write_text(json.dumps(summary))
-    if log is not None:
-        (folder / "run.log").write_text(log)
-
-
-def test_jobs_are_read_in_order_of_their_numbers_and_failures_keep_their_last_error(tmp_path: Path) -> None:
-    summary = job(0, {"perplexity/wikitext2": 8.0}).summary
-    write_job(tmp_path / "10", "score=random", summary=summary)
-    write_job(tmp_path / "2", "pruning.ratio=0.4", log="09:00:00 INFO run\nValueError: first\nheapr.errors.ConfigError: no such folder\n")
-    write_job(tmp_path / "3", log="09:00:00 INFO run\n09:00:01 ERROR   out of memory\n")
-    write_job(tmp_path / "4", log="09:00:00 INFO run\n")
-    (tmp_path / "5").mkdir()
-    (tmp_path / "report").mkdir()
-    jobs = read_jobs(tmp_path)
-    assert [found.number for found in jobs] == [2, 3, 4, 5, 10]
-    assert [found.error for found in jobs] == [
-        "heapr.errors.ConfigError: no such folder",
-        "out of memory",
-        "ended without a result and without an error in its log",
-        "did not start",
-        None,
-    ]
-    assert jobs[0].overrides == ("pruning.ratio=0.4",) and jobs[-1].summary == summary and jobs[-1].folder == tmp_path / "10"
 
 
 def test_factors_come_from_the_configuration_and_of_failed_jobs_from_what_they_left(tmp_path: Path) -> None:
