@@ -124,7 +124,12 @@ def tiny_model(family: str, seed: int = 0, **changes: object) -> PreTrainedModel
     known = model_class.config_class()
     settings = {name: value for name, value in COMMON.items() if name in dir(known)}
     torch.manual_seed(seed)
-    return model_class(model_class.config_class(**{**settings, **FAMILIES[family], **changes})).eval()
+    model = model_class(model_class.config_class(**{**settings, **FAMILIES[family], **changes})).eval()
+    with torch.no_grad():  # transformers starts biases at zero, where none of them matters
+        for name, parameter in model.named_parameters():
+            if name.endswith("proj_bias"):
+                parameter.normal_(std=0.3)
+    return model
 
 
 def tiny_qwen3_moe(seed: int = 0, **changes: object) -> PreTrainedModel:

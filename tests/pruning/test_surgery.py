@@ -133,3 +133,17 @@ def test_weights_of_ragged_experts_are_those_of_the_kept_atomic_experts(causal_l
             assert torch.equal(after.weights().up_EFD[expert, :width], before.weights().up_EFD[expert, kept_F])
             assert torch.equal(after.weights().down_EDF[expert, :, :width], before.weights().down_EDF[expert][:, kept_F])
             assert not after.weights().up_EFD[expert, width:].any()
+
+
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_masking_zeroes_all_slices_of_what_is_removed_and_nothing_else(family: str) -> None:
+    """Rows of the input projection, their biases, and columns of W_down; the bias of W_down is the expert's own."""
+    model = MoEModel(tiny_model(family))
+    plan = random_plan(0.4, indices=[layer.index for layer in model.layers])
+    mask(model, plan)
+    for layer in model.layers:
+        removed = int((~plan.layers[layer.index]).sum())
+        rows = 2 if hasattr(layer.experts, "gate_up_proj") else 1
+        zeros = {name: int((parameter == 0).sum()) for name, parameter in layer.experts.named_parameters()}
+        expected = {"gate_up_proj": rows * 16, "up_proj": rows * 16, "down_proj": 16, "gate_up_proj_bias": rows, "down_proj_bias": 0}
+        assert zeros == {name: expected[name] * removed for name in zeros}
