@@ -21,21 +21,49 @@ STAGE_VERSIONS = {"calibrate": 1, "score": 1, "prune": 2, "evaluate": 2}
 
 
 @dataclass(frozen=True)
+class Round:
+    """One round of pruning; the statistics of all but the first are those of the model that the round before left.
+
+    Attributes:
+        ratio: share of the dense model's atomic experts that is gone after it.
+        calibrate, score, prune: one each.
+    """
+
+    ratio: float
+    calibrate: Recipe
+    score: Recipe
+    prune: Recipe
+
+
+@dataclass(frozen=True)
 class Recipes:
     """The recipes of one experiment.
 
     Attributes:
-        calibrate, score, prune: one each.
+        rounds: at least one.
         evaluate_dense, evaluate_pruned: one per evaluator, in their order.
         compare: one per comparison, in their order.
     """
 
-    calibrate: Recipe
-    score: Recipe
-    prune: Recipe
+    rounds: Sequence[Round]
     evaluate_dense: Sequence[Recipe]
     evaluate_pruned: Sequence[Recipe]
     compare: Sequence[Recipe]
+
+    @property
+    def calibrate(self) -> Recipe:
+        """Of the dense model."""
+        return self.rounds[0].calibrate
+
+    @property
+    def score(self) -> Recipe:
+        """Of the dense model."""
+        return self.rounds[0].score
+
+    @property
+    def prune(self) -> Recipe:
+        """Of the last round: the pruned model."""
+        return self.rounds[-1].prune
 
     @property
     def key(self) -> str:
@@ -52,29 +80,37 @@ def experiment_recipes(
     comparisons: Sequence[Comparison],
 ) -> Recipes:
     """The recipes of an experiment; each holds the keys of those that it is made from."""
-    settings = config.calibration
-    calibrate = _recipe(
-        "calibrate",
-        {
-            "model": dict(model_identity),
-            "corpus": corpus.identity(),
-            "num_samples": settings.num_samples,
-            "sequence_length": settings.sequence_length,
-            "seed": settings.seed,
-        },
-    )
-    score = _recipe("score", {"criterion": dict(config.score)}, calibrate)
-    pruning = config.pruning
-    settings_of_plan = {"ratio": pruning.ratio, "scope": pruning.scope, "width_multiple": pruning.width_multiple, "form": pruning.form}
-    prune = _recipe("prune", settings_of_plan, score)
+    rounds = _rounds(config, model_identity, corpus)
+    calibrate, score, prune = rounds[0].calibrate, rounds[0].score, rounds[-1].prune
     return Recipes(
-        calibrate=calibrate,
-        score=score,
-        prune=prune,
+        rounds=rounds,
         evaluate_dense=[_evaluate_dense(evaluator, model_identity, calibrate) for evaluator in evaluators],
         evaluate_pruned=[_recipe("evaluate", {"evaluator": evaluator.identity()}, prune) for evaluator in evaluators],
         compare=[_compare(comparison, {"score": score, "prune": prune}[comparison.upstream]) for comparison in comparisons],
     )
+
+
+def _rounds(config: ExperimentConfig, model_identity: Mapping[str, str], corpus: Corpus) -> list[Round]:
+    """Every round removes the same number of atomic experts. A round's key does not tell how many follow, so that experiments which
+    begin alike share their beginning."""
+    settings, pruning = config.calibration, config.pruning
+    tokens = {
+        "model": dict(model_identity),
+        "corpus": corpus.identity(),
+        "num_samples": settings.num_samples,
+        "sequence_length": settings.sequence_length,
+        "seed": settings.seed,
+    }
+    cut = {"scope": pruning.scope, "width_multiple": pruning.width_multiple, "form": pruning.form}
+    if pruning.repair is not None:
+        cut["repair"] = dict(pruning.repair)
+    rounds: list[Round] = []
+    for number in range(1, pruning.rounds + 1):
+        ratio = pruning.ratio * number / pruning.rounds
+        calibrate = _recipe("calibrate", tokens, *[earlier.prune for earlier in rounds[-1:]])
+        score = _recipe("score", {"criterion": dict(config.score)}, calibrate)
+        rounds.append(Round(ratio, calibrate, score, _recipe("prune", {"ratio": ratio, **cut}, score)))
+    return rounds
 
 
 def _evaluate_dense(evaluator: Evaluator, model_identity: Mapping[str, str], calibrate: Recipe) -> Recipe:

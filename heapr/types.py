@@ -227,12 +227,56 @@ class Plan:
     def num_kept(self) -> int:
         return sum(int(kept_EF.sum()) for kept_EF in self.layers.values())
 
+    @property
+    def widths(self) -> dict[int, list[int]]:
+        """Kept atomic experts of every expert, by decoder layer index."""
+        return {index: kept_EF.sum(dim=1).tolist() for index, kept_EF in self.layers.items()}
+
+    def then(self, later: Plan) -> Plan:
+        """This plan followed by one for the model that it leaves, as one plan."""
+        layers = {index: kept_EF.clone() for index, kept_EF in self.layers.items()}
+        for index, kept_EF in layers.items():
+            for kept_F, later_F in zip(kept_EF, later.layers[index], strict=True):
+                atomic_S = kept_F.nonzero().flatten()
+                kept_F[atomic_S] = later_F[: len(atomic_S)]
+        return Plan(layers=layers)
+
+    def after(self, earlier: Plan) -> Plan:
+        """This plan for the model that an earlier one leaves, of which it keeps a part: `earlier.then(plan.after(earlier))` is `plan`."""
+        layers = {}
+        for index, kept_EF in self.layers.items():
+            earlier_EF = earlier.layers[index]
+            assert not (kept_EF & ~earlier_EF).any(), f"layer {index} would get back atomic experts that it lost"
+            rows = [kept_F[earlier_F] for kept_F, earlier_F in zip(kept_EF, earlier_EF, strict=True)]
+            layers[index] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return Plan(layers=layers)
+
     def to_tensors(self) -> TensorDict:
         return {f"layers.{index}": kept_EF for index, kept_EF in self.layers.items()}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Plan:
         return cls(layers={index: tensors[f"layers.{index}"] for index in _layer_indices(tensors)})
+
+
+Columns = Mapping[int, Tensor]  # columns w_k of kept atomic experts as rows (S, D), in order, by decoder layer index
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What pruning makes of a model.
+
+    Attributes:
+        plan: which of the dense model's atomic experts are kept.
+        repaired: their columns after repair; none where they stay as they were.
+    """
+
+    plan: Plan
+    repaired: Columns | None = None
+
+    def __post_init__(self) -> None:
+        for index, down_SD in (self.repaired or {}).items():
+            assert len(down_SD) == int(self.plan.layers[index].sum()), (index, down_SD.shape)
 
 
 Metrics = dict[str, float]  # by contract name, for example "perplexity/pydocs"

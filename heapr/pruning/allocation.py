@@ -49,6 +49,11 @@ class Budget:
         assert not self.is_uniform or self.scope == "expert"
         assert self.granularity is Granularity.ATOMIC_EXPERT or self.scope != "expert"
 
+    def of_round(self, ratio: float, widths: Widths, total: int) -> Budget:
+        """The budget for what an earlier round left, after which `ratio` of `total` atomic experts is gone."""
+        left = sum(sum(width_E) for width_E in widths.values())
+        return replace(self, ratio=ratio if left == total else 1 - (total - round_half_up(ratio * total)) / left)
+
     def check(self, widths: Widths) -> None:
         """Whatever can be refused before there are scores.
 
