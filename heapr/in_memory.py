@@ -13,6 +13,7 @@ from torch import Tensor
 from heapr.errors import TooLargeError
 from heapr.experiment import Experiment
 from heapr.model.moe import MoEModel
+from heapr.model.ragged_experts import layout_of
 from heapr.pruning.repair import LayerRepair
 from heapr.pruning.surgery import mask, remove, remove_and_repair
 from heapr.pruning.uniform import make_uniform
@@ -59,7 +60,11 @@ class ModelInMemory:
         model, relative = self._next(plan)
         found = remove_and_repair(model, relative, self._experiment.repair, batches())
         self._pruned = _Held(model, plan)
-        return Pruning(plan, {index: layer.down_SD.cpu() for index, layer in found.items()}), found
+        names = [layout_of(model.layers[0].experts).input_name] if self._experiment.repair.refits_inputs else []
+        tensors = {
+            layer.index: {name: layer.experts.get_parameter(name).detach() for name in [*names, "down_proj"]} for layer in model.layers
+        }
+        return Pruning(plan, tensors), found
 
     def final(self, pruning: Pruning) -> MoEModel:
         """The pruned model after the last round, in the family's own class where that was asked for."""

@@ -189,7 +189,7 @@ class Pipeline:
             pruning = Pruning(earlier.plan.then(plan) if earlier else plan)
             if experiment.repair:
                 pruning, found = self.model.repaired(pruning.plan, lambda: list(batches(self._tokens(), experiment.batch_size)))
-                _save({f"layers.{index}": down_SD for index, down_SD in (pruning.repaired or {}).items()}, folder / REPAIRED)
+                _save(pruning.repaired_tensors(), folder / REPAIRED)
                 write_json(folder / REPAIR, report_repair(found))
             about_plan = {"model": json.dumps(experiment.source.identity)} | ({"repaired": REPAIRED} if experiment.repair else {})
             _save(pruning.plan.to_tensors(), folder / PLAN, about_plan)

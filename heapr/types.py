@@ -259,7 +259,7 @@ class Plan:
         return cls(layers={index: tensors[f"layers.{index}"] for index in _layer_indices(tensors)})
 
 
-Columns = Mapping[int, Tensor]  # columns w_k of kept atomic experts as rows (S, D), in order, by decoder layer index
+RepairedWeights = Mapping[int, TensorDict]  # by decoder layer index and parameter name, as ragged experts hold them
 
 
 @dataclass(frozen=True)
@@ -268,15 +268,26 @@ class Pruning:
 
     Attributes:
         plan: which of the dense model's atomic experts are kept.
-        repaired: their columns after repair; none where they stay as they were.
+        repaired: the weights that repair changed; none where all stay as they were.
     """
 
     plan: Plan
-    repaired: Columns | None = None
+    repaired: RepairedWeights | None = None
 
     def __post_init__(self) -> None:
-        for index, down_SD in (self.repaired or {}).items():
-            assert len(down_SD) == int(self.plan.layers[index].sum()), (index, down_SD.shape)
+        for index, tensors in (self.repaired or {}).items():
+            assert len(tensors["down_proj"]) == int(self.plan.layers[index].sum()), index
+
+    def repaired_tensors(self) -> TensorDict:
+        return {f"layers.{index}.{name}": tensor for index, layer in (self.repaired or {}).items() for name, tensor in layer.items()}
+
+    @staticmethod
+    def repaired_from_tensors(tensors: Mapping[str, Tensor]) -> RepairedWeights:
+        layers: dict[int, TensorDict] = {index: {} for index in _layer_indices(tensors)}
+        for key, tensor in tensors.items():
+            _, index, name = key.split(".", maxsplit=2)
+            layers[int(index)][name] = tensor
+        return layers
 
 
 Metrics = dict[str, float]  # by contract name, for example "perplexity/pydocs"

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from heapr.errors import ConfigError
@@ -47,11 +46,11 @@ def load_pruned(path: str | Path, *, plan: str | Path | None = None, dtype: str 
 def read_pruning(folder: Path) -> Pruning:
     """What a prune artifact holds."""
     plan = Plan.from_tensors(load_file(folder / PLAN))
-    return Pruning(plan, _columns(load_file(folder / REPAIRED)) if (folder / REPAIRED).is_file() else None)
+    return Pruning(plan, Pruning.repaired_from_tensors(load_file(folder / REPAIRED)) if (folder / REPAIRED).is_file() else None)
 
 
 def find_pruning(path: Path, source: ModelSource) -> Pruning:
-    """A plan and the repaired columns beside it, checked against the model that they are to be applied to.
+    """A plan and the repaired weights beside it, checked against the model that they are to be applied to.
 
     Raises:
         ConfigError: something is damaged or missing, or made for other shapes or other weights.
@@ -60,16 +59,17 @@ def find_pruning(path: Path, source: ModelSource) -> Pruning:
     plan = _checked(path, tensors, json.loads(metadata.get("model", "{}")), source)
     if "repaired" not in metadata:
         return Pruning(plan)
-    columns_path = path.with_name(metadata["repaired"])
-    if not columns_path.is_file():
+    beside = path.with_name(metadata["repaired"])
+    if not beside.is_file():
         raise ConfigError(
-            f"plan '{path}' belongs to a repaired model, but its columns '{columns_path.name}' are not beside it; load the checkpoint "
-            "instead, or give the plan in the folder that prune wrote"
+            f"plan '{path}' belongs to a repaired model, but its weights '{beside.name}' are not beside it; load the checkpoint instead, "
+            "or give the plan in the folder that prune wrote"
         )
-    columns = _columns(_read(columns_path, "repaired columns")[0])
-    if {index: len(down_SD) for index, down_SD in columns.items()} != {index: sum(width_E) for index, width_E in plan.widths.items()}:
-        raise ConfigError(f"'{columns_path}' does not fit plan '{path}'; give the two files of one prune artifact")
-    return Pruning(plan, columns)
+    repaired = Pruning.repaired_from_tensors(_read(beside, "repaired weights")[0])
+    num_rows = {index: len(tensors["down_proj"]) for index, tensors in repaired.items() if "down_proj" in tensors}
+    if num_rows != {index: sum(width_E) for index, width_E in plan.widths.items()}:
+        raise ConfigError(f"'{beside}' does not fit plan '{path}'; give the two files of one prune artifact")
+    return Pruning(plan, repaired)
 
 
 def _read(path: Path, what: str) -> tuple[TensorDict, dict[str, str]]:
@@ -79,10 +79,6 @@ def _read(path: Path, what: str) -> tuple[TensorDict, dict[str, str]]:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 - not a mapping
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{what} '{path}' cannot be read: {error}; give the {path.name} that prune wrote") from error
-
-
-def _columns(tensors: TensorDict) -> dict[int, Tensor]:
-    return {int(name.split(".")[1]): down_SD for name, down_SD in tensors.items()}
 
 
 def _checked(path: Path, tensors: TensorDict, made_for: Mapping[str, str], source: ModelSource) -> Plan:

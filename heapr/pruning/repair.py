@@ -1,25 +1,25 @@
-"""Repair: least squares for the columns w_k that are left, so that they make up for those that were removed.
+"""Repair: least squares for what is left of a layer's experts, so that it makes up for what was removed.
 
-In: the experts of one layer before and after surgery, and what flows into them. Out: new columns. docs/method.md, 7.
+In: the experts of one layer before and after surgery, and what flows into them. Out: the latter, changed. docs/method.md, 7.
 Shape letters: T tokens, D model width, E experts, n tokens of one expert, S kept atomic experts (of one expert, or of the layer).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from heapr.errors import ConfigError
 from heapr.model.layerwise import ExpertInputs
-from heapr.model.ragged_experts import Experts, RaggedExperts, activation_of, matrices_of, widths_of
+from heapr.model.ragged_experts import Experts, RaggedExperts, matrices_of
+from heapr.pruning.activations import Activations, lost_output
+from heapr.pruning.refit import refit_inputs
 
-CHUNK = 8192  # tokens whose activations of all experts are held at once
+STEP_SIZES = (1.0, 0.5, 0.25)  # of a Gauss-Newton step, tried in turn
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,10 @@ class LayerRepair:
     """What a repair found for one layer.
 
     Attributes:
-        down_SD: new rows w_k of all kept atomic experts, in the order of `RaggedExperts.down_proj`, of its dtype.
         error_before, error_after: what is minimised, without ridge and per token, before and after; never larger after.
-        num_repaired: experts whose columns changed.
+        num_repaired: experts whose weights changed.
     """
 
-    down_SD: Tensor
     error_before: float
     error_after: float
     num_repaired: int
@@ -55,9 +53,10 @@ class Repair(Protocol):
     """A way to repair."""
 
     is_sequential: bool  # inputs are measured behind the layers already pruned and repaired; else in the model as it was
+    refits_inputs: bool  # changes W_gate and W_up too, not W_down alone
 
     def __call__(self, before: Experts, after: RaggedExperts, inputs: ExpertInputs) -> LayerRepair:
-        """New columns of one layer; changes nothing."""
+        """Change what is left of one layer's experts, in place."""
         ...
 
 
@@ -82,6 +81,8 @@ class ExpertRepair:
         ConfigError: a ridge that is not above 0.
     """
 
+    refits_inputs = False
+
     def __init__(self, ridge: float = 1e-2, router_weighted: bool = True, sequential: bool = True) -> None:
         self.ridge = _check_ridge(ridge)
         self.router_weighted = router_weighted
@@ -103,9 +104,9 @@ class ExpertRepair:
             if gain < 0:
                 change, num_repaired = change + gain, num_repaired + 1
             columns.append(repaired_DS if gain < 0 else down_DS)
-        down_SD = torch.cat(columns, dim=1).T.contiguous()
+        after.down_proj.copy_(torch.cat(columns, dim=1).T)
         num_tokens = len(inputs.hidden_TD)
-        return LayerRepair(down_SD, error / num_tokens, max(0.0, error + change) / num_tokens, num_repaired)
+        return LayerRepair(error / num_tokens, max(0.0, error + change) / num_tokens, num_repaired)
 
 
 class JointRepair:
@@ -121,8 +122,14 @@ class JointRepair:
     against the layer's current residual, `num_sweeps` times; the error never rises. Memory is then that of the
     experts' blocks, E matrices of their widths squared, and of the residual (T, D).
 
+    With `refits` above 0, the rows of W_gate and W_up that are left move too: so many times, a Gauss-Newton step of `refit_steps` steps
+    of conjugate gradients (`refit_inputs`), shortened or dropped if the error does not fall, after which the columns are solved for
+    once more.
+
     Args:
         ridge: above 0.
+        refits: 0 leaves W_gate and W_up as they are.
+        refit_steps: of conjugate gradients in each, at least 1.
         direct_up_to: kept atomic experts of a layer up to which the normal equations are solved as a whole.
         num_sweeps: of block coordinate descent, at least 1.
         sequential: measured behind the layers already pruned and repaired.
@@ -131,30 +138,57 @@ class JointRepair:
         ConfigError: a value out of range.
     """
 
-    def __init__(self, ridge: float = 1e-2, direct_up_to: int = 8192, num_sweeps: int = 10, sequential: bool = True) -> None:
+    def __init__(
+        self,
+        ridge: float = 1e-2,
+        *,
+        refits: int = 0,
+        refit_steps: int = 10,
+        direct_up_to: int = 8192,
+        num_sweeps: int = 10,
+        sequential: bool = True,
+    ) -> None:
         self.ridge = _check_ridge(ridge)
-        if direct_up_to < 0 or num_sweeps < 1:
+        if min(refits, direct_up_to) < 0 or min(refit_steps, num_sweeps) < 1:
             raise ConfigError(
-                f"pruning.repair: direct_up_to={direct_up_to}, num_sweeps={num_sweeps}; give at least 0 for the first and 1 for the second"
+                f"pruning.repair: refits={refits}, direct_up_to={direct_up_to}, refit_steps={refit_steps}, num_sweeps={num_sweeps}; "
+                "give at least 0 for the first two and 1 for the others"
             )
+        self.refits = refits
+        self.refit_steps = refit_steps
         self.direct_up_to = direct_up_to
         self.num_sweeps = num_sweeps
         self.is_sequential = sequential
+        self.refits_inputs = refits > 0
 
     def __call__(self, before: Experts, after: RaggedExperts, inputs: ExpertInputs) -> LayerRepair:
-        kept, down_SD = Activations(after, inputs), after.down_proj.detach()
-        lost_TD = _lost(before, after, inputs)
+        old = _weights(after)
+        error_before = error = _squared(lost_output(before, after, inputs))
+        error = self._solve_columns(before, after, inputs, error)
+        for _ in range(self.refits if error > 0 else 0):
+            error = self._refit_inputs(before, after, inputs, error)
+            error = self._solve_columns(before, after, inputs, error)
+        num_tokens = len(inputs.hidden_TD)
+        return LayerRepair(error_before / num_tokens, error / num_tokens, _num_changed(after, old))
+
+    def _solve_columns(self, before: Experts, after: RaggedExperts, inputs: ExpertInputs, error: float) -> float:
+        """New columns, unless they are no better once rounded to the model's dtype; the error then."""
+        kept, lost_TD, old_SD = Activations(after, inputs), lost_output(before, after, inputs), after.down_proj.detach().clone()
         solve = self._direct if sum(after.widths) <= self.direct_up_to else self._blockwise
-        repaired_SD = _rounded(down_SD, solve(kept, lost_TD))
-        change_E = (repaired_SD - down_SD).float().split(after.widths)
-        error = float(lost_TD.square().sum(dtype=torch.float64))
-        for expert, change_SD in enumerate(change_E):  # what the rounded columns still lose
-            lost_TD[kept.tokens(expert)] -= kept.z(expert) @ change_SD
-        error_after = float(lost_TD.square().sum(dtype=torch.float64))
-        if error_after >= error:
-            repaired_SD, error_after, change_E = down_SD, error, ()
-        num_tokens, num_repaired = len(inputs.hidden_TD), sum(bool(change_SD.any()) for change_SD in change_E)
-        return LayerRepair(repaired_SD, error / num_tokens, error_after / num_tokens, num_repaired)
+        after.down_proj.copy_(_rounded(old_SD, solve(kept, lost_TD)))
+        return _accept(after.down_proj, old_SD, _squared(lost_output(before, after, inputs)), error)
+
+    def _refit_inputs(self, before: Experts, after: RaggedExperts, inputs: ExpertInputs, error: float) -> float:
+        """New rows of W_gate and W_up, if a step in the direction that is best to first order lowers the error; the error then."""
+        projection = after.get_parameter(after.layout.input_name)
+        old_GD = projection.detach().clone()
+        change = refit_inputs(Activations(after, inputs), lost_output(before, after, inputs), ridge=self.ridge, num_steps=self.refit_steps)
+        for step_size in STEP_SIZES:
+            projection.copy_(_rounded(old_GD, step_size * torch.cat(change)))
+            reached = _accept(projection, old_GD, _squared(lost_output(before, after, inputs)), error)
+            if reached < error:
+                return reached
+        return error
 
     def _direct(self, kept: Activations, lost_TD: Tensor) -> Tensor:
         """Change of the columns (S, D), from the normal equations of the whole layer."""
@@ -183,72 +217,33 @@ class JointRepair:
                 token_n, z_nS = kept.tokens(expert), kept.z(expert)
                 step_SD = torch.cholesky_solve((z_nS.T @ residual_TD[token_n]).double() - ridge * change_SD, factor_SS)
                 change_SD.add_(step_SD)
-                residual_TD[token_n] -= z_nS @ step_SD.float()
+                residual_TD.index_add_(0, token_n, z_nS @ step_SD.float(), alpha=-1)
         return torch.cat(change_E)
 
 
 _TINY = 1e-30  # keeps a matrix of zeros invertible: that of an expert which no token reached
 
 
-class Activations:
-    """The activations of a layer's experts on its inputs, in float32, made anew whenever they are asked for: they are the model's
-    largest tensors."""
-
-    def __init__(self, experts: Experts, inputs: ExpertInputs) -> None:
-        self.widths = widths_of(experts)
-        self._matrices, self._activation = list(matrices_of(experts)), activation_of(experts)
-        self._inputs = inputs
-        self._pairs = [inputs.pairs(expert) for expert in range(len(self.widths))]
-
-    def tokens(self, expert: int) -> Tensor:
-        return self._pairs[expert][0]
-
-    def p(self, expert: int) -> Tensor:
-        """Router weights (n, 1)."""
-        return self._pairs[expert][1].float().unsqueeze(1)
-
-    def down(self, expert: int) -> Tensor:
-        """Columns w_k (D, S), in the model's dtype."""
-        return self._matrices[expert].down_DF.detach()
-
-    def h(self, expert: int, token_n: Tensor | None = None) -> Tensor:
-        """(n, S), of all tokens of the expert unless said."""
-        matrices = self._matrices[expert]
-        hidden_nD = self._inputs.hidden_TD[self.tokens(expert) if token_n is None else token_n]
-        return self._activation(F.linear(hidden_nD, matrices.inputs_GD.detach(), _detached(matrices.inputs_bias_G))).float()
-
-    def z(self, expert: int) -> Tensor:
-        """p h (n, S)."""
-        return self.p(expert) * self.h(expert)
-
-    def output(self, expert: int) -> Tensor:
-        """E(x) without its bias (n, D)."""
-        return self.h(expert) @ self.down(expert).float().T
-
-    def chunks_of_z(self) -> Iterator[tuple[slice, Tensor]]:
-        """z of all experts (t, S) for some tokens after others."""
-        num_tokens, ends = len(self._inputs.hidden_TD), list(accumulate(self.widths, initial=0))
-        for start in range(0, num_tokens, CHUNK):
-            stop = min(start + CHUNK, num_tokens)
-            z_tS = torch.zeros(stop - start, ends[-1], dtype=torch.float32, device=self._inputs.hidden_TD.device)
-            for expert, (first, last) in enumerate(pairwise(ends)):
-                token_n = self.tokens(expert)
-                chosen_n = (token_n >= start) & (token_n < stop)
-                z_tS[token_n[chosen_n] - start, first:last] = self.p(expert)[chosen_n] * self.h(expert, token_n[chosen_n])
-            yield slice(start, stop), z_tS
+def _accept(parameter: Tensor, old: Tensor, reached: float, error: float) -> float:
+    """Take a change back unless it lowers the error; the error then."""
+    if reached < error:
+        return reached
+    parameter.copy_(old)
+    return error
 
 
-def _lost(before: Experts, after: Experts, inputs: ExpertInputs) -> Tensor:
-    """What the layer's output lost on its inputs (T, D), float32."""
-    old, new = Activations(before, inputs), Activations(after, inputs)
-    lost_TD = torch.zeros_like(inputs.hidden_TD, dtype=torch.float32)
-    for expert in range(len(new.widths)):
-        lost_TD[old.tokens(expert)] += old.p(expert) * (old.output(expert) - new.output(expert))
-    return lost_TD
+def _weights(experts: Experts) -> list[tuple[Tensor, Tensor]]:
+    """A copy of every expert's rows of W_gate and W_up, and columns of W_down."""
+    return [(matrices.inputs_GD.detach().clone(), matrices.down_DF.detach().clone()) for matrices in matrices_of(experts)]
 
 
-def _detached(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach()
+def _num_changed(experts: Experts, old: Sequence[tuple[Tensor, Tensor]]) -> int:
+    """Experts of which some weight is not what it was."""
+    return sum(not all(map(torch.equal, new, was)) for new, was in zip(_weights(experts), old, strict=True))
+
+
+def _squared(lost_TD: Tensor) -> float:
+    return float(lost_TD.square().sum(dtype=torch.float64))
 
 
 def _check_ridge(ridge: float) -> float:

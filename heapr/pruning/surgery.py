@@ -1,8 +1,7 @@
 """Surgery: apply a plan to a model. Either really remove rows and columns, or set them to zero.
 
 In: a dense or ragged model, and what pruning is to make of it. Out: the same model, changed in place, one layer at a time.
-Shape letters: D model width, E experts, F atomic experts of an expert, G rows of the input projection,
-S kept atomic experts of a layer.
+Shape letters: D model width, E experts, F atomic experts of an expert, G rows of the input projection.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ from heapr.model.moe import MoELayer, MoEModel
 from heapr.model.ragged_experts import Matrices, RaggedExperts, layout_of, matrices_of
 from heapr.progress import progress
 from heapr.pruning.repair import LayerRepair, Repair
-from heapr.types import Columns, Plan
+from heapr.types import Plan, RepairedWeights
 
 
 @torch.no_grad()
-def remove(model: MoEModel, plan: Plan, repaired: Columns | None = None) -> None:
+def remove(model: MoEModel, plan: Plan, repaired: RepairedWeights | None = None) -> None:
     """Remove rows of W_gate and W_up, their biases, and columns of W_down (docs/method.md, 1): experts become ragged.
 
     Each layer's old experts are freed before the next one is cut.
@@ -29,12 +28,10 @@ def remove(model: MoEModel, plan: Plan, repaired: Columns | None = None) -> None
     Args:
         model: dense or ragged.
         plan: for this model.
-        repaired: what the columns that are left become; none leaves them as they are.
+        repaired: weights of what is left that repair changed; none leaves all as they are.
     """
     for layer in model.layers:
-        layer.replace_experts(_cut(layer, plan))
-        if repaired is not None:
-            layer.experts.down_proj.copy_(repaired[layer.index])
+        layer.replace_experts(_cut(layer, plan, repaired))
 
 
 @torch.no_grad()
@@ -54,9 +51,8 @@ def remove_and_repair(model: MoEModel, plan: Plan, repair: Repair, batches: Sequ
     cut_from_dense: list[tuple[MoELayer, RaggedExperts]] = []
     walk = progress(walk_layers(model, batches), total=len(model.layers), description="repair", unit="layer")
     for layer, inputs in walk:
-        after = _cut(layer, plan)
+        after = _cut(layer, plan, None)
         found[layer.index] = repair(layer.experts, after, inputs)
-        after.down_proj.copy_(found[layer.index].down_SD)
         if repair.is_sequential:
             layer.replace_experts(after)
         else:
@@ -67,25 +63,27 @@ def remove_and_repair(model: MoEModel, plan: Plan, repair: Repair, batches: Sequ
 
 
 @torch.no_grad()
-def mask(model: MoEModel, plan: Plan, repaired: Columns | None = None) -> None:
+def mask(model: MoEModel, plan: Plan, repaired: RepairedWeights | None = None) -> None:
     """Set the same rows, biases and columns to zero instead: the same function in the old shape. Arguments as for `remove`."""
     for layer in model.layers:
         rows, kept_EF = layout_of(layer.experts).rows, _kept(layer, plan)
-        columns = [None] * len(kept_EF) if repaired is None else repaired[layer.index].split(kept_EF.sum(dim=1).tolist())
-        for kept_F, matrices, down_SD in zip(kept_EF, matrices_of(layer.experts), columns, strict=True):
-            removed_F = ~kept_F[: matrices.down_DF.shape[1]].to(matrices.down_DF.device)
-            if down_SD is not None:
-                matrices.down_DF[:, ~removed_F] = down_SD.T.to(matrices.down_DF)
-            matrices.down_DF[:, removed_F] = 0
-            matrices.inputs_GD[rows(removed_F)] = 0
+        left = matrices_of(_cut(layer, plan, repaired))
+        for kept, matrices, kept_matrices in zip(kept_EF, matrices_of(layer.experts), left, strict=True):
+            kept_F = kept[: matrices.down_DF.shape[1]].to(matrices.down_DF.device)
+            kept_G = rows(kept_F)
+            matrices.down_DF[:, kept_F], matrices.inputs_GD[kept_G] = kept_matrices.down_DF, kept_matrices.inputs_GD
+            matrices.down_DF[:, ~kept_F], matrices.inputs_GD[~kept_G] = 0, 0
             if matrices.inputs_bias_G is not None:
-                matrices.inputs_bias_G[rows(removed_F)] = 0
+                matrices.inputs_bias_G[~kept_G] = 0
 
 
-def _cut(layer: MoELayer, plan: Plan) -> RaggedExperts:
+def _cut(layer: MoELayer, plan: Plan, repaired: RepairedWeights | None) -> RaggedExperts:
     """What is left of a layer's experts."""
     kept_EF = _kept(layer, plan)
-    return RaggedExperts(layer.experts, kept_EF.sum(dim=1).tolist()).fill(_kept_matrices(layer, kept_EF))
+    experts = RaggedExperts(layer.experts, kept_EF.sum(dim=1).tolist()).fill(_kept_matrices(layer, kept_EF))
+    for name, tensor in ({} if repaired is None else repaired[layer.index]).items():
+        experts.get_parameter(name).copy_(tensor)
+    return experts
 
 
 def _kept(layer: MoELayer, plan: Plan) -> Tensor:
