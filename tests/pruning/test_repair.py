@@ -193,7 +193,8 @@ def test_gauss_newton_step_is_least_squares_to_first_order() -> None:
     penalty = ridge * scale_R.mean() * torch.block_diag(*[moment_DD] * len(scale_R))
     jacobian_PQ = jacobian.flatten(2).flatten(0, 1)
     expected = torch.linalg.solve(jacobian_PQ.T @ jacobian_PQ + penalty, jacobian_PQ.T @ lost_TD.double().flatten())
-    torch.testing.assert_close(change_RD.double().flatten(), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(change_RD.double().flatten(), expected, rtol=1e-2, atol=2e-3)
+    assert expected.abs().max() > 0.1
 
 
 @pytest.mark.parametrize("family", LAYOUTS)
