@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from heapr.calibration.corpora import Corpus
+from heapr.calibration.corpora import Corpus, share_text
 from heapr.calibration.sampling import sample, windows
 from heapr.errors import ConfigError, NotHereError
 from heapr.evaluation.build import build_evaluators
@@ -265,15 +265,10 @@ def check_lengths(config: ExperimentConfig, source: ModelSource) -> None:
 
 
 def _warn_of_overlap(recipes: Recipes) -> None:
-    """Calibration and evaluation text are apart if they are other texts, or the train and held-out part of one."""
-    calibrated = dict(recipes.calibrate.config["corpus"])
-    split = calibrated.pop("split")
-    found: list[str] = []
-    for recipe in [*recipes.evaluate_dense, *recipes.compare]:
-        measured = dict(recipe.config["evaluator"].get("corpus", {}))
-        if measured and {measured.pop("split"), split} != {"train", "heldout"} and measured == calibrated:
-            found.append(measured["corpus"])
-    for name in dict.fromkeys(found):
+    """Calibration and evaluation text are apart if they are other texts, or parts of one that have no document in common."""
+    calibrated = recipes.calibrate.config["corpus"]
+    measured = [recipe.config["evaluator"].get("corpus") for recipe in [*recipes.evaluate_dense, *recipes.compare]]
+    for name in dict.fromkeys(corpus["corpus"] for corpus in measured if corpus and share_text(calibrated, corpus)):
         logger.warning(
             "%s is measured on text that is calibrated on; choose another split for one of them, such as train and heldout", name
         )

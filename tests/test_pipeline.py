@@ -269,7 +269,7 @@ def test_a_mistake_leaves_no_tracked_run(experiment: Experiment) -> None:
     assert not (experiment.folder / "run" / "tracking.jsonl").exists()
 
 
-@pytest.mark.parametrize(("split", "warned"), [("all", True), ("heldout", True), ("train", False)])
+@pytest.mark.parametrize(("split", "warned"), [("all", True), ("heldout", True), ("train", False), ("test", True)])
 def test_evaluating_on_calibration_text_is_warned_of(
     experiment: Experiment, caplog: pytest.LogCaptureFixture, split: str, warned: bool
 ) -> None:
