@@ -22,7 +22,7 @@ from heapr.evaluation.build import build_evaluators
 from heapr.evaluation.evaluator import Comparison, Evaluator
 from heapr.model.checkpoint import check_form
 from heapr.model.load import ModelSource, find_model
-from heapr.pruning.allocation import Budget
+from heapr.pruning.budget import Budget, Guards
 from heapr.pruning.uniform import Settings, uniform_settings
 from heapr.recipes import Recipes, experiment_recipes
 from heapr.schema import CalibrationConfig, ExperimentConfig, build
@@ -177,6 +177,13 @@ def find_budget(config: ExperimentConfig, source: ModelSource, criterion: Criter
         width_multiple=config.pruning.width_multiple,
         is_uniform=config.pruning.form == "uniform",
         granularity=criterion.granularity,
+        unit=config.pruning.budget,
+        guards=Guards(
+            min_expert_ratio=config.pruning.min_expert_ratio,
+            min_layer_ratio=config.pruning.min_layer_ratio,
+            protected_layers=tuple(config.pruning.protected_layers),
+            tempering=config.pruning.tempering,
+        ),
     )
     budget.check(source.widths)
     return budget

@@ -30,7 +30,9 @@ from heapr.files import write_json
 from heapr.model.checkpoint import save_checkpoint
 from heapr.model.moe import MoEModel
 from heapr.progress import progress
-from heapr.pruning.allocation import allocate, report_allocation
+from heapr.pruning.allocation import allocate
+from heapr.pruning.allocation_report import report_allocation
+from heapr.pruning.budget import costs_of
 from heapr.pruning.surgery import mask, remove
 from heapr.pruning.uniform import make_uniform
 from heapr.report.card import model_card
@@ -89,7 +91,7 @@ def run(config: ExperimentConfig, folder: Path, *, sweep: str | None = None) -> 
         scores = pipeline.score(statistics)
         dense = pipeline.evaluate_dense(statistics, scores)  # now, because pruning changes the model in place
         tracker.log({RATIO: 0.0, **dense["dense"]})
-        plan = pipeline.prune(scores)
+        plan = pipeline.prune(statistics, scores)
         pruned = pipeline.evaluate_pruned(statistics, scores, plan)
         metrics = pipeline.conclude(dense, pruned, plan)
         pipeline.show(statistics, plan, figures(sorted(folder.glob("*.png"))))
@@ -154,14 +156,15 @@ class Pipeline:
         dense = self._measure(recipes, statistics, self._dense_model, variant="dense")
         return {"dense": dense, "comparison": self._compare("score", self._material(statistics, scores, None))}
 
-    def prune(self, scores: Scores) -> Plan:
+    def prune(self, statistics: Statistics, scores: Scores) -> Plan:
         """Which atomic experts go: the lowest-scoring share. And the model without them, as a checkpoint."""
         experiment = self.experiment
 
         def make(folder: Path) -> None:
-            plan = allocate(scores, experiment.source.widths, experiment.budget)
+            costs = costs_of(experiment.budget.unit, statistics, experiment.source.atomic_expert_parameters)
+            plan = allocate(scores, experiment.source.widths, experiment.budget, costs)
             _save(plan.to_tensors(), folder / PLAN, identity=experiment.source.identity)
-            write_json(folder / ALLOCATION, report_allocation(plan, scores, experiment.source.widths, experiment.budget))
+            write_json(folder / ALLOCATION, report_allocation(plan, scores, experiment.source.widths, experiment.budget, costs))
             if experiment.save_checkpoint:
                 self._save_checkpoint(plan, folder)
 

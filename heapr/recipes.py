@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from heapr.calibration.corpora import Corpus
 from heapr.evaluation.evaluator import Comparison, Evaluator
-from heapr.schema import ExperimentConfig
+from heapr.schema import ExperimentConfig, PruningConfig
 from heapr.store import KEY_LENGTH, Recipe
 
 # Raised when the code of a stage gives other results than before: older artifacts are then made again.
 STAGE_VERSIONS = {"calibrate": 1, "score": 1, "prune": 2, "evaluate": 2}
+
+# Fields of `PruningConfig`: those that were in the first keys, and those that change no plan.
+ALWAYS_IN_KEY, WITHOUT_INFLUENCE = ("ratio", "scope", "width_multiple", "form"), ("save_checkpoint",)
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,7 @@ def experiment_recipes(
         },
     )
     score = _recipe("score", {"criterion": dict(config.score)}, calibrate)
-    pruning = config.pruning
-    settings_of_plan = {"ratio": pruning.ratio, "scope": pruning.scope, "width_multiple": pruning.width_multiple, "form": pruning.form}
-    prune = _recipe("prune", settings_of_plan, score)
+    prune = _recipe("prune", _settings_of_plan(config.pruning), score)
     return Recipes(
         calibrate=calibrate,
         score=score,
@@ -75,6 +76,13 @@ def experiment_recipes(
         evaluate_pruned=[_recipe("evaluate", {"evaluator": evaluator.identity()}, prune) for evaluator in evaluators],
         compare=[_compare(comparison, {"score": score, "prune": prune}[comparison.upstream]) for comparison in comparisons],
     )
+
+
+def _settings_of_plan(pruning: PruningConfig) -> dict[str, Any]:
+    """What determines the plan. Options enter where they are not at their defaults, so that a new one changes no key."""
+    default = PruningConfig()
+    settings = {name: value for name, value in asdict(pruning).items() if name not in WITHOUT_INFLUENCE}
+    return {name: value for name, value in settings.items() if name in ALWAYS_IN_KEY or value != getattr(default, name)}
 
 
 def _evaluate_dense(evaluator: Evaluator, model_identity: Mapping[str, str], calibrate: Recipe) -> Recipe:

@@ -14,7 +14,7 @@ CARD = Template("""---
 library_name: transformers
 tags: [heapr, mixture-of-experts, pruning]
 ---
-# $model, $removed of its routed atomic experts removed
+# $model, $removed of its routed $unit removed
 Pruned with heapr: criterion `$criterion`, ratio $ratio, scope `$scope`, form `$form`, widths rounded to multiples of $multiple.
 Calibrated on $num_samples sequences of $sequence_length tokens of `$corpus` ($split, seed $seed).
 
@@ -24,6 +24,7 @@ $loading
 says what was done and to which weights.
 """)
 ROW = re.compile(r"^\| ([^|\s]+) \| ([^|]+ \| [^|]+) \|$", re.MULTILINE)
+UNITS = {"atomic_experts": "atomic experts", "flops": "experts' FLOPs", "bytes": "experts' bytes"}  # what the ratio is a share of
 LOADING = {
     "ragged": """Every expert has a width of its own, so the model needs the modelling file beside the weights, which imports torch
 and transformers alone:
@@ -50,6 +51,7 @@ def model_card(about: Mapping[str, Any], metrics: Mapping[str, Mapping[str, floa
     return CARD.substitute(
         model=about["model"],
         removed=f"{about['ratio']:.1%}",
+        unit=UNITS[about.get("budget", "atomic_experts")],
         criterion=about["criterion"]["_target_"].rpartition(".")[2],
         ratio=f"{about['ratio']:.6g}",
         scope=about["scope"],
