@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from heapr.calibration.corpora import Corpus
+from heapr.calibration.mixture import Mixture
 from heapr.errors import NotHereError
 from heapr.evaluation.build import build_evaluators
 from heapr.evaluation.evaluator import Comparison, Evaluator
@@ -154,7 +155,7 @@ def plan_stages(config: ExperimentConfig, notes: list[str]) -> tuple[ModelSource
         ConfigError: the user's mistake.
     """
     criterion = find_criterion(config)
-    corpus: Corpus | None = _or_note(notes, lambda: _known_corpus(config.calibration.corpus, "calibration.corpus"))
+    text = _or_note(notes, lambda: _known_text(config.calibration.corpus, "calibration.corpus"))
     device = _or_note(notes, lambda: find_device(config.runtime.device)) or torch.device("cpu")
     built = build_evaluators(_what_is_here(config.evaluation, notes), device)
     evaluators = [entry for entry in built if isinstance(entry, Evaluator)]
@@ -164,9 +165,9 @@ def plan_stages(config: ExperimentConfig, notes: list[str]) -> tuple[ModelSource
     check_lengths(config, source)
     budget = find_budget(config, source, criterion)
     find_uniform_settings(source, budget)
-    if corpus is None:
+    if text is None:
         return source, budget, []
-    recipes = experiment_recipes(config, source.identity, corpus, evaluators, comparisons)
+    recipes = experiment_recipes(config, source.identity, text, evaluators, comparisons)
     return source, budget, list(_stages(recipes, store, built, config.pruning.save_checkpoint))
 
 
@@ -232,16 +233,16 @@ def _what_is_here(evaluation: Mapping[str, Any], notes: list[str]) -> dict[str, 
     here = {
         name: entry
         for name, entry in corpora.items()
-        if _or_note(notes, lambda name=name, entry=entry: _known_corpus(entry, f"evaluation.corpora.{name}"))  # type: ignore[misc]
+        if _or_note(notes, lambda name=name, entry=entry: _known_text(entry, f"evaluation.corpora.{name}"))  # type: ignore[misc]
     }
     return {**evaluation, "corpora": here}
 
 
-def _known_corpus(entry: Mapping[str, Any], where: str) -> Corpus:
-    """A corpus whose identity can be told."""
-    corpus: Corpus = build(entry, where)
-    corpus.identity()
-    return corpus
+def _known_text(entry: Mapping[str, Any], where: str) -> Corpus | Mixture:
+    """A corpus or mixture whose identity can be told."""
+    text: Corpus | Mixture = build(entry, where)
+    text.identity()
+    return text
 
 
 def _or_note(notes: list[str], find: Callable[[], T]) -> T | None:

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from heapr.calibration.corpora import Corpus, share_text
-from heapr.calibration.sampling import sample, windows
+from heapr.calibration.mixture import Mixture, identities_of_parts
+from heapr.calibration.sampling import draw
 from heapr.errors import ConfigError, NotHereError
 from heapr.evaluation.build import build_evaluators
 from heapr.evaluation.evaluator import Comparison, Evaluator
@@ -84,7 +85,7 @@ def prepare(config: ExperimentConfig) -> Experiment:
     Raises:
         ConfigError: the user's mistake.
     """
-    corpus: Corpus = build(config.calibration.corpus, "calibration.corpus")
+    text: Corpus | Mixture = build(config.calibration.corpus, "calibration.corpus")
     criterion = find_criterion(config)
     device = find_device(config.runtime.device)
     if config.runtime.num_threads is not None:
@@ -98,7 +99,7 @@ def prepare(config: ExperimentConfig) -> Experiment:
     budget = find_budget(config, source, criterion)
     if config.pruning.save_checkpoint:
         check_form(source.config, config.pruning.form)
-    recipes = experiment_recipes(config, source.identity, corpus, evaluators, comparisons)
+    recipes = experiment_recipes(config, source.identity, text, evaluators, comparisons)
     _warn_of_overlap(recipes)
     _prepare(evaluators, comparisons, source, store, recipes)
     return Experiment(
@@ -107,13 +108,13 @@ def prepare(config: ExperimentConfig) -> Experiment:
             "model": config.model.name,
             "criterion": criterion_name(config.score["_target_"]),
             "scope": config.pruning.scope,
-            "corpus": corpus.name,
+            "corpus": text.name,
         },
         source=source,
         device=device,
         store=store,
         recipes=recipes,
-        tokens=None if store.has(recipes.calibrate) else _calibration_tokens(corpus, source, config.calibration),
+        tokens=None if store.has(recipes.calibrate) else _calibration_tokens(text, source, config.calibration),
         batch_size=config.calibration.batch_size,
         criterion=criterion,
         budget=budget,
@@ -220,9 +221,8 @@ def _about(config: ExperimentConfig, recipes: Recipes, source: ModelSource) -> d
     }
 
 
-def _calibration_tokens(corpus: Corpus, source: ModelSource, settings: CalibrationConfig) -> TokenWindows:
-    available = windows(corpus, source.tokenizer, length=settings.sequence_length)
-    return sample(available, num_samples=settings.num_samples, seed=settings.seed, corpus_name=corpus.name)
+def _calibration_tokens(text: Corpus | Mixture, source: ModelSource, settings: CalibrationConfig) -> TokenWindows:
+    return draw(text, source.tokenizer, length=settings.sequence_length, num_samples=settings.num_samples, seed=settings.seed)
 
 
 def _prepare(
@@ -273,9 +273,10 @@ def check_lengths(config: ExperimentConfig, source: ModelSource) -> None:
 
 def _warn_of_overlap(recipes: Recipes) -> None:
     """Calibration and evaluation text are apart if they are other texts, or parts of one that have no document in common."""
-    calibrated = recipes.calibrate.config["corpus"]
+    calibrated = [corpus for corpus, _ in identities_of_parts(recipes.calibrate.config["corpus"])]
     measured = [recipe.config["evaluator"].get("corpus") for recipe in [*recipes.evaluate_dense, *recipes.compare]]
-    for name in dict.fromkeys(corpus["corpus"] for corpus in measured if corpus and share_text(calibrated, corpus)):
+    shared = [corpus["corpus"] for corpus in measured if corpus and any(share_text(part, corpus) for part in calibrated)]
+    for name in dict.fromkeys(shared):
         logger.warning(
             "%s is measured on text that is calibrated on; choose another split for one of them, such as train and heldout", name
         )

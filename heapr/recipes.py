@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from heapr.calibration.corpora import Corpus
+from heapr.calibration.mixture import Mixture
 from heapr.evaluation.evaluator import Comparison, Evaluator
 from heapr.schema import ExperimentConfig, PruningConfig
 from heapr.store import KEY_LENGTH, Recipe
@@ -50,7 +51,7 @@ class Recipes:
 def experiment_recipes(
     config: ExperimentConfig,
     model_identity: Mapping[str, str],
-    corpus: Corpus,
+    text: Corpus | Mixture,
     evaluators: Sequence[Evaluator],
     comparisons: Sequence[Comparison],
 ) -> Recipes:
@@ -60,7 +61,7 @@ def experiment_recipes(
         "calibrate",
         {
             "model": dict(model_identity),
-            "corpus": corpus.identity(),
+            "corpus": text.identity(),
             "num_samples": settings.num_samples,
             "sequence_length": settings.sequence_length,
             "seed": settings.seed,

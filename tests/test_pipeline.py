@@ -332,7 +332,7 @@ BAD_INPUT = [
     (["pruning.width_multiple=16"], "experts of this model have 8 atomic experts"),
     (["runtime.device_map=everywhere"], "runtime.device_map='everywhere' is unknown"),
     (["model.path=someone/some-model"], "neither a local folder nor in the local hub cache, and the hub cannot be reached"),
-    (["calibration.num_samples=1000"], "num_samples=1000, but corpus 'text_files' holds [0-9]+ sequences of 32"),
+    (["calibration.num_samples=1000"], "asks for 1000 sequences of corpus 'text_files', which holds [0-9]+ of 32"),
     (["calibration.num_samples=0"], "num_samples=0 is below 1"),
     (["calibration.sequence_length=65"], "sequence_length=65 is above the 64 tokens of model 'hf'"),
     (["evaluation.perplexity.window=65"], "evaluation.perplexity.window=65 is above the 64 tokens"),

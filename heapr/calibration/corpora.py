@@ -16,7 +16,7 @@ import os
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from heapr.errors import ConfigError, NotHereError
 
@@ -31,6 +31,7 @@ HELDOUT_BUCKETS = 10  # one document in ten is held out, and of those every othe
 DOCUMENT_SEPARATOR = "\n\n"  # docs/method.md: documents are joined by blank lines
 
 
+@runtime_checkable
 class Corpus(Protocol):
     """A named, ordered source of documents."""
 

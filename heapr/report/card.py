@@ -16,7 +16,7 @@ tags: [heapr, mixture-of-experts, pruning]
 ---
 # $model, $removed of its routed $unit removed
 Pruned with heapr: criterion `$criterion`, ratio $ratio, scope `$scope`, form `$form`, widths rounded to multiples of $multiple.
-Calibrated on $num_samples sequences of $sequence_length tokens of `$corpus` ($split, seed $seed).
+Calibrated on $num_samples sequences of $sequence_length tokens of $text, seed $seed.
 
 $metrics
 $loading
@@ -60,11 +60,17 @@ def model_card(about: Mapping[str, Any], metrics: Mapping[str, Mapping[str, floa
         num_samples=calibration["num_samples"],
         sequence_length=calibration["sequence_length"],
         seed=calibration["seed"],
-        corpus=calibration["corpus"]["corpus"],
-        split=calibration["corpus"]["split"],
+        text=_text(calibration["corpus"]),
         metrics=_table(metrics, previous),
         loading=LOADING[about["form"]],
     )
+
+
+def _text(corpus: Mapping[str, Any]) -> str:
+    """What was calibrated on: a corpus and its split, or the parts of a mixture with their shares."""
+    if "parts" not in corpus:
+        return f"`{corpus['corpus']}` ({corpus['split']})"
+    return ", ".join(f"{part['share']:.3g} x {_text(part['corpus'])}" for part in corpus["parts"])
 
 
 def _table(metrics: Mapping[str, Mapping[str, float]], previous: str) -> str:
