@@ -29,7 +29,8 @@ from calibration import build_model
 from heapr.calibration.collector import collect
 from heapr.model.experts import use_heapr_experts
 from heapr.model.moe import MoEModel
-from heapr.pruning.allocation import Budget, allocate
+from heapr.pruning.allocation import allocate
+from heapr.pruning.budget import Budget
 from heapr.pruning.surgery import remove
 from heapr.score.gradient import Heapr
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from heapr.calibration.corpora import Corpus
+from heapr.calibration.mixture import Mixture
 from heapr.errors import NotHereError
 from heapr.evaluation.build import build_evaluators
 from heapr.evaluation.evaluator import Comparison, Evaluator
@@ -30,7 +31,7 @@ from heapr.experiment import (
 from heapr.model.load import ModelSource
 from heapr.model.meta import activation_bytes, calibration_flops
 from heapr.model.moe import MoEModel
-from heapr.pruning.allocation import Budget
+from heapr.pruning.budget import Budget
 from heapr.recipes import Recipes, experiment_recipes
 from heapr.schema import CalibrationConfig, ExperimentConfig, build
 from heapr.store import Recipe, Store
@@ -66,12 +67,13 @@ class DryRun:
     Attributes:
         name: readable: model, criterion, scope, ratio.
         path, architecture, dtype: the model, its class, and its weights' dtype.
-        ratio: share of routed atomic experts to remove.
+        ratio, budget: share to remove, and of what.
         num_layers, num_moe_layers: decoder layers, and those with routed experts.
         num_experts, width: experts of a layer, atomic experts of an expert: the fewest and the most.
         experts_per_token: K.
         atomic_experts, parameters, expert_parameters: of the dense model; the last in routed experts.
-        atomic_experts_removed, parameters_removed: by the ratio, before widths are rounded to multiples.
+        atomic_experts_removed, parameters_removed: by the ratio, before widths are rounded to multiples; none where the budget is
+            not of atomic experts, so that scores and routing decide.
         weight_bytes: all parameters in `dtype`.
         statistics_bytes: of the calibration statistics, float64; exact.
         matrix_bytes: of the D x D matrices that the published procedure holds instead, one per expert, float32.
@@ -87,16 +89,17 @@ class DryRun:
     architecture: str
     dtype: str
     ratio: float
+    budget: str
     num_layers: int
     num_moe_layers: int
     num_experts: tuple[int, int]
     width: tuple[int, int]
     experts_per_token: int
     atomic_experts: int
-    atomic_experts_removed: int
+    atomic_experts_removed: int | None
     parameters: int
     expert_parameters: int
-    parameters_removed: int
+    parameters_removed: int | None
     weight_bytes: int
     statistics_bytes: int
     matrix_bytes: int
@@ -128,6 +131,7 @@ def dry_run(config: ExperimentConfig) -> DryRun:
         path=config.model.path,
         dtype=config.model.dtype,
         ratio=config.pruning.ratio,
+        budget=config.pruning.budget,
         experts_per_token=source.experts_per_token,
         num_layers=source.num_layers,
         num_samples=config.calibration.num_samples,
@@ -151,7 +155,7 @@ def plan_stages(config: ExperimentConfig, notes: list[str]) -> tuple[ModelSource
         ConfigError: the user's mistake.
     """
     criterion = find_criterion(config)
-    corpus: Corpus | None = _or_note(notes, lambda: _known_corpus(config.calibration.corpus, "calibration.corpus"))
+    text = _or_note(notes, lambda: _known_text(config.calibration.corpus, "calibration.corpus"))
     device = _or_note(notes, lambda: find_device(config.runtime.device)) or torch.device("cpu")
     built = build_evaluators(_what_is_here(config.evaluation, notes), device)
     evaluators = [entry for entry in built if isinstance(entry, Evaluator)]
@@ -161,9 +165,9 @@ def plan_stages(config: ExperimentConfig, notes: list[str]) -> tuple[ModelSource
     check_lengths(config, source)
     budget = find_budget(config, source, criterion)
     find_uniform_settings(source, budget)
-    if corpus is None:
+    if text is None:
         return source, budget, []
-    recipes = experiment_recipes(config, source.identity, corpus, evaluators, comparisons)
+    recipes = experiment_recipes(config, source.identity, text, evaluators, comparisons)
     return source, budget, list(_stages(recipes, store, built, config.pruning.save_checkpoint))
 
 
@@ -182,19 +186,19 @@ def _sizes(model: MoEModel, source: ModelSource, budget: Budget) -> dict[str, An
         "atomic_experts_removed": removed,
         "parameters": parameters,
         "expert_parameters": sum(layer.num_parameters for layer in layers),
-        "parameters_removed": removed * layers[0].atomic_expert_parameters,
+        "parameters_removed": None if removed is None else removed * layers[0].atomic_expert_parameters,
         "weight_bytes": parameters * source.dtype.itemsize,
         "statistics_bytes": sum(layer.num_bytes for layer in statistics),
         "matrix_bytes": sum(layer.num_experts * layer.model_width**2 * MATRIX_ELEMENT_BYTES for layer in layers),
     }
 
 
-def _num_removed(source: ModelSource, budget: Budget) -> int:
-    """Atomic experts that go."""
+def _num_removed(source: ModelSource, budget: Budget) -> int | None:
+    """Atomic experts that go; none where only scores and statistics can tell."""
     if budget.is_uniform:
         width = budget.uniform_width(source.widths)
         return sum(old - width for width_E in source.widths.values() for old in width_E)
-    return sum(budget.numbers_removed([sum(width_E) for width_E in source.widths.values()]))
+    return sum(budget.numbers_removed(source.widths)) if budget.unit == "atomic_experts" else None
 
 
 def _costs(model: MoEModel, calibration: CalibrationConfig) -> dict[str, Any]:
@@ -218,7 +222,10 @@ def _stages(recipes: Recipes, store: Store, evaluation: Sequence[Evaluator | Com
     yield from (plan(recipes.calibrate), plan(recipes.score))
     yield from (plan(r, f"{e.name} dense") for e, r in zip(evaluators, recipes.evaluate_dense, strict=True))
     yield from (plan(r, c.name) for c, r in comparisons if c.upstream == "score")
-    yield plan(recipes.prune, needs=needed_of_prune(save_checkpoint))
+    for round_ in recipes.rounds:
+        if round_ is not recipes.rounds[0]:
+            yield from (plan(round_.calibrate, round_.what), plan(round_.score, round_.what))
+        yield plan(round_.prune, round_.what, needed_of_prune(save_checkpoint and round_ is recipes.rounds[-1]))
     yield from (plan(r, f"{e.name} pruned") for e, r in zip(evaluators, recipes.evaluate_pruned, strict=True))
     yield from (plan(r, c.name) for c, r in comparisons if c.upstream == "prune")
 
@@ -229,16 +236,16 @@ def _what_is_here(evaluation: Mapping[str, Any], notes: list[str]) -> dict[str, 
     here = {
         name: entry
         for name, entry in corpora.items()
-        if _or_note(notes, lambda name=name, entry=entry: _known_corpus(entry, f"evaluation.corpora.{name}"))  # type: ignore[misc]
+        if _or_note(notes, lambda name=name, entry=entry: _known_text(entry, f"evaluation.corpora.{name}"))  # type: ignore[misc]
     }
     return {**evaluation, "corpora": here}
 
 
-def _known_corpus(entry: Mapping[str, Any], where: str) -> Corpus:
-    """A corpus whose identity can be told."""
-    corpus: Corpus = build(entry, where)
-    corpus.identity()
-    return corpus
+def _known_text(entry: Mapping[str, Any], where: str) -> Corpus | Mixture:
+    """A corpus or mixture whose identity can be told."""
+    text: Corpus | Mixture = build(entry, where)
+    text.identity()
+    return text
 
 
 def _or_note(notes: list[str], find: Callable[[], T]) -> T | None:

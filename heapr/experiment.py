@@ -15,14 +15,15 @@ from typing import Any
 
 import torch
 
-from heapr.calibration.corpora import Corpus
-from heapr.calibration.sampling import sample, windows
+from heapr.calibration.corpora import Corpus, share_text
+from heapr.calibration.mixture import Mixture, identities_of_parts
+from heapr.calibration.sampling import draw
 from heapr.errors import ConfigError, NotHereError
 from heapr.evaluation.build import build_evaluators
 from heapr.evaluation.evaluator import Comparison, Evaluator
 from heapr.model.checkpoint import check_form
 from heapr.model.load import ModelSource, find_model
-from heapr.pruning.allocation import Budget
+from heapr.pruning.budget import Budget, Guards
 from heapr.pruning.repair import Repair
 from heapr.pruning.uniform import Settings, uniform_settings
 from heapr.recipes import Recipes, experiment_recipes
@@ -87,7 +88,7 @@ def prepare(config: ExperimentConfig) -> Experiment:
     Raises:
         ConfigError: the user's mistake.
     """
-    corpus: Corpus = build(config.calibration.corpus, "calibration.corpus")
+    text: Corpus | Mixture = build(config.calibration.corpus, "calibration.corpus")
     criterion = find_criterion(config)
     device = find_device(config.runtime.device)
     if config.runtime.num_threads is not None:
@@ -101,7 +102,7 @@ def prepare(config: ExperimentConfig) -> Experiment:
     budget = find_budget(config, source, criterion)
     if config.pruning.save_checkpoint:
         check_form(source.config, config.pruning.form)
-    recipes = experiment_recipes(config, source.identity, corpus, evaluators, comparisons)
+    recipes = experiment_recipes(config, source.identity, text, evaluators, comparisons)
     _warn_of_overlap(recipes)
     _prepare(evaluators, comparisons, source, store, recipes)
     return Experiment(
@@ -110,13 +111,13 @@ def prepare(config: ExperimentConfig) -> Experiment:
             "model": config.model.name,
             "criterion": option_name(config.score["_target_"]),
             "scope": config.pruning.scope,
-            "corpus": corpus.name,
+            "corpus": text.name,
         },
         source=source,
         device=device,
         store=store,
         recipes=recipes,
-        tokens=None if store.has(recipes.calibrate) else _calibration_tokens(corpus, source, config.calibration),
+        tokens=None if store.has(recipes.calibrate) else _calibration_tokens(text, source, config.calibration),
         batch_size=config.calibration.batch_size,
         criterion=criterion,
         budget=budget,
@@ -197,6 +198,13 @@ def find_budget(config: ExperimentConfig, source: ModelSource, criterion: Criter
         width_multiple=config.pruning.width_multiple,
         is_uniform=config.pruning.form == "uniform",
         granularity=criterion.granularity,
+        unit=config.pruning.budget,
+        guards=Guards(
+            min_expert_ratio=config.pruning.min_expert_ratio,
+            min_layer_ratio=config.pruning.min_layer_ratio,
+            protected_layers=tuple(config.pruning.protected_layers),
+            tempering=config.pruning.tempering,
+        ),
     )
     budget.check(source.widths)
     return budget
@@ -234,9 +242,8 @@ def _about(config: ExperimentConfig, recipes: Recipes, source: ModelSource) -> d
     }
 
 
-def _calibration_tokens(corpus: Corpus, source: ModelSource, settings: CalibrationConfig) -> TokenWindows:
-    available = windows(corpus, source.tokenizer, length=settings.sequence_length)
-    return sample(available, num_samples=settings.num_samples, seed=settings.seed, corpus_name=corpus.name)
+def _calibration_tokens(text: Corpus | Mixture, source: ModelSource, settings: CalibrationConfig) -> TokenWindows:
+    return draw(text, source.tokenizer, length=settings.sequence_length, num_samples=settings.num_samples, seed=settings.seed)
 
 
 def _prepare(
@@ -286,15 +293,11 @@ def check_lengths(config: ExperimentConfig, source: ModelSource) -> None:
 
 
 def _warn_of_overlap(recipes: Recipes) -> None:
-    """Calibration and evaluation text are apart if they are other texts, or the train and held-out part of one."""
-    calibrated = dict(recipes.calibrate.config["corpus"])
-    split = calibrated.pop("split")
-    found: list[str] = []
-    for recipe in [*recipes.evaluate_dense, *recipes.compare]:
-        measured = dict(recipe.config["evaluator"].get("corpus", {}))
-        if measured and {measured.pop("split"), split} != {"train", "heldout"} and measured == calibrated:
-            found.append(measured["corpus"])
-    for name in dict.fromkeys(found):
+    """Calibration and evaluation text are apart if they are other texts, or parts of one that have no document in common."""
+    calibrated = [corpus for corpus, _ in identities_of_parts(recipes.calibrate.config["corpus"])]
+    measured = [recipe.config["evaluator"].get("corpus") for recipe in [*recipes.evaluate_dense, *recipes.compare]]
+    shared = [corpus["corpus"] for corpus in measured if corpus and any(share_text(part, corpus) for part in calibrated)]
+    for name in dict.fromkeys(shared):
         logger.warning(
             "%s is measured on text that is calibrated on; choose another split for one of them, such as train and heldout", name
         )

@@ -30,7 +30,9 @@ from heapr.in_memory import ModelInMemory
 from heapr.model.checkpoint import save_checkpoint
 from heapr.model.moe import MoEModel
 from heapr.progress import progress
-from heapr.pruning.allocation import allocate, report_allocation
+from heapr.pruning.allocation import allocate
+from heapr.pruning.allocation_report import report_allocation
+from heapr.pruning.budget import Costs, costs_of
 from heapr.pruning.load import PLAN, REPAIRED, read_pruning
 from heapr.pruning.repair import report_repair
 from heapr.recipes import Round
@@ -90,7 +92,7 @@ def run(config: ExperimentConfig, folder: Path, *, sweep: str | None = None) -> 
         scores = pipeline.score(statistics)
         dense = pipeline.evaluate_dense(statistics, scores)  # now, because pruning changes the model in place
         tracker.log({RATIO: 0.0, **dense["dense"]})
-        pruning = pipeline.prune(scores)
+        pruning = pipeline.prune(statistics, scores)
         pruned = pipeline.evaluate_pruned(statistics, scores, pruning)
         metrics = pipeline.conclude(dense, pruned, pruning.plan)
         pipeline.show(statistics, pruning.plan, figures(sorted(folder.glob("*.png"))))
@@ -132,14 +134,15 @@ class Pipeline:
         dense = self._measure(recipes, statistics, self.model.dense, variant="dense")
         return {"dense": dense, "comparison": self._compare("score", self._material(statistics, scores, None))}
 
-    def prune(self, scores: Scores) -> Pruning:
+    def prune(self, statistics: Statistics, scores: Scores) -> Pruning:
         """Which atomic experts go: the lowest-scoring share. In further rounds, of what is left by its own statistics."""
-        first, *others = self.experiment.recipes.rounds
-        pruning = self._prune(first, scores, None)
-        for number, later in enumerate(others, start=2):
-            what, model = f"round {number}", partial(self.model.pruned, pruning)
-            scores = self._score(later, self._calibrate(later, model, what), model, what)
-            pruning = self._prune(later, scores, pruning, what)
+        experiment = self.experiment
+        costs = costs_of(experiment.budget.unit, statistics, experiment.source.atomic_expert_parameters)
+        first, *others = experiment.recipes.rounds
+        pruning = self._prune(first, scores, costs, None)
+        for later in others:
+            model = partial(self.model.pruned, pruning)
+            pruning = self._prune(later, self._score(later, self._calibrate(later, model), model), costs, pruning)
         return pruning
 
     def evaluate_pruned(self, statistics: Statistics, scores: Scores, pruning: Pruning) -> dict[str, Metrics]:
@@ -148,7 +151,7 @@ class Pipeline:
         pruned = self._measure(recipes, statistics, partial(self.model.final, pruning), variant="pruned")
         return {"pruned": pruned, "comparison": self._compare("prune", self._material(statistics, scores, pruning))}
 
-    def _calibrate(self, round_: Round, model: Callable[[], MoEModel], what: str = "") -> Statistics:
+    def _calibrate(self, round_: Round, model: Callable[[], MoEModel]) -> Statistics:
         def make(folder: Path) -> None:
             tokens, batch_size = self._tokens(), self.experiment.batch_size
             num_batches = math.ceil(len(tokens.ids_NW) / batch_size)
@@ -157,7 +160,7 @@ class Pipeline:
             _save(tokens.to_tensors(), folder / TOKENS)
             _save(statistics.to_tensors(), folder / STATISTICS)
 
-        artifact = self._get(round_.calibrate, make, what)
+        artifact = self._get(round_.calibrate, make, round_.what)
         statistics = Statistics.from_tensors(load_file(artifact.path / STATISTICS))
         loss = statistics.loss_sum / statistics.num_predicted_tokens
         self.tracker.log({NUM_TOKENS: statistics.num_tokens, "calibration/loss": loss})
@@ -166,26 +169,27 @@ class Pipeline:
                 logger.info("%-9s no token reached %d of %d experts of layer %d", "calibrate", unrouted, len(layer.count_E), index)
         return statistics
 
-    def _score(self, round_: Round, statistics: Statistics, model: Callable[[], MoEModel], what: str = "") -> Scores:
+    def _score(self, round_: Round, statistics: Statistics, model: Callable[[], MoEModel]) -> Scores:
         def weights(index: int) -> ExpertWeights:
             return next(layer.weights() for layer in model().layers if layer.index == index)
 
         def make(folder: Path) -> None:
             _save(self.experiment.criterion(statistics, weights).to_tensors(), folder / SCORES)
 
-        artifact = self._get(round_.score, make, what)
+        artifact = self._get(round_.score, make, round_.what)
         return Scores.from_tensors(load_file(artifact.path / SCORES))
 
-    def _prune(self, round_: Round, scores: Scores, earlier: Pruning | None, what: str = "") -> Pruning:
+    def _prune(self, round_: Round, scores: Scores, costs: Costs | None, earlier: Pruning | None) -> Pruning:
         """The plan, the repair of what is kept, and, in the last round, the model as a checkpoint."""
         experiment = self.experiment
         save_checkpoint = experiment.save_checkpoint and round_ is experiment.recipes.rounds[-1]
 
         def make(folder: Path) -> None:
-            widths = earlier.plan.widths if earlier else experiment.source.widths
-            budget = experiment.budget.of_round(round_.ratio, widths, experiment.source.num_atomic_experts)
-            plan = allocate(scores, widths, budget)
-            write_json(folder / ALLOCATION, report_allocation(plan, scores, widths, budget))
+            original = experiment.source.widths
+            widths = earlier.plan.widths if earlier else original
+            budget = experiment.budget.of_round(round_.ratio, widths, original, costs)
+            plan = allocate(scores, widths, budget, costs)
+            write_json(folder / ALLOCATION, report_allocation(plan, scores, widths, budget, costs))
             pruning = Pruning(earlier.plan.then(plan) if earlier else plan)
             if experiment.repair:
                 pruning, found = self.model.repaired(pruning.plan, lambda: list(batches(self._tokens(), experiment.batch_size)))
@@ -196,7 +200,7 @@ class Pipeline:
             if save_checkpoint:
                 self._save_checkpoint(pruning, folder)
 
-        artifact = self._get(round_.prune, make, what, needs=needed_of_prune(save_checkpoint))
+        artifact = self._get(round_.prune, make, round_.what, needs=needed_of_prune(save_checkpoint))
         for name in (ALLOCATION, REPAIR) if experiment.repair else (ALLOCATION,):
             for line in json.loads((artifact.path / name).read_text())["summary"]:
                 logger.info("%-9s %s", "prune", line)

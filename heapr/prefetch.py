@@ -48,11 +48,12 @@ def _items(config: ExperimentConfig) -> dict[str, Callable[[], None]]:
     import torch
 
     from heapr.calibration.corpora_published import PublishedText
+    from heapr.calibration.mixture import parts_of
     from heapr.evaluation.build import build_evaluators
     from heapr.evaluation.zero_shot import ZeroShot
 
     evaluators = build_evaluators(config.evaluation, torch.device("cpu"))
-    corpora = [build(config.calibration.corpus, "calibration.corpus")]
+    corpora = [corpus for corpus, _ in parts_of(build(config.calibration.corpus, "calibration.corpus"))]
     corpora += [evaluator.corpus for evaluator in evaluators if hasattr(evaluator, "corpus")]
     items: dict[str, Callable[[], None]] = {f"model {config.model.path}": lambda: _fetch_model(config)}
     items |= {f"corpus {corpus.name} ({corpus.split})": corpus.fetch for corpus in corpora if isinstance(corpus, PublishedText)}

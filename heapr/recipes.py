@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from heapr.calibration.corpora import Corpus
+from heapr.calibration.mixture import Mixture
 from heapr.evaluation.evaluator import Comparison, Evaluator
-from heapr.schema import ExperimentConfig
+from heapr.schema import ExperimentConfig, PruningConfig
 from heapr.store import KEY_LENGTH, Recipe
 
 # Raised when the code of a stage gives other results than before: older artifacts are then made again.
 STAGE_VERSIONS = {"calibrate": 1, "score": 1, "prune": 2, "evaluate": 2}
+
+# Fields of `PruningConfig`: those that were in the first keys, and those that change no plan.
+ALWAYS_IN_KEY, WITHOUT_INFLUENCE = ("ratio", "scope", "width_multiple", "form"), ("save_checkpoint", "rounds")
 
 
 @dataclass(frozen=True)
@@ -25,10 +29,12 @@ class Round:
     """One round of pruning; the statistics of all but the first are those of the model that the round before left.
 
     Attributes:
+        what: its name in logs; nothing for the first.
         ratio: share of the dense model's atomic experts that is gone after it.
         calibrate, score, prune: one each.
     """
 
+    what: str
     ratio: float
     calibrate: Recipe
     score: Recipe
@@ -75,12 +81,12 @@ class Recipes:
 def experiment_recipes(
     config: ExperimentConfig,
     model_identity: Mapping[str, str],
-    corpus: Corpus,
+    text: Corpus | Mixture,
     evaluators: Sequence[Evaluator],
     comparisons: Sequence[Comparison],
 ) -> Recipes:
     """The recipes of an experiment; each holds the keys of those that it is made from."""
-    rounds = _rounds(config, model_identity, corpus)
+    rounds = _rounds(config, model_identity, text)
     calibrate, score, prune = rounds[0].calibrate, rounds[0].score, rounds[-1].prune
     return Recipes(
         rounds=rounds,
@@ -90,27 +96,32 @@ def experiment_recipes(
     )
 
 
-def _rounds(config: ExperimentConfig, model_identity: Mapping[str, str], corpus: Corpus) -> list[Round]:
+def _rounds(config: ExperimentConfig, model_identity: Mapping[str, str], text: Corpus | Mixture) -> list[Round]:
     """Every round removes the same number of atomic experts. A round's key does not tell how many follow, so that experiments which
     begin alike share their beginning."""
     settings, pruning = config.calibration, config.pruning
     tokens = {
         "model": dict(model_identity),
-        "corpus": corpus.identity(),
+        "corpus": text.identity(),
         "num_samples": settings.num_samples,
         "sequence_length": settings.sequence_length,
         "seed": settings.seed,
     }
-    cut = {"scope": pruning.scope, "width_multiple": pruning.width_multiple, "form": pruning.form}
-    if pruning.repair is not None:
-        cut["repair"] = dict(pruning.repair)
     rounds: list[Round] = []
     for number in range(1, pruning.rounds + 1):
         ratio = pruning.ratio * number / pruning.rounds
         calibrate = _recipe("calibrate", tokens, *[earlier.prune for earlier in rounds[-1:]])
         score = _recipe("score", {"criterion": dict(config.score)}, calibrate)
-        rounds.append(Round(ratio, calibrate, score, _recipe("prune", {"ratio": ratio, **cut}, score)))
+        prune = _recipe("prune", _settings_of_plan(pruning) | {"ratio": ratio}, score)
+        rounds.append(Round(f"round {number}" if number > 1 else "", ratio, calibrate, score, prune))
     return rounds
+
+
+def _settings_of_plan(pruning: PruningConfig) -> dict[str, Any]:
+    """What determines the plan. Options enter where they are not at their defaults, so that a new one changes no key."""
+    default = PruningConfig()
+    settings = {name: value for name, value in asdict(pruning).items() if name not in WITHOUT_INFLUENCE}
+    return {name: value for name, value in settings.items() if name in ALWAYS_IN_KEY or value != getattr(default, name)}
 
 
 def _evaluate_dense(evaluator: Evaluator, model_identity: Mapping[str, str], calibrate: Recipe) -> Recipe:

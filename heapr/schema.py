@@ -55,6 +55,11 @@ class PruningConfig:
     width_multiple: int = 1  # every expert's width becomes a multiple of it: 1, 8, 16, 32, 64, 128 or 256
     form: str = "ragged"  # of the checkpoint: ragged (exact widths), uniform (one width, scope expert), masked (zeros)
     save_checkpoint: bool = True  # off keeps only the plan, which re-creates the pruned model in memory
+    budget: str = "atomic_experts"  # what the ratio is a share of: atomic_experts, or flops or bytes of the routed experts
+    min_expert_ratio: float = 0.0  # share of every expert's atomic experts that always stays, in [0, 1)
+    min_layer_ratio: float = 0.0  # the same of every layer (scope global), in [0, 1)
+    protected_layers: list[int] = field(default_factory=list)  # decoder layer indices of which nothing is removed
+    tempering: float = 0.0  # how far the layers' mean scores are made equal (scope global): 0 not at all, 1 wholly
 
 
 @dataclass
@@ -100,9 +105,16 @@ class ExperimentConfig:
 DTYPES = ("float32", "bfloat16", "float16")
 SCOPES = ("global", "layer", "expert")
 FORMS = ("ragged", "uniform", "masked")
+BUDGETS = ("atomic_experts", "flops", "bytes")
 WIDTH_MULTIPLES = (1, 8, 16, 32, 64, 128, 256)
 DEVICE_MAPS = ("auto", "balanced", "sequential")
 TRACKING_MODES = ("auto", "online", "offline", "none")
+
+
+NO_EFFECT = {  # fields of `PruningConfig` that a scope leaves nothing to do
+    "layer": ("min_layer_ratio", "tempering"),
+    "expert": ("budget", "min_expert_ratio", "min_layer_ratio", "protected_layers", "tempering"),
+}
 
 
 def register() -> None:
@@ -131,17 +143,7 @@ def check(config: ExperimentConfig) -> None:
     Raises:
         ConfigError: naming the field, what was given and what it may be.
     """
-    ratio = config.pruning.ratio
-    if not (math.isfinite(ratio) and 0 <= ratio < 1):
-        raise ConfigError(f"pruning.ratio={ratio} is not in [0, 1); give the share of atomic experts to remove, for example 0.25")
-    at_least("pruning.rounds", config.pruning.rounds, 1)
-    _choice("pruning.scope", config.pruning.scope, SCOPES)
-    _choice("pruning.form", config.pruning.form, FORMS)
-    if config.pruning.form == "uniform" and config.pruning.scope != "expert":
-        raise ConfigError(
-            f"pruning.form=uniform gives every expert one width, which scope '{config.pruning.scope}' does not; use pruning=expert"
-        )
-    _choice("pruning.width_multiple", config.pruning.width_multiple, WIDTH_MULTIPLES)
+    _check_pruning(config.pruning)
     if config.runtime.device_map is not None:
         _choice("runtime.device_map", config.runtime.device_map, DEVICE_MAPS)
     _choice("model.dtype", config.model.dtype, DTYPES)
@@ -153,6 +155,29 @@ def check(config: ExperimentConfig) -> None:
     at_least("calibration.seed", calibration.seed, 0)
     if config.runtime.num_threads is not None:
         at_least("runtime.num_threads", config.runtime.num_threads, 1)
+
+
+def _check_pruning(pruning: PruningConfig) -> None:
+    if not (math.isfinite(pruning.ratio) and 0 <= pruning.ratio < 1):
+        raise ConfigError(f"pruning.ratio={pruning.ratio} is not in [0, 1); give the share of atomic experts to remove, for example 0.25")
+    at_least("pruning.rounds", pruning.rounds, 1)
+    _choice("pruning.scope", pruning.scope, SCOPES)
+    _choice("pruning.form", pruning.form, FORMS)
+    if pruning.form == "uniform" and pruning.scope != "expert":
+        raise ConfigError(f"pruning.form=uniform gives every expert one width, which scope '{pruning.scope}' does not; use pruning=expert")
+    _choice("pruning.width_multiple", pruning.width_multiple, WIDTH_MULTIPLES)
+    _choice("pruning.budget", pruning.budget, BUDGETS)
+    for name in ("min_expert_ratio", "min_layer_ratio"):
+        if not 0 <= getattr(pruning, name) < 1:
+            raise ConfigError(f"pruning.{name}={getattr(pruning, name)} is not in [0, 1); give the share that stays, for example 0.1")
+    if not 0 <= pruning.tempering <= 1:
+        raise ConfigError(f"pruning.tempering={pruning.tempering} is not in [0, 1]; give 0 for scores as they are, 1 for equal layers")
+    for name in NO_EFFECT.get(pruning.scope, ()):
+        if getattr(pruning, name) != getattr(PruningConfig(), name):
+            raise ConfigError(
+                f"pruning.{name}={getattr(pruning, name)} has no effect with scope '{pruning.scope}', where every {pruning.scope} loses "
+                "the same share by itself; use pruning=global or leave it out"
+            )
 
 
 def _check_tracking(tracking: TrackingConfig) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from heapr.calibration.mixture import parts_of
 from heapr.evaluation.build import build_evaluators
 from heapr.schema import build
 from tests.experiment import CONF, compose_experiment
@@ -24,7 +25,7 @@ def test_every_option_composes_and_builds(group: str, option: str, tmp_path: Pat
     text.write_text("some text")
     overrides = [override.format(text=text) for override in NEEDED.get((group, option), [])]
     config = compose_experiment(f"{group}={option}", *overrides)
-    assert build(config.calibration.corpus, "calibration.corpus").documents
+    assert all(corpus.documents for corpus, _ in parts_of(build(config.calibration.corpus, "calibration.corpus")))
     assert callable(build(config.score, "score"))
     build_evaluators(config.evaluation, CPU)
 

@@ -78,6 +78,11 @@ def test_artifacts_follow_the_contract(experiment: Experiment) -> None:
         "width_multiple": 1,
         "form": "ragged",
         "save_checkpoint": True,
+        "budget": "atomic_experts",
+        "min_expert_ratio": 0.0,
+        "min_layer_ratio": 0.0,
+        "protected_layers": [],
+        "tempering": 0.0,
     }
     assert written["metrics"]["size"]["atomic_experts_removed_ratio"] == 0.25
     assert written["metrics"]["size"]["parameters_removed_ratio"] == pytest.approx(16 * 3 * 16 / written["metrics"]["dense"]["parameters"])
@@ -269,7 +274,7 @@ def test_a_mistake_leaves_no_tracked_run(experiment: Experiment) -> None:
     assert not (experiment.folder / "run" / "tracking.jsonl").exists()
 
 
-@pytest.mark.parametrize(("split", "warned"), [("all", True), ("heldout", True), ("train", False)])
+@pytest.mark.parametrize(("split", "warned"), [("all", True), ("heldout", True), ("train", False), ("test", True)])
 def test_evaluating_on_calibration_text_is_warned_of(
     experiment: Experiment, caplog: pytest.LogCaptureFixture, split: str, warned: bool
 ) -> None:
@@ -327,7 +332,7 @@ BAD_INPUT = [
     (["pruning.width_multiple=16"], "experts of this model have 8 atomic experts"),
     (["runtime.device_map=everywhere"], "runtime.device_map='everywhere' is unknown"),
     (["model.path=someone/some-model"], "neither a local folder nor in the local hub cache, and the hub cannot be reached"),
-    (["calibration.num_samples=1000"], "num_samples=1000, but corpus 'text_files' holds [0-9]+ sequences of 32"),
+    (["calibration.num_samples=1000"], "asks for 1000 sequences of corpus 'text_files', which holds [0-9]+ of 32"),
     (["calibration.num_samples=0"], "num_samples=0 is below 1"),
     (["calibration.sequence_length=65"], "sequence_length=65 is above the 64 tokens of model 'hf'"),
     (["evaluation.perplexity.window=65"], "evaluation.perplexity.window=65 is above the 64 tokens"),

@@ -1,7 +1,8 @@
 """Corpora: ordered documents of real text, each with an identity that enters the artifact key.
 
-In: where the text lives. Out: a list of documents. Train and held-out parts are split by document hash, so the text that
-is calibrated on never appears in the text that is evaluated on. The paper's corpora: corpora_published.py.
+In: where the text lives. Out: a list of documents. Splits are made by document hash, so the text that is calibrated on never
+appears in the text that is evaluated on, nor the text that options are chosen on (validation) in the text that is reported on
+(test). The paper's corpora: corpora_published.py.
 """
 
 from __future__ import annotations
@@ -13,17 +14,24 @@ import importlib.util
 import json
 import os
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from heapr.errors import ConfigError, NotHereError
 
-SPLITS = ("train", "heldout", "all")
-HELDOUT_BUCKETS = 10  # one document in ten is held out
+PARTS = {  # what each split is made of, none of them in two parts
+    "train": {"train"},
+    "heldout": {"validation", "test"},
+    "validation": {"validation"},
+    "test": {"test"},
+    "all": {"train", "validation", "test"},
+}
+HELDOUT_BUCKETS = 10  # one document in ten is held out, and of those every other one is for testing
 DOCUMENT_SEPARATOR = "\n\n"  # docs/method.md: documents are joined by blank lines
 
 
+@runtime_checkable
 class Corpus(Protocol):
     """A named, ordered source of documents."""
 
@@ -47,20 +55,19 @@ class PyDocs:
     """Docstrings of the running Python's standard library (no tests, no site-packages), in file and source order.
 
     Args:
-        split: "train", "heldout" (one document in ten, by hash) or "all".
+        split: one of `PARTS`: "heldout" is one document in ten, by hash, "validation" and "test" are its halves.
     """
-
-    name = "pydocs"
 
     def __init__(self, split: str) -> None:
         self.split = _check_split(split)
+        self.name = _name_of_part("pydocs", split)
         self._root = Path(sysconfig.get_path("stdlib"))
 
     def documents(self) -> list[str]:
         return select_split(_docstrings(self._root, _content_hash(self._root)), self.split)
 
     def identity(self) -> dict[str, str]:
-        return {"corpus": self.name, "split": self.split, "sha256": _content_hash(self._root)}
+        return {"corpus": "pydocs", "split": self.split, "sha256": _content_hash(self._root)}
 
 
 class PackageDocs:
@@ -68,7 +75,7 @@ class PackageDocs:
 
     Args:
         package: import name of the package, for example "numpy".
-        split: "train", "heldout" (one document in ten, by hash) or "all".
+        split: one of `PARTS`, as for `PyDocs`.
 
     Raises:
         NotHereError: the package is not installed.
@@ -78,15 +85,16 @@ class PackageDocs:
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
             raise NotHereError(f"corpus of package '{package}': no such package is installed; install it or name another")
-        self.name = f"{package}docs"
         self.split = _check_split(split)
+        self._text = f"{package}docs"
+        self.name = _name_of_part(self._text, split)
         self._root = Path(spec.submodule_search_locations[0])
 
     def documents(self) -> list[str]:
         return select_split(_docstrings(self._root, _content_hash(self._root)), self.split)
 
     def identity(self) -> dict[str, str]:
-        return {"corpus": self.name, "split": self.split, "sha256": _content_hash(self._root)}
+        return {"corpus": self._text, "split": self.split, "sha256": _content_hash(self._root)}
 
 
 class TextFiles:
@@ -94,7 +102,7 @@ class TextFiles:
 
     Args:
         paths: the files, in the order in which their documents are joined.
-        split: "train", "heldout" (one document in ten, by hash) or "all".
+        split: one of `PARTS`, as for `PyDocs`.
         text_field: name of the text in each JSON object of a ``.jsonl`` file.
         name: what the corpus is called in metrics.
 
@@ -153,21 +161,38 @@ def parse_json_line(line: str, field: str, where: str) -> str:
 def select_split(documents: Sequence[str], split: str) -> list[str]:
     """The documents of one split, blank and repeated ones dropped, order kept."""
     unique = dict.fromkeys(document for document in documents if document.strip())
-    if split == "all":
-        return list(unique)
-    return [document for document in unique if is_heldout(document) == (split == "heldout")]
+    return [document for document in unique if part_of(document) in PARTS[split]]
 
 
-def is_heldout(document: str) -> bool:
-    """Whether a document belongs to the held-out part: decided by its own hash alone, so it can never be in both."""
+def part_of(document: str) -> str:
+    """ "train", "validation" or "test": decided by a document's own hash alone, so it can never be in two."""
     digest = hashlib.sha256(document.encode()).digest()
-    return int.from_bytes(digest[:8], "big") % HELDOUT_BUCKETS == 0
+    if int.from_bytes(digest[:8], "big") % HELDOUT_BUCKETS != 0:
+        return "train"
+    return "validation" if digest[8] % 2 == 0 else "test"
+
+
+def share_text(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Whether two corpora, told by their identities, may have documents in common.
+
+    Splits of one text are apart if they have no part in common. A published data set's splits are files of their own: what is
+    one file is one text, whatever split it is given as.
+    """
+    texts = [{name: value for name, value in identity.items() if name != "split"} for identity in (first, second)]
+    is_published = "column" in first
+    parts = [PARTS.get(identity["split"], PARTS["all"]) for identity in (first, second)]
+    return texts[0] == texts[1] and (is_published or bool(parts[0] & parts[1]))
 
 
 def _check_split(split: str) -> str:
-    if split not in SPLITS:
-        raise ConfigError(f"corpus split '{split}' is unknown; choose one of {', '.join(SPLITS)}")
+    if split not in PARTS:
+        raise ConfigError(f"corpus split '{split}' is unknown; choose one of {', '.join(PARTS)}")
     return split
+
+
+def _name_of_part(text: str, split: str) -> str:
+    """Half of the held-out documents is called so, because figures on it are others than on all of them."""
+    return f"{text}_{split}" if split in {"validation", "test"} else text
 
 
 def _read_utf8(path: Path) -> str:
@@ -204,7 +229,7 @@ def _content_hash(root: Path) -> str:
     return digest.hexdigest()
 
 
-@functools.lru_cache(maxsize=2)  # parsing takes seconds, and a run needs both splits; the hash makes it a pure function
+@functools.lru_cache(maxsize=2)  # parsing takes seconds, and a run needs several splits; the hash makes it a pure function
 def _docstrings(root: Path, content_hash: str) -> list[str]:
     """Every docstring below root, files in sorted order, docstrings in source order."""
     documents: list[str] = []

@@ -1,4 +1,4 @@
-"""From a corpus to token windows, and from those to a seeded sample.
+"""From corpora to token windows, and from those to a seeded sample.
 
 In: documents and a tokenizer. Out: `TokenWindows`. Documents are joined by blank lines, tokenised as one text, cut into
 non-overlapping windows, the remainder dropped (docs/method.md).
@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from heapr.calibration.corpora import DOCUMENT_SEPARATOR, Corpus
+from heapr.calibration.mixture import Mixture, apportion, parts_of
 from heapr.errors import ConfigError
 from heapr.types import TokenWindows
 
@@ -50,6 +51,29 @@ def windows(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, *, length: int) 
     return TokenWindows(ids_NW=tokens[:used].view(num_windows, length))
 
 
+def draw(text: Corpus | Mixture, tokenizer: PreTrainedTokenizerBase, *, length: int, num_samples: int, seed: int) -> TokenWindows:
+    """`num_samples` different windows of a corpus, or of several in proportion to their shares, one corpus after the other. Each is
+    sampled by itself with the same seed, so one corpus gives the same windows, only fewer, in a mixture and alone.
+
+    Raises:
+        ConfigError: a corpus has too few windows, or a part is so small that it gives none.
+    """
+    parts = parts_of(text)
+    counts = apportion(num_samples, [share for _, share in parts])
+    drawn = []
+    for (corpus, share), count in zip(parts, counts, strict=True):
+        if count == 0:
+            raise ConfigError(
+                f"corpus '{corpus.name}' has a share of {share:.3g} in the mixture, which is none of {num_samples} sequences; "
+                "raise its weight or calibration.num_samples, or leave it out"
+            )
+        drawn.append(sample(windows(corpus, tokenizer, length=length), num_samples=count, seed=seed, corpus_name=corpus.name).ids_NW)
+    if len(parts) > 1:
+        shown = ", ".join(f"{count} of {corpus.name} ({corpus.split})" for (corpus, _), count in zip(parts, counts, strict=True))
+        logger.info("%-9s mixture of %d sequences: %s", "corpus", num_samples, shown)
+    return TokenWindows(ids_NW=torch.cat(drawn))
+
+
 def sample(available: TokenWindows, *, num_samples: int, seed: int, corpus_name: str) -> TokenWindows:
     """`num_samples` different windows, drawn with a seeded generator.
 
@@ -59,8 +83,8 @@ def sample(available: TokenWindows, *, num_samples: int, seed: int, corpus_name:
     num_windows, length = available.ids_NW.shape
     if num_samples > num_windows:
         raise ConfigError(
-            f"calibration.num_samples={num_samples}, but corpus '{corpus_name}' holds {num_windows} sequences of {length} tokens; "
-            "ask for at most that many, shorten calibration.sequence_length or give more text"
+            f"calibration.num_samples asks for {num_samples} sequences of corpus '{corpus_name}', which holds {num_windows} of {length} "
+            "tokens; ask for at most that many, shorten calibration.sequence_length or give more text"
         )
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(num_windows, generator=generator)[:num_samples]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from heapr.calibration.corpora import Corpus
 from heapr.errors import ConfigError
 from heapr.evaluation.evaluator import Comparison, Evaluator
 from heapr.schema import build, plug_in
@@ -24,7 +25,7 @@ def build_evaluators(evaluation: Mapping[str, Any], device: torch.device) -> lis
     Raises:
         ConfigError: a misspelt key, a bad corpus, something else than an evaluator, or two evaluators of one name.
     """
-    corpora = [build(entry, f"evaluation.corpora.{name}") for name, entry in evaluation.get("corpora", {}).items()]
+    corpora = [_corpus(entry, f"evaluation.corpora.{name}") for name, entry in evaluation.get("corpora", {}).items()]
     evaluators: list[Evaluator | Comparison] = []
     for name, entry in evaluation.items():
         if name == "corpora" or entry is None:
@@ -48,6 +49,13 @@ def build_evaluators(evaluation: Mapping[str, Any], device: torch.device) -> lis
                 f"evaluation measures '{name}' {number} times; one would overwrite the other, keep one or give a corpus another name"
             )
     return evaluators
+
+
+def _corpus(entry: Mapping[str, Any], where: str) -> Corpus:
+    corpus = build(entry, where)
+    if not isinstance(corpus, Corpus):
+        raise ConfigError(f"{where} is a {type(corpus).__name__}, which is no corpus to measure on; name corpora one by one")
+    return corpus
 
 
 def _tasks(entry: Mapping[str, Any], where: str) -> list[str]:

@@ -44,6 +44,7 @@ class ModelSource:
         dtype: of the loaded weights.
         config: transformers' configuration.
         widths: atomic experts of every expert, by decoder layer index.
+        atomic_expert_parameters: parameters that go with one atomic expert, by decoder layer index.
         experts_per_token: K.
         trust_remote_code: whether Python files in the folder may run.
     """
@@ -53,6 +54,7 @@ class ModelSource:
     dtype: torch.dtype
     config: PretrainedConfig
     widths: Mapping[int, Sequence[int]]
+    atomic_expert_parameters: Mapping[int, int]
     experts_per_token: int
     trust_remote_code: bool = False
 
@@ -182,12 +184,14 @@ def find_model(
     config = _read_config(folder, trust_remote_code)
     dtype = dtype or str(config.dtype or torch.float32).removeprefix("torch.")  # now: building a model sets it
     model = _on_meta(config, path, trust_remote_code)
+    layers = find_moe_layers(model)
     return ModelSource(
         folder=folder,
         identity={**identity, "dtype": dtype, **({"remote_code": "trusted"} if trust_remote_code else {})},
         dtype=getattr(torch, dtype),
         config=config,
-        widths={layer.index: layer.widths for layer in find_moe_layers(model)},
+        widths={layer.index: layer.widths for layer in layers},
+        atomic_expert_parameters={layer.index: layer.atomic_expert_parameters for layer in layers},
         experts_per_token=experts_per_token(model),
         trust_remote_code=trust_remote_code,
     )

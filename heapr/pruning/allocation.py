@@ -1,6 +1,6 @@
 """Allocation: from scores to a plan. How many atomic or whole experts go, and where; nothing about models.
 
-In: scores, the widths of the experts they belong to, and a budget. Out: a `Plan`.
+In: scores, the widths of the experts they belong to, a budget, and costs where it is not counted in atomic experts. Out: a `Plan`.
 Shape letters: E experts, F atomic experts of the widest expert, K experts per token.
 """
 
@@ -8,131 +8,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
-from typing import Any
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from heapr.errors import ConfigError
+from heapr.pruning.budget import Budget, Costs, Widths, round_half_up
 from heapr.types import Granularity, Plan, Scores
 
-Widths = Mapping[int, Sequence[int]]  # atomic experts of every expert, by decoder layer index
+NEXT_TO_NOTHING = 1e-12  # of the largest cost: what experts that no token reached cost in a division
 
 
-@dataclass(frozen=True)
-class Budget:
-    """How much is removed.
-
-    Attributes:
-        ratio: share of all routed atomic experts to remove, in [0, 1).
-        scope: what is ranked together: "global" all layers (HEAPr-G of the paper), "layer" each layer by itself (HEAPr-L),
-            "expert" each expert by itself. Layers ("layer", "expert") and experts ("expert") lose the same share, up to one
-            atomic expert, so that the total is exact.
-        experts_per_token: K; at least so many experts of every layer keep at least one atomic expert.
-        width_multiple: every expert's width becomes a multiple of it.
-        is_uniform: every expert of every layer gets the same width (scope "expert").
-        granularity: whole experts (not with scope "expert") are removed as near to the ratio as they come; layers ("layer") then
-            lose the same share up to one expert, and K experts of every layer stay whole.
-    """
-
-    ratio: float
-    scope: str
-    experts_per_token: int
-    width_multiple: int = 1
-    is_uniform: bool = False
-    granularity: Granularity = Granularity.ATOMIC_EXPERT
-
-    def __post_init__(self) -> None:
-        assert 0 <= self.ratio < 1 and self.scope in {"global", "layer", "expert"}, (self.ratio, self.scope)
-        assert not self.is_uniform or self.scope == "expert"
-        assert self.granularity is Granularity.ATOMIC_EXPERT or self.scope != "expert"
-
-    def of_round(self, ratio: float, widths: Widths, total: int) -> Budget:
-        """The budget for what an earlier round left, after which `ratio` of `total` atomic experts is gone."""
-        left = sum(sum(width_E) for width_E in widths.values())
-        return replace(self, ratio=ratio if left == total else 1 - (total - round_half_up(ratio * total)) / left)
-
-    def check(self, widths: Widths) -> None:
-        """Whatever can be refused before there are scores.
-
-        Raises:
-            ConfigError: a layer would keep fewer experts than a token needs, or widths are no multiples.
-        """
-        if self.granularity is Granularity.EXPERT:
-            self._check_whole_experts(widths)
-        self.numbers_removed([sum(width_E) for width_E in widths.values()])
-        several = {width for width_E in widths.values() for width in width_E if width % self.width_multiple}
-        if several:
-            raise ConfigError(
-                f"pruning.width_multiple={self.width_multiple}, but experts of this model have {min(several)} atomic experts, "
-                f"which is no multiple of it; choose a divisor, for example {math.gcd(self.width_multiple, *several)}"
-            )
-        if self.is_uniform:
-            self.uniform_width(widths)
-
-    def numbers_removed(self, sizes: Sequence[int]) -> list[int]:
-        """How many atomic experts go: one number for all layers ("global"), else one per layer.
-
-        Args:
-            sizes: atomic experts of each layer.
-
-        Raises:
-            ConfigError: a layer would keep fewer experts than a token needs.
-        """
-        before = [0] + [round_half_up(self.ratio * end) for end in accumulate(sizes)]
-        if self.scope == "global":
-            numbers, most = before[-1:], [sum(sizes) - self.experts_per_token * len(sizes)]
-        else:  # boundaries are rounded, not shares, so that the total is exact
-            numbers, most = [end - start for start, end in pairwise(before)], [size - self.experts_per_token for size in sizes]
-        if any(number > limit for number, limit in zip(numbers, most, strict=True)):
-            raise self._too_few_experts()
-        return numbers
-
-    def _check_whole_experts(self, widths: Widths) -> None:
-        """At the least, the K narrowest experts of each layer stay."""
-        sizes = [sum(width_E) for width_E in widths.values()]
-        stay = [sum(sorted(filter(None, width_E))[: self.experts_per_token]) for width_E in widths.values()]
-        if self.scope == "global":
-            sizes, stay = [sum(sizes)], [sum(stay)]
-        if any(round_half_up(self.ratio * size) > size - least for size, least in zip(sizes, stay, strict=True)):
-            raise self._too_few_experts()
-
-    def _too_few_experts(self) -> ConfigError:
-        return ConfigError(
-            f"pruning.ratio={self.ratio} with scope '{self.scope}' would leave a layer fewer experts than the "
-            f"{self.experts_per_token} that every token is routed to; choose a lower ratio"
-        )
-
-    def uniform_width(self, widths: Widths) -> int:
-        """The one width that is nearest to what the ratio asks for, at least one multiple.
-
-        Raises:
-            ConfigError: the experts do not have one width now.
-        """
-        present = {width for width_E in widths.values() for width in width_E}
-        if len(present) != 1:
-            raise ConfigError(f"pruning.form=uniform needs experts of one width, this model has {len(present)}; use pruning.form=ragged")
-        multiples = round_half_up(present.pop() * (1 - self.ratio) / self.width_multiple)
-        return max(1, multiples) * self.width_multiple
-
-
-def allocate(scores: Scores, widths: Widths, budget: Budget) -> Plan:
-    """Remove the lowest-scoring atomic experts, or the lowest-scoring whole experts.
+def allocate(scores: Scores, widths: Widths, budget: Budget, costs: Costs | None = None) -> Plan:
+    """Remove the lowest-scoring atomic experts, the lowest-scoring for what they cost, or the lowest-scoring whole experts.
 
     Equal scores are removed in order of layer, expert and atomic expert. The best atomic expert of each layer's K best
-    experts always stays; of whole experts, each layer's K best.
+    experts always stays; of whole experts, each layer's K best; and whatever the budget's guards say.
 
     Args:
         scores: bigger is more important. What lies beyond an expert's width is ignored.
         widths: of the scored experts.
         budget: how much.
+        costs: `costs_of` the budget's unit.
 
     Raises:
-        ConfigError: see `Budget.check`.
+        ConfigError: see `Budget.check`; or costs are such that the ratio cannot be reached.
     """
-    layers = {index: scores_EF.masked_fill(~_exists(scores_EF, widths[index]), -math.inf) for index, scores_EF in scores.layers.items()}
+    assert (costs is None) == (budget.unit == "atomic_experts"), budget.unit
+    existing = {
+        index: scores_EF.double().masked_fill(~_exists(scores_EF, widths[index]), -math.inf) for index, scores_EF in scores.layers.items()
+    }
+    layers = temper(existing, budget.guards.tempering)
+    if costs is not None:
+        return _by_cost(layers, widths, budget, costs)
     if budget.granularity is Granularity.EXPERT:
         return _whole_experts(layers, widths, budget)
     if budget.is_uniform:
@@ -142,42 +50,27 @@ def allocate(scores: Scores, widths: Widths, budget: Budget) -> Plan:
     return exact if budget.width_multiple == 1 else _round_widths(exact, layers, budget)
 
 
-def report_allocation(plan: Plan, scores: Scores, widths: Widths, budget: Budget) -> dict[str, Any]:
-    """What was asked for and what was done; rounding compared with the exact plan. JSON types only."""
-    total = sum(sum(width_E) for width_E in widths.values())
-    exact = allocate(scores, widths, replace(budget, width_multiple=1, is_uniform=False))
-    removed, exchanged = total - plan.num_kept, sum(int((plan.layers[i] & ~exact.layers[i]).sum()) for i in plan.layers)
-    kept_score, exact_score = _kept_score(plan, scores), _kept_score(exact, scores)
-    summary = [f"removes {removed} of {total} atomic experts (asked for {budget.ratio * total:.6g})"]
-    if budget.granularity is Granularity.EXPERT:
-        present = sum(width > 0 for width_E in widths.values() for width in width_E)
-        kept = sum(int(kept_EF.any(dim=1).sum()) for kept_EF in plan.layers.values())
-        summary.append(f"these are {present - kept} of {present} experts, removed whole")
-    elif budget.width_multiple > 1 or budget.is_uniform:
-        form = "one width" if budget.is_uniform else f"multiples of {budget.width_multiple}"
-        summary.append(
-            f"rounding to {form}: {exact.num_kept} -> {plan.num_kept} kept, {exchanged} of them others than without; "
-            f"sum of kept scores {exact_score:.6g} -> {kept_score:.6g}"
-        )
-    return {
-        "atomic_experts": total,
-        "atomic_experts_removed": removed,
-        "atomic_experts_exchanged": exchanged,
-        "kept_score": kept_score,
-        "kept_score_without_rounding": exact_score,
-        "summary": summary,
-    }
+def temper(layers: Mapping[int, Tensor], tempering: float) -> dict[int, Tensor]:
+    """Scores with layers brought nearer to each other: those of layer l times (m / m_l)^t.
 
+    m_l is the mean of the layer's scores that are not negative (below 0 are experts that no token reached), m the mean of all
+    m_l, t the tempering; a layer with m_l = 0 keeps its scores. t = 0 changes nothing, t = 1 makes all m_l equal. Rankings
+    inside a layer stay.
 
-def _kept_score(plan: Plan, scores: Scores) -> float:
-    return sum(float(scores.layers[index][kept_EF].double().sum()) for index, kept_EF in plan.layers.items())
+    Args:
+        layers: scores (E, F), -inf where there is no atomic expert.
+        tempering: t, in [0, 1].
+    """
+    means = {index: float(scores_EF[scores_EF >= 0].mean()) for index, scores_EF in layers.items() if (scores_EF > 0).any()}
+    factors = {index: (sum(means.values()) / len(means) / mean) ** tempering for index, mean in means.items()}
+    return {index: scores_EF * factors.get(index, 1.0) for index, scores_EF in layers.items()}
 
 
 def _exact(layers: Mapping[int, Tensor], widths: Widths, budget: Budget) -> Plan:
     """A plan that removes exactly round(ratio * number of atomic experts), whatever the scope."""
     exists = {index: scores_EF > -math.inf for index, scores_EF in layers.items()}
-    protected = {index: _protect(scores_EF, budget.experts_per_token) for index, scores_EF in layers.items()}
-    numbers = budget.numbers_removed([sum(widths[index]) for index in layers])
+    protected = {index: _protect(scores_EF, index, widths, budget) for index, scores_EF in layers.items()}
+    numbers = budget.numbers_removed({index: widths[index] for index in layers})
     if budget.scope == "global":
         ranked = [protected[index][exists_EF] for index, exists_EF in exists.items()]
         kept_flat = _keep_highest(torch.cat(ranked), numbers[0]).split([len(scores_S) for scores_S in ranked])
@@ -188,6 +81,53 @@ def _exact(layers: Mapping[int, Tensor], widths: Widths, budget: Budget) -> Plan
         kept = {i: [w - r for w, r in zip(widths[i], removed[i], strict=True)] for i in exists}
         return Plan(layers={i: _keep_best_of_each(protected[i], kept[i]) for i in exists})
     return Plan(layers={index: _scatter(kept_S, exists_EF) for kept_S, (index, exists_EF) in zip(kept_flat, exists.items(), strict=True)})
+
+
+def _by_cost(layers: Mapping[int, Tensor], widths: Widths, budget: Budget, costs: Costs) -> Plan:
+    """A plan that removes what scores lowest for its cost until the cost removed is as near to the ratio as it comes (of two
+    equally near ones the smaller). What a layer ("layer") loses too much or too little is made up for by the next one.
+
+    One item are `width_multiple` atomic experts of an expert, its lowest first. The items whose score s_i and cost c_i have
+    s_i / c_i below a multiplier are those that minimise the sum of s_i - multiplier * c_i over what goes. So nothing else of the same or
+    a higher cost has a lower sum of scores, and the cost is at most half an item from the one asked for. (Where a layer's floor
+    holds, this is so of the items above the floor, which is made of the highest scores for their cost.)
+    """
+    rates = {index: _rates_of_items(scores_EF, index, widths, budget, costs) for index, scores_EF in layers.items()}
+    item_costs = {index: (budget.width_multiple * costs[index]).unsqueeze(1).expand_as(rates[index]) for index in layers}
+    largest = max(float(cost_EC.max()) for cost_EC in item_costs.values())
+    ends = budget.shares_removed({index: float((costs[index] * torch.tensor(widths[index])).sum()) for index in layers})
+    by_layer = [([index], end) for index, end in zip(layers, ends, strict=True)]
+    kept, removed = {}, 0.0
+    for group, wanted in [(list(layers), ends[-1])] if budget.scope == "global" else by_layer:
+        free = [rates[index].isfinite() for index in group]
+        rate_S = torch.cat([rates[index][free_EC] for index, free_EC in zip(group, free, strict=True)])
+        cost_S = torch.cat([item_costs[index][free_EC] for index, free_EC in zip(group, free, strict=True)])
+        stays_S, removed = _until(wanted, rate_S, cost_S, removed)
+        if wanted - removed > largest:
+            raise budget.too_little_left()
+        for index, free_EC, stays in zip(group, free, stays_S.split([int(free_EC.sum()) for free_EC in free]), strict=True):
+            kept_E = torch.tensor(widths[index]) - budget.width_multiple * _scatter(~stays, free_EC).sum(dim=1)
+            kept[index] = _keep_best_of_each(layers[index], kept_E.tolist())
+    return Plan(layers=kept)
+
+
+def _rates_of_items(scores_EF: Tensor, index: int, widths: Widths, budget: Budget, costs: Costs) -> Tensor:
+    """Mean score for cost of each item of a layer, lowest first: infinite where it stays, -inf where there is none."""
+    cost_E = costs[index].clamp(min=NEXT_TO_NOTHING * max(float(cost_E.max()) for cost_E in costs.values()))
+    rates_EF = _protect(scores_EF / cost_E.unsqueeze(1), index, widths, budget)
+    return rates_EF.sort(dim=1).values.view(len(rates_EF), -1, budget.width_multiple).mean(dim=-1)
+
+
+def _until(wanted: float, rate_S: Tensor, cost_S: Tensor, removed: float) -> tuple[Tensor, float]:
+    """Mask of the items that stay when the lowest rates go until the cost removed, so much already, is nearest to the wanted one;
+    and that cost."""
+    order_S = torch.sort(rate_S, stable=True).indices
+    total_S = removed + torch.nn.functional.pad(cost_S[order_S].cumsum(0), (1, 0))
+    miss_S = (total_S - wanted).abs()
+    number = int((miss_S == miss_S.min()).nonzero()[0])
+    stays_S = torch.ones(len(rate_S), dtype=torch.bool)
+    stays_S[order_S[:number]] = False
+    return stays_S, float(total_S[number])
 
 
 def _whole_experts(layers: Mapping[int, Tensor], widths: Widths, budget: Budget) -> Plan:
@@ -220,7 +160,7 @@ def _round_widths(plan: Plan, scored: Mapping[int, Tensor], budget: Budget) -> P
     for index, kept_EF in plan.layers.items():
         width_E = kept_EF.sum(dim=1)
         floor_E = width_E // multiple * multiple
-        sorted_EF = scored[index].sort(dim=1, descending=True, stable=True).values.double()
+        sorted_EF = scored[index].sort(dim=1, descending=True, stable=True).values
         padded_EF = torch.nn.functional.pad(sorted_EF.cumsum(dim=1), (1, 0))
         next_E = (floor_E + multiple).clamp(max=kept_EF.shape[1])
         gain_E = (padded_EF.gather(1, next_E.unsqueeze(1)) - padded_EF.gather(1, floor_E.unsqueeze(1))).squeeze(1)
@@ -235,20 +175,20 @@ def _round_widths(plan: Plan, scored: Mapping[int, Tensor], budget: Budget) -> P
     return Plan(layers=layers)
 
 
-def round_half_up(number: float) -> int:
-    return math.floor(number + 0.5)
-
-
 def _exists(scores_EF: Tensor, width_E: Sequence[int]) -> Tensor:
     """Mask (E, F) of the atomic experts that there are."""
     return torch.arange(scores_EF.shape[1]) < torch.tensor(width_E).unsqueeze(1)
 
 
-def _protect(scores_EF: Tensor, experts_per_token: int) -> Tensor:
-    """Scores with the best atomic expert (the first of equals) of the K best experts raised to infinity."""
+def _protect(scores_EF: Tensor, index: int, widths: Widths, budget: Budget) -> Tensor:
+    """Scores with those raised to infinity that stay: the best atomic expert (the first of equals) of the K best experts, the best
+    of each expert up to its floor, and of the others the best of the layer up to the layer's."""
     protected_EF = scores_EF.clone()
-    for expert in _highest(scores_EF.amax(dim=1), experts_per_token):
+    for expert in _highest(scores_EF.amax(dim=1), budget.experts_per_token):
         protected_EF[expert, scores_EF[expert].argmax()] = math.inf
+    protected_EF[_keep_best_of_each(protected_EF, budget.expert_floors(index, widths[index]))] = math.inf
+    num_below = protected_EF.numel() - budget.layer_floor(index, widths[index])
+    protected_EF[_keep_highest(protected_EF.flatten(), num_below).view_as(protected_EF)] = math.inf
     return protected_EF
 
 
@@ -284,7 +224,7 @@ def _share_among_experts(scores_EF: Tensor, width_E: Sequence[int], num_removed:
     first_E = [scores_EF.shape[1] - width for width in width_E]  # what does not exist sorts first
     next_E = torch.stack(
         [
-            sorted_F[first + base] if base < width else torch.tensor(math.inf)
+            sorted_F[first + base] if base < width else sorted_F.new_tensor(math.inf)
             for sorted_F, first, base, width in zip(sorted_EF, first_E, base_E, width_E, strict=True)
         ]
     )

@@ -14,9 +14,9 @@ CARD = Template("""---
 library_name: transformers
 tags: [heapr, mixture-of-experts, pruning]
 ---
-# $model, $removed of its routed atomic experts removed
+# $model, $removed of its routed $unit removed
 Pruned with heapr: criterion `$criterion`, ratio $ratio, scope `$scope`, form `$form`, widths rounded to multiples of $multiple.
-Calibrated on $num_samples sequences of $sequence_length tokens of `$corpus` ($split, seed $seed).
+Calibrated on $num_samples sequences of $sequence_length tokens of $text, seed $seed.
 
 $metrics
 $loading
@@ -24,6 +24,7 @@ $loading
 says what was done and to which weights.
 """)
 ROW = re.compile(r"^\| ([^|\s]+) \| ([^|]+ \| [^|]+) \|$", re.MULTILINE)
+UNITS = {"atomic_experts": "atomic experts", "flops": "experts' FLOPs", "bytes": "experts' bytes"}  # what the ratio is a share of
 LOADING = {
     "ragged": """Every expert has a width of its own, so the model needs the modelling file beside the weights, which imports torch
 and transformers alone:
@@ -50,6 +51,7 @@ def model_card(about: Mapping[str, Any], metrics: Mapping[str, Mapping[str, floa
     return CARD.substitute(
         model=about["model"],
         removed=f"{about['ratio']:.1%}",
+        unit=UNITS[about.get("budget", "atomic_experts")],
         criterion=about["criterion"]["_target_"].rpartition(".")[2],
         ratio=f"{about['ratio']:.6g}",
         scope=about["scope"],
@@ -58,11 +60,17 @@ def model_card(about: Mapping[str, Any], metrics: Mapping[str, Mapping[str, floa
         num_samples=calibration["num_samples"],
         sequence_length=calibration["sequence_length"],
         seed=calibration["seed"],
-        corpus=calibration["corpus"]["corpus"],
-        split=calibration["corpus"]["split"],
+        text=_text(calibration["corpus"]),
         metrics=_table(metrics, previous),
         loading=LOADING[about["form"]],
     )
+
+
+def _text(corpus: Mapping[str, Any]) -> str:
+    """What was calibrated on: a corpus and its split, or the parts of a mixture with their shares."""
+    if "parts" not in corpus:
+        return f"`{corpus['corpus']}` ({corpus['split']})"
+    return ", ".join(f"{part['share']:.3g} x {_text(part['corpus'])}" for part in corpus["parts"])
 
 
 def _table(metrics: Mapping[str, Mapping[str, float]], previous: str) -> str:

@@ -52,6 +52,8 @@ def _model_rows(plan: Mapping[str, Any]) -> Rows:
 
 def _removed_rows(plan: Mapping[str, Any]) -> Rows:
     atomic, removed = plan["atomic_experts_removed"], plan["parameters_removed"]
+    if atomic is None:
+        return [("removed", f"{plan['ratio']:.1%}", f"of the routed experts' {plan['budget']}; scores say how many atomic experts")]
     of_experts, of_all = removed / plan["expert_parameters"], removed / plan["parameters"]
     return [
         ("removed", f"{atomic:,}", f"atomic experts, {atomic / plan['atomic_experts']:.1%}"),

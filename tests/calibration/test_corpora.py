@@ -7,18 +7,42 @@ from pathlib import Path
 
 import pytest
 
-from heapr.calibration.corpora import PackageDocs, PyDocs, TextFiles, is_heldout, select_split
+from heapr.calibration.corpora import PARTS, PackageDocs, PyDocs, TextFiles, select_split, share_text
 from heapr.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
 def pydocs() -> dict[str, list[str]]:
-    return {split: PyDocs(split).documents() for split in ("train", "heldout")}
+    return {split: PyDocs(split).documents() for split in ("train", "heldout", "validation", "test")}
 
 
 def test_train_and_heldout_never_overlap(pydocs: dict[str, list[str]]) -> None:
     assert not set(pydocs["train"]) & set(pydocs["heldout"])
     assert 0.07 < len(pydocs["heldout"]) / len(pydocs["train"]) < 0.15
+
+
+def test_validation_and_test_are_the_two_halves_of_heldout(pydocs: dict[str, list[str]]) -> None:
+    halves = [pydocs["validation"], pydocs["test"]]
+    assert not set(halves[0]) & set(halves[1])
+    assert sorted(halves[0] + halves[1]) == sorted(pydocs["heldout"])
+    assert all(0.4 < len(half) / len(pydocs["heldout"]) < 0.6 for half in halves)
+
+
+def test_metrics_say_which_half_and_identities_which_text() -> None:
+    names = {split: (PyDocs(split).name, PackageDocs("numpy", split).name) for split in PARTS}
+    assert names["train"] == names["heldout"] == names["all"] == ("pydocs", "numpydocs")
+    assert names["validation"] == ("pydocs_validation", "numpydocs_validation") and names["test"] == ("pydocs_test", "numpydocs_test")
+    assert {PyDocs(split).identity()["corpus"] for split in PARTS} == {"pydocs"}
+
+
+def test_splits_share_text_if_they_share_a_part() -> None:
+    identities = {split: PyDocs(split).identity() for split in PARTS}
+    apart = {(a, b) for a in PARTS for b in PARTS if not share_text(identities[a], identities[b])}
+    one_way = {("train", "heldout"), ("train", "validation"), ("train", "test"), ("validation", "test")}
+    assert apart == one_way | {(b, a) for a, b in one_way}
+    assert not share_text(identities["all"], PackageDocs("numpy", "all").identity())
+    published = {"corpus": "ptb", "column": "sentence", "sha256": "0"}
+    assert share_text(published | {"split": "train"}, published | {"split": "test"})  # one local file, given twice
 
 
 def test_pydocs_holds_real_docstrings_of_the_standard_library_and_no_tests(pydocs: dict[str, list[str]]) -> None:
@@ -43,7 +67,8 @@ def test_select_split_drops_repeats_and_blanks_and_keeps_order() -> None:
     assert selected == documents
     train, heldout = select_split(documents, "train"), select_split(documents, "heldout")
     assert sorted(train + heldout) == sorted(documents)
-    assert all(is_heldout(text) for text in heldout)
+    assert heldout[:4] == ["text 21", "text 24", "text 25", "text 33"]  # written down: no document may ever change sides
+    assert select_split(documents, "test") == ["text 25", "text 33", "text 62"]
 
 
 def test_text_files_reads_text_and_json_lines(tmp_path: Path) -> None:
@@ -104,5 +129,5 @@ def test_bad_text_files_are_refused_in_one_line(tmp_path: Path) -> None:
         TextFiles([], split="all")
     with pytest.raises(ConfigError, match="no such package"):
         PackageDocs("no_such_package_anywhere", "all")
-    with pytest.raises(ConfigError, match="split 'test' is unknown"):
-        PyDocs("test")
+    with pytest.raises(ConfigError, match="split 'tset' is unknown"):
+        PyDocs("tset")

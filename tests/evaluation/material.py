@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from heapr.calibration.collector import collect
 from heapr.evaluation.evaluator import Material
 from heapr.model.moe import MoEModel
-from heapr.pruning.allocation import Budget, allocate
+from heapr.pruning.allocation import allocate
+from heapr.pruning.budget import Budget
 from heapr.pruning.surgery import remove
 from heapr.score.criterion import Criterion
 from heapr.score.gradient import Fisher

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from heapr.errors import ConfigError
-from heapr.pruning.allocation import Budget, allocate, report_allocation
+from heapr.pruning.allocation import allocate
+from heapr.pruning.allocation_report import report_allocation
+from heapr.pruning.budget import Budget
 from heapr.schema import SCOPES, WIDTH_MULTIPLES
 from heapr.types import Plan, Scores
 
@@ -74,10 +76,10 @@ def test_unrouted_experts_go_first() -> None:
 
 @pytest.mark.parametrize("scope", SCOPES)
 def test_a_ratio_is_refused_exactly_where_top_k_would_lack_experts(scope: str) -> None:
-    budget = Budget(ratio=0.87, scope=scope, experts_per_token=4)
-    assert sum(budget.numbers_removed([32, 32])) == 56  # 28 of each 32, or 56 of all 64
+    budget, widths = Budget(ratio=0.87, scope=scope, experts_per_token=4), {0: [8] * 4, 1: [8] * 4}
+    assert sum(budget.numbers_removed(widths)) == 56  # 28 of each 32, or 56 of all 64
     with pytest.raises(ConfigError, match="would leave a layer fewer experts than the 4 that every token is routed to"):
-        Budget(ratio=0.9, scope=scope, experts_per_token=4).numbers_removed([32, 32])
+        Budget(ratio=0.9, scope=scope, experts_per_token=4).numbers_removed(widths)
 
 
 @pytest.mark.parametrize("scope", SCOPES)

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from heapr.calibration.collector import collect
 from heapr.model.moe import MoEModel
-from heapr.pruning.allocation import Budget, allocate
+from heapr.pruning.allocation import allocate
+from heapr.pruning.budget import Budget
 from heapr.pruning.surgery import mask, remove
 from heapr.schema import SCOPES
 from heapr.score.data_free import Random

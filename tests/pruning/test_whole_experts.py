@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM
 import heapr
 from heapr.errors import ConfigError
 from heapr.model.moe import MoEModel
-from heapr.pruning.allocation import Budget, Widths, allocate, report_allocation
+from heapr.pruning.allocation import allocate
+from heapr.pruning.allocation_report import report_allocation
+from heapr.pruning.budget import Budget, Widths
 from heapr.types import Granularity, Plan, Scores
 from tests.experiment import cached_stages, run_in, write_model, write_texts
 from tests.tiny import tiny_ids

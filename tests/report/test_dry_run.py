@@ -10,7 +10,8 @@ from heapr.report.dry_run import print_dry_run
 
 PLAN = {
     "name": "qwen3_30b_a3b heapr global 25%", "path": "a/folder/with/a/long/name/and/no/blanks", "architecture": "Qwen3MoeForCausalLM",
-    "dtype": "bfloat16", "ratio": 0.25, "num_layers": 48, "num_moe_layers": 47, "num_experts": (128, 128), "width": (8, 768),
+    "dtype": "bfloat16", "ratio": 0.25, "budget": "atomic_experts",
+    "num_layers": 48, "num_moe_layers": 47, "num_experts": (128, 128), "width": (8, 768),
     "experts_per_token": 8, "atomic_experts": 4_000, "atomic_experts_removed": 1_000, "parameters": 40_000, "expert_parameters": 20_000,
     "parameters_removed": 5_000, "weight_bytes": 3 * 2**30, "statistics_bytes": 2**29, "matrix_bytes": 7 * 2**30, "num_samples": 128,
     "batch_size": 8, "sequence_length": 2048, "activation_bytes": 2**30, "calibration_flops": 4_456 * 10**12,
