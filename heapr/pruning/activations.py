@@ -99,10 +99,10 @@ class Activations:
         return F.linear(self.inputs.hidden_TD[token_n], matrices.inputs_GD.detach(), bias_G)
 
 
-def lost_output(before: Experts, after: Experts, inputs: ExpertInputs) -> Tensor:
-    """What the layer's output lost on its inputs (T, D), float32."""
-    old, new = Activations(before, inputs), Activations(after, inputs)
-    lost_TD = torch.zeros_like(inputs.hidden_TD, dtype=torch.float32)
-    for expert in range(len(new.widths)):
-        lost_TD.index_add_(0, old.tokens(expert), old.p(expert) * (old.output(expert) - new.output(expert)))
-    return lost_TD
+def layer_output(experts: Experts, inputs: ExpertInputs) -> Tensor:
+    """Sum over each token's experts of p E(x), without biases of W_down, which repair leaves alone: (T, D), float32."""
+    activations = Activations(experts, inputs)
+    output_TD = torch.zeros_like(inputs.hidden_TD, dtype=torch.float32)
+    for expert in range(len(activations.widths)):
+        output_TD.index_add_(0, activations.tokens(expert), activations.p(expert) * activations.output(expert))
+    return output_TD

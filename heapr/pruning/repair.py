@@ -16,7 +16,7 @@ from torch import Tensor
 from heapr.errors import ConfigError
 from heapr.model.layerwise import ExpertInputs
 from heapr.model.ragged_experts import Experts, RaggedExperts, matrices_of
-from heapr.pruning.activations import Activations, lost_output
+from heapr.pruning.activations import Activations, layer_output
 from heapr.pruning.refit import refit_inputs
 
 STEP_SIZES = (1.0, 0.5, 0.25)  # of a Gauss-Newton step, tried in turn
@@ -162,33 +162,33 @@ class JointRepair:
         self.refits_inputs = refits > 0
 
     def __call__(self, before: Experts, after: RaggedExperts, inputs: ExpertInputs) -> LayerRepair:
-        old = _weights(after)
-        error_before = error = _squared(lost_output(before, after, inputs))
-        error = self._solve_columns(before, after, inputs, error)
-        for _ in range(self.refits if error > 0 else 0):
-            error = self._refit_inputs(before, after, inputs, error)
-            error = self._solve_columns(before, after, inputs, error)
-        num_tokens = len(inputs.hidden_TD)
-        return LayerRepair(error_before / num_tokens, error / num_tokens, _num_changed(after, old))
+        old, wanted_TD, num_tokens = _weights(after), layer_output(before, inputs), len(inputs.hidden_TD)
+        lost_TD = wanted_TD - layer_output(after, inputs)
+        error_before = _squared(lost_TD)
+        lost_TD = self._solve_columns(after, inputs, wanted_TD, lost_TD)
+        for _ in range(self.refits if error_before > 0 else 0):
+            lost_TD = self._refit_inputs(after, inputs, wanted_TD, lost_TD)
+            lost_TD = self._solve_columns(after, inputs, wanted_TD, lost_TD)
+        return LayerRepair(error_before / num_tokens, _squared(lost_TD) / num_tokens, _num_changed(after, old))
 
-    def _solve_columns(self, before: Experts, after: RaggedExperts, inputs: ExpertInputs, error: float) -> float:
-        """New columns, unless they are no better once rounded to the model's dtype; the error then."""
-        kept, lost_TD, old_SD = Activations(after, inputs), lost_output(before, after, inputs), after.down_proj.detach().clone()
+    def _solve_columns(self, after: RaggedExperts, inputs: ExpertInputs, wanted_TD: Tensor, lost_TD: Tensor) -> Tensor:
+        """New columns, unless they are no better once rounded to the model's dtype; what is lost then."""
         solve = self._direct if sum(after.widths) <= self.direct_up_to else self._blockwise
-        after.down_proj.copy_(_rounded(old_SD, solve(kept, lost_TD)))
-        return _accept(after.down_proj, old_SD, _squared(lost_output(before, after, inputs)), error)
+        old_SD = after.down_proj.detach().clone()
+        after.down_proj.copy_(_rounded(old_SD, solve(Activations(after, inputs), lost_TD)))
+        return _accept(after.down_proj, old_SD, wanted_TD - layer_output(after, inputs), lost_TD)
 
-    def _refit_inputs(self, before: Experts, after: RaggedExperts, inputs: ExpertInputs, error: float) -> float:
-        """New rows of W_gate and W_up, if a step in the direction that is best to first order lowers the error; the error then."""
+    def _refit_inputs(self, after: RaggedExperts, inputs: ExpertInputs, wanted_TD: Tensor, lost_TD: Tensor) -> Tensor:
+        """New rows of W_gate and W_up, if a step in the direction that is best to first order lowers the error; what is lost then."""
         projection = after.get_parameter(after.layout.input_name)
         old_GD = projection.detach().clone()
-        change = refit_inputs(Activations(after, inputs), lost_output(before, after, inputs), ridge=self.ridge, num_steps=self.refit_steps)
+        change_GD = torch.cat(refit_inputs(Activations(after, inputs), lost_TD, ridge=self.ridge, num_steps=self.refit_steps))
         for step_size in STEP_SIZES:
-            projection.copy_(_rounded(old_GD, step_size * torch.cat(change)))
-            reached = _accept(projection, old_GD, _squared(lost_output(before, after, inputs)), error)
-            if reached < error:
-                return reached
-        return error
+            projection.copy_(_rounded(old_GD, step_size * change_GD))
+            reached_TD = _accept(projection, old_GD, wanted_TD - layer_output(after, inputs), lost_TD)
+            if reached_TD is not lost_TD:
+                return reached_TD
+        return lost_TD
 
     def _direct(self, kept: Activations, lost_TD: Tensor) -> Tensor:
         """Change of the columns (S, D), from the normal equations of the whole layer."""
@@ -224,12 +224,12 @@ class JointRepair:
 _TINY = 1e-30  # keeps a matrix of zeros invertible: that of an expert which no token reached
 
 
-def _accept(parameter: Tensor, old: Tensor, reached: float, error: float) -> float:
-    """Take a change back unless it lowers the error; the error then."""
-    if reached < error:
-        return reached
+def _accept(parameter: Tensor, old: Tensor, reached_TD: Tensor, lost_TD: Tensor) -> Tensor:
+    """Take a change back unless less is lost with it; what is lost then."""
+    if _squared(reached_TD) < _squared(lost_TD):
+        return reached_TD
     parameter.copy_(old)
-    return error
+    return lost_TD
 
 
 def _weights(experts: Experts) -> list[tuple[Tensor, Tensor]]:

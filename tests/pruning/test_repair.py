@@ -14,7 +14,7 @@ from heapr.errors import ConfigError
 from heapr.model.layerwise import ExpertInputs
 from heapr.model.moe import MoELayer, MoEModel
 from heapr.model.ragged_experts import RaggedExperts, matrices_of, run_experts
-from heapr.pruning.activations import Activations, lost_output
+from heapr.pruning.activations import Activations, layer_output
 from heapr.pruning.refit import refit_inputs
 from heapr.pruning.repair import ExpertRepair, JointRepair, LayerRepair, Repair
 from heapr.pruning.surgery import mask, remove, remove_and_repair
@@ -183,7 +183,7 @@ def test_gauss_newton_step_is_least_squares_to_first_order() -> None:
         return torch.func.functional_call(experts, {"gate_up_proj": rows_RD}, tuple(vars(layer.inputs).values()))
 
     with torch.no_grad():
-        lost_TD = lost_output(layer.before, experts, layer.inputs)
+        lost_TD = layer_output(layer.before, layer.inputs) - layer_output(experts, layer.inputs)
         change_RD = torch.cat(refit_inputs(Activations(experts, layer.inputs), lost_TD, ridge=ridge, num_steps=200))
     x_TD = layer.inputs.hidden_TD.double()
     jacobian = torch.autograd.functional.jacobian(output, old_RD).double()  # (T, D, R, D)
