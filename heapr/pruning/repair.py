@@ -1,6 +1,6 @@
 """Repair: least squares for what is left of a layer's experts, so that it makes up for what was removed.
 
-In: the experts of one layer before and after surgery, and what flows into them. Out: the latter, changed. docs/method.md, 7.
+In: the experts of one layer before and after surgery, and what flows into them. Out: the latter, changed. docs/method.md, 18 to 22.
 Shape letters: T tokens, D model width, E experts, n tokens of one expert, S kept atomic experts (of one expert, or of the layer).
 """
 

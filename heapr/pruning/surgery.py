@@ -36,7 +36,7 @@ def remove(model: MoEModel, plan: Plan, repaired: RepairedWeights | None = None)
 
 @torch.no_grad()
 def remove_and_repair(model: MoEModel, plan: Plan, repair: Repair, batches: Sequence[Tensor]) -> dict[int, LayerRepair]:
-    """Remove and repair one layer after the other (docs/method.md, 7); what was found for each, by decoder layer index.
+    """Remove and repair one layer after the other (docs/method.md, 18 to 22); what was found for each, by decoder layer index.
 
     Args:
         model: dense or ragged.

@@ -99,7 +99,7 @@ def test_by_hand() -> None:
 
 
 def test_expert_repair_is_least_squares_of_each_expert(layer: Layer) -> None:
-    """W_down C[:, S] C[S, S]^-1 (docs/method.md, 7) is what torch's solver finds for every expert's own output."""
+    """W_down C[:, S] C[S, S]^-1 (docs/method.md, 18) is what torch's solver finds for every expert's own output."""
     experts, _ = layer.repaired(ExpertRepair(ridge=TINY_RIDGE))
     z_TF, columns_FD = layer.z_dense(), layer.columns()
     expected = []
