@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SHARE = "relative"  # before a metric's name
+TICKS = (0.0, 0.5, 1.0, *(digit * 10.0**power for power in range(6) for digit in (2, 5, 10)))  # where zero and large numbers share an axis
 WITHOUT_INFLUENCE = {"pruning.save_checkpoint", "calibration.batch_size"}
 
 
@@ -144,6 +145,8 @@ def _line(axis: Axes, series: Series, metric: str, number: int) -> None:
 
 def _finish(axis: Axes, metric: str, baseline: Mapping[str, Any]) -> None:
     """The baseline's line, the label, and a logarithmic scale where shares span more than a factor of 8."""
+    from matplotlib.ticker import FuncFormatter
+
     if share_name(metric) == metric:
         axis.set_ylabel(metrics.axis_label(metric))
         return
@@ -155,5 +158,8 @@ def _finish(axis: Axes, metric: str, baseline: Mapping[str, Any]) -> None:
         logarithmic(axis, highest / lowest, which="y")
     elif highest > 8:
         axis.set_yscale("symlog", linthresh=1.0)  # shares of zero and below: better than the unpruned model
+        axis.set_ylim(lowest - 0.1, 1.4 * highest)
+        axis.set_yticks([tick for tick in TICKS if tick <= highest])
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     else:
         axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))

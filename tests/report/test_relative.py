@@ -145,6 +145,14 @@ def test_curve_has_a_line_per_method_and_one_for_the_baseline() -> None:
     assert drawing.missing == "Not drawn, for want of a baseline or of a number: jobs 20."
 
 
+def test_large_shares_and_those_below_zero_share_an_axis() -> None:
+    jobs = seeds({"Heapr": (8.0,), "Fisher": (7.4,), "Random": (17.5,)})
+    (drawing,) = relative_curve(entry("relative_curve"), jobs, [])
+    (axis,) = drawing.figure.axes
+    low, high = axis.get_ylim()
+    assert axis.get_yscale() == "symlog" and low < -0.2 and high > 20 and {0.0, 1.0, 20.0} <= set(axis.get_yticks())
+
+
 def test_report_holds_shares_in_all_forms(tmp_path: Path) -> None:
     section = [{"kind": "relative_table", "metrics": PERPLEXITY, "baseline": BASELINE, "average_over": "seed"}]
     section += [{"kind": "relative_curve", "metrics": PERPLEXITY, "baseline": BASELINE, "where": {"method": "fisher"}}]
