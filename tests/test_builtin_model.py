@@ -1,11 +1,14 @@
-"""The real thing: the built-in model on real text, pruned at 25 %."""
+"""The real thing: the built-in models on real text, pruned at 25 %."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
+from heapr.model.load import BUILTIN_FOLDER
+from heapr.pipeline import Summary
 from tests.experiment import run_in
 
 SMALLER = ["calibration.num_samples=64", "evaluation/corpora=[pydocs]", "evaluation/evaluators@evaluation=[perplexity]"]
@@ -27,8 +30,26 @@ def perplexity(folder: Path) -> dict[str, float]:
     return found
 
 
-def test_the_dense_model_reaches_its_figure(perplexity: dict[str, float]) -> None:
+@pytest.fixture(scope="module")
+def deepseek_run(tmp_path_factory: pytest.TempPathFactory) -> Summary:
+    """The model with shared experts and a dense layer, pruned at 25 % by heapr."""
+    return run_in(tmp_path_factory.mktemp("deepseek"), "model=tiny_deepseek", "pruning.ratio=0.25", *SMALLER, "calibration.num_samples=32")
+
+
+def card_perplexity(name: str) -> float:
+    return float(re.search(r"\*\*([0-9.]+)\*\*", (BUILTIN_FOLDER / name / "README.md").read_text())[1])
+
+
+def test_the_dense_model_reaches_its_cards_figure(perplexity: dict[str, float]) -> None:
+    assert perplexity["dense"] == pytest.approx(card_perplexity("qwen3_moe_tiny"), rel=1e-3)
     assert perplexity["dense"] <= 32
+
+
+def test_the_deepseek_model_reaches_its_cards_figure_and_prunes_well(deepseek_run: Summary) -> None:
+    dense, pruned = (deepseek_run.metrics[variant]["perplexity/pydocs"] for variant in ("dense", "pruned"))
+    assert dense == pytest.approx(card_perplexity("deepseek_moe_tiny"), rel=1e-3)
+    assert dense <= 32
+    assert dense < pruned <= 1.04 * dense
 
 
 def test_heapr_stays_within_ten_percent_of_the_dense_model(perplexity: dict[str, float]) -> None:

@@ -62,9 +62,16 @@ def test_another_recipe_does_not_go_on_from_it(training: ModuleType, document_id
         training.TrainingState(training.Recipe(model="qwen3_moe_tiny", num_steps=5)).load(tmp_path)
 
 
+def balance(router_logits: Tensor) -> float:
+    """E sum_e f_e p_e of tokens' router logits: f_e times a token chooses expert e, p_e its mean probability."""
+    probability_TE = router_logits.softmax(-1)
+    chosen_TE = torch.zeros_like(probability_TE).scatter(1, probability_TE.topk(4).indices, 1.0)
+    return 16 * sum(float(chosen_TE[:, e].mean() * probability_TE[:, e].mean()) for e in range(16))
+
+
 @pytest.mark.parametrize("name", BUILTIN)
 def test_the_loss_balances_the_load_of_the_experts(training: ModuleType, name: str, document_ids: list[Tensor]) -> None:
-    """Cross-entropy + 0.01 E sum_e f_e p_e: f_e experts e per token, p_e its mean probability, over the tokens of all layers."""
+    """Over all layers' tokens at once, whether the family's own forward adds it or the training."""
     recipe = training.Recipe(model=name, num_steps=1, batch_size=2, sequence_length=16)
     state = training.TrainingState(recipe)
     state.model.eval()  # without dropout
@@ -72,10 +79,8 @@ def test_the_loss_balances_the_load_of_the_experts(training: ModuleType, name: s
     with torch.no_grad():
         outputs = state.model(input_ids=batch, output_router_logits=True)
     cross_entropy = F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
-    probability_TE = torch.cat(outputs.router_logits).softmax(-1)
-    chosen_TE = torch.zeros_like(probability_TE).scatter(1, probability_TE.topk(4).indices, 1.0)
-    balance = 16 * sum(float(chosen_TE[:, e].mean() * probability_TE[:, e].mean()) for e in range(16))
-    assert training.train_step(state, batch, recipe) == pytest.approx(float(cross_entropy) + 0.01 * balance, rel=1e-5)
+    expected = float(cross_entropy) + 0.01 * balance(torch.cat(outputs.router_logits))
+    assert training.train_step(state, batch, recipe) == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_card_tells_the_architecture(training: ModuleType) -> None:

@@ -319,7 +319,7 @@ BAD_INPUT = [
     (["pruning.scope=block"], "pruning.scope='block' is unknown; choose one of global, layer, expert"),
     (["model.dtype=int8"], "model.dtype='int8' is unknown"),
     (["model.path={folder}/nowhere"], "no such folder"),
-    (["model.path=builtin:nothing"], "no such built-in model; known: builtin:qwen3_moe_tiny"),
+    (["model.path=builtin:nothing"], "no such built-in model; known: builtin:deepseek_moe_tiny, builtin:qwen3_moe_tiny"),
     (["model.path={folder}/empty"], "has no config.json"),
     (["model.path={folder}/llama"], "has no MoE layer"),
     (["model.path={folder}/quantised"], r"are quantised \(mxfp4\)"),
