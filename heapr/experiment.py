@@ -129,8 +129,10 @@ def prepare(config: ExperimentConfig) -> Experiment:
 
 
 def name_of(config: ExperimentConfig) -> str:
-    """Readable: model, criterion, scope, ratio."""
-    return f"{config.model.name} {criterion_name(config.score['_target_'])} {config.pruning.scope} {100 * config.pruning.ratio:.4g}%"
+    """Readable: model, criterion, scope, ratio, and of what unless of atomic experts."""
+    pruning = config.pruning
+    unit = "" if pruning.budget == "atomic_experts" else f" of {pruning.budget}"
+    return f"{config.model.name} {criterion_name(config.score['_target_'])} {pruning.scope} {100 * pruning.ratio:.4g}%{unit}"
 
 
 def find_criterion(config: ExperimentConfig) -> Criterion:

@@ -48,7 +48,7 @@ class CalibrationConfig:
 class PruningConfig:
     """How much is removed, and what is ranked together."""
 
-    ratio: float = MISSING  # share of routed atomic experts to remove, in [0, 1)
+    ratio: float = MISSING  # share of routed atomic experts to remove, or of what `budget` says, in [0, 1)
     scope: str = MISSING  # global, layer or expert
     width_multiple: int = 1  # every expert's width becomes a multiple of it: 1, 8, 16, 32, 64, 128 or 256
     form: str = "ragged"  # of the checkpoint: ragged (exact widths), uniform (one width, scope expert), masked (zeros)
