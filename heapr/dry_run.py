@@ -222,7 +222,10 @@ def _stages(recipes: Recipes, store: Store, evaluation: Sequence[Evaluator | Com
     yield from (plan(recipes.calibrate), plan(recipes.score))
     yield from (plan(r, f"{e.name} dense") for e, r in zip(evaluators, recipes.evaluate_dense, strict=True))
     yield from (plan(r, c.name) for c, r in comparisons if c.upstream == "score")
-    yield plan(recipes.prune, needs=needed_of_prune(save_checkpoint))
+    for round_ in recipes.rounds:
+        if round_ is not recipes.rounds[0]:
+            yield from (plan(round_.calibrate, round_.what), plan(round_.score, round_.what))
+        yield plan(round_.prune, round_.what, needed_of_prune(save_checkpoint and round_ is recipes.rounds[-1]))
     yield from (plan(r, f"{e.name} pruned") for e, r in zip(evaluators, recipes.evaluate_pruned, strict=True))
     yield from (plan(r, c.name) for c, r in comparisons if c.upstream == "prune")
 

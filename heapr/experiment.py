@@ -24,6 +24,7 @@ from heapr.evaluation.evaluator import Comparison, Evaluator
 from heapr.model.checkpoint import check_form
 from heapr.model.load import ModelSource, find_model
 from heapr.pruning.budget import Budget, Guards
+from heapr.pruning.repair import Repair
 from heapr.pruning.uniform import Settings, uniform_settings
 from heapr.recipes import Recipes, experiment_recipes
 from heapr.schema import CalibrationConfig, ExperimentConfig, build
@@ -49,6 +50,7 @@ class Experiment:
         batch_size: calibration sequences per pass.
         criterion: the score.
         budget: how much is removed.
+        repair: how what is left makes up for it; none leaves it as it is.
         form: of the checkpoint: ragged, uniform or masked.
         uniform_settings: what the uniform form changes in the model's configuration.
         save_checkpoint: whether the pruned model is written.
@@ -67,6 +69,7 @@ class Experiment:
     batch_size: int
     criterion: Criterion
     budget: Budget
+    repair: Repair | None
     form: str
     uniform_settings: Settings
     save_checkpoint: bool
@@ -106,7 +109,7 @@ def prepare(config: ExperimentConfig) -> Experiment:
         name=name_of(config),
         labels={
             "model": config.model.name,
-            "criterion": criterion_name(config.score["_target_"]),
+            "criterion": option_name(config.score["_target_"]),
             "scope": config.pruning.scope,
             "corpus": text.name,
         },
@@ -118,6 +121,7 @@ def prepare(config: ExperimentConfig) -> Experiment:
         batch_size=config.calibration.batch_size,
         criterion=criterion,
         budget=budget,
+        repair=find_repair(config),
         form=config.pruning.form,
         uniform_settings=find_uniform_settings(source, budget),
         save_checkpoint=config.pruning.save_checkpoint,
@@ -129,10 +133,13 @@ def prepare(config: ExperimentConfig) -> Experiment:
 
 
 def name_of(config: ExperimentConfig) -> str:
-    """Readable: model, criterion, scope, ratio, and of what unless of atomic experts."""
+    """Readable: model, criterion, scope, ratio and of what, and what goes beyond the paper."""
     pruning = config.pruning
-    unit = "" if pruning.budget == "atomic_experts" else f" of {pruning.budget}"
-    return f"{config.model.name} {criterion_name(config.score['_target_'])} {pruning.scope} {100 * pruning.ratio:.4g}%{unit}"
+    words = [config.model.name, option_name(config.score["_target_"]), pruning.scope, f"{100 * pruning.ratio:.4g}%"]
+    words += [] if pruning.budget == "atomic_experts" else [f"of {pruning.budget}"]
+    words += [option_name(pruning.repair["_target_"])] if pruning.repair else []
+    words += [f"{pruning.rounds} rounds"] if pruning.rounds > 1 else []
+    return " ".join(words)
 
 
 def find_criterion(config: ExperimentConfig) -> Criterion:
@@ -148,6 +155,18 @@ def find_criterion(config: ExperimentConfig) -> Criterion:
             "use pruning=global or pruning=layer"
         )
     return criterion
+
+
+def find_repair(config: ExperimentConfig) -> Repair | None:
+    """How what is left makes up for what is removed.
+
+    Raises:
+        ConfigError: it cannot be built.
+    """
+    if config.pruning.repair is None:
+        return None
+    repair: Repair = build(config.pruning.repair, "pruning.repair")
+    return repair
 
 
 def find_source(config: ExperimentConfig, store: Store) -> ModelSource:
@@ -206,8 +225,8 @@ def needed_of_prune(save_checkpoint: bool) -> list[str]:
     return [f"{CHECKPOINT}/{CARD}"] if save_checkpoint else []
 
 
-def criterion_name(target: str) -> str:
-    """The name of a criterion's option, from its `_target_`: heapr.score.gradient.HeaprSum is heapr_sum."""
+def option_name(target: str) -> str:
+    """The name of a plug-in's option, from its `_target_`: heapr.score.gradient.HeaprSum is heapr_sum."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", target.rpartition(".")[2]).lower()
 
 
@@ -219,6 +238,7 @@ def _about(config: ExperimentConfig, recipes: Recipes, source: ModelSource) -> d
         "criterion": dict(recipes.score.config["criterion"]),
         "calibration": {name: value for name, value in recipes.calibrate.config.items() if name != "model"},
         **recipes.prune.config,
+        "rounds": config.pruning.rounds,
         "keys": {recipe.stage: recipe.key for recipe in (recipes.calibrate, recipes.score, recipes.prune)},
     }
 

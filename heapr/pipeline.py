@@ -20,21 +20,22 @@ from safetensors.torch import load_file, save_file
 
 from heapr.calibration.collector import collect
 from heapr.calibration.sampling import batches
-from heapr.errors import TooLargeError
 from heapr.evaluation.efficiency import size_change
 from heapr.evaluation.evaluator import Material
 from heapr.evaluation.routing import layer_routing
 from heapr.evaluation.zero_shot import average_accuracy
 from heapr.experiment import CARD, CHECKPOINT, Experiment, needed_of_prune, prepare
 from heapr.files import write_json
+from heapr.in_memory import ModelInMemory
 from heapr.model.checkpoint import save_checkpoint
 from heapr.model.moe import MoEModel
 from heapr.progress import progress
 from heapr.pruning.allocation import allocate
 from heapr.pruning.allocation_report import report_allocation
-from heapr.pruning.budget import costs_of
-from heapr.pruning.surgery import mask, remove
-from heapr.pruning.uniform import make_uniform
+from heapr.pruning.budget import Costs, costs_of
+from heapr.pruning.load import PLAN, REPAIRED, read_pruning
+from heapr.pruning.repair import report_repair
+from heapr.recipes import Round
 from heapr.report.card import model_card
 from heapr.report.protocol import protocol_differences
 from heapr.schema import ExperimentConfig
@@ -42,13 +43,13 @@ from heapr.store import Artifact, Recipe
 from heapr.tracking.build import open_tracker
 from heapr.tracking.tracker import NUM_TOKENS, RATIO, Image, Run, Tracker
 from heapr.tracking.values import CalibrationProgress, artifacts, figures, layer_table
-from heapr.types import Evaluation, ExpertWeights, Metrics, Plan, ProtocolRecord, Scores, Statistics, TensorDict, TokenWindows
+from heapr.types import Evaluation, ExpertWeights, Metrics, Plan, ProtocolRecord, Pruning, Scores, Statistics, TensorDict, TokenWindows
 
 logger = logging.getLogger(__name__)
 
 # The files of the artifact contract.
 TOKENS, STATISTICS, SCORES = "tokens.safetensors", "statistics.safetensors", "scores.safetensors"
-PLAN, ALLOCATION = "plan.safetensors", "allocation.json"
+ALLOCATION, REPAIR = "allocation.json", "repair.json"  # beside the plan, heapr/pruning/load.py
 METRICS, DETAILS, SUMMARY = "metrics.json", "details.json", "summary.json"
 
 
@@ -91,10 +92,10 @@ def run(config: ExperimentConfig, folder: Path, *, sweep: str | None = None) -> 
         scores = pipeline.score(statistics)
         dense = pipeline.evaluate_dense(statistics, scores)  # now, because pruning changes the model in place
         tracker.log({RATIO: 0.0, **dense["dense"]})
-        plan = pipeline.prune(statistics, scores)
-        pruned = pipeline.evaluate_pruned(statistics, scores, plan)
-        metrics = pipeline.conclude(dense, pruned, plan)
-        pipeline.show(statistics, plan, figures(sorted(folder.glob("*.png"))))
+        pruning = pipeline.prune(statistics, scores)
+        pruned = pipeline.evaluate_pruned(statistics, scores, pruning)
+        metrics = pipeline.conclude(dense, pruned, pruning.plan)
+        pipeline.show(statistics, pruning.plan, figures(sorted(folder.glob("*.png"))))
         tracker.log({RATIO: config.pruning.ratio, **metrics["pruned"], **metrics["size"], **metrics["comparison"]})
     for difference in protocol_differences(pipeline.protocols):
         logger.warning("dense and pruned cannot be compared: %s", difference)
@@ -117,22 +118,49 @@ class Pipeline:
         self.experiment, self.tracker = experiment, tracker
         self.stages: list[dict[str, Any]] = []
         self.protocols: dict[str, dict[str, ProtocolRecord]] = {"dense": {}, "pruned": {}}
-        self._dense: MoEModel | None = None
-        self._pruned: MoEModel | None = None
+        self.model = ModelInMemory(experiment)
 
     def calibrate(self) -> Statistics:
         """One forward and one backward pass over the calibration tokens; running sums per atomic expert."""
+        return self._calibrate(self.experiment.recipes.rounds[0], self.model.dense)
 
+    def score(self, statistics: Statistics) -> Scores:
+        """The importance of every atomic expert."""
+        return self._score(self.experiment.recipes.rounds[0], statistics, self.model.dense)
+
+    def evaluate_dense(self, statistics: Statistics, scores: Scores) -> dict[str, Metrics]:
+        """Metrics of the dense model, and of the comparisons that need no other."""
+        recipes = self.experiment.recipes.evaluate_dense
+        dense = self._measure(recipes, statistics, self.model.dense, variant="dense")
+        return {"dense": dense, "comparison": self._compare("score", self._material(statistics, scores, None))}
+
+    def prune(self, statistics: Statistics, scores: Scores) -> Pruning:
+        """Which atomic experts go: the lowest-scoring share. In further rounds, of what is left by its own statistics."""
+        experiment = self.experiment
+        costs = costs_of(experiment.budget.unit, statistics, experiment.source.atomic_expert_parameters)
+        first, *others = experiment.recipes.rounds
+        pruning = self._prune(first, scores, costs, None)
+        for later in others:
+            model = partial(self.model.pruned, pruning)
+            pruning = self._prune(later, self._score(later, self._calibrate(later, model), model), costs, pruning)
+        return pruning
+
+    def evaluate_pruned(self, statistics: Statistics, scores: Scores, pruning: Pruning) -> dict[str, Metrics]:
+        """Metrics of the pruned model, and of the comparisons with the dense one, for which that is loaded once more."""
+        recipes = self.experiment.recipes.evaluate_pruned
+        pruned = self._measure(recipes, statistics, partial(self.model.final, pruning), variant="pruned")
+        return {"pruned": pruned, "comparison": self._compare("prune", self._material(statistics, scores, pruning))}
+
+    def _calibrate(self, round_: Round, model: Callable[[], MoEModel]) -> Statistics:
         def make(folder: Path) -> None:
-            tokens, batch_size = self.experiment.tokens, self.experiment.batch_size
-            assert tokens is not None, "the calibration vanished from the store while the experiment was under way"
+            tokens, batch_size = self._tokens(), self.experiment.batch_size
             num_batches = math.ceil(len(tokens.ids_NW) / batch_size)
             bar = progress(batches(tokens, batch_size), total=num_batches, description="calibrate")
-            statistics = collect(self._dense_model(), bar, on_batch=CalibrationProgress(self.tracker))
+            statistics = collect(model(), bar, on_batch=CalibrationProgress(self.tracker))
             _save(tokens.to_tensors(), folder / TOKENS)
             _save(statistics.to_tensors(), folder / STATISTICS)
 
-        artifact = self._get(self.experiment.recipes.calibrate, make)
+        artifact = self._get(round_.calibrate, make, round_.what)
         statistics = Statistics.from_tensors(load_file(artifact.path / STATISTICS))
         loss = statistics.loss_sum / statistics.num_predicted_tokens
         self.tracker.log({NUM_TOKENS: statistics.num_tokens, "calibration/loss": loss})
@@ -141,43 +169,42 @@ class Pipeline:
                 logger.info("%-9s no token reached %d of %d experts of layer %d", "calibrate", unrouted, len(layer.count_E), index)
         return statistics
 
-    def score(self, statistics: Statistics) -> Scores:
-        """The importance of every atomic expert."""
+    def _score(self, round_: Round, statistics: Statistics, model: Callable[[], MoEModel]) -> Scores:
+        def weights(index: int) -> ExpertWeights:
+            return next(layer.weights() for layer in model().layers if layer.index == index)
 
         def make(folder: Path) -> None:
-            _save(self.experiment.criterion(statistics, self._weights).to_tensors(), folder / SCORES)
+            _save(self.experiment.criterion(statistics, weights).to_tensors(), folder / SCORES)
 
-        artifact = self._get(self.experiment.recipes.score, make)
+        artifact = self._get(round_.score, make, round_.what)
         return Scores.from_tensors(load_file(artifact.path / SCORES))
 
-    def evaluate_dense(self, statistics: Statistics, scores: Scores) -> dict[str, Metrics]:
-        """Metrics of the dense model, and of the comparisons that need no other."""
-        recipes = self.experiment.recipes.evaluate_dense
-        dense = self._measure(recipes, statistics, self._dense_model, variant="dense")
-        return {"dense": dense, "comparison": self._compare("score", self._material(statistics, scores, None))}
-
-    def prune(self, statistics: Statistics, scores: Scores) -> Plan:
-        """Which atomic experts go: the lowest-scoring share. And the model without them, as a checkpoint."""
+    def _prune(self, round_: Round, scores: Scores, costs: Costs | None, earlier: Pruning | None) -> Pruning:
+        """The plan, the repair of what is kept, and, in the last round, the model as a checkpoint."""
         experiment = self.experiment
+        save_checkpoint = experiment.save_checkpoint and round_ is experiment.recipes.rounds[-1]
 
         def make(folder: Path) -> None:
-            costs = costs_of(experiment.budget.unit, statistics, experiment.source.atomic_expert_parameters)
-            plan = allocate(scores, experiment.source.widths, experiment.budget, costs)
-            _save(plan.to_tensors(), folder / PLAN, identity=experiment.source.identity)
-            write_json(folder / ALLOCATION, report_allocation(plan, scores, experiment.source.widths, experiment.budget, costs))
-            if experiment.save_checkpoint:
-                self._save_checkpoint(plan, folder)
+            original = experiment.source.widths
+            widths = earlier.plan.widths if earlier else original
+            budget = experiment.budget.of_round(round_.ratio, widths, original, costs)
+            plan = allocate(scores, widths, budget, costs)
+            write_json(folder / ALLOCATION, report_allocation(plan, scores, widths, budget, costs))
+            pruning = Pruning(earlier.plan.then(plan) if earlier else plan)
+            if experiment.repair:
+                pruning, found = self.model.repaired(pruning.plan, lambda: list(batches(self._tokens(), experiment.batch_size)))
+                _save(pruning.repaired_tensors(), folder / REPAIRED)
+                write_json(folder / REPAIR, report_repair(found))
+            about_plan = {"model": json.dumps(experiment.source.identity)} | ({"repaired": REPAIRED} if experiment.repair else {})
+            _save(pruning.plan.to_tensors(), folder / PLAN, about_plan)
+            if save_checkpoint:
+                self._save_checkpoint(pruning, folder)
 
-        artifact = self._get(experiment.recipes.prune, make, needs=needed_of_prune(experiment.save_checkpoint))
-        for line in json.loads((artifact.path / ALLOCATION).read_text())["summary"]:
-            logger.info("%-9s %s", "prune", line)
-        return Plan.from_tensors(load_file(artifact.path / PLAN))
-
-    def evaluate_pruned(self, statistics: Statistics, scores: Scores, plan: Plan) -> dict[str, Metrics]:
-        """Metrics of the pruned model, and of the comparisons with the dense one, for which that is loaded once more."""
-        recipes = self.experiment.recipes.evaluate_pruned
-        pruned = self._measure(recipes, statistics, partial(self._pruned_model, plan), variant="pruned")
-        return {"pruned": pruned, "comparison": self._compare("prune", self._material(statistics, scores, plan))}
+        artifact = self._get(round_.prune, make, round_.what, needs=needed_of_prune(save_checkpoint))
+        for name in (ALLOCATION, REPAIR) if experiment.repair else (ALLOCATION,):
+            for line in json.loads((artifact.path / name).read_text())["summary"]:
+                logger.info("%-9s %s", "prune", line)
+        return read_pruning(artifact.path)
 
     def conclude(self, dense: dict[str, Metrics], pruned: dict[str, Metrics], plan: Plan) -> dict[str, Metrics]:
         """All metrics; the card of the checkpoint tells them too."""
@@ -199,15 +226,10 @@ class Pipeline:
         layers = [layer_routing(index, plan, width_E, statistics) for index, width_E in widths.items()]
         self.tracker.log({"layers": layer_table(layers), **images, **artifacts(self.stages)})
 
-    def _save_checkpoint(self, plan: Plan, folder: Path) -> None:
-        """The masked form is written before rows and columns are removed, the others after."""
+    def _save_checkpoint(self, pruning: Pruning, folder: Path) -> None:
         experiment = self.experiment
-        if experiment.form == "masked":
-            mask(self._dense_model(), plan)
-            save_checkpoint(self._dense_model(), experiment.source.tokenizer, folder / CHECKPOINT, about=experiment.about)
-            self._pruned_model(plan)  # the masked model is no longer the dense one
-        else:
-            save_checkpoint(self._pruned_model(plan), experiment.source.tokenizer, folder / CHECKPOINT, about=experiment.about)
+        model = self.model.masked(pruning) if experiment.form == "masked" else self.model.final(pruning)
+        save_checkpoint(model, experiment.source.tokenizer, folder / CHECKPOINT, about=experiment.about)
         (folder / CHECKPOINT / CARD).write_text(model_card(experiment.about, {}), encoding="utf-8")
         shutil.copy(folder / PLAN, folder / CHECKPOINT)
 
@@ -241,48 +263,28 @@ class Pipeline:
 
         return self._get(recipe, make, what).path
 
-    def _material(self, statistics: Statistics, scores: Scores, plan: Plan | None) -> Material:
+    def _material(self, statistics: Statistics, scores: Scores, pruning: Pruning | None) -> Material:
+        def dense_and_pruned() -> tuple[MoEModel, MoEModel]:
+            assert pruning is not None, "asked for before there was a plan"
+            return self.model.dense_and_pruned(pruning)
+
         return Material(
             statistics=statistics,
             scores=scores,
             unit=self.experiment.criterion.unit,
             widths=self.experiment.source.widths,
-            plan=plan,
-            tokens=self._calibration_tokens,
-            dense=self._dense_model,
-            dense_and_pruned=partial(self._dense_and_pruned, plan),
+            plan=pruning.plan if pruning else None,
+            tokens=self._tokens,
+            dense=self.model.dense,
+            dense_and_pruned=dense_and_pruned,
         )
 
-    def _dense_and_pruned(self, plan: Plan | None) -> tuple[MoEModel, MoEModel]:
-        assert plan is not None, "asked for before there was a plan"
-        pruned = self._pruned_model(plan)  # first: it takes the dense model, if there is one
-        try:
-            return self._dense_model(), pruned
-        except TooLargeError as error:
-            raise TooLargeError(
-                f"the dense and the pruned model do not fit on '{self.experiment.device}' together; leave out what compares them: "
-                "evaluation.fidelity=null evaluation.throughput=null (all other results are in the store)"
-            ) from error
-
-    def _calibration_tokens(self) -> TokenWindows:
-        return TokenWindows.from_tensors(load_file(self.experiment.store.path(self.experiment.recipes.calibrate) / TOKENS))
-
-    def _dense_model(self) -> MoEModel:
-        if self._dense is None:
-            self._dense = self.experiment.source.load(self.experiment.device, self.experiment.device_map)
-        return self._dense
-
-    def _pruned_model(self, plan: Plan) -> MoEModel:
-        """The dense model, cut in place; whoever needs a dense one afterwards loads it anew."""
-        if self._pruned is None:
-            self._pruned, self._dense = self._dense_model(), None
-            remove(self._pruned, plan)
-            if self.experiment.uniform_settings:
-                make_uniform(self._pruned, self.experiment.uniform_settings)
-        return self._pruned
-
-    def _weights(self, index: int) -> ExpertWeights:
-        return next(layer.weights() for layer in self._dense_model().layers if layer.index == index)
+    def _tokens(self) -> TokenWindows:
+        """Of the calibration."""
+        experiment = self.experiment
+        if experiment.tokens is not None:
+            return experiment.tokens
+        return TokenWindows.from_tensors(load_file(experiment.store.path(experiment.recipes.calibrate) / TOKENS))
 
     def _get(self, recipe: Recipe, make: Callable[[Path], None], what: str = "", needs: Sequence[str] = ()) -> Artifact:
         """Answer from the store or make it; one log line either way."""
@@ -307,7 +309,5 @@ def _tracked_run(experiment: Experiment, sweep: str | None, resolved: Mapping[st
     )
 
 
-def _save(tensors: TensorDict, path: Path, identity: Mapping[str, str] | None = None) -> None:
-    """Write tensors; a plan says which model it is of."""
-    metadata = None if identity is None else {"model": json.dumps(identity)}
+def _save(tensors: TensorDict, path: Path, metadata: dict[str, str] | None = None) -> None:
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)

@@ -21,7 +21,24 @@ from heapr.store import KEY_LENGTH, Recipe
 STAGE_VERSIONS = {"calibrate": 1, "score": 1, "prune": 2, "evaluate": 2}
 
 # Fields of `PruningConfig`: those that were in the first keys, and those that change no plan.
-ALWAYS_IN_KEY, WITHOUT_INFLUENCE = ("ratio", "scope", "width_multiple", "form"), ("save_checkpoint",)
+ALWAYS_IN_KEY, WITHOUT_INFLUENCE = ("ratio", "scope", "width_multiple", "form"), ("save_checkpoint", "rounds")
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of pruning; the statistics of all but the first are those of the model that the round before left.
+
+    Attributes:
+        what: its name in logs; nothing for the first.
+        ratio: share of the dense model's atomic experts that is gone after it.
+        calibrate, score, prune: one each.
+    """
+
+    what: str
+    ratio: float
+    calibrate: Recipe
+    score: Recipe
+    prune: Recipe
 
 
 @dataclass(frozen=True)
@@ -29,17 +46,30 @@ class Recipes:
     """The recipes of one experiment.
 
     Attributes:
-        calibrate, score, prune: one each.
+        rounds: at least one.
         evaluate_dense, evaluate_pruned: one per evaluator, in their order.
         compare: one per comparison, in their order.
     """
 
-    calibrate: Recipe
-    score: Recipe
-    prune: Recipe
+    rounds: Sequence[Round]
     evaluate_dense: Sequence[Recipe]
     evaluate_pruned: Sequence[Recipe]
     compare: Sequence[Recipe]
+
+    @property
+    def calibrate(self) -> Recipe:
+        """Of the dense model."""
+        return self.rounds[0].calibrate
+
+    @property
+    def score(self) -> Recipe:
+        """Of the dense model."""
+        return self.rounds[0].score
+
+    @property
+    def prune(self) -> Recipe:
+        """Of the last round: the pruned model."""
+        return self.rounds[-1].prune
 
     @property
     def key(self) -> str:
@@ -56,27 +86,35 @@ def experiment_recipes(
     comparisons: Sequence[Comparison],
 ) -> Recipes:
     """The recipes of an experiment; each holds the keys of those that it is made from."""
-    settings = config.calibration
-    calibrate = _recipe(
-        "calibrate",
-        {
-            "model": dict(model_identity),
-            "corpus": text.identity(),
-            "num_samples": settings.num_samples,
-            "sequence_length": settings.sequence_length,
-            "seed": settings.seed,
-        },
-    )
-    score = _recipe("score", {"criterion": dict(config.score)}, calibrate)
-    prune = _recipe("prune", _settings_of_plan(config.pruning), score)
+    rounds = _rounds(config, model_identity, text)
+    calibrate, score, prune = rounds[0].calibrate, rounds[0].score, rounds[-1].prune
     return Recipes(
-        calibrate=calibrate,
-        score=score,
-        prune=prune,
+        rounds=rounds,
         evaluate_dense=[_evaluate_dense(evaluator, model_identity, calibrate) for evaluator in evaluators],
         evaluate_pruned=[_recipe("evaluate", {"evaluator": evaluator.identity()}, prune) for evaluator in evaluators],
         compare=[_compare(comparison, {"score": score, "prune": prune}[comparison.upstream]) for comparison in comparisons],
     )
+
+
+def _rounds(config: ExperimentConfig, model_identity: Mapping[str, str], text: Corpus | Mixture) -> list[Round]:
+    """Every round removes the same number of atomic experts. A round's key does not tell how many follow, so that experiments which
+    begin alike share their beginning."""
+    settings, pruning = config.calibration, config.pruning
+    tokens = {
+        "model": dict(model_identity),
+        "corpus": text.identity(),
+        "num_samples": settings.num_samples,
+        "sequence_length": settings.sequence_length,
+        "seed": settings.seed,
+    }
+    rounds: list[Round] = []
+    for number in range(1, pruning.rounds + 1):
+        ratio = pruning.ratio * number / pruning.rounds
+        calibrate = _recipe("calibrate", tokens, *[earlier.prune for earlier in rounds[-1:]])
+        score = _recipe("score", {"criterion": dict(config.score)}, calibrate)
+        prune = _recipe("prune", _settings_of_plan(pruning) | {"ratio": ratio}, score)
+        rounds.append(Round(f"round {number}" if number > 1 else "", ratio, calibrate, score, prune))
+    return rounds
 
 
 def _settings_of_plan(pruning: PruningConfig) -> dict[str, Any]:

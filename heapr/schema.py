@@ -50,6 +50,8 @@ class PruningConfig:
 
     ratio: float = MISSING  # share of routed atomic experts to remove, or of what `budget` says, in [0, 1)
     scope: str = MISSING  # global, layer or expert
+    rounds: int = 1  # steps of equal size, each measured on the model that the one before left; at least 1
+    repair: dict[str, Any] | None = None  # plug-in: heapr/pruning/repair.py; none leaves what is kept as it was
     width_multiple: int = 1  # every expert's width becomes a multiple of it: 1, 8, 16, 32, 64, 128 or 256
     form: str = "ragged"  # of the checkpoint: ragged (exact widths), uniform (one width, scope expert), masked (zeros)
     save_checkpoint: bool = True  # off keeps only the plan, which re-creates the pruned model in memory
@@ -158,6 +160,7 @@ def check(config: ExperimentConfig) -> None:
 def _check_pruning(pruning: PruningConfig) -> None:
     if not (math.isfinite(pruning.ratio) and 0 <= pruning.ratio < 1):
         raise ConfigError(f"pruning.ratio={pruning.ratio} is not in [0, 1); give the share of atomic experts to remove, for example 0.25")
+    at_least("pruning.rounds", pruning.rounds, 1)
     _choice("pruning.scope", pruning.scope, SCOPES)
     _choice("pruning.form", pruning.form, FORMS)
     if pruning.form == "uniform" and pruning.scope != "expert":

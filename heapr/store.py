@@ -15,7 +15,6 @@ import os
 import shutil
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -156,7 +155,7 @@ class Store:
         with _locked(path):
             if self._is_intact(path, needs):
                 return False
-            _publish(recipe, path, make)
+            _publish(recipe, path, make, StageMeter(self.device))
             return True
 
     def _is_intact(self, path: Path, needs: Sequence[str] = ()) -> bool:
@@ -211,16 +210,16 @@ def _locked(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def _publish(recipe: Recipe, path: Path, make: Callable[[Path], None]) -> None:
+def _publish(recipe: Recipe, path: Path, make: Callable[[Path], None], meter: StageMeter) -> None:
     """Make the files in a temporary folder, describe them, and rename it into place. Called under the lock."""
     for leftover in path.parent.glob(f".{path.name}.tmp-*"):
         shutil.rmtree(leftover)
     temporary = path.parent / f".{path.name}.tmp-{os.getpid()}"
     temporary.mkdir()
-    started = time.time()
     try:
-        make(temporary)
-        _write_manifest(recipe, temporary, seconds=time.time() - started)
+        with meter:
+            make(temporary)
+        _write_manifest(recipe, temporary, meter)
         aside = path.parent / f".{path.name}.tmp-{os.getpid()}-old"
         if path.exists():  # damaged, or without a file that is needed now; who reads it meanwhile misses it for a moment at most
             os.rename(path, aside)
@@ -231,7 +230,7 @@ def _publish(recipe: Recipe, path: Path, make: Callable[[Path], None]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_manifest(recipe: Recipe, folder: Path, *, seconds: float) -> None:
+def _write_manifest(recipe: Recipe, folder: Path, meter: StageMeter) -> None:
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         files[path.relative_to(folder).as_posix()] = _describe(path)
@@ -245,7 +244,8 @@ def _write_manifest(recipe: Recipe, folder: Path, *, seconds: float) -> None:
         "libraries": {name: importlib.metadata.version(name) for name in RECORDED_LIBRARIES},
         "git_commit": _git_commit(),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "seconds": round(seconds, 3),
+        "seconds": round(meter.seconds, 3),
+        "peak_memory_bytes": meter.peak_memory_bytes,
         "files": files,
     }
     write_json(folder / MANIFEST, manifest)

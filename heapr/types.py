@@ -227,12 +227,67 @@ class Plan:
     def num_kept(self) -> int:
         return sum(int(kept_EF.sum()) for kept_EF in self.layers.values())
 
+    @property
+    def widths(self) -> dict[int, list[int]]:
+        """Kept atomic experts of every expert, by decoder layer index."""
+        return {index: kept_EF.sum(dim=1).tolist() for index, kept_EF in self.layers.items()}
+
+    def then(self, later: Plan) -> Plan:
+        """This plan followed by one for the model that it leaves, as one plan."""
+        layers = {index: kept_EF.clone() for index, kept_EF in self.layers.items()}
+        for index, kept_EF in layers.items():
+            for kept_F, later_F in zip(kept_EF, later.layers[index], strict=True):
+                atomic_S = kept_F.nonzero().flatten()
+                kept_F[atomic_S] = later_F[: len(atomic_S)]
+        return Plan(layers=layers)
+
+    def after(self, earlier: Plan) -> Plan:
+        """This plan for the model that an earlier one leaves, of which it keeps a part: `earlier.then(plan.after(earlier))` is `plan`."""
+        layers = {}
+        for index, kept_EF in self.layers.items():
+            earlier_EF = earlier.layers[index]
+            assert not (kept_EF & ~earlier_EF).any(), f"layer {index} would get back atomic experts that it lost"
+            rows = [kept_F[earlier_F] for kept_F, earlier_F in zip(kept_EF, earlier_EF, strict=True)]
+            layers[index] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return Plan(layers=layers)
+
     def to_tensors(self) -> TensorDict:
         return {f"layers.{index}": kept_EF for index, kept_EF in self.layers.items()}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Plan:
         return cls(layers={index: tensors[f"layers.{index}"] for index in _layer_indices(tensors)})
+
+
+RepairedWeights = Mapping[int, TensorDict]  # by decoder layer index and parameter name, as ragged experts hold them
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What pruning makes of a model.
+
+    Attributes:
+        plan: which of the dense model's atomic experts are kept.
+        repaired: the weights that repair changed; none where all stay as they were.
+    """
+
+    plan: Plan
+    repaired: RepairedWeights | None = None
+
+    def __post_init__(self) -> None:
+        for index, tensors in (self.repaired or {}).items():
+            assert len(tensors["down_proj"]) == int(self.plan.layers[index].sum()), index
+
+    def repaired_tensors(self) -> TensorDict:
+        return {f"layers.{index}.{name}": tensor for index, layer in (self.repaired or {}).items() for name, tensor in layer.items()}
+
+    @staticmethod
+    def repaired_from_tensors(tensors: Mapping[str, Tensor]) -> RepairedWeights:
+        layers: dict[int, TensorDict] = {index: {} for index in _layer_indices(tensors)}
+        for key, tensor in tensors.items():
+            _, index, name = key.split(".", maxsplit=2)
+            layers[int(index)][name] = tensor
+        return layers
 
 
 Metrics = dict[str, float]  # by contract name, for example "perplexity/pydocs"

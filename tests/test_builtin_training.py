@@ -1,4 +1,4 @@
-"""The command that trained the built-in model: seeded, and resumed equals uninterrupted."""
+"""The command that trained the built-in models: seeded, resumed equals uninterrupted, and every family's load is balanced."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from types import ModuleType
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+BUILTIN = ("qwen3_moe_tiny", "deepseek_moe_tiny")
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +37,9 @@ def steps(training: ModuleType, state: object, document_ids: list[Tensor], until
         training.train_step(state, training.sample_batch(document_ids, state.recipe, state.step), state.recipe)
 
 
-def test_resumed_equals_uninterrupted(training: ModuleType, document_ids: list[Tensor], tmp_path: Path) -> None:
-    recipe = training.Recipe(model="qwen3_moe_tiny", num_steps=4, batch_size=2, sequence_length=16, num_warmup_steps=1)
+@pytest.mark.parametrize("name", BUILTIN)
+def test_resumed_equals_uninterrupted(training: ModuleType, name: str, document_ids: list[Tensor], tmp_path: Path) -> None:
+    recipe = training.Recipe(model=name, num_steps=4, batch_size=2, sequence_length=16, num_warmup_steps=1)
     whole, first, second = (training.TrainingState(recipe) for _ in range(3))
     steps(training, whole, document_ids, until=4)
     steps(training, first, document_ids, until=2)
@@ -43,8 +47,8 @@ def test_resumed_equals_uninterrupted(training: ModuleType, document_ids: list[T
     second.load(tmp_path)
     assert second.step == 2
     steps(training, second, document_ids, until=4)
-    for name in ("model", "average"):
-        expected, got = getattr(whole, name), getattr(second, name)
+    for part in ("model", "average"):
+        expected, got = getattr(whole, part), getattr(second, part)
         assert all(torch.equal(a, b) for a, b in zip(expected.parameters(), got.parameters(), strict=True))
     assert not torch.equal(whole.model.lm_head.weight, whole.average.lm_head.weight)
 
@@ -56,3 +60,33 @@ def test_another_recipe_does_not_go_on_from_it(training: ModuleType, document_id
     state.save(tmp_path)
     with pytest.raises(SystemExit, match="another recipe"):
         training.TrainingState(training.Recipe(model="qwen3_moe_tiny", num_steps=5)).load(tmp_path)
+
+
+@pytest.mark.parametrize("name", BUILTIN)
+def test_the_loss_balances_the_load_of_the_experts(training: ModuleType, name: str, document_ids: list[Tensor]) -> None:
+    """Cross-entropy + 0.01 E sum_e f_e p_e: f_e experts e per token, p_e its mean probability, over the tokens of all layers."""
+    recipe = training.Recipe(model=name, num_steps=1, batch_size=2, sequence_length=16)
+    state = training.TrainingState(recipe)
+    state.model.eval()  # without dropout
+    batch = training.sample_batch(document_ids, recipe, step=0)
+    with torch.no_grad():
+        outputs = state.model(input_ids=batch, output_router_logits=True)
+    cross_entropy = F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+    probability_TE = torch.cat(outputs.router_logits).softmax(-1)
+    chosen_TE = torch.zeros_like(probability_TE).scatter(1, probability_TE.topk(4).indices, 1.0)
+    balance = 16 * sum(float(chosen_TE[:, e].mean() * probability_TE[:, e].mean()) for e in range(16))
+    assert training.train_step(state, batch, recipe) == pytest.approx(float(cross_entropy) + 0.01 * balance, rel=1e-5)
+
+
+def test_the_card_tells_the_architecture(training: ModuleType) -> None:
+    described = {name: training.describe(training.build_model(name)) for name in BUILTIN}
+    assert described == {
+        "qwen3_moe_tiny": "4 layers x 16 experts x 64 atomic experts, top-4, 2.0 million parameters",
+        "deepseek_moe_tiny": "4 layers x 16 experts x 48 atomic experts, top-4, beside 2 shared experts, after 1 dense layer, "
+        "1.9 million parameters",
+    }
+
+
+def test_an_unknown_name_is_refused_with_the_known_ones(training: ModuleType) -> None:
+    with pytest.raises(SystemExit, match="'nothing'; known: qwen3_moe_tiny, deepseek_moe_tiny"):
+        training.build_model("nothing")

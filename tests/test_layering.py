@@ -24,14 +24,15 @@ ALLOWED: dict[str, set[str]] = {
     "score": {"errors", "types"},
     "model": {"errors", "files", "hub", "types"},
     "calibration": {"errors", "files", "hub", "model", "schema", "types"},
-    "pruning": {"errors", "model", "types"},
+    "pruning": {"errors", "model", "progress", "types"},
     "evaluation": {
         "errors", "files", "hub", "measure", "progress", "schema", "types", "score", "model", "calibration", "pruning",
     },
     "recipes": {"schema", "store", "calibration", "evaluation"},
     "experiment": {"errors", "types", "schema", "store", "recipes", "score", "model", "calibration", "pruning", "evaluation"},
+    "in_memory": {"errors", "experiment", "types", "model", "pruning"},
     "pipeline": {
-        "errors", "experiment", "files", "progress", "report", "schema", "store", "tracking", "types", "model", "calibration",
+        "experiment", "files", "in_memory", "progress", "recipes", "report", "schema", "store", "tracking", "types", "model", "calibration",
         "pruning", "evaluation",
     },
     "dry_run": {

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from heapr.errors import ConfigError
 from heapr.evaluation.build import build_evaluators
 from heapr.evaluation.perplexity import Perplexity
-from heapr.experiment import criterion_name, prepare
+from heapr.experiment import option_name, prepare
 from heapr.model.load import ModelSource, find_model
 from heapr.pipeline import Summary
 from heapr.pruning.surgery import mask
@@ -428,4 +428,4 @@ def test_a_run_is_named_by_options_and_percent(experiment: Experiment) -> None:
     config = compose_experiment(*experiment.overrides, f"paths.outputs={experiment.folder}", "score=heapr_sum", "pruning.ratio=0.125")
     assert prepare(config).name.endswith(" heapr_sum global 12.5%")
     for option in ("heapr", "heapr_sum", "fisher", "magnitude", "random"):
-        assert criterion_name(compose_experiment(f"score={option}").score["_target_"]) == option
+        assert option_name(compose_experiment(f"score={option}").score["_target_"]) == option

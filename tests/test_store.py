@@ -52,7 +52,7 @@ def test_manifest_says_what_it_is(tmp_path: Path) -> None:
     assert manifest["upstream"] == {"calibrate": "abc"} and manifest["config"] == {"ratio": 0.5}
     assert manifest["files"]["data.txt"]["size"] == 6 and len(manifest["files"]["data.txt"]["sha256"]) == 64
     assert {"torch", "transformers"} <= manifest["libraries"].keys()
-    assert manifest["created"] and manifest["seconds"] >= 0 and "git_commit" in manifest
+    assert manifest["created"] and manifest["seconds"] >= 0 and manifest["peak_memory_bytes"] > 0 and "git_commit" in manifest
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -25,12 +26,60 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from heapr.calibration.corpora import DOCUMENT_SEPARATOR, PyDocs
+from heapr.model.deepseek_moe import DeepseekForCausalLM, DeepseekMoeConfig
+from heapr.model.moe import find_moe_layers
 
 VOCABULARY_SIZE = 2048  # 1.6 MB of text teach no larger one well, and the experts stay most of the model
 END_OF_TEXT = "<|endoftext|>"
 MODELS_FOLDER = Path(__file__).resolve().parents[2] / "heapr" / "model" / "builtin"
+ROUTER_AUXILIARY_LOSS = 0.01  # coefficient of the load-balancing loss, which keeps every expert in use
+
+COMMON_FIELDS: dict[str, Any] = {
+    "vocab_size": VOCABULARY_SIZE,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "num_experts_per_tok": 4,
+    "attention_dropout": 0.1,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+# name: model class, config class, and the config's fields beside the common ones
+ARCHITECTURES: dict[str, tuple[type[PreTrainedModel], type[PretrainedConfig], dict[str, Any]]] = {
+    "qwen3_moe_tiny": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig,
+        {
+            "num_hidden_layers": 4,
+            "num_experts": 16,
+            "moe_intermediate_size": 64,
+            "norm_topk_prob": True,
+            "router_aux_loss_coef": ROUTER_AUXILIARY_LOSS,
+        },
+    ),
+    "deepseek_moe_tiny": (
+        DeepseekForCausalLM,
+        DeepseekMoeConfig,
+        {
+            "num_hidden_layers": 5,
+            "first_k_dense_replace": 1,
+            "n_routed_experts": 16,
+            "n_shared_experts": 2,
+            "moe_intermediate_size": 48,
+            "norm_topk_prob": False,
+            "aux_loss_alpha": ROUTER_AUXILIARY_LOSS,
+            "seq_aux": False,
+        },
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -49,30 +98,13 @@ class Recipe:
     seed: int = 0
 
 
-def build_config(name: str) -> PretrainedConfig:
-    """Architecture of a built-in model."""
-    if name != "qwen3_moe_tiny":
-        raise SystemExit(f"no built-in model '{name}'; known: qwen3_moe_tiny")
-    return Qwen3MoeConfig(
-        vocab_size=VOCABULARY_SIZE,
-        hidden_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        num_experts=16,
-        num_experts_per_tok=4,
-        moe_intermediate_size=64,
-        intermediate_size=256,
-        norm_topk_prob=True,
-        router_aux_loss_coef=0.01,
-        attention_dropout=0.1,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
+def build_model(name: str) -> PreTrainedModel:
+    """A built-in model with fresh weights, drawn from torch's global generator."""
+    if name not in ARCHITECTURES:
+        raise SystemExit(f"no built-in model '{name}'; known: {', '.join(ARCHITECTURES)}")
+    model_class, config_class, fields = ARCHITECTURES[name]
+    model: PreTrainedModel = model_class(config_class(**COMMON_FIELDS, **fields))
+    return model
 
 
 def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
@@ -135,7 +167,7 @@ class TrainingState:
         torch.manual_seed(recipe.seed)
         self.recipe, self.step = recipe, 0
         self.log: list[dict[str, float]] = []
-        self.model = Qwen3MoeForCausalLM(build_config(recipe.model))
+        self.model = build_model(recipe.model)
         self.model.set_experts_implementation("grouped_mm")
         self.average = copy.deepcopy(self.model)
         decayed = [p for p in self.model.parameters() if p.dim() >= 2]
@@ -197,7 +229,12 @@ def train_step(state: TrainingState, batch: Tensor, recipe: Recipe) -> float:
     torch.manual_seed(recipe.seed * 7_368_787 + state.step)  # dropout
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(recipe, state.step)
-    loss = state.model(input_ids=batch, labels=batch, output_router_logits=True, use_cache=False).loss
+    outputs = state.model(input_ids=batch, labels=batch, output_router_logits=True, use_cache=False)
+    loss = outputs.loss
+    if outputs.aux_loss is None:  # this family's loss leaves the load balancing to the training
+        config = state.model.config
+        auxiliary = load_balancing_loss_func(outputs.router_logits, config.num_experts, config.num_experts_per_tok)
+        loss = loss + ROUTER_AUXILIARY_LOSS * auxiliary
     loss.backward()
     torch.nn.utils.clip_grad_norm_(state.model.parameters(), 1.0)
     state.optimizer.step()
@@ -251,18 +288,34 @@ def main() -> None:
     loss = heldout_loss(model.float(), heldout_tokens, recipe)
     num_bytes = len(DOCUMENT_SEPARATOR.join(heldout_documents).encode())
     bits_per_byte = loss / math.log(2) * len(heldout_tokens) / num_bytes
-    write_card(final, recipe, perplexity=math.exp(loss), bits_per_byte=bits_per_byte, log=state.log)
+    write_card(final, state, perplexity=math.exp(loss), bits_per_byte=bits_per_byte)
     if arguments.install:
         shutil.copytree(final, MODELS_FOLDER / recipe.model, dirs_exist_ok=True)
 
 
-def write_card(folder: Path, recipe: Recipe, *, perplexity: float, bits_per_byte: float, log: list[dict[str, float]]) -> None:
+def describe(model: PreTrainedModel) -> str:
+    """What the model consists of, in words."""
+    config, layers = model.config, find_moe_layers(model)
+    num_dense, num_shared = config.num_hidden_layers - len(layers), getattr(config, "n_shared_experts", 0)
+    parts = [
+        f"{len(layers)} layers x {layers[0].num_experts} experts x {layers[0].width} atomic experts",
+        f"top-{config.num_experts_per_tok}",
+    ]
+    if num_shared:
+        parts.append(f"beside {num_shared} shared experts")
+    if num_dense:
+        parts.append(f"after {num_dense} dense layer{'s' if num_dense > 1 else ''}")
+    return ", ".join([*parts, f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters"])
+
+
+def write_card(folder: Path, state: TrainingState, *, perplexity: float, bits_per_byte: float) -> None:
     """README.md of the model folder: what it is, how it was made, what it reached."""
-    rows = "\n".join(f"| {r['step']} | {r['train_loss']:.3f} | {r['heldout_perplexity']:.2f} | {r['seconds']:.0f} |" for r in log)
+    recipe = state.recipe
+    rows = "\n".join(f"| {r['step']} | {r['train_loss']:.3f} | {r['heldout_perplexity']:.2f} | {r['seconds']:.0f} |" for r in state.log)
     (folder / "README.md").write_text(
         f"""# {recipe.model}
-A small Mixture-of-Experts language model for trying out pruning without a network: 4 layers x 16 experts x 64 atomic
-experts, top-4, 2.0 million parameters, bfloat16. It is a test object, not a useful language model.
+A small Mixture-of-Experts language model for trying out pruning without a network; a test object, not a useful language model.
+{describe(state.model)}, bfloat16.
 
 Trained on the docstrings of Python {platform.python_version()}'s standard library (corpus `pydocs`, split `train`) by
 

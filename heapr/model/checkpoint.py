@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from heapr.errors import ConfigError
 from heapr.model import ragged_experts
 from heapr.model.moe import MoEModel
-from heapr.model.ragged_experts import is_ragged, make_ragged
+from heapr.model.ragged_experts import make_ragged
 
 REMOTE_MODULES = "transformers_modules."  # where transformers puts Python code from beside weights
 RAGGED_PREFIX = "heapr_"
@@ -60,7 +60,7 @@ def save_checkpoint(model: MoEModel, tokenizer: PreTrainedTokenizerBase, folder:
         about: what was done; becomes `heapr` in config.json. JSON types only.
     """
     folder.mkdir(parents=True)
-    if is_ragged(model.layers[0].experts):
+    if model.is_ragged:
         _save_ragged(model, folder, about)
     else:
         _save_stock(model.model, folder, about)

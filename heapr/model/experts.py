@@ -44,7 +44,7 @@ def use_heapr_experts(model: PreTrainedModel, run: ExpertsForward = run_experts)
         raise ConfigError(f"{type(model).__name__} needs a missing capability: experts whose implementation cannot be chosen")
     outside = [module for module in model.modules() if _is_outside_interface(module) or (is_ragged(module) and run is not run_experts)]
     try:
-        with _forwards(outside, lambda experts: partial(run, experts)):
+        with forwards(outside, lambda experts: partial(run, experts)):
             yield
     finally:
         ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, run_experts)
@@ -54,12 +54,12 @@ def use_heapr_experts(model: PreTrainedModel, run: ExpertsForward = run_experts)
 @contextmanager
 def skip_experts(model: PreTrainedModel) -> Iterator[None]:
     """Routed experts return zeros without computing anything, for counting what the rest of the model does. Restores."""
-    with _forwards([module for module in model.modules() if is_experts(module)], lambda _: lambda hidden, *__: torch.zeros_like(hidden)):
+    with forwards([module for module in model.modules() if is_experts(module)], lambda _: lambda hidden, *__: torch.zeros_like(hidden)):
         yield
 
 
 @contextmanager
-def _forwards(modules: Sequence[nn.Module], make: Callable[[nn.Module], Callable[..., Tensor]]) -> Iterator[None]:
+def forwards(modules: Sequence[nn.Module], make: Callable[[nn.Module], Callable[..., Tensor]]) -> Iterator[None]:
     """Give each module a forward of its own; restores what was there, a device map's hook too."""
     previous = [module.__dict__.get("forward") for module in modules]
     for module in modules:

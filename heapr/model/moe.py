@@ -20,10 +20,11 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from heapr.errors import ConfigError
 from heapr.model.experts import CAPABILITIES, is_experts
-from heapr.model.ragged_experts import Experts, RaggedExperts, layout_of, matrices_of, model_width_of, widths_of
+from heapr.model.ragged_experts import Experts, RaggedExperts, is_ragged, layout_of, matrices_of, model_width_of, widths_of
 from heapr.types import ExpertWeights
 
 TOP_K_FIELDS = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k")  # K in the families' configurations
+DECODER_LAYER = re.compile(r"\.(\d+)\.")  # in a module's name, such as `model.layers.3.mlp.experts`
 LOGITS_CHUNK = 2**26  # logits held at once: 2^26 elements are 256 MiB in float32
 
 
@@ -126,6 +127,17 @@ class MoEModel:
         """The child that computes the final hidden states."""
         body: nn.Module = self.model.get_submodule(_body_name(self.model))
         return body
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether its experts have individual widths."""
+        return is_ragged(self.layers[0].experts)
+
+    @property
+    def decoder_layers(self) -> list[nn.Module]:
+        """All decoder layers, with and without experts, in order."""
+        container = self.model.get_submodule(DECODER_LAYER.split(self.layers[0].name)[0])
+        return list(container.children())
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Logits of final hidden states, in float32: what the model's own forward makes of them, scaling and capping included."""
@@ -276,6 +288,6 @@ def gradient_from_embeddings(model: PreTrainedModel) -> Iterator[None]:
 
 def _layer_index(name: str) -> int:
     """Decoder layer index from a module name such as `model.layers.3.mlp.experts`."""
-    match = re.search(r"\.(\d+)\.", name)
+    match = DECODER_LAYER.search(name)
     assert match is not None, f"experts module outside a list of layers: {name}"
     return int(match.group(1))

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
+import torch
 from torch import Tensor
 
 from heapr.errors import ConfigError
@@ -89,6 +90,14 @@ class Budget:
     def is_plain(self) -> bool:
         """Whether atomic experts are counted and nothing is guarded, as in the paper."""
         return self.unit == "atomic_experts" and self.guards.are_off
+
+    def of_round(self, ratio: float, widths: Widths, original_widths: Widths, costs: Costs | None) -> Budget:
+        """The budget for what an earlier round left, after which `ratio` of the original is gone; floors stay shares of the original."""
+        total, left = (_size(each, costs) for each in (original_widths, widths))
+        if left == total:
+            return replace(self, ratio=ratio)
+        kept = total - round_half_up(ratio * total) if costs is None else (1 - ratio) * total
+        return replace(self, ratio=max(0.0, 1 - kept / left), guards=replace(self.guards, original_widths=original_widths))
 
     def check(self, widths: Widths) -> None:
         """Whatever can be refused before there are scores.
@@ -202,6 +211,13 @@ class Budget:
             raise ConfigError(f"pruning.form=uniform needs experts of one width, this model has {len(present)}; use pruning.form=ragged")
         multiples = round_half_up(present.pop() * (1 - self.ratio) / self.width_multiple)
         return max(1, multiples) * self.width_multiple
+
+
+def _size(widths: Widths, costs: Costs | None) -> float:
+    """All atomic experts, or what they cost."""
+    if costs is None:
+        return sum(sum(width_E) for width_E in widths.values())
+    return sum(float((costs[index] * torch.tensor(width_E)).sum()) for index, width_E in widths.items())
 
 
 def costs_of(unit: str, statistics: Statistics, parameters: Mapping[int, int]) -> Costs | None:

@@ -11,12 +11,15 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from heapr.errors import ConfigError
 from heapr.model.load import ModelSource, find_model
 from heapr.pruning.surgery import remove
-from heapr.types import Plan
+from heapr.types import Plan, Pruning, TensorDict
+
+PLAN, REPAIRED = "plan.safetensors", "repaired.safetensors"  # of the prune artifact
 
 
 def load_pruned(path: str | Path, *, plan: str | Path | None = None, dtype: str | None = None, device: str = "cpu") -> PreTrainedModel:
@@ -24,7 +27,8 @@ def load_pruned(path: str | Path, *, plan: str | Path | None = None, dtype: str 
 
     Args:
         path: a checkpoint that `prune` wrote, of any form; with `plan`, the dense model that the plan was made for.
-        plan: a plan.safetensors: its atomic experts are removed from the dense model in memory.
+        plan: a plan.safetensors: its atomic experts are removed from the dense model in memory. If the rest was repaired, the
+            repaired.safetensors that prune wrote must lie beside it.
         dtype: float32, bfloat16 or float16; none is that of the weights.
         device: where it goes.
 
@@ -32,25 +36,57 @@ def load_pruned(path: str | Path, *, plan: str | Path | None = None, dtype: str 
         ConfigError: no such model, damaged weights, or a plan that is not this model's.
     """
     source = find_model(str(path), dtype=dtype)
-    kept = None if plan is None else read_plan(Path(plan), source)
+    pruning = None if plan is None else find_pruning(Path(plan), source)
     model = source.load(torch.device(device))
-    if kept is not None:
-        remove(model, kept)
+    if pruning is not None:
+        remove(model, pruning.plan, pruning.repaired)
     return model.model
 
 
-def read_plan(path: Path, source: ModelSource) -> Plan:
-    """A plan, checked against the model that it is to be applied to.
+def read_pruning(folder: Path) -> Pruning:
+    """What a prune artifact holds."""
+    plan = Plan.from_tensors(load_file(folder / PLAN))
+    return Pruning(plan, Pruning.repaired_from_tensors(load_file(folder / REPAIRED)) if (folder / REPAIRED).is_file() else None)
+
+
+def find_pruning(path: Path, source: ModelSource) -> Pruning:
+    """A plan and the repaired weights beside it, checked against the model that they are to be applied to.
 
     Raises:
-        ConfigError: it is damaged, or made for other shapes or other weights.
+        ConfigError: something is damaged or missing, or made for other shapes or other weights.
     """
+    tensors, metadata = _read(path, "plan")
+    plan = _checked(path, tensors, json.loads(metadata.get("model", "{}")), source)
+    if "repaired" not in metadata:
+        return Pruning(plan)
+    beside = path.with_name(metadata["repaired"])
+    if not beside.is_file():
+        raise ConfigError(
+            f"plan '{path}' belongs to a repaired model, but its weights '{beside.name}' are not beside it; load the checkpoint instead, "
+            "or give the plan in the folder that prune wrote"
+        )
+    repaired = Pruning.repaired_from_tensors(_read(beside, "repaired weights")[0])
+    num_rows = {index: len(tensors["down_proj"]) for index, tensors in repaired.items() if "down_proj" in tensors}
+    if num_rows != {index: sum(width_E) for index, width_E in plan.widths.items()}:
+        raise ConfigError(f"'{beside}' does not fit plan '{path}'; give the two files of one prune artifact")
+    return Pruning(plan, repaired)
+
+
+def _read(path: Path, what: str) -> tuple[TensorDict, dict[str, str]]:
+    """Tensors and metadata of a file of safetensors."""
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            made_for = json.loads((file.metadata() or {}).get("model", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 - not a mapping
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"plan '{path}' cannot be read: {error}; give the plan.safetensors that prune wrote") from error
+        raise ConfigError(f"{what} '{path}' cannot be read: {error}; give the {path.name} that prune wrote") from error
+
+
+def _checked(path: Path, tensors: TensorDict, made_for: Mapping[str, str], source: ModelSource) -> Plan:
+    """A plan that is this model's.
+
+    Raises:
+        ConfigError: it is not.
+    """
     identity = {name: value for name, value in source.identity.items() if name != "dtype"}
     shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     expected = {f"layers.{index}": ((len(width_E), max(width_E)), torch.bool) for index, width_E in source.widths.items()}

@@ -1,44 +1,89 @@
 """Surgery: apply a plan to a model. Either really remove rows and columns, or set them to zero.
 
-In: a dense or ragged model and a plan. Out: the same model, changed in place, one layer at a time.
+In: a dense or ragged model, and what pruning is to make of it. Out: the same model, changed in place, one layer at a time.
 Shape letters: D model width, E experts, F atomic experts of an expert, G rows of the input projection.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from heapr.model.layerwise import walk_layers
 from heapr.model.moe import MoELayer, MoEModel
 from heapr.model.ragged_experts import Matrices, RaggedExperts, layout_of, matrices_of
-from heapr.types import Plan
+from heapr.progress import progress
+from heapr.pruning.repair import LayerRepair, Repair
+from heapr.types import Plan, RepairedWeights
 
 
 @torch.no_grad()
-def remove(model: MoEModel, plan: Plan) -> None:
+def remove(model: MoEModel, plan: Plan, repaired: RepairedWeights | None = None) -> None:
     """Remove rows of W_gate and W_up, their biases, and columns of W_down (docs/method.md, 1): experts become ragged.
 
     Each layer's old experts are freed before the next one is cut.
+
+    Args:
+        model: dense or ragged.
+        plan: for this model.
+        repaired: weights of what is left that repair changed; none leaves all as they are.
     """
     for layer in model.layers:
-        kept_EF = _kept(layer, plan)
-        widths = kept_EF.sum(dim=1).tolist()
-        layer.replace_experts(RaggedExperts(layer.experts, widths).fill(_cut(layer, kept_EF)))
+        layer.replace_experts(_cut(layer, plan, repaired))
 
 
 @torch.no_grad()
-def mask(model: MoEModel, plan: Plan) -> None:
-    """Set the same rows, biases and columns to zero instead: the same function in the old shape."""
+def remove_and_repair(model: MoEModel, plan: Plan, repair: Repair, batches: Sequence[Tensor]) -> dict[int, LayerRepair]:
+    """Remove and repair one layer after the other (docs/method.md, 18 to 22); what was found for each, by decoder layer index.
+
+    Args:
+        model: dense or ragged.
+        plan: for this model.
+        repair: how.
+        batches: int64 (N, W) token ids each, of the calibration.
+
+    Raises:
+        FloatingPointError: NaN or infinity; the message names the layer.
+    """
+    found: dict[int, LayerRepair] = {}
+    cut_from_dense: list[tuple[MoELayer, RaggedExperts]] = []
+    walk = progress(walk_layers(model, batches), total=len(model.layers), description="repair", unit="layer")
+    for layer, inputs in walk:
+        after = _cut(layer, plan, None)
+        found[layer.index] = repair(layer.experts, after, inputs)
+        if repair.is_sequential:
+            layer.replace_experts(after)
+        else:
+            cut_from_dense.append((layer, after))
+    for layer, after in cut_from_dense:
+        layer.replace_experts(after)
+    return found
+
+
+@torch.no_grad()
+def mask(model: MoEModel, plan: Plan, repaired: RepairedWeights | None = None) -> None:
+    """Set the same rows, biases and columns to zero instead: the same function in the old shape. Arguments as for `remove`."""
     for layer in model.layers:
-        rows = layout_of(layer.experts).rows
-        for kept_F, matrices in zip(_kept(layer, plan), matrices_of(layer.experts), strict=True):
-            removed_F = ~kept_F[: matrices.down_DF.shape[1]].to(matrices.down_DF.device)
-            matrices.down_DF[:, removed_F] = 0
-            matrices.inputs_GD[rows(removed_F)] = 0
+        rows, kept_EF = layout_of(layer.experts).rows, _kept(layer, plan)
+        left = matrices_of(_cut(layer, plan, repaired))
+        for kept, matrices, kept_matrices in zip(kept_EF, matrices_of(layer.experts), left, strict=True):
+            kept_F = kept[: matrices.down_DF.shape[1]].to(matrices.down_DF.device)
+            kept_G = rows(kept_F)
+            matrices.down_DF[:, kept_F], matrices.inputs_GD[kept_G] = kept_matrices.down_DF, kept_matrices.inputs_GD
+            matrices.down_DF[:, ~kept_F], matrices.inputs_GD[~kept_G] = 0, 0
             if matrices.inputs_bias_G is not None:
-                matrices.inputs_bias_G[rows(removed_F)] = 0
+                matrices.inputs_bias_G[~kept_G] = 0
+
+
+def _cut(layer: MoELayer, plan: Plan, repaired: RepairedWeights | None) -> RaggedExperts:
+    """What is left of a layer's experts."""
+    kept_EF = _kept(layer, plan)
+    experts = RaggedExperts(layer.experts, kept_EF.sum(dim=1).tolist()).fill(_kept_matrices(layer, kept_EF))
+    for name, tensor in ({} if repaired is None else repaired[layer.index]).items():
+        experts.get_parameter(name).copy_(tensor)
+    return experts
 
 
 def _kept(layer: MoELayer, plan: Plan) -> Tensor:
@@ -47,7 +92,7 @@ def _kept(layer: MoELayer, plan: Plan) -> Tensor:
     return kept_EF
 
 
-def _cut(layer: MoELayer, kept_EF: Tensor) -> Iterator[Matrices]:
+def _kept_matrices(layer: MoELayer, kept_EF: Tensor) -> Iterator[Matrices]:
     """What is left of each expert's weights."""
     rows = layout_of(layer.experts).rows
     for kept, matrices in zip(kept_EF, matrices_of(layer.experts), strict=True):

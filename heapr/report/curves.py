@@ -27,10 +27,11 @@ FLOPS, REMOVED = "size/flops_removed_ratio", "size/atomic_experts_removed_ratio"
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure, and what to add to the entry's title: of which model or job it is."""
+    """A figure, what to add to the entry's title (of which model or job it is), and what is missing in it."""
 
     figure: Figure
     about: str = ""
+    missing: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def ratio_curve(entry: Entry, jobs: Sequence[JobResult], published: Sequence[Num
             for number, series in enumerate(all_series):
                 _ratio_line(axis, series, name, look(number), published)
             finish_axis(axis, name, of_model)
-        _ratio_axis(axes[-1], of_model)
+        ratio_axis(axes[-1], of_model)
         legend_above(figure, axes)
         drawings.append(Drawing(figure, model))
     return drawings
@@ -145,9 +146,9 @@ def finish_axis(axis: Axes, metric: str, jobs: Sequence[JobResult]) -> None:
     """The unpruned model's line, the label, and a logarithmic scale where values of one quantity span more than a factor of 4."""
     _dense_line(axis, metric, jobs, upright=False)
     axis.set_ylabel(metrics.axis_label(metric))
-    lowest, highest = _limits(axis)
+    lowest, highest = limits(axis)
     if metric.startswith("perplexity/") and lowest > 0 and highest / lowest > 4:
-        _logarithmic(axis, highest / lowest, which="y")
+        logarithmic(axis, highest / lowest, which="y")
     elif metric == FLOPS:
         axis.set_ylim(bottom=0)
 
@@ -164,7 +165,7 @@ def _ratio_line(axis: Axes, series: Series, metric: str, how: dict[str, Any], pu
         axis.plot([100 * ratio for ratio, _ in theirs], ys, label=f"{series.label}{PUBLISHED}", zorder=1.8, **hollow)
 
 
-def _ratio_axis(axis: Axes, jobs: Sequence[JobResult]) -> None:
+def ratio_axis(axis: Axes, jobs: Sequence[JobResult]) -> None:
     """Ticks at the ratios that were asked for, as far as they have room."""
     from matplotlib.ticker import FixedLocator, FuncFormatter
 
@@ -182,7 +183,7 @@ def _dense_line(axis: Axes, metric: str, jobs: Sequence[JobResult], *, upright: 
         draw(metrics.scaled(metric, values[0]), label=UNPRUNED, zorder=1.5, **DENSE_LINE)
 
 
-def _limits(axis: Axes) -> tuple[float, float]:
+def limits(axis: Axes) -> tuple[float, float]:
     """Of everything that is drawn upwards, before margins."""
     import numpy as np
 
@@ -190,7 +191,7 @@ def _limits(axis: Axes) -> tuple[float, float]:
     return min(ys), max(ys)
 
 
-def _logarithmic(axis: Axes, span: float, which: str) -> None:
+def logarithmic(axis: Axes, span: float, which: str) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     (axis.set_yscale if which == "y" else axis.set_xscale)("log")
@@ -224,7 +225,7 @@ def _bar_panel(axis: Axes, metric: str, all_series: Sequence[Series], categories
     thickness = 0.8 / len(all_series)
     widest = max((mean for series in all_series for _, mean, _ in series.values(metric)), default=1.0)
     narrowest = min((mean for series in all_series for _, mean, _ in series.values(metric)), default=1.0)
-    is_logarithmic = metric.startswith("perplexity/") and narrowest > 0 and widest / narrowest > 8
+    islogarithmic = metric.startswith("perplexity/") and narrowest > 0 and widest / narrowest > 8
     for number, series in enumerate(all_series):
         found = series.values(metric)
         rows = [categories.index(describe(series.points[point][0], names)) for point, _, _ in found]
@@ -239,6 +240,6 @@ def _bar_panel(axis: Axes, metric: str, all_series: Sequence[Series], categories
     axis.set_yticks(range(len(categories)), categories)
     axis.set_ylim(len(categories) - 0.5, -0.5)
     axis.grid(visible=False, axis="y")
-    if is_logarithmic:
-        _logarithmic(axis, widest / narrowest, which="x")
+    if islogarithmic:
+        logarithmic(axis, widest / narrowest, which="x")
         axis.set_xlim(left=narrowest / 2)

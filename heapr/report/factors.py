@@ -34,14 +34,18 @@ HEADERS = {
 }
 RESULTLESS = {"paths", "runtime", "tracking", "evaluation", "dry_run"}  # groups that change no pruned model
 NAMES = ("model", "criterion", "corpus", *PATHS)
+METHOD = "method"  # the criterion and what goes beyond the paper, in words
+METHOD_PATHS = ("score", "pruning.scope", "pruning.rounds", "pruning.repair")
 
 
 def factor(job: JobResult, name: str) -> Any:
     """Value of a factor of a job; `UNKNOWN` if a failed job left no trace of it.
 
     Args:
-        name: one of `NAMES`, or a dotted path of the configuration.
+        name: one of `NAMES`, `METHOD`, or a dotted path of the configuration.
     """
+    if name == METHOD:
+        return _method(job)
     config = job.config
     if name in {"criterion", "corpus"}:
         chosen = _chosen(job.overrides, GROUPS[name])
@@ -54,7 +58,13 @@ def factor(job: JobResult, name: str) -> Any:
 
 
 def is_factor(name: str) -> bool:
-    return name in NAMES or "." in name
+    return name in {*NAMES, METHOD} or "." in name
+
+
+def paths_of(name: str) -> tuple[str, ...]:
+    """Fields and groups of the configuration that a factor speaks for."""
+    groups = {METHOD: METHOD_PATHS, "model": ("model",), "criterion": ("score",), "corpus": ("calibration.corpus",)}
+    return groups.get(name, (PATHS.get(name, name),))
 
 
 def header(name: str) -> str:
@@ -134,10 +144,46 @@ def _from_config(config: Mapping[str, Any], name: str) -> Any:
         model = config["model"]
         return PurePosixPath(str(model["path"])).name if model["name"] == "hf" else model["name"]
     if name == "criterion":
-        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", _target(config["score"])).lower()
+        return _words(_target(config["score"]), "_")
     if name == "corpus":
         return _target(config["calibration"]["corpus"]).lower()
     return flat(config).get(PATHS.get(name, name))
+
+
+def _method(job: JobResult) -> Any:
+    """`fisher + joint repair, 4 rounds`; a recipe's name where nothing else is known."""
+    config = job.config
+    if not config:
+        return _method_from_overrides(job.overrides)
+    pruning = config.get("pruning", {})
+    repair = "" if not pruning.get("repair") else _repair_name(pruning["repair"])
+    return _method_text(str(factor(job, "criterion")), repair, str(pruning.get("rounds", 1)), str(pruning.get("scope", "global")))
+
+
+def _method_from_overrides(overrides: Sequence[str]) -> str:
+    found = [_chosen(overrides, key) for key in ("recipe", "score")]
+    base = ", ".join(name for name in found if name is not None)
+    repair = _chosen(overrides, "pruning/repair") or ""
+    if repair == "none":
+        base, repair = f"{base} without repair" if found[0] else base, ""  # a recipe may have one
+    scope = _chosen(overrides, "pruning.scope") or _chosen(overrides, "pruning") or "global"
+    return _method_text(base, f"{repair} repair" if repair else "", _chosen(overrides, "pruning.rounds") or "1", scope) if base else UNKNOWN
+
+
+def _method_text(base: str, repair: str, rounds: str, scope: str) -> str:
+    text = f"{base} + {repair}" if repair else base
+    text += f", {rounds} rounds" if rounds != "1" else ""
+    return f"{text} ({scope})" if scope != "global" else text
+
+
+def _repair_name(entry: Mapping[str, Any]) -> str:
+    """`JointRepair` is `joint repair`, or `full repair` where it moves the rows of W_gate and W_up too."""
+    return "full repair" if entry.get("refits", 0) > 0 else _words(_target(entry), " ")
+
+
+def _words(name: str, between: str) -> str:
+    """A class's name in small letters."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", between, name).lower()
 
 
 def _target(entry: Mapping[str, Any]) -> str:

@@ -8,8 +8,15 @@ In: a list of entries, or a mapping with the keys of `Layout` and the list under
     - {kind: bars, metrics: [...], x: criterion, series: [ratio]}
     - {kind: layer_heatmap, order: sorted}
     - {kind: consistency, series: [criterion]}
+    - {kind: relative_table, rows: [model, ratio, method], metrics: [perplexity/wikitext2, pruning_time_ratio],
+       baseline: {method: heapr}, average_over: seed}
+    - {kind: relative_curve, metrics: [perplexity/wikitext2], series: [method], baseline: {method: heapr}, average_over: seed}
 
 Every entry may have a `title` and a `where`: values of factors (or lists of them) that its jobs must have.
+
+The relative kinds show a metric's increase over the dense model's as a share of the increase of the baseline: of the job that has
+the values of factors named there and is equal to the row's in everything else. It is looked for among all jobs, whatever `where`
+says. Shares are formed first and averaged then; metrics that have no dense model's (costs, sizes) are shown as they are.
 """
 
 from __future__ import annotations
@@ -21,7 +28,7 @@ from typing import Any
 
 from heapr.errors import ConfigError
 from heapr.report import metrics
-from heapr.report.factors import NAMES, is_factor, varying
+from heapr.report.factors import METHOD, NAMES, is_factor, varying
 from heapr.report.results import JobResult
 
 ROWS = ("model", "ratio", "criterion", "scope", "form", "corpus", "num_samples", "seed")
@@ -32,6 +39,8 @@ KEYS = {  # of every kind, beside kind, title and where
     "bars": {"metrics", "x", "series", "average_over"},
     "layer_heatmap": {"order"},
     "consistency": {"series"},
+    "relative_table": {"rows", "metrics", "baseline", "average_over"},
+    "relative_curve": {"metrics", "series", "baseline", "average_over"},
 }
 TITLES = {
     "table": "Results",
@@ -40,7 +49,10 @@ TITLES = {
     "bars": "Comparison",
     "layer_heatmap": "Share removed of every expert",
     "consistency": "Predicted against measured increase of the loss",
+    "relative_table": "Share of the baseline's increase",
+    "relative_curve": "Share of the baseline's increase against the share removed",
 }
+RELATIVE_KINDS = ("relative_table", "relative_curve")
 ORDERS = ("index", "sorted")
 
 
@@ -57,6 +69,7 @@ class Entry:
         series: factors that tell lines, colours or markers apart.
         x: factor on the axis.
         average_over: factor whose values are averaged.
+        baseline: values by factor of the job that shares are formed of.
         order: of the experts of a layer: by index, or sorted by share removed.
     """
 
@@ -68,6 +81,7 @@ class Entry:
     series: tuple[str, ...] = ("criterion", "scope")
     x: str = ""
     average_over: str | None = None
+    baseline: Mapping[str, Any] = field(default_factory=dict)
     order: str = "index"
 
 
@@ -122,22 +136,27 @@ def _entry(given: Mapping[str, Any], place: str) -> Entry:
     values.setdefault("x", {"calibration_curve": "num_samples", "bars": "criterion"}.get(kind, ""))
     if kind == "bars":
         values.setdefault("series", ("ratio",))
+    if kind in RELATIVE_KINDS:
+        values.setdefault("rows", ("model", "ratio", METHOD))
+        values.setdefault("series", (METHOD,))
     entry = Entry(**values)
     _check_values(entry, place)
     return entry
 
 
 def _check_values(entry: Entry, place: str) -> None:
-    used = {"rows": entry.rows, "series": entry.series, "where": tuple(entry.where)}
+    used = {"rows": entry.rows, "series": entry.series, "where": tuple(entry.where), "baseline": tuple(entry.baseline)}
     used |= {"x": (entry.x,) if entry.x else (), "average_over": (entry.average_over,) if entry.average_over else ()}
     for key, names in used.items():
         for name in names:
             if not is_factor(name):
-                raise ConfigError(f"{place}.{key}: {_unknown(name, NAMES)}, or a field of the configuration by its dotted path")
+                raise ConfigError(f"{place}.{key}: {_unknown(name, (*NAMES, METHOD))}, or a field of the configuration by its dotted path")
     if entry.order not in ORDERS:
         raise ConfigError(f"{place}.order={entry.order!r} is unknown; choose one of {', '.join(ORDERS)}")
-    if not entry.metrics and entry.kind in {"ratio_curve", "calibration_curve", "bars"}:
+    if not entry.metrics and entry.kind in {"ratio_curve", "calibration_curve", "bars", *RELATIVE_KINDS}:
         raise ConfigError(f"{place} ({entry.kind}) has no metrics; give them, for example metrics: [perplexity/wikitext2]")
+    if not entry.baseline and entry.kind in RELATIVE_KINDS:
+        raise ConfigError(f"{place} ({entry.kind}) has no baseline; give the factors it has, for example baseline: {{method: heapr}}")
 
 
 def _check_keys(given: Mapping[str, Any], known: Sequence[str], place: str) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from heapr.report.results import JobResult, finished, stage_cost
+from heapr.report.results import JobResult, finished, pruning_peak_memory_bytes, pruning_time_ratio, stage_cost
 
 LOWER, HIGHER = -1, 1
 ARROWS = {LOWER: "↓", HIGHER: "↑", 0: ""}
@@ -30,19 +30,26 @@ KINDS = {  # first part of a name: its quantity, which way is better, unit, deci
     "truth": ("correlation", HIGHER, "", 3),
     "prefill_tokens_per_second": ("prefill tokens per second", HIGHER, "", 0),
     "decode_tokens_per_second": ("decode tokens per second", HIGHER, "", 0),
+    "relative": ("share of increase", LOWER, "", 2),
+    "pruning_time_ratio": ("pruning time, in calibrations", LOWER, "", 1),
+    "pruning_peak_memory_bytes": ("pruning peak memory", LOWER, "GiB", 2),
     "calibration_seconds": ("calibration time", LOWER, "s", 2),
     "calibration_speedup": ("calibration speed-up", HIGHER, "", 2),
     "calibration_state_bytes": ("calibration state", LOWER, "MiB", 2),
     "calibration_peak_memory_bytes": ("calibration peak memory", LOWER, "MiB", 1),
 }
 UNASKED = {"accuracy_norm"}
+PRUNING_COSTS = {"pruning_time_ratio": pruning_time_ratio, "pruning_peak_memory_bytes": pruning_peak_memory_bytes}
+COMPARED = {"perplexity", "accuracy", "accuracy_norm", "kl_to_dense", "top1_agreement"}  # of which pruning makes the dense model's worse
+OF_THE_DENSE = {"kl_to_dense": 0.0, "top1_agreement": 1.0}  # by definition
 
 
 def value(job: JobResult, name: str, *, dense: bool = False) -> float | None:
     """A metric of the pruned or the dense model; none if it was not measured.
 
     Args:
-        name: as in summary.json; sizes as `size/<name>`, cost of a stage as `stages/<stage>/seconds` or `.../peak_memory_bytes`.
+        name: as in summary.json; sizes as `size/<name>`, cost of a stage as `stages/<stage>/seconds` or `.../peak_memory_bytes`,
+            of all that made the plan as `pruning_time_ratio` and `pruning_peak_memory_bytes`.
     """
     metrics = job.metrics
     if not metrics:
@@ -54,10 +61,25 @@ def value(job: JobResult, name: str, *, dense: bool = False) -> float | None:
         return metrics["dense"].get(name)
     if group == "size":
         return metrics["size"].get(rest)
-    if group == "stages":
+    if group == "stages" or name in PRUNING_COSTS:
         stage, _, quantity = rest.rpartition("/")
-        return stage_cost(job, stage, quantity)
+        return PRUNING_COSTS[name](job) if name in PRUNING_COSTS else stage_cost(job, stage, quantity)
     return metrics["pruned"].get(name, metrics["comparison"].get(name))
+
+
+def share_of_increase(job: JobResult, baseline: JobResult, name: str) -> float | None:
+    """(pruned - dense) / (baseline's pruned - dense): how much of a baseline's damage a job does.
+
+    None where one of the four was not measured, or the baseline did no damage.
+    """
+    increases = []
+    for each in (job, baseline):
+        pruned, dense = value(each, name), value(each, name, dense=True)
+        dense = OF_THE_DENSE.get(name.partition("/")[0]) if dense is None else dense
+        if pruned is None or dense is None:
+            return None
+        increases.append(-better(name) * (pruned - dense))
+    return increases[0] / increases[1] if increases[1] > 0 else None
 
 
 def standard_error(job: JobResult, name: str, *, dense: bool = False) -> float | None:
@@ -94,11 +116,13 @@ def better(name: str) -> int:
 
 def unit(name: str) -> str:
     group, _, rest = name.partition("/")
+    if group in KINDS:
+        return KINDS[group][2]
     if name.endswith("_ratio"):
         return "%"
     if group == "stages":
         return "s" if rest.endswith("seconds") else "GiB"
-    return KINDS[group][2] if group in KINDS else ""
+    return ""
 
 
 def label(name: str) -> str:
@@ -109,6 +133,8 @@ def label(name: str) -> str:
     if group == "stages":
         stage, _, quantity = rest.rpartition("/")
         return f"{stage} {COSTS.get(quantity, quantity)}"
+    if group == "relative":
+        return f"{label(rest)}, {KINDS[group][0]}"
     quantity = KINDS[group][0] if group in KINDS else group.replace("_", " ")
     return f"{LABELS.get(rest, rest.replace('_', ' '))} {quantity}".strip()
 
@@ -150,8 +176,7 @@ def _decimals(name: str, number: float) -> int:
     group = name.partition("/")[0]
     if group == "stages":
         return 2
-    if name.endswith("_ratio"):
-        return 1
     if group not in KINDS:
-        return 0
-    return max(0, KINDS[group][3] - max(0, len(str(int(abs(number)))) - 2)) if group == "perplexity" else KINDS[group][3]
+        return 1 if name.endswith("_ratio") else 0
+    decimals = KINDS[group][3]
+    return max(0, decimals - max(0, len(str(int(abs(number)))) - 2)) if group in {"perplexity", "relative"} else decimals

@@ -12,7 +12,8 @@ import textwrap
 import unicodedata
 from collections.abc import Sequence
 
-from heapr.report.factors import NAMES, factor
+from heapr.report.factors import METHOD, NAMES, factor
+from heapr.report.metrics import PRUNING_COSTS
 from heapr.report.published import Number, find
 from heapr.report.results import JobResult
 from heapr.report.table import Cell, Row, Table
@@ -125,8 +126,9 @@ def escape_tex(text: str) -> str:
 
 def _csv_row(job: JobResult, published: Sequence[Number]) -> dict[str, object]:
     row: dict[str, object] = {"job": job.number, "status": "failed" if job.summary is None else "finished", "error": job.error or ""}
-    row |= {"overrides": " ".join(job.overrides)} | {name: factor(job, name) for name in NAMES}
+    row |= {"overrides": " ".join(job.overrides)} | {name: factor(job, name) for name in (*NAMES, METHOD)}
     row |= {f"{group}/{name}": number for group, found in job.metrics.items() for name, number in found.items()}
+    row |= {f"cost/{name}": found for name, cost in PRUNING_COSTS.items() if (found := cost(job)) is not None}
     for name in [*job.metrics.get("pruned", {}), *(f"size/{size}" for size in job.metrics.get("size", {}))]:
         for column, dense in (("published", False), ("published_dense", True)):
             number = find(published, job, name, dense=dense)

@@ -19,6 +19,7 @@ from heapr.report.layout import Entry, default_entries, read_layout
 from heapr.report.page import Picture, page
 from heapr.report.protocol import compare_models, compare_summaries
 from heapr.report.published import Number, read_published
+from heapr.report.relative import for_csv, relative_curve, relative_table
 from heapr.report.render import to_csv, to_markdown, to_tex
 from heapr.report.results import JobResult, finished
 from heapr.report.style import style, write_figure
@@ -30,6 +31,11 @@ FIGURES: Mapping[str, Callable[[Entry, Sequence[JobResult], Sequence[Number]], l
     "bars": bars,
     "layer_heatmap": layer_heatmap,
     "consistency": consistency,
+    "relative_curve": relative_curve,
+}
+TABLES: Mapping[str, Callable[[Entry, Sequence[JobResult], Sequence[Number]], Table]] = {
+    "table": build_table,
+    "relative_table": relative_table,
 }
 TEX_HEAD = "% Needs \\usepackage{booktabs}; include with \\input.\n"
 
@@ -55,16 +61,16 @@ def write_report(jobs: Sequence[JobResult], layout: Mapping[str, Any], folder: P
     check_protocols(jobs)
     folder.mkdir(parents=True, exist_ok=True)
     entries = checked.entries or default_entries(jobs)
-    tables = [build_table(entry, jobs, numbers) for entry in entries if entry.kind == "table"]
+    tables = [TABLES[entry.kind](entry, jobs, numbers) for entry in entries if entry.kind in TABLES]
     files = [
         _write(folder / "table.md", "\n".join(map(to_markdown, tables))),
-        _write(folder / "table.csv", to_csv(jobs, numbers)),
+        _write(folder / "table.csv", to_csv(for_csv(entries, jobs), numbers)),
         _write(folder / "table.tex", TEX_HEAD + "\n".join(map(to_tex, tables))),
     ]
     pictures: list[Picture] = []
     used: dict[str, int] = {}
     for entry in entries:
-        if entry.kind != "table":
+        if entry.kind in FIGURES:
             pictures += _pictures(entry, jobs, numbers, folder, used)
     files += [path for picture in pictures for path in picture.files]
     ordered = _in_order(entries, tables, pictures)
@@ -93,11 +99,11 @@ def _pictures(entry: Entry, jobs: Sequence[JobResult], numbers: Sequence[Number]
     chosen = selected(jobs, entry.where)
     pictures = []
     with style():
-        for drawing in FIGURES[entry.kind](entry, chosen, numbers):
+        for drawing in FIGURES[entry.kind](entry, jobs if entry.baseline else chosen, numbers):  # baselines may be others
             used[entry.kind] = used.get(entry.kind, 0) + 1
             stem = entry.kind if used[entry.kind] == 1 else f"{entry.kind}_{used[entry.kind]}"
             files = write_figure(drawing.figure, folder / stem)
-            pictures.append(Picture(entry, drawing.about, tuple(files), _missing(chosen)))
+            pictures.append(Picture(entry, drawing.about, tuple(files), " ".join(filter(None, (_missing(chosen), drawing.missing)))))
     return pictures or [Picture(entry, "", (), "Nothing to draw: no job of it left the numbers. " + _missing(chosen))]
 
 
@@ -111,7 +117,7 @@ def _in_order(entries: Sequence[Entry], tables: Sequence[Table], pictures: Seque
     waiting = list(tables)
     ordered: list[Table | Picture] = []
     for entry in entries:
-        ordered += [waiting.pop(0)] if entry.kind == "table" else [picture for picture in pictures if picture.entry is entry]
+        ordered += [waiting.pop(0)] if entry.kind in TABLES else [picture for picture in pictures if picture.entry is entry]
     return ordered
 
 

@@ -16,6 +16,7 @@ import yaml
 
 CONFIG = ".hydra/config.yaml"
 DETAILS, PLAN, MANIFEST = "details.json", "plan.safetensors", "manifest.json"
+PRUNING_STAGES = ("calibrate", "score", "prune")
 
 
 @dataclass(frozen=True)
@@ -115,9 +116,36 @@ def stage_cost(job: JobResult, stage: str, quantity: str) -> float | None:
 
     The manifest says it; without one, the summary of the job that made the stage does.
     """
-    entries, folder = stage_entries(job, stage), stage_folder(job, stage)
-    made: dict[str, Any] = {} if not entries or entries[0]["cached"] else dict(entries[0])
-    if folder is not None and (folder / MANIFEST).is_file():
-        made = made | json.loads((folder / MANIFEST).read_text())
+    entries = stage_entries(job, stage)
+    return _cost(job, entries[0], quantity) if entries else None
+
+
+def pruning_time_ratio(job: JobResult) -> float | None:
+    """Seconds of everything that made the plan (all rounds' calibrations, scores, plans and repairs), in units of the first calibration's.
+
+    Of making them, whether or not this job found them made. None if that of any is not known.
+    """
+    seconds = _pruning_costs(job, "seconds")
+    first = stage_cost(job, "calibrate", "seconds")
+    return sum(seconds) / first if seconds and first else None
+
+
+def pruning_peak_memory_bytes(job: JobResult) -> float | None:
+    """Peak memory of making the plan: of the stage that took most. None if that of any is not known."""
+    return max(_pruning_costs(job, "peak_memory_bytes"), default=None)
+
+
+def _pruning_costs(job: JobResult, quantity: str) -> list[float]:
+    """Of every artifact that made the plan; none if one is not known."""
+    costs = [_cost(job, entry, quantity) for stage in PRUNING_STAGES for entry in stage_entries(job, stage)]
+    known = [cost for cost in costs if cost is not None]
+    return known if len(known) == len(costs) else []
+
+
+def _cost(job: JobResult, entry: Mapping[str, Any], quantity: str) -> float | None:
+    manifest = artifact_folder(job, entry) / MANIFEST
+    made: dict[str, Any] = {} if entry["cached"] else dict(entry)
+    if manifest.is_file():
+        made |= json.loads(manifest.read_text())
     value = made.get(quantity)
     return None if value is None else float(value)

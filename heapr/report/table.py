@@ -6,7 +6,7 @@ In: jobs, an entry of the layout, published numbers. Out: a `Table` of finished 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from heapr.errors import ConfigError
@@ -18,6 +18,7 @@ from heapr.report.results import JobResult, finished
 
 GAP = "—"
 UNPRUNED, PUBLISHED, DIFFERENCE = "unpruned", "published", "difference"
+Remarks = Mapping[int, str]
 
 
 @dataclass(frozen=True)
@@ -89,14 +90,18 @@ class Group:
         return [number for number in found if number is not None]
 
 
-def build_table(entry: Entry, jobs: Sequence[JobResult], published: Sequence[Number]) -> Table:
-    """The table of an entry; a row for every job or average, whether it succeeded or not."""
-    return _Builder(entry, selected(jobs, entry.where), published).build()
+def build_table(entry: Entry, jobs: Sequence[JobResult], published: Sequence[Number], remarks: Remarks | None = None) -> Table:
+    """The table of an entry; a row for every job or average, whether it succeeded or not.
+
+    Args:
+        remarks: notes to shares, by number of the job.
+    """
+    return _Builder(entry, selected(jobs, entry.where), published, remarks or {}).build()
 
 
 class _Builder:
-    def __init__(self, entry: Entry, jobs: Sequence[JobResult], published: Sequence[Number]) -> None:
-        self.entry, self.jobs, self.published = entry, jobs, published
+    def __init__(self, entry: Entry, jobs: Sequence[JobResult], published: Sequence[Number], remarks: Remarks) -> None:
+        self.entry, self.jobs, self.published, self.remarks = entry, jobs, published, remarks
         self.names = entry.metrics or tuple(metrics.known(jobs))
         identifying = [name for name in entry.rows if name != entry.average_over]
         shown = varying(jobs, identifying) or [name for name in identifying if name in {"ratio", "criterion"}] or identifying[:1]
@@ -121,6 +126,9 @@ class _Builder:
         known = {name: value for name in self.constant for job in self.jobs if (value := factor(job, name)) != UNKNOWN}
         if known:
             parts.append(f"In all rows: {', '.join(f'{header(name)} {show(name, value)}' for name, value in known.items())}.")
+        if self.entry.baseline:
+            baseline = ", ".join(f"{header(name)} {show(name, value)}" for name, value in self.entry.baseline.items())
+            parts.append(f"Share of increase: how far a metric is from the unpruned model's, divided by how far it is with {baseline}.")
         if any(len(group.jobs) > 1 for group in self.groups):
             parts.append(f"Mean ± sample standard deviation over {header(self.entry.average_over or '')}.")
         if any(metrics.standard_error(job, name) is not None for job in finished(self.jobs) for name in self.names):
@@ -149,6 +157,8 @@ class _Builder:
 
     def _dense_rows(self, jobs: Sequence[JobResult]) -> list[Row]:
         """One row for the unpruned model; more only if jobs of one model disagree about it."""
+        if self.entry.baseline:
+            return []  # its shares are zero
         rows: list[Row] = []
         seen: list[tuple[float | None, ...]] = []
         for job in jobs:
@@ -165,7 +175,11 @@ class _Builder:
 
     def _dense_text(self, job: JobResult, name: str, number: float | None) -> str:
         if number is None:
-            return "" if name.partition("/")[0] in {"stages", "truth", "kl_to_dense", "top1_agreement"} else GAP
+            return (
+                ""
+                if name in metrics.PRUNING_COSTS or name.partition("/")[0] in {"stages", "truth", "kl_to_dense", "top1_agreement"}
+                else GAP
+            )
         return _with_error(name, number, metrics.standard_error(job, name, dense=True))
 
     def _ratio_rows(self, groups: Sequence[Group]) -> list[Row]:
@@ -174,11 +188,11 @@ class _Builder:
         best = [self._best(groups, number) for number in range(len(self.names))]
         rows: list[Row] = []
         for group in groups:
-            notes = self._failures(group)
+            notes, remarks = self._failures(group), self._remarks(group)
             cells = []
             for number, text in enumerate(texts[id(group)]):
                 is_best = any(group is winner for winner in best[number])
-                cells.append(Cell(text, notes, is_best))
+                cells.append(Cell(text, notes + remarks if self.names[number].startswith("relative/") else notes, is_best))
             labels = [show(name, factor(group.first, name)) for name in self.shown]
             marks = () if group.done else notes
             rows.append(Row(self._labels(labels, "", group.first, marks), tuple(cells), is_ours=True))
@@ -198,6 +212,10 @@ class _Builder:
     def _failures(self, group: Group) -> tuple[int, ...]:
         """Notes that name the failed jobs behind a row and say why."""
         return tuple(self.notes.number(failure(job)) for job in group.jobs if job.summary is None)
+
+    def _remarks(self, group: Group) -> tuple[int, ...]:
+        """Notes to the shares of a row."""
+        return tuple(dict.fromkeys(self.notes.number(self.remarks[job.number]) for job in group.jobs if job.number in self.remarks))
 
     def _best(self, groups: Sequence[Group], number: int) -> list[Group]:
         """The groups that print the best value; none where all are equal."""

@@ -20,7 +20,7 @@ from heapr.errors import ConfigError
 from heapr.schema import unknown_key
 
 FILE = "experiment.yaml"
-TINY = "model=tiny"
+BUILT_IN = ("tiny", "tiny_deepseek")  # model=...: an experiment's version for the built-in models
 
 Job = tuple[str, ...]  # Hydra overrides
 Block = Sequence[str]  # Hydra overrides of which some list several values, separated by commas: a grid of jobs
@@ -90,7 +90,7 @@ def make_jobs(definition: Definition, overrides: Sequence[str], *, baselines: bo
     Raises:
         HydraException: an override cannot be read.
     """
-    blocks = definition.tiny if TINY in overrides else [*definition.jobs, *(definition.baselines if baselines else ())]
+    blocks = definition.tiny if is_tiny(overrides) else [*definition.jobs, *(definition.baselines if baselines else ())]
     jobs = [job for block in blocks for job in grid(block)]
     for override in _parse(overrides):
         key, values = override.get_key_element(), _values(override)
@@ -102,6 +102,12 @@ def make_jobs(definition: Definition, overrides: Sequence[str], *, baselines: bo
     if definition.jobs and not any("pruning.save_checkpoint" in job for job in jobs):
         jobs = [job | {"pruning.save_checkpoint": "false"} for job in jobs]  # tens of gigabytes each
     return list(dict.fromkeys(tuple(_text(key, value) for key, value in job.items()) for job in jobs))
+
+
+def is_tiny(overrides: Sequence[str]) -> bool:
+    """Whether built-in models alone are asked for."""
+    chosen = [value for override in _parse(overrides) if override.get_key_element() == "model" for value in _values(override)]
+    return bool(chosen) and set(chosen) <= set(BUILT_IN)
 
 
 def grid(block: Block) -> list[dict[str, str]]:

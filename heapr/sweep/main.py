@@ -25,7 +25,7 @@ from rich.console import Console
 from heapr.errors import ConfigError
 from heapr.main import compose_experiment, explain, one_line_errors
 from heapr.schema import ExperimentConfig, register
-from heapr.sweep.definition import TINY, Definition, Job, experiment_names, load_definition, make_jobs
+from heapr.sweep.definition import Definition, Job, experiment_names, is_tiny, load_definition, make_jobs
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Request:
 
     @property
     def version(self) -> str:
-        return "tiny" if TINY in self.overrides else "paper"
+        return "tiny" if is_tiny(self.overrides) else "paper"
 
 
 def main(arguments: Sequence[str], root: Path) -> None:

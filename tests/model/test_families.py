@@ -20,8 +20,11 @@ from heapr.calibration.collector import collect
 from heapr.errors import ConfigError
 from heapr.model.checkpoint import save_checkpoint
 from heapr.model.experts import observe_experts
+from heapr.model.layerwise import walk_layers
 from heapr.model.moe import MoEModel, experts_per_token
-from heapr.pruning.surgery import mask, remove
+from heapr.pruning.activations import Activations
+from heapr.pruning.repair import ExpertRepair, JointRepair
+from heapr.pruning.surgery import mask, remove, remove_and_repair
 from heapr.pruning.uniform import make_uniform, uniform_settings
 from heapr.score.gradient import Heapr
 from heapr.types import Plan
@@ -96,6 +99,33 @@ class FamilyContract:
         torch.testing.assert_close(logits(model.model), logits(masked.model), rtol=1e-5, atol=1e-5)
         assert (logits(model.model) - logits(dense)).abs().max() > 1e-3
         assert sum(sum(layer.widths) for layer in model.layers) == plan.num_kept
+
+    def test_walking_gives_what_whole_passes_give(self, model: MoEModel) -> None:
+        expected: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        watched = [
+            (layer.experts, lambda expert, h_nF, p_n, _, index=layer.index: expected.update({(index, expert): (h_nF, p_n)}))
+            for layer in model.layers
+        ]
+        with torch.no_grad(), observe_experts(model.model, watched):
+            model.body(input_ids=IDS_NW, use_cache=False)
+        found = {}
+        for layer, inputs in walk_layers(model, [IDS_NW]):
+            activations = Activations(layer.experts, inputs)
+            found |= {(layer.index, e): (activations.h(e), activations.p(e).squeeze(1)) for e in range(4) if len(activations.tokens(e))}
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(mine, theirs) for pair in found for mine, theirs in zip(found[pair], expected[pair], strict=True))
+
+    def test_repair_lowers_the_error(self, model: MoEModel) -> None:
+        """The layers' outputs come nearer to what they were, in every layer, by one expert alone and by all together."""
+        for repair in (ExpertRepair(), JointRepair(direct_up_to=0, num_sweeps=3), JointRepair(refits=1, refit_steps=3)):
+            repaired = MoEModel(copy.deepcopy(model.model))
+            found = remove_and_repair(repaired, random_plan(model), repair, [IDS_NW])
+            assert found.keys() == {layer.index for layer in model.layers}
+            assert all(layer.error_after <= layer.error_before for layer in found.values())
+            assert sum(layer.num_repaired for layer in found.values()) > 0
+            masked = MoEModel(copy.deepcopy(model.model))
+            mask(masked, random_plan(model), {layer.index: dict(layer.experts.named_parameters()) for layer in repaired.layers})
+            torch.testing.assert_close(logits(repaired.model), logits(masked.model), rtol=1e-4, atol=1e-4)
 
     def test_ragged_checkpoint(self, model: MoEModel, ragged_folder: Path) -> None:
         """Loaded by heapr here; `test_ragged_checkpoints_load_without_heapr` loads the same folders elsewhere."""

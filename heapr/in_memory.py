@@ -1,0 +1,107 @@
+"""The model of an experiment in memory: dense, pruned, or both. Loaded when first asked for, cut in place.
+
+In: an experiment and what its rounds of pruning made. Out: `MoEModel`s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from heapr.errors import TooLargeError
+from heapr.experiment import Experiment
+from heapr.model.moe import MoEModel
+from heapr.model.ragged_experts import layout_of
+from heapr.pruning.repair import LayerRepair
+from heapr.pruning.surgery import mask, remove, remove_and_repair
+from heapr.pruning.uniform import make_uniform
+from heapr.types import Plan, Pruning
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A pruned model, and the plan that led to it from the dense one."""
+
+    model: MoEModel
+    plan: Plan
+
+
+class ModelInMemory:
+    """Gives the dense model and what pruning made of it, with as few loads as it takes.
+
+    Args:
+        experiment: whose model.
+    """
+
+    def __init__(self, experiment: Experiment) -> None:
+        self._experiment = experiment
+        self._dense: MoEModel | None = None
+        self._pruned: _Held | None = None
+
+    def dense(self) -> MoEModel:
+        """The model as it was; loaded once more if it has been cut since."""
+        if self._dense is None:
+            self._dense = self._experiment.source.load(self._experiment.device, self._experiment.device_map)
+        return self._dense
+
+    def pruned(self, pruning: Pruning) -> MoEModel:
+        """The model cut to what is kept: further, if a model of an earlier round is there."""
+        if self._pruned is None or not _same(self._pruned.plan, pruning.plan):
+            model, plan = self._next(pruning.plan)
+            remove(model, plan, pruning.repaired)
+            self._pruned = _Held(model, pruning.plan)
+        return self._pruned.model
+
+    def repaired(self, plan: Plan, batches: Callable[[], Sequence[Tensor]]) -> tuple[Pruning, dict[int, LayerRepair]]:
+        """Cut and repair the model of the round before; what became of it, and what was found for each layer."""
+        assert self._experiment.repair is not None
+        model, relative = self._next(plan)
+        found = remove_and_repair(model, relative, self._experiment.repair, batches())
+        self._pruned = _Held(model, plan)
+        names = [layout_of(model.layers[0].experts).input_name] if self._experiment.repair.refits_inputs else []
+        tensors = {
+            layer.index: {name: layer.experts.get_parameter(name).detach() for name in [*names, "down_proj"]} for layer in model.layers
+        }
+        return Pruning(plan, tensors), found
+
+    def final(self, pruning: Pruning) -> MoEModel:
+        """The pruned model after the last round, in the family's own class where that was asked for."""
+        model = self.pruned(pruning)
+        if self._experiment.uniform_settings and model.is_ragged:
+            make_uniform(model, self._experiment.uniform_settings)
+        return model
+
+    def masked(self, pruning: Pruning) -> MoEModel:
+        """The dense model with zeros for what was removed; it is not kept."""
+        model, self._dense = self.dense(), None
+        mask(model, pruning.plan, pruning.repaired)
+        return model
+
+    def dense_and_pruned(self, pruning: Pruning) -> tuple[MoEModel, MoEModel]:
+        """Both at once.
+
+        Raises:
+            TooLargeError: they do not fit on the device.
+        """
+        pruned = self.final(pruning)  # first: it takes the dense model, if there is one
+        try:
+            return self.dense(), pruned
+        except TooLargeError as error:
+            raise TooLargeError(
+                f"the dense and the pruned model do not fit on '{self._experiment.device}' together; leave out what compares them: "
+                "evaluation.fidelity=null evaluation.throughput=null (all other results are in the store)"
+            ) from error
+
+    def _next(self, plan: Plan) -> tuple[MoEModel, Plan]:
+        """The model to cut next, and the plan for it. It is given away: whoever needs a dense model afterwards loads it anew."""
+        if self._pruned is not None:
+            held, self._pruned = self._pruned, None
+            return held.model, plan.after(held.plan)
+        model, self._dense = self.dense(), None
+        return model, plan
+
+
+def _same(one: Plan, other: Plan) -> bool:
+    return all(bool((kept_EF == other.layers[index]).all()) for index, kept_EF in one.layers.items())

@@ -1,0 +1,269 @@
+"""Repair: least squares for what is left of a layer's experts, so that it makes up for what was removed.
+
+In: the experts of one layer before and after surgery, and what flows into them. Out: the latter, changed. docs/method.md, 18 to 22.
+Shape letters: T tokens, D model width, E experts, n tokens of one expert, S kept atomic experts (of one expert, or of the layer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from heapr.errors import ConfigError
+from heapr.model.layerwise import ExpertInputs
+from heapr.model.ragged_experts import Experts, RaggedExperts, matrices_of
+from heapr.pruning.activations import Activations, layer_output
+from heapr.pruning.refit import refit_inputs
+
+STEP_SIZES = (1.0, 0.5, 0.25)  # of a Gauss-Newton step, tried in turn
+
+
+@dataclass(frozen=True)
+class LayerRepair:
+    """What a repair found for one layer.
+
+    Attributes:
+        error_before, error_after: what is minimised, without ridge and per token, before and after; never larger after.
+        num_repaired: experts whose weights changed.
+    """
+
+    error_before: float
+    error_after: float
+    num_repaired: int
+
+
+def report_repair(found: Mapping[int, LayerRepair]) -> dict[str, Any]:
+    """Errors per token before and after, by decoder layer index; JSON types only."""
+    before, after = (sum(getattr(layer, name) for layer in found.values()) for name in ("error_before", "error_after"))
+    summary = f"repair leaves {after / before:.1%} of the layers' squared error" if before > 0 else "nothing was lost, nothing repaired"
+    return {
+        "layers": {
+            str(index): {"error_before": layer.error_before, "error_after": layer.error_after, "num_repaired": layer.num_repaired}
+            for index, layer in found.items()
+        },
+        "summary": [summary],
+    }
+
+
+class Repair(Protocol):
+    """A way to repair."""
+
+    is_sequential: bool  # inputs are measured behind the layers already pruned and repaired; else in the model as it was
+    refits_inputs: bool  # changes W_gate and W_up too, not W_down alone
+
+    def __call__(self, before: Experts, after: RaggedExperts, inputs: ExpertInputs) -> LayerRepair:
+        """Change what is left of one layer's experts, in place."""
+        ...
+
+
+class ExpertRepair:
+    """Every expert by itself makes up for its own loss.
+
+    With h the activations of the expert's kept atomic experts, d = E(x) - E'(x) what it lost, u = p^2 (or 1), sums over its n
+    calibration tokens:
+
+        C = sum u h h^T  (S, S),   B = sum u h d^T  (S, D),   W' = W + [(C + r I)^-1 B]^T,   r = ridge * (1 + S/n) * mean(diag C)
+
+    It is the minimum of sum u ||W' h - W_down h_all||^2 + r ||W' - W||^2: ridge draws towards the columns as they are, so that the
+    error on the calibration tokens cannot rise and an expert with few tokens stays as it is. Experts whose error
+    would rise by rounding to the model's dtype keep their columns.
+
+    Args:
+        ridge: above 0.
+        router_weighted: tokens count by the square of their router weight.
+        sequential: measured behind the layers already pruned and repaired.
+
+    Raises:
+        ConfigError: a ridge that is not above 0.
+    """
+
+    refits_inputs = False
+
+    def __init__(self, ridge: float = 1e-2, router_weighted: bool = True, sequential: bool = True) -> None:
+        self.ridge = _check_ridge(ridge)
+        self.router_weighted = router_weighted
+        self.is_sequential = sequential
+
+    def __call__(self, before: Experts, after: RaggedExperts, inputs: ExpertInputs) -> LayerRepair:
+        old, new = Activations(before, inputs), Activations(after, inputs)
+        error, change, num_repaired, columns = 0.0, 0.0, 0, []
+        for expert, width in enumerate(after.widths):
+            h_nS, down_DS = new.h(expert), new.down(expert)
+            lost_nD = old.output(expert) - new.output(expert)
+            weight_n1 = new.p(expert).square() if self.router_weighted else torch.ones_like(new.p(expert))
+            C_SS, B_SD = (h_nS.T @ (weight_n1 * h_nS)).double(), (h_nS.T @ (weight_n1 * lost_nD)).double()
+            ridge = self.ridge * (1 + width / max(1, len(h_nS))) * _mean([C_SS.diagonal()])
+            repaired_DS = _rounded(down_DS, _solve(C_SS, B_SD, ridge).T)
+            change_SD = (repaired_DS.double() - down_DS.double()).T
+            gain = float((change_SD * (C_SS @ change_SD - 2 * B_SD)).sum())  # sum u ||d - c h||^2 - sum u ||d||^2, with change c
+            error += float((weight_n1 * lost_nD.square()).sum(dtype=torch.float64))
+            if gain < 0:
+                change, num_repaired = change + gain, num_repaired + 1
+            columns.append(repaired_DS if gain < 0 else down_DS)
+        after.down_proj.copy_(torch.cat(columns, dim=1).T)
+        num_tokens = len(inputs.hidden_TD)
+        return LayerRepair(error / num_tokens, max(0.0, error + change) / num_tokens, num_repaired)
+
+
+class JointRepair:
+    """All experts of a layer together make up for the layer's loss, and so for each other's.
+
+    With z the kept activations of all experts times their router weights, zero for experts that a token was not routed to (S long),
+    and d = y - y' what the layer's output lost, sums over the T calibration tokens:
+
+        A = sum z z^T  (S, S),   B = sum z d^T  (S, D),   W' = W + [(A + r I)^-1 B]^T,   r = ridge * mean(diag A)
+
+    It is the minimum of sum ||W' z - W z_all||^2 + r ||W' - W||^2. Up to `direct_up_to` unknowns per output, A is made and
+    factored in float64. Above, block coordinate descent over experts never makes it: each expert in turn solves its own block
+    against the layer's current residual, `num_sweeps` times; the error never rises. Memory is then that of the
+    experts' blocks, E matrices of their widths squared, and of the residual (T, D).
+
+    With `refits` above 0, the rows of W_gate and W_up that are left move too: so many times, a Gauss-Newton step of `refit_steps` steps
+    of conjugate gradients (`refit_inputs`), shortened or dropped if the error does not fall, after which the columns are solved for
+    once more.
+
+    Args:
+        ridge: above 0.
+        refits: 0 leaves W_gate and W_up as they are.
+        refit_steps: of conjugate gradients in each, at least 1.
+        direct_up_to: kept atomic experts of a layer up to which the normal equations are solved as a whole.
+        num_sweeps: of block coordinate descent, at least 1.
+        sequential: measured behind the layers already pruned and repaired.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    def __init__(
+        self,
+        ridge: float = 1e-2,
+        *,
+        refits: int = 0,
+        refit_steps: int = 10,
+        direct_up_to: int = 8192,
+        num_sweeps: int = 10,
+        sequential: bool = True,
+    ) -> None:
+        self.ridge = _check_ridge(ridge)
+        if min(refits, direct_up_to) < 0 or min(refit_steps, num_sweeps) < 1:
+            raise ConfigError(
+                f"pruning.repair: refits={refits}, direct_up_to={direct_up_to}, refit_steps={refit_steps}, num_sweeps={num_sweeps}; "
+                "give at least 0 for the first two and 1 for the others"
+            )
+        self.refits = refits
+        self.refit_steps = refit_steps
+        self.direct_up_to = direct_up_to
+        self.num_sweeps = num_sweeps
+        self.is_sequential = sequential
+        self.refits_inputs = refits > 0
+
+    def __call__(self, before: Experts, after: RaggedExperts, inputs: ExpertInputs) -> LayerRepair:
+        old, wanted_TD, num_tokens = _weights(after), layer_output(before, inputs), len(inputs.hidden_TD)
+        lost_TD = wanted_TD - layer_output(after, inputs)
+        error_before = _squared(lost_TD)
+        lost_TD = self._solve_columns(after, inputs, wanted_TD, lost_TD)
+        for _ in range(self.refits if error_before > 0 else 0):
+            lost_TD = self._refit_inputs(after, inputs, wanted_TD, lost_TD)
+            lost_TD = self._solve_columns(after, inputs, wanted_TD, lost_TD)
+        return LayerRepair(error_before / num_tokens, _squared(lost_TD) / num_tokens, _num_changed(after, old))
+
+    def _solve_columns(self, after: RaggedExperts, inputs: ExpertInputs, wanted_TD: Tensor, lost_TD: Tensor) -> Tensor:
+        """New columns, unless they are no better once rounded to the model's dtype; what is lost then."""
+        solve = self._direct if sum(after.widths) <= self.direct_up_to else self._blockwise
+        old_SD = after.down_proj.detach().clone()
+        after.down_proj.copy_(_rounded(old_SD, solve(Activations(after, inputs), lost_TD)))
+        return _accept(after.down_proj, old_SD, wanted_TD - layer_output(after, inputs), lost_TD)
+
+    def _refit_inputs(self, after: RaggedExperts, inputs: ExpertInputs, wanted_TD: Tensor, lost_TD: Tensor) -> Tensor:
+        """New rows of W_gate and W_up, if a step in the direction that is best to first order lowers the error; what is lost then."""
+        projection = after.get_parameter(after.layout.input_name)
+        old_GD = projection.detach().clone()
+        change_GD = torch.cat(refit_inputs(Activations(after, inputs), lost_TD, ridge=self.ridge, num_steps=self.refit_steps))
+        for step_size in STEP_SIZES:
+            projection.copy_(_rounded(old_GD, step_size * change_GD))
+            reached_TD = _accept(projection, old_GD, wanted_TD - layer_output(after, inputs), lost_TD)
+            if reached_TD is not lost_TD:
+                return reached_TD
+        return lost_TD
+
+    def _direct(self, kept: Activations, lost_TD: Tensor) -> Tensor:
+        """Change of the columns (S, D), from the normal equations of the whole layer."""
+        size = sum(kept.widths)
+        A_SS = torch.zeros(size, size, dtype=torch.float64, device=lost_TD.device)
+        B_SD = torch.zeros(size, lost_TD.shape[1], dtype=torch.float64, device=lost_TD.device)
+        for chunk, z_tS in kept.chunks_of_z():
+            A_SS += z_tS.T @ z_tS  # products of a chunk in float32, their sum in float64
+            B_SD += z_tS.T @ lost_TD[chunk]
+        return _solve(A_SS, B_SD, self.ridge * _mean([A_SS.diagonal()]))
+
+    def _blockwise(self, kept: Activations, lost_TD: Tensor) -> Tensor:
+        """The same by block coordinate descent. With D the change of an expert's columns so far and R the residual that all
+        changes leave, its step is (C + r I)^-1 (sum z R^T - r D): the exact minimum over the block."""
+        residual_TD, factors = lost_TD.clone(), []
+        for expert in range(len(kept.widths)):
+            z_nS = kept.z(expert)
+            factors.append((z_nS.T @ z_nS).double())
+        ridge = max(_TINY, self.ridge * _mean([C_SS.diagonal() for C_SS in factors]))
+        for C_SS in factors:  # in place: from here on only the factors are needed
+            C_SS.diagonal().add_(ridge)
+            torch.linalg.cholesky(C_SS, out=C_SS)
+        change_E = [torch.zeros(width, lost_TD.shape[1], dtype=torch.float64, device=lost_TD.device) for width in kept.widths]
+        for _ in range(self.num_sweeps):
+            for expert, (factor_SS, change_SD) in enumerate(zip(factors, change_E, strict=True)):
+                token_n, z_nS = kept.tokens(expert), kept.z(expert)
+                step_SD = torch.cholesky_solve((z_nS.T @ residual_TD[token_n]).double() - ridge * change_SD, factor_SS)
+                change_SD.add_(step_SD)
+                residual_TD.index_add_(0, token_n, z_nS @ step_SD.float(), alpha=-1)
+        return torch.cat(change_E)
+
+
+_TINY = 1e-30  # keeps a matrix of zeros invertible: that of an expert which no token reached
+
+
+def _accept(parameter: Tensor, old: Tensor, reached_TD: Tensor, lost_TD: Tensor) -> Tensor:
+    """Take a change back unless less is lost with it; what is lost then."""
+    if _squared(reached_TD) < _squared(lost_TD):
+        return reached_TD
+    parameter.copy_(old)
+    return lost_TD
+
+
+def _weights(experts: Experts) -> list[tuple[Tensor, Tensor]]:
+    """A copy of every expert's rows of W_gate and W_up, and columns of W_down."""
+    return [(matrices.inputs_GD.detach().clone(), matrices.down_DF.detach().clone()) for matrices in matrices_of(experts)]
+
+
+def _num_changed(experts: Experts, old: Sequence[tuple[Tensor, Tensor]]) -> int:
+    """Experts of which some weight is not what it was."""
+    return sum(not all(map(torch.equal, new, was)) for new, was in zip(_weights(experts), old, strict=True))
+
+
+def _squared(lost_TD: Tensor) -> float:
+    return float(lost_TD.square().sum(dtype=torch.float64))
+
+
+def _check_ridge(ridge: float) -> float:
+    if not 0 < ridge < float("inf"):
+        raise ConfigError(f"pruning.repair.ridge={ridge} is not above 0; give for example 0.01")
+    return ridge
+
+
+def _solve(C_SS: Tensor, B_SD: Tensor, ridge: float) -> Tensor:
+    """(C + ridge I)^-1 B in float64."""
+    regular_SS = C_SS + max(ridge, _TINY) * torch.eye(len(C_SS), dtype=C_SS.dtype, device=C_SS.device)
+    return torch.cholesky_solve(B_SD, torch.linalg.cholesky(regular_SS))
+
+
+def _mean(diagonals: Sequence[Tensor]) -> float:
+    """Mean of some matrices' diagonals; 0 if they are empty."""
+    diagonal = torch.cat(list(diagonals))
+    return float(diagonal.mean()) if len(diagonal) else 0.0
+
+
+def _rounded(down: Tensor, change: Tensor) -> Tensor:
+    """Columns plus their change, in the columns' dtype."""
+    return (down.double() + change).to(down.dtype)

@@ -1,0 +1,253 @@
+"""Repair: least squares, checked by hand, by torch's own solver on explicit matrices, and by what the layers really put out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from heapr.errors import ConfigError
+from heapr.model.layerwise import ExpertInputs
+from heapr.model.moe import MoELayer, MoEModel
+from heapr.model.ragged_experts import RaggedExperts, matrices_of, run_experts
+from heapr.pruning.activations import Activations, layer_output
+from heapr.pruning.refit import refit_inputs
+from heapr.pruning.repair import ExpertRepair, JointRepair, LayerRepair, Repair
+from heapr.pruning.surgery import mask, remove, remove_and_repair
+from heapr.types import Plan
+from tests.tiny import LAYOUTS, tiny_ids, tiny_model, tiny_qwen3_moe
+
+REPAIRS: Sequence[Repair] = (
+    ExpertRepair(), ExpertRepair(router_weighted=False), JointRepair(), JointRepair(direct_up_to=0), JointRepair(refits=1, refit_steps=3),
+)  # fmt: skip
+TINY_RIDGE = 1e-9
+
+
+class Layer:
+    """One layer of a tiny model, some of its atomic experts removed, with random inputs."""
+
+    def __init__(self, num_tokens: int = 400, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        model = MoEModel(tiny_qwen3_moe())
+        self.before = model.layers[0].experts
+        self.kept_EF = torch.rand(4, 8, generator=generator) > 0.4
+        pruned = MoEModel(copy.deepcopy(model.model))
+        remove(pruned, Plan(layers={0: self.kept_EF, 1: torch.ones(4, 8, dtype=torch.bool)}))
+        self.after = pruned.layers[0].experts
+        self.inputs = ExpertInputs(
+            hidden_TD=torch.randn(num_tokens, 16, generator=generator),
+            expert_TK=torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(num_tokens)]),
+            router_weight_TK=torch.rand(num_tokens, 2, generator=generator),
+        )
+
+    def z_dense(self) -> Tensor:
+        """p h of all atomic experts of the layer (T, E * F), the slow way, float64."""
+        z_TEF = torch.zeros(len(self.inputs.hidden_TD), 4, 8, dtype=torch.float64)
+        for token, (hidden_D, expert_K, p_K) in enumerate(zip(*vars(self.inputs).values(), strict=True)):
+            for expert, p in zip(expert_K.tolist(), p_K.tolist(), strict=True):
+                gate_F, up_F = F.linear(hidden_D, self.before.gate_up_proj[expert]).chunk(2)
+                z_TEF[token, expert] = p * (F.silu(gate_F) * up_F).double()
+        return z_TEF.flatten(1)
+
+    def columns(self) -> Tensor:
+        """All columns w_k as rows (E * F, D), float64."""
+        return self.before.down_proj.detach().double().transpose(1, 2).flatten(0, 1)
+
+    def error(self, experts: RaggedExperts) -> float:
+        """What the layer's output loses, squared, per token, with these experts in place of the dense ones."""
+        with torch.no_grad():
+            lost_TD = run_experts(self.before, *vars(self.inputs).values()) - run_experts(experts, *vars(self.inputs).values())
+        return float(lost_TD.square().sum()) / len(lost_TD)
+
+    def repaired(self, repair: Repair) -> tuple[RaggedExperts, LayerRepair]:
+        experts = copy.deepcopy(self.after)
+        with torch.no_grad():
+            found = repair(self.before, experts, self.inputs)
+        return experts, found
+
+
+@pytest.fixture(scope="module")
+def layer() -> Layer:
+    return Layer()
+
+
+def test_by_hand() -> None:
+    """Two atomic experts, one of them removed. h = (1, 2) and (1, -1) for two tokens of weight 1, columns 3 and 5: the loss is
+    d = 5 * (2, -1), C = 1 + 1 = 2, B = 10 - 5 = 5, ridge = 0.5 * (1 + 1/2) * 2 = 1.5, so W' = 3 + 5 / 3.5."""
+    experts = tiny_qwen3_moe(hidden_size=2, moe_intermediate_size=2, num_attention_heads=1, num_key_value_heads=1)
+    model = MoEModel(experts)
+    layer = model.layers[0]
+    with torch.no_grad():  # a gate so large that silu is the identity times it
+        layer.experts.gate_up_proj.zero_()
+        layer.experts.gate_up_proj[0] = torch.tensor([[50.0, 0], [50, 0], [0.02, 0], [0, 0.02]])
+        layer.experts.down_proj.zero_()
+        layer.experts.down_proj[0] = torch.tensor([[3.0, 5], [0, 0]])
+    inputs = ExpertInputs(torch.tensor([[1.0, 2], [1, -1]]), torch.tensor([[0], [0]]), torch.ones(2, 1))
+    kept_EF = torch.zeros(4, 2, dtype=torch.bool)
+    kept_EF[0, 0] = True
+    before = layer.experts
+    remove(model, Plan(layers={0: kept_EF, 1: torch.ones(4, 2, dtype=torch.bool)}))
+    with torch.no_grad():
+        found = ExpertRepair(ridge=0.5)(before, layer.experts, inputs)
+    torch.testing.assert_close(layer.experts.down_proj[:1].detach(), torch.tensor([[3 + 5 / 3.5, 0]]))
+    assert found.error_before == pytest.approx((100 + 25) / 2) and found.num_repaired == 1
+    assert found.error_after == pytest.approx(((10 - 5 / 3.5) ** 2 + (-5 - 5 / 3.5) ** 2) / 2)
+
+
+def test_expert_repair_is_least_squares_of_each_expert(layer: Layer) -> None:
+    """W_down C[:, S] C[S, S]^-1 (docs/method.md, 18) is what torch's solver finds for every expert's own output."""
+    experts, _ = layer.repaired(ExpertRepair(ridge=TINY_RIDGE))
+    z_TF, columns_FD = layer.z_dense(), layer.columns()
+    expected = []
+    for expert, kept_F in enumerate(layer.kept_EF):
+        own = slice(8 * expert, 8 * expert + 8)
+        expected.append(torch.linalg.lstsq(z_TF[:, own][:, kept_F], z_TF[:, own] @ columns_FD[own]).solution)
+    torch.testing.assert_close(experts.down_proj.detach().double(), torch.cat(expected), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("repair", [JointRepair(ridge=TINY_RIDGE), JointRepair(ridge=TINY_RIDGE, direct_up_to=0, num_sweeps=300)])
+def test_joint_repair_is_least_squares_of_the_layer(layer: Layer, repair: JointRepair) -> None:
+    experts, _ = layer.repaired(repair)
+    z_TS, columns_SD = layer.z_dense(), layer.columns()
+    expected = torch.linalg.lstsq(z_TS[:, layer.kept_EF.flatten()], z_TS @ columns_SD).solution
+    torch.testing.assert_close(experts.down_proj.detach().double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_both_ways_to_solve_agree_with_ridge(layer: Layer) -> None:
+    direct, found = layer.repaired(JointRepair(ridge=0.1))
+    blockwise, also_found = layer.repaired(JointRepair(ridge=0.1, direct_up_to=0, num_sweeps=100))
+    torch.testing.assert_close(blockwise.down_proj, direct.down_proj, rtol=1e-4, atol=1e-5)
+    assert also_found.error_after == pytest.approx(found.error_after, rel=1e-5)
+
+
+def test_every_sweep_lowers_what_is_minimised(layer: Layer) -> None:
+    repairs = [JointRepair(ridge=TINY_RIDGE, direct_up_to=0, num_sweeps=number) for number in (1, 2, 4, 8)]
+    errors = [layer.repaired(repair)[1].error_after for repair in repairs]
+    assert errors == sorted(errors, reverse=True) and errors[0] > errors[-1]
+
+
+def test_reported_errors_are_those_of_the_layer(layer: Layer) -> None:
+    for repair in REPAIRS[2:]:
+        experts, found = layer.repaired(repair)
+        assert found.error_before == pytest.approx(layer.error(layer.after), rel=1e-4)
+        assert found.error_after == pytest.approx(layer.error(experts), rel=1e-4)
+
+
+def test_more_freedom_is_better(layer: Layer) -> None:
+    """No repair, each expert alone, all together, together with W_gate and W_up, and these once more."""
+    repairs = [ExpertRepair(), JointRepair(), JointRepair(refits=1), JointRepair(refits=2)]
+    errors = [layer.error(layer.after)] + [layer.error(layer.repaired(repair)[0]) for repair in repairs]
+    assert errors == sorted(errors, reverse=True) and len(set(errors)) == 5
+
+
+@pytest.mark.parametrize("repair", REPAIRS)
+def test_an_expert_without_tokens_stays_as_it_is(repair: Repair) -> None:
+    layer = Layer()
+    layer.inputs.expert_TK[layer.inputs.expert_TK == 1] = 4  # "none"
+    experts, found = layer.repaired(repair)
+    for new, was in zip(list(matrices_of(experts))[1], list(matrices_of(layer.after))[1], strict=True):
+        assert new is was is None or torch.equal(new, was)
+    assert found.num_repaired == 3 and found.error_after < found.error_before
+
+
+def test_an_expert_with_few_tokens_moves_less_per_token_than_one_with_many() -> None:
+    """The same inputs once and a hundred times: plain ridge regression would give the same columns."""
+    few, many = Layer(num_tokens=6), Layer(num_tokens=6)
+    many.inputs = ExpertInputs(*(tensor.repeat(100, 1) for tensor in vars(few.inputs).values()))
+    moved = [(layer.repaired(ExpertRepair(ridge=0.1))[0].down_proj - layer.after.down_proj).norm() for layer in (few, many)]
+    assert moved[0] < 0.9 * moved[1]
+
+
+def test_weights_that_get_no_better_in_the_models_dtype_stay() -> None:
+    """A ridge so large that the change vanishes in bfloat16."""
+    layer = Layer()
+    layer.before, layer.after = layer.before.bfloat16(), layer.after.bfloat16()
+    layer.inputs = ExpertInputs(layer.inputs.hidden_TD.bfloat16(), layer.inputs.expert_TK, layer.inputs.router_weight_TK.bfloat16())
+    for repair in (ExpertRepair(ridge=1e9), JointRepair(ridge=1e9), JointRepair(ridge=1e9, refits=1)):
+        experts, found = layer.repaired(repair)
+        assert all(map(torch.equal, experts.parameters(), layer.after.parameters())) and found.num_repaired == 0
+        assert found.error_after == found.error_before
+
+
+def test_gauss_newton_step_is_least_squares_to_first_order() -> None:
+    """The change of W_gate and W_up against torch's solver on the explicit derivative, by autograd."""
+    layer, ridge = Layer(num_tokens=60), 0.03
+    experts = copy.deepcopy(layer.after)
+    old_RD = experts.gate_up_proj.detach().clone()
+
+    def output(rows_RD: Tensor) -> Tensor:
+        return torch.func.functional_call(experts, {"gate_up_proj": rows_RD}, tuple(vars(layer.inputs).values()))
+
+    with torch.no_grad():
+        lost_TD = layer_output(layer.before, layer.inputs) - layer_output(experts, layer.inputs)
+        change_RD = torch.cat(refit_inputs(Activations(experts, layer.inputs), lost_TD, ridge=ridge, num_steps=200))
+    x_TD = layer.inputs.hidden_TD.double()
+    jacobian = torch.autograd.functional.jacobian(output, old_RD).double()  # (T, D, R, D)
+    scale_R = (jacobian.square().sum((1, 3)) / x_TD.square().sum(1, keepdim=True)).sum(0)
+    moment_DD = x_TD.T @ x_TD / len(x_TD)
+    moment_DD += ridge * moment_DD.diagonal().mean() * torch.eye(len(moment_DD))
+    penalty = ridge * scale_R.mean() * torch.block_diag(*[moment_DD] * len(scale_R))
+    jacobian_PQ = jacobian.flatten(2).flatten(0, 1)
+    expected = torch.linalg.solve(jacobian_PQ.T @ jacobian_PQ + penalty, jacobian_PQ.T @ lost_TD.double().flatten())
+    torch.testing.assert_close(change_RD.double().flatten(), expected, rtol=1e-2, atol=2e-3)
+    assert expected.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("family", LAYOUTS)
+@pytest.mark.parametrize("repair", REPAIRS)
+def test_nothing_removed_nothing_repaired(family: str, repair: Repair) -> None:
+    model = MoEModel(tiny_model(family))
+    ids_NW = tiny_ids(num_sequences=2, length=10)
+    expected = model.model(input_ids=ids_NW).logits
+    plan = Plan(layers={layer.index: torch.ones(4, 8, dtype=torch.bool) for layer in model.layers})
+    found = remove_and_repair(model, plan, repair, [ids_NW])
+    assert all(layer.error_before < 1e-9 for layer in found.values())  # not zero where a layout multiplies in another order
+    torch.testing.assert_close(model.model(input_ids=ids_NW).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def plan_for(layers: Sequence[MoELayer]) -> Plan:
+    generator = torch.Generator().manual_seed(1)
+    return Plan(layers={layer.index: torch.rand(4, 8, generator=generator) > 0.5 for layer in layers})
+
+
+def test_sequential_repair_knows_the_layers_before_and_parallel_does_not() -> None:
+    ids_NW = tiny_ids(num_sequences=4, length=10)
+    found, models = {}, {}
+    for is_sequential in (True, False):
+        models[is_sequential] = MoEModel(tiny_qwen3_moe())
+        repair = JointRepair(sequential=is_sequential)
+        found[is_sequential] = remove_and_repair(models[is_sequential], plan_for(models[is_sequential].layers), repair, [ids_NW])
+    columns = {key: [layer.experts.down_proj.detach() for layer in model.layers] for key, model in models.items()}
+    assert torch.equal(columns[True][0], columns[False][0])  # nothing is before the first layer
+    assert not torch.equal(columns[True][1], columns[False][1]) and found[True][1] != found[False][1]
+    only_last = MoEModel(tiny_qwen3_moe())
+    plan = Plan(layers={0: torch.ones(4, 8, dtype=torch.bool), 1: plan_for(only_last.layers).layers[1]})
+    remove_and_repair(only_last, plan, JointRepair(), [ids_NW])
+    torch.testing.assert_close(only_last.layers[1].experts.down_proj.detach(), columns[False][1])  # measured in the model as it was
+
+
+@pytest.mark.parametrize("repair", [JointRepair(), JointRepair(refits=1)])
+def test_repaired_weights_make_the_same_model_again_and_a_masked_one(repair: Repair) -> None:
+    ids_NW = tiny_ids(num_sequences=4, length=10)
+    pruned, again, masked = (MoEModel(tiny_qwen3_moe()) for _ in range(3))
+    plan = plan_for(pruned.layers)
+    remove_and_repair(pruned, plan, repair, [ids_NW])
+    repaired = {layer.index: dict(layer.experts.named_parameters()) for layer in pruned.layers}
+    remove(again, plan, repaired)
+    mask(masked, plan, repaired)
+    expected = pruned.model(input_ids=ids_NW).logits
+    assert torch.equal(again.model(input_ids=ids_NW).logits, expected)
+    torch.testing.assert_close(masked.model(input_ids=ids_NW).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: ExpertRepair(ridge=0.0), lambda: JointRepair(ridge=-1.0), lambda: JointRepair(num_sweeps=0), lambda: JointRepair(refits=-1)],
+)
+def test_values_out_of_range(make: object) -> None:
+    with pytest.raises(ConfigError, match="give "):
+        make()  # type: ignore[operator]

@@ -1,0 +1,118 @@
+"""Repair and rounds through the pipeline: what is kept, shared, resumed and loaded again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import heapr
+from heapr.calibration.collector import collect
+from heapr.errors import ConfigError
+from heapr.model.moe import MoEModel
+from heapr.pruning.allocation import Budget, allocate
+from heapr.pruning.repair import JointRepair
+from heapr.pruning.surgery import remove_and_repair
+from heapr.score.gradient import Fisher
+from tests.experiment import cached_stages, run_in, write_model, write_texts
+from tests.tiny import no_weights, tiny_ids, tiny_qwen3_moe
+
+ONLY_PERPLEXITY = "evaluation/evaluators@evaluation=[perplexity]"
+BEST = ["score=fisher", "pruning/repair=full", "pruning.repair.refits=1", "pruning.repair.refit_steps=2"]
+
+
+@pytest.fixture(scope="module")
+def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("inputs")
+    texts = [text for text in write_texts(folder) if not text.startswith("evaluation.") or "perplexity" in text or "paths" in text]
+    return ["model=hf", f"model.path={write_model(folder / 'model')}", "model.dtype=float32", ONLY_PERPLEXITY, "pruning.ratio=0.4", *texts]
+
+
+def stages(summary: Any, stage: str) -> list[dict[str, Any]]:
+    return [entry for entry in summary.stages if entry["stage"] == stage]
+
+
+def logits(model: torch.nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=tiny_ids(num_sequences=2, length=10), use_cache=False).logits
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, overrides: list[str]) -> tuple[Path, Any]:
+    folder = tmp_path_factory.mktemp("rounds")
+    return folder, run_in(folder, *overrides, *BEST, "pruning.rounds=2")
+
+
+def test_two_rounds_are_two_prunings_one_after_the_other(finished: tuple[Path, Any], overrides: list[str]) -> None:
+    """The same by hand: statistics, scores, allocation and repair on the model, then once more on what is left."""
+    _, summary = finished
+    calibrate, prune = stages(summary, "calibrate"), stages(summary, "prune")
+    assert [entry["what"] for entry in prune] == ["", "round 2"] and len(calibrate) == len(stages(summary, "score")) == 2
+    ids_NW = load_file(Path(calibrate[0]["path"]) / "tokens.safetensors")["ids"]
+    model = MoEModel(tiny_qwen3_moe())
+    for number_removed, left in ((13, 64), (13, 51)):  # round(0.2 * 64), round(0.4 * 64) - 13
+        scores = Fisher()(collect(model, ids_NW.split(4)), no_weights)
+        budget = Budget(ratio=number_removed / left, scope="global", experts_per_token=2)
+        plan = allocate(scores, {layer.index: layer.widths for layer in model.layers}, budget)
+        with torch.no_grad():
+            remove_and_repair(model, plan, JointRepair(refits=1, refit_steps=2), ids_NW.split(4))
+    pruned = heapr.load_pruned(Path(prune[1]["path"]) / "checkpoint")
+    torch.testing.assert_close(logits(pruned), logits(model.model), rtol=1e-4, atol=1e-4)
+
+
+def test_second_run_makes_nothing(finished: tuple[Path, Any], overrides: list[str]) -> None:
+    folder, summary = finished
+    again = run_in(folder, *overrides, *BEST, "pruning.rounds=2")
+    assert all(cached_stages(again).values()) and again.metrics == summary.metrics
+
+
+def test_resumed_after_the_first_round_is_uninterrupted(tmp_path: Path, finished: tuple[Path, Any], overrides: list[str]) -> None:
+    """The first round alone is an experiment too; the second then goes on from what the store holds, on a model loaded anew."""
+    run_in(tmp_path, *overrides, *BEST, "pruning.ratio=0.2", "pruning.save_checkpoint=false")
+    resumed = run_in(tmp_path, *overrides, *BEST, "pruning.rounds=2")
+    assert [entry["cached"] for entry in stages(resumed, "prune")] == [True, False]
+    assert resumed.metrics["pruned"] == pytest.approx(finished[1].metrics["pruned"], rel=1e-5)
+
+
+def test_dense_model_and_plan_are_the_checkpoint(finished: tuple[Path, Any], overrides: list[str]) -> None:
+    folder = Path(stages(finished[1], "prune")[-1]["path"])
+    dense = overrides[1].partition("=")[2]
+    expected = logits(heapr.load_pruned(folder / "checkpoint"))
+    assert torch.equal(logits(heapr.load_pruned(dense, plan=folder / "plan.safetensors")), expected)
+    with pytest.raises(ConfigError, match="belongs to a repaired model, but its weights 'repaired.safetensors' are not beside it"):
+        heapr.load_pruned(dense, plan=folder / "checkpoint" / "plan.safetensors")
+
+
+def test_masked_form_is_the_same_function(tmp_path: Path, finished: tuple[Path, Any], overrides: list[str]) -> None:
+    masked = run_in(tmp_path, *overrides, *BEST, "pruning.rounds=2", "pruning.form=masked")
+    expected = logits(heapr.load_pruned(Path(stages(finished[1], "prune")[-1]["path"]) / "checkpoint"))
+    found = logits(heapr.load_pruned(Path(stages(masked, "prune")[-1]["path"]) / "checkpoint"))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_uniform_form_in_rounds(tmp_path: Path, overrides: list[str]) -> None:
+    summary = run_in(tmp_path, *overrides, *BEST, "pruning.rounds=2", "pruning=expert", "pruning.ratio=0.5", "pruning.form=uniform")
+    model = heapr.load_pruned(Path(stages(summary, "prune")[-1]["path"]) / "checkpoint")
+    assert type(model).__name__ == "Qwen3MoeForCausalLM" and model.config.moe_intermediate_size == 4
+
+
+def test_repair_is_reported(finished: tuple[Path, Any]) -> None:
+    for entry in stages(finished[1], "prune"):
+        report = json.loads((Path(entry["path"]) / "repair.json").read_text())
+        assert report["layers"].keys() == {"0", "1"}
+        assert all(layer["error_after"] < layer["error_before"] for layer in report["layers"].values())
+
+
+def test_what_is_shared(tmp_path: Path, finished: tuple[Path, Any], overrides: list[str]) -> None:
+    """Another repair needs no new statistics of the dense model; a plain run has the key that it always had."""
+    folder, _ = finished
+    other = run_in(folder, *overrides, "score=fisher", "pruning/repair=expert", "pruning.save_checkpoint=false")
+    assert cached_stages(other) == {"calibrate": True, "score": True, "prune": False, "evaluate": False}
+    plain = run_in(folder, *overrides, "score=fisher", "pruning.save_checkpoint=false")
+    recipe = json.loads((Path(stages(plain, "prune")[0]["path"]) / "manifest.json").read_text())["config"]
+    assert recipe == {"ratio": 0.4, "scope": "global", "width_multiple": 1, "form": "ragged"}
