@@ -133,9 +133,10 @@ def prepare(config: ExperimentConfig) -> Experiment:
 
 
 def name_of(config: ExperimentConfig) -> str:
-    """Readable: model, criterion, scope, ratio, and what goes beyond the paper."""
+    """Readable: model, criterion, scope, ratio and of what, and what goes beyond the paper."""
     pruning = config.pruning
     words = [config.model.name, option_name(config.score["_target_"]), pruning.scope, f"{100 * pruning.ratio:.4g}%"]
+    words += [] if pruning.budget == "atomic_experts" else [f"of {pruning.budget}"]
     words += [option_name(pruning.repair["_target_"])] if pruning.repair else []
     words += [f"{pruning.rounds} rounds"] if pruning.rounds > 1 else []
     return " ".join(words)

@@ -48,7 +48,7 @@ class CalibrationConfig:
 class PruningConfig:
     """How much is removed, and what is ranked together."""
 
-    ratio: float = MISSING  # share of routed atomic experts to remove, in [0, 1)
+    ratio: float = MISSING  # share of routed atomic experts to remove, or of what `budget` says, in [0, 1)
     scope: str = MISSING  # global, layer or expert
     rounds: int = 1  # steps of equal size, each measured on the model that the one before left; at least 1
     repair: dict[str, Any] | None = None  # plug-in: heapr/pruning/repair.py; none leaves what is kept as it was

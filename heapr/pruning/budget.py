@@ -57,7 +57,7 @@ class Budget:
     """How much is removed.
 
     Attributes:
-        ratio: share of all routed atomic experts to remove, in [0, 1).
+        ratio: share of all routed atomic experts to remove, or of what they cost in `unit`, in [0, 1).
         scope: what is ranked together: "global" all layers (HEAPr-G of the paper), "layer" each layer by itself (HEAPr-L),
             "expert" each expert by itself. Layers ("layer", "expert") and experts ("expert") lose the same share, up to one
             atomic expert, so that the total is exact; if layers are protected, the others lose so much more.
