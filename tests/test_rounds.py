@@ -108,6 +108,13 @@ def test_repair_is_reported(finished: tuple[Path, Any]) -> None:
         assert all(layer["error_after"] < layer["error_before"] for layer in report["layers"].values())
 
 
+def test_card_tells_rounds_and_repair(finished: tuple[Path, Any]) -> None:
+    folder = Path(stages(finished[1], "prune")[-1]["path"]) / "checkpoint"
+    card, about = (folder / "README.md").read_text(), json.loads((folder / "config.json").read_text())["heapr"]
+    assert "In 2 rounds, each measured anew. What is left was repaired on the same tokens (`JointRepair`)." in card
+    assert about["rounds"] == 2 and about["ratio"] == 0.4 and about["repair"]["refits"] == 1
+
+
 def test_what_is_shared(tmp_path: Path, finished: tuple[Path, Any], overrides: list[str]) -> None:
     """Another repair needs no new statistics of the dense model; a plain run has the key that it always had."""
     folder, _ = finished

@@ -16,7 +16,7 @@ tags: [heapr, mixture-of-experts, pruning]
 ---
 # $model, $removed of its routed $unit removed
 Pruned with heapr: criterion `$criterion`, ratio $ratio, scope `$scope`, form `$form`, widths rounded to multiples of $multiple.
-Calibrated on $num_samples sequences of $sequence_length tokens of $text, seed $seed.
+Calibrated on $num_samples sequences of $sequence_length tokens of $text, seed $seed.$beyond
 
 $metrics
 $loading
@@ -61,6 +61,7 @@ def model_card(about: Mapping[str, Any], metrics: Mapping[str, Mapping[str, floa
         sequence_length=calibration["sequence_length"],
         seed=calibration["seed"],
         text=_text(calibration["corpus"]),
+        beyond=_beyond(about),
         metrics=_table(metrics, previous),
         loading=LOADING[about["form"]],
     )
@@ -71,6 +72,16 @@ def _text(corpus: Mapping[str, Any]) -> str:
     if "parts" not in corpus:
         return f"`{corpus['corpus']}` ({corpus['split']})"
     return ", ".join(f"{part['share']:.3g} x {_text(part['corpus'])}" for part in corpus["parts"])
+
+
+def _beyond(about: Mapping[str, Any]) -> str:
+    """Rounds and repair, in words."""
+    sentences = []
+    if about.get("rounds", 1) > 1:
+        sentences.append(f" In {about['rounds']} rounds, each measured anew.")
+    if about.get("repair"):
+        sentences.append(f" What is left was repaired on the same tokens (`{about['repair']['_target_'].rpartition('.')[2]}`).")
+    return "".join(sentences)
 
 
 def _table(metrics: Mapping[str, Mapping[str, float]], previous: str) -> str:
