@@ -207,10 +207,9 @@ class JointRepair:
         for expert in range(len(kept.widths)):
             z_nS = kept.z(expert)
             factors.append((z_nS.T @ z_nS).double())
-        ridge = max(_TINY, self.ridge * _mean([C_SS.diagonal() for C_SS in factors]))
+        ridge = self.ridge * _mean([C_SS.diagonal() for C_SS in factors])
         for C_SS in factors:  # in place: from here on only the factors are needed
-            C_SS.diagonal().add_(ridge)
-            torch.linalg.cholesky(C_SS, out=C_SS)
+            C_SS.copy_(_factored(C_SS, ridge))
         change_E = [torch.zeros(width, lost_TD.shape[1], dtype=torch.float64, device=lost_TD.device) for width in kept.widths]
         for _ in range(self.num_sweeps):
             for expert, (factor_SS, change_SD) in enumerate(zip(factors, change_E, strict=True)):
@@ -254,8 +253,20 @@ def _check_ridge(ridge: float) -> float:
 
 def _solve(C_SS: Tensor, B_SD: Tensor, ridge: float) -> Tensor:
     """(C + ridge I)^-1 B in float64."""
+    return torch.cholesky_solve(B_SD, _factored(C_SS, ridge))
+
+
+def _factored(C_SS: Tensor, ridge: float) -> Tensor:
+    """Cholesky factor of C + ridge I.
+
+    Raises:
+        ConfigError: the ridge is so small that the matrix is singular in floating point.
+    """
     regular_SS = C_SS + max(ridge, _TINY) * torch.eye(len(C_SS), dtype=C_SS.dtype, device=C_SS.device)
-    return torch.cholesky_solve(B_SD, torch.linalg.cholesky(regular_SS))
+    factor_SS, failed = torch.linalg.cholesky_ex(regular_SS)
+    if failed:
+        raise ConfigError("pruning.repair.ridge is too small for these activations: the equations are singular; give for example 0.01")
+    return factor_SS
 
 
 def _mean(diagonals: Sequence[Tensor]) -> float:

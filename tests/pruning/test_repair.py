@@ -251,3 +251,11 @@ def test_repaired_weights_make_the_same_model_again_and_a_masked_one(repair: Rep
 def test_values_out_of_range(make: object) -> None:
     with pytest.raises(ConfigError, match="give "):
         make()  # type: ignore[operator]
+
+
+def test_a_ridge_too_small_for_repeated_activations_is_said_so() -> None:
+    """Two tokens and more kept atomic experts than that: singular without ridge."""
+    layer = Layer(num_tokens=2)
+    for repair in (ExpertRepair(ridge=1e-300), JointRepair(ridge=1e-300), JointRepair(ridge=1e-300, direct_up_to=0)):
+        with pytest.raises(ConfigError, match="pruning.repair.ridge is too small"):
+            layer.repaired(repair)
