@@ -23,6 +23,7 @@ from heapr.experiment import (
     find_budget,
     find_criterion,
     find_device,
+    find_repair,
     find_source,
     find_uniform_settings,
     name_of,
@@ -155,6 +156,7 @@ def plan_stages(config: ExperimentConfig, notes: list[str]) -> tuple[ModelSource
         ConfigError: the user's mistake.
     """
     criterion = find_criterion(config)
+    find_repair(config)  # its mistakes
     text = _or_note(notes, lambda: _known_text(config.calibration.corpus, "calibration.corpus"))
     device = _or_note(notes, lambda: find_device(config.runtime.device)) or torch.device("cpu")
     built = build_evaluators(_what_is_here(config.evaluation, notes), device)
@@ -223,9 +225,13 @@ def _stages(recipes: Recipes, store: Store, evaluation: Sequence[Evaluator | Com
     yield from (plan(r, f"{e.name} dense") for e, r in zip(evaluators, recipes.evaluate_dense, strict=True))
     yield from (plan(r, c.name) for c, r in comparisons if c.upstream == "score")
     for round_ in recipes.rounds:
+        names = {
+            recipe.stage: f"{recipe.stage} {round_.what}" if round_.what else ""
+            for recipe in (round_.calibrate, round_.score, round_.prune)
+        }
         if round_ is not recipes.rounds[0]:
-            yield from (plan(round_.calibrate, round_.what), plan(round_.score, round_.what))
-        yield plan(round_.prune, round_.what, needed_of_prune(save_checkpoint and round_ is recipes.rounds[-1]))
+            yield from (plan(recipe, names[recipe.stage]) for recipe in (round_.calibrate, round_.score))
+        yield plan(round_.prune, names["prune"], needed_of_prune(save_checkpoint and round_ is recipes.rounds[-1]))
     yield from (plan(r, f"{e.name} pruned") for e, r in zip(evaluators, recipes.evaluate_pruned, strict=True))
     yield from (plan(r, c.name) for c, r in comparisons if c.upstream == "prune")
 

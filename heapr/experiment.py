@@ -89,7 +89,7 @@ def prepare(config: ExperimentConfig) -> Experiment:
         ConfigError: the user's mistake.
     """
     text: Corpus | Mixture = build(config.calibration.corpus, "calibration.corpus")
-    criterion = find_criterion(config)
+    criterion, repair = find_criterion(config), find_repair(config)
     device = find_device(config.runtime.device)
     if config.runtime.num_threads is not None:
         torch.set_num_threads(config.runtime.num_threads)
@@ -121,7 +121,7 @@ def prepare(config: ExperimentConfig) -> Experiment:
         batch_size=config.calibration.batch_size,
         criterion=criterion,
         budget=budget,
-        repair=find_repair(config),
+        repair=repair,
         form=config.pruning.form,
         uniform_settings=find_uniform_settings(source, budget),
         save_checkpoint=config.pruning.save_checkpoint,

@@ -76,6 +76,9 @@ def _run(config: DictConfig) -> None:
     print_summary(asdict(run(typed, folder, sweep=sweep)), str(folder))
 
 
+FIELD_OF_NOTHING = "Unexpected type for root: NoneType"  # omegaconf's answer to a field of null
+
+
 @contextmanager
 def one_line_errors(config_folder: Path | None = None) -> Iterator[None]:
     """Turn a user's mistake into one line and exit code 2; anything else is our bug and keeps its stack trace.
@@ -92,6 +95,10 @@ def one_line_errors(config_folder: Path | None = None) -> Iterator[None]:
         _stop(str(error), code=1)
     except (HydraException, OmegaConfBaseException) as error:
         _stop(explain(error, config_folder, sys.argv[1:]))
+    except AssertionError as error:
+        if not str(error).startswith(FIELD_OF_NOTHING):
+            raise
+        _stop("an override sets a field of what is null, such as pruning.repair.ridge; choose it first, for example pruning/repair=joint")
     except OSError as error:
         if error.filename is None or _came_from_job(error):
             raise

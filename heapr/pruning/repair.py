@@ -263,6 +263,7 @@ def _factored(C_SS: Tensor, ridge: float) -> Tensor:
         ConfigError: the ridge is so small that the matrix is singular in floating point.
     """
     regular_SS = C_SS + max(ridge, _TINY) * torch.eye(len(C_SS), dtype=C_SS.dtype, device=C_SS.device)
+    factor_SS: Tensor
     factor_SS, failed = torch.linalg.cholesky_ex(regular_SS)
     if failed:
         raise ConfigError("pruning.repair.ridge is too small for these activations: the equations are singular; give for example 0.01")

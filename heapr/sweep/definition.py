@@ -20,7 +20,7 @@ from heapr.errors import ConfigError
 from heapr.schema import unknown_key
 
 FILE = "experiment.yaml"
-BUILT_IN = ("tiny", "tiny_deepseek")  # model=...: an experiment's version for the built-in models
+TINY = "tiny"  # what the names of the built-in models begin with
 
 Job = tuple[str, ...]  # Hydra overrides
 Block = Sequence[str]  # Hydra overrides of which some list several values, separated by commas: a grid of jobs
@@ -107,7 +107,7 @@ def make_jobs(definition: Definition, overrides: Sequence[str], *, baselines: bo
 def is_tiny(overrides: Sequence[str]) -> bool:
     """Whether built-in models alone are asked for."""
     chosen = [value for override in _parse(overrides) if override.get_key_element() == "model" for value in _values(override)]
-    return bool(chosen) and set(chosen) <= set(BUILT_IN)
+    return bool(chosen) and all(value.startswith(TINY) for value in chosen)
 
 
 def grid(block: Block) -> list[dict[str, str]]:
