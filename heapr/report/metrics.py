@@ -36,6 +36,11 @@ KINDS = {  # first part of a name: its quantity, which way is better, unit, deci
     "calibration_peak_memory_bytes": ("calibration peak memory", LOWER, "MiB", 1),
 }
 UNASKED = {"accuracy_norm"}
+# Of a run or of both models together, so that the unpruned model has no such number of its own
+OF_A_PAIR = {
+    "stages", "truth", "kl_to_dense", "top1_agreement",
+    "calibration_seconds", "calibration_speedup", "calibration_state_bytes", "calibration_peak_memory_bytes",
+}  # fmt: skip
 
 
 def value(job: JobResult, name: str, *, dense: bool = False) -> float | None:
