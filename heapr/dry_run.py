@@ -203,14 +203,27 @@ def _num_removed(source: ModelSource, budget: Budget) -> int | None:
     return sum(budget.numbers_removed(source.widths)) if budget.unit == "atomic_experts" else None
 
 
-def _costs(model: MoEModel, calibration: CalibrationConfig) -> dict[str, Any]:
-    """FLOPs of the calibration and bytes of a batch, where the family's layers run on the meta device."""
-    batch_size = min(calibration.batch_size, calibration.num_samples)
+def sequence_flops(model: MoEModel, length: int) -> int | None:
+    """Of calibrating on one sequence; none where the family's layers do not run on the meta device.
+
+    Args:
+        model: on the meta device.
+        length: of the sequence, in tokens.
+    """
     try:
-        flops = calibration.num_samples * calibration_flops(model, calibration.sequence_length)
-        return {"calibration_flops": flops, "activation_bytes": activation_bytes(model, batch_size, calibration.sequence_length)}
+        return calibration_flops(model, length)
     except RuntimeError:  # torch's answer to a layer that wants to read values, which are not there
+        return None
+
+
+def _costs(model: MoEModel, calibration: CalibrationConfig) -> dict[str, Any]:
+    """FLOPs of the calibration and bytes of a batch, where they are known."""
+    batch_size = min(calibration.batch_size, calibration.num_samples)
+    flops = sequence_flops(model, calibration.sequence_length)
+    if flops is None:
         return {"calibration_flops": None, "activation_bytes": None}
+    held = activation_bytes(model, batch_size, calibration.sequence_length)
+    return {"calibration_flops": calibration.num_samples * flops, "activation_bytes": held}
 
 
 def _stages(recipes: Recipes, store: Store, evaluation: Sequence[Evaluator | Comparison], save_checkpoint: bool) -> Iterator[PlannedStage]:

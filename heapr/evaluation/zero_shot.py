@@ -11,7 +11,7 @@ import hashlib
 import logging
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -111,14 +111,15 @@ class ZeroShot:
 
 
 def average_accuracy(evaluators: Sequence[str], metrics: Metrics) -> Metrics:
-    """`accuracy/average`: the plain mean of the tasks' `acc`, as the paper takes it, and its standard error.
+    """Plain means over the tasks and their standard errors: `accuracy/average` of `acc`, as the paper's main table takes it, and
+    `accuracy_norm/average` of `acc_norm`, as its comparison of scopes does, with `acc` of tasks that have no other (winogrande).
 
     Args:
         evaluators: names of all evaluators; those of tasks begin with "accuracy/".
         metrics: what they measured.
 
     Returns:
-        nothing if there is no task, or one that has no accuracy.
+        nothing if there is no task, or one that has no accuracy; no `accuracy_norm/average` if no task has `acc_norm`.
     """
     tasks = [name.removeprefix(PREFIX) for name in evaluators if name.startswith(PREFIX)]
     without = [task for task in tasks if f"accuracy/{task}" not in metrics]
@@ -126,10 +127,16 @@ def average_accuracy(evaluators: Sequence[str], metrics: Metrics) -> Metrics:
         if without:
             logger.info("%-9s no average accuracy: %s has none", "evaluate", ", ".join(without))
         return {}
-    average = {"accuracy/average": sum(metrics[f"accuracy/{task}"] for task in tasks) / len(tasks)}
-    errors = [metrics.get(f"accuracy_stderr/{task}", math.nan) for task in tasks]
-    error = math.hypot(*errors) / len(tasks)  # of independent tasks
-    return average | ({"accuracy_stderr/average": error} if math.isfinite(error) else {})
+    average = _average(dict.fromkeys(tasks, "accuracy"), "accuracy", metrics)
+    kinds = {task: "accuracy_norm" if f"accuracy_norm/{task}" in metrics else "accuracy" for task in tasks}
+    return average | (_average(kinds, "accuracy_norm", metrics) if "accuracy_norm" in kinds.values() else {})
+
+
+def _average(kinds: Mapping[str, str], name: str, metrics: Metrics) -> Metrics:
+    """Mean over tasks of the kind of accuracy that each has; its standard error is that of independent tasks."""
+    average = {f"{name}/average": sum(metrics[f"{kind}/{task}"] for task, kind in kinds.items()) / len(kinds)}
+    error = math.hypot(*(metrics.get(f"{kind}_stderr/{task}", math.nan) for task, kind in kinds.items())) / len(kinds)
+    return average | ({f"{name}_stderr/average": error} if math.isfinite(error) else {})
 
 
 def _hash_folder(folder: Path) -> str:

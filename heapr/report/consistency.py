@@ -44,7 +44,7 @@ def consistency(entry: Entry, jobs: Sequence[JobResult], published: Sequence[Num
         for number, (job, groups) in enumerate(chosen):
             _scatter(axis, groups, across, low, {**look(number), "linestyle": "none", "label": _label(job, names)})
         _finish(axis, across)
-        legend_above(figure, [axis])
+        legend_above(figure, [axis], title=model)
         drawings.append(Drawing(figure, model))
     return drawings
 

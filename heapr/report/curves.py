@@ -63,7 +63,7 @@ def ratio_curve(entry: Entry, jobs: Sequence[JobResult], published: Sequence[Num
                 _ratio_line(axis, series, name, look(number), published)
             finish_axis(axis, name, of_model)
         ratio_axis(axes[-1], of_model)
-        legend_above(figure, axes)
+        legend_above(figure, axes, title=model)
         drawings.append(Drawing(figure, model))
     return drawings
 
@@ -83,7 +83,7 @@ def calibration_curve(entry: Entry, jobs: Sequence[JobResult], published: Sequen
                 axis.errorbar(xs, [mean for _, mean, _ in found], yerr=errors, capsize=2, label=series.label, **look(number))
             finish_axis(axis, name, of_model)
         _factor_axis(axes[-1], entry.x, places)
-        legend_above(figure, axes)
+        legend_above(figure, axes, title=model)
         drawings.append(Drawing(figure, model))
     return drawings
 
@@ -102,7 +102,7 @@ def bars(entry: Entry, jobs: Sequence[JobResult], published: Sequence[Number]) -
             _dense_line(axis, name, of_model, upright=True)
             axis.set_xlabel(metrics.axis_label(name))
             axis.set_ylabel(header(entry.x))
-        legend_above(figure, axes)
+        legend_above(figure, axes, title=model)
         drawings.append(Drawing(figure, model))
     return drawings
 
@@ -196,7 +196,8 @@ def logarithmic(axis: Axes, span: float, which: str) -> None:
 
     (axis.set_yscale if which == "y" else axis.set_xscale)("log")
     scale = axis.yaxis if which == "y" else axis.xaxis
-    scale.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if span < 500 else (1.0,)))
+    subs = (1.0, 2.0, 3.0, 5.0, 7.0) if span < 10 else (1.0, 2.0, 5.0) if span < 500 else (1.0,)
+    scale.set_major_locator(LogLocator(subs=subs))
     scale.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     scale.set_minor_formatter(NullFormatter())
 

@@ -76,7 +76,7 @@ def _cost_rows(plan: Mapping[str, Any]) -> Rows:
         *rows,
         ("activations", _size(activations), batch),
         ("together", _size(fixed + activations), "what calibration needs, at least"),
-        ("calibration", f"{flops / 1e12:,.4g} TFLOPs", f"forward and backward of {plan['num_samples']} sequences"),
+        ("calibration", tera(flops), f"forward and backward of {plan['num_samples']} sequences"),
     ]
 
 
@@ -86,6 +86,12 @@ def _stages_table(stages: Sequence[Mapping[str, Any]]) -> Table:
     for stage in stages:
         table.add_row(stage["what"] or stage["stage"], "cached" if stage["cached"] else "to be made", stage["key"])
     return table
+
+
+def tera(flops: int) -> str:
+    """In TFLOPs with four digits, never as a power of ten."""
+    number = flops / 1e12
+    return f"{number:,.0f} TFLOPs" if number >= 1000 else f"{number:.4g} TFLOPs"
 
 
 def _range(ends: Sequence[int]) -> str:

@@ -98,8 +98,8 @@ def telling_apart(jobs: Sequence[JobResult], names: Sequence[str], average_over:
 
 
 def describe(job: JobResult, names: Sequence[str]) -> str:
-    """A job in words: `heapr global 25 %`."""
-    return " ".join(show(name, factor(job, name)) for name in names)
+    """A job in words: `heapr global 25 % removed`."""
+    return " ".join(show(name, factor(job, name)) + (" removed" if name == "ratio" else "") for name in names)
 
 
 def selected(jobs: Sequence[JobResult], where: Mapping[str, Any]) -> list[JobResult]:

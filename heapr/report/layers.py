@@ -29,15 +29,18 @@ def layer_heatmap(entry: Entry, jobs: Sequence[JobResult], published: Sequence[N
     for job in done:
         layers = removed_by_layer(job)
         if layers is not None:
-            drawings.append(Drawing(_figure(layers, is_sorted=entry.order == "sorted"), describe(job, shown)))
+            about = describe(job, shown)
+            drawings.append(Drawing(_figure(layers, about, is_sorted=entry.order == "sorted"), about))
     return drawings
 
 
-def _figure(layers: Sequence[LayerRemoval], *, is_sorted: bool) -> Figure:
+def _figure(layers: Sequence[LayerRemoval], title: str, *, is_sorted: bool) -> Figure:
     from matplotlib.figure import Figure
 
     height = min(max(0.09 * len(layers) + 1.0, 1.7), 5.5)
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    if title:
+        figure.suptitle(title, fontsize=8)
     heat, bars = figure.subplots(1, 2, width_ratios=[2.3, 1], sharey=True)
     _heat_map(figure, heat, layers, is_sorted=is_sorted)
     places = range(len(layers))

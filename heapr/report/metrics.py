@@ -42,6 +42,11 @@ UNASKED = {"accuracy_norm"}
 PRUNING_COSTS = {"pruning_time_ratio": pruning_time_ratio, "pruning_peak_memory_bytes": pruning_peak_memory_bytes}
 COMPARED = {"perplexity", "accuracy", "accuracy_norm", "kl_to_dense", "top1_agreement"}  # of which pruning makes the dense model's worse
 OF_THE_DENSE = {"kl_to_dense": 0.0, "top1_agreement": 1.0}  # by definition
+# Of a run or of both models together, so that the unpruned model has no such number of its own
+OF_A_PAIR = {
+    "stages", "truth", "kl_to_dense", "top1_agreement", *PRUNING_COSTS,
+    "calibration_seconds", "calibration_speedup", "calibration_state_bytes", "calibration_peak_memory_bytes",
+}  # fmt: skip
 
 
 def value(job: JobResult, name: str, *, dense: bool = False) -> float | None:

@@ -65,6 +65,11 @@ def page(layout: Layout, jobs: Sequence[JobResult], parts: Sequence[Table | Pict
     )
 
 
+def without_local_links(text: str) -> str:
+    """The page without its links to jobs and artifacts, for a copy that is kept without them."""
+    return re.sub(r"<a class=local [^>]*>(.*?)</a>", r"\1", text)
+
+
 def inline_svg(text: str) -> str:
     """An SVG file's root element as it stands inside HTML: without prologue and namespaces, as wide as its place."""
     root = text[text.index("<svg") :]
@@ -127,16 +132,16 @@ def _stages(jobs: Sequence[JobResult], folder: Path) -> str:
     """Every job's artifacts, folded."""
     texts = ["<h2>Jobs and their artifacts</h2>\n"]
     for job in jobs:
-        place = "" if job.folder is None else f' <a href="{_link(job.folder, folder)}">folder</a>'
+        label = f"Job {job.number}"
+        label = label if job.folder is None else f'<a class=local href="{_link(job.folder, folder)}">{label}</a>'
         name = html.escape(" ".join(job.overrides))
         if job.summary is None:
-            texts.append(f"<p>Job {job.number}: <code>{name}</code>{place} <span class=failed>failed</span></p>\n")
+            texts.append(f"<p>{label}: <code>{name}</code> <span class=failed>failed</span></p>\n")
             continue
         rows = "".join(_stage_row(stage, _link(artifact_folder(job, stage), folder)) for stage in job.summary["stages"])
         head = "<thead><tr><th>stage</th><th>artifact</th><th>seconds</th></tr></thead>"
         texts.append(
-            f"<details><summary>Job {job.number}: <code>{name}</code>{place}</summary>\n"
-            f"<table class=plain>{head}<tbody>{rows}</tbody></table></details>\n"
+            f"<details><summary>{label}: <code>{name}</code></summary>\n<table class=plain>{head}<tbody>{rows}</tbody></table></details>\n"
         )
     return "".join(texts)
 
@@ -144,7 +149,7 @@ def _stages(jobs: Sequence[JobResult], folder: Path) -> str:
 def _stage_row(stage: Mapping[str, Any], link: str) -> str:
     what = html.escape(f"{stage['stage']} {stage.get('what', '')}".strip())
     seconds = "cached" if stage["cached"] else f"{stage['seconds']:.1f}"
-    return f'<tr><td>{what}</td><td><a href="{link}">{html.escape(stage["key"])}</a></td><td>{seconds}</td></tr>'
+    return f'<tr><td>{what}</td><td><a class=local href="{link}">{html.escape(stage["key"])}</a></td><td>{seconds}</td></tr>'
 
 
 def _common(jobs: Sequence[JobResult]) -> str:

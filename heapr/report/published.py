@@ -32,9 +32,11 @@ METRICS = {
     "ptb_ppl": "perplexity/ptb",
     "c4_ppl": "perplexity/c4",
     "avg7_acc": "accuracy/average",
+    "avg7_acc_norm": "accuracy_norm/average",
     "flops_reduction_percent": "size/flops_removed_ratio",
 }
-AVERAGED = {"openbookqa", "arc_easy", "winogrande", "hellaswag", "arc_challenge", "piqa", "mathqa"}  # by avg7_acc
+AVERAGES = ("accuracy/average", "accuracy_norm/average")
+AVERAGED = {"openbookqa", "arc_easy", "winogrande", "hellaswag", "arc_challenge", "piqa", "mathqa"}  # by avg7_acc and avg7_acc_norm
 # A method's own newest release first; then the sources that the paper took its baselines from. What is known of their protocols:
 SOURCES = {
     "HEAPr README, 2026-02-20": "128 calibration sequences of 2048 tokens, perplexity over windows of 2048",
@@ -84,9 +86,9 @@ def read_published(folder: Path | None) -> list[Number]:
 def find(numbers: Sequence[Number], job: JobResult, metric: str, *, dense: bool = False) -> Number | None:
     """The number that stands beside a job's, from the preferred source; none if there is none.
 
-    The average is compared only where the same seven tasks were averaged.
+    Averages are compared only where the same seven tasks were averaged.
     """
-    if metric == "accuracy/average" and not _averages_the_same(job):
+    if metric in AVERAGES and not _averages_the_same(job):
         return None
     method = DENSE if dense else (factor(job, "criterion"), factor(job, "scope"))
     ratio = 0.0 if dense else factor(job, "ratio")
@@ -97,7 +99,7 @@ def find(numbers: Sequence[Number], job: JobResult, metric: str, *, dense: bool 
 
 def curve(numbers: Sequence[Number], job: JobResult, metric: str) -> list[tuple[float, float]]:
     """All published (ratio, value) of a job's model, criterion and scope, one per ratio, by ratio."""
-    if metric == "accuracy/average" and not _averages_the_same(job):
+    if metric in AVERAGES and not _averages_the_same(job):
         return []
     names = {_plain(name) for name in model_names(job)}
     method = (factor(job, "criterion"), factor(job, "scope"))

@@ -18,6 +18,8 @@ from heapr.report.published import Number, find
 from heapr.report.results import JobResult
 from heapr.report.table import Cell, Row, Table
 
+TEX_COLUMNS = 6  # as many have room in one of a page's two columns
+TEX_FIT = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"
 TEX_LETTERS = {
     "\\": r"\textbackslash{}",
     **{letter: f"\\{letter}" for letter in "&%$#_{}"},
@@ -56,7 +58,7 @@ def to_markdown(table: Table) -> str:
 
 
 def to_tex(table: Table) -> str:
-    """A LaTeX table that needs the package booktabs and nothing else."""
+    """A LaTeX table that needs the packages booktabs and graphicx. A wide one spans both columns, and shrinks to the page if it must."""
 
     def cell(value: Cell) -> str:
         text = escape_tex(value.text)
@@ -64,16 +66,18 @@ def to_tex(table: Table) -> str:
         return f"\\textbf{{{text}}}{marks}" if value.is_best else text + marks
 
     num_labels = len(table.rows[0].labels) if table.rows else 0
-    lines = [r"\begin{table}", r"\centering", r"\small", r"\setlength{\tabcolsep}{3pt}", f"\\caption{{{escape_tex(table.title)}}}"]
+    environment = "table*" if len(table.columns) > TEX_COLUMNS else "table"
+    lines = [f"\\begin{{{environment}}}", r"\centering", r"\small", r"\setlength{\tabcolsep}{3pt}"]
+    lines += [f"\\caption{{{escape_tex(table.title)}}}", r"\medskip", TEX_FIT]
     lines += [f"\\begin{{tabular}}{{{'l' * num_labels}{'r' * (len(table.columns) - num_labels)}}}", r"\toprule"]
     lines += [_ampersands([_tex_header(name) for name in table.columns]), r"\midrule"]
     for number, row in enumerate(table.rows):
         if row.starts_group and number > 0:
             lines.append(r"\midrule")
         lines.append(_ampersands([cell(value) for value in (*row.labels, *row.cells)]))
-    lines += [r"\bottomrule", r"\end{tabular}", "", r"\raggedright\footnotesize", escape_tex(table.caption)]
+    lines += [r"\bottomrule", r"\end{tabular}}", "", r"\raggedright\footnotesize", escape_tex(table.caption)]
     lines += [f"\\par $^{{{number}}}$ {escape_tex(note)}" for number, note in enumerate(table.notes, start=1)]
-    return "\n".join([*lines, r"\end{table}"]) + "\n"
+    return "\n".join([*lines, f"\\end{{{environment}}}"]) + "\n"
 
 
 def to_html(table: Table) -> str:

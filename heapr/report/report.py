@@ -6,6 +6,7 @@ In: jobs and a layout. Out: table.md, table.csv, table.tex, figures as SVG and P
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from heapr.report.consistency import consistency
 from heapr.report.curves import Drawing, bars, calibration_curve, ratio_curve
 from heapr.report.factors import factor, selected
 from heapr.report.layers import layer_heatmap
-from heapr.report.layout import Entry, default_entries, read_layout
+from heapr.report.layout import TITLES, Entry, default_entries, read_layout
 from heapr.report.page import Picture, page
 from heapr.report.protocol import compare_models, compare_summaries
 from heapr.report.published import Number, read_published
@@ -37,7 +38,7 @@ TABLES: Mapping[str, Callable[[Entry, Sequence[JobResult], Sequence[Number]], Ta
     "table": build_table,
     "relative_table": relative_table,
 }
-TEX_HEAD = "% Needs \\usepackage{booktabs}; include with \\input.\n"
+TEX_HEAD = "% Needs \\usepackage{booktabs,graphicx}; include with \\input.\n"
 
 
 def write_report(jobs: Sequence[JobResult], layout: Mapping[str, Any], folder: Path, published: Path | None) -> list[Path]:
@@ -62,10 +63,11 @@ def write_report(jobs: Sequence[JobResult], layout: Mapping[str, Any], folder: P
     folder.mkdir(parents=True, exist_ok=True)
     entries = checked.entries or default_entries(jobs)
     tables = [TABLES[entry.kind](entry, jobs, numbers) for entry in entries if entry.kind in TABLES]
+    alone = [replace(table, title=checked.title) if table.title == TITLES["table"] else table for table in tables]
     files = [
-        _write(folder / "table.md", "\n".join(map(to_markdown, tables))),
+        _write(folder / "table.md", "\n".join(map(to_markdown, alone))),
         _write(folder / "table.csv", to_csv(for_csv(entries, jobs), numbers)),
-        _write(folder / "table.tex", TEX_HEAD + "\n".join(map(to_tex, tables))),
+        _write(folder / "table.tex", TEX_HEAD + "\n".join(map(to_tex, alone))),
     ]
     pictures: list[Picture] = []
     used: dict[str, int] = {}

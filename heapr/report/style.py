@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 3.3  # inches: a column
-LEGEND_ROW = 0.15  # inches
+LEGEND_ROW = 0.15  # inches; so are what stands before and after a label, and one of its letters
+LEGEND_HANDLE, LEGEND_LETTER = 0.39, 0.058
 DPI = 200
 UNPRUNED, PUBLISHED = "unpruned", ", published"
 # Okabe and Ito's palette without yellow, which white paper swallows, and black, which is the unpruned model's.
@@ -34,6 +36,7 @@ SETTINGS: dict[str, Any] = {
     "xtick.labelsize": 7,
     "ytick.labelsize": 7,
     "legend.fontsize": 7,
+    "legend.title_fontsize": 8,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.linewidth": 0.6,
@@ -88,18 +91,26 @@ def look(number: int) -> dict[str, Any]:
     }
 
 
-def legend_above(figure: Figure, axes: Sequence[Axes]) -> None:
-    """One legend for all panels, above them, every label once."""
+def legend_above(figure: Figure, axes: Sequence[Axes], title: str = "") -> None:
+    """One legend for all panels, above them, every label once; its title, if there is one, is the figure's."""
     found: dict[str, Any] = {}
     for panel in axes:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
     labels = sorted(found, key=lambda label: (label == UNPRUNED, label.endswith(PUBLISHED)))
     if found:
-        longest = max(map(len, found))
-        columns = min(3 if longest <= 12 else 2 if longest <= 24 else 1, len(found))
-        figure.set_figheight(figure.get_figheight() + LEGEND_ROW * math.ceil(len(found) / columns))  # the panels keep their height
-        figure.legend([found[label] for label in labels], labels, loc="outside upper center", ncols=columns)
+        columns = next(columns for columns in range(len(labels), 0, -1) if columns == 1 or _legend_width(labels, columns) <= WIDTH)
+        rows = math.ceil(len(labels) / columns) + bool(title)
+        figure.set_figheight(figure.get_figheight() + LEGEND_ROW * rows)  # the panels keep their height
+        figure.legend([found[label] for label in labels], labels, loc="outside upper center", ncols=columns, title=title or None)
+
+
+def _legend_width(labels: Sequence[str], columns: int) -> float:
+    """Inches that a legend takes, which matplotlib fills column by column; the first columns are the longer ones."""
+    rows, longer = divmod(len(labels), columns)
+    ends = [number * rows + min(number, longer) for number in range(columns + 1)]
+    longest = [max(map(len, labels[start:end]), default=0) for start, end in pairwise(ends)]
+    return sum(LEGEND_HANDLE + LEGEND_LETTER * letters for letters in longest)
 
 
 def write_figure(figure: Figure, path: Path) -> list[Path]:

@@ -116,8 +116,11 @@ class _Builder:
         for model in dict.fromkeys(factor(job, "model") for job in self.jobs):
             of_model = [group for group in self.groups if factor(group.first, "model") == model]
             rows += self._dense_rows([job for group in of_model for job in group.done])
-            for ratio in sorted({factor(group.first, "ratio") for group in of_model}, key=in_order):
-                rows += self._ratio_rows([group for group in of_model if factor(group.first, "ratio") == ratio])
+            ratios = sorted({factor(group.first, "ratio") for group in of_model}, key=in_order)
+            by_ratio = [self._ratio_rows([group for group in of_model if factor(group.first, "ratio") == ratio]) for ratio in ratios]
+            are_single = all(len(members) == 1 for members in by_ratio)
+            for number, members in enumerate(by_ratio):
+                rows += [replace(row, starts_group=place == 0 and not (are_single and number)) for place, row in enumerate(members)]
         columns = [*(["job"] if self.is_numbered else []), *map(header, self.shown), *map(metrics.column_label, self.names)]
         return Table(self.entry.title, self._caption(rows), tuple(columns), tuple(rows), tuple(self.notes.texts))
 
@@ -156,7 +159,7 @@ class _Builder:
         return ", ".join(texts)
 
     def _dense_rows(self, jobs: Sequence[JobResult]) -> list[Row]:
-        """One row for the unpruned model; more only if jobs of one model disagree about it."""
+        """One row for the unpruned model, none if nothing of it was measured; more only if jobs of one model disagree about it."""
         if self.entry.baseline:
             return []  # its shares are zero
         rows: list[Row] = []
@@ -171,15 +174,13 @@ class _Builder:
             kind = UNPRUNED if len(seen) == 1 else f"{UNPRUNED} (job {job.number})"
             rows.append(Row(self._labels(labels, kind, job), tuple(cells), is_ours=True))
             rows += self._published_rows(job, list(found), dense=True)
+        if not any(cell.text not in {"", GAP} for row in rows for cell in row.cells):
+            return []
         return [replace(row, starts_group=number == 0) for number, row in enumerate(rows)]
 
     def _dense_text(self, job: JobResult, name: str, number: float | None) -> str:
         if number is None:
-            return (
-                ""
-                if name in metrics.PRUNING_COSTS or name.partition("/")[0] in {"stages", "truth", "kl_to_dense", "top1_agreement"}
-                else GAP
-            )
+            return "" if name.partition("/")[0] in metrics.OF_A_PAIR else GAP
         return _with_error(name, number, metrics.standard_error(job, name, dense=True))
 
     def _ratio_rows(self, groups: Sequence[Group]) -> list[Row]:
@@ -198,7 +199,7 @@ class _Builder:
             rows.append(Row(self._labels(labels, "", group.first, marks), tuple(cells), is_ours=True))
             means = [statistics.fmean(values) if (values := group.values(name)) else None for name in self.names]
             rows += self._published_rows(group.first, means, dense=False)
-        return [replace(row, starts_group=number == 0) for number, row in enumerate(rows)]
+        return rows
 
     def _text(self, group: Group, name: str) -> str:
         values = group.values(name)

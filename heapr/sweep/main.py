@@ -189,7 +189,7 @@ def _report(root: Path, folder: Path) -> tuple[int, list[Path]]:
 
 
 def keep_results(root: Path, folder: Path, files: Sequence[Path]) -> Path:
-    """Copy a sweep's report beside its experiment.
+    """Copy a sweep's report beside its experiment; its page without links to what stays behind.
 
     Args:
         root: holds experiments/.
@@ -199,6 +199,7 @@ def keep_results(root: Path, folder: Path, files: Sequence[Path]) -> Path:
     Returns:
         the folder they are in.
     """
+    from heapr.report.page import without_local_links
     from heapr.sweep.collect import Record
 
     record = Record.read(folder)
@@ -210,7 +211,10 @@ def keep_results(root: Path, folder: Path, files: Sequence[Path]) -> Path:
             logger.warning("%s has %d bytes; figures that are kept should have at most %d", file, file.stat().st_size, MAX_FIGURE)
         copy = kept / file.relative_to(folder)
         copy.parent.mkdir(exist_ok=True)
-        shutil.copy(file, copy)
+        if file.suffix == ".html":
+            copy.write_text(without_local_links(file.read_text(encoding="utf-8")), encoding="utf-8")
+        else:
+            shutil.copy(file, copy)
     (kept / "README.md").write_text(f"# {record.experiment}, {record.version}\n\n    {record.command}\n\nRun on {record.date}.\n")
     return kept
 
@@ -237,7 +241,7 @@ def _run(root: Path, request: Request, definition: Definition, jobs: Mapping[Job
         logger.error("the process that ran the jobs ended with exit code %d; the same command goes on where it stopped", exit_code)
     failed = _finish(root, request, folder)
     rows = list(csv.DictReader((folder / "table.csv").read_text(encoding="utf-8").splitlines()))
-    log_sweep_summary(config.tracking, rows, folder=folder, images=sorted(folder.glob("figures/*.png")), outputs=outputs)
+    log_sweep_summary(config.tracking, rows, folder=folder, images=sorted(folder.glob("*.png")), outputs=outputs)
     return max(failed, 1 if exit_code else 0)
 
 

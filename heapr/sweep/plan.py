@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from heapr.dry_run import PlannedStage, plan_stages
+from heapr.dry_run import PlannedStage, plan_stages, sequence_flops
 from heapr.errors import ConfigError
+from heapr.model.load import ModelSource
 from heapr.schema import ExperimentConfig
 from heapr.store import MANIFEST, canonical_json
 
@@ -30,11 +31,13 @@ class PlannedJob:
         stages: all its artifacts, in order.
         seconds: how long each artifact took before, where something like it was made.
         problem: why it would fail, or why its keys are not known; empty if it can be run.
+        source: the model; none if it was not found.
     """
 
     overrides: tuple[str, ...]
     stages: Sequence[PlannedStage]
     problem: str = ""
+    source: ModelSource | None = None
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,12 @@ class SweepPlan:
     Attributes:
         jobs: in their order.
         seconds: expected for each distinct artifact that is not there, by key; none if nothing like it was made before.
+        flops: of each calibration of which that is so, forward and backward, by key; none if not known for the family.
     """
 
     jobs: Sequence[PlannedJob]
     seconds: Mapping[str, float | None]
+    flops: Mapping[str, int | None]
 
     def to_make(self) -> dict[str, PlannedStage]:
         """Distinct artifacts that are not there, by key."""
@@ -72,16 +77,35 @@ def plan_sweep(jobs: Sequence[tuple[str, ...]], configs: Sequence[ExperimentConf
     planned = [_plan_job(overrides, config) for overrides, config in zip(jobs, configs, strict=True)]
     past = PastSeconds(Path(configs[0].paths.outputs) / "artifacts")
     seconds = {stage.key: past.expected(stage, job.stages) for job in planned for stage in job.stages if not stage.cached}
-    return SweepPlan(planned, seconds)
+    return SweepPlan(planned, seconds, _flops_of_calibrations(planned, configs, seconds))
+
+
+def _flops_of_calibrations(
+    jobs: Sequence[PlannedJob], configs: Sequence[ExperimentConfig], seconds: Mapping[str, float | None]
+) -> dict[str, int | None]:
+    """Of those whose seconds are not known. A model takes seconds on the meta device, so each is asked once for a length."""
+    flops: dict[str, int | None] = {}
+    of_sequence: dict[str, int | None] = {}
+    for job, config in zip(jobs, configs, strict=True):
+        for stage in job.stages:
+            if stage.stage != "calibrate" or seconds.get(stage.key, 0.0) is not None or job.source is None:
+                continue
+            length = config.calibration.sequence_length
+            model = canonical_json([job.source.identity, length])
+            if model not in of_sequence:
+                of_sequence[model] = sequence_flops(job.source.on_meta(), length)
+            one = of_sequence[model]
+            flops[stage.key] = None if one is None else config.calibration.num_samples * one
+    return flops
 
 
 def _plan_job(overrides: tuple[str, ...], config: ExperimentConfig) -> PlannedJob:
     notes: list[str] = []
     try:
-        *_, stages = plan_stages(replace(config, dry_run=True), notes)
+        source, _, stages = plan_stages(replace(config, dry_run=True), notes)
     except ConfigError as error:
         return PlannedJob(overrides, [], str(error))
-    return PlannedJob(overrides, stages, "; ".join(notes))
+    return PlannedJob(overrides, stages, "; ".join(notes), source)
 
 
 class PastSeconds:

@@ -13,6 +13,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from heapr.report.dry_run import tera
 from heapr.sweep.definition import Job
 from heapr.sweep.plan import STAGES, SweepPlan
 
@@ -65,4 +66,7 @@ def _what_is_left(plan: SweepPlan) -> str:
         lines.append(f"estimated from earlier ones like them: {sum(known) / 60:.1f} min for {len(known)} of {len(left)}")
     elif left:
         lines.append("no estimate of the time: nothing like them was made here before")
+    flops = [number for number in plan.flops.values() if number is not None]
+    if flops:
+        lines.append(f"arithmetic of {len(flops)} calibrations unlike any before: {tera(sum(flops))}, forward and backward")
     return "\n".join(lines)

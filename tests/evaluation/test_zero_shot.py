@@ -207,6 +207,8 @@ def test_the_papers_seven_tasks_run_and_are_averaged(paper_data: None) -> None:
     assert set(accuracies) == {0.0, 1.0}  # three equal questions each
     average = average_accuracy(["efficiency", *(f"accuracy/{task}" for task in tasks)], metrics)
     assert average["accuracy/average"] == pytest.approx(sum(accuracies) / 7)
+    normalised = [metrics[f"accuracy_norm/{task}"] for task in tasks if task != "winogrande"]  # the one task without
+    assert average["accuracy_norm/average"] == pytest.approx((sum(normalised) + metrics["accuracy/winogrande"]) / 7)
     assert metrics["protocol/arc_easy"]["data"] == "allenai/ai2_arc/ARC-Easy"
 
 
@@ -216,6 +218,14 @@ def test_average_needs_an_accuracy_of_every_task() -> None:
     assert average == {"accuracy/average": pytest.approx(0.6), "accuracy_stderr/average": pytest.approx(0.025)}
     assert average_accuracy(["accuracy/a", "accuracy/gsm8k"], metrics) == {}
     assert average_accuracy(["perplexity/x"], metrics) == {}
+
+
+def test_normalised_average_takes_plain_accuracy_where_a_task_has_no_other() -> None:
+    metrics = {"accuracy/a": 0.5, "accuracy_norm/a": 0.6, "accuracy/b": 0.7}
+    metrics |= {"accuracy_stderr/a": 0.01, "accuracy_norm_stderr/a": 0.03, "accuracy_stderr/b": 0.04}
+    average = average_accuracy(["accuracy/a", "accuracy/b"], metrics)
+    assert average["accuracy_norm/average"] == pytest.approx(0.65) and average["accuracy_norm_stderr/average"] == pytest.approx(0.025)
+    assert average["accuracy/average"] == pytest.approx(0.6)
 
 
 def test_data_that_are_not_here_are_named_at_once() -> None:

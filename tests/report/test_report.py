@@ -6,6 +6,7 @@ import copy
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from heapr.report.consistency import consistency
 from heapr.report.curves import bars, calibration_curve, ratio_curve
 from heapr.report.layers import layer_heatmap
 from heapr.report.layout import Entry, read_layout
+from heapr.report.page import without_local_links
 from heapr.report.published import read_published
 from heapr.report.report import check_protocols, write_report
 from heapr.report.results import JobResult
-from heapr.report.style import style
+from heapr.report.style import legend_above, panels, style
 from tests.report.sweeps import config, failed, job, write_details, write_published
 
 PERPLEXITY, ACCURACY = "perplexity/wikitext2", "accuracy/piqa"
@@ -110,7 +112,7 @@ def test_bars_are_as_long_as_the_numbers_beside_them() -> None:
         pytest.approx([65, 65]),
         pytest.approx([70, 70]),
     ]
-    assert [container.get_label() for container in axis.containers] == ["40 %", "20 %"]
+    assert [container.get_label() for container in axis.containers] == ["40 % removed", "20 % removed"]
     assert [label.get_text() for label in axis.get_yticklabels()] == ["heapr", "random"]
     assert sorted(text.get_text() for text in axis.texts) == ["65.00", "65.00", "70.00", "70.00"]
     assert axis.get_xlabel() == "piqa accuracy (%)"
@@ -147,6 +149,29 @@ def test_consistency_draws_every_score_once_with_identity_line_and_correlations(
     assert axis.get_xlabel() == "predicted increase of the loss (nats)"
 
 
+def test_models_and_jobs_of_several_figures_are_named_in_them(tmp_path: Path) -> None:
+    other = job(4, {PERPLEXITY: 9.0}, {**config(), "model": {"name": "tiny", "path": "builtin:x"}})
+    drawings = ratio_curve(Entry(kind="ratio_curve", title="", metrics=(PERPLEXITY,)), [*ratios(), other], [])
+    assert [drawing.figure.legends[0].get_title().get_text() for drawing in drawings] == ["Mix-1.5-A2B", "tiny"]
+    routing = write_details(tmp_path / "a", "routing", {"layers": [{"layer": 0, "layer_kept_ratio": 0.5, "kept_ratio": [0.5]}]})
+    jobs = [job(number, {}, config(ratio), stages=[routing]) for number, ratio in enumerate((0.2, 0.4))]
+    drawings = layer_heatmap(Entry(kind="layer_heatmap", title=""), jobs, [])
+    assert [drawing.figure.get_suptitle() for drawing in drawings] == ["20 % removed", "40 % removed"]
+
+
+@pytest.mark.parametrize(("label", "columns"), [("20 %", 4), ("60 % left", 3), ("heapr: Spearman 0.88, Pearson 0.97", 1)])
+def test_a_legend_has_as_many_columns_as_fit_and_is_no_wider_than_the_figure(label: str, columns: int) -> None:
+    figure, (axis,) = panels(1, height=1.5)
+    for number in range(4):
+        axis.plot([0, 1], [0, number], label=f"{label}{number}")
+    legend_above(figure, [axis])
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    assert legend._ncols == columns
+    box = legend.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width
+
+
 def test_figures_keep_to_the_columns_width_and_to_readable_letters() -> None:
     (drawing,) = ratio_curve(Entry(kind="ratio_curve", title="", metrics=(PERPLEXITY,)), ratios(), [])
     drawing.figure.canvas.draw()
@@ -171,6 +196,14 @@ def test_an_empty_layout_gives_a_table_of_everything_and_the_ratio_curve(tmp_pat
     assert files[4].stat().st_size < 150_000 and files[3].stat().st_size < 150_000
 
 
+def test_tables_that_stand_alone_have_the_reports_title(tmp_path: Path) -> None:
+    entries = [{"kind": "table", "metrics": [PERPLEXITY]}, {"kind": "table", "title": "Accuracy", "metrics": [ACCURACY]}]
+    markdown, _, tex, page = write_report(ratios(), {"title": "Two criteria", "entries": entries}, tmp_path, None)
+    assert [line for line in markdown.read_text().splitlines() if line.startswith("#")] == ["### Two criteria", "### Accuracy"]
+    assert r"\caption{Two criteria}" in tex.read_text() and r"\caption{Accuracy}" in tex.read_text()
+    assert page.read_text().count("Two criteria") == 2  # title and heading
+
+
 def test_reports_are_the_same_every_time(tmp_path: Path) -> None:
     first, second = (write_report(ratios(), {}, tmp_path / name, None) for name in ("a", "b"))
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
@@ -178,6 +211,7 @@ def test_reports_are_the_same_every_time(tmp_path: Path) -> None:
 
 def test_the_page_needs_nothing_else_and_tells_everything(tmp_path: Path) -> None:
     jobs = [*ratios(), failed(4, "score=heapr", error="x < y")]
+    jobs[0] = replace(jobs[0], folder=tmp_path / "0")
     entries = [
         {"kind": "table", "rows": ["ratio", "criterion"], "metrics": [PERPLEXITY]},
         {"kind": "ratio_curve", "metrics": [PERPLEXITY]},
@@ -190,6 +224,9 @@ def test_the_page_needs_nothing_else_and_tells_everything(tmp_path: Path) -> Non
     assert "4 of 5 jobs finished, 1 failed" in page and "Job 4 failed (score=heapr): x &lt; y" in page
     assert "Nothing to draw: no job of it left the numbers." in page
     assert "<th>pruning.ratio</th>" in page
+    assert page.count("<a class=local ") == 1 and '<a class=local href="0">Job 0</a>' in page
+    alone = without_local_links(page)
+    assert "class=local" not in alone and "<summary>Job 0: " in alone and 'href="ratio_curve.svg"' in alone
     figure = page[page.index("<svg") : page.index("</svg>") + 6]
     ET.fromstring(figure.replace("<svg", '<svg xmlns:xlink="x"', 1))
     opened: list[str] = []

@@ -32,7 +32,7 @@ def test_jobs_are_told_apart_by_what_varies_and_chosen_by_where() -> None:
     assert varying(jobs, ["model", "ratio", "criterion"]) == ["ratio", "criterion"]
     assert differing(jobs) == ["score._target_", "pruning.ratio"]
     assert [found.number for found in selected(jobs, {"ratio": [0.4, 0.6], "criterion": "heapr"})] == [1]
-    assert describe(jobs[2], ["criterion", "ratio"]) == "random 40 %" and show("num_samples", 1024) == "1,024"
+    assert describe(jobs[2], ["criterion", "ratio"]) == "random 40 % removed" and show("num_samples", 1024) == "1,024"
 
 
 def test_removed_shares_are_those_of_routing_or_of_the_plan(tmp_path: Path) -> None:

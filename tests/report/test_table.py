@@ -6,6 +6,7 @@ import csv
 import io
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -63,6 +64,14 @@ def test_the_best_is_sought_among_the_same_ratio_and_nothing_alone_is_best() -> 
     assert [row[0] for row in texts(table)] == ["unpruned", "25 %", "50 %", "50 %"]
     assert best(table) == [[False], [False], [True], [False]]
     assert [row.starts_group for row in table.rows] == [True, True, True, False]
+
+
+def test_rules_stand_between_groups_not_between_single_rows_and_an_unpruned_row_says_something() -> None:
+    jobs = [job(number, {"truth/spearman": 0.5}, config(ratio)) for number, ratio in enumerate((0.2, 0.4, 0.6))]
+    table = build_table(Entry(kind="table", title="", rows=("ratio",), metrics=(PERPLEXITY,)), jobs, [])
+    assert [row.starts_group for row in table.rows] == [True, True, False, False]
+    table = build_table(Entry(kind="table", title="", rows=("ratio",), metrics=("truth/spearman", "accuracy/none")), jobs, [])
+    assert [row[0] for row in texts(table)] == ["20 %", "40 %", "60 %"]
 
 
 def test_failed_jobs_are_gaps_that_say_why() -> None:
@@ -163,7 +172,10 @@ def test_tex_has_as_many_cells_as_columns_and_bold_and_marks() -> None:
     )
     tex = to_tex(table)
     assert tex.isascii() and r"\textbf{8.12}" in tex and r"---$^{1}$" in tex and r"a\_b 100\%" in tex
-    assert r"\begin{tabular}{lrr}" in tex
+    assert r"\begin{tabular}{lrr}" in tex and r"\begin{table}" in tex
+    assert r"\begin{table*}" in to_tex(replace(table, columns=("a",) * 7))
+    unescaped = tex.replace(r"\{", "").replace(r"\}", "")
+    assert unescaped.count("{") == unescaped.count("}")
     body = tex[tex.index(r"\toprule") : tex.index(r"\bottomrule")].splitlines()
     assert all(line.count(" & ") == 2 for line in body if line.endswith(r"\\"))
     assert tex.count(r"\midrule") == 2
@@ -171,7 +183,7 @@ def test_tex_has_as_many_cells_as_columns_and_bold_and_marks() -> None:
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no LaTeX here")
 def test_tex_compiles(tmp_path: Path) -> None:
-    document = "\\documentclass{article}\\usepackage{booktabs}\\begin{document}\n%s\\end{document}\n"
+    document = "\\documentclass{article}\\usepackage{booktabs,graphicx}\\begin{document}\n%s\\end{document}\n"
     (tmp_path / "table.tex").write_text(document % to_tex(build_table(ENTRY, [*criteria(), failed(3, "score=a_b")], [])))
     subprocess.run(["pdflatex", "-halt-on-error", "table.tex"], cwd=tmp_path, check=True, capture_output=True)
 

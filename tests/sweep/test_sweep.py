@@ -60,6 +60,12 @@ def test_a_failed_job_is_told_and_the_others_finish(swept: Path, capsys: pytest.
     assert (swept / "table.md").is_file() and (swept / "report.html").is_file()
 
 
+def test_a_sweeps_summary_run_has_its_table_and_figures(swept: Path) -> None:
+    (line,) = (swept / "tracking.jsonl").read_text().splitlines()
+    summary = json.loads(line)
+    assert len(summary["comparison"]["rows"]) == 2 and summary["figures/ratio_curve"] == {"path": str(swept / "ratio_curve.png")}
+
+
 def test_a_report_is_made_again_from_the_artifacts_alone(swept: Path, material: tuple[Path, list[str]]) -> None:
     (swept / "report.html").unlink()
     assert sweep("experiment=ratio_curve", "report_only=true", *material[1]) == 1
