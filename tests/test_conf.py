@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra.errors import ConfigCompositionException
 
+from heapr import main
 from heapr.evaluation.build import build_evaluators
 from heapr.schema import build
 from tests.experiment import CONF, compose_experiment
@@ -79,3 +81,26 @@ def test_your_own_machines_settings_are_taken_from_conf_local(tmp_path: Path) ->
     (tmp_path / "conf" / "local" / "default.yaml").write_text("runtime:\n  num_threads: 3\npaths:\n  outputs: /scratch/heapr\n")
     config = compose_experiment(conf=tmp_path / "conf")
     assert config.runtime.num_threads == 3 and config.paths.outputs == "/scratch/heapr"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["pruning.ratio=0.4", "score=random", "score.seed=3", "pruning=layer", "score.seed=4"],
+        ["evaluation/corpora=[pydocs,ptb]", "evaluation/evaluators@evaluation=[perplexity]", "evaluation.perplexity.window=16"],
+        ["model=hf", "model.path=a/b", "~evaluation.zero_shot", "+evaluation.more={_target_:x,tasks:[a,b]}", "++runtime.num_threads=2"],
+        ["score={_target_:x}", "calibration.corpus.split=all", "dry_run=true"],
+    ],
+)
+def test_tests_compose_what_hydra_composes(overrides: list[str]) -> None:
+    assert compose_experiment(*overrides) == main.compose_experiment(overrides, CONF)
+
+
+@pytest.mark.parametrize("override", ["pruning.ratoi=0.3", "score=haepr", "~evaluation.nothing", "pruning.ratio=lots"])
+def test_tests_refuse_what_hydra_refuses(override: str) -> None:
+    with pytest.raises(ConfigCompositionException) as ours:
+        compose_experiment(override)
+    with pytest.raises(ConfigCompositionException) as hydras:
+        main.compose_experiment([override], CONF)
+    assert str(ours.value) == str(hydras.value)

@@ -14,7 +14,7 @@ from heapr.tracking.build import open_tracker
 from heapr.tracking.tracker import Folder, Image
 from heapr.tracking.values import log_sweep_summary
 from tests.experiment import run_in, write_model, write_texts
-from tests.test_main import run_py
+from tests.command import run_py
 from tests.tracking.support import OfflineRun, offline_runs, tracked_run
 
 PERPLEXITY_ALONE = ["evaluation.fidelity=null", "evaluation.throughput=null", "evaluation.truth=null", "evaluation.efficiency=null"]
