@@ -44,8 +44,7 @@ def run_here(command: Sequence[str], folder: Path) -> Completed:
         try:
             runpy.run_path(script, run_name="__main__")
         except SystemExit as stopped:
-            assert isinstance(stopped.code, int)
-            code = stopped.code
+            code = 0 if stopped.code is None else int(stopped.code)
     return Completed(command, code, stdout.getvalue(), stderr.getvalue())
 
 
