@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from pathlib import Path
 
@@ -16,16 +17,17 @@ from tests.experiment import CONF, compose_experiment
 
 CPU = torch.device("cpu")
 GROUPS = ("model", "calibration", "score", "pruning", "evaluation", "tracking", "runtime", "paths")
-OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
-NEEDED = {("model", "hf"): ["model.path=owner/name"], ("calibration", "text_files"): ["calibration.corpus.paths=[{text}]"]}
+OPTIONS = [[f"{group}={path.stem}" for path in sorted((CONF / group).glob("*.yaml"))] for group in GROUPS]
+TOGETHER = [[option for option in options if option] for options in itertools.zip_longest(*OPTIONS)]  # composing takes time
+NEEDED = {"model=hf": ["model.path=owner/name"], "calibration=text_files": ["calibration.corpus.paths=[{text}]"]}
 
 
-@pytest.mark.parametrize(("group", "option"), OPTIONS)
-def test_every_option_composes_and_builds(group: str, option: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", TOGETHER, ids=" ".join)
+def test_every_option_composes_and_builds(options: list[str], tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("some text")
-    overrides = [override.format(text=text) for override in NEEDED.get((group, option), [])]
-    config = compose_experiment(f"{group}={option}", *overrides)
+    overrides = [override.format(text=text) for option in options for override in NEEDED.get(option, [])]
+    config = compose_experiment(*options, *overrides)
     assert build(config.calibration.corpus, "calibration.corpus").documents
     assert callable(build(config.score, "score"))
     build_evaluators(config.evaluation, CPU)
@@ -86,18 +88,18 @@ def test_your_own_machines_settings_are_taken_from_conf_local(tmp_path: Path) ->
 @pytest.mark.parametrize(
     "overrides",
     [
-        [],
-        ["pruning.ratio=0.4", "score=random", "score.seed=3", "pruning=layer", "score.seed=4"],
-        ["evaluation/corpora=[pydocs,ptb]", "evaluation/evaluators@evaluation=[perplexity]", "evaluation.perplexity.window=16"],
-        ["model=hf", "model.path=a/b", "~evaluation.zero_shot", "+evaluation.more={_target_:x,tasks:[a,b]}", "++runtime.num_threads=2"],
-        ["score={_target_:x}", "calibration.corpus.split=all", "dry_run=true"],
+        ["evaluation/corpora=[pydocs,ptb]", "evaluation/evaluators@evaluation=[perplexity]", "score={_target_:x}", "dry_run=true"],
+        [
+            "pruning.ratio=0.4", "score=random", "score.seed=3", "pruning=layer", "score.seed=4", "model=hf", "model.path=a/b",
+            "~evaluation.zero_shot", "+evaluation.more={_target_:x,tasks:[a,b]}", "++runtime.num_threads=2",
+        ],
     ],
-)
+)  # fmt: skip
 def test_tests_compose_what_hydra_composes(overrides: list[str]) -> None:
     assert compose_experiment(*overrides) == main.compose_experiment(overrides, CONF)
 
 
-@pytest.mark.parametrize("override", ["pruning.ratoi=0.3", "score=haepr", "~evaluation.nothing", "pruning.ratio=lots"])
+@pytest.mark.parametrize("override", ["pruning.ratoi=0.3", "score=haepr", "pruning.ratio=lots"])
 def test_tests_refuse_what_hydra_refuses(override: str) -> None:
     with pytest.raises(ConfigCompositionException) as ours:
         compose_experiment(override)

@@ -45,9 +45,10 @@ def run_jobs_here(patch: pytest.MonkeyPatch) -> None:
 
 
 def sweep(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as stopped, pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         run_jobs_here(patch)
-        main(arguments, ROOT)
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments, ROOT)
     assert isinstance(stopped.value.code, int)
     return stopped.value.code
 
