@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig
 
 from heapr.pipeline import Summary, run
 from heapr.schema import ExperimentConfig, register, resolve
@@ -15,11 +20,28 @@ CONF = Path(__file__).parents[1] / "conf"
 
 
 def compose_experiment(*overrides: str, conf: Path = CONF) -> ExperimentConfig:
-    """What `python run.py <overrides>` would run."""
+    """What `python run.py <overrides>` would run.
+
+    The files of the chosen options are read and merged once for all tests: that is nearly all of composing. Values go on top of a
+    copy as Hydra itself puts them there (tests/test_conf.py compares).
+    """
+    values = [override for override in overrides if not _is_choice(override, conf)]
+    config = copy.deepcopy(_compose(conf, tuple(override for override in overrides if override not in values)))
+    ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides(values), config)
+    return resolve(config)
+
+
+def _is_choice(override: str, conf: Path) -> bool:
+    """Whether an option of a group is chosen; all others set a value."""
+    return (conf / override.partition("=")[0].partition("@")[0].lstrip("+~")).is_dir()
+
+
+@functools.cache
+def _compose(conf: Path, choices: tuple[str, ...]) -> DictConfig:
     register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf), version_base="1.3"):
-        return resolve(compose("config", overrides=list(overrides)))
+        return compose("config", overrides=list(choices))
 
 
 def write_model(folder: Path, seed: int = 0) -> Path:

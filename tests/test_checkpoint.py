@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -44,9 +45,19 @@ class Run:
         return run_in(self.folder, *self.overrides, *overrides)
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """To be read only; with the pruning ratio 0.4 everything is found."""
+    run = Run(tmp_path_factory.mktemp("finished"))
+    run("pruning.ratio=0.4")
+    return run
+
+
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
-    return Run(tmp_path)
+def run(finished: Run, tmp_path: Path) -> Run:
+    """A copy of the finished one, so that tests do not see each other's artifacts."""
+    shutil.copytree(finished.folder, tmp_path, dirs_exist_ok=True)
+    return Run(tmp_path, tmp_path / "model")
 
 
 def artifact(summary: Summary) -> Path:
@@ -225,20 +236,25 @@ def test_load_pruned_keeps_the_dtype_of_the_weights(run: Run) -> None:
     assert next(heapr.load_pruned(folder, dtype="float32").parameters()).dtype == torch.float32
 
 
-STOCK_WITHOUT_HEAPR = """
-import sys
+WITHOUT_HEAPR = """
+import functools, os, sys
 sys.modules["heapr"] = None  # importing it fails
 import torch
 from transformers import AutoModelForCausalLM
-for folder in sys.argv[2:]:
+for folder in os.environ["STOCK_FOLDERS"].split(os.pathsep):
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
     with torch.no_grad():
-        logits = model(input_ids=torch.load(sys.argv[1]), use_cache=False).logits
-    assert torch.equal(logits, torch.load(folder + "/logits.pt")), folder
+        logits = model(input_ids=torch.load(folder + "/ids.pt"), use_cache=False).logits
+    torch.save(logits, folder + "/found.pt")
+
+from lm_eval.__main__ import cli_evaluate
+from lm_eval.tasks import TaskManager
+TaskManager.__init__ = functools.partialmethod(TaskManager.__init__, include_defaults=False)  # reading thousands of them takes long
+cli_evaluate()
 """
 
 
-def test_our_own_family_loads_without_heapr_in_the_stock_forms(tmp_path: Path) -> None:
+def write_stock_forms(folder: Path) -> list[Path]:
     """DeepSeekMoE is not in transformers: its file goes with it."""
     folders = []
     for form in ("uniform", "masked"):
@@ -250,39 +266,40 @@ def test_our_own_family_loads_without_heapr_in_the_stock_forms(tmp_path: Path) -
             make_uniform(model, settings)
         else:
             mask(model, plan)
-        save_checkpoint(model, byte_tokenizer(), tmp_path / form, about={})
-        torch.save(logits(model.model), tmp_path / form / "logits.pt")
-        names = load_file(tmp_path / form / "model.safetensors")
-        assert "model.layers.1.mlp.experts.3.down_proj.weight" in names
-        folders.append(str(tmp_path / form))
-    torch.save(IDS_NW, tmp_path / "ids.pt")
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    command = [sys.executable, "-c", STOCK_WITHOUT_HEAPR, str(tmp_path / "ids.pt"), *folders]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
-    assert result.returncode == 0, result.stderr[-2000:]
+        save_checkpoint(model, byte_tokenizer(), folder / form, about={})
+        torch.save(IDS_NW, folder / form / "ids.pt")
+        torch.save(logits(model.model), folder / form / "expected.pt")
+        folders.append(folder / form)
+    return folders
 
 
-LM_EVAL_WITHOUT_HEAPR = """
-import sys
-sys.modules["heapr"] = None  # importing it fails
-from lm_eval.__main__ import cli_evaluate
-cli_evaluate()
-"""
-
-
-def test_lm_eval_runs_a_ragged_checkpoint_without_heapr(run: Run, tmp_path: Path) -> None:
-    folder = artifact(run("pruning.ratio=0.4")) / "checkpoint"
-    tasks = write_task(tmp_path / "tasks")
+@pytest.fixture(scope="module")
+def elsewhere(finished: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a process that cannot import heapr makes of our checkpoints: stock forms of our own family, and a ragged one in lm-eval."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    write_task(folder / "tasks")
+    ragged = artifact(finished("pruning.ratio=0.4")) / "checkpoint"
     arguments = [
-        "--model", "hf", "--model_args", f"pretrained={folder},trust_remote_code=True,dtype=float32", "--tasks", "sums",
-        "--include_path", str(tasks), "--device", "cpu", "--output_path", str(tmp_path / "out"),
+        "--model", "hf", "--model_args", f"pretrained={ragged},trust_remote_code=True,dtype=float32", "--tasks", "sums",
+        "--include_path", str(folder / "tasks"), "--device", "cpu", "--output_path", str(folder / "out"),
     ]  # fmt: skip
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", LM_EVAL_WITHOUT_HEAPR, *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    stock = os.pathsep.join(map(str, write_stock_forms(folder)))
+    environment = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules"), "STOCK_FOLDERS": stock}
+    command = [sys.executable, "-c", WITHOUT_HEAPR, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
-    found = json.loads(next((tmp_path / "out").rglob("results_*.json")).read_text())["results"]["sums"]["acc,none"]
-    evaluator = ZeroShot("sums", include_path=str(tasks))
+    return folder
+
+
+@pytest.mark.parametrize("form", ["uniform", "masked"])
+def test_our_own_family_loads_without_heapr_in_the_stock_forms(elsewhere: Path, form: str) -> None:
+    assert "model.layers.1.mlp.experts.3.down_proj.weight" in load_file(elsewhere / form / "model.safetensors")
+    assert torch.equal(torch.load(elsewhere / form / "found.pt"), torch.load(elsewhere / form / "expected.pt"))
+
+
+def test_lm_eval_runs_a_ragged_checkpoint_without_heapr(elsewhere: Path, finished: Run) -> None:
+    found = json.loads(next((elsewhere / "out").rglob("results_*.json")).read_text())["results"]["sums"]["acc,none"]
+    evaluator = ZeroShot("sums", include_path=str(elsewhere / "tasks"))
     evaluator.prepare(byte_tokenizer())
-    model = MoEModel(heapr.load_pruned(folder))
+    model = MoEModel(heapr.load_pruned(artifact(finished("pruning.ratio=0.4")) / "checkpoint"))
     assert evaluator(model, statistics_of({})).metrics["accuracy/sums"] == pytest.approx(found)

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from hydra.errors import ConfigCompositionException
 
+from heapr import main
 from heapr.calibration.mixture import parts_of
 from heapr.evaluation.build import build_evaluators
 from heapr.schema import build
 from tests.experiment import CONF, compose_experiment
 
 CPU = torch.device("cpu")
-GROUPS = ("model", "calibration", "score", "pruning", "evaluation", "tracking", "runtime", "paths")
-OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
-NEEDED = {("model", "hf"): ["model.path=owner/name"], ("calibration", "text_files"): ["calibration.corpus.paths=[{text}]"]}
+GROUPS = ("model", "calibration", "score", "pruning", "pruning/repair", "recipe", "evaluation", "tracking", "runtime", "paths")
+OPTIONS = [[f"{group}={path.stem}" for path in sorted((CONF / group).glob("*.yaml"))] for group in GROUPS]
+TOGETHER = [[option for option in options if option] for options in itertools.zip_longest(*OPTIONS)]  # composing takes time
+NEEDED = {"model=hf": ["model.path=owner/name"], "calibration=text_files": ["calibration.corpus.paths=[{text}]"]}
 
 
-@pytest.mark.parametrize(("group", "option"), OPTIONS)
-def test_every_option_composes_and_builds(group: str, option: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", TOGETHER, ids=" ".join)
+def test_every_option_composes_and_builds(options: list[str], tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("some text")
-    overrides = [override.format(text=text) for override in NEEDED.get((group, option), [])]
-    config = compose_experiment(f"{group}={option}", *overrides)
+    overrides = [override.format(text=text) for option in options for override in NEEDED.get(option, [])]
+    config = compose_experiment(*options, *overrides)
     assert all(corpus.documents for corpus, _ in parts_of(build(config.calibration.corpus, "calibration.corpus")))
+    assert config.pruning.repair is None or callable(build(config.pruning.repair, "pruning.repair"))
     assert callable(build(config.score, "score"))
     build_evaluators(config.evaluation, CPU)
 
@@ -80,3 +85,26 @@ def test_your_own_machines_settings_are_taken_from_conf_local(tmp_path: Path) ->
     (tmp_path / "conf" / "local" / "default.yaml").write_text("runtime:\n  num_threads: 3\npaths:\n  outputs: /scratch/heapr\n")
     config = compose_experiment(conf=tmp_path / "conf")
     assert config.runtime.num_threads == 3 and config.paths.outputs == "/scratch/heapr"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["evaluation/corpora=[pydocs,ptb]", "evaluation/evaluators@evaluation=[perplexity]", "score={_target_:x}", "dry_run=true"],
+        [
+            "pruning.ratio=0.4", "score=random", "score.seed=3", "pruning=layer", "score.seed=4", "model=hf", "model.path=a/b",
+            "~evaluation.zero_shot", "+evaluation.more={_target_:x,tasks:[a,b]}", "++runtime.num_threads=2",
+        ],
+    ],
+)  # fmt: skip
+def test_tests_compose_what_hydra_composes(overrides: list[str]) -> None:
+    assert compose_experiment(*overrides) == main.compose_experiment(overrides, CONF)
+
+
+@pytest.mark.parametrize("override", ["pruning.ratoi=0.3", "score=haepr", "pruning.ratio=lots"])
+def test_tests_refuse_what_hydra_refuses(override: str) -> None:
+    with pytest.raises(ConfigCompositionException) as ours:
+        compose_experiment(override)
+    with pytest.raises(ConfigCompositionException) as hydras:
+        main.compose_experiment([override], CONF)
+    assert str(ours.value) == str(hydras.value)

@@ -1,25 +1,23 @@
-"""The command line: exit codes, one line for mistakes, help, and sweeps, in processes of their own."""
+"""The command line: exit codes, one line for mistakes, help, and sweeps; in processes of their own where that is the point."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.command import Completed, run_py, run_py_here
 from tests.experiment import write_model, write_texts
 from tests.tiny import tiny_qwen3_moe
 
-ROOT = Path(__file__).parents[1]
 
-
-def run_py(*arguments: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **variables}
-    command = [sys.executable, str(ROOT / "run.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=120, check=False)
+def assert_refused(result: Completed, message: str) -> None:
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -48,16 +46,15 @@ def run_py(*arguments: str, folder: Path, **variables: str) -> subprocess.Comple
     ],
 )
 def test_a_mistake_costs_one_line_and_exit_code_2(tmp_path: Path, override: str, message: str) -> None:
-    result = run_py(*override.split(" "), "tracking=none", folder=tmp_path)
-    assert result.returncode == 2, result.stderr
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
-    assert result.stderr.startswith("error: ")
-    assert len(result.stderr.strip().splitlines()) == 1
+    assert_refused(run_py_here(*override.split(" "), "tracking=none", folder=tmp_path), message)
+
+
+def test_a_process_has_no_other_words_for_a_mistake(tmp_path: Path) -> None:
+    assert_refused(run_py("pruning.ratoi=0.3", folder=tmp_path), "did you mean pruning.ratio?")
 
 
 def test_help_shows_groups_and_fields(tmp_path: Path) -> None:
-    result = run_py("--help", folder=tmp_path)
+    result = run_py_here("--help", folder=tmp_path)
     assert result.returncode == 0
     for text in (
         "score: activation, camera, fisher, frequency, heapr, heapr_expert, heapr_sum, magnitude, random, reap, taylor",
@@ -74,14 +71,16 @@ def test_a_dry_run_prints_the_plan_from_config_json_alone_and_makes_nothing(tmp_
     result = run_py(*overrides, *write_texts(tmp_path), folder=tmp_path, COLUMNS="80", PYTHONPROFILEIMPORTTIME="1")
     assert result.returncode == 0, result.stderr
     assert "Qwen3MoeForCausalLM" in result.stdout and "to be made" in result.stdout and "holds no weights" in result.stdout
-    assert not any(line.split("|")[-1].strip().startswith("wandb") for line in result.stderr.splitlines())
+    imports = [line.split("|")[-1].strip() for line in result.stderr.splitlines() if line.startswith("import time:")]
+    assert "torch" in imports and not any(name.startswith("wandb") for name in imports)
+    assert len(imports) == len(result.stderr.splitlines()), "nothing else is said"
     assert not any((tmp_path / "outputs" / "artifacts").iterdir())
 
 
 def test_a_sweep_runs_every_job_and_shares_calibration(tmp_path: Path) -> None:
     write_model(tmp_path / "model")
     overrides = ["model=hf", f"model.path={tmp_path / 'model'}", "model.dtype=float32", "tracking=none", *write_texts(tmp_path)]
-    result = run_py("-m", "pruning.ratio=0.2,0.4", *overrides, folder=tmp_path)
+    result = run_py_here("-m", "pruning.ratio=0.2,0.4", *overrides, folder=tmp_path)
     assert result.returncode == 0, result.stderr
     (sweep,) = (tmp_path / "outputs" / "sweeps").iterdir()
     summaries = [json.loads((sweep / job / "summary.json").read_text()) for job in ("0", "1")]
@@ -94,7 +93,7 @@ def test_a_sweep_runs_every_job_and_shares_calibration(tmp_path: Path) -> None:
 def test_one_bad_job_of_a_sweep_does_not_stop_the_others(tmp_path: Path) -> None:
     write_model(tmp_path / "model")
     overrides = ["model=hf", f"model.path={tmp_path / 'model'}", "model.dtype=float32", "tracking=none", *write_texts(tmp_path)]
-    result = run_py("-m", "pruning.ratio=2,0.4", *overrides, folder=tmp_path)
+    result = run_py_here("-m", "pruning.ratio=2,0.4", *overrides, folder=tmp_path)
     assert result.returncode == 2
     assert "pruning.ratio=2.0 is not in [0, 1)" in result.stderr
     (sweep,) = (tmp_path / "outputs" / "sweeps").iterdir()

@@ -1,12 +1,18 @@
-"""Sweeps of a tiny model, really run: failures, starting again, reports, and two processes at once."""
+"""Sweeps of a tiny model, really run: failures, starting again, reports, and two processes at once.
+
+Jobs run in this process, but for those of which one process must not be in the way of another.
+"""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +21,9 @@ from heapr.errors import ConfigError
 from heapr.sweep.collect import Record, collect_jobs
 from heapr.sweep.launch import launch, new_folder
 from heapr.sweep.main import keep_results, main
+from tests.command import ROOT, Completed, run_here
 from tests.experiment import write_model, write_texts
 
-ROOT = Path(__file__).parents[2]
 IMPOSSIBLE = "0.999"  # fewer atomic experts than layers would be left
 
 
@@ -30,9 +36,19 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]
     return folder, [*model, f"paths.outputs={folder / 'outputs'}", *texts]
 
 
+def run_jobs_here(patch: pytest.MonkeyPatch) -> None:
+    def run(command: Sequence[str], *, check: bool) -> Completed:
+        assert not check
+        return run_here(command, Path.cwd())
+
+    patch.setattr("heapr.sweep.launch.subprocess", SimpleNamespace(run=run))
+
+
 def sweep(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments, ROOT)
+    with pytest.MonkeyPatch.context() as patch:
+        run_jobs_here(patch)
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments, ROOT)
     assert isinstance(stopped.value.code, int)
     return stopped.value.code
 
@@ -118,7 +134,8 @@ def test_a_job_that_does_not_compose_stops_everything(material: tuple[Path, list
     assert not (folder / "never").exists()
 
 
-def test_two_sweeps_at_once_calibrate_once(material: tuple[Path, list[str]], tmp_path: Path) -> None:
+def test_two_sweeps_at_once_calibrate_once(material: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One in a process of its own; the other joins it as soon as it reaches for the store."""
     overrides = [o for o in material[1] if not o.startswith("paths.")]
     common = ["evaluation=sweep", *overrides, f"paths.outputs={tmp_path}", "pruning.save_checkpoint=false"]
     folders = []
@@ -126,7 +143,12 @@ def test_two_sweeps_at_once_calibrate_once(material: tuple[Path, list[str]], tmp
         record = Record("both", "tiny", "", "", [[*common, f"pruning.ratio={ratio}"]])
         folders.append(new_folder(tmp_path / "sweeps", record))
     with ThreadPoolExecutor() as pool:
-        assert list(pool.map(lambda folder: launch(ROOT, folder, []), folders)) == [0, 0]
+        other = pool.submit(launch, ROOT, folders[0], [])
+        while not (tmp_path / "artifacts" / "calibrate").exists() and not other.done():
+            time.sleep(0.01)
+        assert not other.done()
+        run_jobs_here(monkeypatch)
+        assert [launch(ROOT, folders[1], []), other.result()] == [0, 0]
     stages = [stage for summary in summaries(tmp_path) for stage in summary["stages"]]
     made = [stage["key"] for stage in stages if not stage["cached"]]
     assert len(made) == len(set(made)) == len({stage["key"] for stage in stages})

@@ -13,8 +13,8 @@ from heapr.schema import TrackingConfig
 from heapr.tracking.build import open_tracker
 from heapr.tracking.tracker import Folder, Image
 from heapr.tracking.values import log_sweep_summary
+from tests.command import run_py_here
 from tests.experiment import run_in, write_model, write_texts
-from tests.test_main import run_py
 from tests.tracking.support import OfflineRun, offline_runs, tracked_run
 
 PERPLEXITY_ALONE = ["evaluation.fidelity=null", "evaluation.throughput=null", "evaluation.truth=null", "evaluation.efficiency=null"]
@@ -33,7 +33,7 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def sweep(tmp_path_factory: pytest.TempPathFactory, overrides: list[str]) -> tuple[Path, list[OfflineRun]]:
     """Folder of outputs and runs of one multirun with four jobs."""
     folder = tmp_path_factory.mktemp("sweep")
-    result = run_py(
+    result = run_py_here(
         "-m", *overrides, "pruning.ratio=0.25,0.5", "score=heapr,heapr_sum", "hydra.sweep.dir=outputs/sweeps/mine", folder=folder
     )
     assert result.returncode == 0, result.stderr
