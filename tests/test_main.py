@@ -25,7 +25,7 @@ def assert_refused(result: Completed, message: str) -> None:
     [
         (
             "pruning.ratoi=0.3",
-            "unknown key 'pruning.ratoi'; did you mean pruning.ratio? known here: form, ratio, save_checkpoint, scope, width_multiple",
+            "unknown key 'pruning.ratoi'; did you mean pruning.ratio? known here: budget, form, min_expert_ratio, min_layer_ratio, ",
         ),
         ("evaluation.perplexity.windo=3", "did you mean evaluation.perplexity.window?"),
         ("prunning.ratio=0.3", "did you mean pruning?"),
@@ -40,6 +40,8 @@ def assert_refused(result: Completed, message: str) -> None:
         ("calibration.num_samples=", "calibration.num_samples"),
         ("model=hf", "no value for model.path"),
         ("score=random score.sede=3", "did you mean score.seed?"),
+        ("pruning.repair.ridge=0.1", "an override sets a field of what is null, such as pruning.repair.ridge"),
+        ("pruning/repair=joint pruning.repair.ridge=-1", "pruning.repair.ridge=-1 is not above 0"),
         ("calibration=text_files calibration.corpus.path=x", "did you mean calibration.corpus.paths?"),
         ("calibration=text_files", "text_files has no paths"),
         ("paths.outputs=/proc/outputs", "cannot write '/proc/outputs"),
