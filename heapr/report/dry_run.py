@@ -76,7 +76,7 @@ def _cost_rows(plan: Mapping[str, Any]) -> Rows:
         *rows,
         ("activations", _size(activations), batch),
         ("together", _size(fixed + activations), "what calibration needs, at least"),
-        ("calibration", tera(flops), f"forward and backward of {plan['num_samples']} sequences"),
+        ("calibration", operations(flops), f"forward and backward of {plan['num_samples']} sequences"),
     ]
 
 
@@ -88,10 +88,11 @@ def _stages_table(stages: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def tera(flops: int) -> str:
-    """In TFLOPs with four digits, never as a power of ten."""
-    number = flops / 1e12
-    return f"{number:,.0f} TFLOPs" if number >= 1000 else f"{number:.4g} TFLOPs"
+def operations(flops: int) -> str:
+    """With four digits, never as a power of ten."""
+    size, unit = next(((size, unit) for size, unit in ((1e12, "TFLOPs"), (1e9, "GFLOPs")) if flops >= size), (1e6, "MFLOPs"))
+    number = flops / size
+    return f"{number:,.0f} {unit}" if number >= 1000 else f"{number:.4g} {unit}"
 
 
 def _range(ends: Sequence[int]) -> str:

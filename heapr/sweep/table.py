@@ -13,7 +13,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from heapr.report.dry_run import tera
+from heapr.report.dry_run import operations
 from heapr.sweep.definition import Job
 from heapr.sweep.plan import STAGES, SweepPlan
 
@@ -68,5 +68,5 @@ def _what_is_left(plan: SweepPlan) -> str:
         lines.append("no estimate of the time: nothing like them was made here before")
     flops = [number for number in plan.flops.values() if number is not None]
     if flops:
-        lines.append(f"arithmetic of {len(flops)} calibrations unlike any before: {tera(sum(flops))}, forward and backward")
+        lines.append(f"arithmetic of calibrating, where nothing like it was done before: {operations(sum(flops))}")
     return "\n".join(lines)

@@ -120,6 +120,7 @@ def test_the_plan_tells_what_is_shared_and_runs_nothing(material: tuple[Path, li
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["0", "pruning.ratio=0.3", "make", "make", "make"] in [line[:5] for line in lines]
     assert ["1", "pruning.ratio=0.5", "shared", "shared", "make"] in [line[:5] for line in lines]
+    assert any("arithmetic of calibrating" in " ".join(line) and line[-1] == "MFLOPs" for line in lines)
     assert not (folder / "plan" / "sweeps").exists()
 
 
