@@ -249,7 +249,9 @@ for folder in os.environ["STOCK_FOLDERS"].split(os.pathsep):
 
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.tasks import TaskManager
+from torch.utils import collect_env
 TaskManager.__init__ = functools.partialmethod(TaskManager.__init__, include_defaults=False)  # reading thousands of them takes long
+collect_env.get_pretty_env_info = str  # so does describing the machine
 cli_evaluate()
 """
 

@@ -112,11 +112,11 @@ def test_the_batch_size_that_lm_eval_finds_gives_the_same_result_without_a_word(
 
 
 def test_the_protocol_names_version_shots_limit_and_requests(model: MoEModel, sums: Path) -> None:
-    record = measure(model, sums)["protocol/sums"]
-    assert (record["version"], record["num_fewshot"], record["limit"], record["num_items"]) == (3.0, 0, None, len(ITEMS))
-    assert measure(model, sums, limit=5)["protocol/sums"]["num_items"] == 5
-    hashes = {measure(model, sums, **options)["protocol/sums"]["requests_sha256"] for options in ({}, {"num_fewshot": 2}, {"limit": 5})}
-    assert len(hashes) == 3 and record["requests_sha256"] in hashes
+    whole, with_shots, limited = (measure(model, sums, **o)["protocol/sums"] for o in ({}, {"num_fewshot": 2}, {"limit": 5}))
+    assert (whole["version"], whole["num_fewshot"], whole["limit"], whole["num_items"]) == (3.0, 0, None, len(ITEMS))
+    assert limited["num_items"] == 5
+    assert len({record["requests_sha256"] for record in (whole, with_shots, limited)}) == 3
+    assert measure(model, sums)["protocol/sums"] == whole
 
 
 def test_identity_follows_content_of_the_users_folder_and_options(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Run:  python -m tests.model.support      writes docs/models.md
 
 from __future__ import annotations
 
+import functools
 import importlib
 import re
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ def families_of_transformers() -> dict[str, str]:
     return found
 
 
+@functools.cache
 def row_of(family: str, arguments: str = "") -> Row:
     if family in FAMILIES:
         return _supported(family)

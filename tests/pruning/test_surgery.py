@@ -114,8 +114,9 @@ def test_a_pruned_model_can_be_pruned_again(causal_lm: PreTrainedModel, ids_NW: 
     torch.testing.assert_close(logits(masked, ids_NW), logits(once, ids_NW), rtol=1e-5, atol=1e-5)
 
 
-def test_compiled_ragged_experts_fall_back_and_agree(model: MoEModel, ids_NW: Tensor) -> None:
-    remove(model, random_plan(0.5))
+def test_compiled_ragged_experts_fall_back_and_agree(ids_NW: Tensor) -> None:
+    model = MoEModel(tiny_model("qwen3_moe", num_hidden_layers=1))  # tracing takes seconds for every layer
+    remove(model, random_plan(0.5, indices=[0]))
     expected = logits(model, ids_NW)
     compiled = torch.compile(model.model, backend="eager")
     with torch.no_grad():
