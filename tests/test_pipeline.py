@@ -75,6 +75,8 @@ def test_artifacts_follow_the_contract(experiment: Experiment) -> None:
     assert written["config"]["pruning"] == {
         "ratio": 0.25,
         "scope": "global",
+        "rounds": 1,
+        "repair": None,
         "width_multiple": 1,
         "form": "ragged",
         "save_checkpoint": True,
