@@ -34,10 +34,11 @@ pre { background: var(--shade); padding: .6rem .8rem; overflow-x: auto; border-r
 table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; }
 th, td { padding: .22rem .6rem; text-align: right; vertical-align: top; white-space: nowrap; font-weight: normal; }
 thead th { font-weight: 600; white-space: normal; vertical-align: bottom; }
-tbody th, .plain th, .plain td { text-align: left; }
+tbody th, thead .label, .plain th, .plain td { text-align: left; }
 .results { border-top: 2px solid var(--ink); border-bottom: 2px solid var(--ink); } .results thead th { border-bottom: 1px solid var(--ink); }
 .results tr.group > * { border-top: 1px solid var(--line); } .results tr.beside > * { color: var(--dim); }
 .plain td, .plain th { border-bottom: 1px solid var(--line); white-space: normal; overflow-wrap: anywhere; }
+.scroll .plain td, .scroll .plain th { white-space: nowrap; overflow-wrap: normal; }
 .figures { display: flex; flex-wrap: wrap; gap: 1.2rem; } figure { margin: 0; max-width: 100%; }
 figure svg { display: block; width: 30rem; max-width: 100%; height: auto; background: #fff; border: 1px solid var(--line); border-radius: 4px; }
 figcaption { color: var(--dim); font-size: 13px; max-width: 30rem; margin-top: .3rem; }
@@ -141,7 +142,8 @@ def _stages(jobs: Sequence[JobResult], folder: Path) -> str:
         rows = "".join(_stage_row(stage, _link(artifact_folder(job, stage), folder)) for stage in job.summary["stages"])
         head = "<thead><tr><th>stage</th><th>artifact</th><th>seconds</th></tr></thead>"
         texts.append(
-            f"<details><summary>{label}: <code>{name}</code></summary>\n<table class=plain>{head}<tbody>{rows}</tbody></table></details>\n"
+            f"<details><summary>{label}: <code>{name}</code></summary>\n"
+            f"<div class=scroll><table class=plain>{head}<tbody>{rows}</tbody></table></div></details>\n"
         )
     return "".join(texts)
 

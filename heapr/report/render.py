@@ -93,7 +93,9 @@ def to_html(table: Table) -> str:
         cells = [cell(value, "th") for value in row.labels] + [cell(value, "td") for value in row.cells]
         return f'<tr class="{" ".join(names)}">{"".join(cells)}</tr>'
 
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in table.columns)
+    num_labels = len(table.rows[0].labels) if table.rows else 0
+    kinds = [" class=label" if number < num_labels else "" for number in range(len(table.columns))]
+    head = "".join(f"<th{kind}>{html.escape(name)}</th>" for kind, name in zip(kinds, table.columns, strict=True))
     notes = "".join(f"<p><sup>{number}</sup> {html.escape(note)}</p>" for number, note in enumerate(table.notes, start=1))
     body = "\n".join(line(row) for row in table.rows)
     return (

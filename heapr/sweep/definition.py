@@ -48,6 +48,10 @@ class Definition:
     report: Sequence[Mapping[str, Any]] = ()
     tiny_report: Sequence[Mapping[str, Any]] = ()
 
+    def layout(self, version: str) -> Sequence[Mapping[str, Any]]:
+        """Tables and figures of the "paper" or the "tiny" version."""
+        return self.tiny_report if version == "tiny" else self.report
+
 
 def experiment_names(experiments: Path) -> list[str]:
     return sorted(path.parent.name for path in experiments.glob(f"*/{FILE}"))

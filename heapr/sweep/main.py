@@ -13,7 +13,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -231,7 +231,7 @@ def _run(root: Path, request: Request, definition: Definition, jobs: Mapping[Job
         date=f"{datetime.now():%Y-%m-%d}",
         jobs=[list(job) for job in jobs],
         title=definition.title,
-        report=definition.tiny_report if request.version == "tiny" else definition.report,
+        report=definition.layout(request.version),
     )
     config = next(iter(jobs.values()))
     outputs = Path(config.paths.outputs)
@@ -246,10 +246,13 @@ def _run(root: Path, request: Request, definition: Definition, jobs: Mapping[Job
 
 
 def _report_newest(root: Path, request: Request, definition: Definition, jobs: Sequence[Job]) -> int:
-    from heapr.sweep.collect import newest_sweep
+    """Of the newest sweep, with the title, tables and figures that the experiment has by now."""
+    from heapr.sweep.collect import Record, newest_sweep
 
     (config,) = compose_jobs(definition.name, jobs[:1], root / "conf")
-    return _finish(root, request, newest_sweep(Path(config.paths.outputs) / "sweeps", definition.name, request.version))
+    folder = newest_sweep(Path(config.paths.outputs) / "sweeps", definition.name, request.version)
+    replace(Record.read(folder), title=definition.title, report=definition.layout(request.version)).write(folder)
+    return _finish(root, request, folder)
 
 
 def _finish(root: Path, request: Request, folder: Path) -> int:
