@@ -60,9 +60,7 @@ def test_lists_are_values_and_checkpoints_can_be_asked_for() -> None:
 
 
 def test_an_unknown_experiment_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(
-        ConfigError, match="unknown experiment .main_tabel.; did you mean main_table\\? known experiments: beyond, "
-    ):
+    with pytest.raises(ConfigError, match="unknown experiment .main_tabel.; did you mean main_table\\? known experiments: beyond, "):
         load_definition(EXPERIMENTS, "main_tabel")
 
 
