@@ -259,3 +259,14 @@ def test_a_ridge_too_small_for_repeated_activations_is_said_so() -> None:
     for repair in (ExpertRepair(ridge=1e-300), JointRepair(ridge=1e-300), JointRepair(ridge=1e-300, direct_up_to=0)):
         with pytest.raises(ConfigError, match="pruning.repair.ridge is too small"):
             layer.repaired(repair)
+
+
+def test_a_step_that_makes_it_worse_is_taken_back(layer: Layer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever direction comes out of the linear model, the true error decides."""
+    uphill = [torch.full((2 * width, 16), 5.0) for width in layer.after.widths]
+    monkeypatch.setattr("heapr.pruning.repair.refit_inputs", lambda *_, **__: uphill)
+    experts, found = layer.repaired(JointRepair(refits=1))
+    columns_alone, expected = layer.repaired(JointRepair())
+    assert torch.equal(experts.gate_up_proj, layer.after.gate_up_proj)
+    assert found.error_after <= expected.error_after < found.error_before
+    assert layer.error(experts) <= layer.error(columns_alone) * (1 + 1e-6)
