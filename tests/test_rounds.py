@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,17 @@ def test_resumed_after_the_first_round_is_uninterrupted(tmp_path: Path, finished
     resumed = run_in(tmp_path, *overrides, *BEST, "pruning.rounds=2")
     assert [entry["cached"] for entry in stages(resumed, "prune")] == [True, False]
     assert resumed.metrics["pruned"] == pytest.approx(finished[1].metrics["pruned"], rel=1e-5)
+
+
+def test_lost_statistics_of_a_later_round_are_made_again(tmp_path: Path, finished: tuple[Path, Any], overrides: list[str]) -> None:
+    """The model of the round before is then in memory, and is not taken for the last round's."""
+    folder, summary = finished
+    shutil.copytree(folder / "outputs", tmp_path / "outputs")
+    for entry in [stages(summary, "calibrate")[1], *stages(summary, "evaluate")]:
+        shutil.rmtree(tmp_path / Path(entry["path"]).relative_to(folder))
+    again = run_in(tmp_path, *overrides, *BEST, "pruning.rounds=2")
+    assert [entry["cached"] for entry in stages(again, "calibrate")] == [True, False] and cached_stages(again)["prune"]
+    assert again.metrics["pruned"] == pytest.approx(summary.metrics["pruned"], rel=1e-6)
 
 
 def test_dense_model_and_plan_are_the_checkpoint(finished: tuple[Path, Any], overrides: list[str]) -> None:

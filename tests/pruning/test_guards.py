@@ -123,16 +123,15 @@ def test_tempering_moves_removal_from_weak_layers_to_strong_ones() -> None:
 def test_floors_of_several_rounds_are_those_of_the_first_widths() -> None:
     scores = random_scores(width=10)
     original, widths = widths_of(scores), widths_of(scores)
-    guards = Guards(min_expert_ratio=0.3, min_layer_ratio=0.42, original_widths=original)
-    for ratio in (0.3, 0.3, 0.1):
-        plan = allocate(scores, widths, Budget(ratio=ratio, scope="global", experts_per_token=2, guards=guards))
+    budget = Budget(ratio=0.56, scope="global", experts_per_token=2, guards=Guards(min_expert_ratio=0.3, min_layer_ratio=0.42))
+    for ratio in (0.3, 0.5, 0.56):
+        plan = allocate(scores, widths, budget.of_round(ratio, widths, original, None))
         widths = kept_counts(plan)
         scores = Scores(layers={index: packed(scores.layers[index], kept_EF) for index, kept_EF in plan.layers.items()})
-    assert sum(map(sum, widths.values())) == 66  # 150, 105, 73.5 -> 73, 65.7 -> 66
+    assert sum(map(sum, widths.values())) == 66  # 150, 105, 75, 66
     assert all(min(width_E) >= 3 and sum(width_E) >= 21 for width_E in widths.values())
     assert min(min(width_E) for width_E in widths.values()) == 3
-    relative = Budget(ratio=0.1, scope="global", experts_per_token=2, guards=Guards(min_expert_ratio=0.3))
-    assert min(relative.expert_floors(0, widths[0])) == 1  # without original widths: of what is there now
+    assert min(budget.expert_floors(0, widths[0])) == 1  # without original widths: of what is there now
 
 
 def packed(scores_EF: torch.Tensor, kept_EF: torch.Tensor) -> torch.Tensor:
