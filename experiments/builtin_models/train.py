@@ -233,8 +233,10 @@ def train_step(state: TrainingState, batch: Tensor, recipe: Recipe) -> float:
     loss = outputs.loss
     if outputs.aux_loss is None:  # this family's loss leaves the load balancing to the training
         config = state.model.config
-        auxiliary = load_balancing_loss_func(outputs.router_logits, config.num_experts, config.num_experts_per_tok)
-        loss = loss + ROUTER_AUXILIARY_LOSS * auxiliary
+        # layer by layer, as DeepSeekMoE (eq. 12): over all layers at once a dead expert of one is outweighed by the others
+        for logits in outputs.router_logits:
+            auxiliary = load_balancing_loss_func((logits,), config.num_experts, config.num_experts_per_tok)
+            loss = loss + ROUTER_AUXILIARY_LOSS * auxiliary
     loss.backward()
     torch.nn.utils.clip_grad_norm_(state.model.parameters(), 1.0)
     state.optimizer.step()

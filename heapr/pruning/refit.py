@@ -38,20 +38,22 @@ def refit_inputs(kept: Activations, lost_TD: Tensor, *, ridge: float, num_steps:
         the change (G, D) for each expert, float32.
     """
     problem = _Problem(kept, ridge)
-    change = [torch.zeros_like(rows_GD) for rows_GD in problem.transposed(lost_TD)]
     residual = problem.transposed(lost_TD)
-    direction = preconditioned = problem.precondition(residual)
-    size = _dot(residual, preconditioned)
-    for _ in range(num_steps):
+    change = [torch.zeros_like(rows_GD) for rows_GD in residual]
+    direction = problem.precondition(residual)
+    size = _dot(residual, direction)
+    for _ in range(num_steps):  # in place: each of these is as large as W_gate and W_up together
         if size <= 0:  # nothing is lost, or solved exactly
             break
         image = problem.normal(direction)
         step = size / _dot(direction, image)
-        change = _add(change, step, direction)
-        residual = _add(residual, -step, image)
+        _add(change, step, direction)
+        _add(residual, -step, image)
+        del image
         preconditioned = problem.precondition(residual)
         size, previous = _dot(residual, preconditioned), size
-        direction = _add(preconditioned, size / previous, direction)
+        _add(preconditioned, size / previous, direction)
+        direction = preconditioned
     return change
 
 
@@ -110,5 +112,7 @@ def _dot(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
     return float(sum(torch.sum(a * b, dtype=torch.float64) for a, b in zip(one, other, strict=True)))
 
 
-def _add(one: Sequence[Tensor], factor: float, other: Sequence[Tensor]) -> Change:
-    return [a + factor * b for a, b in zip(one, other, strict=True)]
+def _add(one: Change, factor: float, other: Change) -> None:
+    """one += factor * other."""
+    for a, b in zip(one, other, strict=True):
+        a.add_(b, alpha=factor)

@@ -210,14 +210,14 @@ class JointRepair:
         ridge = self.ridge * _mean([C_SS.diagonal() for C_SS in factors])
         for C_SS in factors:  # in place: from here on only the factors are needed
             C_SS.copy_(_factored(C_SS, ridge))
-        change_E = [torch.zeros(width, lost_TD.shape[1], dtype=torch.float64, device=lost_TD.device) for width in kept.widths]
+        change_SD = torch.zeros(sum(kept.widths), lost_TD.shape[1], dtype=torch.float64, device=lost_TD.device)
         for _ in range(self.num_sweeps):
-            for expert, (factor_SS, change_SD) in enumerate(zip(factors, change_E, strict=True)):
+            for expert, (factor_SS, block_SD) in enumerate(zip(factors, change_SD.split(kept.widths), strict=True)):
                 token_n, z_nS = kept.tokens(expert), kept.z(expert)
-                step_SD = torch.cholesky_solve((z_nS.T @ residual_TD[token_n]).double() - ridge * change_SD, factor_SS)
-                change_SD.add_(step_SD)
+                step_SD = torch.cholesky_solve((z_nS.T @ residual_TD[token_n]).double() - ridge * block_SD, factor_SS)
+                block_SD.add_(step_SD)
                 residual_TD.index_add_(0, token_n, z_nS @ step_SD.float(), alpha=-1)
-        return torch.cat(change_E)
+        return change_SD
 
 
 _TINY = 1e-30  # keeps a matrix of zeros invertible: that of an expert which no token reached
@@ -276,6 +276,6 @@ def _mean(diagonals: Sequence[Tensor]) -> float:
     return float(diagonal.mean()) if len(diagonal) else 0.0
 
 
-def _rounded(down: Tensor, change: Tensor) -> Tensor:
-    """Columns plus their change, in the columns' dtype."""
-    return (down.double() + change).to(down.dtype)
+def _rounded(weights: Tensor, change: Tensor) -> Tensor:
+    """Weights plus their change, added in float64, in the weights' dtype. A change in float64 is used up: a layer's largest tensor."""
+    return change.double().add_(weights).to(weights.dtype)
