@@ -44,7 +44,7 @@ class Activations:
 
     def x(self, expert: int) -> Tensor:
         """The expert's inputs (n, D)."""
-        return self.inputs.hidden_TD[self.tokens(expert)].float()
+        return self.inputs.hidden_TD.index_select(0, self.tokens(expert)).float()
 
     def down(self, expert: int) -> Tensor:
         """Columns w_k (D, S), in the model's dtype."""
@@ -96,7 +96,7 @@ class Activations:
         """(n, G): what the activation function sees."""
         matrices = self._matrices[expert]
         bias_G = None if matrices.inputs_bias_G is None else matrices.inputs_bias_G.detach()
-        return F.linear(self.inputs.hidden_TD[token_n], matrices.inputs_GD.detach(), bias_G)
+        return F.linear(self.inputs.hidden_TD.index_select(0, token_n), matrices.inputs_GD.detach(), bias_G)
 
 
 def layer_output(experts: Experts, inputs: ExpertInputs) -> Tensor:

@@ -79,7 +79,7 @@ class _Problem:
         """J^T output."""
         rows = []
         for expert, slope_nG in enumerate(self.slopes):
-            pulled_nS = output_TD[self.kept.tokens(expert)] @ self.kept.down(expert).float()
+            pulled_nS = output_TD.index_select(0, self.kept.tokens(expert)) @ self.kept.down(expert).float()
             pulled_nG = torch.empty_like(slope_nG)
             for chosen in self.kept.row_sets(expert):
                 pulled_nG[:, chosen] = slope_nG[:, chosen] * pulled_nS

@@ -20,6 +20,7 @@ from heapr.pruning.activations import Activations, layer_output
 from heapr.pruning.refit import refit_inputs
 
 STEP_SIZES = (1.0, 0.5, 0.25)  # of a Gauss-Newton step, tried in turn
+ROWS = 128  # of the layer's normal equations, made at once
 
 
 @dataclass(frozen=True)
@@ -195,8 +196,10 @@ class JointRepair:
         size = sum(kept.widths)
         A_SS = torch.zeros(size, size, dtype=torch.float64, device=lost_TD.device)
         B_SD = torch.zeros(size, lost_TD.shape[1], dtype=torch.float64, device=lost_TD.device)
-        for chunk, z_tS in kept.chunks_of_z():
-            A_SS += z_tS.T @ z_tS  # products of a chunk in float32, their sum in float64
+        for chunk, z_tS in kept.chunks_of_z():  # products of a chunk in float32, their sum in float64
+            for first in range(0, size, ROWS):  # the lower triangle, which is all that Cholesky reads
+                last = min(first + ROWS, size)
+                A_SS[first:last, :last] += z_tS[:, first:last].T @ z_tS[:, :last]
             B_SD += z_tS.T @ lost_TD[chunk]
         return _solve(A_SS, B_SD, self.ridge * _mean([A_SS.diagonal()]))
 
