@@ -70,6 +70,11 @@ class Layer:
         return experts, found
 
 
+@pytest.fixture(autouse=True)
+def normal_equations_in_several_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("heapr.pruning.repair.ROWS", 5)
+
+
 @pytest.fixture(scope="module")
 def layer() -> Layer:
     return Layer()
