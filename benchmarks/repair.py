@@ -22,11 +22,14 @@ from heapr.model.layerwise import ExpertInputs
 from heapr.model.ragged_experts import RaggedExperts, matrices_of
 from heapr.pruning.repair import ExpertRepair, JointRepair, Repair
 
-WAYS: dict[str, Repair] = {
-    "expert": ExpertRepair(),
-    "joint, block by block, 10 turns": JointRepair(direct_up_to=0),
-    "full: joint, 2 refits of 10 steps": JointRepair(direct_up_to=0, refits=2),
-}
+
+def ways(num_steps: int) -> dict[str, Repair]:
+    """Each way to repair, with so many turns of block coordinate descent and so many steps of conjugate gradients."""
+    return {
+        "expert": ExpertRepair(),
+        f"joint, block by block, {num_steps} turns": JointRepair(direct_up_to=0, num_sweeps=num_steps),
+        f"full: joint, 1 refit of {num_steps} steps": JointRepair(direct_up_to=0, num_sweeps=num_steps, refits=1, refit_steps=num_steps),
+    }
 
 
 def build_layer(arguments: argparse.Namespace) -> tuple[Qwen3MoeExperts, RaggedExperts, ExpertInputs]:
@@ -58,13 +61,13 @@ def main() -> None:
     arguments = parser.parse_args()
     dense, ragged, inputs = build_layer(arguments)
     print(f"{vars(arguments)} {machine(torch.device('cpu'))}")
-    for name, repair in WAYS.items():
+    for (name, repair), short in zip(ways(10).items(), ways(1).values(), strict=True):
         after = copy.deepcopy(ragged)
         started = time.perf_counter()
         found = repair(dense, after, inputs)
         seconds = time.perf_counter() - started
-        with WorkingMemory(torch.device("cpu")) as memory:  # once more: counting takes time
-            repair(dense, copy.deepcopy(ragged), inputs)
+        with WorkingMemory(torch.device("cpu")) as memory:  # once more, because counting takes time; one step needs as much as ten
+            short(dense, copy.deepcopy(ragged), inputs)
             num_bytes = memory.take_peak()
         print(f"{name:35s} {seconds:8.1f} s   {num_bytes / 2**30:6.2f} GiB   error left {found.error_after / found.error_before:.3f}")
 

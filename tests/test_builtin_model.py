@@ -49,7 +49,7 @@ def test_the_deepseek_model_reaches_its_cards_figure_and_prunes_well(deepseek_ru
     dense, pruned = (deepseek_run.metrics[variant]["perplexity/pydocs"] for variant in ("dense", "pruned"))
     assert dense == pytest.approx(card_perplexity("deepseek_moe_tiny"), rel=1e-3)
     assert dense <= 32
-    assert dense < pruned <= 1.04 * dense
+    assert dense < pruned <= 1.10 * dense
 
 
 def test_heapr_stays_within_ten_percent_of_the_dense_model(perplexity: dict[str, float]) -> None:
