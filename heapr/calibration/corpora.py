@@ -220,6 +220,7 @@ def _is_skipped_folder(name: str) -> bool:
     return name in ("site-packages", "__pycache__") or name.startswith("test") or name.endswith("_test")
 
 
+@functools.cache  # a job asks for it eight times, a sweep of 500 jobs for minutes; what is installed stays as it is while a process runs
 def _content_hash(root: Path) -> str:
     """Hash of the source files: tenths of a second, where parsing them for their docstrings takes several."""
     digest = hashlib.sha256()
@@ -229,7 +230,7 @@ def _content_hash(root: Path) -> str:
     return digest.hexdigest()
 
 
-@functools.lru_cache(maxsize=2)  # parsing takes seconds, and a run needs several splits; the hash makes it a pure function
+@functools.lru_cache(maxsize=2)  # parsing takes seconds, and a run needs several splits
 def _docstrings(root: Path, content_hash: str) -> list[str]:
     """Every docstring below root, files in sorted order, docstrings in source order."""
     documents: list[str] = []

@@ -90,17 +90,17 @@ def test_json_lines_keep_separators_inside_strings_and_take_text_only(tmp_path: 
 
 
 def test_identity_of_package_docs_follows_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = tmp_path / "some_package_of_the_test"
-    package.mkdir()
-    monkeypatch.syspath_prepend(tmp_path)
-    (package / "__init__.py").write_text('"""abc"""')
-    before = PackageDocs(package.name, "all")
-    assert before.documents() == ["abc"]
-    identity = before.identity()
-    (package / "__init__.py").write_text('"""xyz"""')
-    after = PackageDocs(package.name, "all")
-    assert after.documents() == ["xyz"]
-    assert after.identity() != identity
+    """Two installations of a package of one name."""
+    identities = []
+    for text in ("abc", "xyz", "abc"):
+        package = tmp_path / f"installation_{len(identities)}" / "some_package_of_the_test"
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text(f'"""{text}"""')
+        monkeypatch.syspath_prepend(package.parent)
+        corpus = PackageDocs(package.name, "all")
+        assert corpus.documents() == [text]
+        identities.append(corpus.identity())
+    assert identities[0] == identities[2] != identities[1]
 
 
 def test_identity_follows_content_not_path(tmp_path: Path) -> None:
