@@ -108,3 +108,8 @@ def test_tests_refuse_what_hydra_refuses(override: str) -> None:
     with pytest.raises(ConfigCompositionException) as hydras:
         main.compose_experiment([override], CONF)
     assert str(ours.value) == str(hydras.value)
+
+
+def test_random_scores_follow_the_seed_of_the_calibration() -> None:
+    assert compose_experiment("score=random", "calibration.seed=3").score["seed"] == 3
+    assert compose_experiment("score=random", "calibration.seed=3", "score.seed=5").score["seed"] == 5

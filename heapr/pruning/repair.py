@@ -98,7 +98,7 @@ class ExpertRepair:
             weight_n1 = new.p(expert).square() if self.router_weighted else torch.ones_like(new.p(expert))
             C_SS, B_SD = (h_nS.T @ (weight_n1 * h_nS)).double(), (h_nS.T @ (weight_n1 * lost_nD)).double()
             ridge = self.ridge * (1 + width / max(1, len(h_nS))) * _mean([C_SS.diagonal()])
-            repaired_DS = _rounded(down_DS, _solve(C_SS, B_SD, ridge).T)
+            repaired_DS = (down_DS.double() + _solve(C_SS, B_SD, ridge).T).to(down_DS.dtype)
             change_SD = (repaired_DS.double() - down_DS.double()).T
             gain = float((change_SD * (C_SS @ change_SD - 2 * B_SD)).sum())  # sum u ||d - c h||^2 - sum u ||d||^2, with change c
             error += float((weight_n1 * lost_nD.square()).sum(dtype=torch.float64))
@@ -176,7 +176,8 @@ class JointRepair:
         """New columns, unless they are no better once rounded to the model's dtype; what is lost then."""
         solve = self._direct if sum(after.widths) <= self.direct_up_to else self._blockwise
         old_SD = after.down_proj.detach().clone()
-        after.down_proj.copy_(_rounded(old_SD, solve(Activations(after, inputs), lost_TD)))
+        change_SD = solve(Activations(after, inputs), lost_TD)
+        after.down_proj.copy_(change_SD.add_(old_SD))  # in float64 and in place: it is the layer's largest tensor
         return _accept(after.down_proj, old_SD, wanted_TD - layer_output(after, inputs), lost_TD)
 
     def _refit_inputs(self, after: RaggedExperts, inputs: ExpertInputs, wanted_TD: Tensor, lost_TD: Tensor) -> Tensor:
@@ -185,7 +186,7 @@ class JointRepair:
         old_GD = projection.detach().clone()
         change_GD = torch.cat(refit_inputs(Activations(after, inputs), lost_TD, ridge=self.ridge, num_steps=self.refit_steps))
         for step_size in STEP_SIZES:
-            projection.copy_(_rounded(old_GD, step_size * change_GD))
+            projection.copy_(old_GD.double().add_(change_GD, alpha=step_size))
             reached_TD = _accept(projection, old_GD, wanted_TD - layer_output(after, inputs), lost_TD)
             if reached_TD is not lost_TD:
                 return reached_TD
@@ -217,7 +218,7 @@ class JointRepair:
         for _ in range(self.num_sweeps):
             for expert, (factor_SS, block_SD) in enumerate(zip(factors, change_SD.split(kept.widths), strict=True)):
                 token_n, z_nS = kept.tokens(expert), kept.z(expert)
-                step_SD = torch.cholesky_solve((z_nS.T @ residual_TD[token_n]).double() - ridge * block_SD, factor_SS)
+                step_SD = torch.cholesky_solve((z_nS.T @ residual_TD.index_select(0, token_n)).double() - ridge * block_SD, factor_SS)
                 block_SD.add_(step_SD)
                 residual_TD.index_add_(0, token_n, z_nS @ step_SD.float(), alpha=-1)
         return change_SD
@@ -277,8 +278,3 @@ def _mean(diagonals: Sequence[Tensor]) -> float:
     """Mean of some matrices' diagonals; 0 if they are empty."""
     diagonal = torch.cat(list(diagonals))
     return float(diagonal.mean()) if len(diagonal) else 0.0
-
-
-def _rounded(weights: Tensor, change: Tensor) -> Tensor:
-    """Weights plus their change, added in float64, in the weights' dtype. A change in float64 is used up: a layer's largest tensor."""
-    return change.double().add_(weights).to(weights.dtype)
