@@ -275,3 +275,16 @@ def test_a_step_that_makes_it_worse_is_taken_back(layer: Layer, monkeypatch: pyt
     assert torch.equal(experts.gate_up_proj, layer.after.gate_up_proj)
     assert found.error_after <= expected.error_after < found.error_before
     assert layer.error(experts) <= layer.error(columns_alone) * (1 + 1e-6)
+
+
+def test_a_step_that_is_too_long_is_halved(layer: Layer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three times the best step loses more than none, one and a half times less."""
+
+    def stretched(factor: float) -> RaggedExperts:
+        stretch = lambda *arguments, **options: [factor * rows_GD for rows_GD in refit_inputs(*arguments, **options)]  # noqa: E731
+        monkeypatch.setattr("heapr.pruning.repair.refit_inputs", stretch)
+        return layer.repaired(JointRepair(refits=1))[0]
+
+    too_long, half_of_it = stretched(3.0), stretched(1.5)
+    assert not torch.equal(too_long.gate_up_proj, layer.after.gate_up_proj)
+    torch.testing.assert_close(too_long.gate_up_proj, half_of_it.gate_up_proj)
