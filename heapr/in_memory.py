@@ -12,6 +12,7 @@ from torch import Tensor
 
 from heapr.errors import TooLargeError
 from heapr.experiment import Experiment
+from heapr.model.layerwise import check_stream
 from heapr.model.moe import MoEModel
 from heapr.model.ragged_experts import layout_of
 from heapr.pruning.repair import LayerRepair
@@ -41,9 +42,15 @@ class ModelInMemory:
         self._pruned: _Held | None = None
 
     def dense(self) -> MoEModel:
-        """The model as it was; loaded once more if it has been cut since."""
+        """The model as it was; loaded once more if it has been cut since.
+
+        Raises:
+            ConfigError: it cannot be loaded, or not repaired as asked.
+        """
         if self._dense is None:
             self._dense = self._experiment.source.load(self._experiment.device, self._experiment.device_map)
+            if self._experiment.repair and self._experiment.repair.follows_stream:
+                check_stream(self._dense)
         return self._dense
 
     def pruned(self, pruning: Pruning) -> MoEModel:

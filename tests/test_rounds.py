@@ -21,10 +21,10 @@ from heapr.pruning.repair import JointRepair
 from heapr.pruning.surgery import remove_and_repair
 from heapr.score.gradient import Fisher
 from tests.experiment import cached_stages, run_in, write_model, write_texts
-from tests.tiny import no_weights, tiny_ids, tiny_qwen3_moe
+from tests.tiny import byte_tokenizer, no_weights, tiny_ids, tiny_model, tiny_qwen3_moe
 
 ONLY_PERPLEXITY = "evaluation/evaluators@evaluation=[perplexity]"
-BEST = ["score=fisher", "pruning/repair=full", "pruning.repair.refits=1", "pruning.repair.refit_steps=2"]
+BEST = ["score=fisher", "pruning/repair=stream", "pruning.repair.refits=1", "pruning.repair.refit_steps=2"]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_two_rounds_are_two_prunings_one_after_the_other(finished: tuple[Path, A
         budget = Budget(ratio=number_removed / left, scope="global", experts_per_token=2)
         plan = allocate(scores, {layer.index: layer.widths for layer in model.layers}, budget)
         with torch.no_grad():
-            remove_and_repair(model, plan, JointRepair(refits=1, refit_steps=2), ids_NW.split(4))
+            remove_and_repair(model, plan, JointRepair(target="residual_stream", refits=1, refit_steps=2), ids_NW.split(4))
     pruned = heapr.load_pruned(Path(prune[1]["path"]) / "checkpoint")
     torch.testing.assert_close(logits(pruned), logits(model.model), rtol=1e-4, atol=1e-4)
 
@@ -135,3 +135,13 @@ def test_what_is_shared(tmp_path: Path, finished: tuple[Path, Any], overrides: l
     plain = run_in(folder, *overrides, "score=fisher", "pruning.save_checkpoint=false")
     recipe = json.loads((Path(stages(plain, "prune")[0]["path"]) / "manifest.json").read_text())["config"]
     assert recipe == {"ratio": 0.4, "scope": "global", "width_multiple": 1, "form": "ragged"}
+
+
+def test_a_model_whose_stream_repair_cannot_mend_is_refused_before_calibration(tmp_path: Path, overrides: list[str]) -> None:
+    """FlexOlmo normalises the experts' output before it is added."""
+    tiny_model("flex_olmo").save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    with pytest.raises(ConfigError, match="layer 0 of FlexOlmoForCausalLM .* give pruning.repair.target=layer_output"):
+        run_in(tmp_path, *overrides, f"model.path={tmp_path / 'model'}", *BEST)
+    assert not list(tmp_path.glob("outputs/artifacts/*/*/*.safetensors"))
+    run_in(tmp_path, *overrides, f"model.path={tmp_path / 'model'}", *BEST, "pruning.repair.target=layer_output")

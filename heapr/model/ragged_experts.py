@@ -231,7 +231,7 @@ def _without_empty(order_S: Tensor, counts: list[int], widths: list[int]) -> tup
     """Pairs and their numbers without those of experts of width 0, which contribute nothing: their tokens are not even gathered."""
     has_work = [width > 0 for width in widths] + [False]
     kept = [segment_n for segment_n, works in zip(order_S.split(counts), has_work, strict=True) if works]
-    return torch.cat(kept), [count if works else 0 for count, works in zip(counts, has_work, strict=True)]
+    return torch.cat(kept) if kept else order_S[:0], [count if works else 0 for count, works in zip(counts, has_work, strict=True)]
 
 
 def _routing_of_weighted(hidden_SD: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Refit of the rows of W_gate and W_up that are left: one Gauss-Newton step for a layer, by conjugate gradients.
 
 In: pruned experts, what flows into them, and what the layer's output lost. Out: a change of the input projections.
-docs/method.md, 21 and 22. No loss, no gradient of the model: the layer's own output is the target.
+docs/method.md, 22 and 23. No loss, no gradient of the model: the layer's output is the target.
 Shape letters: T tokens, D model width, n tokens of one expert, S atomic experts of one expert, G rows of its input projection.
 """
 

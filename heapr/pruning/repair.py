@@ -1,6 +1,6 @@
 """Repair: least squares for what is left of a layer's experts, so that it makes up for what was removed.
 
-In: the experts of one layer before and after surgery, and what flows into them. Out: the latter, changed. docs/method.md, 18 to 22.
+In: the experts of one layer before and after surgery, and what flows into them. Out: the latter, changed. docs/method.md, 18 to 23.
 Shape letters: T tokens, D model width, E experts, n tokens of one expert, S kept atomic experts (of one expert, or of the layer).
 """
 
@@ -19,6 +19,7 @@ from heapr.model.ragged_experts import Experts, RaggedExperts, matrices_of
 from heapr.pruning.activations import Activations, layer_output
 from heapr.pruning.refit import refit_inputs
 
+TARGETS = ("layer_output", "residual_stream")
 STEP_SIZES = (1.0, 0.5, 0.25)  # of a Gauss-Newton step, tried in turn
 ROWS = 128  # of the layer's normal equations, made at once
 
@@ -55,9 +56,14 @@ class Repair(Protocol):
 
     is_sequential: bool  # inputs are measured behind the layers already pruned and repaired; else in the model as it was
     refits_inputs: bool  # changes W_gate and W_up too, not W_down alone
+    follows_stream: bool  # makes up for what earlier layers changed too
 
-    def __call__(self, before: Experts, after: RaggedExperts, inputs: ExpertInputs) -> LayerRepair:
-        """Change what is left of one layer's experts, in place."""
+    def __call__(self, before: Experts, after: RaggedExperts, inputs: ExpertInputs, wanted_TD: Tensor | None = None) -> LayerRepair:
+        """Change what is left of one layer's experts, in place.
+
+        Args:
+            wanted_TD: what they are to put out in all, biases of W_down aside; none is what they put out before.
+        """
         ...
 
 
@@ -83,13 +89,15 @@ class ExpertRepair:
     """
 
     refits_inputs = False
+    follows_stream = False
 
     def __init__(self, ridge: float = 1e-2, router_weighted: bool = True, sequential: bool = True) -> None:
         self.ridge = _check_ridge(ridge)
         self.router_weighted = router_weighted
         self.is_sequential = sequential
 
-    def __call__(self, before: Experts, after: RaggedExperts, inputs: ExpertInputs) -> LayerRepair:
+    def __call__(self, before: Experts, after: RaggedExperts, inputs: ExpertInputs, wanted_TD: Tensor | None = None) -> LayerRepair:
+        assert wanted_TD is None, "an expert has an output of its own to go by"
         old, new = Activations(before, inputs), Activations(after, inputs)
         error, change, num_repaired, columns = 0.0, 0.0, 0, []
         for expert, width in enumerate(after.widths):
@@ -123,12 +131,16 @@ class JointRepair:
     against the layer's current residual, `num_sweeps` times; the error never rises. Memory is then that of the
     experts' blocks, E matrices of their widths squared, and of the residual (T, D).
 
+    With `target="residual_stream"`, y is what brings the residual stream behind the layer to where it was before this pruning, so that
+    a layer makes up for what the earlier ones changed too (docs/method.md, 21).
+
     With `refits` above 0, the rows of W_gate and W_up that are left move too: so many times, a Gauss-Newton step of `refit_steps` steps
     of conjugate gradients (`refit_inputs`), shortened or dropped if the error does not fall, after which the columns are solved for
     once more.
 
     Args:
         ridge: above 0.
+        target: "layer_output" or "residual_stream".
         refits: 0 leaves W_gate and W_up as they are.
         refit_steps: of conjugate gradients in each, at least 1.
         direct_up_to: kept atomic experts of a layer up to which the normal equations are solved as a whole.
@@ -136,13 +148,14 @@ class JointRepair:
         sequential: measured behind the layers already pruned and repaired.
 
     Raises:
-        ConfigError: a value out of range.
+        ConfigError: a value out of range, or a target that is unknown or always reached.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one for each option
         self,
         ridge: float = 1e-2,
         *,
+        target: str = "layer_output",
         refits: int = 0,
         refit_steps: int = 10,
         direct_up_to: int = 8192,
@@ -155,6 +168,13 @@ class JointRepair:
                 f"pruning.repair: refits={refits}, direct_up_to={direct_up_to}, refit_steps={refit_steps}, num_sweeps={num_sweeps}; "
                 "give at least 0 for the first two and 1 for the others"
             )
+        if target not in TARGETS:
+            raise ConfigError(f"pruning.repair.target={target} is unknown; choose one of {', '.join(TARGETS)}")
+        if target == "residual_stream" and not sequential:
+            raise ConfigError(
+                "pruning.repair.target=residual_stream needs pruning.repair.sequential=true: in the model as it was no layer has changed"
+            )
+        self.follows_stream = target == "residual_stream"
         self.refits = refits
         self.refit_steps = refit_steps
         self.direct_up_to = direct_up_to
@@ -162,8 +182,9 @@ class JointRepair:
         self.is_sequential = sequential
         self.refits_inputs = refits > 0
 
-    def __call__(self, before: Experts, after: RaggedExperts, inputs: ExpertInputs) -> LayerRepair:
-        old, wanted_TD, num_tokens = _weights(after), layer_output(before, inputs), len(inputs.hidden_TD)
+    def __call__(self, before: Experts, after: RaggedExperts, inputs: ExpertInputs, wanted_TD: Tensor | None = None) -> LayerRepair:
+        old, num_tokens = _weights(after), len(inputs.hidden_TD)
+        wanted_TD = layer_output(before, inputs) if wanted_TD is None else wanted_TD
         lost_TD = wanted_TD - layer_output(after, inputs)
         error_before = _squared(lost_TD)
         lost_TD = self._solve_columns(after, inputs, wanted_TD, lost_TD)

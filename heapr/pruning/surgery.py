@@ -36,7 +36,7 @@ def remove(model: MoEModel, plan: Plan, repaired: RepairedWeights | None = None)
 
 @torch.no_grad()
 def remove_and_repair(model: MoEModel, plan: Plan, repair: Repair, batches: Sequence[Tensor]) -> dict[int, LayerRepair]:
-    """Remove and repair one layer after the other (docs/method.md, 18 to 22); what was found for each, by decoder layer index.
+    """Remove and repair one layer after the other (docs/method.md, 18 to 23); what was found for each, by decoder layer index.
 
     Args:
         model: dense or ragged.
@@ -49,10 +49,13 @@ def remove_and_repair(model: MoEModel, plan: Plan, repair: Repair, batches: Sequ
     """
     found: dict[int, LayerRepair] = {}
     cut_from_dense: list[tuple[MoELayer, RaggedExperts]] = []
-    walk = progress(walk_layers(model, batches), total=len(model.layers), description="repair", unit="layer")
-    for layer, inputs in walk:
+    follow, has_changed = repair.follows_stream, False
+    walk = progress(walk_layers(model, batches, follow_stream=follow), total=len(model.layers), description="repair", unit="layer")
+    for layer, inputs, wanted_TD in walk:
         after = _cut(layer, plan, None)
-        found[layer.index] = repair(layer.experts, after, inputs)
+        # until a layer changes, the stream is what it was, and the experts' own output says so without rounding
+        found[layer.index] = repair(layer.experts, after, inputs, wanted_TD if has_changed else None)
+        has_changed |= after.widths != tuple(layer.widths)
         if repair.is_sequential:
             layer.replace_experts(after)
         else:

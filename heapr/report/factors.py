@@ -177,7 +177,10 @@ def _method_text(base: str, repair: str, rounds: str, scope: str) -> str:
 
 
 def _repair_name(entry: Mapping[str, Any]) -> str:
-    """`JointRepair` is `joint repair`, or `full repair` where it moves the rows of W_gate and W_up too."""
+    """`JointRepair` is `joint repair`; `full repair` where it moves the rows of W_gate and W_up too, `stream repair` where it also brings
+    the residual stream back."""
+    if entry.get("target") == "residual_stream":
+        return "stream repair" if entry.get("refits", 0) > 0 else "joint stream repair"
     return "full repair" if entry.get("refits", 0) > 0 else _words(_target(entry), " ")
 
 

@@ -20,9 +20,9 @@ from heapr.calibration.collector import collect
 from heapr.errors import ConfigError
 from heapr.model.checkpoint import save_checkpoint
 from heapr.model.experts import observe_experts
-from heapr.model.layerwise import walk_layers
+from heapr.model.layerwise import check_stream, walk_layers
 from heapr.model.moe import MoEModel, experts_per_token
-from heapr.pruning.activations import Activations
+from heapr.pruning.activations import Activations, layer_output
 from heapr.pruning.repair import ExpertRepair, JointRepair
 from heapr.pruning.surgery import mask, remove, remove_and_repair
 from heapr.pruning.uniform import make_uniform, uniform_settings
@@ -34,6 +34,10 @@ from tests.tiny import FAMILIES, byte_tokenizer, no_weights, tiny_ids, tiny_mode
 IDS_NW = tiny_ids(num_sequences=2, length=10)
 NO_UNIFORM = {  # families whose configuration has no field that is the routed experts' width alone
     "deepseek_v4", "hunyuan_v1_moe", "inkling", "llama4",
+}  # fmt: skip
+NOT_ADDED = {  # families that do something to the experts' output before they add it to the residual stream, or have several streams
+    "afmoe", "axk1", "beam", "cohere2_moe", "deepseek_v4", "flex_olmo", "gemma4", "hy_v4", "inkling", "inkling2", "kolibri1", "llama4",
+    "minimax_m3_vl", "qwen4_exp",
 }  # fmt: skip
 
 
@@ -109,7 +113,7 @@ class FamilyContract:
         with torch.no_grad(), observe_experts(model.model, watched):
             model.body(input_ids=IDS_NW, use_cache=False)
         found = {}
-        for layer, inputs in walk_layers(model, [IDS_NW]):
+        for layer, inputs, _ in walk_layers(model, [IDS_NW]):
             activations = Activations(layer.experts, inputs)
             found |= {(layer.index, e): (activations.h(e), activations.p(e).squeeze(1)) for e in range(4) if len(activations.tokens(e))}
         assert found.keys() == expected.keys()
@@ -126,6 +130,17 @@ class FamilyContract:
             masked = MoEModel(copy.deepcopy(model.model))
             mask(masked, random_plan(model), {layer.index: dict(layer.experts.named_parameters()) for layer in repaired.layers})
             torch.testing.assert_close(logits(repaired.model), logits(masked.model), rtol=1e-4, atol=1e-4)
+
+    def test_stream_is_followed_or_refused(self, model: MoEModel) -> None:
+        if self.family in NOT_ADDED:
+            with pytest.raises(ConfigError, match="does not add its experts' output .*; give pruning.repair.target=layer_output"):
+                check_stream(model)
+            return
+        check_stream(model)
+        for layer, inputs, wanted_TD in walk_layers(model, [IDS_NW], follow_stream=True):
+            torch.testing.assert_close(wanted_TD, layer_output(layer.experts, inputs), rtol=1e-4, atol=1e-5)
+        found = remove_and_repair(model, random_plan(model), JointRepair(target="residual_stream"), [IDS_NW])
+        assert all(layer.error_after < layer.error_before for layer in found.values())
 
     def test_ragged_checkpoint(self, model: MoEModel, ragged_folder: Path) -> None:
         """Loaded by heapr here; `test_ragged_checkpoints_load_without_heapr` loads the same folders elsewhere."""

@@ -14,7 +14,7 @@ from heapr.model.moe import MoEModel
 from heapr.model.ragged_experts import Experts, run_experts
 from heapr.pruning.surgery import remove
 from heapr.types import Plan
-from tests.tiny import tiny_ids, tiny_qwen3_moe
+from tests.tiny import tiny_ids, tiny_model, tiny_qwen3_moe
 
 IDS_NW = tiny_ids(num_sequences=4, length=10)
 
@@ -42,10 +42,43 @@ def test_changes_are_seen_by_later_layers(model: MoEModel) -> None:
     plan = Plan(layers={index: torch.rand(4, 8, generator=torch.Generator().manual_seed(index)) > 0.5 for index in range(4)})
     remove(changed, plan)
     expected, dense = inputs_of_whole_passes(changed, IDS_NW), inputs_of_whole_passes(model, IDS_NW)
-    for (layer, inputs), replacement in zip(walk_layers(model, IDS_NW.split(4)), changed.layers, strict=True):
+    for (layer, inputs, _), replacement in zip(walk_layers(model, IDS_NW.split(4)), changed.layers, strict=True):
         torch.testing.assert_close(inputs.hidden_TD, expected[layer.index])
         assert (layer.index == 0) == torch.equal(inputs.hidden_TD, dense[layer.index])
         layer.replace_experts(replacement.experts)
+
+
+def behind_layers(model: MoEModel, ids_NW: Tensor) -> list[Tensor]:
+    """The residual stream behind every decoder layer (T, D), from one plain forward pass."""
+    seen: list[Tensor] = []
+    hooks = [
+        decoder.register_forward_hook(
+            lambda *arguments: seen.append(arguments[-1][0] if isinstance(arguments[-1], tuple) else arguments[-1])
+        )
+        for decoder in model.decoder_layers
+    ]
+    with torch.no_grad():
+        model.body(input_ids=ids_NW, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return [hidden.flatten(0, 1) for hidden in seen]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek", "gpt_oss"])  # plain; behind a dense layer, shared experts; biases of W_down
+def test_stream_is_followed(family: str) -> None:
+    """What the experts have to put out brings the stream behind their layer to where it was, whatever became of earlier layers."""
+    walked = MoEModel(tiny_model(family, num_hidden_layers=4))
+    expected = behind_layers(walked, IDS_NW)
+    pruned = MoEModel(copy.deepcopy(walked.model))
+    remove(pruned, Plan(layers={layer.index: torch.arange(8).repeat(4, 1) < 3 for layer in walked.layers}))
+    for (layer, _, wanted_TD), replacement in zip(walk_layers(walked, IDS_NW.split(3), follow_stream=True), pruned.layers, strict=True):
+        without = MoEModel(copy.deepcopy(walked.model))  # cut in earlier layers already
+        next(other for other in without.layers if other.index == layer.index).experts.down_proj.zero_()
+        rest_TD = behind_layers(without, IDS_NW)[layer.index]
+        torch.testing.assert_close(wanted_TD, expected[layer.index] - rest_TD, rtol=1e-4, atol=1e-5)
+        layer.replace_experts(replacement.experts)
+    assert (behind_layers(walked, IDS_NW)[-1] - expected[-1]).abs().max() > 1e-3
 
 
 def test_every_decoder_layer_runs_once_and_the_model_is_left_as_it_was(model: MoEModel) -> None:
@@ -58,6 +91,11 @@ def test_every_decoder_layer_runs_once_and_the_model_is_left_as_it_was(model: Mo
     assert ran == [0, 0, 1, 1, 2, 2]  # two batches; of the last layer only the experts' input is needed
     assert torch.equal(model.model(input_ids=IDS_NW, use_cache=False).logits, logits)
     assert not any("forward" in vars(decoder) for decoder in model.decoder_layers)
+    ran.clear()
+    for _ in walk_layers(model, IDS_NW.split(2), follow_stream=True):
+        pass
+    assert [ran.count(index) for index in range(4)] == [6, 6, 6, 4]  # also without experts, and in the model as it was
+    assert not any(decoder._forward_hooks or decoder._forward_pre_hooks for decoder in model.decoder_layers)
 
 
 def test_pairs() -> None:
@@ -69,5 +107,6 @@ def test_pairs() -> None:
 def test_infinite_input_names_the_layer(model: MoEModel) -> None:
     with torch.no_grad():
         model.decoder_layers[1].input_layernorm.weight.fill_(torch.inf)
-    with pytest.raises(FloatingPointError, match="layer 1's experts is NaN or infinite"):
-        list(walk_layers(model, [IDS_NW]))
+    for follow_stream in (False, True):
+        with pytest.raises(FloatingPointError, match="layer 1's experts is NaN or infinite"):
+            list(walk_layers(model, [IDS_NW], follow_stream=follow_stream))

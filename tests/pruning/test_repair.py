@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from heapr.errors import ConfigError
-from heapr.model.layerwise import ExpertInputs
+from heapr.model.layerwise import ExpertInputs, walk_layers
 from heapr.model.moe import MoELayer, MoEModel
 from heapr.model.ragged_experts import RaggedExperts, matrices_of, run_experts
 from heapr.pruning.activations import Activations, layer_output
@@ -23,6 +23,7 @@ from tests.tiny import LAYOUTS, tiny_ids, tiny_model, tiny_qwen3_moe
 
 REPAIRS: Sequence[Repair] = (
     ExpertRepair(), ExpertRepair(router_weighted=False), JointRepair(), JointRepair(direct_up_to=0), JointRepair(refits=1, refit_steps=3),
+    JointRepair(target="residual_stream"),
 )  # fmt: skip
 TINY_RIDGE = 1e-9
 
@@ -235,6 +236,29 @@ def test_sequential_repair_knows_the_layers_before_and_parallel_does_not() -> No
     torch.testing.assert_close(only_last.layers[1].experts.down_proj.detach(), columns[False][1])  # measured in the model as it was
 
 
+def test_residual_stream_as_target_makes_up_for_earlier_layers() -> None:
+    """What is still missing in the stream behind the last layer is orthogonal to everything that its columns could change."""
+    ids_NW, streams, models = tiny_ids(num_sequences=20, length=20), [], []
+    for target in ("layer_output", "residual_stream", None):
+        model = MoEModel(tiny_qwen3_moe())
+        if target is not None:
+            remove_and_repair(model, plan_for(model.layers), JointRepair(ridge=TINY_RIDGE, target=target), ids_NW.split(7))
+        hook = model.decoder_layers[-1].register_forward_hook(lambda *arguments: streams.append(arguments[-1].flatten(0, 1)))
+        with torch.no_grad():
+            model.body(input_ids=ids_NW, use_cache=False)
+        hook.remove()
+        models.append(model)
+    own_TD, missing_TD = streams[2] - streams[0], streams[2] - streams[1]
+    assert missing_TD.square().sum() < own_TD.square().sum()
+    _, (last, inputs, _) = walk_layers(models[1], [ids_NW])
+    activations = Activations(last.experts, inputs)
+    for expert in range(4):
+        z_nS, missing_nD = activations.z(expert).detach(), missing_TD[activations.tokens(expert)]
+        assert (z_nS.T @ missing_nD).abs().max() < 1e-4 * z_nS.norm() * missing_nD.norm()
+    columns = [[layer.experts.down_proj for layer in model.layers] for model in models[:2]]
+    assert torch.equal(columns[0][0], columns[1][0]) and not torch.equal(columns[0][1], columns[1][1])  # nothing is before the first layer
+
+
 @pytest.mark.parametrize("repair", [JointRepair(), JointRepair(refits=1)])
 def test_repaired_weights_make_the_same_model_again_and_a_masked_one(repair: Repair) -> None:
     ids_NW = tiny_ids(num_sequences=4, length=10)
@@ -256,6 +280,13 @@ def test_repaired_weights_make_the_same_model_again_and_a_masked_one(repair: Rep
 def test_values_out_of_range(make: object) -> None:
     with pytest.raises(ConfigError, match="give "):
         make()  # type: ignore[operator]
+
+
+def test_targets_that_cannot_be() -> None:
+    with pytest.raises(ConfigError, match="target=stream is unknown; choose one of layer_output, residual_stream"):
+        JointRepair(target="stream")
+    with pytest.raises(ConfigError, match="target=residual_stream needs pruning.repair.sequential=true"):
+        JointRepair(target="residual_stream", sequential=False)
 
 
 def test_a_ridge_too_small_for_repeated_activations_is_said_so() -> None:

@@ -173,6 +173,11 @@ def test_report_holds_shares_in_all_forms(tmp_path: Path) -> None:
         (settings(criterion="Fisher", repair={"_target_": "heapr.pruning.repair.ExpertRepair"}), "fisher + expert repair"),
         (settings(criterion="Fisher", repair=JOINT), "fisher + joint repair"),
         (settings(criterion="Fisher", repair={**JOINT, "refits": 2}, rounds=4), "fisher + full repair, 4 rounds"),
+        (
+            settings(criterion="Fisher", repair={**JOINT, "refits": 1, "target": "residual_stream"}, rounds=2),
+            "fisher + stream repair, 2 rounds",
+        ),
+        (settings(criterion="Fisher", repair={**JOINT, "target": "residual_stream"}), "fisher + joint stream repair"),
         (settings(criterion="Camera", scope="layer"), "camera (layer)"),
         (config(), "heapr"),
     ],
