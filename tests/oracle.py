@@ -1,7 +1,8 @@
 """Slow oracles, written from the formulas and sharing no code with the package.
 
 `published_scores` is (3) and (4) of docs/method.md to the letter: the gradient at every expert's output, the D x D matrix G_e, and
-1/2 e_k(x)^T G_e e_k(x) for every token. `visited_scores` is the other criteria that have data, visit by visit.
+1/2 e_k(x)^T G_e e_k(x) for every token. `visited_scores` is the other criteria that have data, visit by visit. `streams_behind` is the
+residual stream in one plain pass.
 """
 
 from __future__ import annotations
@@ -133,3 +134,19 @@ def visited_scores(model: PreTrainedModel, ids_NW: Tensor, alpha: float) -> dict
                 scores["activation"][-1][expert, k] = sum(value**2 for value in h) / n * w_sq
                 scores["camera"][-1][expert, k] = ((1 - alpha) * sum(weighted_sq) + alpha * max(weighted_sq)) * w_sq
     return scores
+
+
+@torch.no_grad()
+def streams_behind(body: nn.Module, decoder_layers: list[nn.Module], ids_NW: Tensor) -> list[Tensor]:
+    """The residual stream behind every decoder layer (T, D)."""
+    seen: list[Tensor] = []
+    hooks = [
+        decoder.register_forward_hook(
+            lambda *arguments: seen.append(arguments[-1][0] if isinstance(arguments[-1], tuple) else arguments[-1])
+        )
+        for decoder in decoder_layers
+    ]
+    body(input_ids=ids_NW, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return [hidden.flatten(0, 1) for hidden in seen]

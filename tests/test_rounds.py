@@ -141,7 +141,7 @@ def test_a_model_whose_stream_repair_cannot_mend_is_refused_before_calibration(t
     """FlexOlmo normalises the experts' output before it is added."""
     tiny_model("flex_olmo").save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
-    with pytest.raises(ConfigError, match="layer 0 of FlexOlmoForCausalLM .* give pruning.repair.target=layer_output"):
+    with pytest.raises(ConfigError, match="layer 0 of FlexOlmoForCausalLM .*; give pruning.repair.target=layer_output"):
         run_in(tmp_path, *overrides, f"model.path={tmp_path / 'model'}", *BEST)
     assert not list(tmp_path.glob("outputs/artifacts/*/*/*.safetensors"))
     run_in(tmp_path, *overrides, f"model.path={tmp_path / 'model'}", *BEST, "pruning.repair.target=layer_output")

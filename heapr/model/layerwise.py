@@ -1,7 +1,7 @@
 """MoE layers one after the other: what flows into the experts of each, behind earlier layers that may have changed on the way.
 
-In: a model and its batches of token ids. Out: for each MoE layer its `ExpertInputs`. Of a batch only the hidden states before
-one decoder layer are kept, so that memory is that of one layer and every layer is run once.
+In: a model and its batches of token ids. Out: for each MoE layer its `ExpertInputs` and, if asked for, what its experts have to put
+out. Of a batch only the hidden states before one decoder layer are kept, so that memory is that of one layer.
 Shape letters: T tokens of all batches, D model width, K experts per token.
 """
 
@@ -56,56 +56,60 @@ def walk_layers(
         batches: int64 (N, W) token ids each.
         follow_stream: also yield what the layer's experts have to put out, biases of W_down aside, for the residual stream behind the
             layer to be what it is in the model that the walk began with (T, D), float32: that stream, walked through every layer before a
-            caller changes it, less the present one without the experts. It takes one more pass through every layer, and one more hidden
-            state of every token. Means something where experts' output is added to the stream as it is.
+            caller changes it, less the present one without the experts (docs/method.md, 21). Every layer then runs three times, and one
+            more hidden state of every token is held. Only for models that pass `check_stream`.
 
     Raises:
         FloatingPointError: an input is NaN or infinite; the message names the layer.
     """
-    walker, unchanged = _Walker(model), _Walker(model)
-    hidden: list[Tensor | None] = [None] * len(batches)
-    stream: list[Tensor | None] = [None] * len(batches)
+    walkers, originals = ([_Walker(model, ids_NW.to(model.device)) for ids_NW in batches] for _ in range(2))
     for layer in model.layers:
-        inputs, wanted = [], []
-        for number, ids in enumerate(batches):
-            ids_NW = ids.to(model.device)
-            found, hidden[number], rest = walker.reach(layer, ids_NW, hidden[number], beyond=follow_stream)
-            inputs.append(found)
-            if rest is not None:
-                stream[number] = behind = unchanged.behind(layer, ids_NW, stream[number])
-                wanted.append((behind.float() - rest.float()).flatten(0, -2))
-        walker.start, unchanged.start = layer.index, layer.index + 1
-        yield layer, _joined(layer, inputs), torch.cat(wanted) if wanted else None
+        parts, wanted = [], []
+        for walker, original in zip(walkers, originals, strict=True):
+            part, without = walker.reach(layer, beyond=follow_stream)
+            parts.append(part)
+            if without is not None:
+                wanted.append((original.leave(layer).float() - without.float()).flatten(0, -2))
+        inputs, wanted_TD = _joined(layer, parts), torch.cat(wanted) if wanted else None
+        del parts, wanted  # a generator holds its variables while the caller is at work
+        yield layer, inputs, wanted_TD
+        del inputs, wanted_TD
 
 
 @torch.no_grad()
 def check_stream(model: MoEModel) -> None:
-    """Refuse models whose experts' output is not added to the residual stream as it is: `walk_layers` could not say what it lacks.
+    """Refuse models of which `walk_layers` could not say what the residual stream lacks.
 
     Raises:
-        ConfigError: naming the layer.
+        ConfigError: naming the layer and why.
     """
-    walker, ids_NW = _Walker(model), torch.arange(8, device=model.device).unsqueeze(0)
-    hidden: Tensor | None = None
+    walker = _Walker(model, torch.arange(8, device=model.device).unsqueeze(0))
     for layer in model.layers:
-        inputs, _, rest = walker.reach(layer, ids_NW, hidden, beyond=True)
-        hidden = behind = walker.behind(layer, ids_NW, hidden)
-        walker.start = layer.index + 1
-        if rest is None or not _is_sum(behind.flatten(0, -2), rest.flatten(0, -2), layer.experts, inputs):
-            raise ConfigError(
-                f"pruning.repair.target=residual_stream: layer {layer.index} of {type(model.model).__name__} does not add its experts' "
-                "output to the residual stream as it is, so it cannot be made up for there; give pruning.repair.target=layer_output"
-            )
+        inputs, without = walker.reach(layer, beyond=True)
+        before, behind = walker.hidden, walker.leave(layer)
+        assert before is not None and without is not None
+        if layout_of(layer.experts).weighs_input:
+            why = "weighs its experts' inputs in place of their outputs"
+        elif behind.flatten(0, -2).shape != inputs.hidden_TD.shape:
+            why = "has several residual streams"
+        elif not _is_sum(layer.experts, inputs, *(stream.flatten(0, -2).float() for stream in (before, without, behind))):
+            why = "does not add its experts' output to the residual stream as it is"
+        else:
+            continue
+        raise ConfigError(
+            f"pruning.repair.target=residual_stream: layer {layer.index} of {type(model.model).__name__} {why}, so it cannot bring "
+            "the stream back; give pruning.repair.target=layer_output"
+        )
 
 
-def _is_sum(behind_TD: Tensor, rest_TD: Tensor, experts: Experts, inputs: ExpertInputs) -> bool:
-    """Whether the stream behind a layer is that without its experts and their output, up to rounding."""
-    if layout_of(experts).weighs_input or behind_TD.shape != inputs.hidden_TD.shape:
-        return False
+def _is_sum(experts: Experts, inputs: ExpertInputs, before_TD: Tensor, without_TD: Tensor, behind_TD: Tensor) -> bool:
+    """Whether the stream behind a layer is that without its experts and their output, up to rounding where numbers are largest."""
     routed = (inputs.hidden_TD, inputs.expert_TK, inputs.router_weight_TK)
     output_TD = run_experts(experts, *routed).float() - run_experts(_emptied(experts), *routed).float()
-    rounding_TD = 4 * torch.finfo(behind_TD.dtype).eps * behind_TD.float().abs() + 1e-2 * output_TD.abs().max()
-    return bool(((behind_TD.float() - rest_TD.float() - output_TD).abs() <= rounding_TD).all())
+    largest_TD = torch.stack([before_TD, without_TD, behind_TD]).abs().amax(0)
+    rounding_TD = 4 * torch.finfo(inputs.hidden_TD.dtype).eps * largest_TD + 1e-2 * output_TD.abs().max()
+    difference_TD = (behind_TD - without_TD - output_TD).abs()
+    return not (difference_TD > rounding_TD).any()  # NaN passes, which calibration will name
 
 
 class _Reached(Exception):  # noqa: N818 - not an error
@@ -113,40 +117,43 @@ class _Reached(Exception):  # noqa: N818 - not an error
 
 
 class _Walker:
-    """Runs the decoder layers from `start` to the experts of a layer, or through its decoder layer. The model's own forward still prepares
-    masks and positions, whatever the family needs; decoder layers before `start` pass their input through, for it is replaced there."""
+    """One batch on its way through the decoder layers. The model's own forward still prepares masks and positions, whatever the
+    family needs; decoder layers before `start` pass their input through, for it is replaced there.
 
-    def __init__(self, model: MoEModel) -> None:
-        self.model = model
+    Args:
+        ids_NW: token ids.
+    """
+
+    def __init__(self, model: MoEModel, ids_NW: Tensor) -> None:
+        self.model, self.ids_NW = model, ids_NW
         self.decoder = model.decoder_layers
         self.start = 0
-        self._rest: dict[nn.Module, tuple[Any, ...] | None] = {}  # what a decoder layer returned behind the hidden states
+        self.hidden: Tensor | None = None  # hidden states before decoder layer `start`; none is those that the model starts from
+        self._other_outputs: dict[nn.Module, tuple[Any, ...] | None] = {}  # what a decoder layer returned behind its hidden states
 
-    def reach(self, layer: MoELayer, ids_NW: Tensor, hidden: Tensor | None, *, beyond: bool) -> tuple[ExpertInputs, Tensor, Tensor | None]:
-        """The inputs of a layer's experts, and the hidden states before its decoder layer and, if asked for, behind it without
-        the experts, of one batch.
-
-        Args:
-            hidden: those before decoder layer `start`; none is those that the model starts from.
-        """
+    def reach(self, layer: MoELayer, *, beyond: bool) -> tuple[ExpertInputs, Tensor | None]:
+        """Go before a layer's decoder layer; the inputs of its experts and, `beyond`, the hidden states behind it without them."""
         inputs: list[ExpertInputs] = []
 
-        def reach(experts: Experts, hidden_TD: Tensor, *routing: Tensor) -> Tensor:
+        def take_inputs(experts: Experts, hidden_TD: Tensor, *routing: Tensor) -> Tensor:
             inputs.append(_compact(experts, hidden_TD, *routing))
             if not beyond:
                 raise _Reached
             return run_experts(_emptied(experts), hidden_TD, *routing)
 
-        before, behind = self._run(layer, ids_NW, hidden, reach)
-        return inputs[0], before, behind
+        self.hidden, without = self._run(layer, take_inputs)
+        self.start = layer.index
+        assert len(inputs) == 1, f"the experts of layer {layer.index} ran {len(inputs)} times"
+        return inputs[0], without
 
-    def behind(self, layer: MoELayer, ids_NW: Tensor, hidden: Tensor | None) -> Tensor:
-        """The hidden states behind a layer's decoder layer."""
-        _, behind = self._run(layer, ids_NW, hidden, run_experts)
+    def leave(self, layer: MoELayer) -> Tensor:
+        """Go behind a layer's decoder layer; the hidden states there."""
+        _, behind = self._run(layer, run_experts)
         assert behind is not None
+        self.hidden, self.start = behind, layer.index + 1
         return behind
 
-    def _run(self, layer: MoELayer, ids_NW: Tensor, hidden: Tensor | None, run: ExpertsForward) -> tuple[Tensor, Tensor | None]:
+    def _run(self, layer: MoELayer, run: ExpertsForward) -> tuple[Tensor, Tensor | None]:
         """Hidden states before the layer's decoder layer and behind it, with `run` in place of the layer's experts."""
         before: list[Tensor] = []
         behind: list[Tensor] = []
@@ -154,7 +161,7 @@ class _Walker:
         def experts_forward(experts: Experts, hidden_TD: Tensor, *routing: Tensor) -> Tensor:
             return (run if experts is layer.experts else run_experts)(experts, hidden_TD, *routing)
 
-        def leave(decoder: nn.Module, _: Any, output: Any) -> None:
+        def stop(_: nn.Module, __: Any, output: Any) -> None:
             behind.append(output[0] if isinstance(output, tuple) else output)
             raise _Reached
 
@@ -163,26 +170,26 @@ class _Walker:
             stack.enter_context(forwards(self.decoder[: self.start], self._pass_through))
             hooks = [decoder.register_forward_hook(self._remember) for decoder in self.decoder[self.start : layer.index + 1]]
             hooks.append(self.decoder[layer.index].register_forward_pre_hook(partial(_record, before), with_kwargs=True))
-            hooks.append(self.decoder[layer.index].register_forward_hook(leave))
-            if hidden is not None:  # before the hook that records, because both may be of one decoder layer
-                give = partial(_give, hidden)
+            hooks.append(self.decoder[layer.index].register_forward_hook(stop))
+            if self.hidden is not None:  # before the hook that records, because both may be of one decoder layer
+                give = partial(_give, self.hidden)
                 hooks.append(self.decoder[self.start].register_forward_pre_hook(give, with_kwargs=True, prepend=True))
             for hook in hooks:
                 stack.callback(hook.remove)
             with suppress(_Reached):
-                self.model.body(input_ids=ids_NW, use_cache=False)
+                self.model.body(input_ids=self.ids_NW, use_cache=False)
         assert before, f"decoder layer {layer.index} was not reached"
         return before[0], behind[0] if behind else None
 
     def _remember(self, decoder: nn.Module, _: Any, output: Any) -> None:
-        self._rest[decoder] = tuple(output[1:]) if isinstance(output, tuple) else None
+        self._other_outputs[decoder] = tuple(output[1:]) if isinstance(output, tuple) else None
 
     def _pass_through(self, decoder: nn.Module) -> Callable[..., Any]:
-        rest = self._rest[decoder]
+        others = self._other_outputs[decoder]
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             hidden = args[0] if args else kwargs["hidden_states"]
-            return hidden if rest is None else (hidden, *rest)
+            return hidden if others is None else (hidden, *others)
 
         return forward
 

@@ -58,7 +58,7 @@ class Repair(Protocol):
     refits_inputs: bool  # changes W_gate and W_up too, not W_down alone
     follows_stream: bool  # makes up for what earlier layers changed too
 
-    def __call__(self, before: Experts, after: RaggedExperts, inputs: ExpertInputs, wanted_TD: Tensor | None = None) -> LayerRepair:
+    def __call__(self, before: Experts, after: RaggedExperts, inputs: ExpertInputs, *, wanted_TD: Tensor | None = None) -> LayerRepair:
         """Change what is left of one layer's experts, in place.
 
         Args:
@@ -96,7 +96,7 @@ class ExpertRepair:
         self.router_weighted = router_weighted
         self.is_sequential = sequential
 
-    def __call__(self, before: Experts, after: RaggedExperts, inputs: ExpertInputs, wanted_TD: Tensor | None = None) -> LayerRepair:
+    def __call__(self, before: Experts, after: RaggedExperts, inputs: ExpertInputs, *, wanted_TD: Tensor | None = None) -> LayerRepair:
         assert wanted_TD is None, "an expert has an output of its own to go by"
         old, new = Activations(before, inputs), Activations(after, inputs)
         error, change, num_repaired, columns = 0.0, 0.0, 0, []
@@ -148,7 +148,7 @@ class JointRepair:
         sequential: measured behind the layers already pruned and repaired.
 
     Raises:
-        ConfigError: a value out of range, or a target that is unknown or always reached.
+        ConfigError: a value out of range, an unknown target, or the residual stream as target of a repair that is not sequential.
     """
 
     def __init__(  # noqa: PLR0913 - one for each option
@@ -182,7 +182,7 @@ class JointRepair:
         self.is_sequential = sequential
         self.refits_inputs = refits > 0
 
-    def __call__(self, before: Experts, after: RaggedExperts, inputs: ExpertInputs, wanted_TD: Tensor | None = None) -> LayerRepair:
+    def __call__(self, before: Experts, after: RaggedExperts, inputs: ExpertInputs, *, wanted_TD: Tensor | None = None) -> LayerRepair:
         old, num_tokens = _weights(after), len(inputs.hidden_TD)
         wanted_TD = layer_output(before, inputs) if wanted_TD is None else wanted_TD
         lost_TD = wanted_TD - layer_output(after, inputs)

@@ -37,9 +37,10 @@ def remove(model: MoEModel, plan: Plan, repaired: RepairedWeights | None = None)
 @torch.no_grad()
 def remove_and_repair(model: MoEModel, plan: Plan, repair: Repair, batches: Sequence[Tensor]) -> dict[int, LayerRepair]:
     """Remove and repair one layer after the other (docs/method.md, 18 to 23); what was found for each, by decoder layer index.
+    Layers that lose nothing stay as they are.
 
     Args:
-        model: dense or ragged.
+        model: dense or ragged; for a repair that follows the residual stream one that passes `check_stream`.
         plan: for this model.
         repair: how.
         batches: int64 (N, W) token ids each, of the calibration.
@@ -53,13 +54,16 @@ def remove_and_repair(model: MoEModel, plan: Plan, repair: Repair, batches: Sequ
     walk = progress(walk_layers(model, batches, follow_stream=follow), total=len(model.layers), description="repair", unit="layer")
     for layer, inputs, wanted_TD in walk:
         after = _cut(layer, plan, None)
-        # until a layer changes, the stream is what it was, and the experts' own output says so without rounding
-        found[layer.index] = repair(layer.experts, after, inputs, wanted_TD if has_changed else None)
-        has_changed |= after.widths != tuple(layer.widths)
+        if after.widths == tuple(layer.widths):
+            found[layer.index] = LayerRepair(error_before=0.0, error_after=0.0, num_repaired=0)
+        else:  # until a layer changes, the stream is what it was, and the experts' own output says so without rounding
+            found[layer.index] = repair(layer.experts, after, inputs, wanted_TD=wanted_TD if has_changed else None)
+            has_changed = True
         if repair.is_sequential:
             layer.replace_experts(after)
         else:
             cut_from_dense.append((layer, after))
+        del inputs, wanted_TD  # before those of the next layer are made
     for layer, after in cut_from_dense:
         layer.replace_experts(after)
     return found

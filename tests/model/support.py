@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from heapr.errors import ConfigError
 from heapr.model.experts import CAPABILITIES
+from heapr.model.layerwise import check_stream
 from heapr.model.moe import MoEModel
 from heapr.model.ragged_experts import layout_of
 from heapr.pruning.uniform import uniform_settings
@@ -31,12 +32,14 @@ Llama-4, and DeepSeekMoE, which heapr brings itself. Supported means: tests/mode
 model of the family: capturing leaves logits unchanged, the heapr score equals a slow oracle, pruned equals masked, all forms of
 checkpoint load with bit-equal logits (`ragged` where heapr is not installed), generation with the cache equals generation without, a
 training step. `uniform` is the checkpoint form for stock classes: where shared experts take their width from the same field, their
-number is raised so that their width stays; a width that does not divide it is refused.
+number is raised so that their width stays; a width that does not divide it is refused. `stream`: whether `pruning/repair=stream`, which
+`recipe=best` uses, can serve it; that depends on what is added to the residual stream, here of a tiny model with the family's defaults (a
+Granite with a residual multiplier is refused), and every model is asked when it is loaded. `pruning.repair.target=layer_output` serves all.
 
 Written by `python -m tests.model.support`.
 
-| family | experts | supported | `uniform` |
-|---|---|---|---|
+| family | experts | supported | `uniform` | `stream` |
+|---|---|---|---|---|
 """
 
 
@@ -46,9 +49,10 @@ class Row:
     experts: str
     supported: str
     uniform: str = ""
+    stream: str = ""
 
     def __str__(self) -> str:
-        return f"| {self.family} | {self.experts} | {self.supported} | {self.uniform} |\n"
+        return f"| {self.family} | {self.experts} | {self.supported} | {self.uniform} | {self.stream} |\n"
 
 
 def families_of_transformers() -> dict[str, str]:
@@ -95,7 +99,12 @@ def _supported(family: str) -> Row:
         uniform = " and ".join(f"`{name}`" for name in fields)
     except ConfigError:
         uniform = "refused"
-    return Row(family, ", ".join(experts), "yes", uniform)
+    try:
+        check_stream(model)
+        stream = "yes"
+    except ConfigError:
+        stream = "refused"
+    return Row(family, ", ".join(experts), "yes", uniform, stream)
 
 
 def _models_of(family: str) -> list[type[PreTrainedModel]]:

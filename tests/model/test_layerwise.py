@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from heapr.errors import ConfigError
 from heapr.model.experts import use_heapr_experts
-from heapr.model.layerwise import ExpertInputs, walk_layers
+from heapr.model.layerwise import ExpertInputs, check_stream, walk_layers
 from heapr.model.moe import MoEModel
 from heapr.model.ragged_experts import Experts, run_experts
 from heapr.pruning.surgery import remove
 from heapr.types import Plan
+from tests.oracle import streams_behind
 from tests.tiny import tiny_ids, tiny_model, tiny_qwen3_moe
 
 IDS_NW = tiny_ids(num_sequences=4, length=10)
@@ -48,20 +50,8 @@ def test_changes_are_seen_by_later_layers(model: MoEModel) -> None:
         layer.replace_experts(replacement.experts)
 
 
-def behind_layers(model: MoEModel, ids_NW: Tensor) -> list[Tensor]:
-    """The residual stream behind every decoder layer (T, D), from one plain forward pass."""
-    seen: list[Tensor] = []
-    hooks = [
-        decoder.register_forward_hook(
-            lambda *arguments: seen.append(arguments[-1][0] if isinstance(arguments[-1], tuple) else arguments[-1])
-        )
-        for decoder in model.decoder_layers
-    ]
-    with torch.no_grad():
-        model.body(input_ids=ids_NW, use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    return [hidden.flatten(0, 1) for hidden in seen]
+def streams(model: MoEModel) -> list[Tensor]:
+    return streams_behind(model.body, model.decoder_layers, IDS_NW)
 
 
 @torch.no_grad()
@@ -69,16 +59,47 @@ def behind_layers(model: MoEModel, ids_NW: Tensor) -> list[Tensor]:
 def test_stream_is_followed(family: str) -> None:
     """What the experts have to put out brings the stream behind their layer to where it was, whatever became of earlier layers."""
     walked = MoEModel(tiny_model(family, num_hidden_layers=4))
-    expected = behind_layers(walked, IDS_NW)
+    expected = streams(walked)
     pruned = MoEModel(copy.deepcopy(walked.model))
     remove(pruned, Plan(layers={layer.index: torch.arange(8).repeat(4, 1) < 3 for layer in walked.layers}))
     for (layer, _, wanted_TD), replacement in zip(walk_layers(walked, IDS_NW.split(3), follow_stream=True), pruned.layers, strict=True):
         without = MoEModel(copy.deepcopy(walked.model))  # cut in earlier layers already
         next(other for other in without.layers if other.index == layer.index).experts.down_proj.zero_()
-        rest_TD = behind_layers(without, IDS_NW)[layer.index]
-        torch.testing.assert_close(wanted_TD, expected[layer.index] - rest_TD, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(wanted_TD, expected[layer.index] - streams(without)[layer.index], rtol=1e-4, atol=1e-5)
         layer.replace_experts(replacement.experts)
-    assert (behind_layers(walked, IDS_NW)[-1] - expected[-1]).abs().max() > 1e-3
+    assert (streams(walked)[-1] - expected[-1]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_does_not_pass_for_a_stream_that_is_not_a_sum(dtype: torch.dtype) -> None:
+    """A number a thousand times the others' size comes in and is taken out again by the shared expert."""
+    model = MoEModel(tiny_model("qwen2_moe").to(dtype))
+    layer, large_D = model.decoder_layers[0], 1000 * (torch.arange(16) == 3)
+    model.model.get_input_embeddings().register_forward_hook(lambda _, __, output: output + large_D)
+    layer.mlp.shared_expert_gate.register_forward_hook(lambda _, __, output: torch.full_like(output, 100))
+    layer.mlp.shared_expert.register_forward_hook(lambda _, __, output: output - large_D)
+    check_stream(model)
+    layer.mlp.register_forward_hook(lambda _, __, output: 1.5 * output)
+    with pytest.raises(ConfigError, match="layer 0 of Qwen2MoeForCausalLM does not add its experts' output"):
+        check_stream(model)
+
+
+@pytest.mark.parametrize(
+    ("family", "why"),
+    [("llama4", "weighs its experts' inputs"), ("hy_v4", "several residual streams"), ("gemma4", "does not add its experts' ")],
+)
+def test_why_a_stream_cannot_be_followed(family: str, why: str) -> None:
+    with pytest.raises(
+        ConfigError, match=f"pruning.repair.target=residual_stream: layer . of .* {why}.*; give pruning.repair.target=layer_output"
+    ):
+        check_stream(MoEModel(tiny_model(family)))
+
+
+def test_weights_that_are_not_numbers_are_left_to_calibration(model: MoEModel) -> None:
+    with torch.no_grad():
+        model.layers[0].experts.down_proj[:] = torch.nan
+    check_stream(model)
 
 
 def test_every_decoder_layer_runs_once_and_the_model_is_left_as_it_was(model: MoEModel) -> None:
@@ -96,6 +117,23 @@ def test_every_decoder_layer_runs_once_and_the_model_is_left_as_it_was(model: Mo
         pass
     assert [ran.count(index) for index in range(4)] == [6, 6, 6, 4]  # also without experts, and in the model as it was
     assert not any(decoder._forward_hooks or decoder._forward_pre_hooks for decoder in model.decoder_layers)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("zaya", {"num_hidden_layers": 4}),  # a layer hands the router's states to the next one
+        ("glm_moe_dsa", {"num_hidden_layers": 4, "index_topk": 3, "indexer_types": ["full", "full", "shared", "shared"]}),  # its tokens
+    ],
+)
+def test_what_layers_hand_on_beside_hidden_states_stays_with_its_batch(family: str, changes: dict[str, object]) -> None:
+    model = MoEModel(tiny_model(family, **changes))
+    whole, parts = ([*walk_layers(model, IDS_NW.split(size), follow_stream=True)] for size in (4, 3))
+    assert len(whole) >= 3
+    for (_, inputs, wanted_TD), (_, inputs_of_parts, wanted_of_parts_TD) in zip(whole, parts, strict=True):
+        torch.testing.assert_close(inputs_of_parts.hidden_TD, inputs.hidden_TD, rtol=1e-4, atol=1e-5)
+        assert torch.equal(inputs_of_parts.expert_TK, inputs.expert_TK)
+        torch.testing.assert_close(wanted_of_parts_TD, wanted_TD, rtol=1e-4, atol=1e-4)
 
 
 def test_pairs() -> None:

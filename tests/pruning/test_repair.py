@@ -259,6 +259,19 @@ def test_residual_stream_as_target_makes_up_for_earlier_layers() -> None:
     assert torch.equal(columns[0][0], columns[1][0]) and not torch.equal(columns[0][1], columns[1][1])  # nothing is before the first layer
 
 
+@pytest.mark.parametrize("whole", [0, 1])
+def test_layers_that_lose_nothing_stay_as_they_are(whole: int) -> None:
+    """Protected ones, for example; even behind a layer that lost something."""
+    model, ids_NW = MoEModel(tiny_qwen3_moe()), tiny_ids(num_sequences=20, length=20)
+    was = copy.deepcopy([layer.experts for layer in model.layers])
+    plan = plan_for(model.layers)
+    plan.layers[whole][:] = True
+    found = remove_and_repair(model, plan, JointRepair(target="residual_stream", refits=1), [ids_NW])
+    for new, old in zip(matrices_of(model.layers[whole].experts), matrices_of(was[whole]), strict=True):
+        assert torch.equal(new.inputs_GD, old.inputs_GD) and torch.equal(new.down_DF, old.down_DF)
+    assert found[whole].num_repaired == 0 < found[1 - whole].num_repaired
+
+
 @pytest.mark.parametrize("repair", [JointRepair(), JointRepair(refits=1)])
 def test_repaired_weights_make_the_same_model_again_and_a_masked_one(repair: Repair) -> None:
     ids_NW = tiny_ids(num_sequences=4, length=10)
