@@ -1,7 +1,7 @@
 """MoE layers one after the other: what flows into the experts of each, behind earlier layers that may have changed on the way.
 
-In: a model and its batches of token ids. Out: for each MoE layer its `ExpertInputs` and, if asked for, what its experts have to put
-out. Of a batch only the hidden states before one decoder layer are kept, so that memory is that of one layer.
+In: a model and its batches of token ids. Out: for each MoE layer its `ExpertInputs` and, if asked for, a `StreamTarget`.
+ Of a batch only the hidden states before one decoder layer are kept, so that memory is that of one layer.
 Shape letters: T tokens of all batches, D model width, K experts per token.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -39,41 +39,61 @@ class ExpertInputs:
     def __post_init__(self) -> None:
         assert self.expert_TK.shape == self.router_weight_TK.shape and len(self.expert_TK) == len(self.hidden_TD)
 
+    def weighted(self, weight_T: Tensor) -> ExpertInputs:
+        """The same where each token's errors count weight^2 times: whatever experts put out goes with p."""
+        return replace(self, router_weight_TK=self.router_weight_TK.float() * weight_T.unsqueeze(1))
+
     def pairs(self, expert: int) -> tuple[Tensor, Tensor]:
         """The n tokens of an expert, and their router weights."""
         token_n, choice_n = torch.where(self.expert_TK == expert)
         return token_n, self.router_weight_TK[token_n, choice_n]
 
 
+@dataclass(frozen=True)
+class StreamTarget:
+    """What brings the residual stream behind a layer to where it was.
+
+    Attributes:
+        output_TD: what the layer's experts have to put out, biases of W_down aside; float32.
+        weight_T: 1 over the root mean square of the stream, by which later layers divide it before they read it; float32.
+    """
+
+    output_TD: Tensor
+    weight_T: Tensor
+
+
 @torch.no_grad()
 def walk_layers(
     model: MoEModel, batches: Sequence[Tensor], *, follow_stream: bool = False
-) -> Iterator[tuple[MoELayer, ExpertInputs, Tensor | None]]:
+) -> Iterator[tuple[MoELayer, ExpertInputs, StreamTarget | None]]:
     """Every MoE layer in order, with what flows into its experts. A layer runs with the experts that it has when the next one is
     asked for, so that what a caller changed is seen by all later layers.
 
     Args:
         batches: int64 (N, W) token ids each.
-        follow_stream: also yield what the layer's experts have to put out, biases of W_down aside, for the residual stream behind the
-            layer to be what it is in the model that the walk began with (T, D), float32: that stream, walked through every layer before a
-            caller changes it, less the present one without the experts (docs/method.md, 21). Every layer then runs three times, and one
-            more hidden state of every token is held. Only for models that pass `check_stream`.
+        follow_stream: also yield what brings the stream behind the layer to where it is in the model that the walk began with: that
+            stream, walked through every layer before a caller changes it, less the present one without the layer's experts
+            (docs/method.md, 21). Every layer then runs three times, and one more hidden state of every token is held. Only for models
+            that pass `check_stream`.
 
     Raises:
         FloatingPointError: an input is NaN or infinite; the message names the layer.
     """
     walkers, originals = ([_Walker(model, ids_NW.to(model.device)) for ids_NW in batches] for _ in range(2))
     for layer in model.layers:
-        parts, wanted = [], []
+        parts, targets = [], []
         for walker, original in zip(walkers, originals, strict=True):
             part, without = walker.reach(layer, beyond=follow_stream)
             parts.append(part)
             if without is not None:
-                wanted.append((original.leave(layer).float() - without.float()).flatten(0, -2))
-        inputs, wanted_TD = _joined(layer, parts), torch.cat(wanted) if wanted else None
-        del parts, wanted  # a generator holds its variables while the caller is at work
-        yield layer, inputs, wanted_TD
-        del inputs, wanted_TD
+                stream_TD = original.leave(layer).float().flatten(0, -2)
+                weight_T = stream_TD.square().mean(1).clamp(min=torch.finfo(torch.float32).tiny).rsqrt()
+                targets.append((stream_TD - without.float().flatten(0, -2), weight_T))
+        inputs = _joined(layer, parts)
+        target = StreamTarget(*map(torch.cat, zip(*targets, strict=True))) if targets else None
+        del parts, targets  # a generator holds its variables while the caller is at work
+        yield layer, inputs, target
+        del inputs, target
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from heapr.errors import ConfigError
-from heapr.model.layerwise import ExpertInputs
+from heapr.model.layerwise import ExpertInputs, StreamTarget
 from heapr.model.ragged_experts import Experts, RaggedExperts, matrices_of
 from heapr.pruning.activations import Activations, layer_output
 from heapr.pruning.refit import refit_inputs
@@ -58,11 +58,11 @@ class Repair(Protocol):
     refits_inputs: bool  # changes W_gate and W_up too, not W_down alone
     follows_stream: bool  # makes up for what earlier layers changed too
 
-    def __call__(self, before: Experts, after: RaggedExperts, inputs: ExpertInputs, *, wanted_TD: Tensor | None = None) -> LayerRepair:
+    def __call__(self, before: Experts, after: RaggedExperts, inputs: ExpertInputs, *, target: StreamTarget | None = None) -> LayerRepair:
         """Change what is left of one layer's experts, in place.
 
         Args:
-            wanted_TD: what they are to put out in all, biases of W_down aside; none is what they put out before.
+            target: what they are to put out in all; none is what they put out before.
         """
         ...
 
@@ -96,8 +96,8 @@ class ExpertRepair:
         self.router_weighted = router_weighted
         self.is_sequential = sequential
 
-    def __call__(self, before: Experts, after: RaggedExperts, inputs: ExpertInputs, *, wanted_TD: Tensor | None = None) -> LayerRepair:
-        assert wanted_TD is None, "an expert has an output of its own to go by"
+    def __call__(self, before: Experts, after: RaggedExperts, inputs: ExpertInputs, *, target: StreamTarget | None = None) -> LayerRepair:
+        assert target is None, "an expert has an output of its own to go by"
         old, new = Activations(before, inputs), Activations(after, inputs)
         error, change, num_repaired, columns = 0.0, 0.0, 0, []
         for expert, width in enumerate(after.widths):
@@ -131,8 +131,8 @@ class JointRepair:
     against the layer's current residual, `num_sweeps` times; the error never rises. Memory is then that of the
     experts' blocks, E matrices of their widths squared, and of the residual (T, D).
 
-    With `target="residual_stream"`, y is what brings the residual stream behind the layer to where it was before this pruning, so that
-    a layer makes up for what the earlier ones changed too (docs/method.md, 21).
+    With `target="residual_stream"`, y is what brings the residual stream s behind the layer to where it was before this pruning, so that
+    a layer makes up for what the earlier ones lost too; tokens then count by 1 / mean(s^2) (docs/method.md, 21).
 
     With `refits` above 0, the rows of W_gate and W_up that are left move too: so many times, a Gauss-Newton step of `refit_steps` steps
     of conjugate gradients (`refit_inputs`), shortened or dropped if the error does not fall, after which the columns are solved for
@@ -182,9 +182,12 @@ class JointRepair:
         self.is_sequential = sequential
         self.refits_inputs = refits > 0
 
-    def __call__(self, before: Experts, after: RaggedExperts, inputs: ExpertInputs, *, wanted_TD: Tensor | None = None) -> LayerRepair:
+    def __call__(self, before: Experts, after: RaggedExperts, inputs: ExpertInputs, *, target: StreamTarget | None = None) -> LayerRepair:
         old, num_tokens = _weights(after), len(inputs.hidden_TD)
-        wanted_TD = layer_output(before, inputs) if wanted_TD is None else wanted_TD
+        if target is None:
+            wanted_TD = layer_output(before, inputs)
+        else:
+            inputs, wanted_TD = inputs.weighted(target.weight_T), target.output_TD * target.weight_T.unsqueeze(1)
         lost_TD = wanted_TD - layer_output(after, inputs)
         error_before = _squared(lost_TD)
         lost_TD = self._solve_columns(after, inputs, wanted_TD, lost_TD)

@@ -50,20 +50,19 @@ def remove_and_repair(model: MoEModel, plan: Plan, repair: Repair, batches: Sequ
     """
     found: dict[int, LayerRepair] = {}
     cut_from_dense: list[tuple[MoELayer, RaggedExperts]] = []
-    follow, has_changed = repair.follows_stream, False
+    follow = repair.follows_stream
     walk = progress(walk_layers(model, batches, follow_stream=follow), total=len(model.layers), description="repair", unit="layer")
-    for layer, inputs, wanted_TD in walk:
+    for layer, inputs, target in walk:
         after = _cut(layer, plan, None)
         if after.widths == tuple(layer.widths):
             found[layer.index] = LayerRepair(error_before=0.0, error_after=0.0, num_repaired=0)
-        else:  # until a layer changes, the stream is what it was, and the experts' own output says so without rounding
-            found[layer.index] = repair(layer.experts, after, inputs, wanted_TD=wanted_TD if has_changed else None)
-            has_changed = True
+        else:
+            found[layer.index] = repair(layer.experts, after, inputs, target=target)
         if repair.is_sequential:
             layer.replace_experts(after)
         else:
             cut_from_dense.append((layer, after))
-        del inputs, wanted_TD  # before those of the next layer are made
+        del inputs, target  # before those of the next layer are made
     for layer, after in cut_from_dense:
         layer.replace_experts(after)
     return found

@@ -146,15 +146,15 @@ class FamilyContract:
         expected = streams_behind(model.body, model.decoder_layers, IDS_NW)[last]
         pruned = MoEModel(copy.deepcopy(model.model))
         remove(pruned, random_plan(model))
-        wanted = {}
-        for (layer, _, wanted_TD), replacement in zip(walk_layers(model, IDS_NW.split(1), follow_stream=True), pruned.layers, strict=True):
-            wanted[layer.index] = wanted_TD
+        targets = {}
+        for (layer, _, target), replacement in zip(walk_layers(model, IDS_NW.split(1), follow_stream=True), pruned.layers, strict=True):
+            targets[layer.index] = target
             if layer.index < last:
                 layer.replace_experts(replacement.experts)
         with torch.no_grad():
             model.layers[-1].experts.down_proj.zero_()
         rest_TD = streams_behind(model.body, model.decoder_layers, IDS_NW)[last]
-        torch.testing.assert_close(wanted[last], expected - rest_TD, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(targets[last].output_TD, expected - rest_TD, rtol=1e-3, atol=1e-5)
 
     def test_ragged_checkpoint(self, model: MoEModel, ragged_folder: Path) -> None:
         """Loaded by heapr here; `test_ragged_checkpoints_load_without_heapr` loads the same folders elsewhere."""

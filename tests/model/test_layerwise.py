@@ -62,10 +62,12 @@ def test_stream_is_followed(family: str) -> None:
     expected = streams(walked)
     pruned = MoEModel(copy.deepcopy(walked.model))
     remove(pruned, Plan(layers={layer.index: torch.arange(8).repeat(4, 1) < 3 for layer in walked.layers}))
-    for (layer, _, wanted_TD), replacement in zip(walk_layers(walked, IDS_NW.split(3), follow_stream=True), pruned.layers, strict=True):
+    for (layer, _, target), replacement in zip(walk_layers(walked, IDS_NW.split(3), follow_stream=True), pruned.layers, strict=True):
         without = MoEModel(copy.deepcopy(walked.model))  # cut in earlier layers already
         next(other for other in without.layers if other.index == layer.index).experts.down_proj.zero_()
-        torch.testing.assert_close(wanted_TD, expected[layer.index] - streams(without)[layer.index], rtol=1e-4, atol=1e-5)
+        assert target is not None
+        torch.testing.assert_close(target.output_TD, expected[layer.index] - streams(without)[layer.index], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(target.weight_T, 1 / expected[layer.index].square().mean(1).sqrt())
         layer.replace_experts(replacement.experts)
     assert (streams(walked)[-1] - expected[-1]).abs().max() > 1e-3
 
@@ -130,10 +132,10 @@ def test_what_layers_hand_on_beside_hidden_states_stays_with_its_batch(family: s
     model = MoEModel(tiny_model(family, **changes))
     whole, parts = ([*walk_layers(model, IDS_NW.split(size), follow_stream=True)] for size in (4, 3))
     assert len(whole) >= 3
-    for (_, inputs, wanted_TD), (_, inputs_of_parts, wanted_of_parts_TD) in zip(whole, parts, strict=True):
+    for (_, inputs, target), (_, inputs_of_parts, target_of_parts) in zip(whole, parts, strict=True):
         torch.testing.assert_close(inputs_of_parts.hidden_TD, inputs.hidden_TD, rtol=1e-4, atol=1e-5)
         assert torch.equal(inputs_of_parts.expert_TK, inputs.expert_TK)
-        torch.testing.assert_close(wanted_of_parts_TD, wanted_TD, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(vars(target_of_parts), vars(target), rtol=1e-4, atol=1e-4)
 
 
 def test_pairs() -> None:
