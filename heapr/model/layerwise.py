@@ -21,6 +21,8 @@ from heapr.model.experts import ExpertsForward, forwards, use_heapr_experts
 from heapr.model.moe import MoELayer, MoEModel
 from heapr.model.ragged_experts import Experts, RaggedExperts, layout_of, routing_of, run_experts
 
+NORM_EPS = 1e-6  # what families' norms add before they divide by the root of a mean square
+
 
 @dataclass(frozen=True)
 class ExpertInputs:
@@ -54,7 +56,7 @@ class StreamTarget:
     """What brings the residual stream behind a layer to where it was.
 
     Attributes:
-        output_TD: what the layer's experts have to put out, biases of W_down aside; float32.
+        output_TD: what the layer's experts have to put out, before the layer scales it, biases of W_down aside; float32.
         weight_T: 1 over the root mean square of the stream, by which later layers divide it before they read it; float32.
     """
 
@@ -73,22 +75,23 @@ def walk_layers(
         batches: int64 (N, W) token ids each.
         follow_stream: also yield what brings the stream behind the layer to where it is in the model that the walk began with: that
             stream, walked through every layer before a caller changes it, less the present one without the layer's experts
-            (docs/method.md, 21). Every layer then runs three times, and one more hidden state of every token is held. Only for models
-            that pass `check_stream`.
+            (docs/method.md, 21). Every layer then runs three times, and one more hidden state of every token is held.
 
     Raises:
+        ConfigError: the stream is asked for, and the model does not pass `check_stream`.
         FloatingPointError: an input is NaN or infinite; the message names the layer.
     """
     walkers, originals = ([_Walker(model, ids_NW.to(model.device)) for ids_NW in batches] for _ in range(2))
+    few = _few_tokens(model)
     for layer in model.layers:
-        parts, targets = [], []
+        parts, targets, scale = [], [], _scale(layer, few) if follow_stream else 1.0
         for walker, original in zip(walkers, originals, strict=True):
             part, without = walker.reach(layer, beyond=follow_stream)
             parts.append(part)
             if without is not None:
                 stream_TD = original.leave(layer).float().flatten(0, -2)
-                weight_T = stream_TD.square().mean(1).clamp(min=torch.finfo(torch.float32).tiny).rsqrt()
-                targets.append((stream_TD - without.float().flatten(0, -2), weight_T))
+                weight_T = stream_TD.square().mean(1).clamp(min=NORM_EPS).rsqrt()
+                targets.append(((stream_TD - without.float().flatten(0, -2)) / scale, weight_T))
         inputs = _joined(layer, parts)
         target = StreamTarget(*map(torch.cat, zip(*targets, strict=True))) if targets else None
         del parts, targets  # a generator holds its variables while the caller is at work
@@ -103,33 +106,55 @@ def check_stream(model: MoEModel) -> None:
     Raises:
         ConfigError: naming the layer and why.
     """
-    walker = _Walker(model, torch.arange(8, device=model.device).unsqueeze(0))
+    few = _few_tokens(model)
     for layer in model.layers:
-        inputs, without = walker.reach(layer, beyond=True)
-        before, behind = walker.hidden, walker.leave(layer)
-        assert before is not None and without is not None
-        if layout_of(layer.experts).weighs_input:
-            why = "weighs its experts' inputs in place of their outputs"
-        elif behind.flatten(0, -2).shape != inputs.hidden_TD.shape:
-            why = "has several residual streams"
-        elif not _is_sum(layer.experts, inputs, *(stream.flatten(0, -2).float() for stream in (before, without, behind))):
-            why = "does not add its experts' output to the residual stream as it is"
-        else:
-            continue
+        _scale(layer, few)
+
+
+def _scale(layer: MoELayer, few: _Walker) -> float:
+    """By what a layer multiplies its experts' output when it adds it to the residual stream: 1 in most families.
+
+    Args:
+        few: some tokens before the layer in the model as it was; they go behind it.
+
+    Raises:
+        ConfigError: the output goes into the stream in another way.
+    """
+    inputs, without = few.reach(layer, beyond=True)
+    before, behind = few.hidden, few.leave(layer)
+    assert before is not None and without is not None
+    scale = None
+    if layout_of(layer.experts).weighs_input:
+        why = "weighs its experts' inputs in place of their outputs"
+    elif behind.flatten(0, -2).shape != inputs.hidden_TD.shape:
+        why = "has several residual streams"
+    else:
+        why = "does not just add its experts' output to the residual stream"
+        scale = _scale_of_sum(layer.experts, inputs, *(stream.flatten(0, -2).float() for stream in (before, without, behind)))
+    if scale is None:
         raise ConfigError(
-            f"pruning.repair.target=residual_stream: layer {layer.index} of {type(model.model).__name__} {why}, so it cannot bring "
+            f"pruning.repair.target=residual_stream: layer {layer.index} of {type(few.model.model).__name__} {why}, so it cannot bring "
             "the stream back; give pruning.repair.target=layer_output"
         )
+    return scale
 
 
-def _is_sum(experts: Experts, inputs: ExpertInputs, before_TD: Tensor, without_TD: Tensor, behind_TD: Tensor) -> bool:
-    """Whether the stream behind a layer is that without its experts and their output, up to rounding where numbers are largest."""
+def _scale_of_sum(experts: Experts, inputs: ExpertInputs, before_TD: Tensor, without_TD: Tensor, behind_TD: Tensor) -> float | None:
+    """The number that makes the stream behind a layer the one without its experts and so many times their output, up to rounding where
+    the streams are largest; None if there is none."""
     routed = (inputs.hidden_TD, inputs.expert_TK, inputs.router_weight_TK)
     output_TD = run_experts(experts, *routed).float() - run_experts(_emptied(experts), *routed).float()
-    largest_TD = torch.stack([before_TD, without_TD, behind_TD]).abs().amax(0)
-    rounding_TD = 4 * torch.finfo(inputs.hidden_TD.dtype).eps * largest_TD + 1e-2 * output_TD.abs().max()
-    difference_TD = (behind_TD - without_TD - output_TD).abs()
-    return not (difference_TD > rounding_TD).any()  # NaN passes, which calibration will name
+    added_TD, largest_TD = behind_TD - without_TD, torch.stack([before_TD, without_TD, behind_TD]).abs().amax(0)
+    rounding_TD = 4 * torch.finfo(inputs.hidden_TD.dtype).eps * largest_TD + 1e-2 * added_TD.abs().mean()
+    weighted_TD = output_TD / rounding_TD.clamp(min=1e-12).square()
+    together, alone = (float((weighted_TD * other_TD).sum()) for other_TD in (added_TD, output_TD))
+    scale = 1.0 if abs(together - alone) <= 0.01 * alone else together / alone  # 1 where all of it is zero
+    error_TD = (added_TD - scale * output_TD).abs()
+    return None if (error_TD > rounding_TD + 1e-2 * added_TD.abs().max()).any() else scale  # NaN passes, calibration will name it
+
+
+def _few_tokens(model: MoEModel) -> _Walker:
+    return _Walker(model, torch.arange(8, device=model.device).unsqueeze(0))
 
 
 class _Reached(Exception):  # noqa: N818 - not an error

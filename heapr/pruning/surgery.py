@@ -40,12 +40,13 @@ def remove_and_repair(model: MoEModel, plan: Plan, repair: Repair, batches: Sequ
     Layers that lose nothing stay as they are.
 
     Args:
-        model: dense or ragged; for a repair that follows the residual stream one that passes `check_stream`.
+        model: dense or ragged.
         plan: for this model.
         repair: how.
         batches: int64 (N, W) token ids each, of the calibration.
 
     Raises:
+        ConfigError: the repair follows the residual stream, and the model does not pass `check_stream`.
         FloatingPointError: NaN or infinity; the message names the layer.
     """
     found: dict[int, LayerRepair] = {}

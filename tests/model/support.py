@@ -32,9 +32,9 @@ Llama-4, and DeepSeekMoE, which heapr brings itself. Supported means: tests/mode
 model of the family: capturing leaves logits unchanged, the heapr score equals a slow oracle, pruned equals masked, all forms of
 checkpoint load with bit-equal logits (`ragged` where heapr is not installed), generation with the cache equals generation without, a
 training step. `uniform` is the checkpoint form for stock classes: where shared experts take their width from the same field, their
-number is raised so that their width stays; a width that does not divide it is refused. `stream`: whether `pruning/repair=stream`, which
-`recipe=best` uses, can serve it; that depends on what is added to the residual stream, here of a tiny model with the family's defaults (a
-Granite with a residual multiplier is refused), and every model is asked when it is loaded. `pruning.repair.target=layer_output` serves all.
+number is raised so that their width stays; a width that does not divide it is refused. `stream`: whether `pruning/repair=stream`,
+which `recipe=best` uses, can serve it; that depends on how the experts' output gets into the residual stream, here with the family's
+defaults, and every model is asked when it is loaded. `pruning.repair.target=layer_output` serves all.
 
 Written by `python -m tests.model.support`.
 

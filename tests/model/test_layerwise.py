@@ -13,6 +13,7 @@ from heapr.model.experts import use_heapr_experts
 from heapr.model.layerwise import ExpertInputs, check_stream, walk_layers
 from heapr.model.moe import MoEModel
 from heapr.model.ragged_experts import Experts, run_experts
+from heapr.pruning.activations import layer_output
 from heapr.pruning.surgery import remove
 from heapr.types import Plan
 from tests.oracle import streams_behind
@@ -82,14 +83,24 @@ def test_rounding_does_not_pass_for_a_stream_that_is_not_a_sum(dtype: torch.dtyp
     layer.mlp.shared_expert_gate.register_forward_hook(lambda _, __, output: torch.full_like(output, 100))
     layer.mlp.shared_expert.register_forward_hook(lambda _, __, output: output - large_D)
     check_stream(model)
-    layer.mlp.register_forward_hook(lambda _, __, output: 1.5 * output)
-    with pytest.raises(ConfigError, match="layer 0 of Qwen2MoeForCausalLM does not add its experts' output"):
+    layer.mlp.register_forward_hook(lambda _, __, output: output.tanh())
+    with pytest.raises(ConfigError, match="layer 0 of Qwen2MoeForCausalLM does not just add its experts' output"):
         check_stream(model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scaled_experts_put_out_as_much_more(dtype: torch.dtype) -> None:
+    """Granite adds 0.22 times what its experts put out."""
+    model = MoEModel(tiny_model("granitemoe", residual_multiplier=0.22).to(dtype))
+    for layer, inputs, target in walk_layers(model, IDS_NW.split(3), follow_stream=True):
+        output_TD = layer_output(layer.experts, inputs)
+        assert target is not None and (target.output_TD - output_TD).norm() < (1e-4 if dtype == torch.float32 else 0.1) * output_TD.norm()
 
 
 @pytest.mark.parametrize(
     ("family", "why"),
-    [("llama4", "weighs its experts' inputs"), ("hy_v4", "several residual streams"), ("gemma4", "does not add its experts' ")],
+    [("llama4", "weighs its experts' inputs"), ("hy_v4", "several residual streams"), ("gemma4", "does not just add its experts' ")],
 )
 def test_why_a_stream_cannot_be_followed(family: str, why: str) -> None:
     with pytest.raises(
@@ -117,7 +128,12 @@ def test_every_decoder_layer_runs_once_and_the_model_is_left_as_it_was(model: Mo
     ran.clear()
     for _ in walk_layers(model, IDS_NW.split(2), follow_stream=True):
         pass
-    assert [ran.count(index) for index in range(4)] == [6, 6, 6, 4]  # also without experts, and in the model as it was
+    assert [ran.count(index) for index in range(4)] == [
+        8,
+        8,
+        8,
+        6,
+    ]  # without experts and in the model as it was; few tokens
     assert not any(decoder._forward_hooks or decoder._forward_pre_hooks for decoder in model.decoder_layers)
 
 
