@@ -46,7 +46,8 @@ class OfflineRun:
 
 def offline_runs(outputs: Path) -> list[OfflineRun]:
     """All runs below a folder of outputs, oldest first."""
-    return [read_run(folder) for folder in sorted((outputs / "wandb").glob("offline-run-*"))]
+    runs = map(read_run, (outputs / "wandb").glob("offline-run-*"))
+    return sorted(runs, key=lambda run: str(run.run["start_time"]))  # folders' names tell seconds only
 
 
 def read_run(folder: Path) -> OfflineRun:
