@@ -1,7 +1,7 @@
 """MoE layers one after the other: what flows into the experts of each, behind earlier layers that may have changed on the way.
 
-In: a model and its batches of token ids. Out: for each MoE layer its `ExpertInputs` and, if asked for, a `StreamTarget`.
- Of a batch only the hidden states before one decoder layer are kept, so that memory is that of one layer.
+In: a model and its batches of token ids. Out: for each MoE layer its `ExpertInputs` and, if asked for, a `StreamTarget`. Of a batch
+only the hidden states before one decoder layer are kept, so that memory is that of one layer.
 Shape letters: T tokens of all batches, D model width, K experts per token.
 """
 
