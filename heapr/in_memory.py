@@ -12,9 +12,9 @@ from torch import Tensor
 
 from heapr.errors import TooLargeError
 from heapr.experiment import Experiment
-from heapr.model.layerwise import check_stream
 from heapr.model.moe import MoEModel
 from heapr.model.ragged_experts import layout_of
+from heapr.model.stream import check_stream
 from heapr.pruning.repair import LayerRepair
 from heapr.pruning.surgery import mask, remove, remove_and_repair
 from heapr.pruning.uniform import make_uniform

@@ -20,8 +20,9 @@ from heapr.calibration.collector import collect
 from heapr.errors import ConfigError
 from heapr.model.checkpoint import save_checkpoint
 from heapr.model.experts import observe_experts
-from heapr.model.layerwise import check_stream, walk_layers
+from heapr.model.layerwise import walk_layers
 from heapr.model.moe import MoEModel, experts_per_token
+from heapr.model.stream import check_stream
 from heapr.pruning.activations import Activations
 from heapr.pruning.repair import ExpertRepair, JointRepair
 from heapr.pruning.surgery import mask, remove, remove_and_repair

@@ -1,0 +1,98 @@
+"""The residual stream: what a layer's experts have to put out to bring it back to where it was, and which models let them.
+
+In: hidden states behind a decoder layer, in the model as it was and now without the layer's experts. Out: a `StreamTarget`
+(docs/method.md, 21).
+Shape letters: T tokens, D model width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from heapr.errors import ConfigError
+from heapr.model.moe import MoELayer, MoEModel
+from heapr.model.ragged_experts import Experts, layout_of, run_experts
+from heapr.model.walker import ExpertInputs, Walker, emptied
+
+NORM_EPS = 1e-6  # what families' norms add before they divide by the root of a mean square
+
+
+@dataclass(frozen=True)
+class StreamTarget:
+    """What brings the residual stream behind a layer to where it was.
+
+    Attributes:
+        output_TD: what the layer's experts have to put out, before the layer scales it, biases of W_down aside; float32.
+        weight_T: 1 over the root mean square of the stream, by which later layers divide it before they read it; float32.
+    """
+
+    output_TD: Tensor
+    weight_T: Tensor
+
+    @classmethod
+    def between(cls, stream: Tensor, without: Tensor, scale: float) -> StreamTarget:
+        """From the stream as it was, the present one without the layer's experts (both ..., D), and `scale_of` the layer."""
+        stream_TD, without_TD = (hidden.float().flatten(0, -2) for hidden in (stream, without))
+        weight_T = stream_TD.square().mean(1).clamp(min=NORM_EPS).rsqrt()
+        return cls((stream_TD - without_TD) / scale, weight_T)
+
+
+@torch.no_grad()
+def check_stream(model: MoEModel) -> None:
+    """Refuse models of which `walk_layers` could not say what the residual stream lacks.
+
+    Raises:
+        ConfigError: naming the layer and why.
+    """
+    few = few_tokens(model)
+    for layer in model.layers:
+        scale_of(layer, few)
+
+
+def scale_of(layer: MoELayer, few: Walker) -> float:
+    """By what a layer multiplies its experts' output when it adds it to the residual stream: 1 in most families.
+
+    Args:
+        few: some tokens before the layer in the model as it was; they go behind it.
+
+    Raises:
+        ConfigError: the output goes into the stream in another way.
+    """
+    inputs, without = few.reach(layer, beyond=True)
+    before, behind = few.hidden, few.leave(layer)
+    assert before is not None and without is not None
+    scale = None
+    if layout_of(layer.experts).weighs_input:
+        why = "weighs its experts' inputs in place of their outputs"
+    elif behind.flatten(0, -2).shape != inputs.hidden_TD.shape:
+        why = "has several residual streams"
+    else:
+        why = "does not just add its experts' output to the residual stream"
+        scale = _scale_of_sum(layer.experts, inputs, *(stream.flatten(0, -2).float() for stream in (before, without, behind)))
+    if scale is None:
+        raise ConfigError(
+            f"pruning.repair.target=residual_stream: layer {layer.index} of {type(few.model.model).__name__} {why}, so it cannot bring "
+            "the stream back; give pruning.repair.target=layer_output"
+        )
+    return scale
+
+
+def _scale_of_sum(experts: Experts, inputs: ExpertInputs, before_TD: Tensor, without_TD: Tensor, behind_TD: Tensor) -> float | None:
+    """The number that makes the stream behind a layer the one without its experts and so many times their output, up to rounding where
+    the streams are largest; None if there is none."""
+    routed = (inputs.hidden_TD, inputs.expert_TK, inputs.router_weight_TK)
+    output_TD = run_experts(experts, *routed).float() - run_experts(emptied(experts), *routed).float()
+    added_TD, largest_TD = behind_TD - without_TD, torch.stack([before_TD, without_TD, behind_TD]).abs().amax(0)
+    rounding_TD = 4 * torch.finfo(inputs.hidden_TD.dtype).eps * largest_TD + 1e-2 * added_TD.abs().mean()
+    weighted_TD = output_TD / rounding_TD.clamp(min=1e-12).square()
+    together, alone = (float((weighted_TD * other_TD).sum()) for other_TD in (added_TD, output_TD))
+    scale = 1.0 if abs(together - alone) <= 0.01 * alone else together / alone  # 1 where all of it is zero
+    error_TD = (added_TD - scale * output_TD).abs()
+    return None if (error_TD > rounding_TD + 1e-2 * added_TD.abs().max()).any() else scale  # NaN passes, calibration will name it
+
+
+def few_tokens(model: MoEModel) -> Walker:
+    return Walker(model, torch.arange(8, device=model.device).unsqueeze(0))
