@@ -7,6 +7,7 @@ non-overlapping windows, the remainder dropped (docs/method.md).
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Iterator
 
 import torch
@@ -75,7 +76,9 @@ def draw(text: Corpus | Mixture, tokenizer: PreTrainedTokenizerBase, *, length: 
 
 
 def sample(available: TokenWindows, *, num_samples: int, seed: int, corpus_name: str) -> TokenWindows:
-    """`num_samples` different windows, drawn with a seeded generator.
+    """`num_samples` different windows: `random.Random(seed).sample(range(number of windows), num_samples)`, in the order drawn.
+
+    That is the published protocol, so that the same text, tokenizer and seed give the paper's windows.
 
     Raises:
         ConfigError: fewer windows than samples; the message says how many there are.
@@ -86,8 +89,7 @@ def sample(available: TokenWindows, *, num_samples: int, seed: int, corpus_name:
             f"calibration.num_samples asks for {num_samples} sequences of corpus '{corpus_name}', which holds {num_windows} of {length} "
             "tokens; ask for at most that many, shorten calibration.sequence_length or give more text"
         )
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(num_windows, generator=generator)[:num_samples]
+    chosen = random.Random(seed).sample(range(num_windows), num_samples)
     return TokenWindows(ids_NW=available.ids_NW[chosen])
 
 
