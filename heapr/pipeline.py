@@ -22,6 +22,7 @@ from heapr.calibration.collector import collect
 from heapr.calibration.sampling import batches
 from heapr.evaluation.efficiency import size_change
 from heapr.evaluation.evaluator import Material
+from heapr.evaluation.perplexity import WINDOW_LOSSES, perplexity_increases
 from heapr.evaluation.routing import layer_routing
 from heapr.evaluation.zero_shot import average_accuracy
 from heapr.experiment import CARD, CHECKPOINT, Experiment, needed_of_prune, prepare
@@ -118,6 +119,7 @@ class Pipeline:
         self.experiment, self.tracker = experiment, tracker
         self.stages: list[dict[str, Any]] = []
         self.protocols: dict[str, dict[str, ProtocolRecord]] = {"dense": {}, "pruned": {}}
+        self.window_losses: dict[str, dict[str, list[float]]] = {"dense": {}, "pruned": {}}
         self.model = ModelInMemory(experiment)
 
     def calibrate(self) -> Statistics:
@@ -209,12 +211,13 @@ class Pipeline:
     def conclude(self, dense: dict[str, Metrics], pruned: dict[str, Metrics], plan: Plan) -> dict[str, Metrics]:
         """All metrics; the card of the checkpoint tells them too."""
         experiment = self.experiment
+        increases = perplexity_increases(self.window_losses["dense"], self.window_losses["pruned"])
         removed = {"atomic_experts_removed_ratio": 1 - plan.num_kept / experiment.source.num_atomic_experts}
         metrics = {
             "dense": dense["dense"],
             "pruned": pruned["pruned"],
             "size": removed | size_change(dense["dense"], pruned["pruned"]),
-            "comparison": dense["comparison"] | pruned["comparison"],
+            "comparison": increases | dense["comparison"] | pruned["comparison"],
         }
         if experiment.save_checkpoint:
             experiment.store.rewrite(experiment.recipes.prune, f"{CHECKPOINT}/{CARD}", partial(model_card, experiment.about, metrics))
@@ -240,7 +243,9 @@ class Pipeline:
             path = self._evaluate(recipe, lambda evaluator=evaluator: evaluator(model(), statistics), what)  # type: ignore[misc]
             metrics |= json.loads((path / METRICS).read_text())
             if (path / DETAILS).is_file():
-                self.protocols[variant] |= json.loads((path / DETAILS).read_text()).get("protocols", {})
+                details = json.loads((path / DETAILS).read_text())
+                self.protocols[variant] |= details.get("protocols", {})
+                self.window_losses[variant] |= details.get(WINDOW_LOSSES, {})
         return metrics | average_accuracy([evaluator.name for evaluator in self.experiment.evaluators], metrics)
 
     def _compare(self, upstream: str, material: Material) -> Metrics:

@@ -1,13 +1,17 @@
 """Perplexity on one corpus.
 
-In: a model and a corpus. Out: `perplexity/<corpus>`, and how exactly it was measured. Protocol
-(docs/method.md): documents joined by blank lines, non-overlapping windows, remainder dropped, the first token of each window
-not predicted. Losses are float32, whatever the model's dtype, and their sum float64.
+In: a model and a corpus. Out: `perplexity/<corpus>`, the mean loss of every window, and how exactly it was measured; from the
+windows of two models, how sure the increase is. Protocol (docs/method.md): documents joined by blank lines, non-overlapping
+windows, remainder dropped, the first token of each window not predicted. Losses are float32, whatever the model's dtype, and
+their sum float64.
+Shape letters: N windows, W tokens of a window.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from statistics import stdev
 from typing import Any
 
 import torch
@@ -19,9 +23,10 @@ from heapr.calibration.sampling import batches, special_tokens, windows
 from heapr.model.moe import MoEModel, next_token_loss
 from heapr.progress import progress
 from heapr.schema import at_least
-from heapr.types import Evaluation, ProtocolRecord, Statistics, TokenWindows
+from heapr.types import Evaluation, Metrics, ProtocolRecord, Statistics, TokenWindows
 
 MAX_MEAN_LOSS = 700.0  # exp() of more is not a number; a model that bad has no perplexity to speak of
+WINDOW_LOSSES = "window_losses"  # in the details of the evaluation
 
 
 class Perplexity:
@@ -60,16 +65,16 @@ class Perplexity:
     def __call__(self, model: MoEModel, statistics: Statistics) -> Evaluation:
         assert self._windows is not None, "prepare() comes first"
         num_batches = math.ceil(len(self._windows.ids_NW) / self.batch_size)
-        total = 0.0
+        losses: list[float] = []
         bar = progress(batches(self._windows, self.batch_size), total=num_batches, description=self.name)
         for number, ids_NW in enumerate(bar):
-            loss_sum = _loss_sum(model, ids_NW.to(model.device))
-            if not math.isfinite(loss_sum):
+            loss_N = _window_losses(model, ids_NW.to(model.device))
+            if not loss_N.isfinite().all():
                 raise FloatingPointError(f"{self.name}: the loss is NaN or infinite in batch {number}; use a wider model.dtype")
-            total += loss_sum
-        mean = min(total / self._windows.num_predicted_tokens, MAX_MEAN_LOSS)
-        metrics = {self.name: math.exp(mean), f"num_tokens/{self.corpus.name}": self._windows.ids_NW.numel()}
-        return Evaluation(metrics, details={"protocols": {self.corpus.name: self._protocol(self._windows)}})
+            losses += loss_N.tolist()
+        metrics = {self.name: perplexity_of(losses), f"num_tokens/{self.corpus.name}": self._windows.ids_NW.numel()}
+        protocols = {self.corpus.name: self._protocol(self._windows)}
+        return Evaluation(metrics, details={"protocols": protocols, WINDOW_LOSSES: {self.corpus.name: losses}})
 
     def _protocol(self, token_windows: TokenWindows) -> ProtocolRecord:
         """What decides whether two perplexities may be compared."""
@@ -86,6 +91,39 @@ class Perplexity:
         }
 
 
-def _loss_sum(model: MoEModel, ids_NW: Tensor) -> float:
-    """Summed next-token cross-entropy in nats."""
-    return float(next_token_loss(model, model.hidden_states(input_ids=ids_NW), ids_NW).double().sum())
+def perplexity_of(window_losses: Sequence[float]) -> float:
+    """exp of the mean loss. Every window predicts the same number of tokens, so their mean is that of the tokens.
+
+    Args:
+        window_losses: mean next-token cross-entropy of each window, in nats per token.
+    """
+    return math.exp(min(math.fsum(window_losses) / len(window_losses), MAX_MEAN_LOSS))
+
+
+def perplexity_increases(dense: Mapping[str, Sequence[float]], pruned: Mapping[str, Sequence[float]]) -> Metrics:
+    """How much pruning raises each corpus' perplexity, and the standard error of that.
+
+    With a_i and b_i the mean losses of window i under the dense and the pruned model, A and B their perplexities, the increase B - A
+    has by the delta method, its windows paired, the standard error
+
+        sqrt(sum over i of (z_i - mean z)^2 / (N (N - 1))),   z_i = B b_i - A a_i
+
+    Args:
+        dense, pruned: mean loss of each window in nats per token, by corpus; of the same windows.
+
+    Returns:
+        `perplexity_increase/<corpus>`, and of two windows or more `perplexity_increase_standard_error/<corpus>`.
+    """
+    metrics: Metrics = {}
+    for corpus in dense.keys() & pruned.keys():
+        before, after = perplexity_of(dense[corpus]), perplexity_of(pruned[corpus])
+        metrics[f"perplexity_increase/{corpus}"] = after - before
+        weighted = [after * b - before * a for a, b in zip(dense[corpus], pruned[corpus], strict=True)]
+        if len(weighted) > 1:
+            metrics[f"perplexity_increase_standard_error/{corpus}"] = stdev(weighted) / math.sqrt(len(weighted))
+    return dict(sorted(metrics.items()))
+
+
+def _window_losses(model: MoEModel, ids_NW: Tensor) -> Tensor:
+    """Mean next-token cross-entropy of each window in nats per token, float64 (N,)."""
+    return next_token_loss(model, model.hidden_states(input_ids=ids_NW), ids_NW).double().mean(dim=1)

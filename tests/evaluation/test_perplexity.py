@@ -14,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 
 from heapr.calibration.corpora import TextFiles
 from heapr.errors import ConfigError
-from heapr.evaluation.perplexity import Perplexity
+from heapr.evaluation.perplexity import Perplexity, perplexity_increases
 from heapr.model import moe
 from heapr.model.moe import MoEModel
 from heapr.types import Statistics
@@ -112,3 +112,41 @@ def test_numbers_out_of_range_are_refused(tmp_path: Path, window: int, batch_siz
     (tmp_path / "text.txt").write_text(TEXT)
     with pytest.raises(ConfigError, match="is below"):
         Perplexity(TextFiles([str(tmp_path / "text.txt")], split="all"), window=window, batch_size=batch_size)
+
+
+def test_the_mean_loss_of_every_window_is_kept(model: MoEModel, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    evaluator = Perplexity(TextFiles([str(tmp_path / "text.txt")], split="all"), window=16, batch_size=3)
+    evaluator.prepare(byte_tokenizer())
+    found = evaluator(model, EMPTY)
+    ids = torch.tensor(byte_tokenizer()(TEXT)["input_ids"])
+    expected = []
+    for window in ids[: len(ids) // 16 * 16].view(-1, 16):
+        with torch.no_grad():
+            logits = model.model(input_ids=window.unsqueeze(0), use_cache=False).logits[0, :-1].double()
+        expected.append(torch.nn.functional.cross_entropy(logits, window[1:]).item())
+    losses = found.details["window_losses"]["text_files"]
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert found.metrics["perplexity/text_files"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-12)
+
+
+def test_increase_and_its_standard_error_by_hand() -> None:
+    """Perplexities 2 and 4: the windows' 4 b - 2 a are 4 log 4 - 2 log 2 - 0.1, ... + 0.1, of standard deviation 0.1 * sqrt(2)."""
+    dense = {"a": [math.log(2), math.log(2)], "b": [math.log(3)], "of the dense model alone": [1.0]}
+    pruned = {"a": [math.log(4) - 0.025, math.log(4) + 0.025], "b": [math.log(3)]}
+    found = perplexity_increases(dense, pruned)
+    assert found == {
+        "perplexity_increase/a": pytest.approx(2.0),
+        "perplexity_increase_standard_error/a": pytest.approx(0.1 * math.sqrt(2) / math.sqrt(2)),
+        "perplexity_increase/b": 0.0,  # of one window nothing is known about the error
+    }
+
+
+def test_pairing_takes_out_what_windows_have_in_common() -> None:
+    """Windows of very different difficulty, all of them raised by the same loss: the error is that of the ratio alone."""
+    dense = [1.0, 2.0, 3.0, 4.0]
+    pruned = [loss + 0.5 for loss in dense]
+    increases = perplexity_increases({"a": dense}, {"a": pruned})
+    growth = math.exp(3.0) - math.exp(2.5)
+    assert increases["perplexity_increase/a"] == pytest.approx(growth)
+    assert increases["perplexity_increase_standard_error/a"] == pytest.approx(growth * math.sqrt(5 / 3) / 2)
