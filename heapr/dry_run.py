@@ -27,15 +27,14 @@ from heapr.experiment import (
     find_source,
     find_uniform_settings,
     name_of,
-    needed_of_prune,
 )
 from heapr.model.load import ModelSource
 from heapr.model.meta import activation_bytes, calibration_flops
 from heapr.model.moe import MoEModel
 from heapr.pruning.budget import Budget
 from heapr.recipes import Recipes, experiment_recipes
-from heapr.schema import CalibrationConfig, ExperimentConfig, build
-from heapr.store import Recipe, Store
+from heapr.schema import CalibrationConfig, ExperimentConfig, PruningConfig, build
+from heapr.store import WHOLE, Recipe, Store
 from heapr.types import LayerStatistics
 
 MATRIX_ELEMENT_BYTES = 4  # the published procedure's D x D matrices are float32
@@ -48,7 +47,7 @@ class PlannedStage:
     """One artifact.
 
     Attributes:
-        stage, key: what it is.
+        stage, key, part: what it is; a part is made by itself and kept with the whole.
         what: of an evaluation, what is measured on which model.
         cached: whether it is in the store already.
         config: resolved configuration of the stage.
@@ -57,8 +56,14 @@ class PlannedStage:
     stage: str
     what: str
     key: str
+    part: str
     cached: bool
     config: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Of the artifact or part, different from all others."""
+        return f"{self.key}/{self.part}"
 
 
 @dataclass(frozen=True)
@@ -170,7 +175,7 @@ def plan_stages(config: ExperimentConfig, notes: list[str]) -> tuple[ModelSource
     if text is None:
         return source, budget, []
     recipes = experiment_recipes(config, source.identity, text, evaluators, comparisons)
-    return source, budget, list(_stages(recipes, store, built, config.pruning.save_checkpoint))
+    return source, budget, list(_stages(recipes, store, built, config.pruning))
 
 
 def _sizes(model: MoEModel, source: ModelSource, budget: Budget) -> dict[str, Any]:
@@ -226,25 +231,23 @@ def _costs(model: MoEModel, calibration: CalibrationConfig) -> dict[str, Any]:
     return {"calibration_flops": calibration.num_samples * flops, "activation_bytes": held}
 
 
-def _stages(recipes: Recipes, store: Store, evaluation: Sequence[Evaluator | Comparison], save_checkpoint: bool) -> Iterator[PlannedStage]:
-    """Every artifact in the order of a run."""
+def _stages(recipes: Recipes, store: Store, evaluation: Sequence[Evaluator | Comparison], pruning: PruningConfig) -> Iterator[PlannedStage]:
+    """Every artifact and part of one in the order of a run."""
     evaluators = [entry for entry in evaluation if isinstance(entry, Evaluator)]
     comparisons = list(zip([entry for entry in evaluation if isinstance(entry, Comparison)], recipes.compare, strict=True))
 
-    def plan(recipe: Recipe, what: str = "", needs: Sequence[str] = ()) -> PlannedStage:
-        return PlannedStage(recipe.stage, what, recipe.key, store.has(recipe, needs), recipe.config)
+    def plan(recipe: Recipe, what: str = "", part: str = WHOLE) -> PlannedStage:
+        return PlannedStage(recipe.stage, what, recipe.key, part, store.has(recipe, part), recipe.config)
 
     yield from (plan(recipes.calibrate), plan(recipes.score))
     yield from (plan(r, f"{e.name} dense") for e, r in zip(evaluators, recipes.evaluate_dense, strict=True))
     yield from (plan(r, c.name) for c, r in comparisons if c.upstream == "score")
     for round_ in recipes.rounds:
-        names = {
-            recipe.stage: f"{recipe.stage} {round_.what}" if round_.what else ""
-            for recipe in (round_.calibrate, round_.score, round_.prune)
-        }
         if round_ is not recipes.rounds[0]:
-            yield from (plan(recipe, names[recipe.stage]) for recipe in (round_.calibrate, round_.score))
-        yield plan(round_.prune, names["prune"], needed_of_prune(save_checkpoint and round_ is recipes.rounds[-1]))
+            yield from (plan(recipe, f"{recipe.stage} {round_.what}") for recipe in (round_.calibrate, round_.score))
+        yield plan(round_.prune, f"prune {round_.what}" if round_.what else "")
+        for part in recipes.parts_of(round_, pruning):
+            yield plan(round_.prune, f"{part} {round_.what}".strip(), part)
     yield from (plan(r, f"{e.name} pruned") for e, r in zip(evaluators, recipes.evaluate_pruned, strict=True))
     yield from (plan(r, c.name) for c, r in comparisons if c.upstream == "prune")
 

@@ -26,7 +26,7 @@ from heapr.model.load import ModelSource, find_model
 from heapr.pruning.budget import Budget, Guards
 from heapr.pruning.repair import Repair
 from heapr.pruning.uniform import Settings, uniform_settings
-from heapr.recipes import Recipes, experiment_recipes
+from heapr.recipes import CHECKPOINT_PART, REPAIR_PART, Recipes, experiment_recipes
 from heapr.schema import CalibrationConfig, ExperimentConfig, build
 from heapr.score.criterion import Criterion
 from heapr.store import Store
@@ -103,6 +103,7 @@ def prepare(config: ExperimentConfig) -> Experiment:
     if config.pruning.save_checkpoint:
         check_form(source.config, config.pruning.form)
     recipes = experiment_recipes(config, source.identity, text, evaluators, comparisons)
+    check_space(config, source, store, recipes)
     _warn_of_overlap(recipes)
     _prepare(evaluators, comparisons, source, store, recipes)
     return Experiment(
@@ -220,9 +221,24 @@ def find_uniform_settings(source: ModelSource, budget: Budget) -> Settings:
     return uniform_settings(source.config, budget.uniform_width(source.widths)) if budget.is_uniform else {}
 
 
-def needed_of_prune(save_checkpoint: bool) -> list[str]:
-    """Files without which the prune artifact is made again."""
-    return [f"{CHECKPOINT}/{CARD}"] if save_checkpoint else []
+def check_space(config: ExperimentConfig, source: ModelSource, store: Store, recipes: Recipes) -> None:
+    """The disk has room for what is still to be made of repaired weights (at least the columns of W_down) and of the checkpoint.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    routed = sum(sum(width_E) * source.atomic_expert_parameters[index] for index, width_E in source.widths.items())
+    num_parameters = 0
+    for round_ in recipes.rounds:
+        missing = [part for part in recipes.parts_of(round_, config.pruning) if not store.has(round_.prune, part)]
+        kept = round((1 - round_.ratio) * routed)
+        if REPAIR_PART in missing:
+            num_parameters += kept // 3
+        if CHECKPOINT_PART in missing:
+            total = sum(parameter.numel() for parameter in source.on_meta().model.parameters())
+            num_parameters += total if config.pruning.form == "masked" else total - routed + kept
+    instead = "leave the checkpoint out with pruning.save_checkpoint=false"
+    store.check_space(num_parameters * source.dtype.itemsize, "the pruned weights", instead)
 
 
 def option_name(target: str) -> str:

@@ -31,6 +31,13 @@ def hash_file_once(path: Path, memory: Path) -> str:
     return digest
 
 
+def readable_by_umask(mode: int) -> int:
+    """A mode less what the process' umask takes away."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return mode & ~umask
+
+
 def fsync(path: Path) -> None:
     """Force a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)

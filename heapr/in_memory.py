@@ -61,9 +61,19 @@ class ModelInMemory:
             self._pruned = _Held(model, pruning.plan)
         return self._pruned.model
 
-    def repaired(self, plan: Plan, batches: Callable[[], Sequence[Tensor]]) -> tuple[Pruning, dict[int, LayerRepair]]:
-        """Cut and repair the model of the round before; what became of it, and what was found for each layer."""
+    def repaired(
+        self, plan: Plan, earlier: Pruning | None, batches: Callable[[], Sequence[Tensor]]
+    ) -> tuple[Pruning, dict[int, LayerRepair]]:
+        """Cut and repair the model of the round before; what became of it, and what was found for each layer.
+
+        Args:
+            plan: for the dense model.
+            earlier: what the round before made, now or in a run whose results are in the store; none for the first.
+            batches: gives those of the calibration.
+        """
         assert self._experiment.repair is not None
+        if earlier is not None:
+            self.pruned(earlier)
         model, relative = self._next(plan)
         found = remove_and_repair(model, relative, self._experiment.repair, batches())
         self._pruned = _Held(model, plan)

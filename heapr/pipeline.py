@@ -25,7 +25,7 @@ from heapr.evaluation.evaluator import Material
 from heapr.evaluation.perplexity import WINDOW_LOSSES, perplexity_increases
 from heapr.evaluation.routing import layer_routing
 from heapr.evaluation.zero_shot import average_accuracy
-from heapr.experiment import CARD, CHECKPOINT, Experiment, needed_of_prune, prepare
+from heapr.experiment import CARD, CHECKPOINT, Experiment, prepare
 from heapr.files import write_json
 from heapr.in_memory import ModelInMemory
 from heapr.model.checkpoint import save_checkpoint
@@ -34,13 +34,13 @@ from heapr.progress import progress
 from heapr.pruning.allocation import allocate
 from heapr.pruning.allocation_report import report_allocation
 from heapr.pruning.budget import Costs, costs_of
-from heapr.pruning.load import PLAN, REPAIRED, read_pruning
+from heapr.pruning.load import PLAN, REPAIRED, read_plan, read_pruning
 from heapr.pruning.repair import report_repair
-from heapr.recipes import Round
+from heapr.recipes import CHECKPOINT_PART, REPAIR_PART, Round
 from heapr.report.card import model_card
 from heapr.report.protocol import protocol_differences
 from heapr.schema import ExperimentConfig
-from heapr.store import Artifact, Recipe
+from heapr.store import WHOLE, Artifact, Recipe
 from heapr.tracking.build import open_tracker
 from heapr.tracking.tracker import NUM_TOKENS, RATIO, Image, Run, Tracker
 from heapr.tracking.values import CalibrationProgress, artifacts, figures, layer_table
@@ -182,31 +182,47 @@ class Pipeline:
         return Scores.from_tensors(load_file(artifact.path / SCORES))
 
     def _prune(self, round_: Round, scores: Scores, costs: Costs | None, earlier: Pruning | None) -> Pruning:
-        """The plan, the repair of what is kept, and, in the last round, the model as a checkpoint."""
+        """The plan, the repair of what is kept, and, in the last round, the model as a checkpoint; each is kept once it is made."""
         experiment = self.experiment
-        save_checkpoint = experiment.save_checkpoint and round_ is experiment.recipes.rounds[-1]
+        planned = self._get(round_.prune, partial(self._make_plan, round_, scores, costs, earlier), round_.what)
+        self._tell(planned.path / ALLOCATION)
+        if experiment.repair:
+            repair = partial(self._make_repair, read_plan(planned.path), earlier)
+            self._get(round_.prune, repair, f"{round_.what} repair".strip(), part=REPAIR_PART)
+            self._tell(planned.path / REPAIR)
+        pruning = read_pruning(planned.path, is_repaired=experiment.repair is not None)
+        if experiment.save_checkpoint and round_ is experiment.recipes.rounds[-1]:
+            self._get(round_.prune, partial(self._make_checkpoint, pruning, planned.path), "checkpoint", part=CHECKPOINT_PART)
+        return pruning
 
-        def make(folder: Path) -> None:
-            original = experiment.source.widths
-            widths = earlier.plan.widths if earlier else original
-            budget = experiment.budget.of_round(round_.ratio, widths, original, costs)
-            plan = allocate(scores, widths, budget, costs)
-            write_json(folder / ALLOCATION, report_allocation(plan, scores, widths, budget, costs))
-            pruning = Pruning(earlier.plan.then(plan) if earlier else plan)
-            if experiment.repair:
-                pruning, found = self.model.repaired(pruning.plan, lambda: list(batches(self._tokens(), experiment.batch_size)))
-                _save(pruning.repaired_tensors(), folder / REPAIRED)
-                write_json(folder / REPAIR, report_repair(found))
-            about_plan = {"model": json.dumps(experiment.source.identity)} | ({"repaired": REPAIRED} if experiment.repair else {})
-            _save(pruning.plan.to_tensors(), folder / PLAN, about_plan)
-            if save_checkpoint:
-                self._save_checkpoint(pruning, folder)
+    def _make_plan(self, round_: Round, scores: Scores, costs: Costs | None, earlier: Pruning | None, folder: Path) -> None:
+        experiment = self.experiment
+        original = experiment.source.widths
+        widths = earlier.plan.widths if earlier else original
+        budget = experiment.budget.of_round(round_.ratio, widths, original, costs)
+        plan = allocate(scores, widths, budget, costs)
+        write_json(folder / ALLOCATION, report_allocation(plan, scores, widths, budget, costs))
+        whole = earlier.plan.then(plan) if earlier else plan
+        about_plan = {"model": json.dumps(experiment.source.identity)} | ({"repaired": REPAIRED} if experiment.repair else {})
+        _save(whole.to_tensors(), folder / PLAN, about_plan)
 
-        artifact = self._get(round_.prune, make, round_.what, needs=needed_of_prune(save_checkpoint))
-        for name in (ALLOCATION, REPAIR) if experiment.repair else (ALLOCATION,):
-            for line in json.loads((artifact.path / name).read_text())["summary"]:
-                logger.info("%-9s %s", "prune", line)
-        return read_pruning(artifact.path)
+    def _make_repair(self, plan: Plan, earlier: Pruning | None, folder: Path) -> None:
+        batch_size = self.experiment.batch_size
+        pruning, found = self.model.repaired(plan, earlier, lambda: list(batches(self._tokens(), batch_size)))
+        _save(pruning.repaired_tensors(), folder / REPAIRED)
+        write_json(folder / REPAIR, report_repair(found))
+
+    def _make_checkpoint(self, pruning: Pruning, planned: Path, folder: Path) -> None:
+        experiment = self.experiment
+        model = self.model.masked(pruning) if experiment.form == "masked" else self.model.final(pruning)
+        save_checkpoint(model, experiment.source.tokenizer, folder / CHECKPOINT, about=experiment.about)
+        (folder / CHECKPOINT / CARD).write_text(model_card(experiment.about, {}), encoding="utf-8")
+        shutil.copy(planned / PLAN, folder / CHECKPOINT)
+
+    def _tell(self, report: Path) -> None:
+        """Log what a report says in words."""
+        for line in json.loads(report.read_text())["summary"]:
+            logger.info("%-9s %s", "prune", line)
 
     def conclude(self, dense: dict[str, Metrics], pruned: dict[str, Metrics], plan: Plan) -> dict[str, Metrics]:
         """All metrics; the card of the checkpoint tells them too."""
@@ -220,7 +236,8 @@ class Pipeline:
             "comparison": increases | dense["comparison"] | pruned["comparison"],
         }
         if experiment.save_checkpoint:
-            experiment.store.rewrite(experiment.recipes.prune, f"{CHECKPOINT}/{CARD}", partial(model_card, experiment.about, metrics))
+            card = partial(model_card, experiment.about, metrics)
+            experiment.store.rewrite(experiment.recipes.prune, CHECKPOINT_PART, f"{CHECKPOINT}/{CARD}", card)
         return metrics
 
     def show(self, statistics: Statistics, plan: Plan, images: Mapping[str, Image]) -> None:
@@ -228,13 +245,6 @@ class Pipeline:
         widths = self.experiment.source.widths
         layers = [layer_routing(index, plan, width_E, statistics) for index, width_E in widths.items()]
         self.tracker.log({"layers": layer_table(layers), **images, **artifacts(self.stages)})
-
-    def _save_checkpoint(self, pruning: Pruning, folder: Path) -> None:
-        experiment = self.experiment
-        model = self.model.masked(pruning) if experiment.form == "masked" else self.model.final(pruning)
-        save_checkpoint(model, experiment.source.tokenizer, folder / CHECKPOINT, about=experiment.about)
-        (folder / CHECKPOINT / CARD).write_text(model_card(experiment.about, {}), encoding="utf-8")
-        shutil.copy(folder / PLAN, folder / CHECKPOINT)
 
     def _measure(self, recipes: Sequence[Recipe], statistics: Statistics, model: Callable[[], MoEModel], *, variant: str) -> Metrics:
         metrics: Metrics = {}
@@ -291,9 +301,9 @@ class Pipeline:
             return experiment.tokens
         return TokenWindows.from_tensors(load_file(experiment.store.path(experiment.recipes.calibrate) / TOKENS))
 
-    def _get(self, recipe: Recipe, make: Callable[[Path], None], what: str = "", needs: Sequence[str] = ()) -> Artifact:
+    def _get(self, recipe: Recipe, make: Callable[[Path], None], what: str = "", part: str = WHOLE) -> Artifact:
         """Answer from the store or make it; one log line either way."""
-        artifact = self.experiment.store.get(recipe, make, needs)
+        artifact = self.experiment.store.get(recipe, make, part)
         self.stages.append({"stage": recipe.stage, "what": what, **artifact.summary()})
         origin = "cached" if artifact.cached else f"made, peak memory {artifact.peak_memory_bytes / 2**30:.2f} GiB"
         logger.info("%-9s %s%s: %s, %.1f s", recipe.stage, f"{what} " if what else "", recipe.key, origin, artifact.seconds)

@@ -18,7 +18,10 @@ from heapr.schema import ExperimentConfig, PruningConfig
 from heapr.store import KEY_LENGTH, Recipe
 
 # Raised when the code of a stage gives other results than before: older artifacts are then made again.
-STAGE_VERSIONS = {"calibrate": 2, "score": 1, "prune": 2, "evaluate": 3}
+STAGE_VERSIONS = {"calibrate": 2, "score": 1, "prune": 3, "evaluate": 3}
+
+# What is made from the plan and kept with it (heapr/store.py): the repaired weights, and the model in the last round
+REPAIR_PART, CHECKPOINT_PART = "repair", "checkpoint"
 
 # Fields of `PruningConfig`: those that were in the first keys, and those that change no plan.
 ALWAYS_IN_KEY, WITHOUT_INFLUENCE = ("ratio", "scope", "width_multiple", "form"), ("save_checkpoint", "rounds")
@@ -70,6 +73,12 @@ class Recipes:
     def prune(self) -> Recipe:
         """Of the last round: the pruned model."""
         return self.rounds[-1].prune
+
+    def parts_of(self, round_: Round, pruning: PruningConfig) -> list[str]:
+        """Parts of a round's prune artifact that an experiment makes."""
+        parts = [REPAIR_PART] if pruning.repair else []
+        is_last = round_ is self.rounds[-1]
+        return [*parts, CHECKPOINT_PART] if pruning.save_checkpoint and is_last else parts
 
     @property
     def key(self) -> str:

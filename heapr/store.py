@@ -3,10 +3,13 @@
 In: stage, version, resolved configuration, keys of upstream artifacts, and a function that makes the result in an empty
 folder. Out: an `Artifact`. A result is made once, whatever happens: under a lock, in a temporary folder, verified when
 read, published by one rename. A process that is killed leaves only a temporary folder, which the next one sweeps.
+What is made from an artifact alone and may be left out, or fail, is a *part* of it: other files in the same folder, made,
+verified and described by themselves, so that nothing that was finished is lost with them.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -15,7 +18,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -24,15 +27,18 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from heapr.errors import ConfigError
-from heapr.files import fsync, hash_file, hash_file_once, write_json, write_text
+from heapr.files import fsync, hash_file, hash_file_once, readable_by_umask, write_json, write_text
 from heapr.measure import StageMeter
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 LARGE_FILE = 64 * 2**20  # bytes; hashing less takes no time to speak of
+WHOLE = ""  # the artifact itself, not a part of it
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 KEY_LENGTH = 16  # hexadecimal digits: 64 bits
 RECORDED_LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "numpy")
 
@@ -42,8 +48,8 @@ class Artifact:
     """A finished result.
 
     Attributes:
-        stage, key: what it is.
-        path: its folder; read-only by convention.
+        stage, key, part: what it is.
+        path: its folder; read-only by convention. A part is in the folder of the whole.
         cached: whether it was found rather than made.
         seconds: time spent on finding or making it.
         peak_memory_bytes: peak memory of the process (or of the GPU, if one is used) while it was made; 0 if cached.
@@ -51,6 +57,7 @@ class Artifact:
 
     stage: str
     key: str
+    part: str
     path: Path
     cached: bool
     seconds: float
@@ -60,6 +67,7 @@ class Artifact:
         return {
             "stage": self.stage,
             "key": self.key,
+            "part": self.part,
             "path": str(self.path),
             "cached": self.cached,
             "seconds": round(self.seconds, 3),
@@ -116,28 +124,32 @@ class Store:
     def path(self, recipe: Recipe) -> Path:
         return self.root / recipe.stage / recipe.key
 
-    def has(self, recipe: Recipe, needs: Sequence[str] = ()) -> bool:
-        """Whether a complete, undamaged artifact is there, with all the files that are needed."""
-        return self._is_intact(self.path(recipe), needs)
+    def has(self, recipe: Recipe, part: str = WHOLE) -> bool:
+        """Whether an artifact, or a part of it, is there, complete and undamaged."""
+        with _one_line_about_permissions(self.root):
+            return self._is_intact(self.path(recipe), part)
 
-    def get(self, recipe: Recipe, make: Callable[[Path], None], needs: Sequence[str] = ()) -> Artifact:
-        """The artifact of a recipe; `make` fills an empty folder with its files if it is not there yet.
+    def get(self, recipe: Recipe, make: Callable[[Path], None], part: str = WHOLE) -> Artifact:
+        """The artifact of a recipe, or a part of one that is there.
 
         Args:
             recipe: what is wanted.
-            make: how it is made; the same recipe always gives the same files, of which some may be left out.
-            needs: files that must not have been left out.
+            make: fills an empty folder with its files, if it is not there yet; the same recipe always gives the same files.
+            part: a name; the files are added to the artifact under it.
+
+        Raises:
+            ConfigError: no permission to read or write here, or no space left; nothing that was finished before is lost.
         """
         path = self.path(recipe)
-        with StageMeter(self.device) as meter:
-            cached = self._is_intact(path, needs) or not self._make_once(recipe, make, needs)
+        with _one_line_about_permissions(self.root), StageMeter(self.device) as meter:
+            cached = self._is_intact(path, part) or not self._make_once(recipe, make, part)
         peak = 0 if cached else meter.peak_memory_bytes
-        return Artifact(recipe.stage, recipe.key, path, cached, meter.seconds, peak)
+        return Artifact(recipe.stage, recipe.key, part, path, cached, meter.seconds, peak)
 
-    def rewrite(self, recipe: Recipe, name: str, change: Callable[[str], str]) -> None:
-        """Change one text file of an artifact, for what is known only later. Killed in between, it is made again."""
+    def rewrite(self, recipe: Recipe, part: str, name: str, change: Callable[[str], str]) -> None:
+        """Change one text file of a part, for what is known only later. Killed in between, that part is made again."""
         path = self.path(recipe)
-        with _locked(path):
+        with _one_line_about_permissions(self.root), _locked(path):
             file = path / name
             before = file.read_text(encoding="utf-8")
             text = change(before)
@@ -145,33 +157,61 @@ class Store:
                 return
             manifest = json.loads((path / MANIFEST).read_text())
             write_text(file, text)
-            manifest["files"][name] = _describe(file)
+            manifest["parts"][part]["files"][name] = _describe(file)
             write_json(path / MANIFEST, manifest)
 
-    def _make_once(self, recipe: Recipe, make: Callable[[Path], None], needs: Sequence[str]) -> bool:
-        """Make the artifact under its lock. False if another process made it while this one waited."""
+    def check_space(self, num_bytes: int, what: str, instead: str) -> None:
+        """Refuse what will not fit.
+
+        Args:
+            num_bytes: that will be written, at least.
+            what: is written.
+            instead: what to do without the space.
+
+        Raises:
+            ConfigError: less is free.
+        """
+        free = shutil.disk_usage(self.root).free
+        if num_bytes > free:
+            raise ConfigError(
+                f"{what} need {num_bytes / 1e9:.3g} GB, and '{self.root}' has {free / 1e9:.3g} GB free; free some, choose another folder "
+                f"with paths.outputs=..., or {instead}"
+            )
+
+    def _make_once(self, recipe: Recipe, make: Callable[[Path], None], part: str) -> bool:
+        """Make the artifact or a part of it under its lock. False if another process made it while this one waited."""
         path = self.path(recipe)
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path):
-            if self._is_intact(path, needs):
+            if self._is_intact(path, part):
                 return False
-            _publish(recipe, path, make, StageMeter(self.device))
+            with _empty_folder(path) as temporary:
+                meter = StageMeter(self.device)
+                with _one_line_about_space(self.root), meter:
+                    make(temporary)
+                if part:
+                    _add_part(part, temporary, path, meter)
+                else:
+                    _publish(recipe, temporary, path, meter)
             return True
 
-    def _is_intact(self, path: Path, needs: Sequence[str] = ()) -> bool:
-        """Whether the folder has a manifest, the needed files, and every file has the size and hash that it had when it was
-        made. The hash of a large file is remembered until the file changes."""
+    def _is_intact(self, path: Path, part: str) -> bool:
+        """Whether the folder has a manifest that knows the part, and every file has the size and hash that it had when it was made.
+        The hash of a large file is remembered until the file changes."""
         if not (path / MANIFEST).is_file():
             return False
         try:
-            files = json.loads((path / MANIFEST).read_text())["files"]
+            manifest = json.loads((path / MANIFEST).read_text())
+            if part and part not in manifest["parts"]:
+                return False
+            files = _entry(manifest, part)["files"]
         except (json.JSONDecodeError, KeyError):
             files = {"": {"size": -1, "sha256": ""}}
         for name, expected in files.items():
             if not self._is_as_made(path / name, expected):
                 logger.warning("%s %s is damaged (%s); it will be made again", path.parent.name, path.name, name or MANIFEST)
                 return False
-        return set(needs) <= set(files)
+        return True
 
     def _is_as_made(self, file: Path, expected: Mapping[str, Any]) -> bool:
         if not file.is_file() or file.stat().st_size != expected["size"]:
@@ -197,8 +237,9 @@ def _canonical(value: Any) -> Any:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock of one artifact; the operating system frees it when its holder dies."""
-    lock = FileLock(path.parent / f".{path.name}.lock")
+    """Hold the lock of one artifact; the operating system frees it when its holder dies. A lock holds nothing, so whoever shares the
+    folder's group may take it, whatever the umask of the one who made it."""
+    lock = FileLock(path.parent / f".{path.name}.lock", mode=readable_by_umask(0o666) | 0o660)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -210,37 +251,99 @@ def _locked(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def _publish(recipe: Recipe, path: Path, make: Callable[[Path], None], meter: StageMeter) -> None:
-    """Make the files in a temporary folder, describe them, and rename it into place. Called under the lock."""
+@contextmanager
+def _one_line_about_permissions(root: Path) -> Iterator[None]:
+    """A store that another user made, whose umask kept it to himself."""
+    try:
+        yield
+    except PermissionError as error:
+        raise ConfigError(
+            f"no permission for '{error.filename or root}', which another user made; choose another folder with paths.outputs=..., or "
+            "share this one: the same group, umask 002, chmod -R g+rwX"
+        ) from error
+
+
+@contextmanager
+def _one_line_about_space(root: Path) -> Iterator[None]:
+    """A disk that is full; safetensors says so in words alone."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = getattr(error, "errno", None)
+        if number in NO_SPACE or any(f"os error {code}" in str(error) for code in NO_SPACE):
+            raise ConfigError(
+                f"no space left in '{root}'; what was finished is kept: free some space and start again, or choose another folder with "
+                "paths.outputs=..."
+            ) from error
+        raise
+
+
+@contextmanager
+def _empty_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside an artifact's, and no other left. Called under the lock."""
     for leftover in path.parent.glob(f".{path.name}.tmp-*"):
         shutil.rmtree(leftover)
     temporary = path.parent / f".{path.name}.tmp-{os.getpid()}"
     temporary.mkdir()
     try:
-        with meter:
-            make(temporary)
-        _write_manifest(recipe, temporary, meter)
-        aside = path.parent / f".{path.name}.tmp-{os.getpid()}-old"
-        if path.exists():  # damaged, or without a file that is needed now; who reads it meanwhile misses it for a moment at most
-            os.rename(path, aside)
-        os.rename(temporary, path)
-        fsync(path.parent)
-        shutil.rmtree(aside, ignore_errors=True)
+        yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_manifest(recipe: Recipe, folder: Path, meter: StageMeter) -> None:
-    files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        files[path.relative_to(folder).as_posix()] = _describe(path)
-        fsync(path)
+def _publish(recipe: Recipe, temporary: Path, path: Path, meter: StageMeter) -> None:
+    """Describe the files in a temporary folder and rename it into place. Called under the lock."""
     manifest = {
         "stage": recipe.stage,
         "stage_version": recipe.version,
         "key": recipe.key,
         "upstream": dict(recipe.upstream),
         "config": _canonical(recipe.config),
+        **_provenance(temporary, meter),
+        "parts": {},
+    }
+    write_json(temporary / MANIFEST, manifest)
+    fsync(temporary)
+    aside = path.parent / f".{path.name}.tmp-{os.getpid()}-old"
+    if path.exists():  # damaged; who reads it meanwhile misses it for a moment at most
+        os.rename(path, aside)
+    os.rename(temporary, path)
+    fsync(path.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _add_part(part: str, temporary: Path, path: Path, meter: StageMeter) -> None:
+    """Move the files in a temporary folder into an artifact's; they count once the manifest knows them. Called under the lock."""
+    described = _provenance(temporary, meter)
+    manifest = json.loads((path / MANIFEST).read_text())
+    if manifest["parts"].pop(part, None):  # damaged
+        write_json(path / MANIFEST, manifest)
+    for entry in sorted(temporary.iterdir()):
+        place = path / entry.name
+        if place.is_dir():
+            shutil.rmtree(place)
+        os.replace(entry, place)
+    fsync(path)
+    manifest["parts"][part] = described
+    write_json(path / MANIFEST, manifest)
+    fsync(path)
+
+
+def _entry(manifest: Mapping[str, Any], part: str) -> Mapping[str, Any]:
+    """What a manifest says of an artifact, or of a part of it: its files, seconds and peak memory."""
+    entry: Mapping[str, Any] = manifest["parts"][part] if part else manifest
+    return entry
+
+
+def _provenance(folder: Path, meter: StageMeter) -> dict[str, Any]:
+    """With what, when and how files were made, and what they are; they are readable for whom the umask says, and on disk."""
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        path.chmod(readable_by_umask(0o777 if path.is_dir() else 0o666))  # safetensors writes files that only their owner can read
+        if path.is_file():
+            files[path.relative_to(folder).as_posix()] = _describe(path)
+        fsync(path)
+    return {
         "libraries": {name: importlib.metadata.version(name) for name in RECORDED_LIBRARIES},
         "git_commit": _git_commit(),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -248,8 +351,6 @@ def _write_manifest(recipe: Recipe, folder: Path, meter: StageMeter) -> None:
         "peak_memory_bytes": meter.peak_memory_bytes,
         "files": files,
     }
-    write_json(folder / MANIFEST, manifest)
-    fsync(folder)
 
 
 def _describe(file: Path) -> dict[str, Any]:

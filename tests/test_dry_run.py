@@ -94,11 +94,12 @@ def test_a_dry_run_tells_what_a_run_then_does(tmp_path: Path) -> None:
 
     changed = plan_in(tmp_path, *settings, "pruning.ratio=0.5")
     made = {(stage.stage, stage.what) for stage in changed.stages if not stage.cached}
+    made.remove(("prune", "checkpoint"))
     evaluations = ("perplexity/text_files pruned", "efficiency pruned", "routing", "fidelity/text_files", "throughput")
     assert made == {("prune", ""), *(("evaluate", what) for what in evaluations)}
 
 
-def test_a_plan_without_its_checkpoint_is_to_be_made_again(tmp_path: Path) -> None:
+def test_a_checkpoint_is_to_be_added_to_a_plan_that_is_there(tmp_path: Path) -> None:
     settings = [
         "model=hf",
         f"model.path={write_model(tmp_path / 'model')}",
@@ -107,10 +108,10 @@ def test_a_plan_without_its_checkpoint_is_to_be_made_again(tmp_path: Path) -> No
     ]
     run_in(tmp_path, *settings, "pruning.save_checkpoint=false")
     cached = {
-        save: {stage.stage: stage.cached for stage in plan_in(tmp_path, *settings, f"pruning.save_checkpoint={save}").stages}
+        save: {stage.part or stage.stage: stage.cached for stage in plan_in(tmp_path, *settings, f"pruning.save_checkpoint={save}").stages}
         for save in ("true", "false")
     }
-    assert not cached["true"]["prune"] and cached["false"]["prune"] and cached["true"]["calibrate"]
+    assert cached["true"] == cached["false"] | {"checkpoint": False} and all(cached["false"].values())
 
 
 def test_costs_grow_with_samples_and_batches(tmp_path: Path) -> None:

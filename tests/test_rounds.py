@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 import heapr
+from heapr import pipeline
 from heapr.calibration.collector import collect
 from heapr.errors import ConfigError
 from heapr.model.moe import MoEModel
@@ -35,8 +38,8 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return ["model=hf", f"model.path={write_model(folder / 'model')}", "model.dtype=float32", ONLY_PERPLEXITY, "pruning.ratio=0.4", *texts]
 
 
-def stages(summary: Any, stage: str) -> list[dict[str, Any]]:
-    return [entry for entry in summary.stages if entry["stage"] == stage]
+def stages(summary: Any, stage: str, part: str = "") -> list[dict[str, Any]]:
+    return [entry for entry in summary.stages if entry["stage"] == stage and entry["part"] == part]
 
 
 def logits(model: torch.nn.Module) -> Tensor:
@@ -65,6 +68,97 @@ def test_two_rounds_are_two_prunings_one_after_the_other(finished: tuple[Path, A
             remove_and_repair(model, plan, JointRepair(target="residual_stream", refits=1, refit_steps=2), ids_NW.split(4))
     pruned = heapr.load_pruned(Path(prune[1]["path"]) / "checkpoint")
     torch.testing.assert_close(logits(pruned), logits(model.model), rtol=1e-4, atol=1e-4)
+
+
+def units_of(summary: Any) -> list[tuple[Path, str]]:
+    """Folder and part of everything that a run keeps, in the order in which it was made."""
+    return list(dict.fromkeys((Path(entry["path"]), entry["part"]) for entry in summary.stages))
+
+
+def lose(folder: Path, part: str) -> None:
+    """As if it had never been made."""
+    if not part:
+        shutil.rmtree(folder, ignore_errors=True)
+    elif folder.is_dir():
+        manifest = json.loads((folder / "manifest.json").read_text())
+        for name in manifest["parts"].pop(part)["files"]:
+            (folder / name).unlink()
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def results_in(folder: Path) -> dict[str, bytes]:
+    """Every tensor and metric below a folder, by place."""
+    paths = [path for path in folder.rglob("*") if path.suffix == ".safetensors" or path.name in {"metrics.json", "repair.json"}]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+NUM_UNITS = 14
+LOST = [set(range(first, NUM_UNITS)) for first in range(NUM_UNITS)]  # killed at every moment
+LOST += [set(random.Random(seed).sample(range(NUM_UNITS), 1 + seed % 5)) for seed in range(10)]  # anything else that can be missing
+
+
+@pytest.mark.parametrize("lost", LOST, ids=lambda lost: "-".join(map(str, sorted(lost))))
+def test_what_is_made_again_is_what_was_made_at_once(
+    tmp_path: Path, finished: tuple[Path, Any], overrides: list[str], lost: set[int]
+) -> None:
+    """Whatever part of the results is missing: bit for bit the same again, under the same keys."""
+    folder, summary = finished
+    units = units_of(summary)
+    assert len(units) == NUM_UNITS
+    shutil.copytree(folder / "outputs", tmp_path / "outputs")
+    for number in sorted(lost, reverse=True):
+        path, part = units[number]
+        lose(tmp_path / path.relative_to(folder), part)
+    again = run_in(tmp_path, *overrides, *BEST, "pruning.rounds=2")
+    assert again.metrics == summary.metrics
+    assert results_in(tmp_path / "outputs") == results_in(folder / "outputs")
+
+
+def test_a_checkpoint_that_is_asked_for_later_is_the_model_that_was_measured(
+    tmp_path: Path, finished: tuple[Path, Any], overrides: list[str]
+) -> None:
+    run_in(tmp_path, *overrides, *BEST, "pruning.rounds=2", "pruning.save_checkpoint=false")
+    later = run_in(tmp_path, *overrides, *BEST, "pruning.rounds=2")
+    made = [(entry["stage"], entry["part"]) for entry in later.stages if not entry["cached"]]
+    assert made == [("prune", "checkpoint")]
+    assert results_in(tmp_path / "outputs") == results_in(finished[0] / "outputs")
+
+
+def test_a_checkpoint_that_cannot_be_written_costs_neither_plan_nor_repair(
+    tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As safetensors says that the disk is full."""
+
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "save_checkpoint", full)
+        with pytest.raises(ConfigError, match="no space left in .*; what was finished is kept: free some space and start again"):
+            run_in(tmp_path, *overrides, *BEST)
+    again = run_in(tmp_path, *overrides, *BEST)
+    cached = {(entry["stage"], entry["part"]): entry["cached"] for entry in again.stages}
+    assert cached["prune", ""] and cached["prune", "repair"] and not cached["prune", "checkpoint"]
+
+
+@pytest.mark.parametrize("form", ["ragged", "masked"])
+def test_room_for_the_checkpoint_is_asked_for_before_anything_is_computed(
+    tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    summary = run_in(tmp_path / "with_room", *overrides, f"pruning.form={form}")
+    weights = Path(stages(summary, "prune")[0]["path"]) / "checkpoint" / "model.safetensors"
+    num_bytes = sum(tensor.nbytes for tensor in load_file(weights).values())
+    usage = shutil.disk_usage(tmp_path)
+    for free, is_enough in ((num_bytes, True), (num_bytes - 1, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
+        folder = tmp_path / str(free)
+        if is_enough:
+            run_in(folder, *overrides, f"pruning.form={form}")
+            continue
+        with pytest.raises(ConfigError, match=r"the pruned weights need .* GB, and .* has .* GB free; .*pruning.save_checkpoint=false"):
+            run_in(folder, *overrides, f"pruning.form={form}")
+        assert not list((folder / "outputs").rglob("*.safetensors"))
+        run_in(folder, *overrides, f"pruning.form={form}", "pruning.save_checkpoint=false")
 
 
 def test_second_run_makes_nothing(finished: tuple[Path, Any], overrides: list[str]) -> None:

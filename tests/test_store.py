@@ -6,12 +6,16 @@ import json
 import multiprocessing
 import os
 import signal
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from heapr.errors import ConfigError
 from heapr.store import Recipe, Store, canonical_json
 
 CPU = torch.device("cpu")
@@ -130,3 +134,133 @@ def test_kill_9_leaves_no_half_artifact_and_the_next_takes_over(tmp_path: Path) 
     assert not Store(root, CPU).has(RECIPE)
     assert not Store(root, CPU).get(RECIPE, make_file).cached
     assert not list((root / "score").glob(".*.tmp-*"))
+
+
+def make_part(folder: Path) -> None:
+    (folder / "inside").mkdir()
+    (folder / "inside" / "more.txt").write_text("more")
+
+
+def test_a_part_is_made_and_described_by_itself(tmp_path: Path) -> None:
+    store = Store(tmp_path, CPU)
+    whole = store.get(RECIPE, make_file)
+    assert not store.has(RECIPE, "extra")
+    part = store.get(RECIPE, make_part, "extra")
+    assert (part.path, part.part, part.cached) == (whole.path, "extra", False)
+    assert store.get(RECIPE, forbidden).cached and store.get(RECIPE, forbidden, "extra").cached
+    manifest = json.loads((whole.path / "manifest.json").read_text())
+    assert manifest["files"].keys() == {"data.txt"} and manifest["parts"]["extra"]["files"].keys() == {"inside/more.txt"}
+    assert manifest["parts"]["extra"]["seconds"] >= 0 and manifest["parts"]["extra"]["created"]
+
+
+def test_a_part_that_fails_or_is_damaged_costs_nothing_else(tmp_path: Path) -> None:
+    store = Store(tmp_path, CPU)
+    path = store.get(RECIPE, make_file).path
+
+    def fail(folder: Path) -> None:
+        make_part(folder)
+        raise RuntimeError("half-way")
+
+    with pytest.raises(RuntimeError, match="half-way"):
+        store.get(RECIPE, fail, "extra")
+    assert store.has(RECIPE) and not store.has(RECIPE, "extra") and not (path / "inside").exists()
+    store.get(RECIPE, make_part, "extra")
+    (path / "inside" / "more.txt").write_text("mora")
+    assert store.has(RECIPE) and not store.has(RECIPE, "extra")
+    assert not store.get(RECIPE, make_part, "extra").cached
+    assert (path / "inside" / "more.txt").read_text() == "more" and store.get(RECIPE, forbidden).cached
+
+
+def test_files_of_a_part_that_the_manifest_does_not_know_yet_are_made_again(tmp_path: Path) -> None:
+    """Killed between moving files and writing the manifest."""
+    store = Store(tmp_path, CPU)
+    path = store.get(RECIPE, make_file).path
+    (path / "inside").mkdir()
+    (path / "inside" / "half.txt").write_text("ha")
+    assert not store.has(RECIPE, "extra")
+    store.get(RECIPE, make_part, "extra")
+    assert [file.name for file in (path / "inside").iterdir()] == ["more.txt"] and store.has(RECIPE, "extra")
+
+
+def test_parallel_processes_make_a_part_once(tmp_path: Path) -> None:
+    Store(tmp_path, CPU).get(RECIPE, make_file)
+    log = tmp_path / "log"
+
+    def make_both() -> None:
+        def make(folder: Path) -> None:
+            with log.open("a") as file:
+                file.write("made\n")
+            time.sleep(0.3)
+            make_part(folder)
+
+        Store(tmp_path, CPU).get(RECIPE, make, "extra")
+
+    processes = [multiprocessing.get_context("fork").Process(target=make_both) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=30)
+    assert [process.exitcode for process in processes] == [0, 0, 0] and log.read_text() == "made\n"
+
+
+@pytest.mark.parametrize(("umask", "file_mode", "folder_mode"), [(0o002, 0o664, 0o775), (0o022, 0o644, 0o755), (0o077, 0o600, 0o700)])
+def test_modes_follow_the_umask_and_locks_are_the_groups(tmp_path: Path, umask: int, file_mode: int, folder_mode: int) -> None:
+    def make(folder: Path) -> None:
+        make_part(folder)
+        save_file({"a": torch.zeros(1)}, folder / "a.safetensors")  # written with 0600, whatever the umask
+
+    before = os.umask(umask)
+    try:
+        path = Store(tmp_path / "store", CPU).get(RECIPE, make).path
+    finally:
+        os.umask(before)
+    modes = {entry.name: entry.stat().st_mode & 0o777 for entry in [path, *path.rglob("*")]}
+    files = {"more.txt", "a.safetensors", "manifest.json"}
+    assert modes == {name: file_mode if name in files else folder_mode for name in modes} and files < modes.keys()
+    (lock,) = path.parent.glob(".*.lock")
+    assert lock.stat().st_mode & 0o660 == 0o660
+
+
+def as_user(user: int, group: int, action: Callable[[], None]) -> str:
+    """What an action of another user ends with: "done", or the error's one line."""
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+
+    def act() -> None:
+        os.setgroups([])
+        os.setgid(group)
+        os.setuid(user)
+        os.umask(0o002)
+        try:
+            action()
+            queue.put("done")
+        except ConfigError as error:
+            queue.put(str(error))
+
+    process = context.Process(target=act)
+    process.start()
+    answer: str = queue.get(timeout=30)
+    process.join(timeout=30)
+    return answer
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become two users")
+def test_two_users_share_a_store_or_are_told_in_one_line() -> None:
+    group, other = RECIPE, Recipe("score", 1, {"ratio": 0.4}, {})
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:  # below a folder that others may enter
+        root = Path(name) / "store"
+        os.chmod(name, 0o777)
+        assert as_user(12001, 12000, lambda: Store(root, CPU).get(group, make_file)) == "done"
+        assert as_user(12002, 12000, lambda: Store(root, CPU).get(group, forbidden)) == "done"
+        assert as_user(12002, 12000, lambda: Store(root, CPU).get(other, make_file)) == "done"
+        assert as_user(12001, 12000, lambda: Store(root, CPU).get(group, make_part, "extra")) == "done"
+        (root / "score" / RECIPE.key / "data.txt").chmod(0o600)
+        refused = as_user(12002, 12000, lambda: Store(root, CPU).get(group, forbidden))
+        assert "no permission for" in refused and "data.txt" in refused and "umask 002" in refused and "\n" not in refused
+
+
+def test_what_will_not_fit_is_refused_with_both_numbers(tmp_path: Path) -> None:
+    store = Store(tmp_path, CPU)
+    store.check_space(0, "nothing", "go on")
+    with pytest.raises(ConfigError, match=r"the weights need 1e\+09 GB, and .* has .* GB free; .*or leave them out"):
+        store.check_space(10**18, "the weights", "leave them out")

@@ -43,10 +43,15 @@ def load_pruned(path: str | Path, *, plan: str | Path | None = None, dtype: str 
     return model.model
 
 
-def read_pruning(folder: Path) -> Pruning:
-    """What a prune artifact holds."""
-    plan = Plan.from_tensors(load_file(folder / PLAN))
-    return Pruning(plan, Pruning.repaired_from_tensors(load_file(folder / REPAIRED)) if (folder / REPAIRED).is_file() else None)
+def read_plan(folder: Path) -> Plan:
+    """The plan that a prune artifact holds."""
+    return Plan.from_tensors(load_file(folder / PLAN))
+
+
+def read_pruning(folder: Path, *, is_repaired: bool) -> Pruning:
+    """What a prune artifact holds, with the weights that repair changed if it did."""
+    repaired = Pruning.repaired_from_tensors(load_file(folder / REPAIRED)) if is_repaired else None
+    return Pruning(read_plan(folder), repaired)
 
 
 def find_pruning(path: Path, source: ModelSource) -> Pruning:

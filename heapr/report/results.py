@@ -16,6 +16,7 @@ import yaml
 
 CONFIG = ".hydra/config.yaml"
 DETAILS, PLAN, MANIFEST = "details.json", "plan.safetensors", "manifest.json"
+CHECKPOINT_PART = "checkpoint"  # heapr/recipes.py
 PRUNING_STAGES = ("calibrate", "score", "prune")
 
 
@@ -136,8 +137,9 @@ def pruning_peak_memory_bytes(job: JobResult) -> float | None:
 
 
 def _pruning_costs(job: JobResult, quantity: str) -> list[float]:
-    """Of every artifact that made the plan; none if one is not known."""
-    costs = [_cost(job, entry, quantity) for stage in PRUNING_STAGES for entry in stage_entries(job, stage)]
+    """Of everything that made the plan and repaired the weights; none if one is not known."""
+    entries = [entry for stage in PRUNING_STAGES for entry in stage_entries(job, stage) if entry.get("part") != CHECKPOINT_PART]
+    costs = [_cost(job, entry, quantity) for entry in entries]
     known = [cost for cost in costs if cost is not None]
     return known if len(known) == len(costs) else []
 
@@ -146,6 +148,8 @@ def _cost(job: JobResult, entry: Mapping[str, Any], quantity: str) -> float | No
     manifest = artifact_folder(job, entry) / MANIFEST
     made: dict[str, Any] = {} if entry["cached"] else dict(entry)
     if manifest.is_file():
-        made |= json.loads(manifest.read_text())
+        described = json.loads(manifest.read_text())
+        part = entry.get("part")
+        made |= described["parts"].get(part, {}) if part else described
     value = made.get(quantity)
     return None if value is None else float(value)

@@ -16,8 +16,9 @@ from typing import Any
 from heapr.dry_run import PlannedStage, plan_stages, sequence_flops
 from heapr.errors import ConfigError
 from heapr.model.load import ModelSource
+from heapr.recipes import REPAIR_PART
 from heapr.schema import ExperimentConfig
-from heapr.store import MANIFEST, canonical_json
+from heapr.store import MANIFEST, WHOLE, canonical_json
 
 STAGES = ("calibrate", "score", "prune", "evaluate")
 
@@ -46,8 +47,8 @@ class SweepPlan:
 
     Attributes:
         jobs: in their order.
-        seconds: expected for each distinct artifact that is not there, by key; none if nothing like it was made before.
-        flops: of each calibration of which that is so, forward and backward, by key; none if not known for the family.
+        seconds: expected for each distinct artifact that is not there, by name; none if nothing like it was made before.
+        flops: of each calibration of which that is so, forward and backward, by name; none if not known for the family.
     """
 
     jobs: Sequence[PlannedJob]
@@ -55,15 +56,15 @@ class SweepPlan:
     flops: Mapping[str, int | None]
 
     def to_make(self) -> dict[str, PlannedStage]:
-        """Distinct artifacts that are not there, by key."""
-        return {stage.key: stage for job in self.jobs for stage in job.stages if not stage.cached}
+        """Distinct artifacts and parts that are not there, by name."""
+        return {stage.name: stage for job in self.jobs for stage in job.stages if not stage.cached}
 
     def states(self, number: int) -> dict[str, Counter[str]]:
         """How many artifacts of each stage of a job are "cached", to "make", or "shared": made by an earlier job."""
-        earlier = {stage.key for job in self.jobs[:number] for stage in job.stages}
+        earlier = {stage.name for job in self.jobs[:number] for stage in job.stages}
         states: dict[str, Counter[str]] = {name: Counter() for name in STAGES}
         for stage in self.jobs[number].stages:
-            states[stage.stage]["cached" if stage.cached else "shared" if stage.key in earlier else "make"] += 1
+            states[stage.stage]["cached" if stage.cached else "shared" if stage.name in earlier else "make"] += 1
         return states
 
 
@@ -76,7 +77,7 @@ def plan_sweep(jobs: Sequence[tuple[str, ...]], configs: Sequence[ExperimentConf
     """
     planned = [_plan_job(overrides, config) for overrides, config in zip(jobs, configs, strict=True)]
     past = PastSeconds(Path(configs[0].paths.outputs) / "artifacts")
-    seconds = {stage.key: past.expected(stage, job.stages) for job in planned for stage in job.stages if not stage.cached}
+    seconds = {stage.name: past.expected(stage, job.stages) for job in planned for stage in job.stages if not stage.cached}
     return SweepPlan(planned, seconds, _flops_of_calibrations(planned, configs, seconds))
 
 
@@ -88,14 +89,14 @@ def _flops_of_calibrations(
     of_sequence: dict[str, int | None] = {}
     for job, config in zip(jobs, configs, strict=True):
         for stage in job.stages:
-            if stage.stage != "calibrate" or seconds.get(stage.key, 0.0) is not None or job.source is None:
+            if stage.stage != "calibrate" or seconds.get(stage.name, 0.0) is not None or job.source is None:
                 continue
             length = config.calibration.sequence_length
             model = canonical_json([job.source.identity, length])
             if model not in of_sequence:
                 of_sequence[model] = sequence_flops(job.source.on_meta(), length)
             one = of_sequence[model]
-            flops[stage.key] = None if one is None else config.calibration.num_samples * one
+            flops[stage.name] = None if one is None else config.calibration.num_samples * one
     return flops
 
 
@@ -124,8 +125,10 @@ class PastSeconds:
                     self._models[manifest["key"]] = manifest["config"].get("model") or next(iter(upstream), None)
         self._seconds: dict[str, list[float]] = defaultdict(list)
         for manifest in manifests:
-            kind, amount = _kind(manifest["stage"], manifest["config"], self._models[manifest["key"]])
-            self._seconds[kind].append(manifest["seconds"] / amount)
+            model = self._models[manifest["key"]]
+            for part, made in [(WHOLE, manifest), *manifest.get("parts", {}).items()]:
+                kind, amount = _kind(manifest["stage"], part, manifest["config"], model)
+                self._seconds[kind].append(made["seconds"] / amount)
 
     def expected(self, stage: PlannedStage, job: Sequence[PlannedStage]) -> float | None:
         """Median of those like it; none if there are none.
@@ -134,11 +137,12 @@ class PastSeconds:
             stage: what is to be made.
             job: all stages of its job, of which the first says the model.
         """
-        kind, amount = _kind(stage.stage, stage.config, job[0].config["model"])
+        kind, amount = _kind(stage.stage, stage.part, stage.config, job[0].config["model"])
         return statistics.median(self._seconds[kind]) * amount if kind in self._seconds else None
 
 
-def _kind(stage: str, config: Mapping[str, Any], model: Any) -> tuple[str, float]:
+def _kind(stage: str, part: str, config: Mapping[str, Any], model: Any) -> tuple[str, float]:
     """What takes equally long, and how much of it there is."""
     amount = config["num_samples"] * config["sequence_length"] if stage == "calibrate" else 1
-    return canonical_json([stage, model, config.get("evaluator")]), amount
+    settings = config.get("repair") if part == REPAIR_PART else config.get("evaluator")
+    return canonical_json([stage, part, model, settings]), amount

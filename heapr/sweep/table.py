@@ -57,7 +57,7 @@ def _what_is_left(plan: SweepPlan) -> str:
     left = plan.to_make()
     numbers = Counter(stage.stage for stage in left.values())
     counted = ", ".join(f"{numbers[stage]} {stage}" for stage in STAGES)
-    distinct = len({stage.key for job in plan.jobs for stage in job.stages})
+    distinct = len({stage.name for job in plan.jobs for stage in job.stages})
     unknown = sum(not job.stages for job in plan.jobs)
     jobs = f"{len(plan.jobs)} jobs" + (f" ({unknown} cannot be planned)" if unknown else "")
     lines = [f"{jobs}, {distinct} artifacts, of which to make: {counted if left else 'none'}"]
