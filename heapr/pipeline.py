@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from heapr.calibration.collector import collect
 from heapr.calibration.sampling import batches
@@ -40,6 +40,7 @@ from heapr.report.card import model_card
 from heapr.report.protocol import protocol_differences
 from heapr.schema import ExperimentConfig
 from heapr.store import Artifact, Recipe
+from heapr.tensors_file import save_tensors
 from heapr.tracking.build import open_tracker
 from heapr.tracking.tracker import NUM_TOKENS, RATIO, Image, Run, Tracker
 from heapr.tracking.values import CalibrationProgress, artifacts, figures, layer_table
@@ -310,4 +311,4 @@ def _tracked_run(experiment: Experiment, sweep: str | None, resolved: Mapping[st
 
 
 def _save(tensors: TensorDict, path: Path, metadata: dict[str, str] | None = None) -> None:
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
+    save_tensors(path, tensors, metadata)
