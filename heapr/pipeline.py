@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from heapr.calibration.collector import collect
 from heapr.calibration.sampling import batches
@@ -41,10 +41,11 @@ from heapr.report.card import model_card
 from heapr.report.protocol import protocol_differences
 from heapr.schema import ExperimentConfig
 from heapr.store import WHOLE, Artifact, Recipe
+from heapr.tensors_file import save_tensors
 from heapr.tracking.build import open_tracker
 from heapr.tracking.tracker import NUM_TOKENS, RATIO, Image, Run, Tracker
 from heapr.tracking.values import CalibrationProgress, artifacts, figures, layer_table
-from heapr.types import Evaluation, ExpertWeights, Metrics, Plan, ProtocolRecord, Pruning, Scores, Statistics, TensorDict, TokenWindows
+from heapr.types import Evaluation, ExpertWeights, Metrics, Plan, ProtocolRecord, Pruning, Scores, Statistics, TokenWindows
 
 logger = logging.getLogger(__name__)
 
@@ -159,8 +160,8 @@ class Pipeline:
             num_batches = math.ceil(len(tokens.ids_NW) / batch_size)
             bar = progress(batches(tokens, batch_size), total=num_batches, description="calibrate")
             statistics = collect(model(), bar, on_batch=CalibrationProgress(self.tracker))
-            _save(tokens.to_tensors(), folder / TOKENS)
-            _save(statistics.to_tensors(), folder / STATISTICS)
+            save_tensors(folder / TOKENS, tokens.to_tensors())
+            save_tensors(folder / STATISTICS, statistics.to_tensors())
 
         artifact = self._get(round_.calibrate, make, round_.what)
         statistics = Statistics.from_tensors(load_file(artifact.path / STATISTICS))
@@ -176,7 +177,7 @@ class Pipeline:
             return next(layer.weights() for layer in model().layers if layer.index == index)
 
         def make(folder: Path) -> None:
-            _save(self.experiment.criterion(statistics, weights).to_tensors(), folder / SCORES)
+            save_tensors(folder / SCORES, self.experiment.criterion(statistics, weights).to_tensors())
 
         artifact = self._get(round_.score, make, round_.what)
         return Scores.from_tensors(load_file(artifact.path / SCORES))
@@ -204,12 +205,12 @@ class Pipeline:
         write_json(folder / ALLOCATION, report_allocation(plan, scores, widths, budget, costs))
         whole = earlier.plan.then(plan) if earlier else plan
         about_plan = {"model": json.dumps(experiment.source.identity)} | ({"repaired": REPAIRED} if experiment.repair else {})
-        _save(whole.to_tensors(), folder / PLAN, about_plan)
+        save_tensors(folder / PLAN, whole.to_tensors(), about_plan)
 
     def _make_repair(self, plan: Plan, earlier: Pruning | None, folder: Path) -> None:
         batch_size = self.experiment.batch_size
         pruning, found = self.model.repaired(plan, earlier, lambda: list(batches(self._tokens(), batch_size)))
-        _save(pruning.repaired_tensors(), folder / REPAIRED)
+        save_tensors(folder / REPAIRED, pruning.repaired_tensors())
         write_json(folder / REPAIR, report_repair(found))
 
     def _make_checkpoint(self, pruning: Pruning, planned: Path, folder: Path) -> None:
@@ -322,7 +323,3 @@ def _tracked_run(experiment: Experiment, sweep: str | None, resolved: Mapping[st
         tags=tuple(experiment.labels.values()),
         config={**resolved, "labels": dict(experiment.labels)},
     )
-
-
-def _save(tensors: TensorDict, path: Path, metadata: dict[str, str] | None = None) -> None:
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)

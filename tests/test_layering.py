@@ -17,6 +17,7 @@ ALLOWED: dict[str, set[str]] = {
     "measure": set(),
     "progress": set(),
     "report": {"errors", "files"},
+    "tensors_file": set(),
     "types": set(),
     "schema": {"errors"},
     "tracking": {"errors", "schema"},
@@ -32,8 +33,8 @@ ALLOWED: dict[str, set[str]] = {
     "experiment": {"errors", "types", "schema", "store", "recipes", "score", "model", "calibration", "pruning", "evaluation"},
     "in_memory": {"errors", "experiment", "types", "model", "pruning"},
     "pipeline": {
-        "experiment", "files", "in_memory", "progress", "recipes", "report", "schema", "store", "tracking", "types", "model", "calibration",
-        "pruning", "evaluation",
+        "experiment", "files", "in_memory", "progress", "recipes", "report", "schema", "store", "tensors_file", "tracking", "types",
+        "model", "calibration", "pruning", "evaluation",
     },
     "dry_run": {
         "errors", "types", "schema", "store", "recipes", "experiment", "model", "calibration", "pruning", "evaluation",

@@ -150,12 +150,10 @@ def _save_ragged(model: MoEModel, folder: Path, about: Mapping[str, Any]) -> Non
     (folder / MODELING_FILE).write_text(MODELING_TEMPLATE.substitute(names, **modules, model_type=RAGGED_PREFIX + family))
     shutil.copy(inspect.getfile(ragged_experts), folder)
     is_tied = getattr(source.config.get_text_config(), "tie_word_embeddings", False)
-    huggingface_hub.save_torch_state_dict(
-        source.state_dict(),
-        folder,
-        max_shard_size=MAX_SHARD_SIZE,
-        shared_tensors_to_discard=list(source._tied_weights_keys or []) if is_tied else None,
-    )
+    tied = set(source._tied_weights_keys or []) if is_tied else set()
+    # Left out here, because the writer would note them in the metadata, whose order is not reproducible.
+    state = {name: tensor for name, tensor in source.state_dict().items() if name not in tied}
+    huggingface_hub.save_torch_state_dict(state, folder, max_shard_size=MAX_SHARD_SIZE)
 
 
 def _beside(family_class: type, folder: Path) -> str:
