@@ -73,7 +73,7 @@ class DryRun:
     Attributes:
         name: readable: model, criterion, scope, ratio.
         path, architecture, dtype: the model, its class, and its weights' dtype.
-        ratio, budget: share to remove, and of what.
+        ratio, budget, form: share to remove, of what, and how the checkpoint holds what is left.
         num_layers, num_moe_layers: decoder layers, and those with routed experts.
         num_experts, width: experts of a layer, atomic experts of an expert: the fewest and the most.
         experts_per_token: K.
@@ -96,6 +96,7 @@ class DryRun:
     dtype: str
     ratio: float
     budget: str
+    form: str
     num_layers: int
     num_moe_layers: int
     num_experts: tuple[int, int]
@@ -138,6 +139,7 @@ def dry_run(config: ExperimentConfig) -> DryRun:
         dtype=config.model.dtype,
         ratio=config.pruning.ratio,
         budget=config.pruning.budget,
+        form=config.pruning.form,
         experts_per_token=source.experts_per_token,
         num_layers=source.num_layers,
         num_samples=config.calibration.num_samples,

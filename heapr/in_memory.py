@@ -40,6 +40,7 @@ class ModelInMemory:
         self._experiment = experiment
         self._dense: MoEModel | None = None
         self._pruned: _Held | None = None
+        self._masked: MoEModel | None = None
 
     def dense(self) -> MoEModel:
         """The model as it was; loaded once more if it has been cut since.
@@ -84,17 +85,21 @@ class ModelInMemory:
         return Pruning(plan, tensors), found
 
     def final(self, pruning: Pruning) -> MoEModel:
-        """The pruned model after the last round, in the family's own class where that was asked for."""
+        """The pruned model after the last round, as its checkpoint holds it: ragged, in the family's own class, or with zeros. What is
+        measured is what is written."""
+        if self._experiment.form == "masked":
+            return self.masked(pruning)
         model = self.pruned(pruning)
         if self._experiment.uniform_settings and model.is_ragged:
             make_uniform(model, self._experiment.uniform_settings)
         return model
 
     def masked(self, pruning: Pruning) -> MoEModel:
-        """The dense model with zeros for what was removed; it is not kept."""
-        model, self._dense = self.dense(), None
-        mask(model, pruning.plan, pruning.repaired)
-        return model
+        """The dense model with zeros for what the last round removed; the ragged one is given up for it."""
+        if self._masked is None:
+            self._masked, self._dense, self._pruned = self.dense(), None, None
+            mask(self._masked, pruning.plan, pruning.repaired)
+        return self._masked
 
     def dense_and_pruned(self, pruning: Pruning) -> tuple[MoEModel, MoEModel]:
         """Both at once.

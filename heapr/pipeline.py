@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from heapr.calibration.collector import collect
 from heapr.calibration.sampling import batches
 from heapr.evaluation.efficiency import size_change
-from heapr.evaluation.evaluator import Material
+from heapr.evaluation.evaluator import Material, measure
 from heapr.evaluation.perplexity import WINDOW_LOSSES, perplexity_increases
 from heapr.evaluation.routing import layer_routing
 from heapr.evaluation.zero_shot import average_accuracy
@@ -251,7 +251,7 @@ class Pipeline:
         metrics: Metrics = {}
         for evaluator, recipe in zip(self.experiment.evaluators, recipes, strict=True):
             what = f"{evaluator.name} {variant}"
-            path = self._evaluate(recipe, lambda evaluator=evaluator: evaluator(model(), statistics), what)  # type: ignore[misc]
+            path = self._evaluate(recipe, lambda evaluator=evaluator: measure(evaluator, model(), statistics), what)  # type: ignore[misc]
             metrics |= json.loads((path / METRICS).read_text())
             if (path / DETAILS).is_file():
                 details = json.loads((path / DETAILS).read_text())

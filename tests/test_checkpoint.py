@@ -142,6 +142,26 @@ def test_the_masked_checkpoint_has_the_old_shape(run: Run) -> None:
     assert summary.metrics["pruned"]["atomic_experts"] == 32
 
 
+@pytest.mark.parametrize(
+    "overrides", [[], ["pruning=expert", "pruning.form=uniform"], ["pruning.form=masked"]], ids=["ragged", "uniform", "masked"]
+)
+def test_summary_and_card_tell_what_the_checkpoint_holds(run: Run, overrides: list[str]) -> None:
+    summary = run(*overrides, "pruning.ratio=0.5")
+    folder, metrics = artifact(summary) / "checkpoint", summary.metrics
+    tensors = load_file(folder / "model.safetensors")
+    num_parameters = sum(tensor.numel() for tensor in tensors.values())
+    assert metrics["pruned"]["parameters"] == num_parameters
+    assert metrics["pruned"]["bytes"] == sum(tensor.nbytes for tensor in tensors.values()) == 4 * num_parameters
+    assert metrics["size"]["parameters_removed_ratio"] == 1 - num_parameters / metrics["dense"]["parameters"]
+    of_experts = [tensor for name, tensor in tensors.items() if ".experts" in name]
+    assert metrics["pruned"]["parameters_zero"] == sum(int((tensor == 0).sum()) for tensor in of_experts)
+    assert metrics["pruned"]["parameters_zero"] == (32 * 3 * 16 if "pruning.form=masked" in overrides else 0)
+    assert metrics["dense"]["parameters_zero"] == 0 and metrics["size"]["atomic_experts_removed_ratio"] == 0.5
+    card = (folder / "README.md").read_text()
+    assert f"| parameters | {metrics['dense']['parameters']:,} | {num_parameters:,} |" in card
+    assert ("parameters_zero |" in card) == ("pruning.form=masked" in overrides)
+
+
 def test_all_forms_of_one_plan_have_the_same_perplexity(run: Run) -> None:
     ragged, masked = (run("pruning.ratio=0.5", f"pruning.form={form}").metrics["pruned"] for form in ("ragged", "masked"))
     assert ragged["perplexity/text_files"] == pytest.approx(masked["perplexity/text_files"], rel=1e-6)

@@ -111,8 +111,10 @@ def test_pruned_perplexity_is_that_of_the_masked_model(experiment: Experiment) -
     )
 
 
-def test_ratio_zero_gives_the_dense_metrics(whole_experiment: Experiment) -> None:
-    summary = whole_experiment("pruning.ratio=0")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_ratio_zero_gives_the_dense_metrics(whole_experiment: Experiment, dtype: str) -> None:
+    """To the last bit: both run the same forward of the experts (heapr.evaluation.evaluator.measure)."""
+    summary = whole_experiment("pruning.ratio=0", f"model.dtype={dtype}")
     assert summary.metrics["pruned"] == summary.metrics["dense"]
     assert summary.metrics["size"]["flops_removed_ratio"] == 0
     assert summary.metrics["comparison"]["kl_to_dense/text_files"] == 0

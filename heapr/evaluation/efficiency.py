@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from heapr.model.experts import skip_experts
 from heapr.model.meta import eager_attention
-from heapr.model.moe import MoEModel
-from heapr.model.ragged_experts import matrices_of
+from heapr.model.moe import MoELayer, MoEModel
+from heapr.model.ragged_experts import layout_of, matrices_of
 from heapr.schema import at_least
 from heapr.types import Evaluation, Metrics, Statistics
 
@@ -41,6 +41,9 @@ class Efficiency:
         flops_per_token_routed      = 2 * sum of f_e P_e
         flops_per_token             = those of everything but the routed experts, counted by torch on one window and divided
                                       by its length, + flops_per_token_routed
+
+    Counted is what the model holds and computes with, zeros too: a masked model saves neither parameters nor FLOPs.
+    `parameters_zero` are those of atomic experts whose weights are all zeros; `atomic_experts` counts the others.
 
     Removing a share of the atomic experts is therefore not removing that share of the FLOPs: experts that many tokens visit
     may keep more than others.
@@ -70,13 +73,15 @@ class Efficiency:
         num_parameters = sum(parameter.numel() for parameter in parameters)
         num_routed = sum(parameter.numel() for layer in model.layers for parameter in layer.experts.parameters())
         visited = visited_parameters_per_token(model, statistics)
+        zeros = {layer: zero_atomic_experts(layer) for layer in model.layers}
         flops_routed = FLOPS_PER_MULTIPLY_ADD * visited
         return Evaluation(
             {
                 "parameters": num_parameters,
                 "parameters_routed": num_routed,
                 "parameters_active_per_token": num_parameters - num_routed + visited,
-                "atomic_experts": sum(sum(layer.widths) for layer in model.layers),
+                "parameters_zero": sum(number * layer.atomic_expert_parameters for layer, number in zeros.items()),
+                "atomic_experts": sum(sum(layer.widths) - number for layer, number in zeros.items()),
                 "bytes": sum(parameter.numel() * parameter.element_size() for parameter in parameters),
                 "flops_per_token": other_flops(model, self.window) / self.window + flops_routed,
                 "flops_per_token_routed": flops_routed,
@@ -92,6 +97,19 @@ def visited_parameters_per_token(model: MoEModel, statistics: Statistics) -> flo
         visits_E = statistics.layers[layer.index].count_E.cpu()
         total += float((visits_E * torch.tensor(weights_E)).sum()) / statistics.num_tokens
     return total
+
+
+@torch.no_grad()
+def zero_atomic_experts(layer: MoELayer) -> int:
+    """Atomic experts whose rows of W_gate and W_up and whose column w_k are all zeros, as masking leaves them."""
+    layout, number = layout_of(layer.experts), 0
+    for matrices in matrices_of(layer.experts):
+        has_column_F, has_row_G = matrices.down_DF.any(dim=0), matrices.inputs_GD.any(dim=1)
+        if layout.has_gate:
+            gate_F, up_F = has_row_G.chunk(2) if layout.is_concatenated else (has_row_G[::2], has_row_G[1::2])
+            has_row_G = gate_F | up_F
+        number += int((~(has_column_F | has_row_G)).sum())
+    return number
 
 
 @torch.no_grad()

@@ -1,8 +1,9 @@
 """What an evaluator is: models in, metrics out. Each one's result is an artifact of its own.
 
-An `Evaluator` measures one model and is called on the dense and on the pruned one; a `Comparison` looks at both, or at what
-the stages found. Those with a `corpus` argument are built once for every corpus of `evaluation.corpora`, those with a `task`
-argument once for each of their `tasks`; one with a `device` argument is told where the models are.
+An `Evaluator` measures one model and is called on the dense and on the pruned one, always through `measure`; a `Comparison`
+looks at both, or at what the stages found. Those with a `corpus` argument are built once for every corpus of
+`evaluation.corpora`, those with a `task` argument once for each of their `tasks`; one with a `device` argument is told where
+the models are.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from transformers import PreTrainedTokenizerBase
 
+from heapr.model.experts import use_comparable_experts
 from heapr.model.load import ModelSource
 from heapr.model.moe import MoEModel
 from heapr.score.criterion import Unit
@@ -44,6 +46,13 @@ class Evaluator(Protocol):
         `statistics` are the dense model's.
         """
         ...
+
+
+def measure(evaluator: Evaluator, model: MoEModel, statistics: Statistics) -> Evaluation:
+    """What an evaluator finds, with the experts of dense and pruned models run by one and the same forward: transformers' own ones round
+    differently, in bfloat16 by more than a light pruning changes."""
+    with use_comparable_experts(model.model):
+        return evaluator(model, statistics)
 
 
 @dataclass(frozen=True)

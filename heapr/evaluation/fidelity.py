@@ -16,7 +16,7 @@ from torch import Tensor
 from heapr.calibration.corpora import Corpus
 from heapr.calibration.sampling import batches, windows
 from heapr.evaluation.evaluator import Material
-from heapr.model.experts import use_heapr_experts
+from heapr.model.experts import use_comparable_experts
 from heapr.model.load import ModelSource
 from heapr.model.moe import MoEModel
 from heapr.progress import progress
@@ -69,7 +69,7 @@ class Fidelity:
         divergence, agreements = 0.0, 0
         num_batches = math.ceil(len(self._windows.ids_NW) / self.batch_size)
         bar = progress(batches(self._windows, self.batch_size), total=num_batches, description=self.name)
-        with use_heapr_experts(dense.model), use_heapr_experts(pruned.model):
+        with use_comparable_experts(dense.model), use_comparable_experts(pruned.model):
             for number, ids_NW in enumerate(bar):
                 batch_divergence, batch_agreements = compare(dense, pruned, ids_NW.to(dense.device))
                 if not math.isfinite(batch_divergence):

@@ -21,7 +21,7 @@ from torch import Tensor
 from heapr.errors import ConfigError
 from heapr.evaluation.evaluator import Material
 from heapr.measure import WorkingMemory, machine, wait_for
-from heapr.model.experts import IMPLEMENTATION, use_heapr_experts
+from heapr.model.experts import use_heapr_experts
 from heapr.model.load import ModelSource
 from heapr.model.moe import MoEModel
 from heapr.progress import progress
@@ -44,13 +44,15 @@ class Throughput:
     """Prefill reads a batch of prompts and fills the cache; decode then reads one token of each sequence after the other.
 
     Every turn measures all contestants, forwards in even turns and backwards in odd ones, so that the machine's moods meet
-    all alike. Contestants: `dense` and `pruned` run the same forward of the experts, so that only pruning makes a
-    difference; `dense_default` is the dense model with the forward that transformers chooses.
+    all alike. Contestants: `dense` and `pruned` run the same forward of the experts, heapr's loop, so that only pruning makes a
+    difference; `dense_default` and `pruned_default` run as transformers runs them, each its own best way. A ragged model's own way is
+    the loop: there `pruned` stands for both.
 
     Metrics for each phase and contestant, medians over turns: `<phase>_tokens_per_second/<contestant>`,
     `<phase>_seconds/<contestant>` (of the batch's prefill; of one step of decode), `<phase>_seconds_iqr/<contestant>` (the
     distance between the quartiles) and `<phase>_peak_memory_bytes/<contestant>` (weights, cache and what `WorkingMemory`
-    sees); and `<phase>_speedup`, the median over turns of seconds of `dense` over seconds of `pruned`. The text is that of
+    sees); and, as medians over turns, `<phase>_speedup`, seconds of `dense` over seconds of `pruned`, and
+    `<phase>_speedup_default`, the same of both models' own ways. Which forward each ran is in the details. The text is that of
     the calibration, repeated where it does not suffice; both models read the same tokens.
 
     Args:
@@ -94,6 +96,8 @@ class Throughput:
             Contestant("dense", dense, partial(use_heapr_experts, dense.model)),
             Contestant("pruned", pruned, partial(use_heapr_experts, pruned.model)),
         ]
+        if not pruned.is_ragged:
+            contestants.append(Contestant("pruned_default", pruned, nullcontext))
         peaks = {contestant.name: self._peaks(contestant, ids_NW) for contestant in contestants}  # warms up, too
         turns = [self._turn(contestants if turn % 2 == 0 else contestants[::-1], ids_NW) for turn in self._turns()]
         seconds = {name: {phase: [turn[name][phase] for turn in turns] for phase in PHASES} for name in peaks}
@@ -102,11 +106,7 @@ class Throughput:
             of_phase = {name: torch.tensor(phases[phase], dtype=torch.float64) for name, phases in seconds.items()}
             metrics |= _timings(phase, num_tokens, of_phase)
             metrics |= {f"{phase}_peak_memory_bytes/{name}": peak[phase] for name, peak in peaks.items()}
-        return Evaluation(metrics, {**self.identity(), **self._protocol(dense), "seconds": seconds})
-
-    def _protocol(self, dense: MoEModel) -> dict[str, Any]:
-        forwards = {"dense_default": dense.model.get_experts_implementation(), "dense": IMPLEMENTATION, "pruned": IMPLEMENTATION}
-        return {"dtype": str(dense.model.dtype).removeprefix("torch."), "experts_forward": forwards}
+        return Evaluation(metrics, {**self.identity(), **_protocol(contestants), "seconds": seconds})
 
     def _turns(self) -> Iterator[int]:
         return progress(range(self.repeats), total=self.repeats, description=self.name, unit="turn")
@@ -147,9 +147,22 @@ class Throughput:
         yield
 
 
+def _protocol(contestants: Sequence[Contestant]) -> dict[str, Any]:
+    """Weights' dtype, and which forward of the experts each contestant ran: its name among transformers' implementations."""
+    forwards: dict[str, Any] = {}
+    for contestant in contestants:
+        with contestant.forward():
+            forwards[contestant.name] = contestant.model.model.get_experts_implementation()
+    return {"dtype": str(contestants[0].model.model.dtype).removeprefix("torch."), "experts_forward": forwards}
+
+
 def _timings(phase: str, num_tokens: int, seconds: Mapping[str, Tensor]) -> Metrics:
     """Medians and quartile distances of each contestant's seconds for `num_tokens` tokens, and the speed-up turn by turn."""
-    metrics: Metrics = {f"{phase}_speedup": float((seconds["dense"] / seconds["pruned"]).quantile(0.5))}
+    own_way = seconds.get("pruned_default", seconds["pruned"])
+    metrics: Metrics = {
+        f"{phase}_speedup": float((seconds["dense"] / seconds["pruned"]).quantile(0.5)),
+        f"{phase}_speedup_default": float((seconds["dense_default"] / own_way).quantile(0.5)),
+    }
     for name, turns in seconds.items():
         metrics[f"{phase}_tokens_per_second/{name}"] = float(num_tokens / turns.quantile(0.5))
         metrics[f"{phase}_seconds/{name}"] = float(turns.quantile(0.5))

@@ -18,6 +18,7 @@ from heapr.calibration.sampling import batches
 from heapr.errors import ConfigError
 from heapr.evaluation.correlation import pearson, spearman
 from heapr.evaluation.evaluator import Material
+from heapr.model.experts import use_comparable_experts
 from heapr.model.load import ModelSource
 from heapr.model.moe import MoEModel, next_token_loss
 from heapr.progress import progress
@@ -127,9 +128,10 @@ class Truth:
             FloatingPointError: NaN or infinite.
         """
         total = 0.0
-        for ids_NW in batches(tokens, self.batch_size):
-            on_device = ids_NW.to(model.device)
-            total += next_token_loss(model, model.hidden_states(input_ids=on_device), on_device).double().sum().item()
+        with use_comparable_experts(model.model):
+            for ids_NW in batches(tokens, self.batch_size):
+                on_device = ids_NW.to(model.device)
+                total += next_token_loss(model, model.hidden_states(input_ids=on_device), on_device).double().sum().item()
         if not math.isfinite(total):
             raise FloatingPointError(f"{self.name}: the loss is NaN or infinite; use a wider model.dtype")
         return total / tokens.num_predicted_tokens

@@ -1,7 +1,7 @@
 """The experts' forward under the name "heapr", and an optional observer of what flows through.
 
 `use_heapr_experts` makes transformers call `run_experts` for every experts module, so that one function serves every family,
-dense, observed and ragged.
+dense, observed and ragged. `use_comparable_experts` makes a dense and a pruned model round alike, for measuring them side by side.
 """
 
 from __future__ import annotations
@@ -16,9 +16,20 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from heapr.errors import ConfigError
-from heapr.model.ragged_experts import ExpertObserver, Experts, is_ragged, run_experts
+from heapr.model.ragged_experts import (
+    ExpertObserver,
+    Experts,
+    Matrices,
+    counts_of,
+    is_ragged,
+    matrices_of,
+    routing_of,
+    run_experts,
+    run_sorted,
+)
 
 IMPLEMENTATION = "heapr"
+ALIGNMENT_BYTES = 64  # of memory that torch allocates; what is mapped from a file may lie elsewhere
 ExpertsForward = Callable[..., Tensor]  # run_experts, or what stands in for it where there is no data
 CAPABILITIES = {  # what an experts module may need that we lack, by attribute of transformers' decorator
     "has_post_expert_norm": "experts with a norm after the down projection: such an expert is not a sum of atomic experts",
@@ -49,6 +60,26 @@ def use_heapr_experts(model: PreTrainedModel, run: ExpertsForward = run_experts)
     finally:
         ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, run_experts)
         model.set_experts_implementation(previous)
+
+
+@contextmanager
+def use_comparable_experts(model: PreTrainedModel) -> Iterator[None]:
+    """Experts run so that a difference between two models is one of their weights, never of how they are stored: a plan that keeps
+    everything changes no bit of any metric, in any dtype. For measuring quality; it may copy each expert's weights once a batch. Restores.
+
+    Raises:
+        ConfigError: see `use_heapr_experts`.
+    """
+    with use_heapr_experts(model, run_comparable_experts):
+        yield
+
+
+def run_comparable_experts(experts: Experts, hidden_TD: Tensor, *routing: Tensor) -> Tensor:
+    """As `run_experts`, with every matrix in the same memory layout whatever the module's: matrix products round differently for a
+    matrix and for its transpose in memory, as dense experts hold W_down and as ragged ones do."""
+    expert_TK, router_weight_TK = routing_of(experts, hidden_TD, *routing)
+    counts = counts_of(experts, expert_TK)
+    return run_sorted(experts, hidden_TD, expert_TK, router_weight_TK, counts=counts, matrices_E=map(_in_one_layout, matrices_of(experts)))
 
 
 @contextmanager
@@ -86,6 +117,17 @@ def observe_experts(
         finally:
             for experts, _ in observers:
                 experts.observer = None
+
+
+def _in_one_layout(matrices: Matrices) -> Matrices:
+    return Matrices(*(None if tensor is None else _row_by_row(tensor) for tensor in matrices))
+
+
+def _row_by_row(tensor: Tensor) -> Tensor:
+    """The tensor in contiguous, aligned memory; a copy where it is not there already."""
+    if tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT_BYTES == 0:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _is_behind_interface(module: nn.Module) -> bool:

@@ -188,8 +188,7 @@ def run_experts(experts: Experts, hidden_TD: Tensor, *routing: Tensor) -> Tensor
         routing: expert_TK and router_weight_TK; nothing for a family that weighs the input. Expert number E means none.
     """
     expert_TK, router_weight_TK = routing_of(experts, hidden_TD, *routing)
-    counts = torch.bincount(expert_TK.reshape(-1), minlength=experts.num_experts + 1).tolist()
-    return run_sorted(experts, hidden_TD, expert_TK, router_weight_TK, counts=counts)
+    return run_sorted(experts, hidden_TD, expert_TK, router_weight_TK, counts=counts_of(experts, expert_TK))
 
 
 def routing_of(experts: Experts, hidden_TD: Tensor, *routing: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,12 +199,28 @@ def routing_of(experts: Experts, hidden_TD: Tensor, *routing: Tensor) -> tuple[T
     return expert_TK, router_weight_TK
 
 
-def run_sorted(experts: Experts, hidden_TD: Tensor, expert_TK: Tensor, router_weight_TK: Tensor, *, counts: list[int]) -> Tensor:
+def counts_of(experts: Experts, expert_TK: Tensor) -> list[int]:
+    """(token, expert) pairs of every expert, and of none."""
+    counts: list[int] = torch.bincount(expert_TK.reshape(-1), minlength=experts.num_experts + 1).tolist()
+    return counts
+
+
+def run_sorted(
+    experts: Experts,
+    hidden_TD: Tensor,
+    expert_TK: Tensor,
+    router_weight_TK: Tensor,
+    *,
+    counts: list[int],
+    matrices_E: Iterable[Matrices] | None = None,
+) -> Tensor:
     """The (token, expert) pairs are sorted by expert, so that each expert's tokens are one contiguous segment.
 
     Args:
         counts: pairs of every expert, and of none.
+        matrices_E: every expert's weights; None takes the module's own.
     """
+    matrices_E = matrices_of(experts) if matrices_E is None else matrices_E
     order_S = torch.sort(expert_TK.reshape(-1), stable=True).indices
     observer, activation = getattr(experts, "observer", None), activation_of(experts)
     if observer is None and not layout_of(experts).has_bias and 0 in widths_of(experts):
@@ -215,7 +230,7 @@ def run_sorted(experts: Experts, hidden_TD: Tensor, expert_TK: Tensor, router_we
         token_S.split(counts), hidden_TD[token_S].split(counts), router_weight_TK.reshape(-1)[order_S].split(counts), strict=True
     )
     total_TD = torch.zeros_like(hidden_TD)
-    for expert, (matrices, (token_n, hidden_nD, router_weight_n)) in enumerate(zip(matrices_of(experts), segments, strict=False)):
+    for expert, (matrices, (token_n, hidden_nD, router_weight_n)) in enumerate(zip(matrices_E, segments, strict=False)):
         if len(token_n) == 0:
             continue
         h_nF = activation(F.linear(hidden_nD, matrices.inputs_GD, matrices.inputs_bias_G))

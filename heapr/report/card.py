@@ -35,7 +35,8 @@ and transformers alone:
 With heapr installed no code of this folder runs: `model = heapr.load_pruned(folder)`.
 """,
     "uniform": "All experts have one width: it loads as the original model does, without further code.\n",
-    "masked": "Removed atomic experts are zeros in the original shapes: it loads as the original model does and is no smaller.\n",
+    "masked": "Removed atomic experts are zeros in the original shapes (`parameters_zero`): it loads as the original model does and "
+    "is no smaller.\n",
 }
 
 
@@ -88,7 +89,8 @@ def _table(metrics: Mapping[str, Mapping[str, float]], previous: str) -> str:
     """Dense beside pruned, of whatever was measured on both."""
     dense, pruned = metrics.get("dense", {}), metrics.get("pruned", {})
     rows = dict(ROW.findall(previous))
-    rows |= {name: f"{_number(dense[name])} | {_number(pruned[name])}" for name in dense if name in pruned}
+    measured = [name for name in dense if name in pruned and (dense[name] or pruned[name])]  # a row of two zeros says nothing
+    rows |= {name: f"{_number(dense[name])} | {_number(pruned[name])}" for name in measured}
     lines = [f"| {name} | {numbers} |\n" for name, numbers in rows.items()]
     return "| | dense | pruned |\n|---|---|---|\n" + "".join(lines) if lines else ""
 

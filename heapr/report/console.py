@@ -22,7 +22,7 @@ SIZE_ROWS = {  # size on the model: its share removed, how to print it
     "flops_per_token": ("flops_removed_ratio", "{:,.0f}"),
     "flops_per_token_routed": ("flops_routed_removed_ratio", "{:,.0f}"),
 }
-
+ZEROS = "parameters_zero"  # of a masked model: what its checkpoint holds for what was removed
 
 COMPARISON_ROWS = {  # beginning of a comparison's name: how to print it
     "kl_to_dense/": "{:.4f}",
@@ -31,6 +31,10 @@ COMPARISON_ROWS = {  # beginning of a comparison's name: how to print it
     "truth/pearson": "{:.3f}",
 }
 SPEED_ROWS = ("prefill_tokens_per_second", "decode_tokens_per_second")
+FORWARDS = {  # which forward of the experts a row of speeds is of: the contestants' names (heapr/evaluation/throughput.py)
+    "same loop": ("dense", "pruned"),
+    "own way": ("dense_default", "pruned_default"),
+}
 
 
 def print_summary(summary: Mapping[str, Any], run_folder: str, console: Console | None = None) -> None:
@@ -63,14 +67,18 @@ def _add_models(table: Table, dense: Mapping[str, float], pruned: Mapping[str, f
             table.add_row(name, f"{dense[name]:.1%}", f"{pruned[name]:.1%}", f"{100 * (pruned[name] - dense[name]):+.1f} points")
     for name, (ratio, form) in SIZE_ROWS.items():
         if name in dense:
-            table.add_row(name, form.format(dense[name]), form.format(pruned[name]), f"{-size[ratio]:+.1%}")
+            table.add_row(name, form.format(dense[name]), form.format(pruned[name]), f"{0.0 - size[ratio]:+.1%}")  # never -0.0%
+        if name == "parameters" and pruned.get(ZEROS):
+            table.add_row(ZEROS, f"{dense.get(ZEROS, 0):,.0f}", f"{pruned[ZEROS]:,.0f}", "of these")
 
 
 def _add_comparison(table: Table, comparison: Mapping[str, float]) -> None:
     for name in SPEED_ROWS:
-        if f"{name}/dense" in comparison:
-            dense, pruned = comparison[f"{name}/dense"], comparison[f"{name}/pruned"]
-            table.add_row(name, f"{dense:,.0f}", f"{pruned:,.0f}", f"{pruned / dense - 1:+.1%}")
+        for forward, contestants in FORWARDS.items():
+            speeds = [comparison.get(f"{name}/{contestant}") for contestant in contestants]
+            dense, pruned = speeds[0], speeds[1] or comparison.get(f"{name}/pruned")  # a ragged model's own way is the loop
+            if dense and pruned:
+                table.add_row(f"{name}, {forward}", f"{dense:,.0f}", f"{pruned:,.0f}", f"{pruned / dense - 1:+.1%}")
     for beginning, form in COMPARISON_ROWS.items():
         for name in comparison:
             if name.startswith(beginning):

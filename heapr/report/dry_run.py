@@ -59,6 +59,7 @@ def _removed_rows(plan: Mapping[str, Any]) -> Rows:
         ("removed", f"{atomic:,}", f"atomic experts, {atomic / plan['atomic_experts']:.1%}"),
         ("", f"{removed:,}", f"parameters, {of_all:.1%} ({of_experts:.1%} of experts')"),
         ("left", f"{plan['parameters'] - removed:,}", "parameters"),
+        *([("checkpoint", f"{plan['parameters']:,}", "parameters: what is removed becomes zeros")] if plan["form"] == "masked" else []),
     ]
 
 

@@ -11,7 +11,15 @@ from heapr.report.results import JobResult, finished, pruning_peak_memory_bytes,
 
 LOWER, HIGHER = -1, 1
 ARROWS = {LOWER: "↓", HIGHER: "↑", 0: ""}
-LABELS = {"wikitext2": "WikiText-2", "ptb": "PTB", "c4": "C4"}
+LABELS = {
+    "wikitext2": "WikiText-2",
+    "ptb": "PTB",
+    "c4": "C4",
+    "dense": "unpruned (heapr's loop)",  # contestants of heapr/evaluation/throughput.py
+    "pruned": "pruned (heapr's loop)",
+    "dense_default": "unpruned (transformers' default)",
+    "pruned_default": "pruned (transformers' default)",
+}
 SIZE_LABELS = {
     "flops_removed_ratio": "FLOPs saved",
     "flops_routed_removed_ratio": "experts' FLOPs saved",

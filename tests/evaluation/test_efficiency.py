@@ -12,7 +12,7 @@ from heapr.calibration.collector import collect
 from heapr.evaluation.efficiency import Efficiency, size_change
 from heapr.model.experts import use_heapr_experts
 from heapr.model.moe import MoEModel
-from heapr.pruning.surgery import remove
+from heapr.pruning.surgery import mask, remove
 from heapr.types import Plan
 from tests.tiny import LAYOUTS, layer_statistics, statistics_of, tiny_ids, tiny_model, tiny_qwen3_moe
 
@@ -58,6 +58,23 @@ def test_expert_flops_follow_the_routing() -> None:
     others = dense["parameters"] - dense["parameters_routed"]
     assert pruned["parameters_active_per_token"] == others + pruned["flops_per_token_routed"] / 2
     assert dense["flops_per_token"] - pruned["flops_per_token"] == dense["flops_per_token_routed"] - pruned["flops_per_token_routed"]
+
+
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_zeros_are_counted_and_nothing_else_changes(family: str) -> None:
+    """A masked model holds and computes what the dense one does; 3 of its 64 atomic experts are zeros."""
+    dense, masked = (MoEModel(tiny_model(family)) for _ in range(2))
+    first = masked.layers[0].index
+    kept = {layer.index: torch.ones(4, 8, dtype=torch.bool) for layer in masked.layers}
+    kept[first][1, 2:4] = kept[first][3, 7] = False
+    mask(masked, Plan(layers=kept))
+    statistics = collect(dense, [tiny_ids(1, 8)])
+    before, after = (Efficiency(window=8)(model, statistics).metrics for model in (dense, masked))
+    size = masked.layers[0].atomic_expert_parameters
+    assert (before["parameters_zero"], after["parameters_zero"]) == (0, 3 * size)
+    assert before["atomic_experts"] - after["atomic_experts"] == 3
+    same = before.keys() - {"parameters_zero", "atomic_experts"}
+    assert {name: after[name] for name in same} == {name: before[name] for name in same}
 
 
 def test_counts_of_the_tiny_model() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -9,6 +12,7 @@ from transformers import PreTrainedModel
 from heapr.evaluation import throughput as module
 from heapr.evaluation.throughput import Throughput
 from heapr.measure import machine
+from heapr.model.moe import MoEModel
 from tests.evaluation.material import CPU, material_of
 from tests.tiny import tiny_ids
 
@@ -59,10 +63,14 @@ def test_turns_go_forwards_and_backwards(causal_lm: PreTrainedModel, monkeypatch
 
 def test_medians_and_quartiles() -> None:
     seconds = {"dense": torch.tensor([1.0, 2, 3, 4, 100]).double(), "pruned": torch.tensor([1.0, 1, 1, 4, 25]).double()}
+    seconds["dense_default"] = seconds["dense"] / 2
     metrics = module._timings("decode", 8, seconds)
     assert metrics["decode_seconds/dense"] == 3 and metrics["decode_tokens_per_second/dense"] == 8 / 3
     assert metrics["decode_seconds_iqr/dense"] == 2
     assert metrics["decode_speedup"] == 2  # the median of 1, 2, 3, 1, 4: turn by turn
+    assert metrics["decode_speedup_default"] == 1  # a ragged model's own way is the same loop
+    metrics = module._timings("decode", 8, {**seconds, "pruned_default": seconds["pruned"] / 4})
+    assert (metrics["decode_speedup"], metrics["decode_speedup_default"]) == (2, 4)
 
 
 def test_peak_memory_is_weights_cache_and_what_is_computed(causal_lm: PreTrainedModel) -> None:
@@ -87,7 +95,16 @@ def test_the_machine_is_part_of_the_identity_and_the_record(causal_lm: PreTraine
     details = evaluator(material_of(causal_lm, tiny_ids(2, 12))).details
     assert details["machine"] == machine(CPU) and details["machine"]["device"] == "cpu" and details["dtype"] == "float32"
     assert len(details["seconds"]["pruned"]["decode"]) == 1
-    assert details["experts_forward"]["dense_default"] == {"": "grouped_mm"}
+    assert details["experts_forward"] == {"dense_default": {"": "grouped_mm"}, "dense": {"": "heapr"}, "pruned": {"": "heapr"}}
+
+
+def test_a_stock_model_also_runs_its_own_best_way(causal_lm: PreTrainedModel) -> None:
+    material = material_of(causal_lm, tiny_ids(2, 12))
+    dense = material.dense()
+    stock = dataclasses.replace(material, dense_and_pruned=lambda: (dense, MoEModel(copy.deepcopy(dense.model))))
+    found = Throughput(**SIZES, repeats=1, device=CPU)(stock)
+    assert found.details["experts_forward"]["pruned_default"] == {"": "grouped_mm"}
+    assert found.metrics["prefill_tokens_per_second/pruned_default"] > 0
 
 
 def test_short_texts_are_repeated(causal_lm: PreTrainedModel) -> None:

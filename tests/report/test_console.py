@@ -29,6 +29,7 @@ SUMMARY = {
             "top1_agreement/pydocs": 0.9134,
             "prefill_tokens_per_second/dense": 9000.0,
             "prefill_tokens_per_second/pruned": 9900.0,
+            "prefill_tokens_per_second/dense_default": 12000.0,
         },
     },
     "stages": [
@@ -66,9 +67,22 @@ def test_table_holds_metrics_change_seconds_memory_and_places() -> None:
         "9,000",
         "9,900",
         "+10.0%",
+        "prefill_tokens_per_second, own way",
+        "12,000",
+        "-17.5%",  # a ragged model's own way is the loop
     ):
         assert expected in text
     assert "average" not in text  # of one task
+
+
+def test_a_masked_model_saves_nothing_and_its_zeros_are_named() -> None:
+    console = Console(width=120, record=True, file=io.StringIO())
+    dense, pruned = {"parameters": 2000.0, "parameters_zero": 0.0}, {"parameters": 2000.0, "parameters_zero": 500.0}
+    metrics = {"dense": dense, "pruned": pruned, "size": {"parameters_removed_ratio": 0.0}, "comparison": {}}
+    print_summary({**SUMMARY, "metrics": metrics}, "outputs/runs/now", console)
+    lines = [line.split() for line in console.export_text().splitlines()]
+    assert ["parameters", "2,000", "2,000", "+0.0%"] in lines
+    assert ["parameters_zero", "0", "500", "of", "these"] in lines
 
 
 def test_the_average_of_several_tasks_is_shown() -> None:

@@ -10,7 +10,7 @@ from heapr.report.dry_run import operations, print_dry_run
 
 PLAN = {
     "name": "qwen3_30b_a3b heapr global 25%", "path": "a/folder/with/a/long/name/and/no/blanks", "architecture": "Qwen3MoeForCausalLM",
-    "dtype": "bfloat16", "ratio": 0.25, "budget": "atomic_experts",
+    "dtype": "bfloat16", "ratio": 0.25, "budget": "atomic_experts", "form": "ragged",
     "num_layers": 48, "num_moe_layers": 47, "num_experts": (128, 128), "width": (8, 768),
     "experts_per_token": 8, "atomic_experts": 4_000, "atomic_experts_removed": 1_000, "parameters": 40_000, "expert_parameters": 20_000,
     "parameters_removed": 5_000, "weight_bytes": 3 * 2**30, "statistics_bytes": 2**29, "matrix_bytes": 7 * 2**30, "num_samples": 128,
@@ -45,6 +45,11 @@ def test_every_number_is_there_and_nothing_is_cut() -> None:
     }.items():  # fmt: skip
         assert expected in line_with(name, lines), name
     assert "fedcba9876543210" in line_with("numpydocs pruned", lines)
+
+
+def test_a_masked_checkpoint_holds_everything() -> None:
+    assert "40,000  parameters: what is removed becomes zeros" in line_with("checkpoint", printed(form="masked"))
+    assert not any("checkpoint" in line for line in printed())
 
 
 def test_what_is_not_known_is_said() -> None:
