@@ -22,12 +22,12 @@ from heapr.experiment import (
     check_lengths,
     find_budget,
     find_criterion,
-    find_device,
     find_repair,
     find_source,
     find_uniform_settings,
     name_of,
 )
+from heapr.model.device import find_device
 from heapr.model.load import ModelSource
 from heapr.model.meta import activation_bytes, calibration_flops
 from heapr.model.moe import MoEModel

@@ -18,10 +18,11 @@ import torch
 from heapr.calibration.corpora import Corpus, share_text
 from heapr.calibration.mixture import Mixture, identities_of_parts
 from heapr.calibration.sampling import draw
-from heapr.errors import ConfigError, NotHereError
+from heapr.errors import ConfigError
 from heapr.evaluation.build import build_evaluators
 from heapr.evaluation.evaluator import Comparison, Evaluator
 from heapr.model.checkpoint import check_form
+from heapr.model.device import find_device
 from heapr.model.load import ModelSource, find_model
 from heapr.pruning.budget import Budget, Guards
 from heapr.pruning.repair import Repair
@@ -273,24 +274,6 @@ def _prepare(
     for comparison, recipe in zip(comparisons, recipes.compare, strict=True):
         if not store.has(recipe):
             comparison.prepare(source)
-
-
-def find_device(name: str) -> torch.device:
-    """The device of a name, or of "auto".
-
-    Raises:
-        NotHereError: torch does not see it.
-        ConfigError: no device has this name.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"runtime.device='{name}' is unknown; choose auto, cpu, cuda or cuda:<number>") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise NotHereError(f"runtime.device='{name}', but torch sees {torch.cuda.device_count()} GPUs; choose auto or cpu")
-    return device
 
 
 def check_lengths(config: ExperimentConfig, source: ModelSource) -> None:

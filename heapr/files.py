@@ -19,9 +19,10 @@ def hash_file(path: Path) -> str:
 
 
 def hash_file_once(path: Path, memory: Path) -> str:
-    """As `hash_file`, but remembered in a folder by place, size and time of change: large weights are read once."""
+    """As `hash_file`, but remembered in a folder by place, size and times of change: large weights are read once. The second time is the
+    system's own, which no copying tool sets back to that of another file."""
     stat = path.stat()
-    place = hashlib.sha256(f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()
+    place = hashlib.sha256(f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ctime_ns}".encode()).hexdigest()
     remembered = memory / f"{place}.json"
     if remembered.is_file():
         return str(json.loads(remembered.read_text())["sha256"])

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from heapr.errors import ConfigError
 from heapr.evaluation import zero_shot_local
-from heapr.evaluation.zero_shot_engine import LoadedTask, evaluate_task, load_task
+from heapr.evaluation.zero_shot_engine import LoadedTask, check_end_token, evaluate_task, load_task
 from heapr.files import hash_file
 from heapr.model.moe import MoEModel
 from heapr.schema import at_least
@@ -85,6 +85,8 @@ class ZeroShot:
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self.fetch()
+        assert self._loaded is not None
+        check_end_token(self._loaded, tokenizer)
 
     def fetch(self) -> None:
         """Load the task and its data: from the local cache, or from the hub.

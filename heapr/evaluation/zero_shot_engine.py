@@ -97,6 +97,23 @@ def load_task(name: str, folder: Path | None, content: str) -> LoadedTask:
     return LoadedTask(name, manager, loaded["tasks"], roots)
 
 
+def check_end_token(task: LoadedTask, tokenizer: PreTrainedTokenizerBase) -> None:
+    """lm-eval puts the token for the beginning, or else that for the end, before a text without context, and ends generated text at the
+    latter.
+
+    Raises:
+        ConfigError: the tokenizer has none that the task needs.
+    """
+    generates = any(single.OUTPUT_TYPE == "generate_until" for single in task.tasks.values())
+    if tokenizer.eos_token_id is not None or (tokenizer.bos_token_id is not None and not generates):
+        return
+    missing = "token for the end of a text" if generates else "token for the beginning or the end of a text"
+    raise ConfigError(
+        f"zero-shot task '{task.name}' needs a {missing}, and the model's tokenizer names none; name it as `eos_token` in its "
+        "tokenizer_config.json, or leave zero-shot out with evaluation.zero_shot=null"
+    )
+
+
 def evaluate_task(
     task: LoadedTask,
     model: MoEModel,

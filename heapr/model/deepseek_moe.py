@@ -93,7 +93,8 @@ class DeepseekMoeConfig(PreTrainedConfig):
 
 
 class DeepseekMoeRouter(nn.Module):
-    """Softmax over all routed experts in float32; the K largest are the router weights."""
+    """Softmax over all routed experts in the logits' dtype, as in the original: in bfloat16 experts tie that would not in float32. The K
+    largest are the router weights."""
 
     def __init__(self, config: DeepseekMoeConfig) -> None:
         super().__init__()
@@ -103,12 +104,12 @@ class DeepseekMoeRouter(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
 
     def forward(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Router logits (T, E), router weights (T, K) in the logits' dtype, and chosen experts (T, K)."""
+        """Router logits (T, E), router weights (T, K) and chosen experts (T, K)."""
         logits_TE = F.linear(hidden_TD, self.weight)
-        weight_TK, expert_TK = logits_TE.softmax(dim=-1, dtype=torch.float32).topk(self.top_k, dim=-1)
+        weight_TK, expert_TK = logits_TE.softmax(dim=-1).topk(self.top_k, dim=-1)
         if self.renormalise:
             weight_TK = weight_TK / weight_TK.sum(dim=-1, keepdim=True)
-        return logits_TE, weight_TK.to(logits_TE.dtype), expert_TK
+        return logits_TE, weight_TK, expert_TK
 
 
 @use_experts_implementation

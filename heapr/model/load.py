@@ -15,23 +15,19 @@ from pathlib import Path
 
 import huggingface_hub
 import torch
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from heapr.errors import ConfigError, TooLargeError
 from heapr.hub import hub_is_reachable
-from heapr.model import deepseek_moe
-from heapr.model.checkpoint import register_ragged
-from heapr.model.model_files import DESCRIPTION_FILES, WEIGHT_FILES, check_weight_files, hash_folder, shards_of
+from heapr.model.description import CONFIG_FILE, UNUSABLE, first_line, read_config, read_tokenizer
+from heapr.model.model_files import DESCRIPTION_FILES, INDEX, WEIGHTS, check_weight_files, hash_folder, shards_of, weight_files
 from heapr.model.moe import MoEModel, experts_per_token, find_moe_layers
 
 BUILTIN_PREFIX = "builtin:"
 BUILTIN_FOLDER = Path(__file__).parent / "builtin"
-CONFIG_FILE = "config.json"
-# What transformers raises over a config.json with values that cannot be
-UNUSABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError, StrictDataclassError)
 
 
 @dataclass(frozen=True)
@@ -65,7 +61,7 @@ class ModelSource:
         Raises:
             ConfigError: there is none, or it is another model's.
         """
-        return _read_tokenizer(self.folder, self.config, self.trust_remote_code)
+        return read_tokenizer(self.folder, self.config, self.trust_remote_code)
 
     @property
     def num_atomic_experts(self) -> int:
@@ -79,9 +75,8 @@ class ModelSource:
     @property
     def has_weights(self) -> bool:
         """Whether every file of weights is in the folder."""
-        index = self.folder / "model.safetensors.index.json"
-        names = shards_of(index) if index.is_file() else {"model.safetensors"}
-        return all((self.folder / name).is_file() for name in names)
+        names = weight_files(self.folder)
+        return bool(names) and all((self.folder / name).is_file() for name in names)
 
     @property
     def num_layers(self) -> int:
@@ -114,8 +109,14 @@ class ModelSource:
             ConfigError: they cannot be downloaded, or are damaged.
         """
         if "hub" in self.identity:
-            _download(self.identity["hub"], self.identity["commit"], DESCRIPTION_FILES + WEIGHT_FILES)
-            check_weight_files(self.folder)
+            index = self.folder / INDEX
+            _download(self.identity["hub"], self.identity["commit"], [WEIGHTS, *(shards_of(index) if index.is_file() else ())])
+        if "hub" in self.identity and not self.has_weights and not hub_is_reachable():
+            raise ConfigError(
+                f"the weights of model.path='{self.identity['hub']}' are not all in '{self.folder}', and the hub cannot be reached; "
+                "download them where there is a network (hf download) or give a local folder"
+            )
+        check_weight_files(self.folder)
 
     def _load_weights(self, placement: torch.device | str) -> PreTrainedModel:
         try:
@@ -127,12 +128,13 @@ class ModelSource:
                     device_map=placement,
                     trust_remote_code=self.trust_remote_code,
                     local_files_only=True,
+                    use_safetensors=True,
                     output_loading_info=True,
                 )
         except torch.OutOfMemoryError as error:
             raise TooLargeError(self._too_large()) from error
         except (OSError, RuntimeError, SafetensorError) as error:
-            raise ConfigError(f"the weights in '{self.folder}' cannot be loaded: {_first_line(error)}; get them again") from error
+            raise ConfigError(f"the weights in '{self.folder}' cannot be loaded: {first_line(error)}; get them again") from error
         for problem in ("missing_keys", "mismatched_keys"):
             if found.get(problem):
                 names = sorted(str(name) for name in found[problem])
@@ -163,7 +165,7 @@ def find_model(
         revision: branch, tag or commit of a hub id; its commit enters the identity.
         trust_remote_code: whether Python files in the folder may run.
         digests: folder in which hashes of large local weights are remembered.
-        config_only: of a hub id, download no more than its config.json.
+        config_only: ask for no weights, and of a hub id download no more than its config.json.
 
     Raises:
         ConfigError: no such model, not a Mixture-of-Experts model, a missing capability, damaged weights.
@@ -173,15 +175,16 @@ def find_model(
         identity = {"sha256": hash_folder(folder)}
     elif Path(path).expanduser().is_dir():
         folder = Path(path).expanduser()
-        check_weight_files(folder)
-        identity = {"sha256": hash_folder(folder, digests, ["*.py"] if trust_remote_code else [])}
+        if weight_files(folder) or not config_only:
+            check_weight_files(folder)
+        identity = {"sha256": hash_folder(folder, digests, has_code=trust_remote_code)}
     elif path.count("/") == 1 and not path.startswith(("/", ".", "~")):
         described = [CONFIG_FILE] if config_only else DESCRIPTION_FILES
         folder = _download(path, revision, described + (["*.py"] if trust_remote_code else []))
         identity = {"hub": path, "commit": folder.name}
     else:
         raise ConfigError(f"model.path='{path}': no such folder; give a folder with config.json and safetensors, or a hub id 'owner/name'")
-    config = _read_config(folder, trust_remote_code)
+    config = read_config(folder, trust_remote_code)
     dtype = dtype or str(config.dtype or torch.float32).removeprefix("torch.")  # now: building a model sets it
     model = _on_meta(config, path, trust_remote_code)
     layers = find_moe_layers(model)
@@ -217,33 +220,8 @@ def _download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
             "download it where there is a network (hf download) or give a local folder"
         ) from None
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise ConfigError(f"model.path='{hub_id}' cannot be downloaded: {_first_line(error)}") from error
+        raise ConfigError(f"model.path='{hub_id}' cannot be downloaded: {first_line(error)}") from error
     return Path(folder)
-
-
-def _read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
-    if not (folder / CONFIG_FILE).is_file():
-        raise ConfigError(f"folder '{folder}' has no config.json, so it is not a Hugging Face model; give one that has")
-    deepseek_moe.register()
-    try:
-        register_ragged(folder)
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-    except ConfigError:
-        raise
-    except UNUSABLE as error:
-        if "trust_remote_code" in str(error) and not trust_remote_code:
-            raise ConfigError(
-                f"the model in '{folder}' needs the Python code beside its weights, which is not run unasked; read it, and if you "
-                "trust it, give model.trust_remote_code=true"
-            ) from error
-        raise ConfigError(f"config.json in '{folder}' cannot be used: {_first_line(error)}") from error
-    quantization = getattr(config, "quantization_config", None)
-    if quantization:
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else type(quantization).__name__
-        raise ConfigError(
-            f"the weights in '{folder}' are quantised ({method}), and gradients need them whole; give a bfloat16 or float32 copy"
-        )
-    return config
 
 
 def _on_meta(config: PretrainedConfig, path: str, trust_remote_code: bool, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -252,28 +230,12 @@ def _on_meta(config: PretrainedConfig, path: str, trust_remote_code: bool, dtype
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except ValueError as error:
-        raise ConfigError(f"model.path='{path}' is not a causal language model: {_first_line(error)}") from error
+        raise ConfigError(f"model.path='{path}' is not a causal language model: {first_line(error)}") from error
     except UNUSABLE as error:
         raise ConfigError(
-            f"config.json of model.path='{path}' describes no model: {_first_line(error)}; look for a damaged field"
+            f"config.json of model.path='{path}' describes no model: {first_line(error)}; look for a damaged field"
         ) from error
     return model
-
-
-def _read_tokenizer(folder: Path, config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """The tokenizer; transformers answers a missing one with an empty one, which is refused here."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError) as error:
-        raise ConfigError(f"the tokenizer in '{folder}' cannot be used: {_first_line(error)}") from error
-    largest = max(tokenizer.get_vocab().values(), default=0)
-    if largest <= 1:
-        raise ConfigError(f"folder '{folder}' has no tokenizer; put the model's own tokenizer files (tokenizer.json ...) there")
-    vocabulary_size = config.get_text_config().vocab_size
-    if largest >= vocabulary_size:
-        sizes = f"ids up to {largest}, the model {vocabulary_size} embeddings"
-        raise ConfigError(f"the tokenizer in '{folder}' has {sizes}; use the model's own")
-    return tokenizer
 
 
 @contextmanager
@@ -287,7 +249,3 @@ def _bar_on_terminals_only() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]

@@ -1,40 +1,79 @@
-"""The files of a model's folder: whether its weights are whole, and a hash of all that makes it what it is.
+"""The files of a model's folder: which of them hold the weights that are loaded, what is in them, and a hash of all that makes it
+what it is.
 
-In: a local folder. Out: a refusal, or a hash. No weights are loaded.
+In: a local folder. Out: names, headers, a refusal, or a hash. No weights are loaded.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from heapr.errors import ConfigError
 from heapr.files import hash_file, hash_file_once
 
-DESCRIPTION_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
-WEIGHT_FILES = ["*.safetensors"]
+DESCRIPTION_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"  # what transformers looks for, in this order
+OTHER_WEIGHTS = ["*.safetensors", "*.safetensors.index.*", "*.pt", "*.pth", "*.gguf"]  # variants, shards without an index, other tools'
 MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
+
+Headers = Mapping[str, Mapping[str, Any]]  # by tensor: its "dtype" as safetensors names it, its "shape" and "data_offsets"
+
+
+def weight_files(folder: Path) -> list[str]:
+    """The files of weights that are loaded, relative to the folder: those that the index names, wherever they lie, or the one without
+    an index; none if there is neither.
+
+    Raises:
+        ConfigError: there are two candidates, or the index is damaged.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        return [WEIGHTS] if (folder / WEIGHTS).is_file() else []
+    shards = sorted(shards_of(index))
+    if (folder / WEIGHTS).is_file() and shards != [WEIGHTS]:
+        raise ConfigError(
+            f"the weights in '{folder}' are there twice: {WEIGHTS}, and the {len(shards)} files that {INDEX} names; "
+            "only the first would be loaded, so remove whichever is not meant"
+        )
+    return shards
 
 
 def check_weight_files(folder: Path) -> None:
-    """Every shard that the index names is there, and every safetensors file has the length that its header says.
+    """Every file of weights that is loaded is there, has the length that its header says, and no tensor is in two of them.
 
     Raises:
         ConfigError: naming the file.
     """
-    shards = {path.name for path in folder.glob("*.safetensors")}
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = shards_of(index)
-    elif not shards and any(folder.glob("*.bin")):
+    names = weight_files(folder)
+    if not names and any(folder.glob("*.bin")):
         raise ConfigError(f"the weights in '{folder}' are pickled (*.bin), which is not read; convert them to safetensors")
-    for name in sorted(shards):
+    if not names:
+        others = sorted(path.name for pattern in OTHER_WEIGHTS for path in folder.glob(pattern))
+        why = f"{others[0]} is not what is read" if others else "there are none"
+        raise ConfigError(f"the weights in '{folder}' cannot be loaded: {why}; put them there as {WEIGHTS}, or as shards with {INDEX}")
+    where: dict[str, str] = {}
+    for name in names:
         if not (folder / name).is_file():
             raise ConfigError(f"the weights in '{folder}' cannot be loaded: {name} is missing; get it again")
-        if (folder / name).stat().st_size != _length_by_header(folder / name):
-            raise ConfigError(f"the weights in '{folder}' cannot be loaded: {name} is damaged or not complete; get it again")
+        header = _read_header(folder / name)
+        for tensor in header:
+            if tensor in where:
+                raise ConfigError(
+                    f"the weights in '{folder}' are ambiguous: {tensor} is in {where[tensor]} and in {name}; get both files again"
+                )
+            where[tensor] = name
+
+
+def read_headers(folder: Path) -> Headers:
+    """What every tensor of the weights is, by its name in the files."""
+    headers: dict[str, Mapping[str, Any]] = {}
+    for name in weight_files(folder):
+        headers |= _read_header(folder / name)
+    return headers
 
 
 def shards_of(index: Path) -> set[str]:
@@ -49,23 +88,38 @@ def shards_of(index: Path) -> set[str]:
         raise ConfigError(f"the weights in '{index.parent}' cannot be loaded: {index.name} is damaged; get it again") from error
 
 
-def _length_by_header(path: Path) -> int:
-    """Bytes of a safetensors file: 8 for the header's length, the header, and the data that it describes; -1 if unreadable."""
+def _read_header(path: Path) -> dict[str, Mapping[str, Any]]:
+    """The header of a safetensors file, which is 8 bytes for the header's length, the header, and the data that it describes.
+
+    Raises:
+        ConfigError: the file is damaged, or has another length.
+    """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         try:
             header = json.loads(file.read(min(length, MAX_HEADER)))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            header.pop("__metadata__", None)
+            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         except (ValueError, KeyError, TypeError, AttributeError):
-            return -1
-    return 8 + length + int(max(ends, default=0))
+            end = -1
+    if end < 0 or path.stat().st_size != 8 + length + int(end):
+        raise ConfigError(f"the weights in '{path.parent}' cannot be loaded: {path.name} is damaged or not complete; get it again")
+    return dict(header)
 
 
-def hash_folder(folder: Path, digests: Path | None = None, more: Sequence[str] = ()) -> str:
-    """sha256 over names and contents of the files that make a model: configuration, weights, tokenizer, and more patterns."""
+def hash_folder(folder: Path, digests: Path | None = None, *, has_code: bool = False) -> str:
+    """sha256 over names and contents of the files that make a model: configuration, tokenizer, the weights that are loaded and no
+    others, and the Python files where they may run.
+
+    Args:
+        digests: folder in which hashes of weights are remembered.
+        has_code: whether Python files in the folder may run.
+    """
+    weights = {folder / name for name in weight_files(folder)}
+    described = {path for pattern in DESCRIPTION_FILES for path in folder.glob(pattern)}
+    code = set(folder.rglob("*.py")) if has_code else set()
     digest = hashlib.sha256()
-    for path in sorted(path for pattern in [*DESCRIPTION_FILES, *WEIGHT_FILES, *more] for path in folder.glob(pattern)):
-        remembered = digests is not None and path.suffix == ".safetensors"
-        content = hash_file_once(path, digests) if remembered and digests else hash_file(path)
-        digest.update(f"{path.name}\0{content}\0".encode())
+    for path in sorted(weights | described | code):
+        content = hash_file_once(path, digests) if digests and path in weights else hash_file(path)
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{content}\0".encode())
     return digest.hexdigest()

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from heapr.errors import ConfigError
+from heapr.model.device import find_device
 from heapr.model.load import ModelSource, find_model
 from heapr.pruning.surgery import remove
 from heapr.types import Plan, Pruning, TensorDict
@@ -30,14 +31,15 @@ def load_pruned(path: str | Path, *, plan: str | Path | None = None, dtype: str 
         plan: a plan.safetensors: its atomic experts are removed from the dense model in memory. If the rest was repaired, the
             repaired.safetensors that prune wrote must lie beside it.
         dtype: float32, bfloat16 or float16; none is that of the weights.
-        device: where it goes.
+        device: where it goes: auto, cpu, cuda or cuda:<number>.
 
     Raises:
-        ConfigError: no such model, damaged weights, or a plan that is not this model's.
+        ConfigError: no such model or device, damaged weights, or a plan that is not this model's.
     """
+    place = find_device(device, "device")
     source = find_model(str(path), dtype=dtype)
     pruning = None if plan is None else find_pruning(Path(plan), source)
-    model = source.load(torch.device(device))
+    model = source.load(place)
     if pruning is not None:
         remove(model, pruning.plan, pruning.repaired)
     return model.model

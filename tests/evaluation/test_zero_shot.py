@@ -285,3 +285,23 @@ def test_items_depend_on_the_texts_alone() -> None:
 
 def test_too_few_documents_give_no_items() -> None:
     assert zero_shot_local.make_items(DOCUMENTS[:3]) == []
+
+
+def test_a_tokenizer_without_an_end_token_is_refused_before_the_start(sums: Path) -> None:
+    """lm-eval would find out when the first request is made, after calibration."""
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None
+    evaluator = ZeroShot("sums", include_path=str(sums))
+    with pytest.raises(ConfigError, match="zero-shot task 'sums' needs a token for the beginning or the end of a text") as caught:
+        evaluator.prepare(tokenizer)
+    assert "\n" not in str(caught.value)
+    tokenizer.bos_token = "<|endoftext|>"
+    evaluator.prepare(tokenizer)
+    write_task(sums, "written")
+    task = json.loads((sums / "written.yaml").read_text())
+    for name in ("doc_to_choice", "metric_list"):
+        del task[name]
+    generating = {"output_type": "generate_until", "doc_to_target": "{{right}}", "generation_kwargs": {"until": ["."]}}
+    (sums / "written.yaml").write_text(json.dumps({**task, **generating}))
+    with pytest.raises(ConfigError, match="zero-shot task 'written' needs a token for the end of a text"):
+        ZeroShot("written", include_path=str(sums)).prepare(tokenizer)

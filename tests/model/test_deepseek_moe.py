@@ -184,14 +184,25 @@ def test_a_single_expert_keeps_its_probability() -> None:
     assert torch.equal(router(torch.ones(3, 16))[1], torch.full((3, 1), 0.25))
 
 
-def test_router_weights_of_a_bfloat16_model_are_computed_in_float32() -> None:
-    router = DeepseekMoeRouter(DeepseekMoeConfig(**{**TINY, "n_routed_experts": 64, "num_experts_per_tok": 6}, norm_topk_prob=True))
+@pytest.mark.parametrize("norm_topk_prob", [False, True])
+def test_a_bfloat16_router_rounds_probabilities_before_it_chooses_as_the_original_does(norm_topk_prob: bool) -> None:
+    """Logits so near to each other that in bfloat16 many experts have the same probability."""
+    sizes = {"n_routed_experts": 64, "num_experts_per_tok": 6, "norm_topk_prob": norm_topk_prob}
+    router = DeepseekMoeRouter(DeepseekMoeConfig(**{**TINY, **sizes})).bfloat16()
     torch.manual_seed(0)
-    torch.nn.init.normal_(router.weight, std=0.3)
-    logits_TE, weight_TK, expert_TK = router.bfloat16()(torch.randn(50, 16, dtype=torch.bfloat16))
+    torch.nn.init.normal_(router.weight, std=0.01)
+    logits_TE, weight_TK, expert_TK = router(torch.randn(50, 16, dtype=torch.bfloat16))
     assert logits_TE.dtype == weight_TK.dtype == torch.bfloat16
-    chosen_TK = logits_TE.double().gather(1, expert_TK).exp()
-    torch.testing.assert_close(weight_TK.double(), chosen_TK / chosen_TK.sum(dim=1, keepdim=True), rtol=2**-8, atol=0)
+    probability_TE = logits_TE.softmax(dim=-1)
+    largest_TK, original_TK = torch.topk(probability_TE, k=6, dim=-1, sorted=False)
+    assert torch.equal(expert_TK.sort(dim=1).values, original_TK.sort(dim=1).values)
+    in_float32_TK = logits_TE.float().softmax(dim=-1).topk(6).indices
+    differs_T = (expert_TK.sort(dim=1).values != in_float32_TK.sort(dim=1).values).any(dim=1)
+    assert differs_T.float().mean() > 0.2, "the case is about ties"
+    expected_TK = probability_TE.gather(1, expert_TK)
+    if norm_topk_prob:
+        expected_TK = expected_TK / (largest_TK.sum(dim=-1, keepdim=True) + 1e-20)
+    torch.testing.assert_close(weight_TK, expected_TK, rtol=2**-7 if norm_topk_prob else 0, atol=0)
 
 
 def test_the_block_is_the_weighted_routed_experts_plus_the_shared_mlp() -> None:
