@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
         "errors", "types", "schema", "store", "recipes", "experiment", "model", "calibration", "pruning", "evaluation",
     },
     "main": {"errors", "schema", "pipeline", "dry_run", "report"},
-    "sweep": {"errors", "files", "report", "schema", "store", "tracking", "model", "pipeline", "dry_run", "main"},
+    "sweep": {"errors", "files", "recipes", "report", "schema", "store", "tracking", "model", "pipeline", "dry_run", "main"},
     "prefetch": {"errors", "hub", "schema", "main", "model", "calibration", "evaluation"},
 }  # fmt: skip
 
