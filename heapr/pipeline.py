@@ -203,8 +203,11 @@ class Pipeline:
 
         artifact = self._get(round_.prune, make, round_.what, needs=needed_of_prune(save_checkpoint))
         for name in (ALLOCATION, REPAIR) if experiment.repair else (ALLOCATION,):
-            for line in json.loads((artifact.path / name).read_text())["summary"]:
+            report = json.loads((artifact.path / name).read_text())
+            for line in report["summary"]:
                 logger.info("%-9s %s", "prune", line)
+            for line in report["not_reached"]:
+                logger.warning("%-9s %s", "prune", line)
         return read_pruning(artifact.path)
 
     def conclude(self, dense: dict[str, Metrics], pruned: dict[str, Metrics], plan: Plan) -> dict[str, Metrics]:

@@ -108,7 +108,7 @@ def test_widths_are_multiples_and_rounding_is_reported(run: Run, caplog: pytest.
 
 
 def test_the_uniform_checkpoint_is_a_stock_model(run: Run) -> None:
-    summary = run("pruning=expert", "pruning.form=uniform", "pruning.ratio=0.5")
+    summary = run("pruning=expert", "pruning.form=uniform", "pruning.ratio=0.5", "pruning.width_multiple=1")
     folder = artifact(summary) / "checkpoint"
     assert not list(folder.glob("*.py"))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -126,8 +126,9 @@ def test_a_uniform_width_that_the_shared_experts_forbid_is_refused_before_any_wo
     tiny_model("deepseek_v2").save_pretrained(tmp_path / "deepseek")
     byte_tokenizer().save_pretrained(tmp_path / "deepseek")
     run = Run(tmp_path, tmp_path / "deepseek")
-    with pytest.raises(ConfigError, match=r"a width of 6: shared experts of width 8 take it from the same field.* width of 1, 2, 4, or"):
-        run("pruning=expert", "pruning.form=uniform", "pruning.ratio=0.25")
+    message = r"a width of 6: shared experts of width 8 take it from the same field.* choose pruning.ratio=0.5 \(width 4\), or pruning.form"
+    with pytest.raises(ConfigError, match=message):
+        run("pruning=expert", "pruning.form=uniform", "pruning.ratio=0.25", "pruning.width_multiple=1")
 
 
 def test_the_masked_checkpoint_has_the_old_shape(run: Run) -> None:
