@@ -222,8 +222,11 @@ class Pipeline:
 
     def _tell(self, report: Path) -> None:
         """Log what a report says in words."""
-        for line in json.loads(report.read_text())["summary"]:
+        found = json.loads(report.read_text())
+        for line in found["summary"]:
             logger.info("%-9s %s", "prune", line)
+        for line in found["not_reached"]:
+            logger.warning("%-9s %s", "prune", line)
 
     def conclude(self, dense: dict[str, Metrics], pruned: dict[str, Metrics], plan: Plan) -> dict[str, Metrics]:
         """All metrics; the card of the checkpoint tells them too."""

@@ -49,6 +49,7 @@ def report_repair(found: Mapping[int, LayerRepair]) -> dict[str, Any]:
             for index, layer in found.items()
         },
         "summary": [summary],
+        "not_reached": [],
     }
 
 

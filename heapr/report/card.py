@@ -15,7 +15,7 @@ library_name: transformers
 tags: [heapr, mixture-of-experts, pruning]
 ---
 # $model, $removed of its routed $unit removed
-Pruned with heapr: criterion `$criterion`, ratio $ratio, scope `$scope`, form `$form`, widths rounded to multiples of $multiple.
+Pruned with heapr: criterion `$criterion`, ratio $ratio, scope `$scope`, form `$form`, $widths.
 Calibrated on $num_samples sequences of $sequence_length tokens of $text, seed $seed.$beyond
 
 $metrics
@@ -51,13 +51,13 @@ def model_card(about: Mapping[str, Any], metrics: Mapping[str, Mapping[str, floa
     calibration = about["calibration"]
     return CARD.substitute(
         model=about["model"],
-        removed=f"{about['ratio']:.1%}",
+        removed=f"{about.get('ratio_reached', about['ratio']):.1%}",
         unit=UNITS[about.get("budget", "atomic_experts")],
         criterion=about["criterion"]["_target_"].rpartition(".")[2],
         ratio=f"{about['ratio']:.6g}",
         scope=about["scope"],
         form=about["form"],
-        multiple=about["width_multiple"],
+        widths=f"one width of {about['width']}" if "width" in about else f"widths rounded to multiples of {about['width_multiple']}",
         num_samples=calibration["num_samples"],
         sequence_length=calibration["sequence_length"],
         seed=calibration["seed"],
