@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "store": {"errors", "files", "measure"},
     "score": {"errors", "types"},
     "model": {"errors", "files", "hub", "types"},
-    "calibration": {"errors", "files", "hub", "model", "schema", "types"},
+    "calibration": {"errors", "hub", "model", "progress", "schema", "types"},
     "pruning": {"errors", "model", "progress", "types"},
     "evaluation": {
         "errors", "files", "hub", "measure", "progress", "schema", "types", "score", "model", "calibration", "pruning",
