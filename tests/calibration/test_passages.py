@@ -63,13 +63,8 @@ def test_the_limit_is_part_of_the_recipe_where_it_is_not_the_default(tmp_path: P
 
     (tmp_path / "a.txt").write_text("some text")
     settings = ["calibration=text_files", f"calibration.corpus.paths=[{tmp_path}/a.txt]", f"paths.outputs={tmp_path}", "evaluation=none"]
-    values: list[list[str]] = [
-        [],
-        ["calibration.max_characters=20000000"],
-        ["calibration.max_characters=1000"],
-        ["calibration.max_characters=null"],
-    ]
-    keys = [dry_run(compose_experiment(*settings, *value)).stages[0].key for value in values]
+    limits: list[list[str]] = [[], *([f"calibration.max_characters={limit}"] for limit in ("20000000", "1000", "null"))]
+    keys = [dry_run(compose_experiment(*settings, *limit)).stages[0].key for limit in limits]
     assert keys[0] == keys[1] and len(set(keys)) == 3
     with pytest.raises(ConfigError, match="calibration.max_characters=0 is below 1"):
         compose_experiment(*settings, "calibration.max_characters=0")
