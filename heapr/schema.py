@@ -20,6 +20,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from heapr.errors import ConfigError
+from heapr.files import user_path
 
 
 @dataclass
@@ -134,6 +135,7 @@ def resolve(config: DictConfig) -> ExperimentConfig:
         raise ConfigError(f"no value for {', '.join(missing)}; give it on the command line, for example {missing[0]}=...")
     typed = OmegaConf.to_object(config)
     assert isinstance(typed, ExperimentConfig)
+    typed.paths.outputs = str(user_path(typed.paths.outputs))  # conf/config.yaml does the same for the folder that Hydra makes
     check(typed)
     return typed
 

@@ -17,8 +17,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from heapr.calibration.reader import Source, kind_of, local_path
+from heapr.calibration.reader import Source, kind_of
 from heapr.errors import ConfigError, NotHereError
+from heapr.files import user_path
 
 PARTS = {  # what each split is made of, none of them in two parts
     "train": {"train"},
@@ -115,7 +116,7 @@ class TextFiles:
         if not paths:
             raise ConfigError("text_files has no paths; give them, for example calibration.corpus.paths=[my.txt]")
         self.split = _check_split(split)
-        self._source = Source(tuple(local_path(path) for path in paths), text_field)
+        self._source = Source(tuple(user_path(path) for path in paths), text_field)
         for path in self._source.paths:
             if not path.is_file():
                 raise NotHereError(f"text file '{path}' does not exist or is not a file; give the path of a readable file")

@@ -12,8 +12,9 @@ from typing import ClassVar
 
 from huggingface_hub.errors import HfHubHTTPError
 
-from heapr.calibration.reader import ENDINGS, Source, is_readable, kind_of, local_path
+from heapr.calibration.reader import ENDINGS, Source, is_readable, kind_of
 from heapr.errors import ConfigError, NotHereError
+from heapr.files import user_path
 from heapr.hub import data_file
 
 COMMIT_LENGTH = 40  # hexadecimal digits
@@ -44,7 +45,7 @@ class PublishedText:
         if num_documents is not None and num_documents < 1:
             raise ConfigError(f"num_documents={num_documents} of {self.name} is below 1; give a whole number of at least 1")
         self.split, self.num_documents = split, num_documents
-        self._local = None if path is None else self._find_local(local_path(path))
+        self._local = None if path is None else self._find_local(user_path(path))
 
     def documents(self) -> Iterator[str]:
         """The rows as they come, read as they are asked for: nothing is dropped.

@@ -11,7 +11,6 @@ import gzip
 import hashlib
 import itertools
 import json
-import os
 import re
 import zlib
 from collections.abc import Callable, Collection, Iterator
@@ -77,11 +76,6 @@ class Source:
             return _json_records(path, self.field)
         lines = _plain_lines(path)
         return map(self.row_of_line, lines) if self.row_of_line else iter(["".join(lines)])
-
-
-def local_path(path: str) -> Path:
-    """A path as the user wrote it, with ~ for the home folder."""
-    return Path(os.path.expanduser(path))  # Path.expanduser raises where the user of ~user is unknown
 
 
 def kind_of(path: Path) -> str:

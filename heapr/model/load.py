@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers.utils import logging as transformers_logging
 
 from heapr.errors import ConfigError, TooLargeError
+from heapr.files import user_path
 from heapr.hub import hub_is_reachable
 from heapr.model import deepseek_moe
 from heapr.model.checkpoint import register_ragged
@@ -171,8 +172,8 @@ def find_model(
     if path.startswith(BUILTIN_PREFIX):
         folder = _builtin(path.removeprefix(BUILTIN_PREFIX))
         identity = {"sha256": hash_folder(folder)}
-    elif Path(path).expanduser().is_dir():
-        folder = Path(path).expanduser()
+    elif user_path(path).is_dir():
+        folder = user_path(path)
         check_weight_files(folder)
         identity = {"sha256": hash_folder(folder, digests, ["*.py"] if trust_remote_code else [])}
     elif path.count("/") == 1 and not path.startswith(("/", ".", "~")):
