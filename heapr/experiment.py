@@ -278,7 +278,14 @@ def _about_width(source: ModelSource, budget: Budget) -> dict[str, Any]:
 
 
 def _calibration_tokens(text: Corpus | Mixture, source: ModelSource, settings: CalibrationConfig) -> TokenWindows:
-    return draw(text, source.tokenizer, length=settings.sequence_length, num_samples=settings.num_samples, seed=settings.seed)
+    return draw(
+        text,
+        source.tokenizer,
+        length=settings.sequence_length,
+        num_samples=settings.num_samples,
+        seed=settings.seed,
+        max_characters=settings.max_characters,
+    )
 
 
 def _prepare(

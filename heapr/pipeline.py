@@ -19,6 +19,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from heapr.calibration.collector import collect
+from heapr.calibration.coverage import report_coverage
 from heapr.calibration.sampling import batches
 from heapr.evaluation.efficiency import size_change
 from heapr.evaluation.evaluator import Material, measure
@@ -167,9 +168,8 @@ class Pipeline:
         statistics = Statistics.from_tensors(load_file(artifact.path / STATISTICS))
         loss = statistics.loss_sum / statistics.num_predicted_tokens
         self.tracker.log({NUM_TOKENS: statistics.num_tokens, "calibration/loss": loss})
-        for index, layer in statistics.layers.items():
-            if unrouted := int((layer.count_E == 0).sum()):
-                logger.info("%-9s no token reached %d of %d experts of layer %d", "calibrate", unrouted, len(layer.count_E), index)
+        if round_ is self.experiment.recipes.rounds[0]:
+            report_coverage(statistics, self.experiment.source.widths)
         return statistics
 
     def _score(self, round_: Round, statistics: Statistics, model: Callable[[], MoEModel]) -> Scores:

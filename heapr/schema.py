@@ -20,6 +20,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from heapr.errors import ConfigError
+from heapr.files import user_path
 
 
 @dataclass
@@ -42,6 +43,7 @@ class CalibrationConfig:
     sequence_length: int = MISSING  # tokens of a sequence, at least 2, at most the model's limit
     seed: int = MISSING  # of the choice of sequences, at least 0
     batch_size: int = MISSING  # sequences per pass, at least 1; changes memory and speed, not the statistics
+    max_characters: int | None = 20_000_000  # of a corpus with more, documents are drawn by the seed; at least 1; None takes all
 
 
 @dataclass
@@ -136,6 +138,7 @@ def resolve(config: DictConfig) -> ExperimentConfig:
     assert isinstance(typed, ExperimentConfig)
     if typed.pruning.width_multiple is None:
         typed.pruning.width_multiple = UNIFORM_MULTIPLE if typed.pruning.form == "uniform" else 1
+    typed.paths.outputs = str(user_path(typed.paths.outputs))  # conf/config.yaml does the same for the folder that Hydra makes
     check(typed)
     return typed
 
@@ -156,6 +159,8 @@ def check(config: ExperimentConfig) -> None:
     at_least("calibration.sequence_length", calibration.sequence_length, 2)
     at_least("calibration.batch_size", calibration.batch_size, 1)
     at_least("calibration.seed", calibration.seed, 0)
+    if calibration.max_characters is not None:
+        at_least("calibration.max_characters", calibration.max_characters, 1)
     if config.runtime.num_threads is not None:
         at_least("runtime.num_threads", config.runtime.num_threads, 1)
 

@@ -100,3 +100,22 @@ def test_one_bad_job_of_a_sweep_does_not_stop_the_others(tmp_path: Path) -> None
     assert "pruning.ratio=2.0 is not in [0, 1)" in result.stderr
     (sweep,) = (tmp_path / "outputs" / "sweeps").iterdir()
     assert (sweep / "1" / "summary.json").exists()
+
+
+def test_home_folder_in_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in those that Hydra makes; no folder is called ~."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "work").mkdir()
+    write_model(tmp_path / "home" / "model")
+    write_texts(tmp_path / "home")
+    settings = [
+        "model=hf", "model.path='~/model'", "model.dtype=float32", "calibration=text_files", "calibration.corpus.paths=['~/train.txt']",
+        "calibration.num_samples=6", "calibration.sequence_length=32", "tracking=none", "evaluation=none", "paths.outputs='~/x'",
+    ]  # fmt: skip
+    result = run_py_here(*settings, folder=tmp_path / "work")
+    assert result.returncode == 0, result.stderr
+    many = run_py_here("-m", *settings, "pruning.ratio=0.25,0.5", folder=tmp_path / "work")
+    assert many.returncode == 0, many.stderr
+    assert list((tmp_path / "work").iterdir()) == []
+    assert sorted(path.name for path in (tmp_path / "home" / "x").iterdir()) == ["artifacts", "runs", "sweeps"]
+    assert len(list((tmp_path / "home" / "x" / "artifacts" / "calibrate").glob("*/manifest.json"))) == 1

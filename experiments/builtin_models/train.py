@@ -28,7 +28,8 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
-from heapr.calibration.corpora import DOCUMENT_SEPARATOR, PyDocs
+from heapr.calibration.corpora import PyDocs
+from heapr.calibration.tokenizing import DOCUMENT_SEPARATOR
 from heapr.model.deepseek_moe import DeepseekForCausalLM, DeepseekMoeConfig
 from heapr.model.moe import find_moe_layers
 

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from heapr.errors import ConfigError, TooLargeError
+from heapr.files import user_path
 from heapr.hub import hub_is_reachable
 from heapr.model.description import CONFIG_FILE, UNUSABLE, first_line, read_config, read_tokenizer
 from heapr.model.model_files import DESCRIPTION_FILES, INDEX, WEIGHTS, check_weight_files, hash_folder, shards_of, weight_files
@@ -173,8 +174,8 @@ def find_model(
     if path.startswith(BUILTIN_PREFIX):
         folder = _builtin(path.removeprefix(BUILTIN_PREFIX))
         identity = {"sha256": hash_folder(folder)}
-    elif Path(path).expanduser().is_dir():
-        folder = Path(path).expanduser()
+    elif user_path(path).is_dir():
+        folder = user_path(path)
         if weight_files(folder) or not config_only:
             check_weight_files(folder)
         identity = {"sha256": hash_folder(folder, digests, has_code=trust_remote_code)}

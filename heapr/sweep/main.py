@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from heapr.errors import ConfigError
+from heapr.files import user_path
 from heapr.main import compose_experiment, explain, one_line_errors
 from heapr.schema import ExperimentConfig, register
 from heapr.sweep.definition import Definition, Job, experiment_names, is_tiny, load_definition, make_jobs
@@ -111,7 +112,7 @@ def read_request(arguments: Sequence[str], experiments: Sequence[str]) -> Reques
     settings = tuple(argument for argument in rest if argument.startswith(("hydra.", "hydra/", "+hydra.")))
     return Request(
         experiment=own.get("experiment"),
-        report_dir=Path(own["report_dir"]) if "report_dir" in own else None,
+        report_dir=user_path(own["report_dir"]) if "report_dir" in own else None,
         dry_run="--dry-run" in arguments,
         overrides=tuple(argument for argument in rest if argument not in settings),
         settings=settings,
