@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from heapr.artifacts import ARTIFACTS
 from heapr.calibration.corpora import Corpus
 from heapr.calibration.mixture import Mixture
 from heapr.errors import NotHereError
@@ -171,7 +172,7 @@ def plan_stages(config: ExperimentConfig, notes: list[str]) -> tuple[ModelSource
     built = build_evaluators(_what_is_here(config.evaluation, notes), device)
     evaluators = [entry for entry in built if isinstance(entry, Evaluator)]
     comparisons = [entry for entry in built if isinstance(entry, Comparison)]
-    store = Store(Path(config.paths.outputs) / "artifacts", torch.device("cpu"))
+    store = Store(Path(config.paths.outputs) / ARTIFACTS, torch.device("cpu"))
     source = find_source(config, store)
     check_lengths(config, source)
     budget = find_budget(config, source, criterion)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from heapr.artifacts import ARTIFACTS, CHECKPOINT_PART, REPAIR_PART
 from heapr.calibration.corpora import Corpus, share_text
 from heapr.calibration.mixture import Mixture, identities_of_parts
 from heapr.calibration.sampling import draw
@@ -27,15 +28,13 @@ from heapr.model.load import ModelSource, find_model
 from heapr.pruning.budget import Budget, Guards, the_width
 from heapr.pruning.repair import Repair
 from heapr.pruning.uniform import Settings, choose_uniform_width, describe_uniform_width, uniform_settings
-from heapr.recipes import CHECKPOINT_PART, REPAIR_PART, Recipes, experiment_recipes
+from heapr.recipes import Recipes, experiment_recipes
 from heapr.schema import CalibrationConfig, ExperimentConfig, build
 from heapr.score.criterion import Criterion
 from heapr.store import Store
 from heapr.types import Granularity, TokenWindows
 
 logger = logging.getLogger(__name__)
-
-CHECKPOINT, CARD = "checkpoint", "README.md"  # folder of the prune artifact, and the file written last in it
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def prepare(config: ExperimentConfig) -> Experiment:
     built = build_evaluators(config.evaluation, device)
     evaluators = [entry for entry in built if isinstance(entry, Evaluator)]
     comparisons = [entry for entry in built if isinstance(entry, Comparison)]
-    store = Store(Path(config.paths.outputs) / "artifacts", device)
+    store = Store(Path(config.paths.outputs) / ARTIFACTS, device)
     source = find_source(config, store)
     check_lengths(config, source)
     budget = find_budget(config, source, criterion)

@@ -24,13 +24,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from heapr.artifacts import clear_error, write_error
 from heapr.errors import ConfigError
 from heapr.schema import ExperimentConfig, register, resolve, unknown_key
 
 logger = logging.getLogger(__name__)
 
 EXIT_CODE = 2
-ERROR = "error.txt"  # in the folder of a sweep's job that failed
 
 
 def run_job(config: DictConfig) -> None:
@@ -46,7 +46,7 @@ def run_job(config: DictConfig) -> None:
 @contextmanager
 def _recorded_failure(folder: Path) -> Iterator[None]:
     """Leave one line in the job's folder, and for what is not the user's mistake a stack trace in its log."""
-    (folder / ERROR).unlink(missing_ok=True)
+    clear_error(folder)
     try:
         yield
     except Exception as error:
@@ -54,7 +54,7 @@ def _recorded_failure(folder: Path) -> Iterator[None]:
         first_line = (str(error).strip().splitlines() or [""])[0]
         line = first_line if expected else f"{type(error).__name__}: {first_line}"
         logger.error("this job failed: %s", line, exc_info=None if expected else error)
-        (folder / ERROR).write_text(line + "\n", encoding="utf-8")
+        write_error(folder, line)
         raise
 
 

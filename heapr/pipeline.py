@@ -6,7 +6,6 @@ when it already holds the result.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import shutil
@@ -14,10 +13,30 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from safetensors.torch import load_file
-
+from heapr.artifacts import (
+    CARD,
+    CHECKPOINT,
+    CHECKPOINT_PART,
+    PLAN,
+    REPAIR_PART,
+    Report,
+    read_allocation,
+    read_evaluation,
+    read_plan,
+    read_repair,
+    read_repaired,
+    read_scores,
+    read_statistics,
+    read_tokens,
+    write_calibration,
+    write_evaluation,
+    write_plan,
+    write_repair,
+    write_scores,
+    write_summary,
+)
 from heapr.calibration.collector import collect
 from heapr.calibration.coverage import report_coverage
 from heapr.calibration.sampling import batches
@@ -26,8 +45,7 @@ from heapr.evaluation.evaluator import Material, measure
 from heapr.evaluation.perplexity import WINDOW_LOSSES, perplexity_increases
 from heapr.evaluation.routing import layer_routing
 from heapr.evaluation.zero_shot import average_accuracy
-from heapr.experiment import CARD, CHECKPOINT, Experiment, prepare
-from heapr.files import write_json
+from heapr.experiment import Experiment, prepare
 from heapr.in_memory import ModelInMemory
 from heapr.model.checkpoint import save_checkpoint
 from heapr.model.moe import MoEModel
@@ -35,14 +53,12 @@ from heapr.progress import progress
 from heapr.pruning.allocation import allocate
 from heapr.pruning.allocation_report import report_allocation
 from heapr.pruning.budget import Costs, costs_of
-from heapr.pruning.load import PLAN, REPAIRED, read_plan, read_pruning
 from heapr.pruning.repair import report_repair
-from heapr.recipes import CHECKPOINT_PART, REPAIR_PART, Round
+from heapr.recipes import Round
 from heapr.report.card import model_card
 from heapr.report.protocol import protocol_differences
 from heapr.schema import ExperimentConfig
 from heapr.store import WHOLE, Artifact, Recipe
-from heapr.tensors_file import save_tensors
 from heapr.tracking.build import open_tracker
 from heapr.tracking.tracker import NUM_TOKENS, RATIO, Image, Run, Tracker
 from heapr.tracking.values import CalibrationProgress, artifacts, figures, layer_table
@@ -50,10 +66,7 @@ from heapr.types import Evaluation, ExpertWeights, Metrics, Plan, ProtocolRecord
 
 logger = logging.getLogger(__name__)
 
-# The files of the artifact contract.
-TOKENS, STATISTICS, SCORES = "tokens.safetensors", "statistics.safetensors", "scores.safetensors"
-ALLOCATION, REPAIR = "allocation.json", "repair.json"  # beside the plan, heapr/pruning/load.py
-METRICS, DETAILS, SUMMARY = "metrics.json", "details.json", "summary.json"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -103,7 +116,7 @@ def run(config: ExperimentConfig, folder: Path, *, sweep: str | None = None) -> 
     for difference in protocol_differences(pipeline.protocols):
         logger.warning("dense and pruned cannot be compared: %s", difference)
     summary = Summary(metrics=metrics, protocols=pipeline.protocols, stages=pipeline.stages, config=resolved)
-    write_json(folder / SUMMARY, asdict(summary))
+    write_summary(folder, asdict(summary))
     return summary
 
 
@@ -156,16 +169,14 @@ class Pipeline:
         return {"pruned": pruned, "comparison": self._compare("prune", self._material(statistics, scores, pruning))}
 
     def _calibrate(self, round_: Round, model: Callable[[], MoEModel]) -> Statistics:
-        def make(folder: Path) -> None:
+        def compute() -> tuple[TokenWindows, Statistics]:
             tokens, batch_size = self._tokens(), self.experiment.batch_size
             num_batches = math.ceil(len(tokens.ids_NW) / batch_size)
             bar = progress(batches(tokens, batch_size), total=num_batches, description="calibrate")
-            statistics = collect(model(), bar, on_batch=CalibrationProgress(self.tracker))
-            save_tensors(folder / TOKENS, tokens.to_tensors())
-            save_tensors(folder / STATISTICS, statistics.to_tensors())
+            return tokens, collect(model(), bar, on_batch=CalibrationProgress(self.tracker))
 
-        artifact = self._get(round_.calibrate, make, round_.what)
-        statistics = Statistics.from_tensors(load_file(artifact.path / STATISTICS))
+        artifact = self._get(round_.calibrate, compute, write_calibration, round_.what)
+        statistics = read_statistics(artifact.path)
         loss = statistics.loss_sum / statistics.num_predicted_tokens
         self.tracker.log({NUM_TOKENS: statistics.num_tokens, "calibration/loss": loss})
         if round_ is self.experiment.recipes.rounds[0]:
@@ -176,56 +187,53 @@ class Pipeline:
         def weights(index: int) -> ExpertWeights:
             return next(layer.weights() for layer in model().layers if layer.index == index)
 
-        def make(folder: Path) -> None:
-            save_tensors(folder / SCORES, self.experiment.criterion(statistics, weights).to_tensors())
-
-        artifact = self._get(round_.score, make, round_.what)
-        return Scores.from_tensors(load_file(artifact.path / SCORES))
+        compute = partial(self.experiment.criterion, statistics, weights)
+        return read_scores(self._get(round_.score, compute, write_scores, round_.what).path)
 
     def _prune(self, round_: Round, scores: Scores, costs: Costs | None, earlier: Pruning | None) -> Pruning:
         """The plan, the repair of what is kept, and, in the last round, the model as a checkpoint; each is kept once it is made."""
         experiment = self.experiment
-        planned = self._get(round_.prune, partial(self._make_plan, round_, scores, costs, earlier), round_.what)
-        self._tell(planned.path / ALLOCATION)
+        allocated = partial(self._allocate, round_, scores, costs, earlier)
+        write = partial(write_plan, model=experiment.source.identity, is_repaired=experiment.repair is not None)
+        folder = self._get(round_.prune, allocated, write, round_.what).path
+        self._tell(read_allocation(folder))
+        pruning = Pruning(read_plan(folder))
         if experiment.repair:
-            repair = partial(self._make_repair, read_plan(planned.path), earlier)
-            self._get(round_.prune, repair, f"{round_.what} repair".strip(), part=REPAIR_PART)
-            self._tell(planned.path / REPAIR)
-        pruning = read_pruning(planned.path, is_repaired=experiment.repair is not None)
+            repaired = partial(self._repair, pruning.plan, earlier)
+            self._get(round_.prune, repaired, write_repair, f"{round_.what} repair".strip(), part=REPAIR_PART)
+            self._tell(read_repair(folder))
+            pruning = Pruning(pruning.plan, read_repaired(folder))
         if experiment.save_checkpoint and round_ is experiment.recipes.rounds[-1]:
-            self._get(round_.prune, partial(self._make_checkpoint, pruning, planned.path), "checkpoint", part=CHECKPOINT_PART)
+            final = partial(self.model.final, pruning)
+            write_model = partial(self._write_checkpoint, folder)
+            self._get(round_.prune, final, write_model, "checkpoint", part=CHECKPOINT_PART)
         return pruning
 
-    def _make_plan(self, round_: Round, scores: Scores, costs: Costs | None, earlier: Pruning | None, folder: Path) -> None:
+    def _allocate(self, round_: Round, scores: Scores, costs: Costs | None, earlier: Pruning | None) -> tuple[Plan, Report]:
         experiment = self.experiment
         original = experiment.source.widths
         widths = earlier.plan.widths if earlier else original
         budget = experiment.budget.of_round(round_.ratio, widths, original, costs)
         plan = allocate(scores, widths, budget, costs)
-        write_json(folder / ALLOCATION, report_allocation(plan, scores, widths, budget, costs))
-        whole = earlier.plan.then(plan) if earlier else plan
-        about_plan = {"model": json.dumps(experiment.source.identity)} | ({"repaired": REPAIRED} if experiment.repair else {})
-        save_tensors(folder / PLAN, whole.to_tensors(), about_plan)
+        report = report_allocation(plan, scores, widths, budget, costs)
+        return earlier.plan.then(plan) if earlier else plan, report
 
-    def _make_repair(self, plan: Plan, earlier: Pruning | None, folder: Path) -> None:
+    def _repair(self, plan: Plan, earlier: Pruning | None) -> tuple[Pruning, Report]:
         batch_size = self.experiment.batch_size
         pruning, found = self.model.repaired(plan, earlier, lambda: list(batches(self._tokens(), batch_size)))
-        save_tensors(folder / REPAIRED, pruning.repaired_tensors())
-        write_json(folder / REPAIR, report_repair(found))
+        return pruning, report_repair(found)
 
-    def _make_checkpoint(self, pruning: Pruning, planned: Path, folder: Path) -> None:
+    def _write_checkpoint(self, planned: Path, folder: Path, model: MoEModel) -> None:
         experiment = self.experiment
-        model = self.model.masked(pruning) if experiment.form == "masked" else self.model.final(pruning)
         save_checkpoint(model, experiment.source.tokenizer, folder / CHECKPOINT, about=experiment.about)
         (folder / CHECKPOINT / CARD).write_text(model_card(experiment.about, {}), encoding="utf-8")
         shutil.copy(planned / PLAN, folder / CHECKPOINT)
 
-    def _tell(self, report: Path) -> None:
+    def _tell(self, report: Report) -> None:
         """Log what a report says in words."""
-        found = json.loads(report.read_text())
-        for line in found["summary"]:
+        for line in report["summary"]:
             logger.info("%-9s %s", "prune", line)
-        for line in found["not_reached"]:
+        for line in report["not_reached"]:
             logger.warning("%-9s %s", "prune", line)
 
     def conclude(self, dense: dict[str, Metrics], pruned: dict[str, Metrics], plan: Plan) -> dict[str, Metrics]:
@@ -254,12 +262,10 @@ class Pipeline:
         metrics: Metrics = {}
         for evaluator, recipe in zip(self.experiment.evaluators, recipes, strict=True):
             what = f"{evaluator.name} {variant}"
-            path = self._evaluate(recipe, lambda evaluator=evaluator: measure(evaluator, model(), statistics), what)  # type: ignore[misc]
-            metrics |= json.loads((path / METRICS).read_text())
-            if (path / DETAILS).is_file():
-                details = json.loads((path / DETAILS).read_text())
-                self.protocols[variant] |= details.get("protocols", {})
-                self.window_losses[variant] |= details.get(WINDOW_LOSSES, {})
+            found = self._evaluate(recipe, lambda evaluator=evaluator: measure(evaluator, model(), statistics), what)  # type: ignore[misc]
+            metrics |= found.metrics
+            self.protocols[variant] |= found.details.get("protocols", {})
+            self.window_losses[variant] |= found.details.get(WINDOW_LOSSES, {})
         return metrics | average_accuracy([evaluator.name for evaluator in self.experiment.evaluators], metrics)
 
     def _compare(self, upstream: str, material: Material) -> Metrics:
@@ -267,20 +273,11 @@ class Pipeline:
         metrics: Metrics = {}
         for comparison, recipe in zip(self.experiment.comparisons, self.experiment.recipes.compare, strict=True):
             if comparison.upstream == upstream:
-                path = self._evaluate(recipe, partial(comparison, material), comparison.name)
-                metrics |= json.loads((path / METRICS).read_text())
+                metrics |= self._evaluate(recipe, partial(comparison, material), comparison.name).metrics
         return metrics
 
-    def _evaluate(self, recipe: Recipe, evaluate: Callable[[], Evaluation], what: str) -> Path:
-        """Folder of an evaluation's artifact."""
-
-        def make(folder: Path) -> None:
-            evaluation = evaluate()
-            write_json(folder / METRICS, evaluation.metrics)
-            if evaluation.details:
-                write_json(folder / DETAILS, evaluation.details)
-
-        return self._get(recipe, make, what).path
+    def _evaluate(self, recipe: Recipe, evaluate: Callable[[], Evaluation], what: str) -> Evaluation:
+        return read_evaluation(self._get(recipe, evaluate, write_evaluation, what).path)
 
     def _material(self, statistics: Statistics, scores: Scores, pruning: Pruning | None) -> Material:
         def dense_and_pruned() -> tuple[MoEModel, MoEModel]:
@@ -303,11 +300,13 @@ class Pipeline:
         experiment = self.experiment
         if experiment.tokens is not None:
             return experiment.tokens
-        return TokenWindows.from_tensors(load_file(experiment.store.path(experiment.recipes.calibrate) / TOKENS))
+        return read_tokens(experiment.store.path(experiment.recipes.calibrate))
 
-    def _get(self, recipe: Recipe, make: Callable[[Path], None], what: str = "", part: str = WHOLE) -> Artifact:
+    def _get(
+        self, recipe: Recipe, compute: Callable[[], T], write: Callable[[Path, T], None], what: str = "", part: str = WHOLE
+    ) -> Artifact:
         """Answer from the store or make it; one log line either way."""
-        artifact = self.experiment.store.get(recipe, make, part)
+        artifact = self.experiment.store.get(recipe, compute, write, part)
         self.stages.append({"stage": recipe.stage, "what": what, **artifact.summary()})
         origin = "cached" if artifact.cached else f"made, peak memory {artifact.peak_memory_bytes / 2**30:.2f} GiB"
         logger.info("%-9s %s%s: %s, %.1f s", recipe.stage, f"{what} " if what else "", recipe.key, origin, artifact.seconds)

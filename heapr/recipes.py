@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from heapr.artifacts import CHECKPOINT_PART, REPAIR_PART
 from heapr.calibration.corpora import Corpus
 from heapr.calibration.mixture import Mixture
 from heapr.evaluation.evaluator import Comparison, Evaluator
@@ -19,9 +20,6 @@ from heapr.store import KEY_LENGTH, Recipe
 
 # Raised when the code of a stage gives other results than before: older artifacts are then made again.
 STAGE_VERSIONS = {"calibrate": 2, "score": 1, "prune": 3, "evaluate": 3}
-
-# What is made from the plan and kept with it (heapr/store.py): the repaired weights, and the model in the last round
-REPAIR_PART, CHECKPOINT_PART = "repair", "checkpoint"
 
 # Fields of `PruningConfig`: those that were in the first keys, and those that change no plan.
 ALWAYS_IN_KEY, WITHOUT_INFLUENCE = ("ratio", "scope", "width_multiple", "form"), ("save_checkpoint", "rounds")

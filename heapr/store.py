@@ -1,7 +1,7 @@
 """The artifact store: every stage's result on disk, by the hash of everything that determines it.
 
-In: stage, version, resolved configuration, keys of upstream artifacts, and a function that makes the result in an empty
-folder. Out: an `Artifact`. A result is made once, whatever happens: under a lock, in a temporary folder, verified when
+In: stage, version, resolved configuration, keys of upstream artifacts, a function that computes the result, and one that writes it into
+an empty folder. Out: an `Artifact`. A result is made once, whatever happens: under a lock, in a temporary folder, verified when
 read, published by one rename. A process that is killed leaves only a temporary folder, which the next one sweeps.
 What is made from an artifact alone and may be left out, or fail, is a *part* of it: other files in the same folder, made,
 verified and described by themselves, so that nothing that was finished is lost with them.
@@ -23,24 +23,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from heapr.artifacts import MANIFEST
 from heapr.errors import ConfigError
 from heapr.files import fsync, hash_file, hash_file_once, readable_by_umask, write_json, write_text
 from heapr.measure import StageMeter
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
 LARGE_FILE = 64 * 2**20  # bytes; hashing less takes no time to speak of
 WHOLE = ""  # the artifact itself, not a part of it
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 KEY_LENGTH = 16  # hexadecimal digits: 64 bits
 RECORDED_LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "numpy")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -129,12 +131,13 @@ class Store:
         with _one_line_about_permissions(self.root):
             return self._is_intact(self.path(recipe), part)
 
-    def get(self, recipe: Recipe, make: Callable[[Path], None], part: str = WHOLE) -> Artifact:
-        """The artifact of a recipe, or a part of one that is there.
+    def get(self, recipe: Recipe, compute: Callable[[], T], write: Callable[[Path, T], None], part: str = WHOLE) -> Artifact:
+        """The artifact of a recipe, or a part of one that is there. What is missing is computed, then written.
 
         Args:
             recipe: what is wanted.
-            make: fills an empty folder with its files, if it is not there yet; the same recipe always gives the same files.
+            compute: gives the value; touches no file of the artifact.
+            write: fills an empty folder with the files of the value; the same recipe always gives the same files.
             part: a name; the files are added to the artifact under it.
 
         Raises:
@@ -142,7 +145,7 @@ class Store:
         """
         path = self.path(recipe)
         with _one_line_about_permissions(self.root), StageMeter(self.device) as meter:
-            cached = self._is_intact(path, part) or not self._make_once(recipe, make, part)
+            cached = self._is_intact(path, part) or not self._make_once(recipe, compute, write, part)
         peak = 0 if cached else meter.peak_memory_bytes
         return Artifact(recipe.stage, recipe.key, part, path, cached, meter.seconds, peak)
 
@@ -178,7 +181,7 @@ class Store:
                 f"with paths.outputs=..., or {instead}"
             )
 
-    def _make_once(self, recipe: Recipe, make: Callable[[Path], None], part: str) -> bool:
+    def _make_once(self, recipe: Recipe, compute: Callable[[], T], write: Callable[[Path, T], None], part: str) -> bool:
         """Make the artifact or a part of it under its lock. False if another process made it while this one waited."""
         path = self.path(recipe)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -188,7 +191,7 @@ class Store:
             with _empty_folder(path) as temporary:
                 meter = StageMeter(self.device)
                 with _one_line_about_space(self.root), meter:
-                    make(temporary)
+                    write(temporary, compute())
                 if part:
                     _add_part(part, temporary, path, meter)
                 else:

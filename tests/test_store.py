@@ -22,36 +22,57 @@ CPU = torch.device("cpu")
 RECIPE = Recipe(stage="score", version=1, config={"ratio": 0.5}, upstream={"calibrate": "abc"})
 
 
-def make_file(folder: Path) -> None:
+def nothing() -> None:
+    """The value of an artifact whose files hold nothing of it."""
+
+
+def make_file(folder: Path, _: None = None) -> None:
     (folder / "data.txt").write_text("result")
 
 
 def make_slowly(root: str, log: str, seconds: float) -> None:
-    def make(folder: Path) -> None:
+    def make(folder: Path, _: None = None) -> None:
         with Path(log).open("a") as file:
             file.write(f"made by {os.getpid()}\n")
         time.sleep(seconds)
         make_file(folder)
 
-    Store(Path(root), CPU).get(RECIPE, make)
+    Store(Path(root), CPU).get(RECIPE, nothing, make)
 
 
-def forbidden(folder: Path) -> None:
+def forbidden(folder: Path, _: None = None) -> None:
     raise AssertionError("made again")
 
 
 def test_made_once_then_cached(tmp_path: Path) -> None:
     store = Store(tmp_path, CPU)
     assert not store.has(RECIPE)
-    first, second = store.get(RECIPE, make_file), store.get(RECIPE, forbidden)
+    first, second = store.get(RECIPE, nothing, make_file), store.get(RECIPE, nothing, forbidden)
     assert (first.cached, second.cached) == (False, True)
     assert second.path == tmp_path / "score" / RECIPE.key
     assert (second.path / "data.txt").read_text() == "result"
     assert store.has(RECIPE)
 
 
+def test_the_value_is_computed_apart_from_writing_its_files(tmp_path: Path) -> None:
+    store = Store(tmp_path, CPU)
+    seen: list[str] = []
+
+    def compute() -> str:
+        seen.append("computed")
+        return "value"
+
+    def write(folder: Path, value: str) -> None:
+        seen.append(f"wrote {value}")
+        (folder / "data.txt").write_text(value)
+
+    path = store.get(RECIPE, compute, write).path
+    assert (path / "data.txt").read_text() == "value" and seen == ["computed", "wrote value"]
+    assert store.get(RECIPE, compute, write).cached and len(seen) == 2
+
+
 def test_manifest_says_what_it_is(tmp_path: Path) -> None:
-    manifest = json.loads((Store(tmp_path, CPU).get(RECIPE, make_file).path / "manifest.json").read_text())
+    manifest = json.loads((Store(tmp_path, CPU).get(RECIPE, nothing, make_file).path / "manifest.json").read_text())
     assert manifest["stage"] == "score" and manifest["stage_version"] == 1 and manifest["key"] == RECIPE.key
     assert manifest["upstream"] == {"calibrate": "abc"} and manifest["config"] == {"ratio": 0.5}
     assert manifest["files"]["data.txt"]["size"] == 6 and len(manifest["files"]["data.txt"]["sha256"]) == 64
@@ -80,7 +101,7 @@ def test_noise_in_floats_and_order_of_keys_do_not_matter() -> None:
 @pytest.mark.parametrize("damage", ["change", "truncate", "remove", "manifest"])
 def test_damaged_artifacts_are_made_again(tmp_path: Path, damage: str) -> None:
     store = Store(tmp_path, CPU)
-    path = store.get(RECIPE, make_file).path
+    path = store.get(RECIPE, nothing, make_file).path
     if damage == "change":
         (path / "data.txt").write_text("resulT")
     elif damage == "truncate":
@@ -89,22 +110,22 @@ def test_damaged_artifacts_are_made_again(tmp_path: Path, damage: str) -> None:
         (path / "data.txt").unlink()
     else:
         (path / "manifest.json").write_text("{")
-    again = store.get(RECIPE, make_file)
+    again = store.get(RECIPE, nothing, make_file)
     assert not again.cached
     assert (again.path / "data.txt").read_text() == "result"
 
 
 def test_a_failed_make_leaves_nothing(tmp_path: Path) -> None:
-    def fail(folder: Path) -> None:
+    def fail(folder: Path, _: None = None) -> None:
         make_file(folder)
         raise RuntimeError("half-way")
 
     store = Store(tmp_path, CPU)
     with pytest.raises(RuntimeError, match="half-way"):
-        store.get(RECIPE, fail)
+        store.get(RECIPE, nothing, fail)
     assert not store.has(RECIPE)
     assert [path.name for path in (tmp_path / "score").iterdir() if path.is_dir()] == []
-    assert not store.get(RECIPE, make_file).cached
+    assert not store.get(RECIPE, nothing, make_file).cached
 
 
 def test_parallel_processes_make_it_once(tmp_path: Path) -> None:
@@ -132,22 +153,22 @@ def test_kill_9_leaves_no_half_artifact_and_the_next_takes_over(tmp_path: Path) 
     process.join()
     assert list((root / "score").glob(".*.tmp-*"))  # what the killed process left
     assert not Store(root, CPU).has(RECIPE)
-    assert not Store(root, CPU).get(RECIPE, make_file).cached
+    assert not Store(root, CPU).get(RECIPE, nothing, make_file).cached
     assert not list((root / "score").glob(".*.tmp-*"))
 
 
-def make_part(folder: Path) -> None:
+def make_part(folder: Path, _: None = None) -> None:
     (folder / "inside").mkdir()
     (folder / "inside" / "more.txt").write_text("more")
 
 
 def test_a_part_is_made_and_described_by_itself(tmp_path: Path) -> None:
     store = Store(tmp_path, CPU)
-    whole = store.get(RECIPE, make_file)
+    whole = store.get(RECIPE, nothing, make_file)
     assert not store.has(RECIPE, "extra")
-    part = store.get(RECIPE, make_part, "extra")
+    part = store.get(RECIPE, nothing, make_part, "extra")
     assert (part.path, part.part, part.cached) == (whole.path, "extra", False)
-    assert store.get(RECIPE, forbidden).cached and store.get(RECIPE, forbidden, "extra").cached
+    assert store.get(RECIPE, nothing, forbidden).cached and store.get(RECIPE, nothing, forbidden, "extra").cached
     manifest = json.loads((whole.path / "manifest.json").read_text())
     assert manifest["files"].keys() == {"data.txt"} and manifest["parts"]["extra"]["files"].keys() == {"inside/more.txt"}
     assert manifest["parts"]["extra"]["seconds"] >= 0 and manifest["parts"]["extra"]["created"]
@@ -155,45 +176,45 @@ def test_a_part_is_made_and_described_by_itself(tmp_path: Path) -> None:
 
 def test_a_part_that_fails_or_is_damaged_costs_nothing_else(tmp_path: Path) -> None:
     store = Store(tmp_path, CPU)
-    path = store.get(RECIPE, make_file).path
+    path = store.get(RECIPE, nothing, make_file).path
 
-    def fail(folder: Path) -> None:
+    def fail(folder: Path, _: None = None) -> None:
         make_part(folder)
         raise RuntimeError("half-way")
 
     with pytest.raises(RuntimeError, match="half-way"):
-        store.get(RECIPE, fail, "extra")
+        store.get(RECIPE, nothing, fail, "extra")
     assert store.has(RECIPE) and not store.has(RECIPE, "extra") and not (path / "inside").exists()
-    store.get(RECIPE, make_part, "extra")
+    store.get(RECIPE, nothing, make_part, "extra")
     (path / "inside" / "more.txt").write_text("mora")
     assert store.has(RECIPE) and not store.has(RECIPE, "extra")
-    assert not store.get(RECIPE, make_part, "extra").cached
-    assert (path / "inside" / "more.txt").read_text() == "more" and store.get(RECIPE, forbidden).cached
+    assert not store.get(RECIPE, nothing, make_part, "extra").cached
+    assert (path / "inside" / "more.txt").read_text() == "more" and store.get(RECIPE, nothing, forbidden).cached
 
 
 def test_files_of_a_part_that_the_manifest_does_not_know_yet_are_made_again(tmp_path: Path) -> None:
     """Killed between moving files and writing the manifest."""
     store = Store(tmp_path, CPU)
-    path = store.get(RECIPE, make_file).path
+    path = store.get(RECIPE, nothing, make_file).path
     (path / "inside").mkdir()
     (path / "inside" / "half.txt").write_text("ha")
     assert not store.has(RECIPE, "extra")
-    store.get(RECIPE, make_part, "extra")
+    store.get(RECIPE, nothing, make_part, "extra")
     assert [file.name for file in (path / "inside").iterdir()] == ["more.txt"] and store.has(RECIPE, "extra")
 
 
 def test_parallel_processes_make_a_part_once(tmp_path: Path) -> None:
-    Store(tmp_path, CPU).get(RECIPE, make_file)
+    Store(tmp_path, CPU).get(RECIPE, nothing, make_file)
     log = tmp_path / "log"
 
     def make_both() -> None:
-        def make(folder: Path) -> None:
+        def make(folder: Path, _: None = None) -> None:
             with log.open("a") as file:
                 file.write("made\n")
             time.sleep(0.3)
             make_part(folder)
 
-        Store(tmp_path, CPU).get(RECIPE, make, "extra")
+        Store(tmp_path, CPU).get(RECIPE, nothing, make, "extra")
 
     processes = [multiprocessing.get_context("fork").Process(target=make_both) for _ in range(3)]
     for process in processes:
@@ -205,13 +226,13 @@ def test_parallel_processes_make_a_part_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("umask", "file_mode", "folder_mode"), [(0o002, 0o664, 0o775), (0o022, 0o644, 0o755), (0o077, 0o600, 0o700)])
 def test_modes_follow_the_umask_and_locks_are_the_groups(tmp_path: Path, umask: int, file_mode: int, folder_mode: int) -> None:
-    def make(folder: Path) -> None:
+    def make(folder: Path, _: None = None) -> None:
         make_part(folder)
         save_file({"a": torch.zeros(1)}, folder / "a.safetensors")  # written with 0600, whatever the umask
 
     before = os.umask(umask)
     try:
-        path = Store(tmp_path / "store", CPU).get(RECIPE, make).path
+        path = Store(tmp_path / "store", CPU).get(RECIPE, nothing, make).path
     finally:
         os.umask(before)
     modes = {entry.name: entry.stat().st_mode & 0o777 for entry in [path, *path.rglob("*")]}
@@ -250,12 +271,12 @@ def test_two_users_share_a_store_or_are_told_in_one_line() -> None:
     with tempfile.TemporaryDirectory(dir="/tmp") as name:  # below a folder that others may enter
         root = Path(name) / "store"
         os.chmod(name, 0o777)
-        assert as_user(12001, 12000, lambda: Store(root, CPU).get(group, make_file)) == "done"
-        assert as_user(12002, 12000, lambda: Store(root, CPU).get(group, forbidden)) == "done"
-        assert as_user(12002, 12000, lambda: Store(root, CPU).get(other, make_file)) == "done"
-        assert as_user(12001, 12000, lambda: Store(root, CPU).get(group, make_part, "extra")) == "done"
+        assert as_user(12001, 12000, lambda: Store(root, CPU).get(group, nothing, make_file)) == "done"
+        assert as_user(12002, 12000, lambda: Store(root, CPU).get(group, nothing, forbidden)) == "done"
+        assert as_user(12002, 12000, lambda: Store(root, CPU).get(other, nothing, make_file)) == "done"
+        assert as_user(12001, 12000, lambda: Store(root, CPU).get(group, nothing, make_part, "extra")) == "done"
         (root / "score" / RECIPE.key / "data.txt").chmod(0o600)
-        refused = as_user(12002, 12000, lambda: Store(root, CPU).get(group, forbidden))
+        refused = as_user(12002, 12000, lambda: Store(root, CPU).get(group, nothing, forbidden))
         assert "no permission for" in refused and "data.txt" in refused and "umask 002" in refused and "\n" not in refused
 
 

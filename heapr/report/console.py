@@ -14,6 +14,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from heapr.artifacts import CHECKPOINT
+
 SIZE_ROWS = {  # size on the model: its share removed, how to print it
     "parameters": ("parameters_removed_ratio", "{:,.0f}"),
     "parameters_active_per_token": ("parameters_active_removed_ratio", "{:,.0f}"),
@@ -41,7 +43,7 @@ def print_summary(summary: Mapping[str, Any], run_folder: str, console: Console 
     """Dense against pruned, the stages, and where everything lies."""
     artifacts = Path(summary["stages"][0]["path"]).parents[1]
     places = f"artifacts:  {artifacts}/<stage>/<artifact>\nthis run:   {run_folder}"
-    checkpoints = [Path(stage["path"]) / "checkpoint" for stage in summary["stages"] if stage["stage"] == "prune"]
+    checkpoints = [Path(stage["path"]) / CHECKPOINT for stage in summary["stages"] if stage["stage"] == "prune"]
     places += "".join(f"\ncheckpoint: {path}" for path in checkpoints if path.is_dir())
     (console or Console()).print(Group(_metrics_table(summary["metrics"]), _stages_table(summary["stages"]), Text(places, overflow="fold")))
 

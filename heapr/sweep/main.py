@@ -22,6 +22,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
+from heapr.artifacts import SWEEPS
 from heapr.errors import ConfigError
 from heapr.files import user_path
 from heapr.main import compose_experiment, explain, one_line_errors
@@ -236,7 +237,7 @@ def _run(root: Path, request: Request, definition: Definition, jobs: Mapping[Job
     )
     config = next(iter(jobs.values()))
     outputs = Path(config.paths.outputs)
-    folder = new_folder(outputs / "sweeps", record)
+    folder = new_folder(outputs / SWEEPS, record)
     exit_code = launch(root, folder, request.settings)
     if exit_code:
         logger.error("the process that ran the jobs ended with exit code %d; the same command goes on where it stopped", exit_code)
@@ -251,7 +252,7 @@ def _report_newest(root: Path, request: Request, definition: Definition, jobs: S
     from heapr.sweep.collect import Record, newest_sweep
 
     (config,) = compose_jobs(definition.name, jobs[:1], root / "conf")
-    folder = newest_sweep(Path(config.paths.outputs) / "sweeps", definition.name, request.version)
+    folder = newest_sweep(Path(config.paths.outputs) / SWEEPS, definition.name, request.version)
     replace(Record.read(folder), title=definition.title, report=definition.layout(request.version)).write(folder)
     return _finish(root, request, folder)
 

@@ -5,7 +5,6 @@ In: the checked configuration of every job. Out: `Plan`, printed as a table. Not
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -13,12 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from heapr.artifacts import ARTIFACTS, MANIFEST, REPAIR_PART, read_manifest
 from heapr.dry_run import PlannedStage, plan_stages, sequence_flops
 from heapr.errors import ConfigError
 from heapr.model.load import ModelSource
-from heapr.recipes import REPAIR_PART
 from heapr.schema import ExperimentConfig
-from heapr.store import MANIFEST, WHOLE, canonical_json
+from heapr.store import WHOLE, canonical_json
 
 STAGES = ("calibrate", "score", "prune", "evaluate")
 
@@ -76,7 +75,7 @@ def plan_sweep(jobs: Sequence[tuple[str, ...]], configs: Sequence[ExperimentConf
         configs: checked configuration of each.
     """
     planned = [_plan_job(overrides, config) for overrides, config in zip(jobs, configs, strict=True)]
-    past = PastSeconds(Path(configs[0].paths.outputs) / "artifacts")
+    past = PastSeconds(Path(configs[0].paths.outputs) / ARTIFACTS)
     seconds = {stage.name: past.expected(stage, job.stages) for job in planned for stage in job.stages if not stage.cached}
     return SweepPlan(planned, seconds, _flops_of_calibrations(planned, configs, seconds))
 
@@ -116,7 +115,8 @@ class PastSeconds:
     """
 
     def __init__(self, artifacts: Path) -> None:
-        manifests = [json.loads(path.read_text(encoding="utf-8")) for path in artifacts.glob(f"*/[!.]*/{MANIFEST}")]
+        found = [read_manifest(path.parent) for path in artifacts.glob(f"*/[!.]*/{MANIFEST}")]
+        manifests = [manifest for manifest in found if manifest is not None]
         self._models: dict[str, Any] = {}  # of each artifact, by key
         for stage in STAGES:
             for manifest in manifests:
