@@ -2,7 +2,8 @@
 
 In: stage, version, resolved configuration, keys of upstream artifacts, a function that computes the result, and one that writes it into
 an empty folder. Out: an `Artifact`. A result is made once, whatever happens: under a lock, in a temporary folder, verified when
-read, published by one rename. A process that is killed leaves only a temporary folder, which the next one sweeps.
+read, published by one rename. A process that is killed leaves a temporary folder, which the next one sweeps, and its scratch, with
+which the next one goes on.
 What is made from an artifact alone and may be left out, or fail, is a *part* of it: other files in the same folder, made,
 verified and described by themselves, so that nothing that was finished is lost with them.
 """
@@ -18,8 +19,9 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -36,6 +38,7 @@ from heapr.measure import StageMeter
 
 logger = logging.getLogger(__name__)
 
+SCRATCH_DAYS = 14  # after which unfinished work is taken for given up
 LARGE_FILE = 64 * 2**20  # bytes; hashing less takes no time to speak of
 WHOLE = ""  # the artifact itself, not a part of it
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -149,6 +152,18 @@ class Store:
         peak = 0 if cached else meter.peak_memory_bytes
         return Artifact(recipe.stage, recipe.key, part, path, cached, meter.seconds, peak)
 
+    def scratch(self, recipe: Recipe, part: str = WHOLE) -> Path:
+        """A folder for what the computation of an artifact or part has done so far. It outlives the process: who computes the same next
+        finds what a killed one left. It is removed when the artifact is there, and `SCRATCH_DAYS` after its last change.
+
+        To be asked for inside `compute`, which runs under the artifact's lock: nobody else uses it meanwhile. What is left in it may be
+        half a file; write with `heapr.files.write_text` or rename what is whole.
+        """
+        folder = _scratch_of(self.path(recipe), part)
+        folder.mkdir(parents=True, exist_ok=True)
+        os.utime(folder)
+        return folder
+
     def rewrite(self, recipe: Recipe, part: str, name: str, change: Callable[[str], str]) -> None:
         """Change one text file of a part, for what is known only later. Killed in between, that part is made again."""
         path = self.path(recipe)
@@ -188,6 +203,7 @@ class Store:
         with _locked(path):
             if self._is_intact(path, part):
                 return False
+            _sweep_old_scratch(self.root)
             with _empty_folder(path) as temporary:
                 meter = StageMeter(self.device)
                 with _one_line_about_space(self.root), meter:
@@ -196,6 +212,7 @@ class Store:
                     _add_part(part, temporary, path, meter)
                 else:
                     _publish(recipe, temporary, path, meter)
+            shutil.rmtree(_scratch_of(path, part), ignore_errors=True)
             return True
 
     def _is_intact(self, path: Path, part: str) -> bool:
@@ -238,11 +255,16 @@ def _canonical(value: Any) -> Any:
     return value
 
 
+def _lock_of(path: Path) -> FileLock:
+    """Of one artifact; the operating system frees it when its holder dies. A lock holds nothing, so whoever shares the folder's group may
+    take it, whatever the umask of the one who made it."""
+    return FileLock(path.parent / f".{path.name}.lock", mode=readable_by_umask(0o666) | 0o660)
+
+
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock of one artifact; the operating system frees it when its holder dies. A lock holds nothing, so whoever shares the
-    folder's group may take it, whatever the umask of the one who made it."""
-    lock = FileLock(path.parent / f".{path.name}.lock", mode=readable_by_umask(0o666) | 0o660)
+    """Hold the lock of one artifact, and say so if that takes waiting."""
+    lock = _lock_of(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -292,6 +314,24 @@ def _empty_folder(path: Path) -> Iterator[Path]:
         yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _scratch_of(path: Path, part: str) -> Path:
+    return path.parent / f".{path.name}.scratch-{part or 'whole'}"
+
+
+def _sweep_old_scratch(root: Path) -> None:
+    """Remove scratch that nothing has changed for `SCRATCH_DAYS` and nobody uses: of a computation that was given up."""
+    limit = time.time() - SCRATCH_DAYS * 24 * 3600
+    for folder in root.glob("*/.*.scratch-*"):
+        lock = _lock_of(folder.parent / folder.name.split(".")[1])
+        with suppress(OSError, Timeout), lock.acquire(timeout=0):  # another user's, in use, or gone by now
+            if _last_change(folder) < limit:
+                shutil.rmtree(folder)
+
+
+def _last_change(folder: Path) -> float:
+    return max(entry.stat().st_mtime for entry in [folder, *folder.rglob("*")])
 
 
 def _publish(recipe: Recipe, temporary: Path, path: Path, meter: StageMeter) -> None:

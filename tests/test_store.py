@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import save_file
 
 from heapr.errors import ConfigError
-from heapr.store import Recipe, Store, canonical_json
+from heapr.files import write_text
+from heapr.store import SCRATCH_DAYS, Recipe, Store, canonical_json
 
 CPU = torch.device("cpu")
 RECIPE = Recipe(stage="score", version=1, config={"ratio": 0.5}, upstream={"calibrate": "abc"})
@@ -155,6 +156,89 @@ def test_kill_9_leaves_no_half_artifact_and_the_next_takes_over(tmp_path: Path) 
     assert not Store(root, CPU).has(RECIPE)
     assert not Store(root, CPU).get(RECIPE, nothing, make_file).cached
     assert not list((root / "score").glob(".*.tmp-*"))
+
+
+def count_up(root: str, steps: int, pause_at: int) -> None:
+    """Compute in steps, each kept in scratch once it is done; pause before one of them, as if it took long."""
+    store = Store(Path(root), CPU)
+
+    def compute() -> str:
+        scratch = store.scratch(RECIPE)
+        with (Path(root) / "log").open("a") as log:
+            log.write(f"begins with {sorted(path.name for path in scratch.iterdir())}\n")
+        for number in range(steps):
+            if number == pause_at:
+                time.sleep(60)
+            write_text(scratch / str(number), "done")
+        return " ".join(sorted(path.name for path in scratch.iterdir()))
+
+    store.get(RECIPE, compute, lambda folder, value: write_text(folder / "data.txt", value))
+
+
+def scratch_folders(root: Path) -> list[str]:
+    return [path.name for path in root.glob("*/.*.scratch-*")]
+
+
+def test_scratch_outlives_kill_9_and_is_swept_with_the_artifact_published(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("fork").Process(target=count_up, args=(str(tmp_path), 4, 2))
+    process.start()
+    deadline = time.time() + 20
+    while not list(tmp_path.glob("score/.*.scratch-whole/1")) and time.time() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    count_up(str(tmp_path), 4, pause_at=-1)
+    assert (tmp_path / "log").read_text() == "begins with []\nbegins with ['0', '1']\n"
+    assert (Store(tmp_path, CPU).path(RECIPE) / "data.txt").read_text() == "0 1 2 3"
+    assert scratch_folders(tmp_path) == []
+
+
+def test_two_processes_never_share_a_scratch_folder(tmp_path: Path) -> None:
+    """The second waits at the lock and finds the artifact made."""
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=count_up, args=(str(tmp_path), 200, -1)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=30)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert (tmp_path / "log").read_text() == "begins with []\n" and scratch_folders(tmp_path) == []
+
+
+def test_scratch_of_a_failed_computation_stays_and_parts_have_their_own(tmp_path: Path) -> None:
+    store = Store(tmp_path, CPU)
+    store.get(RECIPE, nothing, make_file)
+
+    def fail() -> None:
+        (store.scratch(RECIPE, "extra") / "half").touch()
+        raise RuntimeError("half-way")
+
+    with pytest.raises(RuntimeError, match="half-way"):
+        store.get(RECIPE, fail, make_part, "extra")
+    assert scratch_folders(tmp_path) == [f".{RECIPE.key}.scratch-extra"]
+    store.get(RECIPE, nothing, make_part, "extra")
+    assert scratch_folders(tmp_path) == []
+
+
+def test_old_scratch_is_swept_unless_it_is_in_use_or_was_changed(tmp_path: Path) -> None:
+    store = Store(tmp_path, CPU)
+    old, changed, in_use = (Recipe("score", 1, {"ratio": ratio}, {}) for ratio in (0.1, 0.2, 0.3))
+    long_ago = time.time() - (SCRATCH_DAYS + 1) * 24 * 3600
+    for recipe in (old, changed, in_use):
+        (store.scratch(recipe) / "piece").touch()
+        for path in (store.scratch(recipe) / "piece", store.scratch(recipe)):
+            os.utime(path, (long_ago, long_ago))
+    (store.scratch(changed) / "new piece").touch()
+
+    def compute() -> list[str]:
+        store.get(RECIPE, nothing, make_file)
+        return scratch_folders(tmp_path)
+
+    def write(folder: Path, left: list[str]) -> None:
+        assert set(left) == {f".{recipe.key}.scratch-whole" for recipe in (changed, in_use)}
+
+    store.get(in_use, compute, write)
+    assert scratch_folders(tmp_path) == [f".{changed.key}.scratch-whole"]
 
 
 def make_part(folder: Path, _: None = None) -> None:
