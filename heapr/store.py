@@ -81,7 +81,7 @@ class Artifact:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Origin:
     """Everything that determines a result.
 
     Attributes:
@@ -126,47 +126,47 @@ class Store:
         """Where hashes of large files are remembered."""
         return self.root / ".digests"
 
-    def path(self, recipe: Recipe) -> Path:
-        return self.root / recipe.stage / recipe.key
+    def path(self, origin: Origin) -> Path:
+        return self.root / origin.stage / origin.key
 
-    def has(self, recipe: Recipe, part: str = WHOLE) -> bool:
+    def has(self, origin: Origin, part: str = WHOLE) -> bool:
         """Whether an artifact, or a part of it, is there, complete and undamaged."""
         with _one_line_about_permissions(self.root):
-            return self._is_intact(self.path(recipe), part)
+            return self._is_intact(self.path(origin), part)
 
-    def get(self, recipe: Recipe, compute: Callable[[], T], write: Callable[[Path, T], None], part: str = WHOLE) -> Artifact:
-        """The artifact of a recipe, or a part of one that is there. What is missing is computed, then written.
+    def get(self, origin: Origin, compute: Callable[[], T], write: Callable[[Path, T], None], part: str = WHOLE) -> Artifact:
+        """The artifact of an origin, or a part of one that is there. What is missing is computed, then written.
 
         Args:
-            recipe: what is wanted.
+            origin: what is wanted.
             compute: gives the value; touches no file of the artifact.
-            write: fills an empty folder with the files of the value; the same recipe always gives the same files.
+            write: fills an empty folder with the files of the value; the same origin always gives the same files.
             part: a name; the files are added to the artifact under it.
 
         Raises:
             ConfigError: no permission to read or write here, or no space left; nothing that was finished before is lost.
         """
-        path = self.path(recipe)
+        path = self.path(origin)
         with _one_line_about_permissions(self.root), StageMeter(self.device) as meter:
-            cached = self._is_intact(path, part) or not self._make_once(recipe, compute, write, part)
+            cached = self._is_intact(path, part) or not self._make_once(origin, compute, write, part)
         peak = 0 if cached else meter.peak_memory_bytes
-        return Artifact(recipe.stage, recipe.key, part, path, cached, meter.seconds, peak)
+        return Artifact(origin.stage, origin.key, part, path, cached, meter.seconds, peak)
 
-    def scratch(self, recipe: Recipe, part: str = WHOLE) -> Path:
+    def scratch(self, origin: Origin, part: str = WHOLE) -> Path:
         """A folder for what the computation of an artifact or part has done so far. It outlives the process: who computes the same next
         finds what a killed one left. It is removed when the artifact is there, and `SCRATCH_DAYS` after its last change.
 
         To be asked for inside `compute`, which runs under the artifact's lock: nobody else uses it meanwhile. What is left in it may be
         half a file; write with `heapr.files.write_text` or rename what is whole.
         """
-        folder = _scratch_of(self.path(recipe), part)
+        folder = _scratch_of(self.path(origin), part)
         folder.mkdir(parents=True, exist_ok=True)
         os.utime(folder)
         return folder
 
-    def rewrite(self, recipe: Recipe, part: str, name: str, change: Callable[[str], str]) -> None:
+    def rewrite(self, origin: Origin, part: str, name: str, change: Callable[[str], str]) -> None:
         """Change one text file of a part, for what is known only later. Killed in between, that part is made again."""
-        path = self.path(recipe)
+        path = self.path(origin)
         with _one_line_about_permissions(self.root), _locked(path):
             file = path / name
             before = file.read_text(encoding="utf-8")
@@ -196,9 +196,9 @@ class Store:
                 f"with paths.outputs=..., or {instead}"
             )
 
-    def _make_once(self, recipe: Recipe, compute: Callable[[], T], write: Callable[[Path, T], None], part: str) -> bool:
+    def _make_once(self, origin: Origin, compute: Callable[[], T], write: Callable[[Path, T], None], part: str) -> bool:
         """Make the artifact or a part of it under its lock. False if another process made it while this one waited."""
-        path = self.path(recipe)
+        path = self.path(origin)
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path):
             if self._is_intact(path, part):
@@ -211,7 +211,7 @@ class Store:
                 if part:
                     _add_part(part, temporary, path, meter)
                 else:
-                    _publish(recipe, temporary, path, meter)
+                    _publish(origin, temporary, path, meter)
             shutil.rmtree(_scratch_of(path, part), ignore_errors=True)
             return True
 
@@ -334,14 +334,14 @@ def _last_change(folder: Path) -> float:
     return max(entry.stat().st_mtime for entry in [folder, *folder.rglob("*")])
 
 
-def _publish(recipe: Recipe, temporary: Path, path: Path, meter: StageMeter) -> None:
+def _publish(origin: Origin, temporary: Path, path: Path, meter: StageMeter) -> None:
     """Describe the files in a temporary folder and rename it into place. Called under the lock."""
     manifest = {
-        "stage": recipe.stage,
-        "stage_version": recipe.version,
-        "key": recipe.key,
-        "upstream": dict(recipe.upstream),
-        "config": _canonical(recipe.config),
+        "stage": origin.stage,
+        "stage_version": origin.version,
+        "key": origin.key,
+        "upstream": dict(origin.upstream),
+        "config": _canonical(origin.config),
         **_provenance(temporary, meter),
         "parts": {},
     }

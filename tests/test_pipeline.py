@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM
 from heapr.errors import ConfigError
 from heapr.evaluation.build import build_evaluators
 from heapr.evaluation.perplexity import Perplexity
-from heapr.experiment import option_name, prepare
+from heapr.experiment import prepare
 from heapr.model.load import ModelSource, find_model
 from heapr.pipeline import Summary
 from heapr.pruning.surgery import mask
 from heapr.types import Plan, Scores, Statistics
+from heapr.words import option_name
 from tests.evaluation.test_zero_shot import ITEMS, write_task
 from tests.experiment import cached_stages, compose_experiment, run_in, write_model, write_texts
 from tests.tiny import tiny_qwen3_moe

@@ -232,8 +232,8 @@ def test_what_is_shared(tmp_path: Path, finished: tuple[Path, Any], overrides: l
     other = run_in(folder, *overrides, "score=fisher", "pruning/repair=expert", "pruning.save_checkpoint=false")
     assert cached_stages(other) == {"calibrate": True, "score": True, "prune": False, "evaluate": False}
     plain = run_in(folder, *overrides, "score=fisher", "pruning.save_checkpoint=false")
-    recipe = json.loads((Path(stages(plain, "prune")[0]["path"]) / "manifest.json").read_text())["config"]
-    assert recipe == {"ratio": 0.4, "scope": "global", "width_multiple": 1, "form": "ragged"}
+    settings = json.loads((Path(stages(plain, "prune")[0]["path"]) / "manifest.json").read_text())["config"]
+    assert settings == {"ratio": 0.4, "scope": "global", "width_multiple": 1, "form": "ragged"}
 
 
 def test_a_model_whose_stream_repair_cannot_mend_is_refused_before_calibration(tmp_path: Path, overrides: list[str]) -> None:
