@@ -25,6 +25,11 @@ def did_you_mean(name: str, known: Iterable[str], *, before: str = "", most: int
     return f"did you mean {' or '.join(before + name for name in near)}? " if near else ""
 
 
+def class_name(target: str) -> str:
+    """Of a plug-in, from its `_target_`: the last part."""
+    return target.rpartition(".")[2]
+
+
 def option_name(target: str, between: str = "_") -> str:
     """The name of a plug-in's option, from its `_target_`: heapr.score.gradient.HeaprSum is heapr_sum.
 
@@ -32,7 +37,7 @@ def option_name(target: str, between: str = "_") -> str:
         target: full name of a class, or its name alone.
         between: put between words.
     """
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", between, target.rpartition(".")[2]).lower()
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", between, class_name(target)).lower()
 
 
 def step_title(stage: str, what: str) -> str:

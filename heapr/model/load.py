@@ -23,9 +23,10 @@ from transformers.utils import logging as transformers_logging
 from heapr.errors import ConfigError, TooLargeError
 from heapr.files import user_path
 from heapr.hub import hub_is_reachable
-from heapr.model.description import CONFIG_FILE, UNUSABLE, first_line, read_config, read_tokenizer
+from heapr.model.description import CONFIG_FILE, UNUSABLE, read_config, read_tokenizer
 from heapr.model.model_files import DESCRIPTION_FILES, INDEX, WEIGHTS, check_weight_files, hash_folder, shards_of, weight_files
 from heapr.model.moe import MoEModel, experts_per_token, find_moe_layers
+from heapr.words import first_line
 
 BUILTIN_PREFIX = "builtin:"
 BUILTIN_FOLDER = Path(__file__).parent / "builtin"

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from heapr.artifacts import CHECKPOINT
+from heapr.words import step_title
 
 SIZE_ROWS = {  # size on the model: its share removed, how to print it
     "parameters": ("parameters_removed_ratio", "{:,.0f}"),
@@ -93,7 +94,7 @@ def _stages_table(stages: list[Mapping[str, Any]]) -> Table:
     for column in table.columns[2:4]:
         column.justify = "right"
     for stage in stages:
-        name = stage["what"] or stage["stage"]
+        name = step_title(stage["stage"], stage["what"])
         peak = "" if stage["cached"] else f"{stage['peak_memory_bytes'] / 2**30:.2f} GiB"
         table.add_row(name, "cached" if stage["cached"] else "made", f"{stage['seconds']:.1f}", peak, stage["key"])
     return table

@@ -7,7 +7,6 @@ exit code 1 if a job failed, 2 with one line for a mistake.
 from __future__ import annotations
 
 import csv
-import difflib
 import logging
 import shlex
 import shutil
@@ -28,6 +27,7 @@ from heapr.files import user_path
 from heapr.main import compose_experiment, explain, one_line_errors
 from heapr.schema import ExperimentConfig, register
 from heapr.sweep.definition import Definition, Job, experiment_names, is_tiny, load_definition, make_jobs
+from heapr.words import did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -101,8 +101,7 @@ def read_request(arguments: Sequence[str], experiments: Sequence[str]) -> Reques
     for argument in rest:
         if argument.startswith("-") or ("=" not in argument and not argument.startswith("~")):
             known = ["--dry-run", "--help", *(f"{key}=" for key in ("experiment", "report_dir", *SWITCHES))]
-            near = difflib.get_close_matches(argument, known, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
+            hint = did_you_mean(argument, known)
             raise ConfigError(f"'{argument}' is neither an override (key=value) nor an option; {hint}options: {', '.join(known)}")
         if argument.startswith("dry_run="):
             raise ConfigError(f"'{argument}' is for one run; give --dry-run to see what a sweep would do")
