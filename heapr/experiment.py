@@ -99,6 +99,8 @@ def prepare(config: ExperimentConfig) -> Experiment:
     comparisons = [entry for entry in built if isinstance(entry, Comparison)]
     store = Store(Path(config.paths.outputs) / "artifacts", device)
     source = find_source(config, store)
+    if source.has_weights:  # else they are fetched when the model is loaded, and looked at then
+        _ = source.left_out
     check_lengths(config, source)
     budget = find_budget(config, source, criterion)
     for note in notes_on_budget(source, budget):
@@ -266,6 +268,7 @@ def _about(config: ExperimentConfig, recipes: Recipes, source: ModelSource, budg
         **recipes.prune.config,
         **_about_width(source, budget),
         "rounds": config.pruning.rounds,
+        **source.left_behind,
         "keys": {recipe.stage: recipe.key for recipe in (recipes.calibrate, recipes.score, recipes.prune)},
     }
 

@@ -216,7 +216,7 @@ class Pipeline:
     def _make_checkpoint(self, pruning: Pruning, planned: Path, folder: Path) -> None:
         experiment = self.experiment
         model = self.model.masked(pruning) if experiment.form == "masked" else self.model.final(pruning)
-        save_checkpoint(model, experiment.source.tokenizer, folder / CHECKPOINT, about=experiment.about)
+        save_checkpoint(model, experiment.source.folder, folder / CHECKPOINT, about=experiment.about)
         (folder / CHECKPOINT / CARD).write_text(model_card(experiment.about, {}), encoding="utf-8")
         shutil.copy(planned / PLAN, folder / CHECKPOINT)
 
