@@ -14,7 +14,7 @@ from typing import Any
 from heapr.calibration.corpora import Corpus
 from heapr.calibration.mixture import Mixture
 from heapr.evaluation.evaluator import Comparison, Evaluator
-from heapr.schema import CalibrationConfig, ExperimentConfig, PruningConfig
+from heapr.schema import ExperimentConfig, PruningConfig
 from heapr.store import KEY_LENGTH, Recipe
 
 # Raised when the code of a stage gives other results than before: older artifacts are then made again.
@@ -115,9 +115,8 @@ def _rounds(config: ExperimentConfig, model_identity: Mapping[str, str], text: C
         "num_samples": settings.num_samples,
         "sequence_length": settings.sequence_length,
         "seed": settings.seed,
+        "max_characters": settings.max_characters,
     }
-    if settings.max_characters != CalibrationConfig.max_characters:
-        tokens["max_characters"] = settings.max_characters
     rounds: list[Round] = []
     for number in range(1, pruning.rounds + 1):
         ratio = pruning.ratio * number / pruning.rounds
