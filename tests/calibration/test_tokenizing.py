@@ -80,6 +80,14 @@ def test_pieces_give_the_tokens_of_the_whole_text(kind: str, monkeypatch: pytest
     assert len(calls) > 5, "it was not tokenised in pieces"
 
 
+def test_a_long_run_is_not_tokenised_over_and_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, text = trained("bytes"), ["begin", "x" + "=" * 1_000_001, "some words, " * 3000]
+    calls = counted(monkeypatch)
+    found = token_ids(lambda: text, tokenizer, num_characters=joined_length(text), what="text")
+    assert found.tolist() == tokenizer(DOCUMENT_SEPARATOR.join(text), verbose=False)["input_ids"]
+    assert calls.count(1) < 10, "pieces put together"
+
+
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many pieces each call tokenises."""
     calls: list[int] = []
@@ -104,7 +112,7 @@ def test_small_pieces_that_disagree_are_put_together(size: tuple[int, int], monk
     assert token_ids(lambda: text, tokenizer, num_characters=joined_length(text), what="text").tolist() == whole
 
 
-@pytest.mark.parametrize("corpus", [lambda: PyDocs("train"), lambda: PackageDocs("numpy", "all")])
+@pytest.mark.parametrize("corpus", [lambda: PyDocs("train"), lambda: PackageDocs("numpy", "heldout")])
 def test_the_built_in_corpora_have_the_tokens_of_their_whole_text(corpus: Callable[[], PyDocs]) -> None:
     tokenizer = trained("builtin")
     expected = tokenizer(DOCUMENT_SEPARATOR.join(corpus().documents()), verbose=False)["input_ids"]
