@@ -18,7 +18,7 @@ from heapr.schema import ExperimentConfig, PruningConfig
 from heapr.store import KEY_LENGTH, Recipe
 
 # Raised when the code of a stage gives other results than before: older artifacts are then made again.
-STAGE_VERSIONS = {"calibrate": 1, "score": 1, "prune": 2, "evaluate": 3}
+STAGE_VERSIONS = {"calibrate": 1, "score": 1, "prune": 3, "evaluate": 3}
 
 # Fields of `PruningConfig`: those that were in the first keys, and those that change no plan.
 ALWAYS_IN_KEY, WITHOUT_INFLUENCE = ("ratio", "scope", "width_multiple", "form"), ("save_checkpoint", "rounds")
