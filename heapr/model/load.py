@@ -39,6 +39,7 @@ from heapr.model.moe import MoEModel, experts_per_token, find_moe_layers
 from heapr.model.tensors import check_tensors, report_left_out
 
 BUILTIN_PREFIX = "builtin:"
+DTYPES = ("float32", "bfloat16", "float16", "float64")  # in which weights may be
 BUILTIN_FOLDER = Path(__file__).parent / "builtin"
 
 
@@ -218,7 +219,7 @@ def find_model(
     else:
         raise ConfigError(f"model.path='{path}': no such folder; give a folder with config.json and safetensors, or a hub id 'owner/name'")
     config = read_config(folder, trust_remote_code)
-    dtype = dtype or str(config.dtype or torch.float32).removeprefix("torch.")  # now: building a model sets it
+    dtype = dtype or _dtype_of(config, folder)  # now: building a model sets it
     model = _on_meta(config, path, trust_remote_code)
     layers = find_moe_layers(model)
     return ModelSource(
@@ -232,6 +233,18 @@ def find_model(
         experts_per_token=experts_per_token(model),
         trust_remote_code=trust_remote_code,
     )
+
+
+def _dtype_of(config: PretrainedConfig, folder: Path) -> str:
+    """That of the weights, as the configuration says; float32 if it does not.
+
+    Raises:
+        ConfigError: it is one that no gradient goes through.
+    """
+    dtype = str(config.dtype or config.get_text_config().dtype or torch.float32).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise ConfigError(f"config.json in '{folder}' says dtype {dtype}; give model.dtype as one of {', '.join(DTYPES)}")
+    return dtype
 
 
 def _builtin(name: str) -> Path:
