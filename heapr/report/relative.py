@@ -19,14 +19,13 @@ from heapr.report.factors import RESULTLESS, factor, flat, header, paths_of, sel
 from heapr.report.layout import Entry
 from heapr.report.published import Number
 from heapr.report.results import JobResult, finished
-from heapr.report.style import DENSE_LINE, legend_above, look, panels
+from heapr.report.style import DENSE_LINE, HOLLOW, legend_above, look, panels
 from heapr.report.table import NOT_MEASURED, Remarks, Table, build_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 TICKS = (0.0, 0.5, 1.0, *(digit * 10.0**power for power in range(6) for digit in (2, 5, 10)))  # where zero and large numbers share an axis
-HOLLOW = "hollow: baseline's increase below 3 of its standard errors"
 WITHOUT_INFLUENCE = {"pruning.save_checkpoint", "calibration.batch_size"}
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from heapr.report.doubt import is_doubtful
-from heapr.report.relative import HOLLOW, relative_curve, relative_table, with_shares
+from heapr.report.relative import relative_curve, relative_table, with_shares
 from heapr.report.report import write_report
 from heapr.report.results import JobResult
-from heapr.report.style import style
+from heapr.report.style import HOLLOW, style
 from heapr.report.table import GAP, Table
 from tests.report.sweeps import job
 from tests.report.test_relative import ACCURACY, BASELINE, KL, PERPLEXITY, entry, settings, texts
