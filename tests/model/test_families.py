@@ -134,7 +134,7 @@ class FamilyContract:
 
     def test_repair_lowers_the_error(self, model: MoEModel) -> None:
         """The layers' outputs come nearer to what they were, in every layer, by one expert alone and by all together."""
-        for repair in (ExpertRepair(), JointRepair(direct_up_to=0, num_sweeps=3), JointRepair(refits=1, refit_steps=3)):
+        for repair in (ExpertRepair(), JointRepair(direct_up_to=0, max_steps=3), JointRepair(refits=1, refit_steps=3)):
             repaired = MoEModel(copy.deepcopy(model.model))
             found = remove_and_repair(repaired, random_plan(model), repair, [IDS_NW])
             assert found.keys() == {layer.index for layer in model.layers}
