@@ -113,7 +113,8 @@ def dry_run(config: ExperimentConfig) -> DryRun:
     source, budget = experiment.source, experiment.budget
     notes += experiment.notes_on_budget
     model = source.on_meta()
-    if "hub" not in source.identity and not any(source.folder.glob("*.safetensors")):
+    notes += source.left_out if source.has_weights else []
+    if "hub" not in source.identity and not source.has_weights:
         notes.append(f"'{source.folder}' holds no weights; with them the keys will be others, because weights determine results")
     return DryRun(
         name=experiment.name,

@@ -121,6 +121,7 @@ class Experiment:
             **prune.origin.config,
             **self._about_width(),
             "rounds": self.config.pruning.rounds,
+            **self.source.left_behind,
             "keys": {step.origin.stage: step.origin.key for step in (calibrate, score, prune)},
         }
 

@@ -205,7 +205,7 @@ class Pipeline:
         experiment = self.experiment
 
         def write(folder: Path, model: MoEModel) -> None:
-            save_checkpoint(model, experiment.source.tokenizer, folder / CHECKPOINT, about=experiment.about)
+            save_checkpoint(model, experiment.source.folder, folder / CHECKPOINT, about=experiment.about)
             (folder / CHECKPOINT / CARD).write_text(model_card(experiment.about, {}), encoding="utf-8")
             shutil.copy(self.results.folder(step) / artifacts.PLAN, folder / CHECKPOINT)
 

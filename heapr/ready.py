@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+import torch
+
 from heapr.artifacts import CHECKPOINT_PART, REPAIR_PART
 from heapr.calibration.corpora import share_text
 from heapr.calibration.mixture import identities_of_parts
@@ -22,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def make_ready(experiment: Experiment) -> TokenWindows | None:
-    """Check disk, text and tasks of the steps that are still to be made.
+    """Set the number of threads, and check weights, disk, text and tasks of the steps that are still to be made.
 
     Returns:
         the calibration tokens; None if the calibration is in the store.
@@ -30,6 +32,10 @@ def make_ready(experiment: Experiment) -> TokenWindows | None:
     Raises:
         ConfigError: the user's mistake.
     """
+    if experiment.config.runtime.num_threads is not None:
+        torch.set_num_threads(experiment.config.runtime.num_threads)
+    if experiment.source.has_weights:  # else they are fetched when the model is loaded, and looked at then
+        _ = experiment.source.left_out
     for note in experiment.notes_on_budget:
         logger.info("%-9s %s", "prune", note)
     missing = [step for step in experiment.steps if not experiment.store.has(step.origin, step.part)]

@@ -42,7 +42,7 @@ class CalibrationConfig:
     num_samples: int = MISSING  # sequences, at least 1
     sequence_length: int = MISSING  # tokens of a sequence, at least 2, at most the model's limit
     seed: int = MISSING  # of the choice of sequences, at least 0
-    batch_size: int = MISSING  # sequences per pass, at least 1; changes memory and speed, not the statistics
+    batch_size: int = MISSING  # sequences per pass, at least 1; changes memory, speed and the last digits
     max_characters: int | None = 20_000_000  # of a corpus with more, documents are drawn by the seed; at least 1; None takes all
 
 

@@ -160,16 +160,14 @@ def _rounds(config: ExperimentConfig, tokens: Mapping[str, Any]) -> list[Step]:
 
 def _settings_of_tokens(settings: CalibrationConfig, model_identity: Mapping[str, str], text: Corpus | Mixture) -> dict[str, Any]:
     """What determines the calibration."""
-    tokens: dict[str, Any] = {
+    return {
         "model": dict(model_identity),
         "corpus": text.identity(),
         "num_samples": settings.num_samples,
         "sequence_length": settings.sequence_length,
         "seed": settings.seed,
+        "max_characters": settings.max_characters,
     }
-    if settings.max_characters != CalibrationConfig.max_characters:
-        tokens["max_characters"] = settings.max_characters
-    return tokens
 
 
 def _settings_of_plan(pruning: PruningConfig) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from heapr.types import Plan
 from tests.evaluation.test_zero_shot import write_task
 from tests.experiment import cached_stages, run_in, write_model, write_texts
 from tests.same import ROUNDING, assert_same_model
-from tests.tiny import byte_tokenizer, statistics_of, tiny_ids, tiny_model
+from tests.tiny import byte_tokenizer, statistics_of, tiny_ids, tiny_model, write_description
 
 IDS_NW = tiny_ids(2, 12)
 NO_TIMING = ["evaluation.throughput=null", "evaluation.truth=null", "evaluation.fidelity=null"]
@@ -284,6 +284,7 @@ cli_evaluate()
 def write_stock_forms(folder: Path) -> list[Path]:
     """DeepSeekMoE is not in transformers: its file goes with it."""
     folders = []
+    original = write_description(folder / "original", tiny_model("deepseek"))
     for form in ("uniform", "masked"):
         model = MoEModel(tiny_model("deepseek"))
         plan = Plan(layers={layer.index: torch.arange(8).expand(4, 8) < 4 for layer in model.layers})
@@ -293,7 +294,7 @@ def write_stock_forms(folder: Path) -> list[Path]:
             make_uniform(model, settings)
         else:
             mask(model, plan)
-        save_checkpoint(model, byte_tokenizer(), folder / form, about={})
+        save_checkpoint(model, original, folder / form, about={})
         torch.save(IDS_NW, folder / form / "ids.pt")
         torch.save(logits(model.model), folder / form / "expected.pt")
         folders.append(folder / form)

@@ -18,6 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "files": set(),
     "measure": set(),
     "network": set(),
+    "overrides": set(),
     "progress": set(),
     "tensors_file": set(),
     "types": set(),
@@ -47,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
         "types", "model", "calibration", "pruning", "evaluation",
     },
     "dry_run": {"experiment", "schema", "types", "model", "pruning"},
-    "main": {"artifacts", "errors", "schema", "words", "pipeline", "dry_run", "report"},
+    "main": {"artifacts", "errors", "overrides", "schema", "words", "pipeline", "dry_run", "report"},
     "sweep": {"artifacts", "errors", "experiment", "files", "report", "schema", "store", "words", "tracking", "model", "dry_run", "main"},
     "prefetch": {"errors", "experiment", "hub", "schema", "main", "calibration", "evaluation"},
 }  # fmt: skip
@@ -112,7 +113,7 @@ def test_the_schema_is_light_and_only_the_top_knows_hydra() -> None:
     assert not any(name.startswith("torch") for name in imports_of(PACKAGE / "schema.py"))
     for path in FILES:
         if any(name.split(".")[0] in {"hydra", "omegaconf"} for name in imports_of(path)):
-            assert part_of(path) in {"schema", "main", "sweep"}, path
+            assert part_of(path) in {"overrides", "schema", "main", "sweep"}, path
 
 
 def test_slow_libraries_are_imported_where_they_are_needed() -> None:

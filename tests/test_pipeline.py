@@ -179,6 +179,15 @@ def tiny_run(finished_run: Experiment, tmp_path: Path) -> Experiment:
     return mine
 
 
+def test_the_number_of_threads_is_torchs(tiny_run: Experiment) -> None:
+    before = torch.get_num_threads()
+    try:
+        tiny_run(f"runtime.num_threads={before + 1}")
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_the_dense_model_is_evaluated_once(experiment: Experiment) -> None:
     def dense_stage(*overrides: str) -> dict[str, object]:
         stages = experiment("evaluation.efficiency=null", *overrides).stages

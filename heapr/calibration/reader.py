@@ -152,8 +152,8 @@ def _json_records(path: Path, field: str) -> Iterator[str]:
         elif line.strip():
             try:
                 value = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise _not_json(number, path, error.msg) from error
+            except (ValueError, RecursionError) as error:  # beside what is no JSON, numbers and depths beyond Python's limits
+                raise _not_json(number, path, getattr(error, "msg", str(error))) from error
             if problem := _problem(value, field):
                 raise ConfigError(f"line {number} of '{path}' {problem}")
             yield value[field]
@@ -167,8 +167,9 @@ def _array_records(text: str, field: str, path: Path) -> Iterator[str]:
     while not text.startswith("]", position):
         try:
             value, end = decode(text, position)
-        except json.JSONDecodeError as error:
-            raise _not_json(error.lineno, path, error.msg) from error
+        except (ValueError, RecursionError) as error:
+            number = getattr(error, "lineno", None) or line_of(position)
+            raise _not_json(number, path, getattr(error, "msg", str(error))) from error
         if problem := _problem(value, field):
             raise ConfigError(f"line {line_of(position)} of '{path}' {problem}")
         yield value[field]

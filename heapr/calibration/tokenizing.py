@@ -90,7 +90,7 @@ def _ids_by_pieces(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase,
             ids.frombytes(current.ids_T[current.first : cut[0]].tobytes())
             current = replace(following, first=cut[1])
             continue
-        joined = _as_one(current, following, tokenizer)
+        joined = _as_one(current, following, pieces, tokenizer)
         if joined is None:
             return None
         current = joined
@@ -154,9 +154,14 @@ def _cut(left: Piece, right: Piece) -> tuple[int, int] | None:
     return int(left_begin + agreed // 2), int(right_begin + agreed // 2)
 
 
-def _as_one(left: Piece, right: Piece, tokenizer: PreTrainedTokenizerBase) -> Piece | None:
-    """Two pieces tokenised together; None if that changes what was taken of the left one before."""
-    text = left.text + right.text[left.end - right.start :]
+def _as_one(left: Piece, right: Piece, further: Iterator[Piece], tokenizer: PreTrainedTokenizerBase) -> Piece | None:
+    """Two pieces tokenised together; None if that changes what was taken of the left one before.
+
+    As many further ones as double the text: a long run in which pieces disagree is not tokenised over and over.
+    """
+    text, end = left.text + right.text[left.end - right.start :], right.end
+    while len(text) < 2 * len(left.text) and (piece := next(further, None)):
+        text, end = text + piece.text[end - piece.start :], piece.end
     (whole,) = _tokenised([(left.start, text)], tokenizer)
     is_same = np.array_equal(whole.ids_T[: left.first], left.ids_T[: left.first])
     return replace(whole, first=left.first) if is_same else None

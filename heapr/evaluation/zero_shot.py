@@ -37,7 +37,7 @@ class ZeroShot:
         task: name of a task, group or tag.
         num_fewshot: examples before each question, at least 0; none leaves it to the task: 0 for the paper's.
         limit: only the first questions of each task, at least 1; none takes all.
-        batch_size: requests per pass, at least 1, or "auto": the largest that fits a GPU; does not change the result.
+        batch_size: requests per pass, at least 1, or "auto": the largest that fits a GPU; changes the result by rounding alone.
         include_path: folder with tasks of your own: lm-eval's YAML files, and the code and data beside them.
 
     Raises:

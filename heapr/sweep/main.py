@@ -24,7 +24,7 @@ from rich.console import Console
 from heapr.artifacts import SWEEPS
 from heapr.errors import ConfigError
 from heapr.files import user_path
-from heapr.main import compose_experiment, explain, one_line_errors
+from heapr.main import compose_experiment, explain, one_line_errors, print_whatever_the_encoding
 from heapr.schema import ExperimentConfig, register
 from heapr.sweep.definition import Definition, Job, experiment_names, is_tiny, load_definition, make_jobs
 from heapr.words import did_you_mean
@@ -73,6 +73,7 @@ def main(arguments: Sequence[str], root: Path) -> None:
         arguments: of the command line.
         root: holds run.py, conf/ and experiments/.
     """
+    print_whatever_the_encoding()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
     if {"-h", "--help"} & set(arguments):
         _help(root)
@@ -216,7 +217,8 @@ def keep_results(root: Path, folder: Path, files: Sequence[Path]) -> Path:
             copy.write_text(without_local_links(file.read_text(encoding="utf-8")), encoding="utf-8")
         else:
             shutil.copy(file, copy)
-    (kept / "README.md").write_text(f"# {record.experiment}, {record.version}\n\n    {record.command}\n\nRun on {record.date}.\n")
+    about = f"# {record.experiment}, {record.version}\n\n    {record.command}\n\nRun on {record.date}.\n"
+    (kept / "README.md").write_text(about, encoding="utf-8")
     return kept
 
 

@@ -80,6 +80,7 @@ def test_every_other_ending_is_refused_by_name(tmp_path: Path) -> None:
 LINES = '{"text": "good"}\n\n'  # the complaint is about line 3
 MISTAKES = {
     "not json": ('{"text": "a",}', "line 3 of '.*' is not JSON \\("),
+    "long number": ('{"text": "a", "id": ' + "1" * 5000 + "}", "line 3 of '.*' is not JSON \\(Exceeds the limit"),
     "no object": ('"just a string"', "line 3 of '.*' is not a JSON object with text in the field 'text', but a str"),
     "list": ('[{"text": 1}]', "line 3 of '.*' is not a JSON object with text in the field 'text', which holds 1"),
     "no field": ('{"prompt": "a", "answer": "b"}', "line 3 of '.*' has no field 'text' but prompt, answer; .* text_field"),
