@@ -46,7 +46,7 @@ def print_summary(summary: Mapping[str, Any], run_folder: str, console: Console 
     """Dense against pruned, the stages, and where everything lies."""
     artifacts = Path(summary["stages"][0]["path"]).parents[1]
     places = f"artifacts:  {artifacts}/<stage>/<artifact>\nthis run:   {run_folder}"
-    checkpoints = [Path(stage["path"]) / CHECKPOINT for stage in summary["stages"] if stage["stage"] == "prune"]
+    checkpoints = dict.fromkeys(Path(stage["path"]) / CHECKPOINT for stage in summary["stages"] if stage["stage"] == "prune")
     places += "".join(f"\ncheckpoint: {path}" for path in checkpoints if path.is_dir())
     console = console or open_console()
     console.print(Group(_metrics_table(summary["metrics"]), _stages_table(summary["stages"])))
