@@ -12,18 +12,15 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
 import shutil
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +31,7 @@ from safetensors import SafetensorError
 from heapr.artifacts import MANIFEST
 from heapr.errors import ConfigError
 from heapr.files import fsync, hash_file, hash_file_once, readable_by_umask, write_json, write_text
+from heapr.manifest import describe, entry_of, provenance
 from heapr.measure import StageMeter
 
 logger = logging.getLogger(__name__)
@@ -43,7 +41,6 @@ LARGE_FILE = 64 * 2**20  # bytes; hashing less takes no time to speak of
 WHOLE = ""  # the artifact itself, not a part of it
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 KEY_LENGTH = 16  # hexadecimal digits: 64 bits
-RECORDED_LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "numpy")
 
 T = TypeVar("T")
 
@@ -175,7 +172,7 @@ class Store:
                 return
             manifest = json.loads((path / MANIFEST).read_text())
             write_text(file, text)
-            manifest["parts"][part]["files"][name] = _describe(file)
+            manifest["parts"][part]["files"][name] = describe(file)
             write_json(path / MANIFEST, manifest)
 
     def check_space(self, num_bytes: int, what: str, instead: str) -> None:
@@ -224,7 +221,7 @@ class Store:
             manifest = json.loads((path / MANIFEST).read_text())
             if part and part not in manifest["parts"]:
                 return False
-            files = _entry(manifest, part)["files"]
+            files = entry_of(manifest, part)["files"]
         except (json.JSONDecodeError, KeyError):
             files = {"": {"size": -1, "sha256": ""}}
         for name, expected in files.items():
@@ -342,7 +339,7 @@ def _publish(origin: Origin, temporary: Path, path: Path, meter: StageMeter) -> 
         "key": origin.key,
         "upstream": dict(origin.upstream),
         "config": _canonical(origin.config),
-        **_provenance(temporary, meter),
+        **provenance(temporary, meter),
         "parts": {},
     }
     write_json(temporary / MANIFEST, manifest)
@@ -357,7 +354,7 @@ def _publish(origin: Origin, temporary: Path, path: Path, meter: StageMeter) -> 
 
 def _add_part(part: str, temporary: Path, path: Path, meter: StageMeter) -> None:
     """Move the files in a temporary folder into an artifact's; they count once the manifest knows them. Called under the lock."""
-    described = _provenance(temporary, meter)
+    described = provenance(temporary, meter)
     manifest = json.loads((path / MANIFEST).read_text())
     if manifest["parts"].pop(part, None):  # damaged
         write_json(path / MANIFEST, manifest)
@@ -370,41 +367,3 @@ def _add_part(part: str, temporary: Path, path: Path, meter: StageMeter) -> None
     manifest["parts"][part] = described
     write_json(path / MANIFEST, manifest)
     fsync(path)
-
-
-def _entry(manifest: Mapping[str, Any], part: str) -> Mapping[str, Any]:
-    """What a manifest says of an artifact, or of a part of it: its files, seconds and peak memory."""
-    entry: Mapping[str, Any] = manifest["parts"][part] if part else manifest
-    return entry
-
-
-def _provenance(folder: Path, meter: StageMeter) -> dict[str, Any]:
-    """With what, when and how files were made, and what they are; they are readable for whom the umask says, and on disk."""
-    files = {}
-    for path in sorted(folder.rglob("*")):
-        path.chmod(readable_by_umask(0o777 if path.is_dir() else 0o666))  # safetensors writes files that only their owner can read
-        if path.is_file():
-            files[path.relative_to(folder).as_posix()] = _describe(path)
-        fsync(path)
-    return {
-        "libraries": {name: importlib.metadata.version(name) for name in RECORDED_LIBRARIES},
-        "git_commit": _git_commit(),
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "seconds": round(meter.seconds, 3),
-        "peak_memory_bytes": meter.peak_memory_bytes,
-        "files": files,
-    }
-
-
-def _describe(file: Path) -> dict[str, Any]:
-    return {"size": file.stat().st_size, "sha256": hash_file(file)}
-
-
-def _git_commit() -> str | None:
-    """Commit of the code that runs, if it runs from a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return result.stdout.strip() or None
