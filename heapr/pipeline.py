@@ -35,14 +35,14 @@ from heapr.pruning.allocation_report import report_allocation
 from heapr.pruning.budget import costs_of
 from heapr.pruning.repair import report_repair
 from heapr.ready import make_ready
-from heapr.report.card import model_card
-from heapr.report.protocol import protocol_differences
+from heapr.report.run.card import model_card
+from heapr.report.run.protocol import protocol_differences
 from heapr.schema import ExperimentConfig
 from heapr.step_results import StepResults
 from heapr.steps import Step
 from heapr.store import Artifact
 from heapr.tracking import values
-from heapr.tracking.build import open_tracker
+from heapr.tracking.open_tracker import open_tracker
 from heapr.tracking.tracker import NUM_TOKENS, RATIO, Image, Run, Tracker
 from heapr.types import Evaluation, ExpertWeights, Metrics, Plan, ProtocolRecord, Pruning, Scores, Statistics, TokenWindows
 

@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,12 @@ def test_the_schema_is_light_and_only_the_top_knows_hydra() -> None:
             assert part_of(path) in {"overrides", "schema", "main", "sweep"}, path
 
 
+def test_no_two_files_share_a_name() -> None:
+    """A name says what a file is about: whoever searches for it finds one."""
+    names = Counter(path.name for path in FILES if path.name != "__init__.py")
+    assert [name for name, number in names.items() if number > 1] == []
+
+
 def test_slow_libraries_are_imported_where_they_are_needed() -> None:
     for path in FILES:
         names = {name.split(".")[0] for node in ast.parse(path.read_text()).body for name in imported_names(node)}
@@ -124,12 +131,18 @@ def test_slow_libraries_are_imported_where_they_are_needed() -> None:
 
 
 def test_reports_are_made_without_torch() -> None:
-    for path in PACKAGE.glob("report/*.py"):
+    for path in PACKAGE.glob("report/**/*.py"):
         assert not {name.split(".")[0] for name in imports_of(path)} & {"torch", "transformers"}, path
 
 
 def test_what_reads_names_and_json_starts_without_torch() -> None:
-    modules = ("heapr.artifacts", "heapr.report.results", "heapr.report.report", "heapr.sweep.collect", "heapr.sweep.main")
+    modules = (
+        "heapr.artifacts",
+        "heapr.report.sweep.results",
+        "heapr.report.sweep.report",
+        "heapr.sweep.collect",
+        "heapr.sweep.command_line",
+    )
     code = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, check=False).returncode == 0
 

@@ -11,8 +11,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerBase
 
+from heapr.model.costs import eager_attention
 from heapr.model.experts import skip_experts
-from heapr.model.meta import eager_attention
 from heapr.model.moe import MoELayer, MoEModel
 from heapr.model.ragged_experts import layout_of, matrices_of
 from heapr.schema import at_least

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from heapr.report.protocol import compare_summaries, protocol_differences
+from heapr.report.run.protocol import compare_summaries, protocol_differences
 
 RECORD = {"corpus": {"corpus": "wikitext2", "commit": "abc"}, "window": 2048, "joiner": "\n\n"}
 

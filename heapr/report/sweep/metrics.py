@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from heapr.report.results import JobResult, finished, pruning_peak_memory_bytes, pruning_time_ratio, stage_cost
+from heapr.report.sweep.results import JobResult, finished, pruning_peak_memory_bytes, pruning_time_ratio, stage_cost
 
 LOWER, HIGHER = -1, 1
 ARROWS = {LOWER: "↓", HIGHER: "↑", 0: ""}

@@ -5,7 +5,6 @@ In: a run's summary, as in summary.json. Out: text on the console.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.table import Table
-from rich.text import Text
 
 from heapr.artifacts import CHECKPOINT
+from heapr.report.terminal import open_console, print_lines
 from heapr.words import step_title
 
 SIZE_ROWS = {  # size on the model: its share removed, how to print it
@@ -26,7 +25,6 @@ SIZE_ROWS = {  # size on the model: its share removed, how to print it
     "flops_per_token": ("flops_removed_ratio", "{:,.0f}"),
     "flops_per_token_routed": ("flops_routed_removed_ratio", "{:,.0f}"),
 }
-UNLIMITED = 10_000  # columns
 ZEROS = "parameters_zero"  # of a masked model: what its checkpoint holds for what was removed
 
 COMPARISON_ROWS = {  # beginning of a comparison's name: how to print it
@@ -51,16 +49,6 @@ def print_summary(summary: Mapping[str, Any], run_folder: str, console: Console 
     console = console or open_console()
     console.print(Group(_metrics_table(summary["metrics"]), _stages_table(summary["stages"])))
     print_lines(console, places)
-
-
-def open_console() -> Console:
-    """Standard output; into a file or pipe, where nobody sees the width of a screen, tables are as wide as they need to be."""
-    return Console() if sys.stdout.isatty() else Console(width=UNLIMITED)
-
-
-def print_lines(console: Console, text: str, style: str = "") -> None:
-    """Lines that are broken nowhere: a path must be whole for whoever copies it or a program that reads it."""
-    console.print(Text(text, style=style), soft_wrap=True)
 
 
 def _metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> Table:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from heapr.report.console import print_summary
+from heapr.report.run.console import print_summary
 
 
 def stage(name: str, **values: object) -> dict[str, object]:

@@ -1,6 +1,6 @@
 """A table of a sweep: the unpruned model first, ours, the published number beside it and the difference.
 
-In: jobs, an entry of the layout, published numbers. Out: a `Table` of finished text, which `heapr.report.render` writes.
+In: jobs, an entry of the layout, published numbers. Out: a `Table` of finished text, which `heapr.report.sweep.render` writes.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from heapr.errors import ConfigError
-from heapr.report import metrics
-from heapr.report.doubt import MARK, explanation, is_doubtful
-from heapr.report.factors import PATHS, RESULTLESS, UNKNOWN, describe, differing, factor, header, in_order, selected, show, varying
-from heapr.report.layout import Entry
-from heapr.report.published import Number, find, protocol_note
-from heapr.report.results import JobResult, finished
+from heapr.report.sweep import metrics
+from heapr.report.sweep.doubt import MARK, explanation, is_doubtful
+from heapr.report.sweep.factors import PATHS, RESULTLESS, UNKNOWN, describe, differing, factor, header, in_order, selected, show, varying
+from heapr.report.sweep.layout import Entry
+from heapr.report.sweep.published import Number, find, protocol_note
+from heapr.report.sweep.results import JobResult, finished
 
 GAP = "—"
 UNPRUNED, PUBLISHED, DIFFERENCE = "unpruned", "published", "difference"

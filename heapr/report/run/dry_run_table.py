@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.table import Table
 
-from heapr.report.console import open_console, print_lines
+from heapr.report.terminal import open_console, operations, print_lines
 from heapr.words import step_title
 
 NOT_KNOWN = "not known for this family"
@@ -89,13 +89,6 @@ def _stages_table(stages: Sequence[Mapping[str, Any]]) -> Table:
     for stage in stages:
         table.add_row(step_title(stage["stage"], stage["what"]), "cached" if stage["cached"] else "to be made", stage["key"])
     return table
-
-
-def operations(flops: int) -> str:
-    """With four digits, never as a power of ten."""
-    size, unit = next(((size, unit) for size, unit in ((1e12, "TFLOPs"), (1e9, "GFLOPs")) if flops >= size), (1e6, "MFLOPs"))
-    number = flops / size
-    return f"{number:,.0f} {unit}" if number >= 1000 else f"{number:.4g} {unit}"
 
 
 def _range(ends: Sequence[int]) -> str:

@@ -15,16 +15,16 @@ import pytest
 from PIL import Image
 
 from heapr.errors import ConfigError
-from heapr.report.consistency import consistency
-from heapr.report.curves import bars, calibration_curve, ratio_curve
-from heapr.report.layers import layer_heatmap
-from heapr.report.layout import Entry, read_layout
-from heapr.report.page import without_local_links
-from heapr.report.published import read_published
-from heapr.report.report import check_protocols, write_report
-from heapr.report.results import JobResult
-from heapr.report.style import legend_above, panels, style
-from tests.report.sweeps import config, failed, job, write_details, write_published
+from heapr.report.sweep.consistency import consistency
+from heapr.report.sweep.curves import bars, calibration_curve, ratio_curve
+from heapr.report.sweep.layers import layer_heatmap
+from heapr.report.sweep.layout import Entry, read_layout
+from heapr.report.sweep.page import without_local_links
+from heapr.report.sweep.published import read_published
+from heapr.report.sweep.report import check_protocols, write_report
+from heapr.report.sweep.results import JobResult
+from heapr.report.sweep.style import legend_above, panels, style
+from tests.report.sweep.sweeps import config, failed, job, write_details, write_published
 
 PERPLEXITY, ACCURACY = "perplexity/wikitext2", "accuracy/piqa"
 

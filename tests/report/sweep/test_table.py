@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from heapr.errors import ConfigError
-from heapr.report.layout import Entry
-from heapr.report.published import read_published
-from heapr.report.render import escape_tex, to_csv, to_html, to_markdown, to_tex
-from heapr.report.results import JobResult
-from heapr.report.table import GAP, Table, build_table
-from tests.report.sweeps import config, failed, job, write_published
+from heapr.report.sweep.layout import Entry
+from heapr.report.sweep.published import read_published
+from heapr.report.sweep.render import escape_tex, to_csv, to_html, to_markdown, to_tex
+from heapr.report.sweep.results import JobResult
+from heapr.report.sweep.table import GAP, Table, build_table
+from tests.report.sweep.sweeps import config, failed, job, write_published
 
 PERPLEXITY, ACCURACY = "perplexity/wikitext2", "accuracy/piqa"
 ENTRY = Entry(kind="table", title="Results", rows=("model", "ratio", "criterion"), metrics=(PERPLEXITY, ACCURACY))

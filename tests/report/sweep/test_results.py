@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from heapr.report.factors import UNKNOWN, describe, differing, factor, selected, show, varying
-from heapr.report.results import JobResult, removed_by_layer, stage_cost
-from tests.report.sweeps import config, failed, job, write_details
+from heapr.report.sweep.factors import UNKNOWN, describe, differing, factor, selected, show, varying
+from heapr.report.sweep.results import JobResult, removed_by_layer, stage_cost
+from tests.report.sweep.sweeps import config, failed, job, write_details
 
 
 def test_factors_come_from_the_configuration_and_of_failed_jobs_from_what_they_left(tmp_path: Path) -> None:

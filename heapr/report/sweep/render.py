@@ -12,11 +12,11 @@ import textwrap
 import unicodedata
 from collections.abc import Sequence
 
-from heapr.report.factors import METHOD, NAMES, factor
-from heapr.report.metrics import PRUNING_COSTS
-from heapr.report.published import Number, find
-from heapr.report.results import JobResult
-from heapr.report.table import Cell, Row, Table
+from heapr.report.sweep.factors import METHOD, NAMES, factor
+from heapr.report.sweep.metrics import PRUNING_COSTS
+from heapr.report.sweep.published import Number, find
+from heapr.report.sweep.results import JobResult
+from heapr.report.sweep.table import Cell, Row, Table
 
 TEX_COLUMNS = 6  # as many have room in one of a page's two columns
 TEX_FIT = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"

@@ -12,19 +12,19 @@ from typing import Any
 
 from heapr.errors import ConfigError
 from heapr.files import write_text
-from heapr.report.consistency import consistency
-from heapr.report.curves import Drawing, bars, calibration_curve, ratio_curve
-from heapr.report.factors import factor, selected
-from heapr.report.layers import layer_heatmap
-from heapr.report.layout import TITLES, Entry, default_entries, read_layout
-from heapr.report.page import Picture, page
-from heapr.report.protocol import compare_models, compare_summaries
-from heapr.report.published import Number, read_published
-from heapr.report.relative import for_csv, relative_curve, relative_table
-from heapr.report.render import to_csv, to_markdown, to_tex
-from heapr.report.results import JobResult, finished
-from heapr.report.style import style, write_figure
-from heapr.report.table import Table, build_table
+from heapr.report.run.protocol import compare_models, compare_summaries
+from heapr.report.sweep.consistency import consistency
+from heapr.report.sweep.curves import Drawing, bars, calibration_curve, ratio_curve
+from heapr.report.sweep.factors import factor, selected
+from heapr.report.sweep.layers import layer_heatmap
+from heapr.report.sweep.layout import TITLES, Entry, default_entries, read_layout
+from heapr.report.sweep.page import Picture, page
+from heapr.report.sweep.published import Number, read_published
+from heapr.report.sweep.relative import for_csv, relative_curve, relative_table
+from heapr.report.sweep.render import to_csv, to_markdown, to_tex
+from heapr.report.sweep.results import JobResult, finished
+from heapr.report.sweep.style import style, write_figure
+from heapr.report.sweep.table import Table, build_table
 
 FIGURES: Mapping[str, Callable[[Entry, Sequence[JobResult], Sequence[Number]], list[Drawing]]] = {
     "ratio_curve": ratio_curve,
@@ -46,7 +46,7 @@ def write_report(jobs: Sequence[JobResult], layout: Mapping[str, Any], folder: P
 
     Args:
         jobs: of the sweep, failed ones included: they become gaps.
-        layout: the `report` section of an experiment, see `heapr.report.layout`; empty for the default.
+        layout: the `report` section of an experiment, see `heapr.report.sweep.layout`; empty for the default.
         folder: gets the files.
         published: folder of results.csv; none if there is nothing to stand beside.
 

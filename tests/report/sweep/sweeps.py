@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from heapr.report.results import JobResult
+from heapr.report.sweep.results import JobResult
 
 PROTOCOL = {"task": "x", "window": 2048, "joiner": "\n\n", "num_tokens": 1000, "tokens_sha256": "ab"}
 MODEL = {"name": "hf", "path": "Some/Mix-1.5-A2B", "dtype": "bfloat16"}

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from heapr.report.results import JobResult
+from heapr.report.sweep.results import JobResult
 from heapr.words import class_name, option_name
 
 UNKNOWN = "—"

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from heapr.report.doubt import is_doubtful
-from heapr.report.relative import relative_curve, relative_table, with_shares
-from heapr.report.report import write_report
-from heapr.report.results import JobResult
-from heapr.report.style import HOLLOW, style
-from heapr.report.table import GAP, Table
-from tests.report.sweeps import job
-from tests.report.test_relative import ACCURACY, BASELINE, KL, PERPLEXITY, entry, settings, texts
+from heapr.report.sweep.doubt import is_doubtful
+from heapr.report.sweep.relative import relative_curve, relative_table, with_shares
+from heapr.report.sweep.report import write_report
+from heapr.report.sweep.results import JobResult
+from heapr.report.sweep.style import HOLLOW, style
+from heapr.report.sweep.table import GAP, Table
+from tests.report.sweep.sweeps import job
+from tests.report.sweep.test_relative import ACCURACY, BASELINE, KL, PERPLEXITY, entry, settings, texts
 
 MEANING = "†: the baseline's increase is below three of its standard errors, so the share means nothing."
 

@@ -177,7 +177,7 @@ def _report(root: Path, folder: Path) -> tuple[int, list[Path]]:
     Raises:
         ConfigError: the folder holds no sweep, or results that cannot stand in one table.
     """
-    from heapr.report.report import write_report
+    from heapr.report.sweep.report import write_report
     from heapr.sweep.collect import RECORD, Record, collect_jobs
 
     jobs = collect_jobs(folder)
@@ -201,7 +201,7 @@ def keep_results(root: Path, folder: Path, files: Sequence[Path]) -> Path:
     Returns:
         the folder they are in.
     """
-    from heapr.report.page import without_local_links
+    from heapr.report.sweep.page import without_local_links
     from heapr.sweep.collect import Record
 
     record = Record.read(folder)

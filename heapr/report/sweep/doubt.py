@@ -1,6 +1,6 @@
 """Whether a baseline's own increase is more than chance: a share of what is near zero means nothing.
 
-In: jobs with shares (heapr.report.relative). Out: a verdict for each share, and the words that explain its mark.
+In: jobs with shares (heapr.report.sweep.relative). Out: a verdict for each share, and the words that explain its mark.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from heapr.report import metrics
-from heapr.report.results import JobResult
+from heapr.report.sweep import metrics
+from heapr.report.sweep.results import JobResult
 
 MARK = "†"
 STANDARD_ERRORS = 3  # an increase of fewer of its standard errors is marked

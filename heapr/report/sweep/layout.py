@@ -17,7 +17,7 @@ Every entry may have a `title` and a `where`: values of factors (or lists of the
 The relative kinds show a metric's increase over the dense model's as a share of the increase of the baseline: of the job that has
 the values of factors named there and is equal to the row's in everything else. It is looked for among all jobs, whatever `where`
 says. Shares are formed first and averaged then; metrics that have no dense model's (costs, sizes) are shown as they are. A share is
-marked where the baseline's increase is below three of its standard errors (heapr.report.doubt): list kl_to_dense beside perplexity.
+marked where the baseline's increase is below three of its standard errors (heapr.report.sweep.doubt): list kl_to_dense beside perplexity.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from heapr.errors import ConfigError
-from heapr.report import metrics
-from heapr.report.factors import METHOD, NAMES, is_factor, varying
-from heapr.report.results import JobResult
+from heapr.report.sweep import metrics
+from heapr.report.sweep.factors import METHOD, NAMES, is_factor, varying
+from heapr.report.sweep.results import JobResult
 from heapr.words import did_you_mean
 
 ROWS = ("model", "ratio", "criterion", "scope", "form", "corpus", "num_samples", "seed")

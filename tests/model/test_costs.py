@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from heapr.model.costs import HeldTensors, activation_bytes, calibration_flops, eager_attention
 from heapr.model.experts import IMPLEMENTATION, observe_experts
-from heapr.model.meta import HeldTensors, activation_bytes, calibration_flops, eager_attention
 from heapr.model.moe import MoEModel, frozen_parameters, gradient_from_embeddings, summed_loss_backward
 from heapr.model.ragged_experts import run_experts
 from heapr.pruning.surgery import remove

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from heapr.report.curves import Drawing
-from heapr.report.factors import NAMES, describe, varying
-from heapr.report.layout import Entry
-from heapr.report.published import Number
-from heapr.report.results import JobResult, LayerRemoval, finished, removed_by_layer
-from heapr.report.style import COLOURS, WIDTH
+from heapr.report.sweep.curves import Drawing
+from heapr.report.sweep.factors import NAMES, describe, varying
+from heapr.report.sweep.layout import Entry
+from heapr.report.sweep.published import Number
+from heapr.report.sweep.results import JobResult, LayerRemoval, finished, removed_by_layer
+from heapr.report.sweep.style import COLOURS, WIDTH
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 
 from heapr.errors import ConfigError
-from heapr.report import metrics
-from heapr.report.factors import UNKNOWN, factor
-from heapr.report.layout import Entry, read_layout
-from heapr.report.relative import relative_curve, relative_table, with_shares
-from heapr.report.report import write_report
-from heapr.report.results import JobResult
-from heapr.report.style import style
-from heapr.report.table import GAP, Table
-from tests.report.sweeps import config, failed, job
+from heapr.report.sweep import metrics
+from heapr.report.sweep.factors import UNKNOWN, factor
+from heapr.report.sweep.layout import Entry, read_layout
+from heapr.report.sweep.relative import relative_curve, relative_table, with_shares
+from heapr.report.sweep.report import write_report
+from heapr.report.sweep.results import JobResult
+from heapr.report.sweep.style import style
+from heapr.report.sweep.table import GAP, Table
+from tests.report.sweep.sweeps import config, failed, job
 
 PERPLEXITY, ACCURACY, KL = "perplexity/wikitext2", "accuracy/piqa", "kl_to_dense/wikitext2"
 JOINT = {"_target_": "heapr.pruning.repair.JointRepair", "refits": 0}

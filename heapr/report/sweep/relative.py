@@ -12,15 +12,15 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from heapr.errors import ConfigError
-from heapr.report import metrics
-from heapr.report.curves import Drawing, Series, by_model, limits, logarithmic, ratio_axis, series_of
-from heapr.report.doubt import SHARE, evidence, explanation, is_doubtful
-from heapr.report.factors import RESULTLESS, factor, flat, header, paths_of, selected, show
-from heapr.report.layout import Entry
-from heapr.report.published import Number
-from heapr.report.results import JobResult, finished
-from heapr.report.style import DENSE_LINE, HOLLOW, legend_above, look, panels
-from heapr.report.table import NOT_MEASURED, Remarks, Table, build_table
+from heapr.report.sweep import metrics
+from heapr.report.sweep.curves import Drawing, Series, by_model, limits, logarithmic, ratio_axis, series_of
+from heapr.report.sweep.doubt import SHARE, evidence, explanation, is_doubtful
+from heapr.report.sweep.factors import RESULTLESS, factor, flat, header, paths_of, selected, show
+from heapr.report.sweep.layout import Entry
+from heapr.report.sweep.published import Number
+from heapr.report.sweep.results import JobResult, finished
+from heapr.report.sweep.style import DENSE_LINE, HOLLOW, legend_above, look, panels
+from heapr.report.sweep.table import NOT_MEASURED, Remarks, Table, build_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from heapr.report import metrics
-from heapr.report.curves import Drawing, by_model
-from heapr.report.factors import describe, varying
-from heapr.report.layout import Entry
-from heapr.report.published import Number
-from heapr.report.results import JobResult, details, stage_entries
-from heapr.report.style import DENSE_LINE, WIDTH, legend_above, look
+from heapr.report.sweep import metrics
+from heapr.report.sweep.curves import Drawing, by_model
+from heapr.report.sweep.factors import describe, varying
+from heapr.report.sweep.layout import Entry
+from heapr.report.sweep.published import Number
+from heapr.report.sweep.results import JobResult, details, stage_entries
+from heapr.report.sweep.style import DENSE_LINE, WIDTH, legend_above, look
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from heapr.errors import ConfigError
-from heapr.report.factors import factor, model_names
-from heapr.report.results import JobResult
+from heapr.report.sweep.factors import factor, model_names
+from heapr.report.sweep.results import JobResult
 
 RESULTS = "results.csv"
 METHODS = {  # as published: criterion and scope

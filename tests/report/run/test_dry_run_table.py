@@ -6,7 +6,7 @@ import io
 
 from rich.console import Console
 
-from heapr.report.dry_run import operations, print_dry_run
+from heapr.report.run.dry_run_table import print_dry_run
 
 PLAN = {
     "name": "qwen3_30b_a3b heapr global 25%", "path": "a/folder/with/a/long/name/and/no/blanks", "architecture": "Qwen3MoeForCausalLM",
@@ -56,12 +56,3 @@ def test_what_is_not_known_is_said() -> None:
     lines = printed(activation_bytes=None, calibration_flops=None, stages=[], notes=[])
     assert "not known for this family" in line_with("activations", lines)
     assert "not known for this family" in line_with("calibration", lines)
-
-
-def test_operations_are_never_a_power_of_ten() -> None:
-    assert [operations(n) for n in (15_016 * 10**12, 24_340_000_000_000, 7_876_000_000, 7_876_000)] == [
-        "15,016 TFLOPs",
-        "24.34 TFLOPs",
-        "7.876 GFLOPs",
-        "7.876 MFLOPs",
-    ]
