@@ -22,10 +22,11 @@ from heapr.model.checkpoint import check_form
 from heapr.model.device import find_device
 from heapr.model.load import ModelSource, find_model
 from heapr.model.moe import MoEModel
+from heapr.plugins import build
 from heapr.pruning.budget import Budget, Guards, the_width
 from heapr.pruning.repair import Repair
 from heapr.pruning.uniform import Settings, choose_uniform_width, describe_uniform_width, uniform_settings
-from heapr.schema import ExperimentConfig, ModelConfig, build
+from heapr.schema import ExperimentConfig, ModelConfig
 from heapr.score.criterion import Criterion
 from heapr.steps import Steps, experiment_steps
 from heapr.store import Store

@@ -27,8 +27,8 @@ from omegaconf.errors import OmegaConfBaseException
 from heapr.artifacts import clear_error, write_error
 from heapr.errors import ConfigError
 from heapr.overrides import explain_comma, explain_option, explain_override
-from heapr.schema import ExperimentConfig, register, resolve, unknown_key
-from heapr.words import did_you_mean, first_line
+from heapr.schema import ExperimentConfig, register, resolve
+from heapr.words import did_you_mean, first_line, unknown_key
 
 logger = logging.getLogger(__name__)
 

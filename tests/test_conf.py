@@ -13,7 +13,7 @@ from hydra.errors import ConfigCompositionException
 from heapr import main
 from heapr.calibration.mixture import parts_of
 from heapr.evaluation.build import build_evaluators
-from heapr.schema import build
+from heapr.plugins import build
 from tests.experiment import CONF, compose_experiment
 
 CPU = torch.device("cpu")

@@ -26,22 +26,24 @@ ALLOWED: dict[str, set[str]] = {
     "words": set(),
     "hub": {"network"},
     "artifacts": {"files", "tensors_file", "types"},
-    "schema": {"errors", "files", "words"},
+    "plugins": {"errors", "words"},
+    "schema": {"errors", "files"},
     "report": {"artifacts", "errors", "files", "words"},
     "tracking": {"errors", "network", "schema", "words"},
     "manifest": {"files", "measure"},
     "store": {"artifacts", "errors", "files", "manifest", "measure"},
     "score": {"errors", "types"},
     "model": {"errors", "files", "hub", "types", "words"},
-    "calibration": {"errors", "files", "hub", "model", "progress", "schema", "types", "words"},
+    "calibration": {"errors", "files", "hub", "model", "plugins", "progress", "types", "words"},
     "pruning": {"errors", "model", "progress", "types"},
     "evaluation": {
-        "errors", "files", "hub", "measure", "progress", "schema", "types", "words", "score", "model", "calibration", "pruning",
+        "errors", "files", "hub", "measure", "plugins", "progress", "types", "words", "score", "model", "calibration", "pruning",
     },
     "steps": {"artifacts", "schema", "store", "calibration", "evaluation"},
     "step_results": {"artifacts", "steps", "store", "types"},
     "experiment": {
-        "artifacts", "errors", "schema", "steps", "store", "types", "words", "score", "model", "calibration", "pruning", "evaluation",
+        "artifacts", "errors", "plugins", "schema", "steps", "store", "types", "words", "score", "model", "calibration", "pruning",
+        "evaluation",
     },
     "ready": {"artifacts", "experiment", "steps", "types", "model", "calibration", "evaluation"},
     "provider": {"errors", "types", "model", "pruning"},
@@ -91,6 +93,7 @@ def test_score_and_allocation_know_only_types_and_torch() -> None:
         names = imports_of(path)
         assert {name.split(".")[0] for name in names} <= {
             "torch",
+            "annotated_types",
             "heapr",
             "__future__",
             "collections",
@@ -115,7 +118,7 @@ def test_the_schema_is_light_and_only_the_top_knows_hydra() -> None:
     assert not any(name.startswith("torch") for name in imports_of(PACKAGE / "schema.py"))
     for path in FILES:
         if any(name.split(".")[0] in {"hydra", "omegaconf"} for name in imports_of(path)):
-            assert part_of(path) in {"overrides", "schema", "main", "sweep"}, path
+            assert part_of(path) in {"overrides", "plugins", "schema", "main", "sweep"}, path
 
 
 def test_no_two_files_share_a_name() -> None:

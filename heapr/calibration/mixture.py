@@ -14,7 +14,8 @@ from typing import Any
 
 from heapr.calibration.corpora import Corpus, share_text
 from heapr.errors import ConfigError
-from heapr.schema import build, unknown_key
+from heapr.plugins import build
+from heapr.words import unknown_key
 
 PART_KEYS = ("corpus", "weight")
 

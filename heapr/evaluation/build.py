@@ -12,7 +12,7 @@ import torch
 from heapr.calibration.corpora import Corpus
 from heapr.errors import ConfigError
 from heapr.evaluation.evaluator import Comparison, Evaluator
-from heapr.schema import build, plug_in
+from heapr.plugins import build, plug_in
 
 
 def build_evaluators(evaluation: Mapping[str, Any], device: torch.device) -> list[Evaluator | Comparison]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from heapr.calibration.collector import collect
@@ -21,7 +22,6 @@ from heapr.measure import WorkingMemory, machine, wait_for
 from heapr.model.load import ModelSource
 from heapr.model.moe import MoEModel
 from heapr.progress import progress
-from heapr.schema import at_least
 from heapr.score.gradient import Heapr
 from heapr.types import Evaluation, LayerStatistics, Metrics, Scores
 
@@ -42,18 +42,20 @@ class CalibrationCost:
         batch_size: sequences per pass, at least 1.
         repeats: turns, at least 1.
         device: where the model is.
-
-    Raises:
-        ConfigError: a number is out of range.
     """
 
     name = "calibration_cost"
     upstream = "score"
 
-    def __init__(self, *, num_sequences: int, batch_size: int, repeats: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        *,
+        num_sequences: Annotated[int, Ge(1)],
+        batch_size: Annotated[int, Ge(1)],
+        repeats: Annotated[int, Ge(1)],
+        device: torch.device,
+    ) -> None:
         self.sizes = {"num_sequences": num_sequences, "batch_size": batch_size, "repeats": repeats}
-        for name, size in self.sizes.items():
-            at_least(f"evaluation.calibration_cost.{name}", size, 1)
         self.num_sequences, self.batch_size, self.repeats, self.device = num_sequences, batch_size, repeats, device
 
     def identity(self) -> dict[str, Any]:

@@ -5,9 +5,10 @@ In: a dense or pruned model, and the dense model's routing frequencies. Out: cou
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerBase
 
@@ -15,7 +16,6 @@ from heapr.model.costs import eager_attention
 from heapr.model.experts import skip_experts
 from heapr.model.moe import MoELayer, MoEModel
 from heapr.model.ragged_experts import layout_of, matrices_of
-from heapr.schema import at_least
 from heapr.types import Evaluation, Metrics, Statistics
 
 FLOPS_PER_MULTIPLY_ADD = 2
@@ -50,16 +50,12 @@ class Efficiency:
 
     Args:
         window: tokens of the window on which attention is counted, at least 2.
-
-    Raises:
-        ConfigError: the window is too short.
     """
 
     name = "efficiency"
     uses_statistics = True
 
-    def __init__(self, window: int) -> None:
-        at_least("evaluation.efficiency.window", window, 2)
+    def __init__(self, window: Annotated[int, Ge(2)]) -> None:
         self.window = window
 
     def identity(self) -> dict[str, Any]:

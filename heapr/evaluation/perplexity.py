@@ -12,9 +12,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from statistics import stdev
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -23,7 +24,6 @@ from heapr.calibration.sampling import batches, special_tokens, windows
 from heapr.calibration.tokenizing import DOCUMENT_SEPARATOR
 from heapr.model.moe import MoEModel, next_token_loss
 from heapr.progress import progress
-from heapr.schema import at_least
 from heapr.types import Evaluation, Metrics, ProtocolRecord, Statistics, TokenWindows
 
 MAX_MEAN_LOSS = 700.0  # exp() of more is not a number; a model that bad has no perplexity to speak of
@@ -40,16 +40,11 @@ class Perplexity:
         corpus: the text.
         window: tokens of a window, at least 2.
         batch_size: windows per forward pass, at least 1; changes the result by rounding alone.
-
-    Raises:
-        ConfigError: a number is out of range.
     """
 
     uses_statistics = False
 
-    def __init__(self, corpus: Corpus, window: int, batch_size: int) -> None:
-        at_least("evaluation.perplexity.window", window, 2)
-        at_least("evaluation.perplexity.batch_size", batch_size, 1)
+    def __init__(self, corpus: Corpus, window: Annotated[int, Ge(2)], batch_size: Annotated[int, Ge(1)]) -> None:
         self.corpus, self.window, self.batch_size = corpus, window, batch_size
         self.name = f"perplexity/{corpus.name}"
         self._windows: TokenWindows | None = None

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from heapr.errors import ConfigError
@@ -25,7 +26,6 @@ from heapr.model.experts import use_heapr_experts
 from heapr.model.load import ModelSource
 from heapr.model.moe import MoEModel
 from heapr.progress import progress
-from heapr.schema import at_least
 from heapr.types import Evaluation, Metrics
 
 PHASES = ("prefill", "decode")
@@ -61,18 +61,21 @@ class Throughput:
         batch_size: sequences, at least 1.
         repeats: turns, at least 1.
         device: where the models are.
-
-    Raises:
-        ConfigError: a number is out of range.
     """
 
     name = "throughput"
     upstream = "prune"
 
-    def __init__(self, *, prompt_length: int, new_tokens: int, batch_size: int, repeats: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        *,
+        prompt_length: Annotated[int, Ge(1)],
+        new_tokens: Annotated[int, Ge(1)],
+        batch_size: Annotated[int, Ge(1)],
+        repeats: Annotated[int, Ge(1)],
+        device: torch.device,
+    ) -> None:
         self.sizes = {"prompt_length": prompt_length, "new_tokens": new_tokens, "batch_size": batch_size, "repeats": repeats}
-        for name, size in self.sizes.items():
-            at_least(f"evaluation.throughput.{name}", size, 1)
         self.length, self.new_tokens, self.batch_size, self.repeats = prompt_length + new_tokens, new_tokens, batch_size, repeats
         self.device = device
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from heapr.calibration.sampling import batches
@@ -23,7 +24,6 @@ from heapr.model.load import ModelSource
 from heapr.model.moe import MoEModel, next_token_loss
 from heapr.progress import progress
 from heapr.pruning.masking import masked
-from heapr.schema import at_least
 from heapr.score.criterion import predicted_increase
 from heapr.types import Evaluation, Metrics, Scores, TokenWindows
 
@@ -62,20 +62,20 @@ class Truth:
         max_sequences: calibration sequences to measure on, the first of them, at least 1; none measures on all.
         seed: of the samples, at least 0.
         batch_size: sequences per forward pass, at least 1; changes the result by rounding alone.
-
-    Raises:
-        ConfigError: a number is out of range.
     """
 
     name = "truth"
     upstream = "score"
 
-    def __init__(self, *, num_groups: int, sample_size: int | None, max_sequences: int | None, seed: int, batch_size: int) -> None:
-        at_least("evaluation.truth.num_groups", num_groups, 2)
-        at_least("evaluation.truth.sample_size", 1 if sample_size is None else sample_size, 1)
-        at_least("evaluation.truth.max_sequences", 1 if max_sequences is None else max_sequences, 1)
-        at_least("evaluation.truth.seed", seed, 0)
-        at_least("evaluation.truth.batch_size", batch_size, 1)
+    def __init__(
+        self,
+        *,
+        num_groups: Annotated[int, Ge(2)],
+        sample_size: Annotated[int, Ge(1)] | None,
+        max_sequences: Annotated[int, Ge(1)] | None,
+        seed: Annotated[int, Ge(0)],
+        batch_size: Annotated[int, Ge(1)],
+    ) -> None:
         self.num_groups, self.sample_size, self.max_sequences = num_groups, sample_size, max_sequences
         self.seed, self.batch_size = seed, batch_size
 

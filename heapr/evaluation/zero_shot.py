@@ -13,8 +13,9 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from annotated_types import Ge
 from transformers import PreTrainedTokenizerBase
 
 from heapr.errors import ConfigError
@@ -22,7 +23,6 @@ from heapr.evaluation import zero_shot_local
 from heapr.evaluation.zero_shot_engine import LoadedTask, check_end_token, evaluate_task, load_task
 from heapr.files import hash_files, user_path
 from heapr.model.moe import MoEModel
-from heapr.schema import at_least
 from heapr.types import Evaluation, Metrics, Statistics
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class ZeroShot:
         include_path: folder with tasks of your own: lm-eval's YAML files, and the code and data beside them.
 
     Raises:
-        ConfigError: a number is out of range, or there is no such folder.
+        ConfigError: there is no such folder.
     """
 
     uses_statistics = False
@@ -50,17 +50,11 @@ class ZeroShot:
         self,
         task: str,
         *,
-        num_fewshot: int | None = None,
-        limit: int | None = None,
-        batch_size: int | str = "auto",
+        num_fewshot: Annotated[int, Ge(0)] | None = None,
+        limit: Annotated[int, Ge(1)] | None = None,
+        batch_size: Annotated[int, Ge(1)] | Literal["auto"] = "auto",
         include_path: str | None = None,
     ) -> None:
-        at_least("evaluation.zero_shot.num_fewshot", num_fewshot or 0, 0)
-        at_least("evaluation.zero_shot.limit", 1 if limit is None else limit, 1)
-        if batch_size != "auto":
-            if isinstance(batch_size, str):
-                raise ConfigError(f"evaluation.zero_shot.batch_size={batch_size} is neither auto nor a whole number; give one of them")
-            at_least("evaluation.zero_shot.batch_size", batch_size, 1)
         self.task, self.num_fewshot, self.limit, self.batch_size = task, num_fewshot, limit, batch_size
         self.name = f"{PREFIX}{task}"
         self._folder = None if include_path is None else user_path(include_path)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
+from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
 from heapr.errors import ConfigError
@@ -21,7 +22,6 @@ from heapr.pruning.activations import Activations, layer_output
 from heapr.pruning.least_squares import mean_of, solve, solve_by_steps, squared
 from heapr.pruning.refit import refit_inputs
 
-TARGETS = ("layer_output", "residual_stream")
 STEP_SIZES = (1.0, 0.5, 0.25)  # of a Gauss-Newton step, tried in turn
 ROWS = 128  # of the layer's normal equations, made at once
 
@@ -86,16 +86,13 @@ class ExpertRepair:
         ridge: above 0.
         router_weighted: tokens count by the square of their router weight.
         sequential: measured behind the layers already pruned and repaired.
-
-    Raises:
-        ConfigError: a ridge that is not above 0.
     """
 
     refits_inputs = False
     follows_stream = False
 
-    def __init__(self, ridge: float = 1e-2, router_weighted: bool = True, sequential: bool = True) -> None:
-        self.ridge = _check_ridge(ridge)
+    def __init__(self, ridge: Annotated[float, Gt(0)] = 1e-2, router_weighted: bool = True, sequential: bool = True) -> None:
+        self.ridge = ridge
         self.router_weighted = router_weighted
         self.is_sequential = sequential
 
@@ -152,31 +149,22 @@ class JointRepair:
         sequential: measured behind the layers already pruned and repaired.
 
     Raises:
-        ConfigError: a value out of range, an unknown target, or the residual stream as target of a repair that is not sequential.
+        ConfigError: the residual stream as target of a repair that is not sequential.
     """
 
     def __init__(  # noqa: PLR0913 - one for each option
         self,
-        ridge: float = 1e-2,
+        ridge: Annotated[float, Gt(0)] = 1e-2,
         *,
-        target: str = "layer_output",
-        refits: int = 0,
-        refit_steps: int = 10,
-        direct_up_to: int = 8192,
-        tolerance: float = 1e-3,
-        max_steps: int = 100,
+        target: Literal["layer_output", "residual_stream"] = "layer_output",
+        refits: Annotated[int, Ge(0)] = 0,
+        refit_steps: Annotated[int, Ge(1)] = 10,
+        direct_up_to: Annotated[int, Ge(0)] = 8192,
+        tolerance: Annotated[float, Gt(0), Lt(1)] = 1e-3,
+        max_steps: Annotated[int, Ge(1)] = 100,
         sequential: bool = True,
     ) -> None:
-        self.ridge = _check_ridge(ridge)
-        if min(refits, direct_up_to) < 0 or min(refit_steps, max_steps) < 1:
-            raise ConfigError(
-                f"pruning.repair: refits={refits}, direct_up_to={direct_up_to}, refit_steps={refit_steps}, max_steps={max_steps}; "
-                "give at least 0 for the first two and 1 for the others"
-            )
-        if not 0 < tolerance < 1:
-            raise ConfigError(f"pruning.repair.tolerance={tolerance} is not in (0, 1); give the share of the error, for example 0.001")
-        if target not in TARGETS:
-            raise ConfigError(f"pruning.repair.target={target} is unknown; choose one of {', '.join(TARGETS)}")
+        self.ridge = ridge
         if target == "residual_stream" and not sequential:
             raise ConfigError(
                 "pruning.repair.target=residual_stream needs pruning.repair.sequential=true: in the model as it was no layer has changed"
@@ -257,9 +245,3 @@ def _weights(experts: Experts) -> list[tuple[Tensor, Tensor]]:
 def _num_changed(experts: Experts, old: Sequence[tuple[Tensor, Tensor]]) -> int:
     """Experts of which some weight is not what it was."""
     return sum(not all(map(torch.equal, new, was)) for new, was in zip(_weights(experts), old, strict=True))
-
-
-def _check_ridge(ridge: float) -> float:
-    if not 0 < ridge < float("inf"):
-        raise ConfigError(f"pruning.repair.ridge={ridge} is not above 0; give for example 0.01")
-    return ridge

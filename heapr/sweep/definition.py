@@ -16,8 +16,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
 from heapr.errors import ConfigError
-from heapr.schema import unknown_key
-from heapr.words import did_you_mean
+from heapr.words import did_you_mean, unknown_key
 
 FILE = "experiment.yaml"
 TINY = "tiny"  # what the names of the built-in models begin with

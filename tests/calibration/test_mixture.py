@@ -12,8 +12,8 @@ from heapr.calibration.mixture import Mixture, apportion, identities_of_parts, p
 from heapr.calibration.sampling import draw
 from heapr.dry_run import dry_run
 from heapr.errors import ConfigError
+from heapr.plugins import build
 from heapr.prefetch import fetch_all
-from heapr.schema import build
 from tests.experiment import CONF, compose_experiment, run_in, write_model, write_texts
 from tests.tiny import byte_tokenizer
 

@@ -13,7 +13,6 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 from heapr.calibration.corpora import TextFiles
-from heapr.errors import ConfigError
 from heapr.evaluation.perplexity import Perplexity, perplexity_increases
 from heapr.model import moe
 from heapr.model.moe import MoEModel
@@ -105,13 +104,6 @@ def test_tokens_that_the_tokenizer_adds_are_recorded(model: MoEModel, tmp_path: 
     evaluator = Perplexity(TextFiles([str(tmp_path / "text.txt")], split="all"), window=16, batch_size=4)
     evaluator.prepare(tokenizer)
     assert evaluator(model, EMPTY).details["protocols"]["text_files"]["special_tokens"] == ["<|endoftext|>"]
-
-
-@pytest.mark.parametrize(("window", "batch_size"), [(1, 4), (16, 0)])
-def test_numbers_out_of_range_are_refused(tmp_path: Path, window: int, batch_size: int) -> None:
-    (tmp_path / "text.txt").write_text(TEXT)
-    with pytest.raises(ConfigError, match="is below"):
-        Perplexity(TextFiles([str(tmp_path / "text.txt")], split="all"), window=window, batch_size=batch_size)
 
 
 def test_the_mean_loss_of_every_window_is_kept(model: MoEModel, tmp_path: Path) -> None:

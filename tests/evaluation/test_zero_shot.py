@@ -19,6 +19,7 @@ from heapr.errors import ConfigError
 from heapr.evaluation import zero_shot_engine, zero_shot_local
 from heapr.evaluation.zero_shot import ZeroShot, average_accuracy
 from heapr.model.moe import MoEModel
+from heapr.plugins import build
 from heapr.pruning.surgery import mask, remove
 from heapr.types import Plan, Statistics
 from tests.tiny import byte_tokenizer, tiny_qwen3_moe
@@ -249,13 +250,13 @@ def test_an_unknown_task_is_refused_with_suggestions(sums: Path, monkeypatch: py
         ({"limit": 0}, "limit=0 is below 1"),
         ({"num_fewshot": -1}, "num_fewshot=-1 is below 0"),
         ({"batch_size": 0}, "batch_size=0 is below 1"),
-        ({"batch_size": "all"}, "batch_size=all is neither auto nor a whole number"),
+        ({"batch_size": "all"}, "batch_size=all is unknown; give a whole number of at least 1 or auto"),
         ({"include_path": "/no/such/folder"}, "include_path='/no/such/folder' is no folder"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        ZeroShot("piqa", **options)
+        build({"_target_": "heapr.evaluation.zero_shot.ZeroShot", **options}, "evaluation.zero_shot", task="piqa")
 
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from heapr.errors import ConfigError
+from heapr.plugins import build
 from heapr.pruning.allocation import allocate, temper
 from heapr.pruning.allocation_report import report_allocation
 from heapr.pruning.budget import Budget, Guards, Widths
-from heapr.schema import build
 from heapr.steps import experiment_steps
 from heapr.types import Granularity, Plan, Scores
 from tests.experiment import compose_experiment

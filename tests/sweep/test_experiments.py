@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from heapr.evaluation.build import build_evaluators
-from heapr.schema import build
+from heapr.plugins import build
 from heapr.sweep.definition import Job, experiment_names, load_definition, make_jobs
 from tests.experiment import CONF, compose_experiment
 
