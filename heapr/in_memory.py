@@ -12,6 +12,7 @@ from torch import Tensor
 
 from heapr.errors import TooLargeError
 from heapr.experiment import Experiment
+from heapr.model.check_walk import check_walk
 from heapr.model.moe import MoEModel
 from heapr.model.ragged_experts import layout_of
 from heapr.model.stream import check_stream
@@ -50,8 +51,10 @@ class ModelInMemory:
         """
         if self._dense is None:
             self._dense = self._experiment.source.load(self._experiment.device, self._experiment.device_map)
-            if self._experiment.repair and self._experiment.repair.follows_stream:
-                check_stream(self._dense)
+            if self._experiment.repair:
+                check_walk(self._dense, needed_by="pruning.repair", instead="pruning/repair=none")
+                if self._experiment.repair.follows_stream:
+                    check_stream(self._dense)
         return self._dense
 
     def pruned(self, pruning: Pruning) -> MoEModel:
