@@ -6,7 +6,7 @@ In: a model. Out: nothing, or the refusal of a model whose layers hand something
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -62,10 +62,12 @@ class _Pass:
 
     def __init__(self, model: MoEModel, ids_NW: Tensor) -> None:
         self.model, self.tape = model, Tape(ids_NW)
+        self.embedded: list[Tensor] = []
         self.outputs: list[Output] = []
         self.inputs: dict[nn.Module, list[Tensor]] = {}
         with ExitStack() as stack:
             stack.enter_context(use_heapr_experts(model.model, partial(_record, self.inputs)))
+            stack.enter_context(_embedded_tokens(model, self.embedded))
             for layer in model.decoder_layers:
                 stack.callback(layer.register_forward_hook(lambda _, __, output: self.outputs.append(output)).remove)
             final = model.hidden_states(input_ids=ids_NW)
@@ -92,12 +94,29 @@ class _Pass:
 
     def fault_backwards(self) -> str | None:
         """Send the loss back layer by layer; what differs, if anything."""
-        with use_heapr_experts(self.model.model):
+        embedded: list[Tensor] = []
+        with use_heapr_experts(self.model.model), _embedded_tokens(self.model, embedded):
             for layer in reversed(range(len(self.outputs))):
                 span_backward(self.model, self.tape, range(layer, layer + 1))
                 if layer > 0 and _differs(self.tape.gradient(layer - 1), hidden_of(self.outputs[layer - 1]).grad):
                     return f"the gradient behind layer {layer - 1} is another"
-        return None
+        differs = _differs(_summed_gradients(embedded), _summed_gradients(self.embedded))
+        return "the gradient before layer 0 is another" if differs else None
+
+
+@contextmanager
+def _embedded_tokens(model: MoEModel, embedded: list[Tensor]) -> Iterator[None]:
+    """Collects what the model's layers start from."""
+    handle = model.model.get_input_embeddings().register_forward_hook(lambda _, __, output: embedded.append(output))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _summed_gradients(tensors: Sequence[Tensor]) -> Tensor | None:
+    grads = [tensor.grad for tensor in tensors if tensor.grad is not None]
+    return torch.stack(grads).sum(0) if grads else None
 
 
 def _record(inputs: dict[nn.Module, list[Tensor]], experts: Experts, hidden_TD: Tensor, *routing: Tensor) -> Tensor:
