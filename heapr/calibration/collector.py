@@ -70,9 +70,9 @@ def collect(
 ) -> Statistics:
     """Statistics of the batches: one forward and one backward each, parameters frozen, gradient from the input embeddings.
 
-    The loss is the *sum* of next-token cross-entropies, so the statistics do not depend on how sequences are batched;
-    router auxiliary losses play no part. Several spans need the memory of one span at a time and give the same statistics, up to
-    rounding in families where several later layers read what a layer put out (`backward_by_spans`).
+    The loss is the *sum* of next-token cross-entropies, so how sequences are batched changes the statistics by rounding alone (about 1e-6
+    in float32, docs/method.md); router auxiliary losses play no part. Several spans need the memory of one span at a time and give the
+    same statistics, in some families up to rounding (`backward_by_spans`).
 
     Args:
         model: dense or pruned; for several spans one that passes `check_walk`.

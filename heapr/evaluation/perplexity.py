@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from heapr.calibration.corpora import DOCUMENT_SEPARATOR, Corpus
+from heapr.calibration.corpora import Corpus
 from heapr.calibration.sampling import batches, special_tokens, windows
+from heapr.calibration.tokenizing import DOCUMENT_SEPARATOR
 from heapr.model.moe import MoEModel, next_token_loss
 from heapr.progress import progress
 from heapr.schema import at_least
@@ -38,7 +39,7 @@ class Perplexity:
     Args:
         corpus: the text.
         window: tokens of a window, at least 2.
-        batch_size: windows per forward pass, at least 1; does not change the result.
+        batch_size: windows per forward pass, at least 1; changes the result by rounding alone.
 
     Raises:
         ConfigError: a number is out of range.

@@ -59,7 +59,7 @@ class Truth:
         sample_size: atomic experts removed of each group, at least 1; none removes whole groups.
         max_sequences: calibration sequences to measure on, the first of them, at least 1; none measures on all.
         seed: of the samples, at least 0.
-        batch_size: sequences per forward pass, at least 1; does not change the result.
+        batch_size: sequences per forward pass, at least 1; changes the result by rounding alone.
 
     Raises:
         ConfigError: a number is out of range.

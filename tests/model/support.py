@@ -41,6 +41,9 @@ defaults, and every model is asked when it is loaded. `pruning.repair.target=lay
 layers can be run one by one, which every repair does; asked of a model that has each kind of layer, block and sharing at least twice, and
 of every model when it is loaded for repair. Calibration without repair does not need it.
 
+Of a wrapper with vision and the like only the language model is taken, and no model here has the heads that predict further tokens:
+a run says before it starts which tensors it leaves out, and the checkpoint's `config.json` and card do not promise them.
+
 Written by `python -m tests.model.support`.
 
 | family | experts | supported | `uniform` | `stream` | layer by layer |
