@@ -6,7 +6,6 @@ Light on purpose: no torch, so that a mistyped command line is answered at once.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 import typing
@@ -21,6 +20,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from heapr.errors import ConfigError
 from heapr.files import user_path
+from heapr.words import did_you_mean
 
 
 @dataclass
@@ -248,8 +248,7 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
 def unknown_key(path: str, known: Collection[str]) -> str:
     """The message for a misspelt key: what is known, and the nearest."""
     parent, _, key = path.rpartition(".")
-    near = difflib.get_close_matches(key, known, n=1)
-    suggestion = f"did you mean {parent + '.' if parent else ''}{near[0]}? " if near else ""
+    suggestion = did_you_mean(key, known, before=f"{parent}." if parent else "")
     return f"unknown key '{path}'; {suggestion}known here: {', '.join(sorted(known)) or 'none'}"
 
 

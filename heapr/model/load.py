@@ -24,7 +24,7 @@ from heapr.errors import ConfigError, TooLargeError
 from heapr.files import user_path
 from heapr.hub import hub_is_reachable
 from heapr.model.config_file import prediction_heads
-from heapr.model.description import CONFIG_FILE, UNUSABLE, first_line, read_config, read_tokenizer
+from heapr.model.description import CONFIG_FILE, UNUSABLE, read_config, read_tokenizer
 from heapr.model.model_files import (
     DESCRIPTION_FILES,
     INDEX,
@@ -37,6 +37,7 @@ from heapr.model.model_files import (
 )
 from heapr.model.moe import MoEModel, experts_per_token, find_moe_layers
 from heapr.model.tensors import check_tensors, report_left_out
+from heapr.words import first_line
 
 BUILTIN_PREFIX = "builtin:"
 DTYPES = ("float32", "bfloat16", "float16", "float64")  # in which weights may be
