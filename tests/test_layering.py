@@ -42,10 +42,10 @@ ALLOWED: dict[str, set[str]] = {
     "steps": {"artifacts", "schema", "store", "calibration", "evaluation"},
     "step_results": {"artifacts", "steps", "store", "types"},
     "experiment": {
-        "artifacts", "errors", "plugins", "schema", "steps", "store", "types", "words", "score", "model", "calibration", "pruning",
-        "evaluation",
+        "artifacts", "errors", "measure", "plugins", "schema", "steps", "store", "types", "words", "score", "model", "calibration",
+        "pruning", "evaluation",
     },
-    "ready": {"artifacts", "experiment", "steps", "types", "model", "calibration", "evaluation"},
+    "ready": {"artifacts", "experiment", "steps", "types", "calibration"},
     "provider": {"errors", "types", "model", "pruning"},
     "pipeline": {
         "artifacts", "experiment", "progress", "provider", "ready", "report", "schema", "step_results", "steps", "store", "tracking",

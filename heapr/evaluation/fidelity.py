@@ -16,7 +16,7 @@ from torch import Tensor
 
 from heapr.calibration.corpora import Corpus
 from heapr.calibration.sampling import batches, windows
-from heapr.evaluation.evaluator import Material
+from heapr.evaluation.measurement import Material, Need
 from heapr.model.experts import use_comparable_experts
 from heapr.model.load import ModelSource
 from heapr.model.moe import MoEModel
@@ -40,7 +40,7 @@ class Fidelity:
         max_windows: compare on so many windows, at least 1, evenly spread over the corpus; none compares on all.
     """
 
-    upstream = "prune"
+    needs = frozenset({Need.DENSE_AND_PRUNED, Need.CORPUS})
 
     def __init__(
         self, corpus: Corpus, window: Annotated[int, Ge(2)], batch_size: Annotated[int, Ge(1)], max_windows: Annotated[int, Ge(1)] | None

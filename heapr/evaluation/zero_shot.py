@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
-from transformers import PreTrainedTokenizerBase
 
 from heapr.errors import ConfigError
 from heapr.evaluation import zero_shot_local
+from heapr.evaluation.measurement import Material, Need
 from heapr.evaluation.zero_shot_engine import LoadedTask, check_end_token, evaluate_task, load_task
 from heapr.files import hash_files, user_path
-from heapr.model.moe import MoEModel
-from heapr.types import Evaluation, Metrics, Statistics
+from heapr.model.load import ModelSource
+from heapr.types import Evaluation, Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class ZeroShot:
         ConfigError: there is no such folder.
     """
 
-    uses_statistics = False
+    needs = frozenset({Need.MODEL, Need.TASK})
 
     def __init__(
         self,
@@ -75,11 +75,11 @@ class ZeroShot:
             return what | zero_shot_local.identity()
         return what if self._folder is None else what | {"include_sha256": _hash_folder(self._folder)}
 
-    def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
+    def prepare(self, source: ModelSource) -> None:
+        self._tokenizer = source.tokenizer
         self.fetch()
         assert self._loaded is not None
-        check_end_token(self._loaded, tokenizer)
+        check_end_token(self._loaded, self._tokenizer)
 
     def fetch(self) -> None:
         """Load the task and its data: from the local cache, or from the hub.
@@ -94,10 +94,15 @@ class ZeroShot:
             zero_shot_local.write_task(folder)
         self._loaded = load_task(self.task, folder, "" if folder is None else _hash_folder(folder))
 
-    def __call__(self, model: MoEModel, statistics: Statistics) -> Evaluation:
+    def __call__(self, material: Material) -> Evaluation:
         assert self._loaded is not None, "prepare() comes first"
         return evaluate_task(
-            self._loaded, model, tokenizer=self._tokenizer, batch_size=self.batch_size, num_fewshot=self.num_fewshot, limit=self.limit
+            self._loaded,
+            material.model(),
+            tokenizer=self._tokenizer,
+            batch_size=self.batch_size,
+            num_fewshot=self.num_fewshot,
+            limit=self.limit,
         )
 
     @property
