@@ -12,8 +12,8 @@ from torch import Tensor
 
 from heapr.errors import TooLargeError
 from heapr.experiment import Experiment
+from heapr.model.experts.layout import layout_of
 from heapr.model.moe import MoEModel
-from heapr.model.ragged_experts import layout_of
 from heapr.model.stream import check_stream
 from heapr.pruning.repair import LayerRepair
 from heapr.pruning.surgery import mask, remove, remove_and_repair

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from heapr.errors import ConfigError
+from heapr.model.experts.layout import Experts, layout_of
+from heapr.model.experts.loop import run_experts
 from heapr.model.moe import MoELayer, MoEModel
-from heapr.model.ragged_experts import Experts, layout_of, run_experts
 from heapr.model.walker import ExpertInputs, Walker, emptied
 
 NORM_EPS = 1e-6  # what families' norms add before they divide by the root of a mean square

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from heapr.model.experts import ExpertsForward, forwards, use_heapr_experts
+from heapr.model.experts.dispatch import ExpertsForward, forwards, use_heapr_experts
+from heapr.model.experts.layout import Experts, layout_of, routing_of
+from heapr.model.experts.loop import run_experts
+from heapr.model.experts.ragged import RaggedExperts
 from heapr.model.moe import MoELayer, MoEModel
-from heapr.model.ragged_experts import Experts, RaggedExperts, layout_of, routing_of, run_experts
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from heapr.errors import ConfigError
-from heapr.model.ragged_experts import Experts, RaggedExperts, matrices_of
+from heapr.model.experts.layout import Experts, matrices_of
+from heapr.model.experts.ragged import RaggedExperts
 from heapr.model.stream import StreamTarget
 from heapr.model.walker import ExpertInputs
 from heapr.pruning.activations import Activations, layer_output

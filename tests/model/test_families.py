@@ -19,7 +19,9 @@ import heapr
 from heapr.calibration.collector import collect
 from heapr.errors import ConfigError
 from heapr.model.checkpoint import save_checkpoint
-from heapr.model.experts import observe_experts
+from heapr.model.experts.dispatch import observe_experts
+from heapr.model.experts.layout import ExpertObserver
+from heapr.model.experts.loop import split_by_expert
 from heapr.model.layerwise import walk_layers
 from heapr.model.moe import MoEModel, experts_per_token
 from heapr.model.stream import check_stream
@@ -76,12 +78,13 @@ class FamilyContract:
     def test_capture_leaves_logits_unchanged(self, model: MoEModel) -> None:
         model.model.set_experts_implementation("eager")
         expected = logits(model.model)
-        seen: list[int] = []
-        watched = [(layer.experts, lambda expert, *_: seen.append(expert)) for layer in model.layers]
+        seen: list[Tensor] = []
+        watched = [(layer.experts, lambda *call: seen.append(call[-1].diff())) for layer in model.layers]
         with observe_experts(model.model, watched):
             observed = logits(model.model)
         torch.testing.assert_close(observed, expected, rtol=2e-6, atol=2e-6)
-        assert torch.equal(logits(model.model), expected) and set(seen) <= {0, 1, 2, 3} and seen
+        assert torch.equal(logits(model.model), expected) and len(seen) == len(model.layers)
+        assert all(count_E.shape == (4,) and count_E.sum() > 0 for count_E in seen)
         model.check_head()
 
     def test_heapr_score_equals_the_oracle(self, model: MoEModel) -> None:
@@ -93,7 +96,7 @@ class FamilyContract:
 
     def test_experts_per_token(self, model: MoEModel) -> None:
         visits: list[int] = []
-        watched = [(model.layers[-1].experts, lambda _, h_nF, *__: visits.append(len(h_nF)))]
+        watched = [(model.layers[-1].experts, lambda h_SF, *_: visits.append(len(h_SF)))]
         with observe_experts(model.model, watched):
             logits(model.model)
         assert sum(visits) == experts_per_token(model.model) * IDS_NW.numel()
@@ -108,10 +111,15 @@ class FamilyContract:
 
     def test_walking_gives_what_whole_passes_give(self, model: MoEModel) -> None:
         expected: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        watched = [
-            (layer.experts, lambda expert, h_nF, p_n, _, index=layer.index: expected.update({(index, expert): (h_nF, p_n)}))
-            for layer in model.layers
-        ]
+
+        def observer_of(index: int) -> ExpertObserver:
+            def observe(h_SF: Tensor, p_S: Tensor, _: Tensor, offsets: Tensor) -> None:
+                pairs = zip(split_by_expert(h_SF, offsets), split_by_expert(p_S, offsets), strict=True)
+                expected.update({(index, expert): pair for expert, pair in enumerate(pairs) if len(pair[0])})
+
+            return observe
+
+        watched = [(layer.experts, observer_of(layer.index)) for layer in model.layers]
         with torch.no_grad(), observe_experts(model.model, watched):
             model.body(input_ids=IDS_NW, use_cache=False)
         found = {}

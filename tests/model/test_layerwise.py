@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from heapr.errors import ConfigError
-from heapr.model.experts import use_heapr_experts
+from heapr.model.experts.dispatch import use_heapr_experts
+from heapr.model.experts.layout import Experts
+from heapr.model.experts.loop import run_experts
 from heapr.model.layerwise import walk_layers
 from heapr.model.moe import MoEModel
-from heapr.model.ragged_experts import Experts, run_experts
 from heapr.model.stream import check_stream
 from heapr.model.walker import ExpertInputs
 from heapr.pruning.activations import layer_output

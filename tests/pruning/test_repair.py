@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from heapr.errors import ConfigError
+from heapr.model.experts.layout import matrices_of
+from heapr.model.experts.loop import run_experts
+from heapr.model.experts.ragged import RaggedExperts
 from heapr.model.layerwise import walk_layers
 from heapr.model.moe import MoELayer, MoEModel
-from heapr.model.ragged_experts import RaggedExperts, matrices_of, run_experts
 from heapr.model.walker import ExpertInputs
 from heapr.pruning.activations import Activations, layer_output
 from heapr.pruning.refit import refit_inputs
