@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import time
+from typing import Any
 
 import torch
 from transformers import Qwen3MoeConfig
@@ -25,11 +26,12 @@ from heapr.pruning.repair import ExpertRepair, JointRepair, Repair
 
 
 def ways(num_steps: int) -> dict[str, Repair]:
-    """Each way to repair, with so many turns of block coordinate descent and so many steps of conjugate gradients."""
+    """Each way to repair, with so many steps of conjugate gradients."""
+    steps: dict[str, Any] = {"direct_up_to": 0, "max_steps": num_steps, "tolerance": 1e-30}  # all of them
     return {
         "expert": ExpertRepair(),
-        f"joint, block by block, {num_steps} turns": JointRepair(direct_up_to=0, num_sweeps=num_steps),
-        f"full: joint, 1 refit of {num_steps} steps": JointRepair(direct_up_to=0, num_sweeps=num_steps, refits=1, refit_steps=num_steps),
+        f"joint, {num_steps} steps": JointRepair(**steps),
+        f"full: joint, 1 refit of {num_steps} steps": JointRepair(**steps, refits=1, refit_steps=num_steps),
     }
 
 

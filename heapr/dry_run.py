@@ -26,6 +26,7 @@ from heapr.experiment import (
     find_source,
     find_uniform_settings,
     name_of,
+    notes_on_budget,
 )
 from heapr.model.device import find_device
 from heapr.model.load import ModelSource
@@ -87,7 +88,7 @@ class DryRun:
         activation_bytes: held between forward and backward of a batch (`heapr.model.meta`); none if not known for this family.
         calibration_flops: forward and backward over all samples; none if not known for this family.
         stages: in the order of a run; empty if a corpus is missing on which keys depend.
-        notes: one line each: what is not on this machine.
+        notes: one line each: what is not on this machine, and what a uniform width makes of the ratio.
     """
 
     name: str
@@ -130,8 +131,10 @@ def dry_run(config: ExperimentConfig) -> DryRun:
     """
     notes: list[str] = []
     source, budget, stages = plan_stages(config, notes)
+    notes += notes_on_budget(source, budget)
     model = source.on_meta()
-    if "hub" not in source.identity and not any(source.folder.glob("*.safetensors")):
+    notes += source.left_out if source.has_weights else []
+    if "hub" not in source.identity and not source.has_weights:
         notes.append(f"'{source.folder}' holds no weights; with them the keys will be others, because weights determine results")
     return DryRun(
         name=name_of(config),
@@ -204,8 +207,7 @@ def _sizes(model: MoEModel, source: ModelSource, budget: Budget) -> dict[str, An
 
 def _num_removed(source: ModelSource, budget: Budget) -> int | None:
     """Atomic experts that go; none where only scores and statistics can tell."""
-    if budget.is_uniform:
-        width = budget.uniform_width(source.widths)
+    if (width := budget.uniform_width) is not None:
         return sum(old - width for width_E in source.widths.values() for old in width_E)
     return sum(budget.numbers_removed(source.widths)) if budget.unit == "atomic_experts" else None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,9 @@ from heapr.evaluation.evaluator import Comparison, Evaluator
 from heapr.model.checkpoint import check_form
 from heapr.model.device import find_device
 from heapr.model.load import ModelSource, find_model
-from heapr.pruning.budget import Budget, Guards
+from heapr.pruning.budget import Budget, Guards, the_width
 from heapr.pruning.repair import Repair
-from heapr.pruning.uniform import Settings, uniform_settings
+from heapr.pruning.uniform import Settings, choose_uniform_width, describe_uniform_width, uniform_settings
 from heapr.recipes import CHECKPOINT_PART, REPAIR_PART, Recipes, experiment_recipes
 from heapr.schema import CalibrationConfig, ExperimentConfig, build
 from heapr.score.criterion import Criterion
@@ -99,8 +99,12 @@ def prepare(config: ExperimentConfig) -> Experiment:
     comparisons = [entry for entry in built if isinstance(entry, Comparison)]
     store = Store(Path(config.paths.outputs) / "artifacts", device)
     source = find_source(config, store)
+    if source.has_weights:  # else they are fetched when the model is loaded, and looked at then
+        _ = source.left_out
     check_lengths(config, source)
     budget = find_budget(config, source, criterion)
+    for note in notes_on_budget(source, budget):
+        logger.info("%-9s %s", "prune", note)
     if config.pruning.save_checkpoint:
         check_form(source.config, config.pruning.form)
     recipes = experiment_recipes(config, source.identity, text, evaluators, comparisons)
@@ -127,7 +131,7 @@ def prepare(config: ExperimentConfig) -> Experiment:
         form=config.pruning.form,
         uniform_settings=find_uniform_settings(source, budget),
         save_checkpoint=config.pruning.save_checkpoint,
-        about=_about(config, recipes, source),
+        about=_about(config, recipes, source, budget),
         device_map=config.runtime.device_map,
         evaluators=evaluators,
         comparisons=comparisons,
@@ -198,8 +202,7 @@ def find_budget(config: ExperimentConfig, source: ModelSource, criterion: Criter
         ratio=config.pruning.ratio,
         scope=config.pruning.scope,
         experts_per_token=source.experts_per_token,
-        width_multiple=config.pruning.width_multiple,
-        is_uniform=config.pruning.form == "uniform",
+        width_multiple=config.pruning.width_multiple or 1,
         granularity=criterion.granularity,
         unit=config.pruning.budget,
         guards=Guards(
@@ -209,6 +212,9 @@ def find_budget(config: ExperimentConfig, source: ModelSource, criterion: Criter
             tempering=config.pruning.tempering,
         ),
     )
+    if config.pruning.form == "uniform":
+        width = choose_uniform_width(source.config, source.widths, budget, source.dtype)
+        budget = replace(budget, uniform_width=width)
     budget.check(source.widths)
     return budget
 
@@ -219,7 +225,12 @@ def find_uniform_settings(source: ModelSource, budget: Budget) -> Settings:
     Raises:
         ConfigError: the configuration cannot say it.
     """
-    return uniform_settings(source.config, budget.uniform_width(source.widths)) if budget.is_uniform else {}
+    return {} if budget.uniform_width is None else uniform_settings(source.config, budget.uniform_width)
+
+
+def notes_on_budget(source: ModelSource, budget: Budget) -> list[str]:
+    """What is made of the ratio, as far as that is known before there are scores, a line each."""
+    return [] if budget.uniform_width is None else [describe_uniform_width(source.widths, budget.ratio, budget.uniform_width)]
 
 
 def check_space(config: ExperimentConfig, source: ModelSource, store: Store, recipes: Recipes) -> None:
@@ -247,7 +258,7 @@ def option_name(target: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", target.rpartition(".")[2]).lower()
 
 
-def _about(config: ExperimentConfig, recipes: Recipes, source: ModelSource) -> dict[str, Any]:
+def _about(config: ExperimentConfig, recipes: Recipes, source: ModelSource, budget: Budget) -> dict[str, Any]:
     """What is done to the model, in JSON types."""
     return {
         "model": config.model.name,
@@ -255,13 +266,29 @@ def _about(config: ExperimentConfig, recipes: Recipes, source: ModelSource) -> d
         "criterion": dict(recipes.score.config["criterion"]),
         "calibration": {name: value for name, value in recipes.calibrate.config.items() if name != "model"},
         **recipes.prune.config,
+        **_about_width(source, budget),
         "rounds": config.pruning.rounds,
+        **source.left_behind,
         "keys": {recipe.stage: recipe.key for recipe in (recipes.calibrate, recipes.score, recipes.prune)},
     }
 
 
+def _about_width(source: ModelSource, budget: Budget) -> dict[str, Any]:
+    """The uniform width, and the ratio that it comes to."""
+    if budget.uniform_width is None:
+        return {}
+    return {"width": budget.uniform_width, "ratio_reached": 1 - budget.uniform_width / the_width(source.widths)}
+
+
 def _calibration_tokens(text: Corpus | Mixture, source: ModelSource, settings: CalibrationConfig) -> TokenWindows:
-    return draw(text, source.tokenizer, length=settings.sequence_length, num_samples=settings.num_samples, seed=settings.seed)
+    return draw(
+        text,
+        source.tokenizer,
+        length=settings.sequence_length,
+        num_samples=settings.num_samples,
+        seed=settings.seed,
+        max_characters=settings.max_characters,
+    )
 
 
 def _prepare(

@@ -9,6 +9,11 @@ from pathlib import Path
 from typing import Any
 
 
+def user_path(path: str) -> Path:
+    """A path as the user wrote it, with ~ for the home folder; ~name of a user who is unknown stays as it is."""
+    return Path(os.path.expanduser(path))  # Path.expanduser raises where the user is unknown
+
+
 def hash_file(path: Path) -> str:
     """sha256 of a file's content, hexadecimal."""
     digest = hashlib.sha256()

@@ -6,6 +6,7 @@ In: the configuration that Hydra composed, or the error that it met. Out: a run,
 from __future__ import annotations
 
 import difflib
+import io
 import logging
 import os
 import re
@@ -19,12 +20,13 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from heapr.errors import ConfigError
+from heapr.overrides import explain_comma, explain_option, explain_override
 from heapr.schema import ExperimentConfig, register, resolve, unknown_key
 
 logger = logging.getLogger(__name__)
@@ -77,6 +79,8 @@ def _run(config: DictConfig) -> None:
 
 
 FIELD_OF_NOTHING = "Unexpected type for root: NoneType"  # omegaconf's answer to a field of null
+OPTION_WITHOUT_NAME = "Config group override must be a string or a list"  # Hydra's to score=3
+COMMA_OUTSIDE_SWEEP = "Ambiguous value for argument"  # Hydra's to a=1,2
 
 
 @contextmanager
@@ -87,6 +91,7 @@ def one_line_errors(config_folder: Path | None = None) -> Iterator[None]:
         config_folder: where known keys are looked up when one is misspelt.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # otherwise Hydra prints errors itself and exits with 1
+    print_whatever_the_encoding()
     try:
         yield
     except ConfigError as error:
@@ -95,6 +100,10 @@ def one_line_errors(config_folder: Path | None = None) -> Iterator[None]:
         _stop(str(error), code=1)
     except (HydraException, OmegaConfBaseException) as error:
         _stop(explain(error, config_folder, sys.argv[1:]))
+    except ValueError as error:
+        if not str(error).startswith(OPTION_WITHOUT_NAME) or config_folder is None:
+            raise
+        _stop(explain_option(sys.argv[1:], config_folder))
     except AssertionError as error:
         if not str(error).startswith(FIELD_OF_NOTHING):
             raise
@@ -103,6 +112,13 @@ def one_line_errors(config_folder: Path | None = None) -> Iterator[None]:
         if error.filename is None or _came_from_job(error):
             raise
         _stop(f"cannot write '{error.filename}': {error.strerror}; choose another folder with paths.outputs=...")
+
+
+def print_whatever_the_encoding() -> None:
+    """Write what the console's encoding lacks as an escape: a letter in a path must not end a run that has finished."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _stop(message: str, code: int = EXIT_CODE) -> None:
@@ -124,6 +140,11 @@ def explain(error: Exception, config_folder: Path | None, overrides: Sequence[st
         overrides: that were composed.
     """
     text = str(error).strip()
+    if isinstance(error, OverrideParseException):
+        evaluated = [line for line in text.splitlines() if "while evaluating" in line]  # of a function, such as int(x)
+        return f"argument '{error.override}': {evaluated[0]}" if evaluated else explain_override(error.override, overrides)
+    if text.startswith(COMMA_OUTSIDE_SWEEP):
+        return explain_comma(text.splitlines()[0].removeprefix(COMMA_OUTSIDE_SWEEP).strip()[1:-1])
     match = re.match(r"Could not override '([^']+)'", text)
     if match and "To append to your config" in text and config_folder is not None:
         return _explain_unknown_key(match.group(1), config_folder, overrides)

@@ -19,6 +19,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from heapr.calibration.collector import collect
+from heapr.calibration.coverage import report_coverage
 from heapr.calibration.sampling import batches
 from heapr.evaluation.efficiency import size_change
 from heapr.evaluation.evaluator import Material, measure
@@ -167,9 +168,8 @@ class Pipeline:
         statistics = Statistics.from_tensors(load_file(artifact.path / STATISTICS))
         loss = statistics.loss_sum / statistics.num_predicted_tokens
         self.tracker.log({NUM_TOKENS: statistics.num_tokens, "calibration/loss": loss})
-        for index, layer in statistics.layers.items():
-            if unrouted := int((layer.count_E == 0).sum()):
-                logger.info("%-9s no token reached %d of %d experts of layer %d", "calibrate", unrouted, len(layer.count_E), index)
+        if round_ is self.experiment.recipes.rounds[0]:
+            report_coverage(statistics, self.experiment.source.widths)
         return statistics
 
     def _score(self, round_: Round, statistics: Statistics, model: Callable[[], MoEModel]) -> Scores:
@@ -216,14 +216,17 @@ class Pipeline:
     def _make_checkpoint(self, pruning: Pruning, planned: Path, folder: Path) -> None:
         experiment = self.experiment
         model = self.model.masked(pruning) if experiment.form == "masked" else self.model.final(pruning)
-        save_checkpoint(model, experiment.source.tokenizer, folder / CHECKPOINT, about=experiment.about)
+        save_checkpoint(model, experiment.source.folder, folder / CHECKPOINT, about=experiment.about)
         (folder / CHECKPOINT / CARD).write_text(model_card(experiment.about, {}), encoding="utf-8")
         shutil.copy(planned / PLAN, folder / CHECKPOINT)
 
     def _tell(self, report: Path) -> None:
         """Log what a report says in words."""
-        for line in json.loads(report.read_text())["summary"]:
+        found = json.loads(report.read_text())
+        for line in found["summary"]:
             logger.info("%-9s %s", "prune", line)
+        for line in found["not_reached"]:
+            logger.warning("%-9s %s", "prune", line)
 
     def conclude(self, dense: dict[str, Metrics], pruned: dict[str, Metrics], plan: Plan) -> dict[str, Metrics]:
         """All metrics; the card of the checkpoint tells them too."""

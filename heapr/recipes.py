@@ -109,12 +109,13 @@ def _rounds(config: ExperimentConfig, model_identity: Mapping[str, str], text: C
     """Every round removes the same number of atomic experts. A round's key does not tell how many follow, so that experiments which
     begin alike share their beginning."""
     settings, pruning = config.calibration, config.pruning
-    tokens = {
+    tokens: dict[str, Any] = {
         "model": dict(model_identity),
         "corpus": text.identity(),
         "num_samples": settings.num_samples,
         "sequence_length": settings.sequence_length,
         "seed": settings.seed,
+        "max_characters": settings.max_characters,
     }
     rounds: list[Round] = []
     for number in range(1, pruning.rounds + 1):

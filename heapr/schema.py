@@ -20,6 +20,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from heapr.errors import ConfigError
+from heapr.files import user_path
 
 
 @dataclass
@@ -42,6 +43,7 @@ class CalibrationConfig:
     sequence_length: int = MISSING  # tokens of a sequence, at least 2, at most the model's limit
     seed: int = MISSING  # of the choice of sequences, at least 0
     batch_size: int = MISSING  # sequences per pass, at least 1; changes memory and speed, not the statistics
+    max_characters: int | None = 20_000_000  # of a corpus with more, documents are drawn by the seed; at least 1; None takes all
 
 
 @dataclass
@@ -52,7 +54,7 @@ class PruningConfig:
     scope: str = MISSING  # global, layer or expert
     rounds: int = 1  # steps of equal size, each measured on the model that the one before left; at least 1
     repair: dict[str, Any] | None = None  # plug-in: heapr/pruning/repair.py; none leaves what is kept as it was
-    width_multiple: int = 1  # every expert's width becomes a multiple of it: 1, 8, 16, 32, 64, 128 or 256
+    width_multiple: int | None = None  # every expert's width becomes a multiple of it: 1, 8, 16, ...; none: 8 for uniform, else 1
     form: str = "ragged"  # of the checkpoint: ragged (exact widths), uniform (one width, scope expert), masked (zeros)
     save_checkpoint: bool = True  # off keeps only the plan, which re-creates the pruned model in memory
     budget: str = "atomic_experts"  # what the ratio is a share of: atomic_experts, or flops or bytes of the routed experts
@@ -107,6 +109,7 @@ SCOPES = ("global", "layer", "expert")
 FORMS = ("ragged", "uniform", "masked")
 BUDGETS = ("atomic_experts", "flops", "bytes")
 WIDTH_MULTIPLES = (1, 8, 16, 32, 64, 128, 256)
+UNIFORM_MULTIPLE = 8  # of widths that transformers' default experts kernel runs in every dtype
 DEVICE_MAPS = ("auto", "balanced", "sequential")
 TRACKING_MODES = ("auto", "online", "offline", "none")
 
@@ -123,7 +126,7 @@ def register() -> None:
 
 
 def resolve(config: DictConfig) -> ExperimentConfig:
-    """The typed, checked configuration.
+    """The typed, checked configuration; `pruning.width_multiple` is a number in it.
 
     Raises:
         ConfigError: a value is missing, out of range, or does not go with another.
@@ -133,6 +136,9 @@ def resolve(config: DictConfig) -> ExperimentConfig:
         raise ConfigError(f"no value for {', '.join(missing)}; give it on the command line, for example {missing[0]}=...")
     typed = OmegaConf.to_object(config)
     assert isinstance(typed, ExperimentConfig)
+    if typed.pruning.width_multiple is None:
+        typed.pruning.width_multiple = UNIFORM_MULTIPLE if typed.pruning.form == "uniform" else 1
+    typed.paths.outputs = str(user_path(typed.paths.outputs))  # conf/config.yaml does the same for the folder that Hydra makes
     check(typed)
     return typed
 
@@ -153,6 +159,8 @@ def check(config: ExperimentConfig) -> None:
     at_least("calibration.sequence_length", calibration.sequence_length, 2)
     at_least("calibration.batch_size", calibration.batch_size, 1)
     at_least("calibration.seed", calibration.seed, 0)
+    if calibration.max_characters is not None:
+        at_least("calibration.max_characters", calibration.max_characters, 1)
     if config.runtime.num_threads is not None:
         at_least("runtime.num_threads", config.runtime.num_threads, 1)
 
@@ -165,7 +173,8 @@ def _check_pruning(pruning: PruningConfig) -> None:
     _choice("pruning.form", pruning.form, FORMS)
     if pruning.form == "uniform" and pruning.scope != "expert":
         raise ConfigError(f"pruning.form=uniform gives every expert one width, which scope '{pruning.scope}' does not; use pruning=expert")
-    _choice("pruning.width_multiple", pruning.width_multiple, WIDTH_MULTIPLES)
+    if pruning.width_multiple is not None:
+        _choice("pruning.width_multiple", pruning.width_multiple, WIDTH_MULTIPLES)
     _choice("pruning.budget", pruning.budget, BUDGETS)
     for name in ("min_expert_ratio", "min_layer_ratio"):
         if not 0 <= getattr(pruning, name) < 1:

@@ -25,13 +25,13 @@ class TokenWindows:
     """Token ids cut into sequences of equal length.
 
     Attributes:
-        ids_NW: int64 (N, W) token ids.
+        ids_NW: int64 (N, W) token ids; int32 while they are only held, as those of a whole corpus are.
     """
 
     ids_NW: Tensor
 
     def __post_init__(self) -> None:
-        assert self.ids_NW.dim() == 2 and self.ids_NW.dtype == torch.int64
+        assert self.ids_NW.dim() == 2 and self.ids_NW.dtype in (torch.int64, torch.int32)
 
     @property
     def num_predicted_tokens(self) -> int:
@@ -41,11 +41,13 @@ class TokenWindows:
     @property
     def sha256(self) -> str:
         """Fingerprint of the shape and of every token id."""
-        ids_NW = self.ids_NW.cpu().contiguous().numpy().astype("<i8")
-        return hashlib.sha256(f"{tuple(ids_NW.shape)}\0".encode() + ids_NW.tobytes()).hexdigest()
+        digest = hashlib.sha256(f"{tuple(self.ids_NW.shape)}\0".encode())
+        for rows_NW in self.ids_NW.split(1024):
+            digest.update(rows_NW.cpu().contiguous().numpy().astype("<i8").tobytes())
+        return digest.hexdigest()
 
     def to_tensors(self) -> TensorDict:
-        return {"ids": self.ids_NW}
+        return {"ids": self.ids_NW.long()}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> TokenWindows:

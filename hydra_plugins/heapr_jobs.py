@@ -2,11 +2,15 @@
 
 In: a JSON file with the overrides of every job under "jobs". Out: one folder per job, numbered from 0. Hydra finds plug-ins
 in this folder; conf/hydra/sweeper/jobs.yaml selects this one.
+
+Also what conf/config.yaml calls `${home:...}`: a path with ~ for the home folder. It is here because Hydra makes a job's folder before any
+code of ours runs, but imports its plug-ins first, in the processes of launchers too.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +19,9 @@ from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+
+OmegaConf.register_new_resolver("home", os.path.expanduser, replace=True)
 
 
 class JobsSweeper(Sweeper):

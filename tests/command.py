@@ -26,7 +26,8 @@ def run_py(*arguments: str, folder: Path, **variables: str) -> Completed:
     """`python run.py <arguments>` in a folder, in a process of its own."""
     command = [sys.executable, str(ROOT / "run.py"), *arguments]
     environment = {**os.environ, **variables}
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=120, check=False)
+    decoded = {"encoding": "utf-8", "errors": "backslashreplace"}  # a test may ask for another encoding
+    return subprocess.run(command, capture_output=True, cwd=folder, env=environment, timeout=120, check=False, **decoded)
 
 
 def run_py_here(*arguments: str, folder: Path) -> Completed:

@@ -28,7 +28,7 @@ from heapr.types import Plan
 from tests.evaluation.test_zero_shot import write_task
 from tests.experiment import cached_stages, run_in, write_model, write_texts
 from tests.same import ROUNDING, assert_same_model
-from tests.tiny import byte_tokenizer, statistics_of, tiny_ids, tiny_model
+from tests.tiny import byte_tokenizer, statistics_of, tiny_ids, tiny_model, write_description
 
 IDS_NW = tiny_ids(2, 12)
 NO_TIMING = ["evaluation.throughput=null", "evaluation.truth=null", "evaluation.fidelity=null"]
@@ -109,7 +109,7 @@ def test_widths_are_multiples_and_rounding_is_reported(run: Run, caplog: pytest.
 
 
 def test_the_uniform_checkpoint_is_a_stock_model(run: Run) -> None:
-    summary = run("pruning=expert", "pruning.form=uniform", "pruning.ratio=0.5")
+    summary = run("pruning=expert", "pruning.form=uniform", "pruning.ratio=0.5", "pruning.width_multiple=1")
     folder = artifact(summary) / "checkpoint"
     assert not list(folder.glob("*.py"))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -127,8 +127,9 @@ def test_a_uniform_width_that_the_shared_experts_forbid_is_refused_before_any_wo
     tiny_model("deepseek_v2").save_pretrained(tmp_path / "deepseek")
     byte_tokenizer().save_pretrained(tmp_path / "deepseek")
     run = Run(tmp_path, tmp_path / "deepseek")
-    with pytest.raises(ConfigError, match=r"a width of 6: shared experts of width 8 take it from the same field.* width of 1, 2, 4, or"):
-        run("pruning=expert", "pruning.form=uniform", "pruning.ratio=0.25")
+    message = r"a width of 6: shared experts of width 8 take it from the same field.* choose pruning.ratio=0.5 \(width 4\), or pruning.form"
+    with pytest.raises(ConfigError, match=message):
+        run("pruning=expert", "pruning.form=uniform", "pruning.ratio=0.25", "pruning.width_multiple=1")
 
 
 def test_the_masked_checkpoint_has_the_old_shape(run: Run) -> None:
@@ -143,7 +144,9 @@ def test_the_masked_checkpoint_has_the_old_shape(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    "overrides", [[], ["pruning=expert", "pruning.form=uniform"], ["pruning.form=masked"]], ids=["ragged", "uniform", "masked"]
+    "overrides",
+    [[], ["pruning=expert", "pruning.form=uniform", "pruning.width_multiple=1"], ["pruning.form=masked"]],
+    ids=["ragged", "uniform", "masked"],
 )
 def test_summary_and_card_tell_what_the_checkpoint_holds(run: Run, overrides: list[str]) -> None:
     summary = run(*overrides, "pruning.ratio=0.5")
@@ -281,6 +284,7 @@ cli_evaluate()
 def write_stock_forms(folder: Path) -> list[Path]:
     """DeepSeekMoE is not in transformers: its file goes with it."""
     folders = []
+    original = write_description(folder / "original", tiny_model("deepseek"))
     for form in ("uniform", "masked"):
         model = MoEModel(tiny_model("deepseek"))
         plan = Plan(layers={layer.index: torch.arange(8).expand(4, 8) < 4 for layer in model.layers})
@@ -290,7 +294,7 @@ def write_stock_forms(folder: Path) -> list[Path]:
             make_uniform(model, settings)
         else:
             mask(model, plan)
-        save_checkpoint(model, byte_tokenizer(), folder / form, about={})
+        save_checkpoint(model, original, folder / form, about={})
         torch.save(IDS_NW, folder / form / "ids.pt")
         torch.save(logits(model.model), folder / form / "expected.pt")
         folders.append(folder / form)

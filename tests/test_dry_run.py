@@ -130,9 +130,18 @@ def test_costs_grow_with_samples_and_batches(tmp_path: Path) -> None:
 
 def test_removed_parameters_of_the_uniform_form_are_those_of_its_width(tmp_path: Path) -> None:
     settings = ["model=hf", f"model.path={write_model(tmp_path / 'model')}", *calibration_in(tmp_path)]
-    plan = plan_in(tmp_path, *settings, "pruning=expert", "pruning.form=uniform", "pruning.ratio=0.3")
-    assert plan.atomic_experts_removed == 2 * 4 * 2  # 8 -> 6, the width nearest to 5.6
-    assert plan.parameters_removed == 2 * 4 * 2 * 3 * 16
+    plan = plan_in(
+        tmp_path,
+        *settings,
+        "pruning=expert",
+        "pruning.form=uniform",
+        "pruning.width_multiple=1",
+        "pruning.ratio=0.45",
+        "model.dtype=float32",
+    )
+    assert plan.atomic_experts_removed == 2 * 4 * 4  # 8 -> 4, the width nearest to 4.4
+    assert plan.parameters_removed == 2 * 4 * 4 * 3 * 16
+    assert plan.notes[-1].startswith("uniform width: ratio 0.45 asks for 4.4 of 8 atomic experts; 4 are kept, which is ratio 0.5")
 
 
 def test_what_is_not_here_is_noted_and_the_rest_is_told(tmp_path: Path) -> None:

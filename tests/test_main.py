@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,16 @@ def assert_refused(result: Completed, message: str) -> None:
         ("calibration=text_files calibration.corpus.path=x", "did you mean calibration.corpus.paths?"),
         ("calibration=text_files", "text_files has no paths"),
         ("paths.outputs=/proc/outputs", "cannot write '/proc/outputs"),
+        (
+            "paths.outputs=/tmp/é",
+            """argument 'paths.outputs=/tmp/é': é in a value must stand inside quotes; write 'paths.outputs="/tmp/é"'""",
+        ),
+        ("hydra.run.dir=a(b", "argument 'hydra.run.dir=a(b': ( in a value must stand inside quotes; write 'hydra.run.dir=\"a(b\"'"),
+        ("-m pruning.ratio=0.2,#", """write 'pruning.ratio=0.2,"#"'"""),
+        ("paths.outputs=/tmp/a,b", "argument 'paths.outputs=/tmp/a,b' has a comma; write 'paths.outputs=\"/tmp/a,b\"' for one value"),
+        ("pruning.ratio=int(x)", "argument 'pruning.ratio=int(x)': ValueError while evaluating 'int(x)'"),
+        ("score=null", "argument 'score=null': null is no name of an option; known options of score: activation,"),
+        ("=3", "argument '=3': '' cannot be the name of a field"),
     ],
 )
 def test_a_mistake_costs_one_line_and_exit_code_2(tmp_path: Path, override: str, message: str) -> None:
@@ -79,6 +90,44 @@ def test_a_dry_run_prints_the_plan_from_config_json_alone_and_makes_nothing(tmp_
     assert not any((tmp_path / "outputs" / "artifacts").iterdir())
 
 
+@pytest.mark.parametrize(
+    "variables",
+    [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C"}, {"PYTHONIOENCODING": "latin-1"}],
+    ids=["ascii", "C", "latin-1"],
+)
+def test_a_run_ends_well_whatever_the_console_can_print(tmp_path: Path, variables: dict[str, str]) -> None:
+    """A path with letters that the console lacks: escaped there, whole in files."""
+    folder = tmp_path / "thèse Ω"
+    write_model(folder / "model")
+    overrides = [f'model.path="{folder / "model"}"', f'paths.outputs="{folder / "outputs"}"', "model=hf", "model.dtype=float32"]
+    texts = [re.sub(r"=\[(.*)\]", r'=["\1"]', override) if "Ω" in override else override for override in write_texts(folder)]
+    quick = ["evaluation.fidelity=null", "evaluation.throughput=null", "evaluation.truth=null", "tracking=none"]
+    result = run_py(*overrides, *texts, *quick, folder=tmp_path, **variables)
+    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+    assert r"\u03a9/outputs/artifacts" in result.stdout or "thèse Ω/outputs/artifacts" in result.stdout  # Python makes UTF-8 of C
+    (run,) = (folder / "outputs" / "runs").iterdir()
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    assert summary["config"]["paths"]["outputs"] == str(folder / "outputs")
+    assert "thèse Ω" in (run / "run.log").read_text(encoding="utf-8")
+
+
+def test_paths_are_whole_where_there_is_no_screen(tmp_path: Path) -> None:
+    """In a pipe, whatever width is claimed: of the run, and of a plan."""
+    folder = tmp_path / ("a_folder_with_a_name_that_is_longer_than_a_line_of_eighty_letters_" * 2) / "and one with blanks"
+    write_model(folder / "model")
+    overrides = ["model=hf", f'model.path="{folder / "model"}"', f'paths.outputs="{folder / "outputs"}"', "model.dtype=float32"]
+    texts = [re.sub(r"=\[(.*)\]", r'=["\1"]', override) if "blanks" in override else override for override in write_texts(folder)]
+    texts = [text for text in texts if not text.startswith("evaluation")]
+    result = run_py(*overrides, *texts, "evaluation=none", "tracking=none", folder=tmp_path, COLUMNS="60")
+    assert result.returncode == 0, result.stderr
+    (run,) = (folder / "outputs" / "runs").iterdir()
+    (checkpoint,) = (folder / "outputs" / "artifacts" / "prune").glob("*/checkpoint")
+    lines = result.stdout.splitlines()
+    assert f"this run:   {run}" in lines and f"checkpoint: {checkpoint}" in lines
+    plan = run_py_here(*overrides, *texts, "evaluation=none", "dry_run=true", folder=tmp_path)
+    assert f"model: {folder / 'model'}" in plan.stdout.splitlines()
+
+
 def test_a_sweep_runs_every_job_and_shares_calibration(tmp_path: Path) -> None:
     write_model(tmp_path / "model")
     overrides = ["model=hf", f"model.path={tmp_path / 'model'}", "model.dtype=float32", "tracking=none", *write_texts(tmp_path)]
@@ -100,3 +149,22 @@ def test_one_bad_job_of_a_sweep_does_not_stop_the_others(tmp_path: Path) -> None
     assert "pruning.ratio=2.0 is not in [0, 1)" in result.stderr
     (sweep,) = (tmp_path / "outputs" / "sweeps").iterdir()
     assert (sweep / "1" / "summary.json").exists()
+
+
+def test_home_folder_in_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in those that Hydra makes; no folder is called ~."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "work").mkdir()
+    write_model(tmp_path / "home" / "model")
+    write_texts(tmp_path / "home")
+    settings = [
+        "model=hf", "model.path='~/model'", "model.dtype=float32", "calibration=text_files", "calibration.corpus.paths=['~/train.txt']",
+        "calibration.num_samples=6", "calibration.sequence_length=32", "tracking=none", "evaluation=none", "paths.outputs='~/x'",
+    ]  # fmt: skip
+    result = run_py_here(*settings, folder=tmp_path / "work")
+    assert result.returncode == 0, result.stderr
+    many = run_py_here("-m", *settings, "pruning.ratio=0.25,0.5", folder=tmp_path / "work")
+    assert many.returncode == 0, many.stderr
+    assert list((tmp_path / "work").iterdir()) == []
+    assert sorted(path.name for path in (tmp_path / "home" / "x").iterdir()) == ["artifacts", "runs", "sweeps"]
+    assert len(list((tmp_path / "home" / "x" / "artifacts" / "calibrate").glob("*/manifest.json"))) == 1

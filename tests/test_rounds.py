@@ -206,7 +206,8 @@ def test_masked_form_is_the_same_function(tmp_path: Path, finished: tuple[Path, 
 
 
 def test_uniform_form_in_rounds(tmp_path: Path, overrides: list[str]) -> None:
-    summary = run_in(tmp_path, *overrides, *BEST, "pruning.rounds=2", "pruning=expert", "pruning.ratio=0.5", "pruning.form=uniform")
+    uniform = ["pruning=expert", "pruning.form=uniform", "pruning.width_multiple=1"]
+    summary = run_in(tmp_path, *overrides, *BEST, "pruning.rounds=2", *uniform, "pruning.ratio=0.5")
     model = heapr.load_pruned(Path(stages(summary, "prune")[-1]["path"]) / "checkpoint")
     assert type(model).__name__ == "Qwen3MoeForCausalLM" and model.config.moe_intermediate_size == 4
 

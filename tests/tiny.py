@@ -156,6 +156,14 @@ def no_weights(index: int) -> ExpertWeights:
     raise AssertionError(f"the weights of layer {index} were asked for")
 
 
+def write_description(folder: Path, model: PreTrainedModel) -> Path:
+    """What describes a model in its folder: configuration, generation settings and tokenizer, without weights."""
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
 def layer_statistics(count: list[float], **values: list[list[float]]) -> LayerStatistics:
     """Statistics of a layer with the given tensors (names without their shape); the others are zero."""
     width = len(next(iter(values.values()))[0]) if values else 1

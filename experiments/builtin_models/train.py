@@ -28,7 +28,8 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
-from heapr.calibration.corpora import DOCUMENT_SEPARATOR, PyDocs
+from heapr.calibration.corpora import PyDocs
+from heapr.calibration.tokenizing import DOCUMENT_SEPARATOR
 from heapr.model.deepseek_moe import DeepseekForCausalLM, DeepseekMoeConfig
 from heapr.model.moe import find_moe_layers
 
@@ -287,6 +288,10 @@ def main() -> None:
     model.set_experts_implementation("eager")
     model.save_pretrained(final)
     tokenizer.save_pretrained(final)
+    described = final / "tokenizer_config.json"
+    settings = {name: value for name, value in json.loads(described.read_text()).items() if name != "backend"}
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that transformers 4 and other tools read too
+    described.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     loss = heldout_loss(model.float(), heldout_tokens, recipe)
     num_bytes = len(DOCUMENT_SEPARATOR.join(heldout_documents).encode())
     bits_per_byte = loss / math.log(2) * len(heldout_tokens) / num_bytes

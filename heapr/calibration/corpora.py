@@ -1,6 +1,6 @@
 """Corpora: ordered documents of real text, each with an identity that enters the artifact key.
 
-In: where the text lives. Out: a list of documents. Splits are made by document hash, so the text that is calibrated on never
+In: where the text lives. Out: documents. Splits are made by document hash, so the text that is calibrated on never
 appears in the text that is evaluated on, nor the text that options are chosen on (validation) in the text that is reported on
 (test). The paper's corpora: corpora_published.py.
 """
@@ -11,14 +11,15 @@ import ast
 import functools
 import hashlib
 import importlib.util
-import json
 import os
 import sysconfig
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from heapr.calibration.reader import Source, kind_of
 from heapr.errors import ConfigError, NotHereError
+from heapr.files import user_path
 
 PARTS = {  # what each split is made of, none of them in two parts
     "train": {"train"},
@@ -28,7 +29,6 @@ PARTS = {  # what each split is made of, none of them in two parts
     "all": {"train", "validation", "test"},
 }
 HELDOUT_BUCKETS = 10  # one document in ten is held out, and of those every other one is for testing
-DOCUMENT_SEPARATOR = "\n\n"  # docs/method.md: documents are joined by blank lines
 
 
 @runtime_checkable
@@ -38,8 +38,8 @@ class Corpus(Protocol):
     name: str
     split: str
 
-    def documents(self) -> list[str]:
-        """The documents of the split, in a fixed order.
+    def documents(self) -> Iterable[str]:
+        """The documents of the split, in a fixed order; may be read as they are asked for, from the start each time.
 
         Text that is collected here (docstrings, your own files) comes without blank and repeated documents; published corpora come
         row by row as they were published (corpora_published.py), because published figures were measured so.
@@ -64,7 +64,7 @@ class PyDocs:
         self._root = Path(sysconfig.get_path("stdlib"))
 
     def documents(self) -> list[str]:
-        return select_split(_docstrings(self._root, _content_hash(self._root)), self.split)
+        return list(select_split(_docstrings(self._root, _content_hash(self._root)), self.split))
 
     def identity(self) -> dict[str, str]:
         return {"corpus": "pydocs", "split": self.split, "sha256": _content_hash(self._root)}
@@ -91,24 +91,24 @@ class PackageDocs:
         self._root = Path(spec.submodule_search_locations[0])
 
     def documents(self) -> list[str]:
-        return select_split(_docstrings(self._root, _content_hash(self._root)), self.split)
+        return list(select_split(_docstrings(self._root, _content_hash(self._root)), self.split))
 
     def identity(self) -> dict[str, str]:
         return {"corpus": self._text, "split": self.split, "sha256": _content_hash(self._root)}
 
 
 class TextFiles:
-    """A user's own text: UTF-8 text files (one document each) or JSON-lines files (one document a line).
+    """A user's own text: files of plain text (one document each), JSON or parquet (one document an object or row), also with .gz.
 
     Args:
-        paths: the files, in the order in which their documents are joined.
+        paths: the files, in the order in which their documents are joined; ~ is the home folder.
         split: one of `PARTS`, as for `PyDocs`.
-        text_field: name of the text in each JSON object of a ``.jsonl`` file.
+        text_field: name of the text in each JSON object, or of the column of parquet.
         name: what the corpus is called in metrics.
 
     Raises:
         NotHereError: a file is missing.
-        ConfigError: no path given, or a file is empty, not UTF-8, or lacks the text field.
+        ConfigError: no path given, a file is empty, or its name does not tell how it is read.
     """
 
     def __init__(self, paths: Sequence[str], split: str, text_field: str = "text", name: str = "text_files") -> None:
@@ -116,57 +116,45 @@ class TextFiles:
         if not paths:
             raise ConfigError("text_files has no paths; give them, for example calibration.corpus.paths=[my.txt]")
         self.split = _check_split(split)
-        self._paths = [Path(path) for path in paths]
-        self._text_field = text_field
-        for path in self._paths:
+        self._source = Source(tuple(user_path(path) for path in paths), text_field)
+        for path in self._source.paths:
             if not path.is_file():
                 raise NotHereError(f"text file '{path}' does not exist or is not a file; give the path of a readable file")
             if path.stat().st_size == 0:
                 raise ConfigError(f"text file '{path}' is empty; give a file with text")
-        self._texts = [_read_utf8(path) for path in self._paths]
+            kind_of(path)
 
-    def documents(self) -> list[str]:
-        documents: list[str] = []
-        for path, text in zip(self._paths, self._texts, strict=True):
-            documents.extend(self._json_lines(path, text) if path.suffix == ".jsonl" else [text])
-        return select_split(documents, self.split)
+    def documents(self) -> Iterator[str]:
+        """Read as they are asked for.
+
+        Raises:
+            ConfigError: a file is not of the form that its name says; the message names the line.
+        """
+        return select_split(self._source.documents(), self.split)
 
     def identity(self) -> dict[str, str]:
-        digest = hashlib.sha256()
-        for path, text in zip(self._paths, self._texts, strict=True):
-            digest.update(f"{path.suffix}\0{len(text)}\0{text}".encode())
-        return {"corpus": "text_files", "split": self.split, "text_field": self._text_field, "sha256": digest.hexdigest()}
-
-    def _json_lines(self, path: Path, text: str) -> Iterator[str]:
-        for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would cut at separators inside JSON strings
-            if line.strip():
-                yield parse_json_line(line, self._text_field, f"line {number} of '{path}'")
+        return {"corpus": "text_files", "split": self.split, "sha256": self._source.sha256()}
 
 
-def parse_json_line(line: str, field: str, where: str) -> str:
-    """The text in one field of a line of JSON.
-
-    Raises:
-        ConfigError: the line is no such thing.
-    """
-    try:
-        document = json.loads(line)[field]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        document = None
-    if not isinstance(document, str):
-        raise ConfigError(f"{where} is not a JSON object with text in the field '{field}'; mend the line or name another field or file")
-    return document
-
-
-def select_split(documents: Sequence[str], split: str) -> list[str]:
-    """The documents of one split, blank and repeated ones dropped, order kept."""
-    unique = dict.fromkeys(document for document in documents if document.strip())
-    return [document for document in unique if part_of(document) in PARTS[split]]
+def select_split(documents: Iterable[str], split: str) -> Iterator[str]:
+    """The documents of one split, blank and repeated ones dropped, order kept. Holds their hashes, not the documents."""
+    seen: set[bytes] = set()
+    for document in documents:
+        if not document.strip():
+            continue
+        digest = hashlib.sha256(document.encode()).digest()
+        if digest not in seen:
+            seen.add(digest)
+            if _part_of_digest(digest) in PARTS[split]:
+                yield document
 
 
 def part_of(document: str) -> str:
     """ "train", "validation" or "test": decided by a document's own hash alone, so it can never be in two."""
-    digest = hashlib.sha256(document.encode()).digest()
+    return _part_of_digest(hashlib.sha256(document.encode()).digest())
+
+
+def _part_of_digest(digest: bytes) -> str:
     if int.from_bytes(digest[:8], "big") % HELDOUT_BUCKETS != 0:
         return "train"
     return "validation" if digest[8] % 2 == 0 else "test"
@@ -193,18 +181,6 @@ def _check_split(split: str) -> str:
 def _name_of_part(text: str, split: str) -> str:
     """Half of the held-out documents is called so, because figures on it are others than on all of them."""
     return f"{text}_{split}" if split in {"validation", "test"} else text
-
-
-def _read_utf8(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"text file '{path}' cannot be read: {error.strerror}; give a readable file") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"text file '{path}' is not UTF-8 (byte {error.start}); convert it, for example with iconv") from error
-    if not text.strip():
-        raise ConfigError(f"text file '{path}' holds only white space; give a file with text")
-    return text
 
 
 def _source_files(root: Path) -> list[Path]:

@@ -14,18 +14,28 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from heapr.calibration.corpora import DOCUMENT_SEPARATOR, Corpus
+from heapr.calibration.corpora import Corpus
 from heapr.calibration.mixture import Mixture, apportion, parts_of
+from heapr.calibration.passages import drawn
+from heapr.calibration.tokenizing import joined_length, token_ids
 from heapr.errors import ConfigError
 from heapr.types import TokenWindows
 
 logger = logging.getLogger(__name__)
 
 
-def tokenize(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """All tokens of a corpus, int64 (T,)."""
-    text = DOCUMENT_SEPARATOR.join(corpus.documents())
-    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+def tokenize(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, *, max_characters: int | None = None, seed: int = 0) -> Tensor:
+    """All tokens of a corpus, int32 (T,).
+
+    Args:
+        corpus: the text.
+        tokenizer: of the model.
+        max_characters: of a corpus that has more, only documents drawn by the seed (heapr/calibration/passages.py); None takes all.
+        seed: of that draw.
+    """
+    what = f"{corpus.name} ({corpus.split})"
+    documents = corpus.documents if max_characters is None else drawn(corpus.documents, max_characters, seed=seed, what=what)
+    return token_ids(documents, tokenizer, num_characters=joined_length(documents()), what=what)
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -33,13 +43,15 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [str(token) for token in tokenizer.convert_ids_to_tokens(tokenizer("")["input_ids"])]
 
 
-def windows(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, *, length: int) -> TokenWindows:
-    """Non-overlapping windows of the corpus in order; the remainder is dropped.
+def windows(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, *, length: int, max_characters: int | None = None, seed: int = 0
+) -> TokenWindows:
+    """Non-overlapping windows of the corpus, or of documents drawn from it (`tokenize`), in order; the remainder is dropped.
 
     Raises:
         ConfigError: the corpus is shorter than one window.
     """
-    tokens = tokenize(corpus, tokenizer)
+    tokens = tokenize(corpus, tokenizer, max_characters=max_characters, seed=seed)
     num_windows = len(tokens) // length
     if num_windows == 0:
         raise ConfigError(
@@ -52,27 +64,37 @@ def windows(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, *, length: int) 
     return TokenWindows(ids_NW=tokens[:used].view(num_windows, length))
 
 
-def draw(text: Corpus | Mixture, tokenizer: PreTrainedTokenizerBase, *, length: int, num_samples: int, seed: int) -> TokenWindows:
+def draw(
+    text: Corpus | Mixture,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    length: int,
+    num_samples: int,
+    seed: int,
+    max_characters: int | None = None,
+) -> TokenWindows:
     """`num_samples` different windows of a corpus, or of several in proportion to their shares, one corpus after the other. Each is
-    sampled by itself with the same seed, so one corpus gives the same windows, only fewer, in a mixture and alone.
+    sampled by itself with the same seed, so one corpus gives the same windows, only fewer, in a mixture and alone. Of a corpus of more
+    than `max_characters`, documents are drawn first (`tokenize`).
 
     Raises:
         ConfigError: a corpus has too few windows, or a part is so small that it gives none.
     """
     parts = parts_of(text)
     counts = apportion(num_samples, [share for _, share in parts])
-    drawn = []
+    samples = []
     for (corpus, share), count in zip(parts, counts, strict=True):
         if count == 0:
             raise ConfigError(
                 f"corpus '{corpus.name}' has a share of {share:.3g} in the mixture, which is none of {num_samples} sequences; "
                 "raise its weight or calibration.num_samples, or leave it out"
             )
-        drawn.append(sample(windows(corpus, tokenizer, length=length), num_samples=count, seed=seed, corpus_name=corpus.name).ids_NW)
+        available = windows(corpus, tokenizer, length=length, max_characters=max_characters, seed=seed)
+        samples.append(sample(available, num_samples=count, seed=seed, corpus_name=corpus.name).ids_NW)
     if len(parts) > 1:
         shown = ", ".join(f"{count} of {corpus.name} ({corpus.split})" for (corpus, _), count in zip(parts, counts, strict=True))
         logger.info("%-9s mixture of %d sequences: %s", "corpus", num_samples, shown)
-    return TokenWindows(ids_NW=torch.cat(drawn))
+    return TokenWindows(ids_NW=torch.cat(samples).long())
 
 
 def sample(available: TokenWindows, *, num_samples: int, seed: int, corpus_name: str) -> TokenWindows:
@@ -94,5 +116,5 @@ def sample(available: TokenWindows, *, num_samples: int, seed: int, corpus_name:
 
 
 def batches(token_windows: TokenWindows, batch_size: int) -> Iterator[Tensor]:
-    """Batches of (up to `batch_size`) windows, in order."""
-    return iter(token_windows.ids_NW.split(batch_size))
+    """Batches of (up to `batch_size`) windows, in order, int64."""
+    return (ids_NW.long() for ids_NW in token_windows.ids_NW.split(batch_size))

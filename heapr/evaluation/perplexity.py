@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from heapr.calibration.corpora import DOCUMENT_SEPARATOR, Corpus
+from heapr.calibration.corpora import Corpus
 from heapr.calibration.sampling import batches, special_tokens, windows
+from heapr.calibration.tokenizing import DOCUMENT_SEPARATOR
 from heapr.model.moe import MoEModel, next_token_loss
 from heapr.progress import progress
 from heapr.schema import at_least

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from heapr.errors import ConfigError
 from heapr.evaluation import zero_shot_local
 from heapr.evaluation.zero_shot_engine import LoadedTask, check_end_token, evaluate_task, load_task
-from heapr.files import hash_file
+from heapr.files import hash_file, user_path
 from heapr.model.moe import MoEModel
 from heapr.schema import at_least
 from heapr.types import Evaluation, Metrics, Statistics
@@ -64,7 +64,7 @@ class ZeroShot:
             at_least("evaluation.zero_shot.batch_size", batch_size, 1)
         self.task, self.num_fewshot, self.limit, self.batch_size = task, num_fewshot, limit, batch_size
         self.name = f"{PREFIX}{task}"
-        self._folder = None if include_path is None else Path(include_path).expanduser()
+        self._folder = None if include_path is None else user_path(include_path)
         if self._folder is not None and not self._folder.is_dir():
             raise ConfigError(f"evaluation.zero_shot.include_path='{include_path}' is no folder; give one with lm-eval's YAML files")
         self._loaded: LoadedTask | None = None

@@ -1,8 +1,8 @@
 """Checkpoints of pruned models: Hugging Face folders that load with and without heapr.
 
-In: a pruned model in memory, its tokenizer, what was done to it. Out: a folder. Ragged models get a model type of their own,
-"heapr_<type>", with a modelling file beside the weights that imports torch and transformers alone; uniform and masked ones
-are the family's own class.
+In: a pruned model in memory, the folder that describes the original, what was done to it. Out: a folder. Ragged models get a model
+type of their own, "heapr_<type>", with a modelling file beside the weights that imports torch and transformers alone; uniform and
+masked ones are the family's own class.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from typing import Any
 
 import huggingface_hub
 from torch import Size, Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from heapr.errors import ConfigError
+from heapr.model.config_file import write_config
+from heapr.model.description import GENERATION_FILE, copy_tokenizer
 from heapr.model.experts import layout, loop, ragged
-from heapr.model.experts.ragged import make_ragged
 from heapr.model.moe import MoEModel
+from heapr.model.ragged_type import RAGGED_PREFIX, ragged_classes
 
 REMOTE_MODULES = "transformers_modules."  # where transformers puts Python code from beside weights
-RAGGED_PREFIX = "heapr_"
 MAX_SHARD_SIZE = "5GB"
 MODELING_FILE = "modeling_heapr.py"
 PORTABLE = (layout, loop, ragged)  # copied beside it; transformers follows relative imports from file to file
@@ -51,12 +52,13 @@ class Heapr$model_name($model_name):
 ''')
 
 
-def save_checkpoint(model: MoEModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, about: Mapping[str, Any]) -> None:
-    """Write a pruned model as a Hugging Face folder: sharded safetensors, configuration, generation settings, tokenizer.
+def save_checkpoint(model: MoEModel, original: Path, folder: Path, *, about: Mapping[str, Any]) -> None:
+    """Write a pruned model as a Hugging Face folder: sharded safetensors, and what describes it. Tokenizer and generation settings are
+    the original's files as they are; the configuration is the original's with what pruning changed.
 
     Args:
         model: ragged, uniform or masked.
-        tokenizer: its own.
+        original: folder with the configuration and the tokenizer of the model that was pruned.
         folder: is made.
         about: what was done; becomes `heapr` in config.json. JSON types only.
     """
@@ -65,39 +67,12 @@ def save_checkpoint(model: MoEModel, tokenizer: PreTrainedTokenizerBase, folder:
         _save_ragged(model, folder, about)
     else:
         _save_stock(model.model, folder, about)
-    tokenizer.save_pretrained(folder)
-
-
-def register_ragged(folder: Path) -> None:
-    """Make transformers know the model type of a ragged checkpoint; does nothing for other folders.
-
-    Raises:
-        ConfigError: the folder has no config.json, or its family is unknown.
-    """
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"folder '{folder}' has no config.json, so it is not a checkpoint; give the folder that prune wrote")
-    model_type = str(PretrainedConfig.get_config_dict(folder, local_files_only=True)[0].get("model_type", ""))
-    if not model_type.startswith(RAGGED_PREFIX) or model_type in CONFIG_MAPPING:
-        return
-    family = model_type.removeprefix(RAGGED_PREFIX)
-    if family not in CONFIG_MAPPING:
-        raise ConfigError(f"'{folder}' was pruned from a '{family}' model, which this transformers does not know; install a newer one")
-    config_class, model_class = ragged_classes(CONFIG_MAPPING[family])
-    AutoConfig.register(model_type, config_class)
-    AutoModelForCausalLM.register(config_class, model_class)
-
-
-def ragged_classes(config_class: type[PretrainedConfig]) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
-    """The same two classes as in the modelling file beside a checkpoint."""
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
-    ragged_config = type(f"Heapr{config_class.__name__}", (config_class,), {"model_type": RAGGED_PREFIX + config_class.model_type})
-
-    def initialise(self: PreTrainedModel, config: PretrainedConfig) -> None:
-        model_class.__init__(self, config)
-        make_ragged(self, config.expert_widths)
-
-    members = {"config_class": ragged_config, "__init__": initialise, "__module__": model_class.__module__}
-    return ragged_config, type(f"Heapr{model_class.__name__}", (model_class,), members)
+    if not type(model.model.config).__module__.startswith(REMOTE_MODULES):
+        write_config(original, folder)
+    (folder / GENERATION_FILE).unlink(missing_ok=True)
+    if (original / GENERATION_FILE).is_file():
+        shutil.copyfile(original / GENERATION_FILE, folder / GENERATION_FILE)
+    copy_tokenizer(original, folder)
 
 
 def check_form(config: PretrainedConfig, form: str) -> None:
@@ -120,7 +95,9 @@ def _save_stock(model: PreTrainedModel, folder: Path, about: Mapping[str, Any]) 
     if not own.startswith(REMOTE_MODULES):  # a name in config.json of remote code that was not used would mislead
         beside = "" if own.startswith("transformers.") else _beside(type(model), folder).removeprefix(".")
         classes = {"AutoConfig": type(model.config).__name__, "AutoModelForCausalLM": type(model).__name__}
-        model.config.auto_map = {name: f"{beside}.{value}" for name, value in classes.items()} if beside else {}
+        vars(model.config).pop("auto_map", None)
+        if beside:
+            model.config.auto_map = {name: f"{beside}.{value}" for name, value in classes.items()}
     on_cpu: dict[tuple[int, Size], Tensor] = {}  # transformers copies weights to save them: not on a full GPU; tied ones stay one
     state = {name: on_cpu.setdefault((tensor.data_ptr(), tensor.shape), tensor.cpu()) for name, tensor in model.state_dict().items()}
     model.save_pretrained(folder, state_dict=state, max_shard_size=MAX_SHARD_SIZE)
@@ -145,8 +122,6 @@ def _save_ragged(model: MoEModel, folder: Path, about: Mapping[str, Any]) -> Non
     }
     ragged_config, _ = ragged_classes(config_class)
     ragged_config.from_dict(settings).save_pretrained(folder)
-    if source.generation_config is not None:
-        source.generation_config.save_pretrained(folder)
     modules = {"config_module": _beside(config_class, folder), "model_module": _beside(model_class, folder)}
     (folder / MODELING_FILE).write_text(MODELING_TEMPLATE.substitute(names, **modules, model_type=RAGGED_PREFIX + family))
     for module in PORTABLE:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
@@ -15,11 +16,15 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Pretrained
 
 from heapr.errors import ConfigError
 from heapr.model import deepseek_moe
-from heapr.model.checkpoint import register_ragged
 from heapr.model.model_files import INDEX, WEIGHTS
+from heapr.model.ragged_type import register_ragged
 
 logger = logging.getLogger(__name__)
 
+TOKENIZER_FILES = [
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "chat_template.*",
+    "additional_chat_templates/*", "tokenization_*.py",
+]  # fmt: skip
 CONFIG_FILE, GENERATION_FILE, ADAPTER_FILE = "config.json", "generation_config.json", "adapter_config.json"
 # What transformers raises over a config.json with values that cannot be
 UNUSABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError, StrictDataclassError)
@@ -108,6 +113,14 @@ def read_tokenizer(folder: Path, config: PretrainedConfig, trust_remote_code: bo
         raise ConfigError(f"folder '{folder}' has no tokenizer; put the model's own tokenizer files (tokenizer.json ...) there")
     _leave_out_tokens_without_embedding(tokenizer, folder, config.get_text_config().vocab_size)
     return tokenizer
+
+
+def copy_tokenizer(original: Path, folder: Path) -> None:
+    """The tokenizer's files as they are: what transformers writes of a tokenizer in memory, other versions and other tools do not read."""
+    for path in sorted({path for pattern in TOKENIZER_FILES for path in original.glob(pattern)}):
+        copy = folder / path.relative_to(original)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
 
 
 def _leave_out_tokens_without_embedding(tokenizer: PreTrainedTokenizerBase, folder: Path, num_embeddings: int) -> None:

@@ -21,12 +21,25 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from heapr.errors import ConfigError, TooLargeError
+from heapr.files import user_path
 from heapr.hub import hub_is_reachable
+from heapr.model.config_file import prediction_heads
 from heapr.model.description import CONFIG_FILE, UNUSABLE, first_line, read_config, read_tokenizer
-from heapr.model.model_files import DESCRIPTION_FILES, INDEX, WEIGHTS, check_weight_files, hash_folder, shards_of, weight_files
+from heapr.model.model_files import (
+    DESCRIPTION_FILES,
+    INDEX,
+    WEIGHTS,
+    check_weight_files,
+    hash_folder,
+    read_headers,
+    shards_of,
+    weight_files,
+)
 from heapr.model.moe import MoEModel, experts_per_token, find_moe_layers
+from heapr.model.tensors import check_tensors, report_left_out
 
 BUILTIN_PREFIX = "builtin:"
+DTYPES = ("float32", "bfloat16", "float16", "float64")  # in which weights may be
 BUILTIN_FOLDER = Path(__file__).parent / "builtin"
 
 
@@ -39,6 +52,7 @@ class ModelSource:
         identity: what the model is: hub id and commit, or a hash of the folder's content; and the dtype.
         dtype: of the loaded weights.
         config: transformers' configuration.
+        architecture: name of the model's class; of a wrapper with vision and the like, that of its language model.
         widths: atomic experts of every expert, by decoder layer index.
         atomic_expert_parameters: parameters that go with one atomic expert, by decoder layer index.
         experts_per_token: K.
@@ -49,6 +63,7 @@ class ModelSource:
     identity: dict[str, str]
     dtype: torch.dtype
     config: PretrainedConfig
+    architecture: str
     widths: Mapping[int, Sequence[int]]
     atomic_expert_parameters: Mapping[int, int]
     experts_per_token: int
@@ -78,6 +93,24 @@ class ModelSource:
         names = weight_files(self.folder)
         return bool(names) and all((self.folder / name).is_file() for name in names)
 
+    @cached_property
+    def left_out(self) -> list[str]:
+        """What of the weights in the folder the model does not take, in lines that were logged. Needs the weights' files, loads none.
+
+        Raises:
+            ConfigError: they are quantised, or do not fit the configuration.
+        """
+        model = self.on_meta().model
+        return report_left_out(check_tensors(model, read_headers(self.folder), self.folder), type(model).__name__)
+
+    @property
+    def left_behind(self) -> dict[str, str | int]:
+        """What the configuration promises and a pruned model will not have: the rest of a wrapper, prediction heads."""
+        original = next(iter(self.config.architectures or ()), self.architecture)
+        heads = prediction_heads(self.config)
+        wrapper: dict[str, str | int] = {} if original == self.architecture else {"language_model_of": original}
+        return wrapper | ({"prediction_heads_left_out": heads} if heads else {})
+
     @property
     def num_layers(self) -> int:
         """Decoder layers, with and without experts."""
@@ -98,6 +131,7 @@ class ModelSource:
             ConfigError: weights are missing, damaged, too large, or do not fit the configuration.
         """
         self.fetch()
+        _ = self.left_out  # refuses what would load as something else
         model = MoEModel(self._load_weights(device if device_map is None else device_map))
         model.check_head()
         return model
@@ -173,8 +207,8 @@ def find_model(
     if path.startswith(BUILTIN_PREFIX):
         folder = _builtin(path.removeprefix(BUILTIN_PREFIX))
         identity = {"sha256": hash_folder(folder)}
-    elif Path(path).expanduser().is_dir():
-        folder = Path(path).expanduser()
+    elif user_path(path).is_dir():
+        folder = user_path(path)
         if weight_files(folder) or not config_only:
             check_weight_files(folder)
         identity = {"sha256": hash_folder(folder, digests, has_code=trust_remote_code)}
@@ -185,7 +219,7 @@ def find_model(
     else:
         raise ConfigError(f"model.path='{path}': no such folder; give a folder with config.json and safetensors, or a hub id 'owner/name'")
     config = read_config(folder, trust_remote_code)
-    dtype = dtype or str(config.dtype or torch.float32).removeprefix("torch.")  # now: building a model sets it
+    dtype = dtype or _dtype_of(config, folder)  # now: building a model sets it
     model = _on_meta(config, path, trust_remote_code)
     layers = find_moe_layers(model)
     return ModelSource(
@@ -193,11 +227,24 @@ def find_model(
         identity={**identity, "dtype": dtype, **({"remote_code": "trusted"} if trust_remote_code else {})},
         dtype=getattr(torch, dtype),
         config=config,
+        architecture=type(model).__name__,
         widths={layer.index: layer.widths for layer in layers},
         atomic_expert_parameters={layer.index: layer.atomic_expert_parameters for layer in layers},
         experts_per_token=experts_per_token(model),
         trust_remote_code=trust_remote_code,
     )
+
+
+def _dtype_of(config: PretrainedConfig, folder: Path) -> str:
+    """That of the weights, as the configuration says; float32 if it does not.
+
+    Raises:
+        ConfigError: it is one that no gradient goes through.
+    """
+    dtype = str(config.dtype or config.get_text_config().dtype or torch.float32).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise ConfigError(f"config.json in '{folder}' says dtype {dtype}; give model.dtype as one of {', '.join(DTYPES)}")
+    return dtype
 
 
 def _builtin(name: str) -> Path:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
-from heapr.pruning.budget import Budget, Costs, Widths, round_half_up
+from heapr.pruning.budget import ROUNDING_ERROR, Budget, Costs, Widths, round_half_up
 from heapr.types import Granularity, Plan, Scores
 
 NEXT_TO_NOTHING = 1e-12  # of the largest cost: what experts that no token reached cost in a division
@@ -24,6 +24,10 @@ def allocate(scores: Scores, widths: Widths, budget: Budget, costs: Costs | None
 
     Equal scores are removed in order of layer, expert and atomic expert. The best atomic expert of each layer's K best
     experts always stays; of whole experts, each layer's K best; and whatever the budget's guards say.
+
+    What a ratio removes, every higher one removes too: there is one order in which things go, and a ratio says how far. Only widths
+    rounded to multiples are not so nested, except with costs: an expert is rounded up when it wins the multiple that its layer has
+    left over, and more removed elsewhere may let it win.
 
     Args:
         scores: bigger is more important. What lies beyond an expert's width is ignored.
@@ -43,8 +47,7 @@ def allocate(scores: Scores, widths: Widths, budget: Budget, costs: Costs | None
         return _by_cost(layers, widths, budget, costs)
     if budget.granularity is Granularity.EXPERT:
         return _whole_experts(layers, widths, budget)
-    if budget.is_uniform:
-        width = budget.uniform_width(widths)
+    if (width := budget.uniform_width) is not None:
         return Plan(layers={index: _keep_best_of_each(scores_EF, [width] * len(scores_EF)) for index, scores_EF in layers.items()})
     exact = _exact(layers, widths, budget)
     return exact if budget.width_multiple == 1 else _round_widths(exact, layers, budget)
@@ -85,30 +88,61 @@ def _exact(layers: Mapping[int, Tensor], widths: Widths, budget: Budget) -> Plan
 
 def _by_cost(layers: Mapping[int, Tensor], widths: Widths, budget: Budget, costs: Costs) -> Plan:
     """A plan that removes what scores lowest for its cost until the cost removed is as near to the ratio as it comes (of two
-    equally near ones the smaller). What a layer ("layer") loses too much or too little is made up for by the next one.
+    equally near ones the smaller). Layers ("layer") then lose the same share of their cost, to within half an item.
 
     One item are `width_multiple` atomic experts of an expert, its lowest first. The items whose score s_i and cost c_i have
     s_i / c_i below a multiplier are those that minimise the sum of s_i - multiplier * c_i over what goes. So nothing else of the same or
-    a higher cost has a lower sum of scores, and the cost is at most half an item from the one asked for. (Where a layer's floor
-    holds, this is so of the items above the floor, which is made of the highest scores for their cost.)
+    a higher cost has a lower sum of scores, and the cost is at most half of the costliest item from the one asked for. (Where a layer's
+    floor holds, this is so of the items above the floor, which is made of the highest scores for their cost.)
+
+    Raises:
+        ConfigError: what must stay leaves less to remove than that.
     """
     rates = {index: _rates_of_items(scores_EF, index, widths, budget, costs) for index, scores_EF in layers.items()}
-    item_costs = {index: (budget.width_multiple * costs[index]).unsqueeze(1).expand_as(rates[index]) for index in layers}
-    largest = max(float(cost_EC.max()) for cost_EC in item_costs.values())
-    ends = budget.shares_removed({index: float((costs[index] * torch.tensor(widths[index])).sum()) for index in layers})
-    by_layer = [([index], end) for index, end in zip(layers, ends, strict=True)]
-    kept, removed = {}, 0.0
-    for group, wanted in [(list(layers), ends[-1])] if budget.scope == "global" else by_layer:
-        free = [rates[index].isfinite() for index in group]
-        rate_S = torch.cat([rates[index][free_EC] for index, free_EC in zip(group, free, strict=True)])
-        cost_S = torch.cat([item_costs[index][free_EC] for index, free_EC in zip(group, free, strict=True)])
-        stays_S, removed = _until(wanted, rate_S, cost_S, removed)
-        if wanted - removed > largest:
-            raise budget.too_little_left()
-        for index, free_EC, stays in zip(group, free, stays_S.split([int(free_EC.sum()) for free_EC in free]), strict=True):
-            kept_E = torch.tensor(widths[index]) - budget.width_multiple * _scatter(~stays, free_EC).sum(dim=1)
-            kept[index] = _keep_best_of_each(layers[index], kept_E.tolist())
+    free = {index: rate_EC.isfinite() for index, rate_EC in rates.items()}
+    rates_S, costs_S = [], []
+    for index, free_EC in free.items():
+        rates_S.append(rates[index][free_EC])
+        costs_S.append((budget.width_multiple * costs[index]).unsqueeze(1).expand_as(free_EC)[free_EC])
+    sizes = [float((costs[index] * torch.tensor(widths[index])).sum()) for index in layers]
+    is_global = budget.scope == "global"
+    order_S = torch.sort(torch.cat(rates_S), stable=True).indices if is_global else _order_by_share(rates_S, costs_S, sizes)
+    stays = _until(budget.ratio * sum(sizes), order_S, torch.cat(costs_S)).split([len(cost_S) for cost_S in costs_S])
+    half = budget.width_multiple * max(float(cost_E.max()) for cost_E in costs.values()) / 2
+    if not _is_reached(budget, dict(zip(layers, sizes, strict=True)), stays, costs_S, half):
+        raise budget.too_little_left()
+    kept = {}
+    for (index, free_EC), stays_S in zip(free.items(), stays, strict=True):
+        kept_E = torch.tensor(widths[index]) - budget.width_multiple * _scatter(~stays_S, free_EC).sum(dim=1)
+        kept[index] = _keep_best_of_each(layers[index], kept_E.tolist())
     return Plan(layers=kept)
+
+
+def _order_by_share(rates: Sequence[Tensor], costs: Sequence[Tensor], sizes: Sequence[float]) -> Tensor:
+    """The order in which the items of all layers go so that layers lose the same share: inside a layer by rate; an item of cost c before
+    which b of a layer's cost s has gone comes at the share (b + c/2) / s."""
+    orders, shares, offset = [], [], 0
+    for rate_S, cost_S, size in zip(rates, costs, sizes, strict=True):
+        order_S = torch.sort(rate_S, stable=True).indices
+        sorted_S = cost_S[order_S]
+        orders.append(offset + order_S)
+        shares.append((sorted_S.cumsum(0) - sorted_S / 2) / max(size, torch.finfo(torch.float64).tiny))
+        offset += len(rate_S)
+    merged_S: Tensor = torch.cat(orders)[torch.sort(torch.cat(shares), stable=True).indices]
+    return merged_S
+
+
+def _is_reached(budget: Budget, sizes: Mapping[int, float], stays: Sequence[Tensor], costs: Sequence[Tensor], half: float) -> bool:
+    """Whether the cost removed is no further below the one asked for than half an item; of layers by themselves, whether the same is so
+    of each that has nothing left to remove."""
+    removed = [float(cost_S[~stays_S].sum()) for stays_S, cost_S in zip(stays, costs, strict=True)]
+    wanted, half = budget.ratio * sum(sizes.values()), half * (1 + ROUNDING_ERROR)
+    if budget.scope == "global":
+        return wanted - sum(removed) <= half
+    free = [0.0 if index in budget.guards.protected_layers else size for index, size in sizes.items()]
+    return not any(
+        wanted * size / sum(free) - gone > half and not stays_S.any() for size, gone, stays_S in zip(free, removed, stays, strict=True)
+    )
 
 
 def _rates_of_items(scores_EF: Tensor, index: int, widths: Widths, budget: Budget, costs: Costs) -> Tensor:
@@ -118,32 +152,39 @@ def _rates_of_items(scores_EF: Tensor, index: int, widths: Widths, budget: Budge
     return rates_EF.sort(dim=1).values.view(len(rates_EF), -1, budget.width_multiple).mean(dim=-1)
 
 
-def _until(wanted: float, rate_S: Tensor, cost_S: Tensor, removed: float) -> tuple[Tensor, float]:
-    """Mask of the items that stay when the lowest rates go until the cost removed, so much already, is nearest to the wanted one;
-    and that cost."""
-    order_S = torch.sort(rate_S, stable=True).indices
-    total_S = removed + torch.nn.functional.pad(cost_S[order_S].cumsum(0), (1, 0))
+def _until(wanted: float, order_S: Tensor, cost_S: Tensor) -> Tensor:
+    """Mask of the items that stay when they go in an order until the cost removed is nearest to the wanted one."""
+    total_S = torch.nn.functional.pad(cost_S[order_S].cumsum(0), (1, 0))
     miss_S = (total_S - wanted).abs()
     number = int((miss_S == miss_S.min()).nonzero()[0])
-    stays_S = torch.ones(len(rate_S), dtype=torch.bool)
+    stays_S = torch.ones(len(cost_S), dtype=torch.bool)
     stays_S[order_S[:number]] = False
-    return stays_S, float(total_S[number])
+    return stays_S
 
 
 def _whole_experts(layers: Mapping[int, Tensor], widths: Widths, budget: Budget) -> Plan:
     """A plan that keeps or removes experts as a whole, in number as near to the ratio as they come (of two equally near numbers
-    the larger). What a layer ("layer") loses too much or too little is made up for by the next one."""
+    the larger). Layers ("layer") then lose the same share, to within half an expert."""
     kept = {index: scores_EF > -math.inf for index, scores_EF in layers.items()}
-    wanted, removed = 0.0, 0
-    for group in [list(layers)] if budget.scope == "global" else [[index] for index in layers]:
-        wanted += budget.ratio * sum(sum(widths[index]) for index in group)
-        removable = sorted(expert for index in group for expert in _removable(layers[index], index, budget.experts_per_token))
-        totals = list(accumulate((widths[index][expert] for _, index, expert in removable), initial=removed))
-        number = min(range(len(totals)), key=lambda number: (abs(totals[number] - wanted), -number))
-        for _, index, expert in removable[:number]:
-            kept[index][expert] = False
-        removed = totals[number]
+    removable = []
+    for index, scores_EF in layers.items():
+        of_layer = sorted(_removable(scores_EF, index, budget.experts_per_token))
+        removable += of_layer if budget.scope == "global" else _at_shares(of_layer, widths[index])
+    removable.sort()
+    totals = list(accumulate((widths[index][expert] for _, index, expert in removable), initial=0))
+    wanted = budget.ratio * sum(sum(width_E) for width_E in widths.values())
+    number = min(range(len(totals)), key=lambda number: (abs(totals[number] - wanted), -number))
+    for _, index, expert in removable[:number]:
+        kept[index][expert] = False
     return Plan(layers=kept)
+
+
+def _at_shares(removable: Sequence[tuple[float, int, int]], width_E: Sequence[int]) -> list[tuple[float, int, int]]:
+    """The same experts of one layer, lowest first, with the share of the layer at which each goes in place of its score: the middle of
+    what is gone before and after it."""
+    ends = list(accumulate((width_E[expert] for _, _, expert in removable), initial=0))
+    shares = [(start + end) / 2 / sum(width_E) for start, end in pairwise(ends)]
+    return [(share, index, expert) for share, (_, index, expert) in zip(shares, removable, strict=True)]
 
 
 def _removable(scores_EF: Tensor, index: int, experts_per_token: int) -> list[tuple[float, int, int]]:
@@ -184,7 +225,8 @@ def _protect(scores_EF: Tensor, index: int, widths: Widths, budget: Budget) -> T
     """Scores with those raised to infinity that stay: the best atomic expert (the first of equals) of the K best experts, the best
     of each expert up to its floor, and of the others the best of the layer up to the layer's."""
     protected_EF = scores_EF.clone()
-    for expert in _highest(scores_EF.amax(dim=1), budget.experts_per_token):
+    best_E = scores_EF.amax(dim=1)
+    for expert in _highest(best_E, min(budget.experts_per_token, int((best_E > -math.inf).sum()))):
         protected_EF[expert, scores_EF[expert].argmax()] = math.inf
     protected_EF[_keep_best_of_each(protected_EF, budget.expert_floors(index, widths[index]))] = math.inf
     num_below = protected_EF.numel() - budget.layer_floor(index, widths[index])
@@ -218,16 +260,16 @@ def _scatter(kept_S: Tensor, exists_EF: Tensor) -> Tensor:
 
 
 def _share_among_experts(scores_EF: Tensor, width_E: Sequence[int], num_removed: int) -> list[int]:
-    """Every expert loses the same share; what does not divide is taken from those whose next atomic expert scores lowest."""
-    base_E = [num_removed * width // sum(width_E) for width in width_E]
-    sorted_EF = scores_EF.sort(dim=1).values
-    first_E = [scores_EF.shape[1] - width for width in width_E]  # what does not exist sorts first
-    next_E = torch.stack(
-        [
-            sorted_F[first + base] if base < width else sorted_F.new_tensor(math.inf)
-            for sorted_F, first, base, width in zip(sorted_EF, first_E, base_E, width_E, strict=True)
-        ]
-    )
-    for expert in torch.sort(next_E, stable=True).indices[: num_removed - sum(base_E)].tolist():
-        base_E[expert] += 1
-    return base_E
+    """How many of each expert are among the first `num_removed` of a layer, where the j-th lowest of an expert of width w comes at the
+    share (j - 1/2) / w; of equal shares the lowest score first, and what must stay last."""
+    width_E1 = torch.tensor(width_E).unsqueeze(1)
+    num_experts, most = scores_EF.shape
+    sorted_EF = scores_EF.sort(dim=1, stable=True).values
+    rank_EF = torch.arange(most) - (most - width_E1)  # what does not exist sorts first
+    share_EF = ((rank_EF + 0.5).double() / width_E1.clamp(min=1)).masked_fill(sorted_EF == math.inf, math.inf)
+    exists_EF = rank_EF >= 0
+    owner_S = torch.arange(num_experts).unsqueeze(1).expand_as(share_EF)[exists_EF]
+    by_score_S = torch.sort(sorted_EF[exists_EF], stable=True).indices
+    by_share_S = by_score_S[torch.sort(share_EF[exists_EF][by_score_S], stable=True).indices]
+    removed: list[int] = torch.bincount(owner_S[by_share_S[:num_removed]], minlength=num_experts).tolist()
+    return removed

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -59,13 +58,13 @@ class Budget:
     Attributes:
         ratio: share of all routed atomic experts to remove, or of what they cost in `unit`, in [0, 1).
         scope: what is ranked together: "global" all layers (HEAPr-G of the paper), "layer" each layer by itself (HEAPr-L),
-            "expert" each expert by itself. Layers ("layer", "expert") and experts ("expert") lose the same share, up to one
-            atomic expert, so that the total is exact; if layers are protected, the others lose so much more.
+            "expert" each expert by itself. Layers ("layer", "expert") and experts ("expert") lose the same share t, to within half an
+            atomic expert, with t such that the total is exact; if layers are protected, the others lose so much more.
         experts_per_token: K; at least so many experts of every layer keep at least one atomic expert.
         width_multiple: every expert's width becomes a multiple of it.
-        is_uniform: every expert of every layer gets the same width (scope "expert").
+        uniform_width: what every expert of every layer gets (scope "expert"), chosen beforehand (`near_widths`); none leaves each its own.
         granularity: whole experts (not with scope "expert") are removed as near to the ratio as they come; layers ("layer") then
-            lose the same share up to one expert, and K experts of every layer stay whole.
+            lose the same share to within half an expert, and K experts of every layer stay whole.
         unit: what the ratio is a share of: "atomic_experts", or the routed experts' "flops" or "bytes" (`costs_of`).
         guards: what stays whatever it scores.
     """
@@ -74,14 +73,14 @@ class Budget:
     scope: str
     experts_per_token: int
     width_multiple: int = 1
-    is_uniform: bool = False
+    uniform_width: int | None = None
     granularity: Granularity = Granularity.ATOMIC_EXPERT
     unit: str = "atomic_experts"
     guards: Guards = Guards()
 
     def __post_init__(self) -> None:
         assert 0 <= self.ratio < 1 and self.scope in {"global", "layer", "expert"}, (self.ratio, self.scope)
-        assert not self.is_uniform or self.scope == "expert"
+        assert self.uniform_width is None or (self.uniform_width > 0 and self.scope == "expert")
         assert self.granularity is Granularity.ATOMIC_EXPERT or self.scope != "expert"
         assert self.unit in {"atomic_experts", "flops", "bytes"}, self.unit
         assert self.is_plain or self.scope != "expert"
@@ -94,10 +93,19 @@ class Budget:
     def of_round(self, ratio: float, widths: Widths, original_widths: Widths, costs: Costs | None) -> Budget:
         """The budget for what an earlier round left, after which `ratio` of the original is gone; floors stay shares of the original."""
         total, left = (_size(each, costs) for each in (original_widths, widths))
+        width = self._uniform_width_of_round(ratio, original_widths)
         if left == total:
-            return replace(self, ratio=ratio)
+            return replace(self, ratio=ratio, uniform_width=width)
         kept = total - round_half_up(ratio * total) if costs is None else (1 - ratio) * total
-        return replace(self, ratio=max(0.0, 1 - kept / left), guards=replace(self.guards, original_widths=original_widths))
+        guards = replace(self.guards, original_widths=original_widths)
+        return replace(self, ratio=max(0.0, 1 - kept / left), uniform_width=width, guards=guards)
+
+    def _uniform_width_of_round(self, ratio: float, original_widths: Widths) -> int | None:
+        """On the way to the last round's width: the nearest to the ratio, and never below it."""
+        if self.uniform_width is None or math.isclose(ratio, self.ratio):
+            return self.uniform_width
+        nearest = near_widths(the_width(original_widths), ratio, self.width_multiple)[0]
+        return max(self.uniform_width, nearest)
 
     def check(self, widths: Widths) -> None:
         """Whatever can be refused before there are scores.
@@ -112,13 +120,11 @@ class Budget:
         if self.unit == "atomic_experts":
             self.numbers_removed(widths)
         several = {width for width_E in widths.values() for width in width_E if width % self.width_multiple}
-        if several:
+        if several and self.uniform_width is None:
             raise ConfigError(
                 f"pruning.width_multiple={self.width_multiple}, but experts of this model have {min(several)} atomic experts, "
                 f"which is no multiple of it; choose a divisor, for example {math.gcd(self.width_multiple, *several)}"
             )
-        if self.is_uniform:
-            self.uniform_width(widths)
 
     def numbers_removed(self, widths: Widths) -> list[int]:
         """How many atomic experts go: one number for all layers ("global"), else one per layer.
@@ -127,21 +133,14 @@ class Budget:
             ConfigError: the layers would keep fewer than must stay.
         """
         sizes, stay = self.sizes(widths), [self._least_kept(index, width_E) for index, width_E in widths.items()]
-        ends = [round_half_up(end) for end in self.shares_removed(sizes)]
-        if self.scope == "global":
-            numbers, most = ends[-1:], [sum(sizes.values()) - sum(stay)]
-        else:  # boundaries are rounded, not shares, so that the total is exact
-            numbers = [end - start for start, end in pairwise([0, *ends])]
-            most = [size - least for size, least in zip(sizes.values(), stay, strict=True)]
+        total = sum(sizes.values())
+        numbers, most = [round_half_up(self.ratio * total)], [total - sum(stay)]
+        if self.scope != "global":
+            free = [0 if index in self.guards.protected_layers else size for index, size in sizes.items()]
+            numbers, most = equal_shares(free, numbers[0]), [size - least for size, least in zip(sizes.values(), stay, strict=True)]
         if any(number > limit for number, limit in zip(numbers, most, strict=True)):
             raise self.too_little_left()
         return numbers
-
-    def shares_removed(self, sizes: Mapping[int, float]) -> list[float]:
-        """What goes up to and with each layer, of sizes counted in the budget's unit: `ratio` of all at the last. Layers that are
-        not protected lose the same share."""
-        total, free = sum(sizes.values()), [0 if index in self.guards.protected_layers else size for index, size in sizes.items()]
-        return [self.ratio * (total * end / sum(free)) for end in accumulate(free)]
 
     @staticmethod
     def sizes(widths: Widths) -> dict[int, int]:
@@ -165,7 +164,8 @@ class Budget:
         return math.ceil(ratio * size / self.width_multiple - ROUNDING_ERROR) * self.width_multiple
 
     def _least_kept(self, index: int, width_E: Sequence[int]) -> int:
-        return max(self.experts_per_token, sum(self.expert_floors(index, width_E)), self.layer_floor(index, width_E))
+        num_present = sum(width > 0 for width in width_E)
+        return max(min(self.experts_per_token, num_present), sum(self.expert_floors(index, width_E)), self.layer_floor(index, width_E))
 
     def _check_protected_layers(self, widths: Widths) -> None:
         unknown, layers = set(self.guards.protected_layers) - set(widths), ", ".join(map(str, widths))
@@ -200,17 +200,39 @@ class Budget:
             f"protected layers and the {self.experts_per_token} experts of every token leave to remove; choose a lower ratio or guard less"
         )
 
-    def uniform_width(self, widths: Widths) -> int:
-        """The one width that is nearest to what the ratio asks for, at least one multiple.
 
-        Raises:
-            ConfigError: the experts do not have one width now.
-        """
-        present = {width for width_E in widths.values() for width in width_E}
-        if len(present) != 1:
-            raise ConfigError(f"pruning.form=uniform needs experts of one width, this model has {len(present)}; use pruning.form=ragged")
-        multiples = round_half_up(present.pop() * (1 - self.ratio) / self.width_multiple)
-        return max(1, multiples) * self.width_multiple
+def the_width(widths: Widths) -> int:
+    """The one width of all experts.
+
+    Raises:
+        ConfigError: they have several.
+    """
+    present = {width for width_E in widths.values() for width in width_E}
+    if len(present) != 1:
+        raise ConfigError(f"pruning.form=uniform needs experts of one width, this model has {len(present)}; use pruning.form=ragged")
+    return present.pop()
+
+
+def near_widths(width: int, ratio: float, multiple: int) -> list[int]:
+    """What experts of one width may become: less than one multiple from width * (1 - ratio), nearest first, of two equally near ones the
+    larger. Multiples from one multiple up, so never 0, and the width that there is."""
+    exact = round(width * (1 - ratio), 9)  # 0.1 * 80 is 8.000000000000004 in some orders of the same sum
+    candidates = {*range(multiple, width + 1, multiple), width}
+    return sorted((each for each in candidates if abs(each - exact) < multiple), key=lambda each: (abs(each - exact), -each))
+
+
+def equal_shares(sizes: Sequence[int], number: int) -> list[int]:
+    """How many items of each group are among the first `number` of all, where the j-th of a group of s comes at the share (j - 1/2) / s;
+    of equal shares the first group's.
+
+    So there is one share t of which every group gives t s, rounded to the nearest number, and no group gives fewer when `number` grows.
+    """
+    total, margin = sum(sizes), len(sizes) / 2 + 1  # at the share (number - margin) / total no more than `number` have come
+    counts = [max(0, math.ceil(size * (number - margin) / total - 0.5)) for size in sizes]
+    groups = [group for group, size in enumerate(sizes) if size]
+    while sum(counts) < number:
+        counts[min(groups, key=lambda group: ((counts[group] + 0.5) / sizes[group], group))] += 1
+    return counts
 
 
 def _size(widths: Widths, costs: Costs | None) -> float:

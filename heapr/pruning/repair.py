@@ -19,6 +19,7 @@ from heapr.model.experts.ragged import RaggedExperts
 from heapr.model.stream import StreamTarget
 from heapr.model.walker import ExpertInputs
 from heapr.pruning.activations import Activations, layer_output
+from heapr.pruning.least_squares import mean_of, solve, solve_by_steps, squared
 from heapr.pruning.refit import refit_inputs
 
 TARGETS = ("layer_output", "residual_stream")
@@ -50,6 +51,7 @@ def report_repair(found: Mapping[int, LayerRepair]) -> dict[str, Any]:
             for index, layer in found.items()
         },
         "summary": [summary],
+        "not_reached": [],
     }
 
 
@@ -107,8 +109,8 @@ class ExpertRepair:
             lost_nD = old.output(expert) - new.output(expert)
             weight_n1 = new.p(expert).square() if self.router_weighted else torch.ones_like(new.p(expert))
             C_SS, B_SD = (h_nS.T @ (weight_n1 * h_nS)).double(), (h_nS.T @ (weight_n1 * lost_nD)).double()
-            ridge = self.ridge * (1 + width / max(1, len(h_nS))) * _mean([C_SS.diagonal()])
-            repaired_DS = (down_DS.double() + _solve(C_SS, B_SD, ridge).T).to(down_DS.dtype)
+            ridge = self.ridge * (1 + width / max(1, len(h_nS))) * mean_of([C_SS.diagonal()])
+            repaired_DS = (down_DS.double() + solve(C_SS, B_SD, ridge).T).to(down_DS.dtype)
             change_SD = (repaired_DS.double() - down_DS.double()).T
             gain = float((change_SD * (C_SS @ change_SD - 2 * B_SD)).sum())  # sum u ||d - c h||^2 - sum u ||d||^2, with change c
             error += float((weight_n1 * lost_nD.square()).sum(dtype=torch.float64))
@@ -129,9 +131,9 @@ class JointRepair:
         A = sum z z^T  (S, S),   B = sum z d^T  (S, D),   W' = W + [(A + r I)^-1 B]^T,   r = ridge * mean(diag A)
 
     It is the minimum of sum ||W' z - W z_all||^2 + r ||W' - W||^2. Up to `direct_up_to` unknowns per output, A is made and
-    factored in float64. Above, block coordinate descent over experts never makes it: each expert in turn solves its own block
-    against the layer's current residual, `num_sweeps` times; the error never rises. Memory is then that of the
-    experts' blocks, E matrices of their widths squared, and of the residual (T, D).
+    factored in float64. Above, conjugate gradients never make it (`solve_by_steps`): they end when the error is known to be within
+    `tolerance` of its minimum. Memory is then that of the experts' blocks, E matrices of their widths squared, of four matrices
+    (S, D) and of the residual (T, D).
 
     With `target="residual_stream"`, y is what brings the residual stream s behind the layer to where it was before this pruning, so that
     a layer makes up for what the earlier ones lost too; tokens then count by 1 / mean(s^2) (docs/method.md, 21).
@@ -145,8 +147,9 @@ class JointRepair:
         target: "layer_output" or "residual_stream".
         refits: 0 leaves W_gate and W_up as they are.
         refit_steps: of conjugate gradients in each, at least 1.
-        direct_up_to: kept atomic experts of a layer up to which the normal equations are solved as a whole.
-        num_sweeps: of block coordinate descent, at least 1.
+        direct_up_to: kept atomic experts of a layer up to which the normal equations are made and factored.
+        tolerance: share of what is minimised that it may be above its minimum, in (0, 1).
+        max_steps: of these conjugate gradients at the most, at least 1.
         sequential: measured behind the layers already pruned and repaired.
 
     Raises:
@@ -161,15 +164,18 @@ class JointRepair:
         refits: int = 0,
         refit_steps: int = 10,
         direct_up_to: int = 8192,
-        num_sweeps: int = 10,
+        tolerance: float = 1e-3,
+        max_steps: int = 100,
         sequential: bool = True,
     ) -> None:
         self.ridge = _check_ridge(ridge)
-        if min(refits, direct_up_to) < 0 or min(refit_steps, num_sweeps) < 1:
+        if min(refits, direct_up_to) < 0 or min(refit_steps, max_steps) < 1:
             raise ConfigError(
-                f"pruning.repair: refits={refits}, direct_up_to={direct_up_to}, refit_steps={refit_steps}, num_sweeps={num_sweeps}; "
+                f"pruning.repair: refits={refits}, direct_up_to={direct_up_to}, refit_steps={refit_steps}, max_steps={max_steps}; "
                 "give at least 0 for the first two and 1 for the others"
             )
+        if not 0 < tolerance < 1:
+            raise ConfigError(f"pruning.repair.tolerance={tolerance} is not in (0, 1); give the share of the error, for example 0.001")
         if target not in TARGETS:
             raise ConfigError(f"pruning.repair.target={target} is unknown; choose one of {', '.join(TARGETS)}")
         if target == "residual_stream" and not sequential:
@@ -180,7 +186,8 @@ class JointRepair:
         self.refits = refits
         self.refit_steps = refit_steps
         self.direct_up_to = direct_up_to
-        self.num_sweeps = num_sweeps
+        self.tolerance = tolerance
+        self.max_steps = max_steps
         self.is_sequential = sequential
         self.refits_inputs = refits > 0
 
@@ -191,18 +198,18 @@ class JointRepair:
         else:
             inputs, wanted_TD = inputs.weighted(target.weight_T), target.output_TD * target.weight_T.unsqueeze(1)
         lost_TD = wanted_TD - layer_output(after, inputs)
-        error_before = _squared(lost_TD)
+        error_before = squared(lost_TD)
         lost_TD = self._solve_columns(after, inputs, wanted_TD, lost_TD)
         for _ in range(self.refits if error_before > 0 else 0):
             lost_TD = self._refit_inputs(after, inputs, wanted_TD, lost_TD)
             lost_TD = self._solve_columns(after, inputs, wanted_TD, lost_TD)
-        return LayerRepair(error_before / num_tokens, _squared(lost_TD) / num_tokens, _num_changed(after, old))
+        return LayerRepair(error_before / num_tokens, squared(lost_TD) / num_tokens, _num_changed(after, old))
 
     def _solve_columns(self, after: RaggedExperts, inputs: ExpertInputs, wanted_TD: Tensor, lost_TD: Tensor) -> Tensor:
         """New columns, unless they are no better once rounded to the model's dtype; what is lost then."""
-        solve = self._direct if sum(after.widths) <= self.direct_up_to else self._blockwise
+        way = self._direct if sum(after.widths) <= self.direct_up_to else self._stepwise
         old_SD = after.down_proj.detach().clone()
-        change_SD = solve(Activations(after, inputs), lost_TD)
+        change_SD = way(Activations(after, inputs), lost_TD)
         after.down_proj.copy_(change_SD.add_(old_SD))  # in float64 and in place: it is the layer's largest tensor
         return _accept(after.down_proj, old_SD, wanted_TD - layer_output(after, inputs), lost_TD)
 
@@ -228,34 +235,16 @@ class JointRepair:
                 last = min(first + ROWS, size)
                 A_SS[first:last, :last] += z_tS[:, first:last].T @ z_tS[:, :last]
             B_SD += z_tS.T @ lost_TD[chunk]
-        return _solve(A_SS, B_SD, self.ridge * _mean([A_SS.diagonal()]))
+        return solve(A_SS, B_SD, self.ridge * mean_of([A_SS.diagonal()]))
 
-    def _blockwise(self, kept: Activations, lost_TD: Tensor) -> Tensor:
-        """The same by block coordinate descent. With D the change of an expert's columns so far and R the residual that all
-        changes leave, its step is (C + r I)^-1 (sum z R^T - r D): the exact minimum over the block."""
-        residual_TD, factors = lost_TD.clone(), []
-        for expert in range(len(kept.widths)):
-            z_nS = kept.z(expert)
-            factors.append((z_nS.T @ z_nS).double())
-        ridge = self.ridge * _mean([C_SS.diagonal() for C_SS in factors])
-        for C_SS in factors:  # in place: from here on only the factors are needed
-            C_SS.copy_(_factored(C_SS, ridge))
-        change_SD = torch.zeros(sum(kept.widths), lost_TD.shape[1], dtype=torch.float64, device=lost_TD.device)
-        for _ in range(self.num_sweeps):
-            for expert, (factor_SS, block_SD) in enumerate(zip(factors, change_SD.split(kept.widths), strict=True)):
-                token_n, z_nS = kept.tokens(expert), kept.z(expert)
-                step_SD = torch.cholesky_solve((z_nS.T @ residual_TD.index_select(0, token_n)).double() - ridge * block_SD, factor_SS)
-                block_SD.add_(step_SD)
-                residual_TD.index_add_(0, token_n, z_nS @ step_SD.float(), alpha=-1)
-        return change_SD
-
-
-_TINY = 1e-30  # keeps a matrix of zeros invertible: that of an expert which no token reached
+    def _stepwise(self, kept: Activations, lost_TD: Tensor) -> Tensor:
+        """The same without making these equations."""
+        return solve_by_steps(kept, lost_TD, ridge=self.ridge, tolerance=self.tolerance, max_steps=self.max_steps)
 
 
 def _accept(parameter: Tensor, old: Tensor, reached_TD: Tensor, lost_TD: Tensor) -> Tensor:
     """Take a change back unless less is lost with it; what is lost then."""
-    if _squared(reached_TD) < _squared(lost_TD):
+    if squared(reached_TD) < squared(lost_TD):
         return reached_TD
     parameter.copy_(old)
     return lost_TD
@@ -271,36 +260,7 @@ def _num_changed(experts: Experts, old: Sequence[tuple[Tensor, Tensor]]) -> int:
     return sum(not all(map(torch.equal, new, was)) for new, was in zip(_weights(experts), old, strict=True))
 
 
-def _squared(lost_TD: Tensor) -> float:
-    return float(lost_TD.square().sum(dtype=torch.float64))
-
-
 def _check_ridge(ridge: float) -> float:
     if not 0 < ridge < float("inf"):
         raise ConfigError(f"pruning.repair.ridge={ridge} is not above 0; give for example 0.01")
     return ridge
-
-
-def _solve(C_SS: Tensor, B_SD: Tensor, ridge: float) -> Tensor:
-    """(C + ridge I)^-1 B in float64."""
-    return torch.cholesky_solve(B_SD, _factored(C_SS, ridge))
-
-
-def _factored(C_SS: Tensor, ridge: float) -> Tensor:
-    """Cholesky factor of C + ridge I.
-
-    Raises:
-        ConfigError: the ridge is so small that the matrix is singular in floating point.
-    """
-    regular_SS = C_SS + max(ridge, _TINY) * torch.eye(len(C_SS), dtype=C_SS.dtype, device=C_SS.device)
-    factor_SS: Tensor
-    factor_SS, failed = torch.linalg.cholesky_ex(regular_SS)
-    if failed:
-        raise ConfigError("pruning.repair.ridge is too small for these activations: the equations are singular; give for example 0.01")
-    return factor_SS
-
-
-def _mean(diagonals: Sequence[Tensor]) -> float:
-    """Mean of some matrices' diagonals; 0 if they are empty."""
-    diagonal = torch.cat(list(diagonals))
-    return float(diagonal.mean()) if len(diagonal) else 0.0

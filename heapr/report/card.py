@@ -15,7 +15,7 @@ library_name: transformers
 tags: [heapr, mixture-of-experts, pruning]
 ---
 # $model, $removed of its routed $unit removed
-Pruned with heapr: criterion `$criterion`, ratio $ratio, scope `$scope`, form `$form`, widths rounded to multiples of $multiple.
+Pruned with heapr: criterion `$criterion`, ratio $ratio, scope `$scope`, form `$form`, $widths.
 Calibrated on $num_samples sequences of $sequence_length tokens of $text, seed $seed.$beyond
 
 $metrics
@@ -34,9 +34,8 @@ and transformers alone:
 
 With heapr installed no code of this folder runs: `model = heapr.load_pruned(folder)`.
 """,
-    "uniform": "All experts have one width: it loads as the original model does, without further code.\n",
-    "masked": "Removed atomic experts are zeros in the original shapes (`parameters_zero`): it loads as the original model does and "
-    "is no smaller.\n",
+    "uniform": "All experts have one width: it loads $how, without further code.\n",
+    "masked": "Removed atomic experts are zeros in the original shapes (`parameters_zero`): it loads $how and is no smaller.\n",
 }
 
 
@@ -51,21 +50,31 @@ def model_card(about: Mapping[str, Any], metrics: Mapping[str, Mapping[str, floa
     calibration = about["calibration"]
     return CARD.substitute(
         model=about["model"],
-        removed=f"{about['ratio']:.1%}",
+        removed=f"{about.get('ratio_reached', about['ratio']):.1%}",
         unit=UNITS[about.get("budget", "atomic_experts")],
         criterion=about["criterion"]["_target_"].rpartition(".")[2],
         ratio=f"{about['ratio']:.6g}",
         scope=about["scope"],
         form=about["form"],
-        multiple=about["width_multiple"],
+        widths=f"one width of {about['width']}" if "width" in about else f"widths rounded to multiples of {about['width_multiple']}",
         num_samples=calibration["num_samples"],
         sequence_length=calibration["sequence_length"],
         seed=calibration["seed"],
         text=_text(calibration["corpus"]),
         beyond=_beyond(about),
         metrics=_table(metrics, previous),
-        loading=LOADING[about["form"]],
+        loading=_loading(about),
     )
+
+
+def _loading(about: Mapping[str, Any]) -> str:
+    """How it loads, and what of the original is not in it."""
+    wrapper = about.get("language_model_of")
+    text = Template(LOADING[about["form"]]).substitute(how="as a language model" if wrapper else "as the original model does")
+    missing = [f"of the original `{wrapper}` only the language model is in it"] if wrapper else []
+    missing += ["heads that predict further tokens are not in it"] if about.get("prediction_heads_left_out") else []
+    sentence = "; ".join(missing)
+    return f"{text}{sentence[:1].upper()}{sentence[1:]}.\n" if missing else text
 
 
 def _text(corpus: Mapping[str, Any]) -> str:

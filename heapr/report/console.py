@@ -5,6 +5,7 @@ In: a run's summary, as in summary.json. Out: text on the console.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ SIZE_ROWS = {  # size on the model: its share removed, how to print it
     "flops_per_token": ("flops_removed_ratio", "{:,.0f}"),
     "flops_per_token_routed": ("flops_routed_removed_ratio", "{:,.0f}"),
 }
+UNLIMITED = 10_000  # columns
 ZEROS = "parameters_zero"  # of a masked model: what its checkpoint holds for what was removed
 
 COMPARISON_ROWS = {  # beginning of a comparison's name: how to print it
@@ -43,7 +45,19 @@ def print_summary(summary: Mapping[str, Any], run_folder: str, console: Console 
     places = f"artifacts:  {artifacts}/<stage>/<artifact>\nthis run:   {run_folder}"
     checkpoints = [Path(stage["path"]) / "checkpoint" for stage in summary["stages"] if stage["stage"] == "prune"]
     places += "".join(f"\ncheckpoint: {path}" for path in checkpoints if path.is_dir())
-    (console or Console()).print(Group(_metrics_table(summary["metrics"]), _stages_table(summary["stages"]), Text(places, overflow="fold")))
+    console = console or open_console()
+    console.print(Group(_metrics_table(summary["metrics"]), _stages_table(summary["stages"])))
+    print_lines(console, places)
+
+
+def open_console() -> Console:
+    """Standard output; into a file or pipe, where nobody sees the width of a screen, tables are as wide as they need to be."""
+    return Console() if sys.stdout.isatty() else Console(width=UNLIMITED)
+
+
+def print_lines(console: Console, text: str, style: str = "") -> None:
+    """Lines that are broken nowhere: a path must be whole for whoever copies it or a program that reads it."""
+    console.print(Text(text, style=style), soft_wrap=True)
 
 
 def _metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> Table:

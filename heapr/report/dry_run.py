@@ -11,18 +11,19 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.table import Table
-from rich.text import Text
+
+from heapr.report.console import open_console, print_lines
 
 NOT_KNOWN = "not known for this family"
 
 
 def print_dry_run(plan: Mapping[str, Any], console: Console | None = None) -> None:
     """Model, what is removed, memory and arithmetic; the artifacts; what is missing."""
-    parts: list[Table | Text] = [_numbers_table(plan)]
-    if plan["stages"]:
-        parts.append(_stages_table(plan["stages"]))
-    parts += [Text(f"note: {note}") for note in plan["notes"]]
-    (console or Console()).print(Group(*parts))
+    console = console or open_console()
+    console.print(Group(_numbers_table(plan), *([_stages_table(plan["stages"])] if plan["stages"] else [])))
+    print_lines(console, f"model: {plan['path']}")
+    for note in plan["notes"]:
+        print_lines(console, f"note: {note}")
 
 
 def _numbers_table(plan: Mapping[str, Any]) -> Table:
@@ -41,7 +42,7 @@ Rows = list[tuple[str, str, str]]
 def _model_rows(plan: Mapping[str, Any]) -> Rows:
     share = plan["expert_parameters"] / plan["parameters"]
     return [
-        ("model", plan["architecture"], plan["path"]),
+        ("model", plan["architecture"], ""),
         ("MoE layers", str(plan["num_moe_layers"]), f"of {plan['num_layers']} layers"),
         ("experts", _range(plan["num_experts"]), f"of a layer, {plan['experts_per_token']} per token"),
         ("width", _range(plan["width"]), "atomic experts of an expert"),

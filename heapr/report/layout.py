@@ -16,7 +16,8 @@ Every entry may have a `title` and a `where`: values of factors (or lists of the
 
 The relative kinds show a metric's increase over the dense model's as a share of the increase of the baseline: of the job that has
 the values of factors named there and is equal to the row's in everything else. It is looked for among all jobs, whatever `where`
-says. Shares are formed first and averaged then; metrics that have no dense model's (costs, sizes) are shown as they are.
+says. Shares are formed first and averaged then; metrics that have no dense model's (costs, sizes) are shown as they are. A share is
+marked where the baseline's increase is below three of its standard errors (heapr.report.doubt): list kl_to_dense beside perplexity.
 """
 
 from __future__ import annotations

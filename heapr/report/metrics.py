@@ -85,14 +85,15 @@ def share_of_increase(job: JobResult, baseline: JobResult, name: str) -> float |
 
     None where one of the four was not measured, or the baseline did no damage.
     """
-    increases = []
-    for each in (job, baseline):
-        pruned, dense = value(each, name), value(each, name, dense=True)
-        dense = OF_THE_DENSE.get(name.partition("/")[0]) if dense is None else dense
-        if pruned is None or dense is None:
-            return None
-        increases.append(-better(name) * (pruned - dense))
-    return increases[0] / increases[1] if increases[1] > 0 else None
+    ours, theirs = increase(job, name), increase(baseline, name)
+    return None if ours is None or theirs is None or theirs <= 0 else ours / theirs
+
+
+def increase(job: JobResult, name: str) -> float | None:
+    """How much worse than the dense model the pruned one is: of an accuracy, how much it lost. None if one of them was not measured."""
+    pruned, dense = value(job, name), value(job, name, dense=True)
+    dense = OF_THE_DENSE.get(name.partition("/")[0]) if dense is None else dense
+    return None if pruned is None or dense is None else -better(name) * (pruned - dense)
 
 
 def standard_error(job: JobResult, name: str, *, dense: bool = False) -> float | None:

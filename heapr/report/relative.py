@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any
 from heapr.errors import ConfigError
 from heapr.report import metrics
 from heapr.report.curves import Drawing, Series, by_model, limits, logarithmic, ratio_axis, series_of
+from heapr.report.doubt import SHARE, evidence, explanation, is_doubtful
 from heapr.report.factors import RESULTLESS, factor, flat, header, paths_of, selected, show
 from heapr.report.layout import Entry
 from heapr.report.published import Number
 from heapr.report.results import JobResult, finished
-from heapr.report.style import DENSE_LINE, legend_above, look, panels
-from heapr.report.table import Table, build_table
+from heapr.report.style import DENSE_LINE, HOLLOW, legend_above, look, panels
+from heapr.report.table import NOT_MEASURED, Remarks, Table, build_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SHARE = "relative"  # before a metric's name
 TICKS = (0.0, 0.5, 1.0, *(digit * 10.0**power for power in range(6) for digit in (2, 5, 10)))  # where zero and large numbers share an axis
 WITHOUT_INFLUENCE = {"pruning.save_checkpoint", "calibration.batch_size"}
 
@@ -39,22 +39,24 @@ def relative_table(entry: Entry, jobs: Sequence[JobResult], published: Sequence[
 def relative_curve(entry: Entry, jobs: Sequence[JobResult], published: Sequence[Number]) -> list[Drawing]:
     """Shares against the ratio, a panel per metric, one figure per model; the baseline itself is the line at 1."""
     shared, remarks = with_shares(entry, jobs)
+    columns = [share_name(name) for name in entry.metrics]
     chosen = selected(shared, entry.where)
     baselines = {job.number for job in selected(chosen, entry.baseline)}
     drawings = []
     for model, of_model in by_model([job for job in chosen if job.number not in baselines]):
         figure, axes = panels(len(entry.metrics), height=1.75, sharex=True)
         all_series = list(enumerate(series_of(of_model, entry, x="ratio")))
-        all_series.sort(key=lambda found: _height(found[1], share_name(entry.metrics[0])), reverse=True)  # as the legend lists them
-        for axis, name in zip(axes, entry.metrics, strict=True):
+        all_series.sort(key=lambda found: _height(found[1], columns[0]), reverse=True)  # as the legend lists them
+        for axis, name, column in zip(axes, entry.metrics, columns, strict=True):
             for number, series in all_series:
-                _line(axis, series, share_name(name), number)
+                _line(axis, series, column, number)
             _finish(axis, name, entry.baseline)
         ratio_axis(axes[-1], of_model)
         legend_above(figure, axes)
-        without = [str(job.number) for job in of_model if job.number in remarks]
-        missing = f"Not drawn, for want of a baseline or of a number: jobs {', '.join(without)}." if without else ""
-        drawings.append(Drawing(figure, model, missing))
+        without = [str(job.number) for job in of_model if any((job.number, column) in remarks for column in columns)]
+        missing = [f"Not drawn, for want of a baseline or of a number: jobs {', '.join(without)}."] if without else []
+        missing += filter(None, [explanation([point for _, series in all_series for point in series.points], columns, mark="Hollow")])
+        drawings.append(Drawing(figure, model, " ".join(missing)))
     return drawings
 
 
@@ -63,8 +65,9 @@ def share_name(metric: str) -> str:
     return f"{SHARE}/{metric}" if metric.partition("/")[0] in metrics.COMPARED else metric
 
 
-def with_shares(entry: Entry, jobs: Sequence[JobResult], prefix: str = SHARE) -> tuple[list[JobResult], dict[int, str]]:
-    """All jobs, those that have a baseline with shares of the entry's metrics in their comparison; and why others have none, by number.
+def with_shares(entry: Entry, jobs: Sequence[JobResult], prefix: str = SHARE) -> tuple[list[JobResult], Remarks]:
+    """All jobs, those that have a baseline with shares of the entry's metrics in their comparison, and beside each the baseline's
+    increase and its standard error; and why a share is missing, by the job's number and the share's name.
 
     Raises:
         ConfigError: a job has two baselines, which differ.
@@ -73,17 +76,33 @@ def with_shares(entry: Entry, jobs: Sequence[JobResult], prefix: str = SHARE) ->
     for job in finished(selected(jobs, entry.baseline)):
         _check_same(baselines.setdefault(_conditions(job, entry.baseline), job), job, entry.baseline)
     found = list(jobs)
-    remarks: dict[int, str] = {}
+    remarks: dict[tuple[int, str], str] = {}
     for place, job in enumerate(jobs):
         baseline = baselines.get(_conditions(job, entry.baseline))
-        if baseline is not None and job.summary is not None:
-            shares = {name: metrics.share_of_increase(job, baseline, name) for name in entry.metrics if share_name(name) != name}
-            found[place] = _with_comparison(job, {f"{prefix}/{name}": share for name, share in shares.items() if share is not None})
-            if lacking := [metrics.label(name) for name, share in shares.items() if share is None]:
-                remarks[job.number] = f"Not measured, or no worse than unpruned with {_described(entry.baseline)}: {', '.join(lacking)}."
-        elif job.summary is not None:
-            remarks[job.number] = f"No finished job with {_described(entry.baseline)} and all else equal."
+        numbers: dict[str, float] = {}
+        for name in entry.metrics if job.summary is not None else ():
+            if share_name(name) == name:
+                continue
+            share = None if baseline is None else metrics.share_of_increase(job, baseline, name)
+            if share is None:
+                remarks[job.number, share_name(name)] = _reason(job, baseline, name, _described(entry.baseline))
+            else:
+                numbers[name] = share
+            numbers |= {} if baseline is None else evidence(baseline, name)
+        if numbers:
+            found[place] = _with_comparison(job, {f"{prefix}/{name}": number for name, number in numbers.items()})
     return found, remarks
+
+
+def _reason(job: JobResult, baseline: JobResult | None, name: str, described: str) -> str:
+    """Why there is no share."""
+    if metrics.increase(job, name) is None:
+        return NOT_MEASURED
+    if baseline is None:
+        return f"No finished job with {described} and all else equal."
+    if metrics.increase(baseline, name) is None:
+        return f"Not measured with {described}: {metrics.label(name)}."
+    return f"No worse than unpruned with {described}: {metrics.label(name)}."
 
 
 def for_csv(entries: Sequence[Entry], jobs: Sequence[JobResult]) -> list[JobResult]:
@@ -140,7 +159,13 @@ def _line(axis: Axes, series: Series, metric: str, number: int) -> None:
     xs = [100 * factor(series.points[point][0], "ratio") for point, _, _ in found]
     errors = [deviation for _, _, deviation in found]
     means = [mean for _, mean, _ in found]
-    axis.errorbar(xs, means, yerr=errors if any(errors) else None, capsize=2, label=series.label, **look(number))
+    how = look(number)
+    axis.errorbar(xs, means, yerr=errors if any(errors) else None, capsize=2, label=series.label, **how)
+    doubtful = [place for place, (point, _, _) in enumerate(found) if is_doubtful(series.points[point], metric)]
+    if doubtful:
+        hollow = {**how, "linestyle": "none", "markerfacecolor": "white"}
+        axis.plot([xs[place] for place in doubtful], [means[place] for place in doubtful], zorder=3, **hollow)
+        axis.plot([], [], color="grey", marker="o", markerfacecolor="white", linestyle="none", label=HOLLOW)
 
 
 def _finish(axis: Axes, metric: str, baseline: Mapping[str, Any]) -> None:

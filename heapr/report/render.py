@@ -37,6 +37,7 @@ TEX_LETTERS = {
     "↑": r"$\uparrow$",
     "’": "'",
     "×": r"$\times$",
+    "†": r"$^{\dagger}$",
 }
 
 

@@ -44,7 +44,7 @@ class JobResult:
         if self.summary is not None:
             return dict(self.summary["config"])
         path = None if self.folder is None else self.folder / CONFIG
-        return (yaml.safe_load(path.read_text()) or {}) if path is not None and path.is_file() else {}
+        return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path is not None and path.is_file() else {}
 
     @property
     def metrics(self) -> Mapping[str, Mapping[str, float]]:

@@ -21,6 +21,7 @@ LEGEND_ROW = 0.15  # inches; so are what stands before and after a label, and on
 LEGEND_HANDLE, LEGEND_LETTER = 0.39, 0.058
 DPI = 200
 UNPRUNED, PUBLISHED = "unpruned", ", published"
+HOLLOW = "hollow: baseline's increase < 3 std. errors"  # such a share means nothing
 # Okabe and Ito's palette without yellow, which white paper swallows, and black, which is the unpruned model's.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5F5F5F")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -97,7 +98,7 @@ def legend_above(figure: Figure, axes: Sequence[Axes], title: str = "") -> None:
     for panel in axes:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
-    labels = sorted(found, key=lambda label: (label == UNPRUNED, label.endswith(PUBLISHED)))
+    labels = sorted(found, key=lambda label: (label == HOLLOW, label == UNPRUNED, label.endswith(PUBLISHED)))
     if found:
         columns = next(columns for columns in range(len(labels), 0, -1) if columns == 1 or _legend_width(labels, columns) <= WIDTH)
         rows = math.ceil(len(labels) / columns) + bool(title)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from heapr.errors import ConfigError
 from heapr.report import metrics
+from heapr.report.doubt import MARK, explanation, is_doubtful
 from heapr.report.factors import PATHS, RESULTLESS, UNKNOWN, describe, differing, factor, header, in_order, selected, show, varying
 from heapr.report.layout import Entry
 from heapr.report.published import Number, find, protocol_note
@@ -18,7 +19,8 @@ from heapr.report.results import JobResult, finished
 
 GAP = "—"
 UNPRUNED, PUBLISHED, DIFFERENCE = "unpruned", "published", "difference"
-Remarks = Mapping[int, str]
+NOT_MEASURED = "not measured"  # a remark, and what a cell says that has no other
+Remarks = Mapping[tuple[int, str], str]  # by the job's number and the metric's name
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def build_table(entry: Entry, jobs: Sequence[JobResult], published: Sequence[Num
     """The table of an entry; a row for every job or average, whether it succeeded or not.
 
     Args:
-        remarks: notes to shares, by number of the job.
+        remarks: why shares are missing.
     """
     return _Builder(entry, selected(jobs, entry.where), published, remarks or {}).build()
 
@@ -132,13 +134,14 @@ class _Builder:
         if self.entry.baseline:
             baseline = ", ".join(f"{header(name)} {show(name, value)}" for name, value in self.entry.baseline.items())
             parts.append(f"Share of increase: how far a metric is from the unpruned model's, divided by how far it is with {baseline}.")
+            parts += filter(None, [explanation([group.jobs for group in self.groups], self.names)])
         if any(len(group.jobs) > 1 for group in self.groups):
             parts.append(f"Mean ± sample standard deviation over {header(self.entry.average_over or '')}.")
         if any(metrics.standard_error(job, name) is not None for job in finished(self.jobs) for name in self.names):
             parts.append("In parentheses: standard error.")
         cells = [cell for row in rows for cell in row.cells]
         if any(cell.text == GAP for cell in cells):
-            parts.append(f"{GAP} stands for what was not measured.")
+            parts.append(f"{GAP} stands for what {'there is no share of: see the notes' if self.entry.baseline else 'was not measured'}.")
         if any(cell.is_best for cell in cells):
             parts.append("Bold: the best of those with the same model and ratio.")
         if not all(row.is_ours for row in rows):
@@ -189,11 +192,11 @@ class _Builder:
         best = [self._best(groups, number) for number in range(len(self.names))]
         rows: list[Row] = []
         for group in groups:
-            notes, remarks = self._failures(group), self._remarks(group)
+            notes = self._failures(group)
             cells = []
-            for number, text in enumerate(texts[id(group)]):
+            for number, (name, text) in enumerate(zip(self.names, texts[id(group)], strict=True)):
                 is_best = any(group is winner for winner in best[number])
-                cells.append(Cell(text, notes + remarks if self.names[number].startswith("relative/") else notes, is_best))
+                cells.append(Cell(text, notes + self._remarks(group, name, text), is_best))
             labels = [show(name, factor(group.first, name)) for name in self.shown]
             marks = () if group.done else notes
             rows.append(Row(self._labels(labels, "", group.first, marks), tuple(cells), is_ours=True))
@@ -204,23 +207,33 @@ class _Builder:
     def _text(self, group: Group, name: str) -> str:
         values = group.values(name)
         if not values:
-            return GAP
+            return NOT_MEASURED if self._is_not_measured(group, name) else GAP
         if len(group.jobs) == 1:
-            return _with_error(name, values[0], metrics.standard_error(group.done[0], name))
-        mean = metrics.text(name, statistics.fmean(values))
-        return f"{mean} ± {metrics.text(name, statistics.stdev(values))}" if len(values) > 1 else mean
+            text = _with_error(name, values[0], metrics.standard_error(group.done[0], name))
+        else:
+            mean = metrics.text(name, statistics.fmean(values))
+            text = f"{mean} ± {metrics.text(name, statistics.stdev(values))}" if len(values) > 1 else mean
+        return f"{text}{MARK}" if is_doubtful(group.jobs, name) else text
+
+    def _is_not_measured(self, group: Group, name: str) -> bool:
+        return bool(group.done) and all(self.remarks.get((job.number, name)) == NOT_MEASURED for job in group.done)
 
     def _failures(self, group: Group) -> tuple[int, ...]:
         """Notes that name the failed jobs behind a row and say why."""
         return tuple(self.notes.number(failure(job)) for job in group.jobs if job.summary is None)
 
-    def _remarks(self, group: Group) -> tuple[int, ...]:
-        """Notes to the shares of a row."""
-        return tuple(dict.fromkeys(self.notes.number(self.remarks[job.number]) for job in group.jobs if job.number in self.remarks))
+    def _remarks(self, group: Group, name: str, text: str) -> tuple[int, ...]:
+        """Notes that say why shares are missing, where the text of the cell does not."""
+        if text == NOT_MEASURED:
+            return ()
+        found = {job.number: self.remarks[job.number, name] for job in group.jobs if (job.number, name) in self.remarks}
+        notes = [f"Not measured in job {number}." if remark == NOT_MEASURED else remark for number, remark in found.items()]
+        return tuple(dict.fromkeys(map(self.notes.number, notes)))
 
     def _best(self, groups: Sequence[Group], number: int) -> list[Group]:
-        """The groups that print the best value; none where all are equal."""
+        """The groups that print the best value, of those whose value means something; none where all are equal."""
         name = self.names[number]
+        groups = [group for group in groups if not is_doubtful(group.jobs, name)]
         direction = metrics.better(name)
         means = [(statistics.fmean(values), group) for group in groups if (values := group.values(name))]
         if direction == 0 or not means:

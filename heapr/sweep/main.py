@@ -23,7 +23,8 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from heapr.errors import ConfigError
-from heapr.main import compose_experiment, explain, one_line_errors
+from heapr.files import user_path
+from heapr.main import compose_experiment, explain, one_line_errors, print_whatever_the_encoding
 from heapr.schema import ExperimentConfig, register
 from heapr.sweep.definition import Definition, Job, experiment_names, is_tiny, load_definition, make_jobs
 
@@ -71,6 +72,7 @@ def main(arguments: Sequence[str], root: Path) -> None:
         arguments: of the command line.
         root: holds run.py, conf/ and experiments/.
     """
+    print_whatever_the_encoding()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
     if {"-h", "--help"} & set(arguments):
         _help(root)
@@ -111,7 +113,7 @@ def read_request(arguments: Sequence[str], experiments: Sequence[str]) -> Reques
     settings = tuple(argument for argument in rest if argument.startswith(("hydra.", "hydra/", "+hydra.")))
     return Request(
         experiment=own.get("experiment"),
-        report_dir=Path(own["report_dir"]) if "report_dir" in own else None,
+        report_dir=user_path(own["report_dir"]) if "report_dir" in own else None,
         dry_run="--dry-run" in arguments,
         overrides=tuple(argument for argument in rest if argument not in settings),
         settings=settings,
@@ -215,7 +217,8 @@ def keep_results(root: Path, folder: Path, files: Sequence[Path]) -> Path:
             copy.write_text(without_local_links(file.read_text(encoding="utf-8")), encoding="utf-8")
         else:
             shutil.copy(file, copy)
-    (kept / "README.md").write_text(f"# {record.experiment}, {record.version}\n\n    {record.command}\n\nRun on {record.date}.\n")
+    about = f"# {record.experiment}, {record.version}\n\n    {record.command}\n\nRun on {record.date}.\n"
+    (kept / "README.md").write_text(about, encoding="utf-8")
     return kept
 
 

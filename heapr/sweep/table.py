@@ -9,10 +9,11 @@ from collections import Counter
 from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from heapr.report.console import open_console, print_lines
 from heapr.report.dry_run import operations
 from heapr.sweep.definition import Job
 from heapr.sweep.plan import STAGES, SweepPlan
@@ -21,8 +22,14 @@ from heapr.sweep.plan import STAGES, SweepPlan
 def print_plan(plan: SweepPlan, title: str, console: Console | None = None) -> None:
     """Jobs, what of them is in the store or shared, and the expected time."""
     common = common_overrides([job.overrides for job in plan.jobs])
-    parts = [Text(title, style="bold"), Text(f"every job: {' '.join(common)}")] if common else [Text(title, style="bold")]
-    (console or Console()).print(Group(*parts, _jobs_table(plan, common), *_problems(plan), Text(_what_is_left(plan))))
+    console = console or open_console()
+    print_lines(console, title, style="bold")
+    if common:
+        print_lines(console, f"every job: {' '.join(common)}")
+    console.print(_jobs_table(plan, common))
+    for problem in _problems(plan):
+        print_lines(console, problem, style="yellow")
+    print_lines(console, _what_is_left(plan))
 
 
 def common_overrides(jobs: Sequence[Job]) -> Job:
@@ -40,11 +47,11 @@ def _jobs_table(plan: SweepPlan, common: Job) -> Table:
     return table
 
 
-def _problems(plan: SweepPlan) -> list[Text]:
+def _problems(plan: SweepPlan) -> list[str]:
     """Each problem once, with the jobs that have it."""
     problems = dict.fromkeys(job.problem for job in plan.jobs if job.problem)
     numbers = {problem: [str(number) for number, job in enumerate(plan.jobs) if job.problem == problem] for problem in problems}
-    return [Text(f"job {', '.join(numbers[problem])}: {problem}\n", style="yellow") for problem in problems]
+    return [f"job {', '.join(numbers[problem])}: {problem}\n" for problem in problems]
 
 
 def _cell(states: Counter[str]) -> str:

@@ -28,11 +28,11 @@ def open_tracker(settings: TrackingConfig, run: Run, *, folder: Path, outputs: P
         outputs: gets wandb's folder.
 
     Raises:
-        ConfigError: wandb is to be online without a key.
+        ConfigError: wandb is to be online without a key, or WANDB_MODE is not known.
     """
     trackers: list[Tracker] = [JsonLines(folder / FILE_NAME)]
-    if settings.mode != "none":
-        mode = resolve_mode(settings.mode)
+    mode = resolve_mode(settings.mode)
+    if mode != "none":
         trackers.append(Wandb(run, mode=mode, project=settings.project, upload=settings.upload, folder=outputs))
     tracker = Several(*trackers)
     try:

@@ -28,6 +28,7 @@ START_SECONDS = 12.0  # most that starting a run online may take after that
 MEDIA_SECONDS = 8.0  # most that tables, images and folders may be waited for at the end of a run
 FINISH_SECONDS = 8.0  # most that sending the rest may take after that; what is left is on disk
 UPLOAD_SLICE_SECONDS = 10.0  # an upload that was asked for takes as long as it takes, while somebody is there
+MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "none"}  # of WANDB_MODE; ours
 MAX_TAG = 64  # letters that wandb allows
 
 
@@ -36,7 +37,7 @@ class Wandb:
 
     Args:
         run: what it is called.
-        mode: as `resolve_mode` gives it.
+        mode: "online" or "offline", as `resolve_mode` gives it.
         project: wandb's.
         upload: send the files of folders, not only where they are.
         folder: where wandb keeps its files; made if it is not there.
@@ -79,7 +80,7 @@ class Wandb:
             is_sent = False
             self._warn(error)
             _stop_service()
-        if not is_sent:
+        if not is_sent and folder.is_dir():
             logger.info("wandb has what is not sent yet on disk; to send it later: wandb sync %s", folder)
 
     def _log_row(self, row: dict[str, Any]) -> None:
@@ -136,13 +137,19 @@ class Wandb:
 
 
 def resolve_mode(mode: str) -> str:
-    """ "online" or "offline", from "auto" (online if a key is found) or as asked; WANDB_MODE decides where "auto" was asked.
+    """ "online", "offline" or "none", from "auto" (online if a key is found) or as asked; WANDB_MODE decides where "auto" was asked.
 
     Raises:
-        ConfigError: online without a key: wandb would ask for one.
+        ConfigError: online without a key: wandb would ask for one; or WANDB_MODE is none of those that are known.
     """
+    if mode == "auto" and (asked := os.environ.get("WANDB_MODE")):
+        if asked not in MODES:
+            raise ConfigError(f"WANDB_MODE='{asked}' is unknown; choose one of {', '.join(MODES)}, or unset it")
+        mode = MODES[asked]
+        if mode == "none":
+            logger.info("WANDB_MODE=%s: nothing goes to wandb", asked)
     if mode == "auto":
-        mode = os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
+        mode = "online" if has_key() else "offline"
     if mode == "online" and not has_key():
         raise ConfigError("wandb is to be online, but no key is found; set WANDB_API_KEY, run wandb login, or use tracking=wandb_offline")
     return mode

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from heapr.calibration.collector import collect
 from heapr.model.moe import MoEModel
+from heapr.pruning.surgery import remove
 from heapr.score.gradient import Heapr
-from heapr.types import Statistics
+from heapr.types import Plan, Statistics
 from tests.oracle import published_scores, visits_of
 from tests.tiny import no_weights, tiny_ids, tiny_qwen3_moe
 
@@ -61,6 +62,19 @@ def test_every_statistic_equals_its_definition(causal_lm: PreTrainedModel, ids_N
             for name, value in expected.items():
                 got = getattr(layer_statistics, name)[expert]
                 torch.testing.assert_close(got, torch.as_tensor(value, dtype=torch.float64), rtol=1e-5, atol=1e-6)
+
+
+def test_one_hook_for_each_layer_and_batch(model: MoEModel, ids_NW: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And none for an expert, in a ragged model neither."""
+    hooked: list[torch.Size] = []
+    register = Tensor.register_hook
+    monkeypatch.setattr(Tensor, "register_hook", lambda tensor, hook: hooked.append(tensor.shape) or register(tensor, hook))
+    pairs = torch.Size((2 * ids_NW[:4].numel(), 8))  # padded to the widest expert's width
+    collect(model, ids_NW.split(4))
+    kept_EF = torch.arange(8).expand(4, 8) < torch.tensor([[3], [8], [0], [5]])
+    remove(model, Plan(layers={layer.index: kept_EF for layer in model.layers}))
+    collect(model, ids_NW.split(4))
+    assert hooked == [pairs] * len(model.layers) * 2 * 2
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])

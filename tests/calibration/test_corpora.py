@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from heapr.calibration.corpora import PARTS, PackageDocs, PyDocs, TextFiles, select_split, share_text
+from heapr.calibration.corpora_published import PennTreebank
+from heapr.calibration.mixture import Mixture
 from heapr.errors import ConfigError
 
 
@@ -63,30 +64,19 @@ def test_numpydocs_is_another_text(pydocs: dict[str, list[str]]) -> None:
 
 def test_select_split_drops_repeats_and_blanks_and_keeps_order() -> None:
     documents = [f"text {number}" for number in range(100)]
-    selected = select_split([*documents, "text 3", "  "], "all")
+    selected = list(select_split([*documents, "text 3", "  "], "all"))
     assert selected == documents
-    train, heldout = select_split(documents, "train"), select_split(documents, "heldout")
+    train, heldout = list(select_split(documents, "train")), list(select_split(documents, "heldout"))
     assert sorted(train + heldout) == sorted(documents)
     assert heldout[:4] == ["text 21", "text 24", "text 25", "text 33"]  # written down: no document may ever change sides
-    assert select_split(documents, "test") == ["text 25", "text 33", "text 62"]
+    assert list(select_split(documents, "test")) == ["text 25", "text 33", "text 62"]
 
 
-def test_text_files_reads_text_and_json_lines(tmp_path: Path) -> None:
+def test_text_files_reads_every_form_in_the_order_of_the_paths(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one text")
     (tmp_path / "b.jsonl").write_text('{"text": "first"}\n\n{"text": "second"}\n')
     corpus = TextFiles([str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")], split="all")
-    assert corpus.documents() == ["one text", "first", "second"]
-
-
-def test_json_lines_keep_separators_inside_strings_and_take_text_only(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    text = "one\u2028line\x85still"
-    path.write_bytes(b"\xef\xbb\xbf" + json.dumps({"text": text}, ensure_ascii=False).encode())
-    assert TextFiles([str(path)], split="all").documents() == [text]
-    for value in (None, 3, ["text"]):
-        path.write_text(json.dumps({"text": value}))
-        with pytest.raises(ConfigError, match="line 1 of .* is not a JSON object with text"):
-            TextFiles([str(path)], split="all").documents()
+    assert list(corpus.documents()) == ["one text", "first", "second"]
 
 
 def test_identity_of_package_docs_follows_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,17 +104,46 @@ def test_identity_follows_content_not_path(tmp_path: Path) -> None:
     assert PyDocs("train").identity() != PyDocs("heldout").identity()
 
 
+def test_identity_follows_documents_not_their_spelling(tmp_path: Path) -> None:
+    spellings = {
+        "lf.txt": b"one\ntext\n", "crlf.TXT": b"one\r\ntext\r\n", "cr.md": b"one\rtext\r", "mark.txt": b"\xef\xbb\xbfone\ntext\n",
+        "lines.jsonl": b'{"text": "one\\ntext\\n"}\n',
+    }  # fmt: skip
+    corpora = []
+    for name, content in spellings.items():
+        (tmp_path / name).write_bytes(content)
+        corpora.append(TextFiles([str(tmp_path / name)], split="all"))
+    assert [list(corpus.documents()) for corpus in corpora] == [["one\ntext\n"]] * 5
+    assert len({corpus.identity()["sha256"] for corpus in corpora}) == 1
+    (tmp_path / "lf.txt").write_bytes(b"one \ntext\n")  # the same path with other content
+    assert corpora[0].identity() != corpora[1].identity()
+
+
+def test_home_folder_in_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").write_text("some text")
+    assert list(TextFiles(["~/a.txt"], split="all").documents()) == ["some text"]
+    assert list(PennTreebank("test", path="~/a.txt").documents()) == ["some text"]
+    entry = {"_target_": "heapr.calibration.corpora.TextFiles", "paths": ["~/a.txt"], "split": "all"}
+    ((corpus, _),) = Mixture({"x": {"weight": 1, "corpus": entry}}).parts
+    assert list(corpus.documents()) == ["some text"]
+    with pytest.raises(ConfigError, match="'~nobody_of_this_name/a.txt' does not exist"):
+        TextFiles(["~nobody_of_this_name/a.txt"], split="all")
+    with pytest.raises(ConfigError, match="'~nobody_of_this_name/a.txt' does not exist"):
+        PennTreebank("test", path="~nobody_of_this_name/a.txt")
+
+
 def test_bad_text_files_are_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").touch()
-    (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    (tmp_path / "a.docx").write_text("x")
     (tmp_path / "bad.jsonl").write_text('{"title": "no text"}\n')
-    cases = {"missing.txt": "does not exist", "empty.txt": "is empty", "latin.txt": "not UTF-8"}
+    cases = {"missing.txt": "does not exist", "empty.txt": "is empty", "a.docx": "ends in none of .txt"}
     for name, message in cases.items():
         with pytest.raises(ConfigError, match=message) as caught:
             TextFiles([str(tmp_path / name)], split="all")
         assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match="line 1 .* field 'text'"):
-        TextFiles([str(tmp_path / "bad.jsonl")], split="all").documents()
+        TextFiles([str(tmp_path / "bad.jsonl")], split="all").identity()
     with pytest.raises(ConfigError, match="no paths"):
         TextFiles([], split="all")
     with pytest.raises(ConfigError, match="no such package"):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,8 +26,11 @@ from heapr.model.experts.dispatch import observe_experts
 from heapr.model.experts.layout import ExpertObserver
 from heapr.model.experts.loop import split_by_expert
 from heapr.model.layerwise import walk_layers
+from heapr.model.load import find_model
+from heapr.model.model_files import read_headers
 from heapr.model.moe import MoEModel, experts_per_token
 from heapr.model.stream import check_stream
+from heapr.model.tensors import check_tensors
 from heapr.pruning.activations import Activations
 from heapr.pruning.repair import ExpertRepair, JointRepair
 from heapr.pruning.surgery import mask, remove, remove_and_repair
@@ -33,7 +39,7 @@ from heapr.score.gradient import Heapr
 from heapr.types import Plan
 from tests.oracle import published_scores, streams_behind
 from tests.same import assert_same_model
-from tests.tiny import FAMILIES, byte_tokenizer, no_weights, tiny_ids, tiny_model
+from tests.tiny import FAMILIES, no_weights, tiny_ids, tiny_model, write_description
 
 IDS_NW = tiny_ids(num_sequences=2, length=10)
 NO_UNIFORM = {  # families whose configuration has no field that is the routed experts' width alone
@@ -70,6 +76,10 @@ class FamilyContract:
     @pytest.fixture(scope="class")
     def dense(self) -> PreTrainedModel:
         return tiny_model(self.family)
+
+    @pytest.fixture(scope="class")
+    def original(self, dense: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        return write_description(tmp_path_factory.mktemp("original"), dense)
 
     @pytest.fixture
     def model(self, dense: PreTrainedModel) -> MoEModel:
@@ -132,7 +142,7 @@ class FamilyContract:
 
     def test_repair_lowers_the_error(self, model: MoEModel) -> None:
         """The layers' outputs come nearer to what they were, in every layer, by one expert alone and by all together."""
-        for repair in (ExpertRepair(), JointRepair(direct_up_to=0, num_sweeps=3), JointRepair(refits=1, refit_steps=3)):
+        for repair in (ExpertRepair(), JointRepair(direct_up_to=0, max_steps=3), JointRepair(refits=1, refit_steps=3)):
             repaired = MoEModel(copy.deepcopy(model.model))
             found = remove_and_repair(repaired, random_plan(model), repair, [IDS_NW])
             assert found.keys() == {layer.index for layer in model.layers}
@@ -174,7 +184,7 @@ class FamilyContract:
         assert_same_model(heapr.load_pruned(folder), model.model, IDS_NW)
         assert json.loads((folder / "config.json").read_text())["heapr"] == {"ratio": 0.4}
 
-    def test_uniform_checkpoint(self, model: MoEModel, tmp_path: Path) -> None:
+    def test_uniform_checkpoint(self, model: MoEModel, original: Path, tmp_path: Path) -> None:
         if self.family in NO_UNIFORM:
             with pytest.raises(ConfigError, match="pruning.form=uniform: .*use pruning.form=ragged"):
                 uniform_settings(model.model.config, 4)
@@ -184,19 +194,36 @@ class FamilyContract:
         expected = logits(model.model)
         make_uniform(model, settings)
         torch.testing.assert_close(logits(model.model), expected, rtol=1e-5, atol=2e-6)
-        save_checkpoint(model, byte_tokenizer(), tmp_path / "uniform", about={})
+        save_checkpoint(model, original, tmp_path / "uniform", about={})
         ours = ["deepseek_moe.py"] if self.family == "deepseek" else []  # transformers does not have it
         assert [path.name for path in (tmp_path / "uniform").glob("*.py")] == ours
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "uniform", dtype=torch.float32).eval()
         assert type(loaded) is type(model.model)
         assert_same_model(loaded, model.model, IDS_NW)
 
-    def test_masked_checkpoint(self, model: MoEModel, tmp_path: Path) -> None:
+    def test_masked_checkpoint(self, model: MoEModel, original: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         mask(model, random_plan(model))
-        save_checkpoint(model, byte_tokenizer(), tmp_path / "masked", about={})
+        save_checkpoint(model, original, tmp_path / "masked", about={})
+        before, after = (json.loads((folder / "config.json").read_text()) for folder in (original, tmp_path / "masked"))
+        heads = {name for name in before if "nextn" in name or "mtp" in name}
+        assert {name: after[name] for name in before.keys() - heads} == {name: before[name] for name in before.keys() - heads}
+        assert not any(after[name] for name in heads if type(after[name]) is int) and "written as transformers" not in caplog.text
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "masked", dtype=torch.float32).eval()
         assert type(loaded) is type(model.model)
         assert_same_model(loaded, model.model, IDS_NW)
+
+    def test_every_tensor_of_its_files_is_taken(self, dense: PreTrainedModel, original: Path, tmp_path: Path) -> None:
+        dense.save_pretrained(tmp_path)
+        source = find_model(str(shutil.copytree(original, tmp_path, dirs_exist_ok=True)), dtype="float32")
+        headers = read_headers(tmp_path)
+        assert source.left_out == [] and len(headers) > 10
+        weights = [name for name in headers if name.endswith(("weight", "proj"))]
+        name = max(weights, key=lambda name: math.prod(headers[name]["shape"]))
+        eight_bits = {**headers, name: {**headers[name], "dtype": "F8_E4M3"}}
+        with_scale = {**headers, f"{name}_scale_inv": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
+        for changed, what in ((eight_bits, f"{name} is F8_E4M3"), (with_scale, "scale_inv belongs to a quantised weight")):
+            with pytest.raises(ConfigError, match=re.escape(what)):
+                check_tensors(source.on_meta().model, changed, tmp_path)
 
     def test_training_step(self, model: MoEModel) -> None:
         """Ragged experts learn; what is frozen stays."""
@@ -226,8 +253,9 @@ class RaggedCheckpoints:
         folder = self.folder / family
         if not folder.exists():
             model = MoEModel(tiny_model(family))
+            original = write_description(self.folder.with_name("originals") / family, model.model)
             remove(model, random_plan(model))
-            save_checkpoint(model, byte_tokenizer(), folder, about={"ratio": 0.4})
+            save_checkpoint(model, original, folder, about={"ratio": 0.4})
             torch.save(logits(model.model), folder / "logits.pt")
         return folder
 

@@ -147,3 +147,29 @@ def test_trusted_code_is_part_of_the_identity(tmp_path: Path) -> None:
     (folder / "modeling.py").write_text("x = 2")
     assert find_model(str(folder), dtype="float32").identity == untrusted
     assert len({str(untrusted), str(trusted), str(find_model(str(folder), dtype="float32", trust_remote_code=True).identity)}) == 3
+
+
+def test_hub_weights_that_are_not_here_are_named_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "hub" / "models--someone--some-moe"
+    commit = "c" * 40
+    folder = write_model(cache / "snapshots" / commit)
+    (folder / "model.safetensors").unlink()
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    source = find_model("someone/some-moe", dtype="float32")
+    assert not source.has_weights
+    with pytest.raises(ConfigError, match="weights of model.path='someone/some-moe' are not all in .*, and the hub cannot be reached"):
+        source.load(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("dtype", "found"), [("bfloat16", torch.bfloat16), (None, torch.float32), ("float8_e4m3fn", None)])
+def test_the_dtype_of_the_weights_is_what_the_configuration_says(tmp_path: Path, dtype: str | None, found: torch.dtype | None) -> None:
+    path = write_model(tmp_path / "model") / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "dtype": dtype}))
+    if found is None:
+        with pytest.raises(ConfigError, match="says dtype float8_e4m3fn; give model.dtype as one of float32, bfloat16, float16"):
+            find_model(str(path.parent), dtype=None)
+    else:
+        assert find_model(str(path.parent), dtype=None).dtype is found

@@ -17,6 +17,8 @@ from heapr.model import moe
 from heapr.model.experts.dispatch import observe_experts, use_heapr_experts
 from heapr.model.experts.loop import split_by_expert
 from heapr.model.moe import MoEModel, next_token_loss, summed_loss_backward
+from heapr.pruning.surgery import remove
+from heapr.types import Plan
 from tests.tiny import tiny_model, tiny_qwen3_moe
 
 SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -46,6 +48,21 @@ def test_observers_see_the_expert_as_the_formula_has_it(model: MoEModel, ids_NW:
         torch.testing.assert_close(output_nD, h_nF @ down_DF.T)
     assert ((router_weight_S > 0) & (router_weight_S <= 1)).all()
     assert "observer" not in vars(layer.experts)
+
+
+def test_observers_of_ragged_experts_see_zeros_beyond_an_experts_width(model: MoEModel, ids_NW: Tensor) -> None:
+    widths_E = torch.tensor([3, 8, 0, 5])
+    kept_EF = torch.arange(8) < widths_E.unsqueeze(1)
+    dense = model.layers[0].weights()
+    remove(model, Plan(layers={layer.index: kept_EF for layer in model.layers}))
+    seen = []
+    with torch.no_grad(), observe_experts(model.model, [(model.layers[0].experts, lambda *call: seen.append(call))]):
+        model.model(input_ids=ids_NW, use_cache=False)
+    ((h_SF, _, output_SD, offsets),) = seen
+    of_experts = zip(widths_E, dense.down_EDF, split_by_expert(h_SF, offsets), split_by_expert(output_SD, offsets), strict=True)
+    for width, down_DF, h_nF, output_nD in of_experts:
+        assert len(h_nF) and (h_nF[:, width:] == 0).all() and (h_nF[:, :width] != 0).any() == (width > 0)
+        torch.testing.assert_close(output_nD, h_nF @ down_DF.T)
 
 
 def test_losses_equal_those_of_whole_logits(causal_lm: PreTrainedModel, ids_NW: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from heapr.errors import ConfigError
 from heapr.pruning.allocation import allocate
 from heapr.pruning.allocation_report import report_allocation
-from heapr.pruning.budget import Budget
+from heapr.pruning.budget import Budget, near_widths, the_width
 from heapr.schema import SCOPES, WIDTH_MULTIPLES
 from heapr.types import Plan, Scores
 
@@ -150,14 +152,26 @@ def test_rounding_leaves_as_many_experts_as_a_token_needs() -> None:
     assert plan.layers[0].sum(dim=1).tolist() == [8, 8]
 
 
-@pytest.mark.parametrize(("ratio", "multiple", "width"), [(0.3, 1, 22), (0.3, 8, 24), (0.5, 16, 16), (0.99, 8, 8)])
-def test_uniform_widths(ratio: float, multiple: int, width: int) -> None:
+@pytest.mark.parametrize(
+    ("width", "ratio", "multiple", "near"),
+    [
+        (32, 0.3, 1, [22, 23]), (32, 0.3, 8, [24, 16]), (32, 0.5, 16, [16]), (32, 0.99, 8, [8]), (64, 0.3, 8, [48, 40]),
+        (64, 0.0, 8, [64]), (64, 0.05, 8, [64, 56]), (64, 0.4375, 8, [40, 32]), (768, 0.3, 8, [536, 544]), (768, 0.999, 8, [8]),
+        (12, 0.05, 8, [12, 8]), (12, 0.3, 8, [8, 12]), (6, 0.5, 8, [6]), (8, 0.5, 8, [8]), (80, 0.9, 8, [8]), (64, 0.2, 8, [48, 56]),
+    ],
+)  # fmt: skip
+def test_widths_near_what_a_ratio_asks_for(width: int, ratio: float, multiple: int, near: list[int]) -> None:
+    assert near_widths(width, ratio, multiple) == near
+
+
+def test_uniform_widths() -> None:
     scores = random_scores(width=32)
-    plan = plan_of(scores, ratio=ratio, scope="expert", width_multiple=multiple, is_uniform=True) if ratio < 0.9 else None
-    if plan is None:  # the exact plan would leave nothing, the rounded one is made all the same
-        widths = {index: [32] * 5 for index in scores.layers}
-        plan = allocate(scores, widths, Budget(ratio=ratio, scope="expert", experts_per_token=1, width_multiple=multiple, is_uniform=True))
-    assert all((kept_EF.sum(dim=1) == width).all() for kept_EF in plan.layers.values())
+    plan = plan_of(scores, ratio=0.3, scope="expert", uniform_width=24)
+    assert all((kept_EF.sum(dim=1) == 24).all() for kept_EF in plan.layers.values())
+    for index, kept_EF in plan.layers.items():
+        lowest_E = scores.layers[index].masked_fill(~kept_EF, math.inf).amin(dim=1)
+        highest_E = scores.layers[index].masked_fill(kept_EF, -math.inf).amax(dim=1)
+        assert (lowest_E > highest_E).all()
 
 
 def test_what_cannot_be_rounded_is_refused() -> None:
@@ -165,7 +179,7 @@ def test_what_cannot_be_rounded_is_refused() -> None:
         plan_of(random_scores(), ratio=0.5, scope="global", width_multiple=16)
     _, widths = ragged_scores()
     with pytest.raises(ConfigError, match="needs experts of one width, this model has 8"):
-        Budget(ratio=0.5, scope="expert", experts_per_token=1, is_uniform=True).check(widths)
+        the_width(widths)
 
 
 def test_the_report_says_what_rounding_cost() -> None:
@@ -178,3 +192,17 @@ def test_the_report_says_what_rounding_cost() -> None:
     assert report["kept_score_without_rounding"] == pytest.approx(3 * 5 + 5 * 4)
     assert report["kept_score"] == pytest.approx(5 * 4 + 3 * 0.1)
     assert "3 of them others than without" in report["summary"][1]
+
+
+def test_a_total_that_the_top_k_keeps_from_being_reached_is_said_with_its_number() -> None:
+    """Four experts of 2 are to stay of 8 x 8: each becomes 8 wide, which leaves 32 in place of 8."""
+    scores, widths = Scores(layers={0: random_scores(1, 8, 8).layers[0]}), {0: [8] * 8}
+    budget = Budget(ratio=0.875, scope="global", experts_per_token=4, width_multiple=8)
+    plan = allocate(scores, widths, budget)
+    assert plan.num_kept == 32
+    assert report_allocation(plan, scores, widths, budget)["not_reached"] == [
+        "56 atomic experts were to go and 32 do: the rest must stay, because every token is routed to 4 experts, so that many of each "
+        "layer keep a width of at least 8"
+    ]
+    exact = Budget(ratio=0.875, scope="global", experts_per_token=4)
+    assert report_allocation(allocate(scores, widths, exact), scores, widths, exact)["not_reached"] == []

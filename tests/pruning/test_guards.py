@@ -102,6 +102,29 @@ def test_with_protected_layers_the_others_lose_so_much_more(ratio: float) -> Non
         assert scope == "global" or abs(lost[0] - lost[1]) <= 1
 
 
+@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize("unit", ["atomic_experts", "flops"])
+@pytest.mark.parametrize("width_multiple", [1, 2])
+def test_a_protected_layer_with_fewer_experts_than_a_token_needs_loses_nothing(scope: str, unit: str, width_multiple: int) -> None:
+    """Layer 0 has one expert left, tokens go to two. The empty one must not take the place of what is there."""
+    scores = random_scores(num_layers=2, num_experts=3, width=8)
+    widths = {0: [0, 6, 0], 2: [8, 8, 8]}
+    costs = None if unit == "atomic_experts" else {index: torch.ones(3, dtype=torch.float64) for index in widths}
+    guards = Guards(protected_layers=(0,))
+    budget = Budget(ratio=0.4, scope=scope, experts_per_token=2, unit=unit, width_multiple=width_multiple, guards=guards)
+    budget.check(widths)
+    plan = allocate(scores, widths, budget, costs)
+    assert plan.widths[0] == [0, 6, 0] and plan.num_kept == 18
+
+
+def test_a_layer_with_fewer_atomic_experts_than_a_token_needs_experts_stays_as_it_is() -> None:
+    """One atomic expert of one expert is left and tokens go to two: refused at every ratio before, although others can go."""
+    scores, widths = random_scores(num_layers=2, num_experts=3, width=8), {0: [0, 1, 0], 2: [8, 8, 8]}
+    budget = Budget(ratio=0.4, scope="global", experts_per_token=2)
+    budget.check(widths)
+    assert allocate(scores, widths, budget).widths[0] == [0, 1, 0]
+
+
 def test_tempering_by_hand() -> None:
     """Means 1 and 4, of which 2.5 is the mean; what no token reached (-1) and what is not there (-inf) do not count."""
     layers = {0: torch.tensor([[0.0, 2.0], [-1.0, -torch.inf]]), 3: torch.tensor([[3.0, 5.0]]), 5: torch.tensor([[0.0, 0.0]])}

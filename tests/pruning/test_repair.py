@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -119,7 +120,9 @@ def test_expert_repair_is_least_squares_of_each_expert(layer: Layer) -> None:
     torch.testing.assert_close(experts.down_proj.detach().double(), torch.cat(expected), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("repair", [JointRepair(ridge=TINY_RIDGE), JointRepair(ridge=TINY_RIDGE, direct_up_to=0, num_sweeps=300)])
+@pytest.mark.parametrize(
+    "repair", [JointRepair(ridge=TINY_RIDGE), JointRepair(ridge=TINY_RIDGE, direct_up_to=0, max_steps=300, tolerance=1e-12)]
+)
 def test_joint_repair_is_least_squares_of_the_layer(layer: Layer, repair: JointRepair) -> None:
     experts, _ = layer.repaired(repair)
     z_TS, columns_SD = layer.z_dense(), layer.columns()
@@ -129,15 +132,58 @@ def test_joint_repair_is_least_squares_of_the_layer(layer: Layer, repair: JointR
 
 def test_both_ways_to_solve_agree_with_ridge(layer: Layer) -> None:
     direct, found = layer.repaired(JointRepair(ridge=0.1))
-    blockwise, also_found = layer.repaired(JointRepair(ridge=0.1, direct_up_to=0, num_sweeps=100))
+    blockwise, also_found = layer.repaired(JointRepair(ridge=0.1, direct_up_to=0, max_steps=100, tolerance=1e-12))
     torch.testing.assert_close(blockwise.down_proj, direct.down_proj, rtol=1e-4, atol=1e-5)
     assert also_found.error_after == pytest.approx(found.error_after, rel=1e-5)
 
 
-def test_every_sweep_lowers_what_is_minimised(layer: Layer) -> None:
-    repairs = [JointRepair(ridge=TINY_RIDGE, direct_up_to=0, num_sweeps=number) for number in (1, 2, 4, 8)]
+def test_more_steps_leave_less(layer: Layer) -> None:
+    repairs = [JointRepair(ridge=TINY_RIDGE, direct_up_to=0, max_steps=number, tolerance=1e-12) for number in (1, 2, 4, 8)]
     errors = [layer.repaired(repair)[1].error_after for repair in repairs]
     assert errors == sorted(errors, reverse=True) and errors[0] > errors[-1]
+
+
+class AlikeExperts(Layer):
+    """Experts that put out nearly the same and are always chosen in pairs: what one lacks the other can make up for, which couples the
+    equations of experts as much as can be. Ten turns of block coordinate descent are 1 to 5 % above the minimum here."""
+
+    def __init__(self, alike: float) -> None:
+        super().__init__()
+        model = MoEModel(tiny_qwen3_moe())
+        experts = model.layers[0].experts
+        with torch.no_grad():
+            experts.gate_up_proj.copy_(alike * experts.gate_up_proj[:1] + (1 - alike) * experts.gate_up_proj)
+        self.before = copy.deepcopy(experts)
+        remove(model, Plan(layers={0: self.kept_EF, 1: torch.ones(4, 8, dtype=torch.bool)}))
+        self.after = model.layers[0].experts
+        generator = torch.Generator().manual_seed(1)
+        p_TK = torch.rand(400, 1, generator=generator).expand(400, 2).contiguous()
+        self.inputs = replace(self.inputs, expert_TK=torch.tensor([[0, 1], [2, 3]]).repeat(200, 1), router_weight_TK=p_TK)
+
+    def objective(self, experts: RaggedExperts, ridge: float) -> float:
+        """What joint repair minimises, the slow way."""
+        z_TS = self.z_dense()[:, self.kept_EF.flatten()]
+        change_SD = experts.down_proj.detach().double() - self.after.down_proj.detach().double()
+        return len(z_TS) * self.error(experts) + ridge * float(z_TS.square().sum(0).mean() * change_SD.square().sum())
+
+
+@pytest.mark.parametrize("alike", [0.0, 0.9, 0.98])
+@pytest.mark.parametrize("ridge", [1e-2, 1e-4])
+@pytest.mark.parametrize("tolerance", [1e-1, 1e-3])
+def test_steps_end_within_the_tolerance_of_the_minimum(
+    alike: float, ridge: float, tolerance: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    layer = AlikeExperts(alike)
+    least = layer.objective(layer.repaired(JointRepair(ridge=ridge))[0], ridge)
+    found = layer.objective(layer.repaired(JointRepair(ridge=ridge, direct_up_to=0, tolerance=tolerance))[0], ridge)
+    assert found <= least * (1 + tolerance / (1 - tolerance))
+    assert not caplog.records
+
+
+def test_a_bound_on_steps_that_is_hit_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    AlikeExperts(0.9).repaired(JointRepair(direct_up_to=0, max_steps=3))
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and "after max_steps=3 the error is up to 0.7" in record.message
 
 
 def test_reported_errors_are_those_of_the_layer(layer: Layer) -> None:
@@ -294,7 +340,13 @@ def test_repaired_weights_make_the_same_model_again_and_a_masked_one(repair: Rep
 
 @pytest.mark.parametrize(
     "make",
-    [lambda: ExpertRepair(ridge=0.0), lambda: JointRepair(ridge=-1.0), lambda: JointRepair(num_sweeps=0), lambda: JointRepair(refits=-1)],
+    [
+        lambda: ExpertRepair(ridge=0.0),
+        lambda: JointRepair(ridge=-1.0),
+        lambda: JointRepair(max_steps=0),
+        lambda: JointRepair(tolerance=0.0),
+        lambda: JointRepair(refits=-1),
+    ],
 )
 def test_values_out_of_range(make: object) -> None:
     with pytest.raises(ConfigError, match="give "):

@@ -67,7 +67,7 @@ def test_the_number_is_the_nearest(ratio: float, number: int, scope: str) -> Non
 
 def test_layers_lose_the_same_share_up_to_one_expert_and_the_total_is_the_nearest() -> None:
     scores = Scores(layers={index: torch.rand(8, 1, generator=torch.Generator().manual_seed(index)).repeat(1, 5) for index in range(4)})
-    assert [len(experts) for experts in removed(scores, 0.31, "layer").values()] == [2, 3, 2, 3]  # 2.48 each, 9.92 in all
+    assert [len(experts) for experts in removed(scores, 0.31, "layer").values()] == [3, 3, 2, 2]  # 2.48 each, 9.92 in all
 
 
 def test_every_layer_keeps_as_many_experts_as_a_token_needs() -> None:
@@ -130,6 +130,27 @@ def test_the_report_says_how_many_experts_went() -> None:
     report = report_allocation(allocate(TWO_LAYERS, widths, budget), TWO_LAYERS, widths, budget)
     assert report["summary"] == ["removes 6 of 24 atomic experts (asked for 7.2)", "these are 2 of 8 experts, removed whole"]
     assert report["atomic_experts_removed"] == 6 and report["atomic_experts_exchanged"] == 0
+
+
+def test_what_cannot_be_reached_is_said_with_its_number() -> None:
+    """Layer 0: the two best are all but 2 of 14, and the two narrowest, by which the ratio was judged, are not the best."""
+    widths = {0: [6, 6, 1, 1], 2: [4, 4, 4, 2]}
+    scores = scores_of([8.0, 7.0, 1.0, 2.0], [8.0, 7.0, 1.0, 2.0], width=6)
+    for scope, going in (("global", 8), ("layer", 8)):
+        budget = budget_of(0.5, scope, experts_per_token=2)
+        budget.check(widths)
+        plan = allocate(scores, widths, budget)
+        assert sum(map(sum, widths.values())) - plan.num_kept == going
+        lines = report_allocation(plan, scores, widths, budget)["not_reached"]
+        assert lines[0] == (
+            f"14 atomic experts were to go and {going} do: the rest must stay, because every token is routed to 2 experts, so that many of "
+            "each layer stay whole"
+        )
+        assert [line.partition(",")[0] for line in lines[1:]] == (
+            [] if scope == "global" else ["layer 0: 7 atomic experts were to go and 2 do: the rest must stay"]
+        )
+    reached = budget_of(0.25, "global", experts_per_token=2)
+    assert report_allocation(allocate(scores, widths, reached), scores, widths, reached)["not_reached"] == []
 
 
 def widths_of(model: MoEModel) -> list[list[int]]:

@@ -101,3 +101,11 @@ def test_names_and_keys_are_whole_on_a_narrow_terminal() -> None:
     console = Console(width=80, record=True, file=io.StringIO())
     print_summary({**SUMMARY, "stages": [long]}, "outputs/runs/now", console)
     assert any("perplexity/numpydocs pruned" in line and "0123456789abcdef" in line for line in console.export_text().splitlines())
+
+
+def test_paths_are_broken_nowhere() -> None:
+    """On a narrow terminal it is the terminal that wraps, and what is copied from it is one line."""
+    console, folder = Console(width=40, record=True, file=io.StringIO()), "outputs/a folder with blanks/and_a_name_of_many_letters/now"
+    print_summary({**SUMMARY, "stages": [{**SUMMARY["stages"][0], "path": f"{folder}/calibrate/abc"}]}, folder, console)
+    lines = console.export_text().splitlines()
+    assert f"this run:   {folder}" in lines and f"artifacts:  {folder}/<stage>/<artifact>" in lines

@@ -70,3 +70,16 @@ def test_published_numbers_lie_beside_the_experiments() -> None:
     header = (EXPERIMENTS / "published" / "results.csv").read_text().splitlines()[0]
     assert header == "model,ratio,method,metric,value,source"
     assert Path(EXPERIMENTS / "published" / "README.md").is_file()
+
+
+@pytest.mark.parametrize("version", ["paper", "tiny"])
+def test_shares_of_perplexity_stand_beside_shares_of_divergence_that_every_job_measures(version: str) -> None:
+    definition = load_definition(EXPERIMENTS, "beyond")
+    for entry in definition.layout(version):
+        named = entry.get("metrics", [])
+        if entry["kind"].startswith("relative"):
+            corpora = [name.partition("/")[2] for name in named if name.startswith("perplexity/")]
+            assert corpora and {f"kl_to_dense/{corpus}" for corpus in corpora} <= set(named)
+    for job in {tuple(override for override in job if not re.search(r"ratio|seed", override)) for job in jobs_of("beyond", version)}:
+        names = {evaluator.name for evaluator in build_evaluators(compose_experiment(*job).evaluation, torch.device("cpu"))}
+        assert {f"fidelity/{name.removeprefix('perplexity/')}" for name in names if name.startswith("perplexity/")} <= names

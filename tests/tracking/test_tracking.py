@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -77,6 +78,42 @@ def test_mode_is_online_only_with_a_key(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert wandb_tracker.resolve_mode("auto") == "offline"
     monkeypatch.setenv("NETRC", str(tmp_path / "elsewhere"))
     assert wandb_tracker.resolve_mode("auto") == "online"
+
+
+@pytest.mark.parametrize(("asked", "mode"), [("disabled", "none"), ("dryrun", "offline"), ("offline", "offline")])
+def test_wandbs_own_variable_decides_where_nothing_was_asked(monkeypatch: pytest.MonkeyPatch, asked: str, mode: str) -> None:
+    monkeypatch.setenv("WANDB_MODE", asked)
+    assert wandb_tracker.resolve_mode("auto") == mode
+    assert wandb_tracker.resolve_mode("none") == "none" and wandb_tracker.resolve_mode("offline") == "offline"
+
+
+def test_a_mode_that_wandb_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "of")
+    with pytest.raises(ConfigError, match="WANDB_MODE='of' is unknown; choose one of online, run, offline, dryrun, disabled, or unset it"):
+        wandb_tracker.resolve_mode("auto")
+
+
+def test_a_disabled_wandb_leaves_nothing_and_advises_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    with open_in(tmp_path, "auto") as tracker:
+        tracker.log({"perplexity/x": 3.5})
+    assert "wandb sync" not in caplog.text and "WANDB_MODE=disabled: nothing goes to wandb" in caplog.text
+    assert not (tmp_path / "outputs").exists() and (tmp_path / "tracking.jsonl").is_file()
+
+
+def test_nobody_is_sent_to_a_folder_that_does_not_exist(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    for place in (tmp_path / "gone", tmp_path):
+        run = SimpleNamespace(dir=str(place / "files"), finish=lambda exit_code: None)
+        monkeypatch.setattr(wandb_tracker, "_start", lambda *_, run=run: (run, "offline"))
+        with open_in(tmp_path, "offline"):
+            pass
+    assert caplog.text.count("wandb sync") == 1 and f"wandb sync {tmp_path}\n" in caplog.text
 
 
 def test_online_without_a_key_is_refused_rather_than_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -142,7 +142,9 @@ def exchanged(name: str, values: Sequence[tuple[nn.Module, Any]]) -> Iterator[No
 
 
 def _in_one_layout(matrices: Matrices) -> Matrices:
-    return Matrices(*(None if tensor is None else _row_by_row(tensor) for tensor in matrices))
+    inputs_GD, inputs_bias_G, down_DF, down_bias_D = matrices
+    biases = [None if bias is None else _row_by_row(bias) for bias in (inputs_bias_G, down_bias_D)]
+    return Matrices(_row_by_row(inputs_GD), biases[0], _row_by_row(down_DF), biases[1])
 
 
 def _row_by_row(tensor: Tensor) -> Tensor:

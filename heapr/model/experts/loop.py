@@ -80,7 +80,8 @@ def run_sorted(
 
 def split_by_expert(rows_S: Tensor, offsets: Tensor) -> tuple[Tensor, ...]:
     """Each expert's rows; `offsets` (E+1,) as observers get them from the loop, on the CPU."""
-    return rows_S.split(offsets.diff().tolist())
+    of_experts: tuple[Tensor, ...] = rows_S.split(offsets.diff().tolist())
+    return of_experts
 
 
 def _one_by_one(experts: Experts, visits: Iterable[Visit]) -> Iterator[tuple[Visit, Tensor]]:
@@ -107,7 +108,8 @@ def _observed(experts: Experts, visits: Sequence[Visit], counts: list[int]) -> I
     output_SD = torch.cat(output_E)
     del output_E
     router_weight_S = torch.cat([visit.router_weight_n for visit in visits])
-    experts.observer(h_SF, router_weight_S, output_SD, torch.tensor([*accumulate(counts, initial=0)]))
+    offsets = torch.tensor(list(accumulate(counts, initial=0)), device="cpu")
+    experts.observer(h_SF, router_weight_S, output_SD, offsets)
     yield from zip(visits, output_SD.split(sizes), strict=True)
 
 

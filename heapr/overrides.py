@@ -1,0 +1,116 @@
+"""What is wrong with an override that Hydra cannot read, and how a shell wants it written.
+
+In: an argument of the command line, such as `paths.outputs=/tmp/é`. Out: one line that names it and what to type instead.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+UNQUOTED = re.compile(r"[\w /\-\\+.$%*@?|:,]", re.ASCII)  # what Hydra reads in a value without quotes
+SWEEP_OPTIONS = {"-m", "--multirun"}
+
+
+def explain_override(override: str, arguments: Sequence[str]) -> str:
+    """One line for an argument that Hydra cannot read.
+
+    Args:
+        override: the argument, as Hydra got it: without the shell's quotes.
+        arguments: all of them, which say whether a comma separates values to sweep over.
+    """
+    key, equals, value = override.partition("=")
+    if not override.isprintable():
+        return f"argument {override!r} holds a character that cannot be printed, such as the end of a line; leave it out"
+    if not equals:
+        return f"argument '{override}' is no override; give key=value, or an option that --help lists"
+    if not key.strip("+~") or not _is_read(f"{key}=1"):
+        return f"argument '{override}': '{key}' cannot be the name of a field; give key=value with a key that --help lists"
+    with_one = f"{key}={value.lstrip('=')}"
+    if value.startswith("=") and _is_read(with_one):
+        return f"argument '{override}' has one '=' too many; write {shlex.quote(with_one)}"
+    marks = "".join(dict.fromkeys(letter for letter in _without_brackets(value) if not UNQUOTED.fullmatch(letter)))
+    reason = f"{' '.join(marks)} in a value must stand inside quotes" if marks else "its value cannot be read"
+    written = quoted_override(key, value, is_sweep=bool(SWEEP_OPTIONS & set(arguments)))
+    if written is None:
+        return f"argument '{override}': {reason}; put \"...\" around that part of the value, and '...' around the whole argument"
+    return f"argument '{override}': {reason}; write {written} (the outer quotes are the shell's, the inner ones the value's)"
+
+
+def explain_comma(override: str) -> str:
+    """One line for a value with a comma outside a sweep."""
+    key, _, value = override.partition("=")
+    one = quoted_override(key, value, is_sweep=False, always=True)
+    return (
+        f"argument '{override}' has a comma; write {one} for one value, {shlex.quote(f'{key}=[{value}]')} for a list, "
+        "or add -m to run once for each"
+    )
+
+
+def explain_option(arguments: Sequence[str], config_folder: Path) -> str:
+    """One line for a group's option that is a number, a truth value or null where a name is wanted.
+
+    Args:
+        arguments: one of them is at fault.
+        config_folder: its folders are the groups.
+    """
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        group = key.lstrip("+~").partition("@")[0]
+        if not equals or not (config_folder / group).is_dir() or isinstance(_read(argument), str | list):
+            continue
+        if not group:
+            return explain_override(argument, arguments)
+        known = ", ".join(sorted(file.stem for file in (config_folder / group).glob("*.yaml")))
+        return f"argument '{argument}': {value} is no name of an option; known options of {group}: {known}"
+    return "a group's option is no name; see --help"
+
+
+def quoted_override(key: str, value: str, *, is_sweep: bool, always: bool = False) -> str | None:
+    """The argument as a shell takes it, with quotes inside where Hydra needs them; None if no quotes make it readable.
+
+    Args:
+        key, value: of the override.
+        is_sweep: a comma separates values to sweep over.
+        always: quote the value even if it could be read without.
+    """
+    if value.startswith("{") and value.endswith("}"):
+        return None  # whether it is a mapping, and where its values begin, is not guessed
+    is_list = value.startswith("[") and value.endswith("]")
+    if is_list or (is_sweep and "," in value):
+        inner = value[1:-1] if is_list else value
+        items = ",".join(item if _is_read(f"{key}={item}") else _in_quotes(item) for item in inner.split(","))
+        written = f"{key}=[{items}]" if is_list else f"{key}={items}"
+    else:
+        written = f"{key}={value}" if _is_read(f"{key}={value}") and not always else f"{key}={_in_quotes(value)}"
+    return shlex.quote(written) if _is_read(written) else None
+
+
+def _in_quotes(text: str) -> str:
+    """Text between double quotes as Hydra unescapes it: backslashes count only before a quote."""
+    escaped = re.sub(r'(\\*)"', r'\1\1\\"', text)
+    return '"' + re.sub(r"(\\+)$", r"\1\1", escaped) + '"'
+
+
+def _without_brackets(value: str) -> str:
+    """A list's or mapping's content."""
+    return value[1:-1] if (value[:1], value[-1:]) in {("[", "]"), ("{", "}")} else value
+
+
+def _is_read(override: str) -> bool:
+    """Whether Hydra reads it; what is not in quotes may not hold a comma that separates values."""
+    return not isinstance(_read(override), HydraException)
+
+
+def _read(override: str) -> Any:
+    """The value as Hydra reads it, or the error that it raises."""
+    try:
+        return OverridesParser.create().parse_override(override).value()
+    except HydraException as error:
+        return error
