@@ -48,8 +48,8 @@ class LayerObserver:
         if not offsets.is_cpu:
             self._add_to(slice(None), slice(None), pair_statistics(*seen, grad_SF, Segments(offsets)))
             return
-        of_experts = zip(*(split_by_expert(rows, offsets) for rows in (*seen, grad_SF)), strict=True)
-        for expert, (h_nF, p_n, output_nD, grad_nF) in enumerate(of_experts):  # one expert's rows stay in the processor's cache
+        of_experts = [split_by_expert(rows, offsets) for rows in (*seen, grad_SF)]
+        for expert, (h_nF, p_n, output_nD, grad_nF) in enumerate(zip(*of_experts, strict=True)):  # one's rows stay in the CPU's cache
             own = slice(self.widths[expert])
             if len(p_n):
                 self._add_to(expert, own, pair_statistics(h_nF[:, own], p_n, output_nD, grad_nF[:, own], OneExpert()))

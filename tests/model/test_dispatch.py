@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -91,6 +92,17 @@ def test_an_inner_observer_gives_the_outer_one_back(how: str) -> None:
         logits(model)
     logits(model)
     assert seen[:1] == ["inner"] and seen[-1:] == ["outer"] and set(seen[: seen.index("outer")]) == {"inner"}
+
+
+@pytest.mark.parametrize("how", STORED)
+def test_a_device_map_still_brings_the_weights(how: str) -> None:
+    model, run = stored(how), Forward()
+    expected = logits(model)
+    for layer in model.layers:
+        cpu_offload(layer.experts, execution_device=torch.device("cpu"))
+    with use_heapr_experts(model.model, run):
+        torch.testing.assert_close(logits(model), expected)
+    assert run.num_calls == len(model.layers)
 
 
 @pytest.mark.parametrize("how", STORED)

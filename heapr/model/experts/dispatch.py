@@ -64,15 +64,15 @@ def use_heapr_experts(model: PreTrainedModel, run: ExpertsForward | None = None)
         ConfigError: transformers does not let the model's experts implementation be chosen, which it passes over in silence.
     """
     modules = [module for module in model.modules() if is_experts(module)]
-    chosen = [(module, run or forward_for(module)) for module in modules]
-    outside = [module for module in modules if is_outside_interface(module)]
+    chosen = [(module, "run", run or forward_for(module)) for module in modules]
+    outside = [(module, _forward_name(module), partial(run_chosen, module)) for module in modules if is_outside_interface(module)]
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, run_chosen)
     previous = model.get_experts_implementation()
     model.set_experts_implementation(IMPLEMENTATION)
     try:
         if IMPLEMENTATION not in model.get_experts_implementation().values() and any(map(is_behind_interface, modules)):
             raise ConfigError(f"{type(model).__name__} needs a missing capability: experts whose implementation cannot be chosen")
-        with exchanged("run", chosen), forwards(outside, lambda experts: partial(run_chosen, experts)):
+        with exchanged(chosen + outside):
             yield
     finally:
         model.set_experts_implementation(previous)
@@ -87,7 +87,8 @@ def observe_experts(
     Args:
         run: see `use_heapr_experts`.
     """
-    with use_heapr_experts(model, run), exchanged("observer", observers):
+    watched = [(experts, "observer", observer) for experts, observer in observers]
+    with use_heapr_experts(model, run), exchanged(watched):
         yield
 
 
@@ -121,24 +122,29 @@ def skip_experts(model: PreTrainedModel) -> Iterator[None]:
 @contextmanager
 def forwards(modules: Sequence[nn.Module], make: Callable[[nn.Module], Callable[..., Any]]) -> Iterator[None]:
     """Give each module a forward of its own; restores what was there, a device map's hook too."""
-    with exchanged("forward", [(module, make(module)) for module in modules]):
+    with exchanged([(module, "forward", make(module)) for module in modules]):
         yield
 
 
 @contextmanager
-def exchanged(name: str, values: Sequence[tuple[nn.Module, Any]]) -> Iterator[None]:
-    """Give each module an attribute of its own; restores what it had, or that it had none."""
-    previous = [(module, vars(module).get(name, ABSENT)) for module, _ in values]
-    for module, value in values:
+def exchanged(values: Sequence[tuple[nn.Module, str, Any]]) -> Iterator[None]:
+    """Give modules attributes, by name, of their own; restores what each had, or that it had none."""
+    previous = [(module, name, vars(module).get(name, ABSENT)) for module, name, _ in values]
+    for module, name, value in values:
         setattr(module, name, value)
     try:
         yield
     finally:
-        for module, value in previous:
+        for module, name, value in previous:
             if value is ABSENT:
                 delattr(module, name)
             else:
                 setattr(module, name, value)
+
+
+def _forward_name(module: nn.Module) -> str:
+    """Under which name a module keeps its forward: accelerate, of a device map, wraps it in one that brings the weights."""
+    return "_old_forward" if "_old_forward" in vars(module) else "forward"
 
 
 def _in_one_layout(matrices: Matrices) -> Matrices:

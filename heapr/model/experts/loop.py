@@ -66,9 +66,8 @@ def run_sorted(
         order_S, counts = _without_empty(order_S, counts, widths_of(experts))
     token_S = order_S // expert_TK.shape[1]
     router_weight_S = router_weight_TK.reshape(-1)[order_S]
-    rows = zip(token_S.split(counts), hidden_TD[token_S].split(counts), router_weight_S.split(counts), strict=True)
-    matrices_E = matrices_of(experts) if matrices_E is None else matrices_E
-    visits = (Visit(matrices, *of_expert) for matrices, of_expert in zip(matrices_E, rows, strict=False) if len(of_expert[0]))
+    segments = zip(token_S.split(counts), hidden_TD[token_S].split(counts), router_weight_S.split(counts), strict=True)
+    visits = _visits(matrices_of(experts) if matrices_E is None else matrices_E, segments)
     outputs = _observed(experts, list(visits), counts[:-1]) if is_observed else _one_by_one(experts, visits)
     total_TD = torch.zeros_like(hidden_TD)
     for visit, output_nD in outputs:
@@ -82,6 +81,13 @@ def split_by_expert(rows_S: Tensor, offsets: Tensor) -> tuple[Tensor, ...]:
     """Each expert's rows; `offsets` (E+1,) as observers get them from the loop, on the CPU."""
     of_experts: tuple[Tensor, ...] = rows_S.split(offsets.diff().tolist())
     return of_experts
+
+
+def _visits(matrices_E: Iterable[Matrices], segments: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Iterator[Visit]:
+    """The experts that have tokens; the segment behind the last expert's is that of pairs without an expert."""
+    for matrices, (token_n, hidden_nD, router_weight_n) in zip(matrices_E, segments, strict=False):
+        if len(token_n):
+            yield Visit(matrices, token_n, hidden_nD, router_weight_n)
 
 
 def _one_by_one(experts: Experts, visits: Iterable[Visit]) -> Iterator[tuple[Visit, Tensor]]:
