@@ -6,70 +6,49 @@ other mistake is refused as in a run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-from heapr.calibration.corpora import Corpus
-from heapr.calibration.mixture import Mixture
-from heapr.errors import NotHereError
-from heapr.evaluation.build import build_evaluators
-from heapr.evaluation.evaluator import Comparison, Evaluator
-from heapr.experiment import (
-    check_lengths,
-    find_budget,
-    find_criterion,
-    find_repair,
-    find_source,
-    find_uniform_settings,
-    name_of,
-    notes_on_budget,
-)
-from heapr.model.device import find_device
+from heapr.experiment import Experiment, prepare
 from heapr.model.load import ModelSource
 from heapr.model.meta import activation_bytes, calibration_flops
 from heapr.model.moe import MoEModel
 from heapr.pruning.budget import Budget
-from heapr.recipes import Recipes, experiment_recipes
-from heapr.schema import CalibrationConfig, ExperimentConfig, PruningConfig, build
-from heapr.store import WHOLE, Recipe, Store
+from heapr.schema import CalibrationConfig, ExperimentConfig
 from heapr.types import LayerStatistics
 
 MATRIX_ELEMENT_BYTES = 4  # the published procedure's D x D matrices are float32
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True)
-class PlannedStage:
-    """One artifact.
+class StepState:
+    """A step as it stands, in JSON types.
 
     Attributes:
-        stage, key, part: what it is; a part is made by itself and kept with the whole.
-        what: of an evaluation, what is measured on which model.
+        stage, part, what, key: as a run's summary tells them; a part is made by itself and kept with the whole.
         cached: whether it is in the store already.
         config: resolved configuration of the stage.
     """
 
     stage: str
+    part: str
     what: str
     key: str
-    part: str
     cached: bool
     config: Mapping[str, Any]
 
     @property
-    def name(self) -> str:
+    def id(self) -> str:
         """Of the artifact or part, different from all others."""
         return f"{self.key}/{self.part}"
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """The numbers of a planned run.
+    """The numbers of a run that is not made.
 
     Attributes:
         name: readable: model, criterion, scope, ratio.
@@ -116,12 +95,12 @@ class DryRun:
     sequence_length: int
     activation_bytes: int | None
     calibration_flops: int | None
-    stages: list[PlannedStage]
+    stages: list[StepState]
     notes: list[str]
 
 
 def dry_run(config: ExperimentConfig) -> DryRun:
-    """Plan a run; nothing is loaded, tokenised or made.
+    """Tell a run; nothing is loaded, tokenised or made.
 
     Args:
         config: checked by `heapr.schema.resolve`.
@@ -130,14 +109,15 @@ def dry_run(config: ExperimentConfig) -> DryRun:
         ConfigError: the user's mistake.
     """
     notes: list[str] = []
-    source, budget, stages = plan_stages(config, notes)
-    notes += notes_on_budget(source, budget)
+    experiment = prepare(config, notes)
+    source, budget = experiment.source, experiment.budget
+    notes += experiment.notes_on_budget
     model = source.on_meta()
     notes += source.left_out if source.has_weights else []
     if "hub" not in source.identity and not source.has_weights:
         notes.append(f"'{source.folder}' holds no weights; with them the keys will be others, because weights determine results")
     return DryRun(
-        name=name_of(config),
+        name=experiment.name,
         path=config.model.path,
         dtype=config.model.dtype,
         ratio=config.pruning.ratio,
@@ -148,39 +128,20 @@ def dry_run(config: ExperimentConfig) -> DryRun:
         num_samples=config.calibration.num_samples,
         batch_size=min(config.calibration.batch_size, config.calibration.num_samples),
         sequence_length=config.calibration.sequence_length,
-        stages=stages,
+        stages=step_states(experiment),
         notes=notes,
         **_sizes(model, source, budget),
         **_costs(model, config.calibration),
     )
 
 
-def plan_stages(config: ExperimentConfig, notes: list[str]) -> tuple[ModelSource, Budget, list[PlannedStage]]:
-    """The model, how much is removed of it, and every artifact; no artifact if a corpus is missing on which keys depend.
-
-    Args:
-        config: checked by `heapr.schema.resolve`.
-        notes: gets one line for each thing that is not on this machine.
-
-    Raises:
-        ConfigError: the user's mistake.
-    """
-    criterion = find_criterion(config)
-    find_repair(config)  # its mistakes
-    text = _or_note(notes, lambda: _known_text(config.calibration.corpus, "calibration.corpus"))
-    device = _or_note(notes, lambda: find_device(config.runtime.device)) or torch.device("cpu")
-    built = build_evaluators(_what_is_here(config.evaluation, notes), device)
-    evaluators = [entry for entry in built if isinstance(entry, Evaluator)]
-    comparisons = [entry for entry in built if isinstance(entry, Comparison)]
-    store = Store(Path(config.paths.outputs) / "artifacts", torch.device("cpu"))
-    source = find_source(config, store)
-    check_lengths(config, source)
-    budget = find_budget(config, source, criterion)
-    find_uniform_settings(source, budget)
-    if text is None:
-        return source, budget, []
-    recipes = experiment_recipes(config, source.identity, text, evaluators, comparisons)
-    return source, budget, list(_stages(recipes, store, built, config.pruning))
+def step_states(experiment: Experiment) -> list[StepState]:
+    """Every step in the order of a run; none if a text is missing on which keys depend."""
+    store = experiment.store
+    return [
+        StepState(step.origin.stage, step.part, step.what, step.origin.key, store.has(step.origin, step.part), step.origin.config)
+        for step in experiment.steps
+    ]
 
 
 def _sizes(model: MoEModel, source: ModelSource, budget: Budget) -> dict[str, Any]:
@@ -233,54 +194,6 @@ def _costs(model: MoEModel, calibration: CalibrationConfig) -> dict[str, Any]:
         return {"calibration_flops": None, "activation_bytes": None}
     held = activation_bytes(model, batch_size, calibration.sequence_length)
     return {"calibration_flops": calibration.num_samples * flops, "activation_bytes": held}
-
-
-def _stages(recipes: Recipes, store: Store, evaluation: Sequence[Evaluator | Comparison], pruning: PruningConfig) -> Iterator[PlannedStage]:
-    """Every artifact and part of one in the order of a run."""
-    evaluators = [entry for entry in evaluation if isinstance(entry, Evaluator)]
-    comparisons = list(zip([entry for entry in evaluation if isinstance(entry, Comparison)], recipes.compare, strict=True))
-
-    def plan(recipe: Recipe, what: str = "", part: str = WHOLE) -> PlannedStage:
-        return PlannedStage(recipe.stage, what, recipe.key, part, store.has(recipe, part), recipe.config)
-
-    yield from (plan(recipes.calibrate), plan(recipes.score))
-    yield from (plan(r, f"{e.name} dense") for e, r in zip(evaluators, recipes.evaluate_dense, strict=True))
-    yield from (plan(r, c.name) for c, r in comparisons if c.upstream == "score")
-    for round_ in recipes.rounds:
-        if round_ is not recipes.rounds[0]:
-            yield from (plan(recipe, f"{recipe.stage} {round_.what}") for recipe in (round_.calibrate, round_.score))
-        yield plan(round_.prune, f"prune {round_.what}" if round_.what else "")
-        for part in recipes.parts_of(round_, pruning):
-            yield plan(round_.prune, f"{part} {round_.what}".strip(), part)
-    yield from (plan(r, f"{e.name} pruned") for e, r in zip(evaluators, recipes.evaluate_pruned, strict=True))
-    yield from (plan(r, c.name) for c, r in comparisons if c.upstream == "prune")
-
-
-def _what_is_here(evaluation: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
-    """The evaluation without the corpora whose text is missing."""
-    corpora = evaluation.get("corpora", {})
-    here = {
-        name: entry
-        for name, entry in corpora.items()
-        if _or_note(notes, lambda name=name, entry=entry: _known_text(entry, f"evaluation.corpora.{name}"))  # type: ignore[misc]
-    }
-    return {**evaluation, "corpora": here}
-
-
-def _known_text(entry: Mapping[str, Any], where: str) -> Corpus | Mixture:
-    """A corpus or mixture whose identity can be told."""
-    text: Corpus | Mixture = build(entry, where)
-    text.identity()
-    return text
-
-
-def _or_note(notes: list[str], find: Callable[[], T]) -> T | None:
-    """What is found, or none and a note of what is not on this machine."""
-    try:
-        return find()
-    except NotHereError as error:
-        notes.append(str(error))
-        return None
 
 
 def _range_of(numbers: list[int]) -> tuple[int, int]:

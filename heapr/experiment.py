@@ -1,159 +1,206 @@
-"""Everything that can be known, and every mistake that can be found, before the first expensive step.
+"""What a configuration means: plug-ins built, the model found, every mistake found that can be found before the first expensive step.
 
-In: an experiment's configuration. Out: an `Experiment`: its plug-ins built, its model found, its text tokenised where it is
-needed, its recipes written down.
+In: an experiment's configuration. Out: an `Experiment`, for a run, a dry run or a sweep. Nothing is loaded or made.
 """
 
 from __future__ import annotations
 
-import logging
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from heapr.calibration.corpora import Corpus, share_text
-from heapr.calibration.mixture import Mixture, identities_of_parts
-from heapr.calibration.sampling import draw
-from heapr.errors import ConfigError
+from heapr.artifacts import ARTIFACTS
+from heapr.calibration.corpora import Corpus
+from heapr.calibration.mixture import Mixture
+from heapr.errors import ConfigError, NotHereError
 from heapr.evaluation.build import build_evaluators
 from heapr.evaluation.evaluator import Comparison, Evaluator
 from heapr.model.checkpoint import check_form
 from heapr.model.device import find_device
 from heapr.model.load import ModelSource, find_model
+from heapr.model.moe import MoEModel
 from heapr.pruning.budget import Budget, Guards, the_width
 from heapr.pruning.repair import Repair
 from heapr.pruning.uniform import Settings, choose_uniform_width, describe_uniform_width, uniform_settings
-from heapr.recipes import CHECKPOINT_PART, REPAIR_PART, Recipes, experiment_recipes
-from heapr.schema import CalibrationConfig, ExperimentConfig, build
+from heapr.schema import ExperimentConfig, ModelConfig, build
 from heapr.score.criterion import Criterion
+from heapr.steps import Steps, experiment_steps
 from heapr.store import Store
-from heapr.types import Granularity, TokenWindows
+from heapr.types import Granularity
+from heapr.words import option_name
 
-logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
-CHECKPOINT, CARD = "checkpoint", "README.md"  # folder of the prune artifact, and the file written last in it
+
+@dataclass(frozen=True)
+class Plugins:
+    """What the configuration names by `_target_`.
+
+    Attributes:
+        text: calibrated on; None if it is not on this machine and that was forgiven.
+        criterion: the score.
+        repair: how what is left makes up for what is removed; None leaves it as it is.
+        measurements: of the evaluation, in the order of the configuration.
+    """
+
+    text: Corpus | Mixture | None
+    criterion: Criterion
+    repair: Repair | None
+    measurements: Sequence[Evaluator | Comparison]
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A checked experiment, ready to run.
+    """A checked experiment.
 
     Attributes:
-        name: readable: model, criterion, scope, ratio.
-        labels: what it is one of: model, criterion, scope, calibration corpus.
+        config: what is asked.
+        plugins: what that names.
         source, device: the model, and where it will be.
-        store, recipes: where results are, and what determines each.
-        tokens: calibration tokens; none if the calibration is in the store already.
-        batch_size: calibration sequences per pass.
-        criterion: the score.
-        budget: how much is removed.
-        repair: how what is left makes up for it; none leaves it as it is.
-        form: of the checkpoint: ragged, uniform or masked.
-        uniform_settings: what the uniform form changes in the model's configuration.
-        save_checkpoint: whether the pruned model is written.
-        about: what is done, for its config.json and card.
-        device_map: how weights are spread over several GPUs.
-        evaluators, comparisons: in the order of their recipes.
+        budget: how much is removed of it.
+        store: where results are.
+        steps: what is made, in its order; none if the text is not on this machine.
     """
 
-    name: str
-    labels: Mapping[str, str]
+    config: ExperimentConfig
+    plugins: Plugins
     source: ModelSource
     device: torch.device
-    store: Store
-    recipes: Recipes
-    tokens: TokenWindows | None
-    batch_size: int
-    criterion: Criterion
     budget: Budget
-    repair: Repair | None
-    form: str
-    uniform_settings: Settings
-    save_checkpoint: bool
-    about: Mapping[str, Any]
-    device_map: str | None
-    evaluators: Sequence[Evaluator]
-    comparisons: Sequence[Comparison]
+    store: Store
+    steps: Steps
+
+    @property
+    def name(self) -> str:
+        """Readable: model, criterion, scope, ratio and of what, and what goes beyond the paper."""
+        pruning = self.config.pruning
+        words = [self.config.model.name, option_name(self.config.score["_target_"]), pruning.scope, f"{100 * pruning.ratio:.4g}%"]
+        words += [] if pruning.budget == "atomic_experts" else [f"of {pruning.budget}"]
+        words += [option_name(pruning.repair["_target_"])] if pruning.repair else []
+        words += [f"{pruning.rounds} rounds"] if pruning.rounds > 1 else []
+        return " ".join(words)
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """What it is one of: model, criterion, scope, calibration corpus."""
+        assert self.plugins.text is not None
+        return {
+            "model": self.config.model.name,
+            "criterion": option_name(self.config.score["_target_"]),
+            "scope": self.config.pruning.scope,
+            "corpus": self.plugins.text.name,
+        }
+
+    @property
+    def uniform_settings(self) -> Settings:
+        """What the uniform form changes in the model's configuration; nothing for the other forms.
+
+        Raises:
+            ConfigError: the configuration cannot say it.
+        """
+        return {} if self.budget.uniform_width is None else uniform_settings(self.source.config, self.budget.uniform_width)
+
+    @property
+    def notes_on_budget(self) -> list[str]:
+        """What is made of the ratio, as far as that is known before there are scores, a line each."""
+        width = self.budget.uniform_width
+        return [] if width is None else [describe_uniform_width(self.source.widths, self.budget.ratio, width)]
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What is done to the model, in JSON types: for the checkpoint's config.json and card."""
+        calibrate, score, prune = self.steps.first("calibrate"), self.steps.first("score"), self.steps.last("prune")
+        return {
+            "model": self.config.model.name,
+            "pruned_from": self.source.identity,
+            "criterion": dict(score.origin.config["criterion"]),
+            "calibration": {name: value for name, value in calibrate.origin.config.items() if name != "model"},
+            **prune.origin.config,
+            **self._about_width(),
+            "rounds": self.config.pruning.rounds,
+            **self.source.left_behind,
+            "keys": {step.origin.stage: step.origin.key for step in (calibrate, score, prune)},
+        }
+
+    def _about_width(self) -> dict[str, Any]:
+        """The uniform width, and the ratio that it comes to."""
+        width = self.budget.uniform_width
+        return {} if width is None else {"width": width, "ratio_reached": 1 - width / the_width(self.source.widths)}
+
+    def load_dense(self) -> MoEModel:
+        """The dense model.
+
+        Raises:
+            ConfigError: it cannot be loaded.
+        """
+        return self.source.load(self.device, self.config.runtime.device_map)
 
 
-def prepare(config: ExperimentConfig) -> Experiment:
-    """Check and prepare an experiment.
+def prepare(config: ExperimentConfig, notes: list[str] | None = None) -> Experiment:
+    """Check an experiment; what takes the model's tokenizer or weights comes later (heapr/ready.py).
 
     Args:
         config: checked by `heapr.schema.resolve`.
+        notes: gets a line for each thing that is not on this machine, which then is left out, and of a hub model the configuration alone
+            is asked for: so a dry run wants it. None refuses what is not here.
 
     Raises:
         ConfigError: the user's mistake.
     """
-    text: Corpus | Mixture = build(config.calibration.corpus, "calibration.corpus")
-    criterion, repair = find_criterion(config), find_repair(config)
-    device = find_device(config.runtime.device)
-    if config.runtime.num_threads is not None:
-        torch.set_num_threads(config.runtime.num_threads)
-    built = build_evaluators(config.evaluation, device)
-    evaluators = [entry for entry in built if isinstance(entry, Evaluator)]
-    comparisons = [entry for entry in built if isinstance(entry, Comparison)]
-    store = Store(Path(config.paths.outputs) / "artifacts", device)
-    source = find_source(config, store)
-    if source.has_weights:  # else they are fetched when the model is loaded, and looked at then
-        _ = source.left_out
-    check_lengths(config, source)
-    budget = find_budget(config, source, criterion)
-    for note in notes_on_budget(source, budget):
-        logger.info("%-9s %s", "prune", note)
+    device = _or_note(notes, lambda: find_device(config.runtime.device)) or torch.device("cpu")
+    plugins = build_plugins(config, device, notes)
+    store = Store(Path(config.paths.outputs) / ARTIFACTS, device)
+    source = find_source(config.model, digests=store.digests, config_only=notes is not None)
+    _check_lengths(config, source)
+    budget = _find_budget(config, source, plugins.criterion)
     if config.pruning.save_checkpoint:
         check_form(source.config, config.pruning.form)
-    recipes = experiment_recipes(config, source.identity, text, evaluators, comparisons)
-    check_space(config, source, store, recipes)
-    _warn_of_overlap(recipes)
-    _prepare(evaluators, comparisons, source, store, recipes)
-    return Experiment(
-        name=name_of(config),
-        labels={
-            "model": config.model.name,
-            "criterion": option_name(config.score["_target_"]),
-            "scope": config.pruning.scope,
-            "corpus": text.name,
-        },
-        source=source,
-        device=device,
-        store=store,
-        recipes=recipes,
-        tokens=None if store.has(recipes.calibrate) else _calibration_tokens(text, source, config.calibration),
-        batch_size=config.calibration.batch_size,
-        criterion=criterion,
-        budget=budget,
-        repair=repair,
-        form=config.pruning.form,
-        uniform_settings=find_uniform_settings(source, budget),
-        save_checkpoint=config.pruning.save_checkpoint,
-        about=_about(config, recipes, source, budget),
-        device_map=config.runtime.device_map,
-        evaluators=evaluators,
-        comparisons=comparisons,
+    steps = Steps()
+    if plugins.text is not None:
+        steps = experiment_steps(config, source.identity, plugins.text, plugins.measurements)
+    experiment = Experiment(config, plugins, source, device, budget, store, steps)
+    _ = experiment.uniform_settings  # its mistakes
+    return experiment
+
+
+def build_plugins(config: ExperimentConfig, device: torch.device, notes: list[str] | None = None) -> Plugins:
+    """Build what a configuration names.
+
+    Args:
+        config: checked by `heapr.schema.resolve`.
+        device: where the models will be.
+        notes: as in `prepare`.
+
+    Raises:
+        ConfigError: something cannot be built, or does not go with the rest.
+    """
+    text = _or_note(notes, lambda: _build_text(config.calibration.corpus, "calibration.corpus", is_read=notes is not None))
+    criterion = _build_criterion(config)
+    repair: Repair | None = None if config.pruning.repair is None else build(config.pruning.repair, "pruning.repair")
+    evaluation = config.evaluation if notes is None else _what_is_here(config.evaluation, notes)
+    return Plugins(text, criterion, repair, build_evaluators(evaluation, device))
+
+
+def find_source(model: ModelConfig, *, digests: Path | None = None, config_only: bool = False) -> ModelSource:
+    """The model that is pruned.
+
+    Raises:
+        ConfigError: see `find_model`.
+    """
+    return find_model(
+        model.path,
+        dtype=model.dtype,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        digests=digests,
+        config_only=config_only,
     )
 
 
-def name_of(config: ExperimentConfig) -> str:
-    """Readable: model, criterion, scope, ratio and of what, and what goes beyond the paper."""
-    pruning = config.pruning
-    words = [config.model.name, option_name(config.score["_target_"]), pruning.scope, f"{100 * pruning.ratio:.4g}%"]
-    words += [] if pruning.budget == "atomic_experts" else [f"of {pruning.budget}"]
-    words += [option_name(pruning.repair["_target_"])] if pruning.repair else []
-    words += [f"{pruning.rounds} rounds"] if pruning.rounds > 1 else []
-    return " ".join(words)
-
-
-def find_criterion(config: ExperimentConfig) -> Criterion:
-    """The score.
-
-    Raises:
-        ConfigError: it cannot be built, or does not go with the scope.
-    """
+def _build_criterion(config: ExperimentConfig) -> Criterion:
     criterion: Criterion = build(config.score, "score")
     if criterion.granularity is Granularity.EXPERT and config.pruning.scope == "expert":
         raise ConfigError(
@@ -163,37 +210,37 @@ def find_criterion(config: ExperimentConfig) -> Criterion:
     return criterion
 
 
-def find_repair(config: ExperimentConfig) -> Repair | None:
-    """How what is left makes up for what is removed.
+def _build_text(entry: Mapping[str, Any], where: str, *, is_read: bool) -> Corpus | Mixture:
+    """A corpus or mixture; one that is read says at once if it is not here."""
+    text: Corpus | Mixture = build(entry, where)
+    if is_read:
+        text.identity()
+    return text
 
-    Raises:
-        ConfigError: it cannot be built.
-    """
-    if config.pruning.repair is None:
+
+def _what_is_here(evaluation: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    """The evaluation without the corpora whose text is missing."""
+    here = {}
+    for name, entry in evaluation.get("corpora", {}).items():
+        where = f"evaluation.corpora.{name}"
+        if _or_note(notes, lambda entry=entry, where=where: _build_text(entry, where, is_read=True)):  # type: ignore[misc]
+            here[name] = entry
+    return {**evaluation, "corpora": here}
+
+
+def _or_note(notes: list[str] | None, find: Callable[[], T]) -> T | None:
+    """What is found; None and a note if it is not on this machine, where notes are taken."""
+    try:
+        return find()
+    except NotHereError as error:
+        if notes is None:
+            raise
+        notes.append(str(error))
         return None
-    repair: Repair = build(config.pruning.repair, "pruning.repair")
-    return repair
 
 
-def find_source(config: ExperimentConfig, store: Store) -> ModelSource:
-    """The model that is pruned.
-
-    Raises:
-        ConfigError: see `find_model`.
-    """
-    model = config.model
-    return find_model(
-        model.path,
-        dtype=model.dtype,
-        revision=model.revision,
-        trust_remote_code=model.trust_remote_code,
-        digests=store.digests,
-        config_only=config.dry_run,
-    )
-
-
-def find_budget(config: ExperimentConfig, source: ModelSource, criterion: Criterion) -> Budget:
-    """How much of it is removed, and in which pieces.
+def _find_budget(config: ExperimentConfig, source: ModelSource, criterion: Criterion) -> Budget:
+    """How much of the model is removed, and in which pieces.
 
     Raises:
         ConfigError: more than it can lose.
@@ -219,91 +266,7 @@ def find_budget(config: ExperimentConfig, source: ModelSource, criterion: Criter
     return budget
 
 
-def find_uniform_settings(source: ModelSource, budget: Budget) -> Settings:
-    """What the uniform form changes in the model's configuration; nothing for the other forms.
-
-    Raises:
-        ConfigError: the configuration cannot say it.
-    """
-    return {} if budget.uniform_width is None else uniform_settings(source.config, budget.uniform_width)
-
-
-def notes_on_budget(source: ModelSource, budget: Budget) -> list[str]:
-    """What is made of the ratio, as far as that is known before there are scores, a line each."""
-    return [] if budget.uniform_width is None else [describe_uniform_width(source.widths, budget.ratio, budget.uniform_width)]
-
-
-def check_space(config: ExperimentConfig, source: ModelSource, store: Store, recipes: Recipes) -> None:
-    """The disk has room for what is still to be made of repaired weights (at least the columns of W_down) and of the checkpoint.
-
-    Raises:
-        ConfigError: it has not.
-    """
-    routed = sum(sum(width_E) * source.atomic_expert_parameters[index] for index, width_E in source.widths.items())
-    num_parameters = 0
-    for round_ in recipes.rounds:
-        missing = [part for part in recipes.parts_of(round_, config.pruning) if not store.has(round_.prune, part)]
-        kept = round((1 - round_.ratio) * routed)
-        if REPAIR_PART in missing:
-            num_parameters += kept // 3
-        if CHECKPOINT_PART in missing:
-            total = sum(parameter.numel() for parameter in source.on_meta().model.parameters())
-            num_parameters += total if config.pruning.form == "masked" else total - routed + kept
-    instead = "leave the checkpoint out with pruning.save_checkpoint=false"
-    store.check_space(num_parameters * source.dtype.itemsize, "the pruned weights", instead)
-
-
-def option_name(target: str) -> str:
-    """The name of a plug-in's option, from its `_target_`: heapr.score.gradient.HeaprSum is heapr_sum."""
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", target.rpartition(".")[2]).lower()
-
-
-def _about(config: ExperimentConfig, recipes: Recipes, source: ModelSource, budget: Budget) -> dict[str, Any]:
-    """What is done to the model, in JSON types."""
-    return {
-        "model": config.model.name,
-        "pruned_from": source.identity,
-        "criterion": dict(recipes.score.config["criterion"]),
-        "calibration": {name: value for name, value in recipes.calibrate.config.items() if name != "model"},
-        **recipes.prune.config,
-        **_about_width(source, budget),
-        "rounds": config.pruning.rounds,
-        **source.left_behind,
-        "keys": {recipe.stage: recipe.key for recipe in (recipes.calibrate, recipes.score, recipes.prune)},
-    }
-
-
-def _about_width(source: ModelSource, budget: Budget) -> dict[str, Any]:
-    """The uniform width, and the ratio that it comes to."""
-    if budget.uniform_width is None:
-        return {}
-    return {"width": budget.uniform_width, "ratio_reached": 1 - budget.uniform_width / the_width(source.widths)}
-
-
-def _calibration_tokens(text: Corpus | Mixture, source: ModelSource, settings: CalibrationConfig) -> TokenWindows:
-    return draw(
-        text,
-        source.tokenizer,
-        length=settings.sequence_length,
-        num_samples=settings.num_samples,
-        seed=settings.seed,
-        max_characters=settings.max_characters,
-    )
-
-
-def _prepare(
-    evaluators: Sequence[Evaluator], comparisons: Sequence[Comparison], source: ModelSource, store: Store, recipes: Recipes
-) -> None:
-    """Every evaluator that has something left to do finds the user's mistakes now."""
-    for evaluator, *wanted in zip(evaluators, recipes.evaluate_dense, recipes.evaluate_pruned, strict=True):
-        if not all(store.has(recipe) for recipe in wanted):
-            evaluator.prepare(source.tokenizer)
-    for comparison, recipe in zip(comparisons, recipes.compare, strict=True):
-        if not store.has(recipe):
-            comparison.prepare(source)
-
-
-def check_lengths(config: ExperimentConfig, source: ModelSource) -> None:
+def _check_lengths(config: ExperimentConfig, source: ModelSource) -> None:
     """No sequence may be longer than the model takes.
 
     Raises:
@@ -317,14 +280,3 @@ def check_lengths(config: ExperimentConfig, source: ModelSource) -> None:
     for name, length in lengths.items():
         if limit is not None and length > limit:
             raise ConfigError(f"{name}={length} is above the {limit} tokens of model '{config.model.name}'; give at most {limit}")
-
-
-def _warn_of_overlap(recipes: Recipes) -> None:
-    """Calibration and evaluation text are apart if they are other texts, or parts of one that have no document in common."""
-    calibrated = [corpus for corpus, _ in identities_of_parts(recipes.calibrate.config["corpus"])]
-    measured = [recipe.config["evaluator"].get("corpus") for recipe in [*recipes.evaluate_dense, *recipes.compare]]
-    shared = [corpus["corpus"] for corpus in measured if corpus and any(share_text(part, corpus) for part in calibrated)]
-    for name in dict.fromkeys(shared):
-        logger.warning(
-            "%s is measured on text that is calibrated on; choose another split for one of them, such as train and heldout", name
-        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,20 @@ def hash_file(path: Path) -> str:
     with path.open("rb") as file:
         while block := file.read(1 << 22):
             digest.update(block)
+    return digest.hexdigest()
+
+
+def hash_files(folder: Path, paths: Iterable[Path], hash_one: Callable[[Path], str] = hash_file) -> str:
+    """sha256 over names and contents of files below a folder, in the order of their paths.
+
+    Args:
+        folder: what names count from.
+        paths: of the files.
+        hash_one: gives the hash of a file.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{hash_one(path)}\0".encode())
     return digest.hexdigest()
 
 

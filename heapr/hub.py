@@ -6,37 +6,27 @@ In: names. Out: paths. Without a network nothing waits: the hub is asked once, f
 from __future__ import annotations
 
 import functools
-import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import urlparse
 
 import huggingface_hub
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-TIMEOUT_SECONDS = 3.0
+from heapr.network import answers
 
 
 def hub_is_reachable() -> bool:
     """Whether the hub answers; false if HF_HUB_OFFLINE is set."""
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return False
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return True  # only the proxy can tell
-    endpoint = urlparse(huggingface_hub.constants.ENDPOINT)
-    return _answers(endpoint.hostname or "", endpoint.port or (443 if endpoint.scheme == "https" else 80))
+    return _answers(huggingface_hub.constants.ENDPOINT)
 
 
 @functools.lru_cache(maxsize=2)  # asked once a process: where packets are dropped, every question takes the whole time
-def _answers(host: str, port: int) -> bool:
-    try:
-        socket.create_connection((host, port), timeout=TIMEOUT_SECONDS).close()
-    except OSError:
-        return False
-    return True
+def _answers(endpoint: str) -> bool:
+    return answers(endpoint)
 
 
 def data_file(repository: str, revision: str, name: str) -> Path | None:

@@ -5,7 +5,6 @@ In: the configuration that Hydra composed, or the error that it met. Out: a run,
 
 from __future__ import annotations
 
-import difflib
 import io
 import logging
 import os
@@ -25,14 +24,15 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from heapr.artifacts import clear_error, write_error
 from heapr.errors import ConfigError
 from heapr.overrides import explain_comma, explain_option, explain_override
 from heapr.schema import ExperimentConfig, register, resolve, unknown_key
+from heapr.words import did_you_mean, first_line
 
 logger = logging.getLogger(__name__)
 
 EXIT_CODE = 2
-ERROR = "error.txt"  # in the folder of a sweep's job that failed
 
 
 def run_job(config: DictConfig) -> None:
@@ -48,15 +48,14 @@ def run_job(config: DictConfig) -> None:
 @contextmanager
 def _recorded_failure(folder: Path) -> Iterator[None]:
     """Leave one line in the job's folder, and for what is not the user's mistake a stack trace in its log."""
-    (folder / ERROR).unlink(missing_ok=True)
+    clear_error(folder)
     try:
         yield
     except Exception as error:
         expected = isinstance(error, ConfigError | FloatingPointError)
-        first_line = (str(error).strip().splitlines() or [""])[0]
-        line = first_line if expected else f"{type(error).__name__}: {first_line}"
+        line = first_line(error) if expected else f"{type(error).__name__}: {first_line(error)}"
         logger.error("this job failed: %s", line, exc_info=None if expected else error)
-        (folder / ERROR).write_text(line + "\n", encoding="utf-8")
+        write_error(folder, line)
         raise
 
 
@@ -152,7 +151,7 @@ def explain(error: Exception, config_folder: Path | None, overrides: Sequence[st
     if match and config_folder is not None and (config_folder / match[1]).parent.is_dir():
         return _unknown_option(match[1], config_folder)
     if text.startswith("Error merging override") and error.__cause__ is not None:
-        reason = str(error.__cause__).split("\n", 1)[0]
+        reason = first_line(error.__cause__)
         return f"{text.removeprefix('Error merging override ')}: {reason}; give a value of the field's type (heapr/schema.py)"
     return text
 
@@ -161,9 +160,7 @@ def _unknown_option(path: str, config_folder: Path) -> str:
     """The message for a misspelt option of a group."""
     group, _, option = path.rpartition("/")
     known = sorted(file.stem for file in (config_folder / group).glob("*.yaml"))
-    near = difflib.get_close_matches(option, known, n=1)
-    suggestion = f"did you mean {near[0]}? " if near else ""
-    return f"unknown option '{path}'; {suggestion}known options of {group}: {', '.join(known)}"
+    return f"unknown option '{path}'; {did_you_mean(option, known)}known options of {group}: {', '.join(known)}"
 
 
 def _explain_unknown_key(path: str, config_folder: Path, overrides: Sequence[str]) -> str:

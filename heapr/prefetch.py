@@ -14,7 +14,7 @@ from pathlib import Path
 
 from heapr.errors import ConfigError
 from heapr.main import compose_experiment, one_line_errors
-from heapr.schema import ExperimentConfig, build
+from heapr.schema import ExperimentConfig
 
 logger = logging.getLogger(__name__)
 
@@ -49,22 +49,23 @@ def _items(config: ExperimentConfig) -> dict[str, Callable[[], None]]:
 
     from heapr.calibration.corpora_published import PublishedText
     from heapr.calibration.mixture import parts_of
-    from heapr.evaluation.build import build_evaluators
     from heapr.evaluation.zero_shot import ZeroShot
+    from heapr.experiment import build_plugins
 
-    evaluators = build_evaluators(config.evaluation, torch.device("cpu"))
-    corpora = [corpus for corpus, _ in parts_of(build(config.calibration.corpus, "calibration.corpus"))]
-    corpora += [evaluator.corpus for evaluator in evaluators if hasattr(evaluator, "corpus")]
+    plugins = build_plugins(config, torch.device("cpu"))
+    assert plugins.text is not None, "only a dry run goes on without the text"
+    corpora = [corpus for corpus, _ in parts_of(plugins.text)]
+    corpora += [measurement.corpus for measurement in plugins.measurements if hasattr(measurement, "corpus")]
+    tasks = [measurement for measurement in plugins.measurements if isinstance(measurement, ZeroShot)]
     items: dict[str, Callable[[], None]] = {f"model {config.model.path}": lambda: _fetch_model(config)}
     items |= {f"corpus {corpus.name} ({corpus.split})": corpus.fetch for corpus in corpora if isinstance(corpus, PublishedText)}
-    return items | {f"task {evaluator.task}": evaluator.fetch for evaluator in evaluators if isinstance(evaluator, ZeroShot)}
+    return items | {f"task {task.task}": task.fetch for task in tasks}
 
 
 def _fetch_model(config: ExperimentConfig) -> None:
-    from heapr.model.load import find_model
+    from heapr.experiment import find_source
 
-    model = config.model
-    source = find_model(model.path, dtype=model.dtype, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    source = find_source(config.model)
     source.fetch()
     if not source.has_weights:
         raise ConfigError(

@@ -6,7 +6,6 @@ Light on purpose: no torch, so that a mistyped command line is answered at once.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 import typing
@@ -21,6 +20,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from heapr.errors import ConfigError
 from heapr.files import user_path
+from heapr.words import did_you_mean
 
 
 @dataclass
@@ -42,7 +42,7 @@ class CalibrationConfig:
     num_samples: int = MISSING  # sequences, at least 1
     sequence_length: int = MISSING  # tokens of a sequence, at least 2, at most the model's limit
     seed: int = MISSING  # of the choice of sequences, at least 0
-    batch_size: int = MISSING  # sequences per pass, at least 1; changes memory and speed, not the statistics
+    batch_size: int = MISSING  # sequences per pass, at least 1; changes memory, speed and the last digits
     max_characters: int | None = 20_000_000  # of a corpus with more, documents are drawn by the seed; at least 1; None takes all
 
 
@@ -248,8 +248,7 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
 def unknown_key(path: str, known: Collection[str]) -> str:
     """The message for a misspelt key: what is known, and the nearest."""
     parent, _, key = path.rpartition(".")
-    near = difflib.get_close_matches(key, known, n=1)
-    suggestion = f"did you mean {parent + '.' if parent else ''}{near[0]}? " if near else ""
+    suggestion = did_you_mean(key, known, before=f"{parent}." if parent else "")
     return f"unknown key '{path}'; {suggestion}known here: {', '.join(sorted(known)) or 'none'}"
 
 

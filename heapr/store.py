@@ -1,8 +1,9 @@
 """The artifact store: every stage's result on disk, by the hash of everything that determines it.
 
-In: stage, version, resolved configuration, keys of upstream artifacts, and a function that makes the result in an empty
-folder. Out: an `Artifact`. A result is made once, whatever happens: under a lock, in a temporary folder, verified when
-read, published by one rename. A process that is killed leaves only a temporary folder, which the next one sweeps.
+In: stage, version, resolved configuration, keys of upstream artifacts, a function that computes the result, and one that writes it into
+an empty folder. Out: an `Artifact`. A result is made once, whatever happens: under a lock, in a temporary folder, verified when
+read, published by one rename. A process that is killed leaves a temporary folder, which the next one sweeps, and its scratch, with
+which the next one goes on.
 What is made from an artifact alone and may be left out, or fail, is a *part* of it: other files in the same folder, made,
 verified and described by themselves, so that nothing that was finished is lost with them.
 """
@@ -11,36 +12,37 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
 import shutil
-import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from heapr.artifacts import MANIFEST
 from heapr.errors import ConfigError
 from heapr.files import fsync, hash_file, hash_file_once, readable_by_umask, write_json, write_text
+from heapr.manifest import describe, entry_of, provenance
 from heapr.measure import StageMeter
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
+SCRATCH_DAYS = 14  # after which unfinished work is taken for given up
 LARGE_FILE = 64 * 2**20  # bytes; hashing less takes no time to speak of
 WHOLE = ""  # the artifact itself, not a part of it
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 KEY_LENGTH = 16  # hexadecimal digits: 64 bits
-RECORDED_LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "numpy")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Artifact:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Origin:
     """Everything that determines a result.
 
     Attributes:
@@ -121,34 +123,47 @@ class Store:
         """Where hashes of large files are remembered."""
         return self.root / ".digests"
 
-    def path(self, recipe: Recipe) -> Path:
-        return self.root / recipe.stage / recipe.key
+    def path(self, origin: Origin) -> Path:
+        return self.root / origin.stage / origin.key
 
-    def has(self, recipe: Recipe, part: str = WHOLE) -> bool:
+    def has(self, origin: Origin, part: str = WHOLE) -> bool:
         """Whether an artifact, or a part of it, is there, complete and undamaged."""
         with _one_line_about_permissions(self.root):
-            return self._is_intact(self.path(recipe), part)
+            return self._is_intact(self.path(origin), part)
 
-    def get(self, recipe: Recipe, make: Callable[[Path], None], part: str = WHOLE) -> Artifact:
-        """The artifact of a recipe, or a part of one that is there.
+    def get(self, origin: Origin, compute: Callable[[], T], write: Callable[[Path, T], None], part: str = WHOLE) -> Artifact:
+        """The artifact of an origin, or a part of one that is there. What is missing is computed, then written.
 
         Args:
-            recipe: what is wanted.
-            make: fills an empty folder with its files, if it is not there yet; the same recipe always gives the same files.
+            origin: what is wanted.
+            compute: gives the value; touches no file of the artifact.
+            write: fills an empty folder with the files of the value; the same origin always gives the same files.
             part: a name; the files are added to the artifact under it.
 
         Raises:
             ConfigError: no permission to read or write here, or no space left; nothing that was finished before is lost.
         """
-        path = self.path(recipe)
+        path = self.path(origin)
         with _one_line_about_permissions(self.root), StageMeter(self.device) as meter:
-            cached = self._is_intact(path, part) or not self._make_once(recipe, make, part)
+            cached = self._is_intact(path, part) or not self._make_once(origin, compute, write, part)
         peak = 0 if cached else meter.peak_memory_bytes
-        return Artifact(recipe.stage, recipe.key, part, path, cached, meter.seconds, peak)
+        return Artifact(origin.stage, origin.key, part, path, cached, meter.seconds, peak)
 
-    def rewrite(self, recipe: Recipe, part: str, name: str, change: Callable[[str], str]) -> None:
+    def scratch(self, origin: Origin, part: str = WHOLE) -> Path:
+        """A folder for what the computation of an artifact or part has done so far. It outlives the process: who computes the same next
+        finds what a killed one left. It is removed when the artifact is there, and `SCRATCH_DAYS` after its last change.
+
+        To be asked for inside `compute`, which runs under the artifact's lock: nobody else uses it meanwhile. What is left in it may be
+        half a file; write with `heapr.files.write_text` or rename what is whole.
+        """
+        folder = _scratch_of(self.path(origin), part)
+        folder.mkdir(parents=True, exist_ok=True)
+        os.utime(folder)
+        return folder
+
+    def rewrite(self, origin: Origin, part: str, name: str, change: Callable[[str], str]) -> None:
         """Change one text file of a part, for what is known only later. Killed in between, that part is made again."""
-        path = self.path(recipe)
+        path = self.path(origin)
         with _one_line_about_permissions(self.root), _locked(path):
             file = path / name
             before = file.read_text(encoding="utf-8")
@@ -157,7 +172,7 @@ class Store:
                 return
             manifest = json.loads((path / MANIFEST).read_text())
             write_text(file, text)
-            manifest["parts"][part]["files"][name] = _describe(file)
+            manifest["parts"][part]["files"][name] = describe(file)
             write_json(path / MANIFEST, manifest)
 
     def check_space(self, num_bytes: int, what: str, instead: str) -> None:
@@ -178,21 +193,23 @@ class Store:
                 f"with paths.outputs=..., or {instead}"
             )
 
-    def _make_once(self, recipe: Recipe, make: Callable[[Path], None], part: str) -> bool:
+    def _make_once(self, origin: Origin, compute: Callable[[], T], write: Callable[[Path, T], None], part: str) -> bool:
         """Make the artifact or a part of it under its lock. False if another process made it while this one waited."""
-        path = self.path(recipe)
+        path = self.path(origin)
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path):
             if self._is_intact(path, part):
                 return False
+            _sweep_old_scratch(self.root)
             with _empty_folder(path) as temporary:
                 meter = StageMeter(self.device)
                 with _one_line_about_space(self.root), meter:
-                    make(temporary)
+                    write(temporary, compute())
                 if part:
                     _add_part(part, temporary, path, meter)
                 else:
-                    _publish(recipe, temporary, path, meter)
+                    _publish(origin, temporary, path, meter)
+            shutil.rmtree(_scratch_of(path, part), ignore_errors=True)
             return True
 
     def _is_intact(self, path: Path, part: str) -> bool:
@@ -204,7 +221,7 @@ class Store:
             manifest = json.loads((path / MANIFEST).read_text())
             if part and part not in manifest["parts"]:
                 return False
-            files = _entry(manifest, part)["files"]
+            files = entry_of(manifest, part)["files"]
         except (json.JSONDecodeError, KeyError):
             files = {"": {"size": -1, "sha256": ""}}
         for name, expected in files.items():
@@ -235,11 +252,16 @@ def _canonical(value: Any) -> Any:
     return value
 
 
+def _lock_of(path: Path) -> FileLock:
+    """Of one artifact; the operating system frees it when its holder dies. A lock holds nothing, so whoever shares the folder's group may
+    take it, whatever the umask of the one who made it."""
+    return FileLock(path.parent / f".{path.name}.lock", mode=readable_by_umask(0o666) | 0o660)
+
+
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock of one artifact; the operating system frees it when its holder dies. A lock holds nothing, so whoever shares the
-    folder's group may take it, whatever the umask of the one who made it."""
-    lock = FileLock(path.parent / f".{path.name}.lock", mode=readable_by_umask(0o666) | 0o660)
+    """Hold the lock of one artifact, and say so if that takes waiting."""
+    lock = _lock_of(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -291,15 +313,33 @@ def _empty_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _publish(recipe: Recipe, temporary: Path, path: Path, meter: StageMeter) -> None:
+def _scratch_of(path: Path, part: str) -> Path:
+    return path.parent / f".{path.name}.scratch-{part or 'whole'}"
+
+
+def _sweep_old_scratch(root: Path) -> None:
+    """Remove scratch that nothing has changed for `SCRATCH_DAYS` and nobody uses: of a computation that was given up."""
+    limit = time.time() - SCRATCH_DAYS * 24 * 3600
+    for folder in root.glob("*/.*.scratch-*"):
+        lock = _lock_of(folder.parent / folder.name.split(".")[1])
+        with suppress(OSError, Timeout), lock.acquire(timeout=0):  # another user's, in use, or gone by now
+            if _last_change(folder) < limit:
+                shutil.rmtree(folder)
+
+
+def _last_change(folder: Path) -> float:
+    return max(entry.stat().st_mtime for entry in [folder, *folder.rglob("*")])
+
+
+def _publish(origin: Origin, temporary: Path, path: Path, meter: StageMeter) -> None:
     """Describe the files in a temporary folder and rename it into place. Called under the lock."""
     manifest = {
-        "stage": recipe.stage,
-        "stage_version": recipe.version,
-        "key": recipe.key,
-        "upstream": dict(recipe.upstream),
-        "config": _canonical(recipe.config),
-        **_provenance(temporary, meter),
+        "stage": origin.stage,
+        "stage_version": origin.version,
+        "key": origin.key,
+        "upstream": dict(origin.upstream),
+        "config": _canonical(origin.config),
+        **provenance(temporary, meter),
         "parts": {},
     }
     write_json(temporary / MANIFEST, manifest)
@@ -314,7 +354,7 @@ def _publish(recipe: Recipe, temporary: Path, path: Path, meter: StageMeter) -> 
 
 def _add_part(part: str, temporary: Path, path: Path, meter: StageMeter) -> None:
     """Move the files in a temporary folder into an artifact's; they count once the manifest knows them. Called under the lock."""
-    described = _provenance(temporary, meter)
+    described = provenance(temporary, meter)
     manifest = json.loads((path / MANIFEST).read_text())
     if manifest["parts"].pop(part, None):  # damaged
         write_json(path / MANIFEST, manifest)
@@ -327,41 +367,3 @@ def _add_part(part: str, temporary: Path, path: Path, meter: StageMeter) -> None
     manifest["parts"][part] = described
     write_json(path / MANIFEST, manifest)
     fsync(path)
-
-
-def _entry(manifest: Mapping[str, Any], part: str) -> Mapping[str, Any]:
-    """What a manifest says of an artifact, or of a part of it: its files, seconds and peak memory."""
-    entry: Mapping[str, Any] = manifest["parts"][part] if part else manifest
-    return entry
-
-
-def _provenance(folder: Path, meter: StageMeter) -> dict[str, Any]:
-    """With what, when and how files were made, and what they are; they are readable for whom the umask says, and on disk."""
-    files = {}
-    for path in sorted(folder.rglob("*")):
-        path.chmod(readable_by_umask(0o777 if path.is_dir() else 0o666))  # safetensors writes files that only their owner can read
-        if path.is_file():
-            files[path.relative_to(folder).as_posix()] = _describe(path)
-        fsync(path)
-    return {
-        "libraries": {name: importlib.metadata.version(name) for name in RECORDED_LIBRARIES},
-        "git_commit": _git_commit(),
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "seconds": round(meter.seconds, 3),
-        "peak_memory_bytes": meter.peak_memory_bytes,
-        "files": files,
-    }
-
-
-def _describe(file: Path) -> dict[str, Any]:
-    return {"size": file.stat().st_size, "sha256": hash_file(file)}
-
-
-def _git_commit() -> str | None:
-    """Commit of the code that runs, if it runs from a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return result.stdout.strip() or None

@@ -49,4 +49,5 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 def _bytes_of(tensor: Tensor) -> memoryview:
     """A tensor's content in row-major order."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
+    content: memoryview = flat.view(torch.uint8).numpy().data
+    return content

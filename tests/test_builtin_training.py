@@ -34,13 +34,13 @@ def document_ids() -> list[Tensor]:
 
 def steps(training: ModuleType, state: object, document_ids: list[Tensor], until: int) -> None:
     while state.step < until:
-        training.train_step(state, training.sample_batch(document_ids, state.recipe, state.step), state.recipe)
+        training.train_step(state, training.sample_batch(document_ids, state.schedule, state.step), state.schedule)
 
 
 @pytest.mark.parametrize("name", BUILTIN)
 def test_resumed_equals_uninterrupted(training: ModuleType, name: str, document_ids: list[Tensor], tmp_path: Path) -> None:
-    recipe = training.Recipe(model=name, num_steps=4, batch_size=2, sequence_length=16, num_warmup_steps=1)
-    whole, first, second = (training.TrainingState(recipe) for _ in range(3))
+    schedule = training.Schedule(model=name, num_steps=4, batch_size=2, sequence_length=16, num_warmup_steps=1)
+    whole, first, second = (training.TrainingState(schedule) for _ in range(3))
     steps(training, whole, document_ids, until=4)
     steps(training, first, document_ids, until=2)
     first.save(tmp_path)
@@ -53,13 +53,13 @@ def test_resumed_equals_uninterrupted(training: ModuleType, name: str, document_
     assert not torch.equal(whole.model.lm_head.weight, whole.average.lm_head.weight)
 
 
-def test_another_recipe_does_not_go_on_from_it(training: ModuleType, document_ids: list[Tensor], tmp_path: Path) -> None:
-    recipe = training.Recipe(model="qwen3_moe_tiny", num_steps=4, batch_size=2, sequence_length=16)
-    state = training.TrainingState(recipe)
+def test_another_schedule_does_not_go_on_from_it(training: ModuleType, document_ids: list[Tensor], tmp_path: Path) -> None:
+    schedule = training.Schedule(model="qwen3_moe_tiny", num_steps=4, batch_size=2, sequence_length=16)
+    state = training.TrainingState(schedule)
     steps(training, state, document_ids, until=1)
     state.save(tmp_path)
-    with pytest.raises(SystemExit, match="another recipe"):
-        training.TrainingState(training.Recipe(model="qwen3_moe_tiny", num_steps=5)).load(tmp_path)
+    with pytest.raises(SystemExit, match="another schedule"):
+        training.TrainingState(training.Schedule(model="qwen3_moe_tiny", num_steps=5)).load(tmp_path)
 
 
 def balance(router_logits: Tensor) -> float:
@@ -72,16 +72,16 @@ def balance(router_logits: Tensor) -> float:
 @pytest.mark.parametrize("name", BUILTIN)
 def test_the_loss_balances_the_load_of_the_experts(training: ModuleType, name: str, document_ids: list[Tensor]) -> None:
     """Over all layers' tokens at once where the family's own forward adds it, layer by layer where the training does."""
-    recipe = training.Recipe(model=name, num_steps=1, batch_size=2, sequence_length=16)
-    state = training.TrainingState(recipe)
+    schedule = training.Schedule(model=name, num_steps=1, batch_size=2, sequence_length=16)
+    state = training.TrainingState(schedule)
     state.model.eval()  # without dropout
-    batch = training.sample_batch(document_ids, recipe, step=0)
+    batch = training.sample_batch(document_ids, schedule, step=0)
     with torch.no_grad():
         outputs = state.model(input_ids=batch, output_router_logits=True)
     cross_entropy = F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
     balanced_together = [torch.cat(outputs.router_logits)] if name == "qwen3_moe_tiny" else outputs.router_logits
     expected = float(cross_entropy) + 0.01 * sum(map(balance, balanced_together))
-    assert training.train_step(state, batch, recipe) == pytest.approx(expected, rel=1e-5)
+    assert training.train_step(state, batch, schedule) == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_card_tells_the_architecture(training: ModuleType) -> None:

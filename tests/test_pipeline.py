@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM
 from heapr.errors import ConfigError
 from heapr.evaluation.build import build_evaluators
 from heapr.evaluation.perplexity import Perplexity
-from heapr.experiment import option_name, prepare
+from heapr.experiment import prepare
 from heapr.model.load import ModelSource, find_model
 from heapr.pipeline import Summary
 from heapr.pruning.surgery import mask
 from heapr.types import Plan, Scores, Statistics
+from heapr.words import option_name
 from tests.evaluation.test_zero_shot import ITEMS, write_task
 from tests.experiment import cached_stages, compose_experiment, run_in, write_model, write_texts
 from tests.tiny import tiny_qwen3_moe
@@ -176,6 +177,15 @@ def tiny_run(finished_run: Experiment, tmp_path: Path) -> Experiment:
     mine.overrides = [*finished_run.overrides, f"paths.outputs={tmp_path / 'outputs'}"]
     shutil.copytree(finished_run.folder / "outputs", tmp_path / "outputs")
     return mine
+
+
+def test_the_number_of_threads_is_torchs(tiny_run: Experiment) -> None:
+    before = torch.get_num_threads()
+    try:
+        tiny_run(f"runtime.num_threads={before + 1}")
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_dense_model_is_evaluated_once(experiment: Experiment) -> None:

@@ -17,13 +17,14 @@ from torch import Tensor
 import heapr
 from heapr import pipeline
 from heapr.calibration.collector import collect
+from heapr.dry_run import dry_run
 from heapr.errors import ConfigError
 from heapr.model.moe import MoEModel
 from heapr.pruning.allocation import Budget, allocate
 from heapr.pruning.repair import JointRepair
 from heapr.pruning.surgery import remove_and_repair
 from heapr.score.gradient import Fisher
-from tests.experiment import cached_stages, run_in, write_model, write_texts
+from tests.experiment import cached_stages, compose_experiment, run_in, write_model, write_texts
 from tests.same import assert_same_model
 from tests.tiny import byte_tokenizer, no_weights, tiny_ids, tiny_model, tiny_qwen3_moe
 
@@ -161,6 +162,12 @@ def test_room_for_the_checkpoint_is_asked_for_before_anything_is_computed(
         run_in(folder, *overrides, f"pruning.form={form}", "pruning.save_checkpoint=false")
 
 
+def test_a_dry_run_tells_every_step_that_the_run_takes(tmp_path: Path, finished: tuple[Path, Any], overrides: list[str]) -> None:
+    told = dry_run(compose_experiment("tracking=none", f"paths.outputs={tmp_path}", *overrides, *BEST, "pruning.rounds=2")).stages
+    taken = [(entry["stage"], entry["part"], entry["what"], entry["key"]) for entry in finished[1].stages]
+    assert [(step.stage, step.part, step.what, step.key) for step in told] == taken and len(taken) == NUM_UNITS
+
+
 def test_second_run_makes_nothing(finished: tuple[Path, Any], overrides: list[str]) -> None:
     folder, summary = finished
     again = run_in(folder, *overrides, *BEST, "pruning.rounds=2")
@@ -232,8 +239,8 @@ def test_what_is_shared(tmp_path: Path, finished: tuple[Path, Any], overrides: l
     other = run_in(folder, *overrides, "score=fisher", "pruning/repair=expert", "pruning.save_checkpoint=false")
     assert cached_stages(other) == {"calibrate": True, "score": True, "prune": False, "evaluate": False}
     plain = run_in(folder, *overrides, "score=fisher", "pruning.save_checkpoint=false")
-    recipe = json.loads((Path(stages(plain, "prune")[0]["path"]) / "manifest.json").read_text())["config"]
-    assert recipe == {"ratio": 0.4, "scope": "global", "width_multiple": 1, "form": "ragged"}
+    settings = json.loads((Path(stages(plain, "prune")[0]["path"]) / "manifest.json").read_text())["config"]
+    assert settings == {"ratio": 0.4, "scope": "global", "width_multiple": 1, "form": "ragged"}
 
 
 def test_a_model_whose_stream_repair_cannot_mend_is_refused_before_calibration(tmp_path: Path, overrides: list[str]) -> None:

@@ -84,7 +84,7 @@ ARCHITECTURES: dict[str, tuple[type[PreTrainedModel], type[PretrainedConfig], di
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Schedule:
     """Hyper-parameters of the training run."""
 
     model: str
@@ -123,10 +123,10 @@ def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT, model_max_length=512)
 
 
-def sample_batch(document_ids: list[Tensor], recipe: Recipe, step: int) -> Tensor:
+def sample_batch(document_ids: list[Tensor], schedule: Schedule, step: int) -> Tensor:
     """(batch_size, sequence_length) token ids: windows of freshly shuffled documents, a function of (seed, step) alone."""
-    generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
-    needed = recipe.batch_size * recipe.sequence_length
+    generator = torch.Generator().manual_seed(schedule.seed * 1_000_003 + step)
+    needed = schedule.batch_size * schedule.sequence_length
     chosen, length = [], 0
     for index in torch.randperm(len(document_ids), generator=generator).tolist():
         chosen.append(document_ids[index])
@@ -135,50 +135,50 @@ def sample_batch(document_ids: list[Tensor], recipe: Recipe, step: int) -> Tenso
             break
     tokens = torch.cat(chosen)
     offset = int(torch.randint(len(tokens) - needed + 1, (1,), generator=generator))
-    return tokens[offset : offset + needed].view(recipe.batch_size, recipe.sequence_length)
+    return tokens[offset : offset + needed].view(schedule.batch_size, schedule.sequence_length)
 
 
-def learning_rate(recipe: Recipe, step: int) -> float:
+def learning_rate(schedule: Schedule, step: int) -> float:
     """Linear warm-up, then cosine to final_learning_rate_ratio of the peak."""
-    if step < recipe.num_warmup_steps:
-        return recipe.learning_rate * (step + 1) / recipe.num_warmup_steps
-    progress = (step - recipe.num_warmup_steps) / max(1, recipe.num_steps - recipe.num_warmup_steps)
-    floor = recipe.final_learning_rate_ratio
-    return recipe.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+    if step < schedule.num_warmup_steps:
+        return schedule.learning_rate * (step + 1) / schedule.num_warmup_steps
+    progress = (step - schedule.num_warmup_steps) / max(1, schedule.num_steps - schedule.num_warmup_steps)
+    floor = schedule.final_learning_rate_ratio
+    return schedule.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 @torch.no_grad()
-def heldout_loss(model: PreTrainedModel, tokens: Tensor, recipe: Recipe) -> float:
+def heldout_loss(model: PreTrainedModel, tokens: Tensor, schedule: Schedule) -> float:
     """Mean next-token cross-entropy in nats over non-overlapping windows, first token of each not predicted."""
     model.eval()
-    num_windows = len(tokens) // recipe.sequence_length
-    windows = tokens[: num_windows * recipe.sequence_length].view(num_windows, recipe.sequence_length)
+    num_windows = len(tokens) // schedule.sequence_length
+    windows = tokens[: num_windows * schedule.sequence_length].view(num_windows, schedule.sequence_length)
     total = 0.0
     for batch in windows.split(32):
         logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
         total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
     model.train()
-    return total / (num_windows * (recipe.sequence_length - 1))
+    return total / (num_windows * (schedule.sequence_length - 1))
 
 
 class TrainingState:
     """Model, its moving average, Adam's moments and the log; saved as one safetensors file."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        torch.manual_seed(recipe.seed)
-        self.recipe, self.step = recipe, 0
+    def __init__(self, schedule: Schedule) -> None:
+        torch.manual_seed(schedule.seed)
+        self.schedule, self.step = schedule, 0
         self.log: list[dict[str, float]] = []
-        self.model = build_model(recipe.model)
+        self.model = build_model(schedule.model)
         self.model.set_experts_implementation("grouped_mm")
         self.average = copy.deepcopy(self.model)
         decayed = [p for p in self.model.parameters() if p.dim() >= 2]
         plain = [p for p in self.model.parameters() if p.dim() < 2]
-        groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95))
+        groups = [{"params": decayed, "weight_decay": schedule.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=schedule.learning_rate, betas=(0.9, 0.95))
 
     @torch.no_grad()
     def update_average(self) -> None:
-        decay = min(self.recipe.average_decay, (1 + self.step) / (10 + self.step))
+        decay = min(self.schedule.average_decay, (1 + self.step) / (10 + self.step))
         for mean, new in zip(self.average.parameters(), self.model.parameters(), strict=True):
             mean.lerp_(new, 1 - decay)
 
@@ -197,7 +197,7 @@ class TrainingState:
         """Go on from what was saved, if anything was.
 
         Raises:
-            SystemExit: it was made by another recipe, architecture or corpus.
+            SystemExit: it was made by another schedule, architecture or corpus.
         """
         path = folder / "state.safetensors"
         if not path.exists():
@@ -205,7 +205,7 @@ class TrainingState:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
         if metadata["made_by"] != self._made_by():
-            raise SystemExit(f"{path} was made with another recipe, architecture or corpus; remove it or choose another --output")
+            raise SystemExit(f"{path} was made with another schedule, architecture or corpus; remove it or choose another --output")
         self.step, self.log = int(metadata["step"]), json.loads(metadata["log"])
         tensors = load_file(path)
         with torch.no_grad():
@@ -222,14 +222,14 @@ class TrainingState:
     def _made_by(self) -> str:
         """Everything that determines the weights."""
         corpus = PyDocs("train").identity()
-        return json.dumps([asdict(self.recipe), self.model.config.to_diff_dict(), corpus], sort_keys=True, default=str)
+        return json.dumps([asdict(self.schedule), self.model.config.to_diff_dict(), corpus], sort_keys=True, default=str)
 
 
-def train_step(state: TrainingState, batch: Tensor, recipe: Recipe) -> float:
+def train_step(state: TrainingState, batch: Tensor, schedule: Schedule) -> float:
     """One AdamW step; returns the loss, router auxiliary loss included."""
-    torch.manual_seed(recipe.seed * 7_368_787 + state.step)  # dropout
+    torch.manual_seed(schedule.seed * 7_368_787 + state.step)  # dropout
     for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(recipe, state.step)
+        group["lr"] = learning_rate(schedule, state.step)
     outputs = state.model(input_ids=batch, labels=batch, output_router_logits=True, use_cache=False)
     loss = outputs.loss
     if outputs.aux_loss is None:  # this family's loss leaves the load balancing to the training
@@ -249,11 +249,11 @@ def train_step(state: TrainingState, batch: Tensor, recipe: Recipe) -> float:
 
 def train(state: TrainingState, document_ids: list[Tensor], heldout_tokens: Tensor, *, folder: Path, evaluate_every: int) -> None:
     """Train to the last step; the log is part of the saved state, so that a stop between the two loses nothing."""
-    recipe, started = state.recipe, time.time() - (state.log[-1]["seconds"] if state.log else 0.0)
-    while state.step < recipe.num_steps:
-        loss = train_step(state, sample_batch(document_ids, recipe, state.step), recipe)
-        if state.step % evaluate_every == 0 or state.step == recipe.num_steps:
-            heldout = math.exp(heldout_loss(state.average, heldout_tokens, recipe))
+    schedule, started = state.schedule, time.time() - (state.log[-1]["seconds"] if state.log else 0.0)
+    while state.step < schedule.num_steps:
+        loss = train_step(state, sample_batch(document_ids, schedule, state.step), schedule)
+        if state.step % evaluate_every == 0 or state.step == schedule.num_steps:
+            heldout = math.exp(heldout_loss(state.average, heldout_tokens, schedule))
             row = {"step": state.step, "train_loss": loss, "heldout_perplexity": heldout, "seconds": time.time() - started}
             state.log.append(row)
             state.save(folder)
@@ -268,8 +268,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--install", action="store_true", help="copy the result into the package")
     arguments = parser.parse_args()
-    recipe = Recipe(model=arguments.model, num_steps=arguments.steps)
-    folder = arguments.output or Path("outputs/training") / recipe.model
+    schedule = Schedule(model=arguments.model, num_steps=arguments.steps)
+    folder = arguments.output or Path("outputs/training") / schedule.model
     folder.mkdir(parents=True, exist_ok=True)
 
     train_documents, heldout_documents = PyDocs("train").documents(), PyDocs("heldout").documents()
@@ -279,7 +279,7 @@ def main() -> None:
     heldout_tokens = encode([DOCUMENT_SEPARATOR.join(heldout_documents)])[0]
     print(f"{sum(map(len, document_ids))} train tokens, {len(heldout_tokens)} held-out tokens", flush=True)
 
-    state = TrainingState(recipe)
+    state = TrainingState(schedule)
     state.load(folder)
     train(state, document_ids, heldout_tokens, folder=folder, evaluate_every=arguments.evaluate_every)
 
@@ -292,12 +292,12 @@ def main() -> None:
     settings = {name: value for name, value in json.loads(described.read_text()).items() if name != "backend"}
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that transformers 4 and other tools read too
     described.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
-    loss = heldout_loss(model.float(), heldout_tokens, recipe)
+    loss = heldout_loss(model.float(), heldout_tokens, schedule)
     num_bytes = len(DOCUMENT_SEPARATOR.join(heldout_documents).encode())
     bits_per_byte = loss / math.log(2) * len(heldout_tokens) / num_bytes
     write_card(final, state, perplexity=math.exp(loss), bits_per_byte=bits_per_byte)
     if arguments.install:
-        shutil.copytree(final, MODELS_FOLDER / recipe.model, dirs_exist_ok=True)
+        shutil.copytree(final, MODELS_FOLDER / schedule.model, dirs_exist_ok=True)
 
 
 def describe(model: PreTrainedModel) -> str:
@@ -317,20 +317,20 @@ def describe(model: PreTrainedModel) -> str:
 
 def write_card(folder: Path, state: TrainingState, *, perplexity: float, bits_per_byte: float) -> None:
     """README.md of the model folder: what it is, how it was made, what it reached."""
-    recipe = state.recipe
+    schedule = state.schedule
     rows = "\n".join(f"| {r['step']} | {r['train_loss']:.3f} | {r['heldout_perplexity']:.2f} | {r['seconds']:.0f} |" for r in state.log)
     (folder / "README.md").write_text(
-        f"""# {recipe.model}
+        f"""# {schedule.model}
 A small Mixture-of-Experts language model for trying out pruning without a network; a test object, not a useful language model.
 {describe(state.model)}, bfloat16.
 
 Trained on the docstrings of Python {platform.python_version()}'s standard library (corpus `pydocs`, split `train`) by
 
-    python experiments/builtin_models/train.py --model {recipe.model} --steps {recipe.num_steps}
+    python experiments/builtin_models/train.py --model {schedule.model} --steps {schedule.num_steps}
 
-with `{json.dumps(asdict(recipe))}`.
+with `{json.dumps(asdict(schedule))}`.
 
-Perplexity on the held-out documents (windows of {recipe.sequence_length} tokens, bfloat16 weights, computed in float32):
+Perplexity on the held-out documents (windows of {schedule.sequence_length} tokens, bfloat16 weights, computed in float32):
 **{perplexity:.2f}** with its vocabulary of {VOCABULARY_SIZE} tokens; {bits_per_byte:.3f} bits per byte.
 
 | step | train loss (with router auxiliary loss) | held-out perplexity | seconds |

@@ -16,6 +16,7 @@ from heapr.calibration.reader import ENDINGS, Source, is_readable, kind_of
 from heapr.errors import ConfigError, NotHereError
 from heapr.files import user_path
 from heapr.hub import data_file
+from heapr.words import first_line
 
 COMMIT_LENGTH = 40  # hexadecimal digits
 
@@ -89,9 +90,7 @@ class PublishedText:
         try:
             found = data_file(self.repository, self.revision, name)
         except (HfHubHTTPError, OSError) as error:
-            raise ConfigError(
-                f"{what} cannot be downloaded: {str(error).strip().splitlines()[0]}; give a local copy with its path"
-            ) from error
+            raise ConfigError(f"{what} cannot be downloaded: {first_line(error)}; give a local copy with its path") from error
         if found is None:
             raise NotHereError(
                 f"{what} is not in the local hub cache, and the hub cannot be reached; run python -m heapr.prefetch with the "

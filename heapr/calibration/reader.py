@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from heapr.errors import ConfigError
+from heapr.words import first_line
 
 TEXT, JSON, PARQUET = (".txt", ".text", ".raw", ".md"), (".jsonl", ".ndjson", ".json"), (".parquet",)
 GZIP = ".gz"  # behind an ending of text or JSON
@@ -257,5 +258,5 @@ def _complaints(path: Path, where: Callable[[], str]) -> Iterator[None]:
     except ConfigError:
         raise
     except (OSError, EOFError, ValueError, NotImplementedError, zlib.error) as error:  # cut or broken gzip; pyarrow's are the middle two
-        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise ConfigError(f"'{path}' cannot be read {where()}: {reason}; get it again, or give another file") from error

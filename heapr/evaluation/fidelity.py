@@ -36,7 +36,7 @@ class Fidelity:
     Args:
         corpus: the text.
         window: tokens of a window, at least 2.
-        batch_size: windows per forward pass, at least 1; does not change the result.
+        batch_size: windows per forward pass, at least 1; changes the result by rounding alone.
         max_windows: compare on so many windows, at least 1, evenly spread over the corpus; none compares on all.
 
     Raises:

@@ -39,7 +39,7 @@ class Perplexity:
     Args:
         corpus: the text.
         window: tokens of a window, at least 2.
-        batch_size: windows per forward pass, at least 1; does not change the result.
+        batch_size: windows per forward pass, at least 1; changes the result by rounding alone.
 
     Raises:
         ConfigError: a number is out of range.

@@ -48,7 +48,9 @@ class Truth:
 
     The prediction for a group is the sum over what was removed, as if atomic experts did not act together; in nats where
     the criterion has a unit (`heapr_sum` and `fisher` as they are, `heapr` times n/N, docs/method.md (7)), otherwise the
-    bare sum of scores, of which only the order means something.
+    bare sum of scores, of which only the order means something. Nats too are predicted too low, by `fisher` at about half of
+    what is measured in the highest decile (built-in model), also where each is removed alone: squared gradients are less than
+    the curvature, and the first order is left out (docs/method.md, Evaluation). Trust ranks before values.
 
     Metrics: `truth/spearman`, the rank correlation of sum and measured increase over the groups; `truth/pearson`, that of
     the values, for criteria with a unit (each left out where one side is constant); `truth/loss`, the dense model's mean
@@ -59,7 +61,7 @@ class Truth:
         sample_size: atomic experts removed of each group, at least 1; none removes whole groups.
         max_sequences: calibration sequences to measure on, the first of them, at least 1; none measures on all.
         seed: of the samples, at least 0.
-        batch_size: sequences per forward pass, at least 1; does not change the result.
+        batch_size: sequences per forward pass, at least 1; changes the result by rounding alone.
 
     Raises:
         ConfigError: a number is out of range.

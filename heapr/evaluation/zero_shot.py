@@ -7,7 +7,6 @@ it was measured.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import tempfile
@@ -21,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from heapr.errors import ConfigError
 from heapr.evaluation import zero_shot_local
 from heapr.evaluation.zero_shot_engine import LoadedTask, check_end_token, evaluate_task, load_task
-from heapr.files import hash_file, user_path
+from heapr.files import hash_files, user_path
 from heapr.model.moe import MoEModel
 from heapr.schema import at_least
 from heapr.types import Evaluation, Metrics, Statistics
@@ -38,7 +37,7 @@ class ZeroShot:
         task: name of a task, group or tag.
         num_fewshot: examples before each question, at least 0; none leaves it to the task: 0 for the paper's.
         limit: only the first questions of each task, at least 1; none takes all.
-        batch_size: requests per pass, at least 1, or "auto": the largest that fits a GPU; does not change the result.
+        batch_size: requests per pass, at least 1, or "auto": the largest that fits a GPU; changes the result by rounding alone.
         include_path: folder with tasks of your own: lm-eval's YAML files, and the code and data beside them.
 
     Raises:
@@ -143,7 +142,4 @@ def _average(kinds: Mapping[str, str], name: str, metrics: Metrics) -> Metrics:
 
 def _hash_folder(folder: Path) -> str:
     """sha256 over names and contents of all files below the folder but Python's caches."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts):
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{hash_file(path)}\0".encode())
-    return digest.hexdigest()
+    return hash_files(folder, (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts))

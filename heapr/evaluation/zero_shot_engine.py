@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
 import functools
 import hashlib
 import io
@@ -34,6 +33,7 @@ from heapr.hub import hub_is_reachable, no_network
 from heapr.model.moe import MoEModel
 from heapr.progress import bar_settings
 from heapr.types import Evaluation, Metrics, ProtocolRecord
+from heapr.words import did_you_mean, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -80,18 +80,17 @@ def load_task(name: str, folder: Path | None, content: str) -> LoadedTask:
         if name not in manager.all_tasks:
             manager = _task_manager(folder, content, everything=True)
         if name not in manager.all_tasks:
-            near = difflib.get_close_matches(name, [*manager.all_tasks, LOCAL_TASK], n=3)
-            suggestion = f"did you mean {' or '.join(near)}? " if near else ""
+            suggestion = did_you_mean(name, [*manager.all_tasks, LOCAL_TASK], most=3)
             raise ConfigError(f"zero-shot task '{name}' is unknown; {suggestion}lm-eval ls tasks lists all, include_path adds your own")
         try:
             loaded = manager.load([name])
         except OSError as error:
             raise ConfigError(
-                f"the data of zero-shot task '{name}' are not here: {_first_line(error)}; "
+                f"the data of zero-shot task '{name}' are not here: {first_line(error)}; "
                 "run python -m heapr.prefetch with the same overrides where there is a network"
             ) from error
         except (ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise ConfigError(f"zero-shot task '{name}' cannot be loaded: {_first_line(error)}; see lm-eval's page on the task") from error
+            raise ConfigError(f"zero-shot task '{name}' cannot be loaded: {first_line(error)}; see lm-eval's page on the task") from error
     members = {member for names in loaded["group_map"].values() for member in names}
     roots = [item for key, item in {**loaded["tasks"], **loaded["groups"]}.items() if key not in members]
     return LoadedTask(name, manager, loaded["tasks"], roots)
@@ -256,7 +255,3 @@ def _seeded() -> Iterator[None]:
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n", 1)[0]

@@ -18,6 +18,7 @@ from heapr.errors import ConfigError
 from heapr.model import deepseek_moe
 from heapr.model.model_files import INDEX, WEIGHTS
 from heapr.model.ragged_type import register_ragged
+from heapr.words import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +150,3 @@ def _leave_out_tokens_without_embedding(tokenizer: PreTrainedTokenizerBase, fold
         if isinstance(token, str) and token in past:
             setattr(tokenizer, role, None)
     logger.info("%-9s %s; they are added ones and not used: in a text they are read as ordinary text", "model", what)
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]

@@ -24,7 +24,7 @@ from heapr.errors import ConfigError, TooLargeError
 from heapr.files import user_path
 from heapr.hub import hub_is_reachable
 from heapr.model.config_file import prediction_heads
-from heapr.model.description import CONFIG_FILE, UNUSABLE, first_line, read_config, read_tokenizer
+from heapr.model.description import CONFIG_FILE, UNUSABLE, read_config, read_tokenizer
 from heapr.model.model_files import (
     DESCRIPTION_FILES,
     INDEX,
@@ -37,6 +37,7 @@ from heapr.model.model_files import (
 )
 from heapr.model.moe import MoEModel, experts_per_token, find_moe_layers
 from heapr.model.tensors import check_tensors, report_left_out
+from heapr.words import first_line
 
 BUILTIN_PREFIX = "builtin:"
 DTYPES = ("float32", "bfloat16", "float16", "float64")  # in which weights may be
@@ -204,24 +205,17 @@ def find_model(
     Raises:
         ConfigError: no such model, not a Mixture-of-Experts model, a missing capability, damaged weights.
     """
-    if path.startswith(BUILTIN_PREFIX):
-        folder = _builtin(path.removeprefix(BUILTIN_PREFIX))
-        identity = {"sha256": hash_folder(folder)}
-    elif user_path(path).is_dir():
-        folder = user_path(path)
-        if weight_files(folder) or not config_only:
-            check_weight_files(folder)
-        identity = {"sha256": hash_folder(folder, digests, has_code=trust_remote_code)}
-    elif path.count("/") == 1 and not path.startswith(("/", ".", "~")):
-        described = [CONFIG_FILE] if config_only else DESCRIPTION_FILES
-        folder = _download(path, revision, described + (["*.py"] if trust_remote_code else []))
-        identity = {"hub": path, "commit": folder.name}
-    else:
-        raise ConfigError(f"model.path='{path}': no such folder; give a folder with config.json and safetensors, or a hub id 'owner/name'")
+    folder = _find_folder(path, revision, [CONFIG_FILE] if config_only else DESCRIPTION_FILES, has_code=trust_remote_code)
     config = read_config(folder, trust_remote_code)
     dtype = dtype or _dtype_of(config, folder)  # now: building a model sets it
     model = _on_meta(config, path, trust_remote_code)
     layers = find_moe_layers(model)
+    if _is_on_hub(path):
+        identity = {"hub": path, "commit": folder.name}
+    else:
+        if weight_files(folder) or not config_only:
+            check_weight_files(folder)
+        identity = {"sha256": hash_folder(folder, digests, has_code=trust_remote_code)}
     return ModelSource(
         folder=folder,
         identity={**identity, "dtype": dtype, **({"remote_code": "trusted"} if trust_remote_code else {})},
@@ -233,6 +227,23 @@ def find_model(
         experts_per_token=experts_per_token(model),
         trust_remote_code=trust_remote_code,
     )
+
+
+def _find_folder(path: str, revision: str | None, description: list[str], *, has_code: bool) -> Path:
+    """Where a model's description is; of a hub model, it is downloaded there."""
+    if path.startswith(BUILTIN_PREFIX):
+        return _builtin(path.removeprefix(BUILTIN_PREFIX))
+    if _is_on_hub(path):
+        return _download(path, revision, description + (["*.py"] if has_code else []))
+    folder = user_path(path)
+    if not folder.is_dir():
+        raise ConfigError(f"model.path='{path}': no such folder; give a folder with config.json and safetensors, or a hub id 'owner/name'")
+    return folder
+
+
+def _is_on_hub(path: str) -> bool:
+    """Whether it is a hub id, and no folder of that name is here."""
+    return path.count("/") == 1 and not path.startswith((BUILTIN_PREFIX, "/", ".", "~")) and not Path(path).is_dir()
 
 
 def _dtype_of(config: PretrainedConfig, folder: Path) -> str:

@@ -6,14 +6,13 @@ In: a local folder. Out: names, headers, a refusal, or a hash. No weights are lo
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from heapr.errors import ConfigError
-from heapr.files import hash_file, hash_file_once
+from heapr.files import hash_file, hash_file_once, hash_files
 
 DESCRIPTION_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"  # what transformers looks for, in this order
@@ -118,8 +117,6 @@ def hash_folder(folder: Path, digests: Path | None = None, *, has_code: bool = F
     weights = {folder / name for name in weight_files(folder)}
     described = {path for pattern in DESCRIPTION_FILES for path in folder.glob(pattern)}
     code = set(folder.rglob("*.py")) if has_code else set()
-    digest = hashlib.sha256()
-    for path in sorted(weights | described | code):
-        content = hash_file_once(path, digests) if digests and path in weights else hash_file(path)
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{content}\0".encode())
-    return digest.hexdigest()
+    return hash_files(
+        folder, weights | described | code, lambda path: hash_file_once(path, digests) if digests and path in weights else hash_file(path)
+    )

@@ -128,8 +128,8 @@ def _order_by_share(rates: Sequence[Tensor], costs: Sequence[Tensor], sizes: Seq
         orders.append(offset + order_S)
         shares.append((sorted_S.cumsum(0) - sorted_S / 2) / max(size, torch.finfo(torch.float64).tiny))
         offset += len(rate_S)
-    merged_S: Tensor = torch.cat(orders)[torch.sort(torch.cat(shares), stable=True).indices]
-    return merged_S
+    in_turn_S: Tensor = torch.cat(orders)[torch.sort(torch.cat(shares), stable=True).indices]
+    return in_turn_S
 
 
 def _is_reached(budget: Budget, sizes: Mapping[int, float], stays: Sequence[Tensor], costs: Sequence[Tensor], half: float) -> bool:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from heapr.errors import ConfigError
@@ -19,8 +18,6 @@ from heapr.model.device import find_device
 from heapr.model.load import ModelSource, find_model
 from heapr.pruning.surgery import remove
 from heapr.types import Plan, Pruning, TensorDict
-
-PLAN, REPAIRED = "plan.safetensors", "repaired.safetensors"  # of the prune artifact
 
 
 def load_pruned(path: str | Path, *, plan: str | Path | None = None, dtype: str | None = None, device: str = "cpu") -> PreTrainedModel:
@@ -43,17 +40,6 @@ def load_pruned(path: str | Path, *, plan: str | Path | None = None, dtype: str 
     if pruning is not None:
         remove(model, pruning.plan, pruning.repaired)
     return model.model
-
-
-def read_plan(folder: Path) -> Plan:
-    """The plan that a prune artifact holds."""
-    return Plan.from_tensors(load_file(folder / PLAN))
-
-
-def read_pruning(folder: Path, *, is_repaired: bool) -> Pruning:
-    """What a prune artifact holds, with the weights that repair changed if it did."""
-    repaired = Pruning.repaired_from_tensors(load_file(folder / REPAIRED)) if is_repaired else None
-    return Pruning(read_plan(folder), repaired)
 
 
 def find_pruning(path: Path, source: ModelSource) -> Pruning:

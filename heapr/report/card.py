@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from string import Template
 from typing import Any
 
+from heapr.words import class_name
+
 CARD = Template("""---
 library_name: transformers
 tags: [heapr, mixture-of-experts, pruning]
@@ -52,7 +54,7 @@ def model_card(about: Mapping[str, Any], metrics: Mapping[str, Mapping[str, floa
         model=about["model"],
         removed=f"{about.get('ratio_reached', about['ratio']):.1%}",
         unit=UNITS[about.get("budget", "atomic_experts")],
-        criterion=about["criterion"]["_target_"].rpartition(".")[2],
+        criterion=class_name(about["criterion"]["_target_"]),
         ratio=f"{about['ratio']:.6g}",
         scope=about["scope"],
         form=about["form"],
@@ -90,7 +92,7 @@ def _beyond(about: Mapping[str, Any]) -> str:
     if about.get("rounds", 1) > 1:
         sentences.append(f" In {about['rounds']} rounds, each measured anew.")
     if about.get("repair"):
-        sentences.append(f" What is left was repaired on the same tokens (`{about['repair']['_target_'].rpartition('.')[2]}`).")
+        sentences.append(f" What is left was repaired on the same tokens (`{class_name(about['repair']['_target_'])}`).")
     return "".join(sentences)
 
 

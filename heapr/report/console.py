@@ -15,6 +15,9 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from heapr.artifacts import CHECKPOINT
+from heapr.words import step_title
+
 SIZE_ROWS = {  # size on the model: its share removed, how to print it
     "parameters": ("parameters_removed_ratio", "{:,.0f}"),
     "parameters_active_per_token": ("parameters_active_removed_ratio", "{:,.0f}"),
@@ -43,7 +46,7 @@ def print_summary(summary: Mapping[str, Any], run_folder: str, console: Console 
     """Dense against pruned, the stages, and where everything lies."""
     artifacts = Path(summary["stages"][0]["path"]).parents[1]
     places = f"artifacts:  {artifacts}/<stage>/<artifact>\nthis run:   {run_folder}"
-    checkpoints = [Path(stage["path"]) / "checkpoint" for stage in summary["stages"] if stage["stage"] == "prune"]
+    checkpoints = dict.fromkeys(Path(stage["path"]) / CHECKPOINT for stage in summary["stages"] if stage["stage"] == "prune")
     places += "".join(f"\ncheckpoint: {path}" for path in checkpoints if path.is_dir())
     console = console or open_console()
     console.print(Group(_metrics_table(summary["metrics"]), _stages_table(summary["stages"])))
@@ -105,7 +108,7 @@ def _stages_table(stages: list[Mapping[str, Any]]) -> Table:
     for column in table.columns[2:4]:
         column.justify = "right"
     for stage in stages:
-        name = stage["what"] or stage["stage"]
+        name = step_title(stage["stage"], stage["what"])
         peak = "" if stage["cached"] else f"{stage['peak_memory_bytes'] / 2**30:.2f} GiB"
         table.add_row(name, "cached" if stage["cached"] else "made", f"{stage['seconds']:.1f}", peak, stage["key"])
     return table

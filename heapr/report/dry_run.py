@@ -13,6 +13,7 @@ from rich.console import Console, Group
 from rich.table import Table
 
 from heapr.report.console import open_console, print_lines
+from heapr.words import step_title
 
 NOT_KNOWN = "not known for this family"
 
@@ -86,7 +87,7 @@ def _stages_table(stages: Sequence[Mapping[str, Any]]) -> Table:
     table = Table("stage", "", "artifact", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.columns[0].no_wrap = table.columns[2].no_wrap = True
     for stage in stages:
-        table.add_row(stage["what"] or stage["stage"], "cached" if stage["cached"] else "to be made", stage["key"])
+        table.add_row(step_title(stage["stage"], stage["what"]), "cached" if stage["cached"] else "to be made", stage["key"])
     return table
 
 

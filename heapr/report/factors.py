@@ -5,7 +5,6 @@ In: jobs. Out: values for tables and figures.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import yaml
 
 from heapr.report.results import JobResult
+from heapr.words import class_name, option_name
 
 UNKNOWN = "—"
 PATHS = {  # field of the configuration behind a factor's name
@@ -144,9 +144,9 @@ def _from_config(config: Mapping[str, Any], name: str) -> Any:
         model = config["model"]
         return PurePosixPath(str(model["path"])).name if model["name"] == "hf" else model["name"]
     if name == "criterion":
-        return _words(_target(config["score"]), "_")
+        return option_name(config["score"]["_target_"])
     if name == "corpus":
-        return _target(config["calibration"]["corpus"]).lower()
+        return class_name(config["calibration"]["corpus"]["_target_"]).lower()
     return flat(config).get(PATHS.get(name, name))
 
 
@@ -181,17 +181,7 @@ def _repair_name(entry: Mapping[str, Any]) -> str:
     the residual stream back."""
     if entry.get("target") == "residual_stream":
         return "stream repair" if entry.get("refits", 0) > 0 else "joint stream repair"
-    return "full repair" if entry.get("refits", 0) > 0 else _words(_target(entry), " ")
-
-
-def _words(name: str, between: str) -> str:
-    """A class's name in small letters."""
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", between, name).lower()
-
-
-def _target(entry: Mapping[str, Any]) -> str:
-    """The class that a plug-in's entry names."""
-    return str(entry["_target_"]).rpartition(".")[2]
+    return "full repair" if entry.get("refits", 0) > 0 else option_name(entry["_target_"], " ")
 
 
 def _from_overrides(overrides: Sequence[str], name: str) -> Any:

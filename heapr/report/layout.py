@@ -22,7 +22,6 @@ marked where the baseline's increase is below three of its standard errors (heap
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -31,6 +30,7 @@ from heapr.errors import ConfigError
 from heapr.report import metrics
 from heapr.report.factors import METHOD, NAMES, is_factor, varying
 from heapr.report.results import JobResult
+from heapr.words import did_you_mean
 
 ROWS = ("model", "ratio", "criterion", "scope", "form", "corpus", "num_samples", "seed")
 KEYS = {  # of every kind, beside kind, title and where
@@ -167,5 +167,4 @@ def _check_keys(given: Mapping[str, Any], known: Sequence[str], place: str) -> N
 
 
 def _unknown(name: str, known: Collection[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"unknown '{name}'; {f'did you mean {near[0]}? ' if near else ''}known here: {', '.join(known)}"
+    return f"unknown '{name}'; {did_you_mean(name, known)}known here: {', '.join(known)}"

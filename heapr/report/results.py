@@ -6,7 +6,6 @@ Shape letters: E experts of a layer, F atomic experts of one.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,9 @@ from typing import Any
 
 import yaml
 
+from heapr.artifacts import CHECKPOINT_PART, read_details, read_kept, read_manifest
+
 CONFIG = ".hydra/config.yaml"
-DETAILS, PLAN, MANIFEST = "details.json", "plan.safetensors", "manifest.json"
-CHECKPOINT_PART = "checkpoint"  # heapr/recipes.py
 PRUNING_STAGES = ("calibrate", "score", "prune")
 
 
@@ -90,9 +89,7 @@ def artifact_folder(job: JobResult, entry: Mapping[str, Any]) -> Path:
 def details(job: JobResult, evaluation: str) -> Mapping[str, Any] | None:
     """details.json of an evaluation by its name; none if it was not made."""
     folder = stage_folder(job, evaluation)
-    if folder is None or not (folder / DETAILS).is_file():
-        return None
-    return dict(json.loads((folder / DETAILS).read_text()))
+    return None if folder is None else read_details(folder)
 
 
 def removed_by_layer(job: JobResult) -> list[LayerRemoval] | None:
@@ -104,11 +101,9 @@ def removed_by_layer(job: JobResult) -> list[LayerRemoval] | None:
             for layer in routing["layers"]
         ]
     folder = stage_folder(job, "prune")
-    if folder is None or not (folder / PLAN).is_file():
+    plan = None if folder is None else read_kept(folder)
+    if plan is None:
         return None
-    from safetensors.numpy import load_file
-
-    plan = {int(name.removeprefix("layers.")): kept_EF for name, kept_EF in load_file(folder / PLAN).items()}
     return [LayerRemoval(i, float(1 - plan[i].mean()), tuple((1 - plan[i].mean(axis=1)).tolist())) for i in sorted(plan)]
 
 
@@ -145,10 +140,9 @@ def _pruning_costs(job: JobResult, quantity: str) -> list[float]:
 
 
 def _cost(job: JobResult, entry: Mapping[str, Any], quantity: str) -> float | None:
-    manifest = artifact_folder(job, entry) / MANIFEST
+    described = read_manifest(artifact_folder(job, entry))
     made: dict[str, Any] = {} if entry["cached"] else dict(entry)
-    if manifest.is_file():
-        described = json.loads(manifest.read_text())
+    if described is not None:
         part = entry.get("part")
         made |= described["parts"].get(part, {}) if part else described
     value = made.get(quantity)

@@ -13,10 +13,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from heapr.artifacts import LOG, read_error, read_summary
 from heapr.errors import ConfigError
 from heapr.files import write_json
-from heapr.main import ERROR
-from heapr.pipeline import SUMMARY
 from heapr.report.results import JobResult
 from heapr.sweep.definition import grid
 
@@ -99,10 +98,9 @@ def _overrides_of_jobs(folder: Path) -> dict[int, tuple[str, ...]]:
 
 
 def _collect_job(folder: Path, number: int, overrides: tuple[str, ...]) -> JobResult:
-    if (folder / SUMMARY).is_file():
-        return JobResult(number, overrides, folder, json.loads((folder / SUMMARY).read_text(encoding="utf-8")), None)
-    if (folder / ERROR).is_file():
-        return JobResult(number, overrides, folder, None, (folder / ERROR).read_text(encoding="utf-8").strip())
-    if folder.is_dir():
-        return JobResult(number, overrides, folder, None, f"was stopped before it finished; its log: {folder}/run.log")
-    return JobResult(number, overrides, None, None, "never started")
+    if not folder.is_dir():
+        return JobResult(number, overrides, None, None, "never started")
+    summary, error = read_summary(folder), read_error(folder)
+    if summary is None and error is None:
+        error = f"was stopped before it finished; its log: {folder / LOG}"
+    return JobResult(number, overrides, folder, summary, None if summary else error)

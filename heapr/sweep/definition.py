@@ -5,7 +5,6 @@ In: experiments/<name>/experiment.yaml and the overrides of the command line. Ou
 
 from __future__ import annotations
 
-import difflib
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from omegaconf import OmegaConf
 
 from heapr.errors import ConfigError
 from heapr.schema import unknown_key
+from heapr.words import did_you_mean
 
 FILE = "experiment.yaml"
 TINY = "tiny"  # what the names of the built-in models begin with
@@ -65,9 +65,7 @@ def load_definition(experiments: Path, name: str) -> Definition:
     """
     known = experiment_names(experiments)
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        suggestion = f"did you mean {near[0]}? " if near else ""
-        raise ConfigError(f"unknown experiment '{name}'; {suggestion}known experiments: {', '.join(known)}")
+        raise ConfigError(f"unknown experiment '{name}'; {did_you_mean(name, known)}known experiments: {', '.join(known)}")
     content = OmegaConf.to_container(OmegaConf.load(experiments / name / FILE))
     assert isinstance(content, dict)
     fields = list(Definition.__dataclass_fields__)

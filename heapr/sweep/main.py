@@ -1,4 +1,4 @@
-"""The command line of sweep.py: plan, run, report.
+"""The command line of sweep.py: look ahead, run, report.
 
 In: `experiment=<name>` and overrides, or `report_dir=<folder>`. Out: a sweep's folder with jobs, tables, figures and report.html;
 exit code 1 if a job failed, 2 with one line for a mistake.
@@ -7,7 +7,6 @@ exit code 1 if a job failed, 2 with one line for a mistake.
 from __future__ import annotations
 
 import csv
-import difflib
 import logging
 import shlex
 import shutil
@@ -22,11 +21,13 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
+from heapr.artifacts import SWEEPS
 from heapr.errors import ConfigError
 from heapr.files import user_path
 from heapr.main import compose_experiment, explain, one_line_errors, print_whatever_the_encoding
 from heapr.schema import ExperimentConfig, register
 from heapr.sweep.definition import Definition, Job, experiment_names, is_tiny, load_definition, make_jobs
+from heapr.words import did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class Request:
     Attributes:
         experiment: its name; none if a folder is reported.
         report_dir: folder to report, instead of an experiment.
-        dry_run: show the plan and stop.
+        dry_run: show what would be made and stop.
         report_only: of the newest sweep, without running anything.
         results: keep tables and figures with the experiment.
         baselines: run them too.
@@ -101,11 +102,10 @@ def read_request(arguments: Sequence[str], experiments: Sequence[str]) -> Reques
     for argument in rest:
         if argument.startswith("-") or ("=" not in argument and not argument.startswith("~")):
             known = ["--dry-run", "--help", *(f"{key}=" for key in ("experiment", "report_dir", *SWITCHES))]
-            near = difflib.get_close_matches(argument, known, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
+            hint = did_you_mean(argument, known)
             raise ConfigError(f"'{argument}' is neither an override (key=value) nor an option; {hint}options: {', '.join(known)}")
         if argument.startswith("dry_run="):
-            raise ConfigError(f"'{argument}' is for one run; give --dry-run to see the plan of a sweep")
+            raise ConfigError(f"'{argument}' is for one run; give --dry-run to see what a sweep would do")
     if ("experiment" in own) == ("report_dir" in own):
         raise ConfigError(f"give either experiment=<name> or report_dir=<folder>; experiments: {', '.join(experiments)}")
     if "report_dir" in own and (rest or len(own) > 1 or "--dry-run" in arguments):
@@ -123,7 +123,7 @@ def read_request(arguments: Sequence[str], experiments: Sequence[str]) -> Reques
 
 
 def sweep(root: Path, request: Request) -> int:
-    """Plan, run and report an experiment.
+    """Look ahead, run and report an experiment.
 
     Returns:
         exit code: 1 if a job failed.
@@ -138,14 +138,14 @@ def sweep(root: Path, request: Request) -> int:
         return _report_newest(root, request, definition, jobs)
     configs = compose_jobs(definition.name, jobs, root / "conf")
     _check_settings(request.settings, root / "conf")
-    from heapr.sweep.plan import plan_sweep
-    from heapr.sweep.table import print_plan
+    from heapr.sweep.forecast import forecast_sweep
+    from heapr.sweep.forecast_table import print_forecast
 
-    plan = plan_sweep(jobs, configs)
-    print_plan(plan, f"{definition.name} ({request.version}): {definition.title}")
+    forecast = forecast_sweep(jobs, configs)
+    print_forecast(forecast, f"{definition.name} ({request.version}): {definition.title}")
     if request.dry_run:
         return 0
-    problems = [job.problem for job in plan.jobs if job.problem]
+    problems = [job.problem for job in forecast.jobs if job.problem]
     if len(problems) == len(jobs):
         raise ConfigError(f"no job of {definition.name} can run; the first: {problems[0]}")
     return _run(root, request, definition, dict(zip(jobs, configs, strict=True)))
@@ -238,7 +238,7 @@ def _run(root: Path, request: Request, definition: Definition, jobs: Mapping[Job
     )
     config = next(iter(jobs.values()))
     outputs = Path(config.paths.outputs)
-    folder = new_folder(outputs / "sweeps", record)
+    folder = new_folder(outputs / SWEEPS, record)
     exit_code = launch(root, folder, request.settings)
     if exit_code:
         logger.error("the process that ran the jobs ended with exit code %d; the same command goes on where it stopped", exit_code)
@@ -253,7 +253,7 @@ def _report_newest(root: Path, request: Request, definition: Definition, jobs: S
     from heapr.sweep.collect import Record, newest_sweep
 
     (config,) = compose_jobs(definition.name, jobs[:1], root / "conf")
-    folder = newest_sweep(Path(config.paths.outputs) / "sweeps", definition.name, request.version)
+    folder = newest_sweep(Path(config.paths.outputs) / SWEEPS, definition.name, request.version)
     replace(Record.read(folder), title=definition.title, report=definition.layout(request.version)).write(folder)
     return _finish(root, request, folder)
 
@@ -293,7 +293,7 @@ def _help(root: Path) -> None:
         "model=tiny       the experiment's version for the built-in model: offline, minutes on 2 cores",
         "overrides        as for run.py; one whose values the experiment sweeps selects those jobs, others apply to all jobs",
         "hydra/launcher=  basic (one job after the other), joblib, submitit_slurm ... (docs/experiments.md)",
-        "--dry-run        show the plan and stop",
+        "--dry-run        show what would be made and stop",
         "report_only=true tables and figures of the experiment's newest sweep, from its artifacts alone",
         "baselines=true   run the experiment's baselines too",
         "results=true     keep tables and figures in experiments/<name>/results",

@@ -15,6 +15,7 @@ from typing import Any
 from heapr.errors import ConfigError
 from heapr.tracking.tracker import FIGURES, NUM_TOKENS, RATIO
 from heapr.tracking.wandb import has_key, is_reachable
+from heapr.words import first_line
 
 MODEL, CRITERION = "labels.model", "labels.criterion"  # in a run's configuration
 QUALITY = ("perplexity/", "accuracy/", "kl_to_dense/")  # how the names of what is compared begin
@@ -59,8 +60,7 @@ def create_dashboard(entity: str | None, project: str) -> str:
     except ConfigError:
         raise
     except Exception as error:  # wandb and what it is built on raise what they like
-        reason = str(error).split("\n", 1)[0]
-        raise ConfigError(f"wandb made no dashboard of '{project}' ({reason}); check --entity, --project and the key") from error
+        raise ConfigError(f"wandb made no dashboard of '{project}' ({first_line(error)}); check --entity, --project and the key") from error
 
 
 def build_dashboard(entity: str, project: str, names: Sequence[str]) -> Any:

@@ -10,20 +10,19 @@ import logging
 import netrc
 import os
 import queue
-import socket
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 from heapr.errors import ConfigError
+from heapr.network import PROBE_SECONDS, answers, within
 from heapr.tracking.tracker import AXES, RATIO, Folder, Image, Run, Table, Value
+from heapr.words import first_line
 
 logger = logging.getLogger(__name__)
 
-PROBE_SECONDS = 3.0  # is anybody there?
 START_SECONDS = 12.0  # most that starting a run online may take after that
 MEDIA_SECONDS = 8.0  # most that tables, images and folders may be waited for at the end of a run
 FINISH_SECONDS = 8.0  # most that sending the rest may take after that; what is left is on disk
@@ -130,7 +129,7 @@ class Wandb:
 
     def _warn(self, error: Exception) -> None:
         """Once for each reason: calibration would repeat it every second."""
-        reason = _first_line(error)
+        reason = first_line(error)
         if reason not in self._warned:
             self._warned.add(reason)
             logger.warning("wandb failed (%s); the run goes on, and its tracking.jsonl has everything", reason)
@@ -177,16 +176,16 @@ def _start(mode: Any, arguments: dict[str, Any]) -> tuple[Any, str]:
         try:
             if is_reachable():
                 return wandb.init(mode="online", resume="allow", settings=settings, **arguments), mode
-            reason = f"{_endpoint()[0]} does not answer"
+            reason = f"{urlparse(_endpoint()).hostname} does not answer"
         except Exception as error:
-            reason = _first_line(error)
+            reason = first_line(error)
             _stop_service()  # which would not let the id be used again
         logger.warning("wandb cannot be reached (%s); the run goes on offline", reason)
         mode = "offline"
     try:
         return wandb.init(mode=mode, settings=settings, **arguments), mode
     except Exception as error:
-        logger.warning("wandb cannot start (%s); the run goes on without it", _first_line(error))
+        logger.warning("wandb cannot start (%s); the run goes on without it", first_line(error))
         _stop_service()
         return None, mode
 
@@ -195,34 +194,16 @@ def _stop_service() -> None:
     """End wandb's own process, so that the next run starts a new one."""
     import wandb
 
-    _within(PROBE_SECONDS, wandb.teardown)  # it may be dead already
+    within(PROBE_SECONDS, wandb.teardown)  # it may be dead already
 
 
 def is_reachable() -> bool:
     """Whether somebody answers."""
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return True  # only the proxy can tell
-    return _within(PROBE_SECONDS, lambda: socket.create_connection(_endpoint(), timeout=PROBE_SECONDS).close())
+    return answers(_endpoint())
 
 
-def _within(seconds: float, call: Callable[[], None]) -> bool:
-    """Whether a call ends well within some time; in a thread, since looking up a name or ending a process knows no limit."""
-    done = threading.Event()
-
-    def attempt() -> None:
-        with suppress(Exception):
-            call()
-            done.set()
-
-    thread = threading.Thread(target=attempt, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return done.is_set()
-
-
-def _endpoint() -> tuple[str, int]:
-    url = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
-    return url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
+def _endpoint() -> str:
+    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
 
 
 def _converted(value: Value) -> Any:
@@ -231,7 +212,3 @@ def _converted(value: Value) -> Any:
     if isinstance(value, Table):
         return wandb.Table(columns=list(value.columns), data=[list(row) for row in value.rows], allow_mixed_types=True)
     return wandb.Image(str(value.path)) if isinstance(value, Image) else value
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).split("\n", 1)[0]

@@ -58,7 +58,7 @@ def test_windows_of_large_text_are_those_of_the_documents_drawn(tmp_path: Path) 
     assert everything[0] == everything[1]
 
 
-def test_the_limit_is_part_of_the_recipe(tmp_path: Path) -> None:
+def test_the_limit_is_part_of_the_key(tmp_path: Path) -> None:
     from heapr.dry_run import dry_run
 
     (tmp_path / "a.txt").write_text("some text")

@@ -30,7 +30,7 @@ def documents() -> list[str]:
         "7" * 3001, "=" * 2500, " " * 2000, "\n" * 1500, "0123456789" * 300, "\t \n" * 500, "é" * 1200, "日本語のテキスト" * 200,
         "\U0001f600\U0001f468\u200d\U0001f469" * 300, "<|endoftext|>" * 200, "a" * 5000, "x\u0301" * 900, "", "  ", "ab <|endoftext|> cd",
     ]  # fmt: skip
-    prose = PyDocs("heldout").documents()[:300]
+    prose = PyDocs("heldout").documents()[:150]
     mixed = [text for text in prose for text in (text, rng.choice(odd))]
     return [*mixed, "the end"]
 
@@ -77,7 +77,7 @@ def test_pieces_give_the_tokens_of_the_whole_text(kind: str, monkeypatch: pytest
     calls = counted(monkeypatch)
     found = token_ids(documents, tokenizer, num_characters=joined_length(documents()), what="text")
     assert found.tolist() == whole
-    assert len(calls) > 5, "it was not tokenised in pieces"
+    assert len(calls) > 3, "it was not tokenised in pieces"
 
 
 def test_a_long_run_is_not_tokenised_over_and_over(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,8 @@ from heapr.errors import ConfigError
 from heapr.pruning.allocation import allocate, temper
 from heapr.pruning.allocation_report import report_allocation
 from heapr.pruning.budget import Budget, Guards, Widths
-from heapr.recipes import experiment_recipes
 from heapr.schema import build
+from heapr.steps import experiment_steps
 from heapr.types import Granularity, Plan, Scores
 from tests.experiment import compose_experiment
 from tests.pruning.test_allocation import ragged_scores, random_scores
@@ -228,7 +228,7 @@ def test_options_enter_the_key_where_they_are_not_at_their_defaults(tmp_path: Pa
     def settings(*overrides: str) -> dict[str, object]:
         config = compose_experiment("calibration=text_files", f"calibration.corpus.paths=[{tmp_path}/a.txt]", *overrides)
         corpus = build(config.calibration.corpus, "calibration.corpus")
-        return dict(experiment_recipes(config, {"sha256": "0"}, corpus, [], []).prune.config)
+        return dict(experiment_steps(config, {"sha256": "0"}, corpus, []).last("prune").origin.config)
 
     plain = {"ratio": 0.25, "scope": "global", "width_multiple": 1, "form": "ragged"}
     assert settings() == settings("pruning.tempering=0", "pruning.save_checkpoint=false") == plain

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 from rich.console import Console
 
@@ -109,3 +110,17 @@ def test_paths_are_broken_nowhere() -> None:
     print_summary({**SUMMARY, "stages": [{**SUMMARY["stages"][0], "path": f"{folder}/calibrate/abc"}]}, folder, console)
     lines = console.export_text().splitlines()
     assert f"this run:   {folder}" in lines and f"artifacts:  {folder}/<stage>/<artifact>" in lines
+
+
+def test_steps_have_names_of_their_own_and_a_checkpoint_is_named_once(tmp_path: Path) -> None:
+    """Plan, repair and checkpoint lie in one folder."""
+    (tmp_path / "checkpoint").mkdir()
+    made = {"path": str(tmp_path), "key": "k", "cached": False, "seconds": 1.0, "peak_memory_bytes": 0}
+    names = [("calibrate", ""), ("calibrate", "round 2"), ("prune", "round 2"), ("prune", "round 2 repair"), ("prune", "checkpoint")]
+    stages = [{"stage": name, "what": what, **made} for name, what in names]
+    console = Console(width=200, record=True, file=io.StringIO())
+    print_summary({**SUMMARY, "stages": stages}, "runs/now", console)
+    text = console.export_text()
+    assert text.count(str(tmp_path / "checkpoint")) == 1
+    for name in ("calibrate  ", "calibrate round 2  ", "prune round 2  ", "prune round 2 repair", "prune checkpoint"):
+        assert name in text

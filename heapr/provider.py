@@ -1,6 +1,7 @@
-"""The model of an experiment in memory: dense, pruned, or both. Loaded when first asked for, cut in place.
+"""Gives the models of an experiment: the dense one, what pruning made of it, or both. Loaded when first asked for, cut in place.
 
-In: an experiment and what its rounds of pruning made. Out: `MoEModel`s.
+In: how the dense model is had, and what is done to it. Out: `MoEModel`s. Whoever asks keeps no model beyond its own step: the next one may
+cut it further, or need its memory.
 """
 
 from __future__ import annotations
@@ -11,13 +12,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from heapr.errors import TooLargeError
-from heapr.experiment import Experiment
 from heapr.model.experts.layout import layout_of
 from heapr.model.moe import MoEModel
 from heapr.model.stream import check_stream
-from heapr.pruning.repair import LayerRepair
+from heapr.pruning.repair import LayerRepair, Repair
 from heapr.pruning.surgery import mask, remove, remove_and_repair
-from heapr.pruning.uniform import make_uniform
+from heapr.pruning.uniform import Settings, make_uniform
 from heapr.types import Plan, Pruning
 
 
@@ -29,15 +29,18 @@ class _Held:
     plan: Plan
 
 
-class ModelInMemory:
-    """Gives the dense model and what pruning made of it, with as few loads as it takes.
+class ModelProvider:
+    """Gives dense and pruned models with as few loads as it takes.
 
     Args:
-        experiment: whose model.
+        load: gives the dense model anew.
+        repair: how the rest makes up for what is removed; None leaves it as it is.
+        form: of the final model: ragged, uniform or masked.
+        uniform_settings: what the uniform form changes in the model's configuration.
     """
 
-    def __init__(self, experiment: Experiment) -> None:
-        self._experiment = experiment
+    def __init__(self, load: Callable[[], MoEModel], *, repair: Repair | None, form: str, uniform_settings: Settings) -> None:
+        self._load, self._repair, self._form, self._uniform_settings = load, repair, form, uniform_settings
         self._dense: MoEModel | None = None
         self._pruned: _Held | None = None
         self._masked: MoEModel | None = None
@@ -49,8 +52,8 @@ class ModelInMemory:
             ConfigError: it cannot be loaded, or not repaired as asked.
         """
         if self._dense is None:
-            self._dense = self._experiment.source.load(self._experiment.device, self._experiment.device_map)
-            if self._experiment.repair and self._experiment.repair.follows_stream:
+            self._dense = self._load()
+            if self._repair and self._repair.follows_stream:
                 check_stream(self._dense)
         return self._dense
 
@@ -69,16 +72,16 @@ class ModelInMemory:
 
         Args:
             plan: for the dense model.
-            earlier: what the round before made, now or in a run whose results are in the store; none for the first.
+            earlier: what the round before made, now or in a run whose results are in the store; None for the first.
             batches: gives those of the calibration.
         """
-        assert self._experiment.repair is not None
+        assert self._repair is not None
         if earlier is not None:
             self.pruned(earlier)
         model, relative = self._next(plan)
-        found = remove_and_repair(model, relative, self._experiment.repair, batches())
+        found = remove_and_repair(model, relative, self._repair, batches())
         self._pruned = _Held(model, plan)
-        names = [layout_of(model.layers[0].experts).input_name] if self._experiment.repair.refits_inputs else []
+        names = [layout_of(model.layers[0].experts).input_name] if self._repair.refits_inputs else []
         tensors = {
             layer.index: {name: layer.experts.get_parameter(name).detach() for name in [*names, "down_proj"]} for layer in model.layers
         }
@@ -87,22 +90,15 @@ class ModelInMemory:
     def final(self, pruning: Pruning) -> MoEModel:
         """The pruned model after the last round, as its checkpoint holds it: ragged, in the family's own class, or with zeros. What is
         measured is what is written."""
-        if self._experiment.form == "masked":
-            return self.masked(pruning)
+        if self._form == "masked":
+            return self._masked_by(pruning)
         model = self.pruned(pruning)
-        if self._experiment.uniform_settings and model.is_ragged:
-            make_uniform(model, self._experiment.uniform_settings)
+        if self._uniform_settings and model.is_ragged:
+            make_uniform(model, self._uniform_settings)
         return model
 
-    def masked(self, pruning: Pruning) -> MoEModel:
-        """The dense model with zeros for what the last round removed; the ragged one is given up for it."""
-        if self._masked is None:
-            self._masked, self._dense, self._pruned = self.dense(), None, None
-            mask(self._masked, pruning.plan, pruning.repaired)
-        return self._masked
-
-    def dense_and_pruned(self, pruning: Pruning) -> tuple[MoEModel, MoEModel]:
-        """Both at once.
+    def both(self, pruning: Pruning) -> tuple[MoEModel, MoEModel]:
+        """The dense and the final model at once.
 
         Raises:
             TooLargeError: they do not fit on the device.
@@ -112,9 +108,16 @@ class ModelInMemory:
             return self.dense(), pruned
         except TooLargeError as error:
             raise TooLargeError(
-                f"the dense and the pruned model do not fit on '{self._experiment.device}' together; leave out what compares them: "
+                f"the dense and the pruned model do not fit on '{pruned.model.device}' together; leave out what compares them: "
                 "evaluation.fidelity=null evaluation.throughput=null (all other results are in the store)"
             ) from error
+
+    def _masked_by(self, pruning: Pruning) -> MoEModel:
+        """The dense model with zeros for what the last round removed; the ragged one is given up for it."""
+        if self._masked is None:
+            self._masked, self._dense, self._pruned = self.dense(), None, None
+            mask(self._masked, pruning.plan, pruning.repaired)
+        return self._masked
 
     def _next(self, plan: Plan) -> tuple[MoEModel, Plan]:
         """The model to cut next, and the plan for it. It is given away: whoever needs a dense model afterwards loads it anew."""

@@ -1,0 +1,185 @@
+"""The files of every artifact and of every run: their names, and how they are written and read. Nobody else names one.
+
+In and out: typed results (heapr/types.py) and folders. torch is imported only where tensors are read or written, so that reports and
+sweeps, which need names and JSON, start at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from heapr.files import write_json, write_text
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from heapr.types import Evaluation, Plan, Pruning, RepairedWeights, Scores, Statistics, TensorDict, TokenWindows
+
+ARTIFACTS, SWEEPS = "artifacts", "sweeps"  # below the folder of outputs
+
+MANIFEST = "manifest.json"  # of every artifact: what it is, and size and hash of each file
+
+TOKENS, STATISTICS = "tokens.safetensors", "statistics.safetensors"  # calibrate
+SCORES = "scores.safetensors"  # score
+PLAN, ALLOCATION = "plan.safetensors", "allocation.json"  # prune
+REPAIRED, REPAIR = "repaired.safetensors", "repair.json"  # prune, its part "repair"
+CHECKPOINT, CARD = "checkpoint", "README.md"  # prune, its part "checkpoint": a folder, and the file written last in it
+METRICS, DETAILS = "metrics.json", "details.json"  # evaluate
+
+SUMMARY, ERROR, LOG = "summary.json", "error.txt", "run.log"  # of a run; error.txt if it failed, as a job of a sweep
+
+REPAIR_PART, CHECKPOINT_PART = "repair", "checkpoint"  # of a prune artifact, heapr/store.py
+
+Report = dict[str, Any]  # JSON types only; "summary" and "not_reached" are lines to read
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """What an artifact says of itself; None if the folder holds no artifact."""
+    return _read_json(folder / MANIFEST)
+
+
+def write_calibration(folder: Path, made: tuple[TokenWindows, Statistics]) -> None:
+    tokens, statistics = made
+    _save(folder / TOKENS, tokens.to_tensors())
+    _save(folder / STATISTICS, statistics.to_tensors())
+
+
+def read_tokens(folder: Path) -> TokenWindows:
+    from heapr.types import TokenWindows
+
+    return TokenWindows.from_tensors(_load(folder / TOKENS))
+
+
+def read_statistics(folder: Path) -> Statistics:
+    from heapr.types import Statistics
+
+    return Statistics.from_tensors(_load(folder / STATISTICS))
+
+
+def write_scores(folder: Path, scores: Scores) -> None:
+    _save(folder / SCORES, scores.to_tensors())
+
+
+def read_scores(folder: Path) -> Scores:
+    from heapr.types import Scores
+
+    return Scores.from_tensors(_load(folder / SCORES))
+
+
+def write_plan(folder: Path, made: tuple[Plan, Report], *, model: Mapping[str, str], is_repaired: bool) -> None:
+    """The plan with what it belongs to, so that `heapr.load_pruned` can check it; and the report of the allocation.
+
+    Args:
+        folder: gets the files.
+        made: the plan for the dense model, and the report.
+        model: identity of the dense model.
+        is_repaired: whether repaired weights will lie beside the plan, without which it is not the pruned model.
+    """
+    plan, report = made
+    belongs_to = {"model": json.dumps(dict(model))}
+    if is_repaired:
+        belongs_to["repaired"] = REPAIRED
+    write_json(folder / ALLOCATION, report)
+    _save(folder / PLAN, plan.to_tensors(), belongs_to)
+
+
+def read_plan(folder: Path) -> Plan:
+    from heapr.types import Plan
+
+    return Plan.from_tensors(_load(folder / PLAN))
+
+
+def read_kept(folder: Path) -> dict[int, NDArray[Any]] | None:
+    """The plan as numpy arrays (E, F) by decoder layer index, for reports; None if it is not there."""
+    from safetensors.numpy import load_file
+
+    if not (folder / PLAN).is_file():
+        return None
+    return {int(name.removeprefix("layers.")): kept_EF for name, kept_EF in load_file(folder / PLAN).items()}
+
+
+def read_allocation(folder: Path) -> Report:
+    return _must_read_json(folder / ALLOCATION)
+
+
+def write_repair(folder: Path, made: tuple[Pruning, Report]) -> None:
+    """The weights that repair changed, and its report."""
+    pruning, report = made
+    _save(folder / REPAIRED, pruning.repaired_tensors())
+    write_json(folder / REPAIR, report)
+
+
+def read_repaired(folder: Path) -> RepairedWeights:
+    from heapr.types import Pruning
+
+    return Pruning.repaired_from_tensors(_load(folder / REPAIRED))
+
+
+def read_repair(folder: Path) -> Report:
+    return _must_read_json(folder / REPAIR)
+
+
+def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
+    """Metrics, and details where there are any."""
+    write_json(folder / METRICS, evaluation.metrics)
+    if evaluation.details:
+        write_json(folder / DETAILS, evaluation.details)
+
+
+def read_evaluation(folder: Path) -> Evaluation:
+    from heapr.types import Evaluation
+
+    return Evaluation(_must_read_json(folder / METRICS), read_details(folder) or {})
+
+
+def read_details(folder: Path) -> dict[str, Any] | None:
+    """Of an evaluation; None if it has none."""
+    return _read_json(folder / DETAILS)
+
+
+def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
+    write_json(folder / SUMMARY, summary)
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """Of a run; None if it did not finish."""
+    return _read_json(folder / SUMMARY)
+
+
+def write_error(folder: Path, line: str) -> None:
+    write_text(folder / ERROR, line + "\n")
+
+
+def clear_error(folder: Path) -> None:
+    (folder / ERROR).unlink(missing_ok=True)
+
+
+def read_error(folder: Path) -> str | None:
+    """Why a run failed, in one line; None if it did not say so."""
+    path = folder / ERROR
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else None
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    return _must_read_json(path) if path.is_file() else None
+
+
+def _must_read_json(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def _save(path: Path, tensors: TensorDict, metadata: Mapping[str, str] | None = None) -> None:
+    from heapr.tensors_file import save_tensors
+
+    save_tensors(path, tensors, metadata)
+
+
+def _load(path: Path) -> TensorDict:
+    from safetensors.torch import load_file
+
+    tensors: TensorDict = load_file(path)
+    return tensors

@@ -1,0 +1,56 @@
+"""What an artifact's manifest says of its files: what they are, and with what, when and how they were made.
+
+In: a folder of finished files, or a manifest. Out: JSON types.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from heapr.files import fsync, hash_file, readable_by_umask
+from heapr.measure import StageMeter
+
+RECORDED_LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "numpy")
+
+
+def entry_of(manifest: Mapping[str, Any], part: str) -> Mapping[str, Any]:
+    """What a manifest says of an artifact, or of a part of it: its files, seconds and peak memory."""
+    entry: Mapping[str, Any] = manifest["parts"][part] if part else manifest
+    return entry
+
+
+def provenance(folder: Path, meter: StageMeter) -> dict[str, Any]:
+    """With what, when and how files were made, and what they are; they are readable for whom the umask says, and on disk."""
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        path.chmod(readable_by_umask(0o777 if path.is_dir() else 0o666))  # safetensors writes files that only their owner can read
+        if path.is_file():
+            files[path.relative_to(folder).as_posix()] = describe(path)
+        fsync(path)
+    return {
+        "libraries": {name: importlib.metadata.version(name) for name in RECORDED_LIBRARIES},
+        "git_commit": _git_commit(),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seconds": round(meter.seconds, 3),
+        "peak_memory_bytes": meter.peak_memory_bytes,
+        "files": files,
+    }
+
+
+def describe(file: Path) -> dict[str, Any]:
+    return {"size": file.stat().st_size, "sha256": hash_file(file)}
+
+
+def _git_commit() -> str | None:
+    """Commit of the code that runs, if it runs from a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return result.stdout.strip() or None

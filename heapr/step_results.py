@@ -1,0 +1,79 @@
+"""What earlier steps made, for those that need it.
+
+In: a step. Out: typed results, read from the files of the steps that it needs; kept in memory only as long as a later step needs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from heapr import artifacts
+from heapr.steps import Step, Steps
+from heapr.store import Store
+from heapr.types import Plan, Pruning, Scores, Statistics, TokenWindows
+
+READERS: Mapping[str, Callable[[Path], Any]] = {  # by kind of step
+    "calibrate": artifacts.read_statistics,
+    "score": artifacts.read_scores,
+    "prune": artifacts.read_plan,
+    artifacts.REPAIR_PART: artifacts.read_repaired,
+}
+
+
+class StepResults:
+    """Reads what a step needs.
+
+    Args:
+        store: where the files are.
+        steps: of the experiment.
+        tokens: to calibrate on; None if the calibration is in the store.
+    """
+
+    def __init__(self, store: Store, steps: Steps, tokens: TokenWindows | None) -> None:
+        self._store, self._steps, self._drawn_tokens = store, steps, tokens
+        self._read: dict[str, Any] = {}  # by id of the step that made it
+
+    def folder(self, step: Step) -> Path:
+        return self._store.path(step.origin)
+
+    def of(self, step: Step) -> Any:
+        """What a step made: statistics, scores, the plan or repaired weights."""
+        if step.id not in self._read:
+            self._read[step.id] = READERS[step.kind](self.folder(step))
+        return self._read[step.id]
+
+    def statistics(self, step: Step) -> Statistics:
+        found: Statistics = self.of(step.needs["statistics"])
+        return found
+
+    def scores(self, step: Step) -> Scores:
+        found: Scores = self.of(step.needs["scores"])
+        return found
+
+    def plan(self, step: Step) -> Plan:
+        found: Plan = self.of(step.needs["plan"])
+        return found
+
+    def pruning(self, step: Step) -> Pruning | None:
+        """What was done so far to the model that a step works on; None if it is the dense one."""
+        finished = step.needs.get("pruning")
+        if finished is None:
+            return None
+        if finished.kind == artifacts.REPAIR_PART:
+            return Pruning(self.plan(finished), self.of(finished))
+        return Pruning(self.of(finished))
+
+    def tokens(self, step: Step) -> TokenWindows:
+        """Of the first calibration; everything later is done on the same ones."""
+        if "tokens" in step.needs:
+            return artifacts.read_tokens(self.folder(step.needs["tokens"]))
+        assert self._drawn_tokens is not None, "the calibration was in the store and is not any more"
+        return self._drawn_tokens
+
+    def forget(self, step: Step) -> None:
+        """Let go of what no step behind this one needs."""
+        later_steps = self._steps.after(step)
+        needed = {earlier.id for later in later_steps for earlier in later.needs.values()}
+        self._read = {name: result for name, result in self._read.items() if name in needed}
