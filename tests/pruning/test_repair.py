@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from heapr.errors import ConfigError
+from heapr.model.expert_inputs import ExpertInputs
 from heapr.model.layerwise import walk_layers
 from heapr.model.moe import MoELayer, MoEModel
 from heapr.model.ragged_experts import Experts, RaggedExperts, matrices_of, run_experts
 from heapr.model.stream import StreamTarget
-from heapr.model.walker import ExpertInputs
 from heapr.pruning.activations import Activations, layer_output
 from heapr.pruning.refit import refit_inputs
 from heapr.pruning.repair import ExpertRepair, JointRepair, LayerRepair, Repair
