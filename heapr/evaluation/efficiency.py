@@ -13,10 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from heapr.evaluation.measurement import Material, Need
 from heapr.model.costs import eager_attention
-from heapr.model.experts import skip_experts
+from heapr.model.experts.dispatch import skip_experts
+from heapr.model.experts.layout import layout_of, matrices_of
 from heapr.model.load import ModelSource
 from heapr.model.moe import MoELayer, MoEModel
-from heapr.model.ragged_experts import layout_of, matrices_of
 from heapr.types import Evaluation, Metrics, Statistics
 
 FLOPS_PER_MULTIPLY_ADD = 2

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol, runtime_checkable
 
-from heapr.model.experts import use_comparable_experts
+from heapr.model.experts.dispatch import use_comparable_experts
 from heapr.model.load import ModelSource
 from heapr.model.moe import MoEModel
 from heapr.score.criterion import Unit

@@ -35,7 +35,7 @@ class Definition:
         jobs: blocks for the paper's models, run one after the other.
         tiny: blocks for the built-in model.
         baselines: further blocks for the paper's models, on request.
-        report, tiny_report: tables and figures of the two versions (heapr/report/sweep/layout.py); none is the default.
+        report, tiny_report: tables and figures of the two versions (heapr/report/sweep/report_layout.py); none is the default.
     """
 
     name: str

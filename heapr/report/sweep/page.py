@@ -15,8 +15,8 @@ from typing import Any
 from urllib.parse import quote
 
 from heapr.report.sweep.factors import differing, flat
-from heapr.report.sweep.layout import Entry, Layout
 from heapr.report.sweep.render import to_html
+from heapr.report.sweep.report_layout import Entry, Layout
 from heapr.report.sweep.results import JobResult, artifact_folder, finished
 from heapr.report.sweep.table import Table, failure
 

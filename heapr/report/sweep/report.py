@@ -17,11 +17,11 @@ from heapr.report.sweep.consistency import consistency
 from heapr.report.sweep.curves import Drawing, bars, calibration_curve, ratio_curve
 from heapr.report.sweep.factors import factor, selected
 from heapr.report.sweep.layers import layer_heatmap
-from heapr.report.sweep.layout import TITLES, Entry, default_entries, read_layout
 from heapr.report.sweep.page import Picture, page
 from heapr.report.sweep.published import Number, read_published
 from heapr.report.sweep.relative import for_csv, relative_curve, relative_table
 from heapr.report.sweep.render import to_csv, to_markdown, to_tex
+from heapr.report.sweep.report_layout import TITLES, Entry, default_entries, read_layout
 from heapr.report.sweep.results import JobResult, finished
 from heapr.report.sweep.style import style, write_figure
 from heapr.report.sweep.table import Table, build_table
@@ -46,7 +46,7 @@ def write_report(jobs: Sequence[JobResult], layout: Mapping[str, Any], folder: P
 
     Args:
         jobs: of the sweep, failed ones included: they become gaps.
-        layout: the `report` section of an experiment, see `heapr.report.sweep.layout`; empty for the default.
+        layout: the `report` section of an experiment, see `heapr.report.sweep.report_layout`; empty for the default.
         folder: gets the files.
         published: folder of results.csv; none if there is nothing to stand beside.
 

@@ -13,9 +13,9 @@ import pytest
 from heapr.errors import ConfigError
 from heapr.report.sweep import metrics
 from heapr.report.sweep.factors import UNKNOWN, factor
-from heapr.report.sweep.layout import Entry, read_layout
 from heapr.report.sweep.relative import relative_curve, relative_table, with_shares
 from heapr.report.sweep.report import write_report
+from heapr.report.sweep.report_layout import Entry, read_layout
 from heapr.report.sweep.results import JobResult
 from heapr.report.sweep.style import style
 from heapr.report.sweep.table import GAP, Table

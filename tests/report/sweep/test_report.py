@@ -18,10 +18,10 @@ from heapr.errors import ConfigError
 from heapr.report.sweep.consistency import consistency
 from heapr.report.sweep.curves import bars, calibration_curve, ratio_curve
 from heapr.report.sweep.layers import layer_heatmap
-from heapr.report.sweep.layout import Entry, read_layout
 from heapr.report.sweep.page import without_local_links
 from heapr.report.sweep.published import read_published
 from heapr.report.sweep.report import check_protocols, write_report
+from heapr.report.sweep.report_layout import Entry, read_layout
 from heapr.report.sweep.results import JobResult
 from heapr.report.sweep.style import legend_above, panels, style
 from tests.report.sweep.sweeps import config, failed, job, write_details, write_published

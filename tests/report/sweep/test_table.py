@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from heapr.errors import ConfigError
-from heapr.report.sweep.layout import Entry
 from heapr.report.sweep.published import read_published
 from heapr.report.sweep.render import escape_tex, to_csv, to_html, to_markdown, to_tex
+from heapr.report.sweep.report_layout import Entry
 from heapr.report.sweep.results import JobResult
 from heapr.report.sweep.table import GAP, Table, build_table
 from tests.report.sweep.sweeps import config, failed, job, write_published
