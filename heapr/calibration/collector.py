@@ -18,7 +18,9 @@ from torch import Tensor
 from heapr.calibration.segments import OneExpert, Segments, pair_statistics
 from heapr.model.experts.dispatch import observe_experts
 from heapr.model.experts.loop import split_by_expert
-from heapr.model.moe import MoELayer, MoEModel, frozen_parameters, gradient_from_embeddings, summed_loss_backward
+from heapr.model.moe import MoELayer, MoEModel, frozen_parameters, gradient_from_embeddings
+from heapr.model.passes import backward_by_spans
+from heapr.model.span import Span
 from heapr.types import MAXIMA, LayerStatistics, Statistics
 
 
@@ -64,39 +66,44 @@ class LayerObserver:
 
 
 def collect(
-    model: MoEModel, batches: Iterable[Tensor], *, on_batch: Callable[[int, float], None] = lambda num_tokens, loss: None
+    model: MoEModel,
+    batches: Iterable[Tensor],
+    *,
+    spans: Sequence[Span] | None = None,
+    on_batch: Callable[[int, float], None] = lambda num_tokens, loss: None,
 ) -> Statistics:
     """Statistics of the batches: one forward and one backward each, parameters frozen, gradient from the input embeddings.
 
     The loss is the *sum* of next-token cross-entropies, so how sequences are batched changes the statistics by rounding alone (about 1e-6
-    in float32, docs/method.md); router auxiliary losses play no part.
+    in float32, docs/method.md); router auxiliary losses play no part. Several spans need the memory of one span at a time and give the
+    same statistics, in some families up to rounding (`backward_by_spans`).
 
     Args:
-        model: dense or pruned.
+        model: dense or pruned; for several spans one that passes `check_walk`.
         batches: int64 (N, W) token ids each.
-        on_batch: told, after each batch, the number of tokens so far and their mean loss, in nats per predicted token.
+        spans: of decoder layers, one behind the other from the first layer to the last; None is one span.
+        on_batch: told, after each batch has reached the loss, the number of tokens so far and their mean loss, in nats per
+            predicted token.
 
     Raises:
         FloatingPointError: a loss or statistic is NaN or infinite; the message names layer and batch.
     """
+    spans = [range(len(model.decoder_layers))] if spans is None else spans
     observers = [LayerObserver(layer) for layer in model.layers]
     watched = [(layer.experts, observer) for layer, observer in zip(model.layers, observers, strict=True)]
-    loss_sum, num_tokens, num_predicted_tokens = 0.0, 0, 0
+    loss_sum, num_batches, num_tokens, num_predicted_tokens = 0.0, 0, 0, 0
     with frozen_parameters(model.model), gradient_from_embeddings(model.model), observe_experts(model.model, watched):
-        for number, ids_NW in enumerate(batches):
-            loss = _forward_backward(model, ids_NW.to(model.device))
+        for number, ids_NW, loss in backward_by_spans(model, batches, spans):
             check_finite(number, loss, observers)
+            if number < num_batches:  # in an earlier span than the last, where the loss is
+                continue
             loss_sum += loss.item()
+            num_batches += 1
             num_tokens += ids_NW.numel()
             num_predicted_tokens += ids_NW[:, 1:].numel()
             on_batch(num_tokens, loss_sum / num_predicted_tokens)
     layers = {observer.index: observer.statistics() for observer in observers}
     return Statistics(layers=layers, num_tokens=num_tokens, num_predicted_tokens=num_predicted_tokens, loss_sum=loss_sum)
-
-
-def _forward_backward(model: MoEModel, ids_NW: Tensor) -> Tensor:
-    """Summed loss of one batch, its gradient sent back to the input embeddings."""
-    return summed_loss_backward(model, model.hidden_states(input_ids=ids_NW), ids_NW)
 
 
 FORWARD = ("router_weight_sum_E", "h_abs_sum_EF", "h_sq_sum_EF", "output_norm_sum_E", "ph_sq_sum_EF")  # in order of computation
