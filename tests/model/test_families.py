@@ -142,7 +142,7 @@ class FamilyContract:
         assert sum(sum(layer.widths) for layer in model.layers) == plan.num_kept
 
     def test_layers_one_by_one_give_what_plain_passes_give(self, deep: MoEModel) -> None:
-        """Hidden states and experts' inputs of a deep deep, and its statistics by spans, bit for bit."""
+        """Hidden states and experts' inputs of a deep model, and its statistics by spans, bit for bit."""
         check_walk(deep, needed_by="-", instead="-", gradients=True)
         streams, seen = plain_pass(deep, IDS_NW)
         reads, tape = reads_of(deep), Tape(IDS_NW)
