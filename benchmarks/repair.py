@@ -20,7 +20,8 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from heapr.measure import WorkingMemory, machine
 from heapr.model.expert_inputs import ExpertInputs
-from heapr.model.ragged_experts import RaggedExperts, matrices_of
+from heapr.model.experts.layout import matrices_of
+from heapr.model.experts.ragged import RaggedExperts
 from heapr.pruning.repair import ExpertRepair, JointRepair, Repair
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from heapr.errors import TooLargeError
 from heapr.model.check_walk import check_walk
+from heapr.model.experts.layout import layout_of
 from heapr.model.moe import MoEModel
-from heapr.model.ragged_experts import layout_of
 from heapr.model.stream import check_stream
 from heapr.pruning.repair import LayerRepair, Repair
 from heapr.pruning.surgery import mask, remove, remove_and_repair

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from heapr.errors import ConfigError
-from heapr.model.experts import use_heapr_experts
+from heapr.model.experts.dispatch import use_heapr_experts
+from heapr.model.experts.layout import Experts
+from heapr.model.experts.loop import run_experts
 from heapr.model.moe import MoEModel, frozen_parameters, gradient_from_embeddings, summed_loss_backward
 from heapr.model.passes import span_backward
-from heapr.model.ragged_experts import Experts, run_experts
 from heapr.model.span import few_tokens, run_span
 from heapr.model.tape import Output, Tape, hidden_of
 

@@ -11,9 +11,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from heapr.model.experts import use_heapr_experts
+from heapr.model.experts.dispatch import use_heapr_experts
+from heapr.model.experts.layout import Experts, layout_of, routing_of
+from heapr.model.experts.loop import run_experts
+from heapr.model.experts.ragged import RaggedExperts
 from heapr.model.moe import MoELayer, MoEModel
-from heapr.model.ragged_experts import Experts, RaggedExperts, layout_of, routing_of, run_experts
 from heapr.model.span import Reached, run_span
 from heapr.model.tape import Tape, hidden_of
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from heapr.model.experts import forwards, use_heapr_experts
+from heapr.model.experts.dispatch import forwards, use_heapr_experts
 from heapr.model.moe import MoEModel
 from heapr.model.tape import Output, Tape, parts_of
 

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from heapr.errors import ConfigError
 from heapr.model.expert_inputs import ExpertInputs, emptied, without_experts
+from heapr.model.experts.layout import Experts, layout_of
+from heapr.model.experts.loop import run_experts
 from heapr.model.moe import MoELayer, MoEModel
-from heapr.model.ragged_experts import Experts, layout_of, run_experts
 from heapr.model.span import Reads, advance, few_tokens, reads_of
 from heapr.model.tape import Tape, hidden_of
 

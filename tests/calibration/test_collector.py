@@ -64,6 +64,19 @@ def test_every_statistic_equals_its_definition(causal_lm: PreTrainedModel, ids_N
                 torch.testing.assert_close(got, torch.as_tensor(value, dtype=torch.float64), rtol=1e-5, atol=1e-6)
 
 
+def test_one_hook_for_each_layer_and_batch(model: MoEModel, ids_NW: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And none for an expert, in a ragged model neither."""
+    hooked: list[torch.Size] = []
+    register = Tensor.register_hook
+    monkeypatch.setattr(Tensor, "register_hook", lambda tensor, hook: hooked.append(tensor.shape) or register(tensor, hook))
+    pairs = torch.Size((2 * ids_NW[:4].numel(), 8))  # padded to the widest expert's width
+    collect(model, ids_NW.split(4))
+    kept_EF = torch.arange(8).expand(4, 8) < torch.tensor([[3], [8], [0], [5]])
+    remove(model, Plan(layers={layer.index: kept_EF for layer in model.layers}))
+    collect(model, ids_NW.split(4))
+    assert hooked == [pairs] * len(model.layers) * 2 * 2
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_batches_change_statistics_by_rounding_alone(model: MoEModel, ids_NW: Tensor, batch_size: int) -> None:
     """Matrix products round otherwise for other shapes (docs/method.md, Statistics)."""

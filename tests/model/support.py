@@ -19,9 +19,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from heapr.errors import ConfigError
 from heapr.model.check_walk import check_walk
-from heapr.model.experts import CAPABILITIES
+from heapr.model.experts.dispatch import CAPABILITIES
+from heapr.model.experts.layout import layout_of
 from heapr.model.moe import MoEModel
-from heapr.model.ragged_experts import layout_of
 from heapr.model.stream import check_stream
 from heapr.pruning.uniform import uniform_settings
 from tests.tiny import FAMILIES, SHARED_INSIDE, deep_model, tiny_model

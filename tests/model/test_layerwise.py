@@ -10,10 +10,11 @@ from torch import Tensor
 
 from heapr.errors import ConfigError
 from heapr.model.expert_inputs import ExpertInputs
-from heapr.model.experts import use_heapr_experts
+from heapr.model.experts.dispatch import use_heapr_experts
+from heapr.model.experts.layout import Experts
+from heapr.model.experts.loop import run_experts
 from heapr.model.layerwise import walk_layers
 from heapr.model.moe import MoEModel
-from heapr.model.ragged_experts import Experts, run_experts
 from heapr.model.stream import check_stream
 from heapr.pruning.activations import layer_output
 from heapr.pruning.surgery import remove

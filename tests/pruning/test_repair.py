@@ -13,9 +13,11 @@ from torch import Tensor
 
 from heapr.errors import ConfigError
 from heapr.model.expert_inputs import ExpertInputs
+from heapr.model.experts.layout import Experts, matrices_of
+from heapr.model.experts.loop import run_experts
+from heapr.model.experts.ragged import RaggedExperts
 from heapr.model.layerwise import walk_layers
 from heapr.model.moe import MoELayer, MoEModel
-from heapr.model.ragged_experts import Experts, RaggedExperts, matrices_of, run_experts
 from heapr.model.stream import StreamTarget
 from heapr.pruning.activations import Activations, layer_output
 from heapr.pruning.refit import refit_inputs
