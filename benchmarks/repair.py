@@ -21,7 +21,8 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from heapr.measure import WorkingMemory, machine
 from heapr.model.ragged_experts import RaggedExperts, matrices_of
 from heapr.model.walker import ExpertInputs
-from heapr.pruning.repair import ExpertRepair, JointRepair, Repair
+from heapr.pruning.layer_repair import Repair
+from heapr.pruning.repair import ExpertRepair, JointRepair
 
 
 def ways(num_steps: int) -> dict[str, Repair]:

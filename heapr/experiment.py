@@ -23,7 +23,7 @@ from heapr.model.device import find_device
 from heapr.model.load import ModelSource, find_model
 from heapr.model.moe import MoEModel
 from heapr.pruning.budget import Budget, the_width
-from heapr.pruning.repair import Repair
+from heapr.pruning.layer_repair import Repair
 from heapr.pruning.uniform import Settings, choose_uniform_width, describe_uniform_width, uniform_settings
 from heapr.schema import ExperimentConfig, ModelConfig, build
 from heapr.score.criterion import Criterion
