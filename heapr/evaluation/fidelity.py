@@ -16,7 +16,7 @@ from torch import Tensor
 from heapr.calibration.corpora import Corpus
 from heapr.calibration.sampling import batches, windows
 from heapr.evaluation.evaluator import Material
-from heapr.model.experts import use_comparable_experts
+from heapr.model.experts.dispatch import use_comparable_experts
 from heapr.model.load import ModelSource
 from heapr.model.moe import MoEModel
 from heapr.progress import progress

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from heapr.model.ragged_experts import Experts, activation_of, layout_of, matrices_of, widths_of
-from heapr.model.walker import ExpertInputs
+from heapr.model.expert_inputs import ExpertInputs
+from heapr.model.experts.layout import Experts, activation_of, layout_of, matrices_of, widths_of
 
 CHUNK = 8192  # tokens whose activations of all experts are held at once
 
@@ -78,8 +78,8 @@ class Activations:
         for rows in self.row_sets(expert):
             only_nG = torch.zeros_like(projected_nG)
             only_nG[:, rows] = 1
-            _, derivative_nS = torch.func.jvp(self._activation, (projected_nG,), (only_nG,))
-            slope_nG[:, rows] = derivative_nS
+            value_and_slope = torch.func.jvp(self._activation, (projected_nG,), (only_nG,))
+            slope_nG[:, rows] = value_and_slope[1]
         return slope_nG.float()
 
     def row_sets(self, expert: int) -> list[slice]:

@@ -69,7 +69,7 @@ def _exact(layers: Mapping[int, Tensor], widths: Widths, budget: Budget) -> Plan
     numbers = budget.numbers_removed({index: widths[index] for index in layers})
     if budget.scope == "global":
         return Plan(layers=_remove_lowest(protected, numbers[0]))
-    kept = {}
+    kept: dict[int, Tensor] = {}
     for (index, scores_EF), number in zip(protected.items(), numbers, strict=True):
         if budget.scope == "layer":
             kept |= _remove_lowest({index: scores_EF}, number)

@@ -100,7 +100,8 @@ def _remove(items: Sequence[_Items], budget: Budget) -> Sequence[Tensor]:
     number = int((miss_S == miss_S.min()).nonzero()[0])
     stays_S = torch.ones(len(cost_S), dtype=torch.bool)
     stays_S[order_S[:number]] = False
-    return stays_S.split([len(each.cost_S) for each in items])
+    stays: Sequence[Tensor] = stays_S.split([len(each.cost_S) for each in items])
+    return stays
 
 
 def _order_by_share(items: Sequence[_Items]) -> Tensor:

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from heapr.model.ragged_experts import Experts, RaggedExperts
+from heapr.model.expert_inputs import ExpertInputs
+from heapr.model.experts.layout import Experts
+from heapr.model.experts.ragged import RaggedExperts
 from heapr.model.stream import StreamTarget
-from heapr.model.walker import ExpertInputs
 
 
 @dataclass(frozen=True)

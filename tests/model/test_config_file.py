@@ -20,7 +20,7 @@ from tests.experiment import run_in, write_model, write_texts
 from tests.tiny import byte_tokenizer, tiny_model
 
 NOT_MEASURED = [f"evaluation.{name}=null" for name in ("perplexity", "throughput", "truth", "fidelity", "efficiency")]
-FORMS = {"ragged": [], "uniform": ["pruning=expert"], "masked": []}
+FORMS = {"ragged": [], "uniform": ["pruning=expert", "pruning.width_multiple=1"], "masked": []}
 WRITTEN_BY_4 = {  # as transformers 4 and the hub have it
     "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "decoder_sparse_step": 1,
     "eos_token_id": 0, "head_dim": 8, "hidden_act": "silu", "hidden_size": 16, "initializer_range": 0.3, "intermediate_size": 24,
