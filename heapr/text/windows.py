@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from heapr.calibration.corpora import Corpus
-from heapr.calibration.mixture import Mixture, apportion, parts_of
-from heapr.calibration.passages import drawn
-from heapr.calibration.tokenizing import joined_length, token_ids
 from heapr.errors import ConfigError
+from heapr.text.corpora import Corpus
+from heapr.text.mixture import Mixture, apportion, parts_of
+from heapr.text.passages import drawn
+from heapr.text.tokenizing import joined_length, token_ids
 from heapr.types import TokenWindows
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ def tokenize(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, *, max_characte
     Args:
         corpus: the text.
         tokenizer: of the model.
-        max_characters: of a corpus that has more, only documents drawn by the seed (heapr/calibration/passages.py); None takes all.
+        max_characters: of a corpus that has more, only documents drawn by the seed (heapr/text/passages.py); None takes all.
         seed: of that draw.
     """
     what = f"{corpus.name} ({corpus.split})"

@@ -12,9 +12,9 @@ from functools import cached_property
 from itertools import combinations
 from typing import Any
 
-from heapr.calibration.corpora import Corpus, share_text
 from heapr.errors import ConfigError
 from heapr.schema import build, unknown_key
+from heapr.text.corpora import Corpus, share_text
 
 PART_KEYS = ("corpus", "weight")
 

@@ -2,7 +2,7 @@
 
 In: where the text lives. Out: documents. Splits are made by document hash, so the text that is calibrated on never
 appears in the text that is evaluated on, nor the text that options are chosen on (validation) in the text that is reported on
-(test). The paper's corpora: corpora_published.py.
+(test). The paper's corpora: published.py.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from heapr.calibration.reader import Source, kind_of
 from heapr.errors import ConfigError, NotHereError
 from heapr.files import user_path
+from heapr.text.reader import Source, kind_of
 
 PARTS = {  # what each split is made of, none of them in two parts
     "train": {"train"},
@@ -42,7 +42,7 @@ class Corpus(Protocol):
         """The documents of the split, in a fixed order; may be read as they are asked for, from the start each time.
 
         Text that is collected here (docstrings, your own files) comes without blank and repeated documents; published corpora come
-        row by row as they were published (corpora_published.py), because published figures were measured so.
+        row by row as they were published (published.py), because published figures were measured so.
         """
         ...
 

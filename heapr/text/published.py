@@ -12,10 +12,10 @@ from typing import ClassVar
 
 from huggingface_hub.errors import HfHubHTTPError
 
-from heapr.calibration.reader import ENDINGS, Source, is_readable, kind_of
 from heapr.errors import ConfigError, NotHereError
 from heapr.files import user_path
 from heapr.hub import data_file
+from heapr.text.reader import ENDINGS, Source, is_readable, kind_of
 from heapr.words import first_line
 
 COMMIT_LENGTH = 40  # hexadecimal digits
@@ -26,7 +26,7 @@ class PublishedText:
 
     Args:
         split: of the data set.
-        path: a local copy instead: a file of any form that `heapr.calibration.reader` reads, of plain text one row a line, or a folder
+        path: a local copy instead: a file of any form that `heapr.text.reader` reads, of plain text one row a line, or a folder
             that holds the data set or one such file with the split in its name.
         num_documents: only the first of its rows, at least 1; none takes all.
 
