@@ -15,8 +15,8 @@ from heapr.evaluation.evaluator import Comparison, Evaluator
 from heapr.experiment import Experiment
 from heapr.model.load import ModelSource
 from heapr.steps import Step, Steps
-from heapr.text.corpora import share_text
 from heapr.text.mixture import identities_of_parts
+from heapr.text.splits import share_text
 from heapr.text.windows import draw
 from heapr.types import TokenWindows
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from heapr.errors import ConfigError
-from heapr.text.corpora import PARTS, PackageDocs, PyDocs, TextFiles, select_split, share_text
+from heapr.text.corpora import PackageDocs, PyDocs, TextFiles
 from heapr.text.mixture import Mixture
 from heapr.text.published import PennTreebank
+from heapr.text.splits import PARTS, select_split, share_text
 
 
 @pytest.fixture(scope="module")
