@@ -1,5 +1,6 @@
-"""Corpora: ordered documents of real text. Each has an identity, which enters the key of every artifact made from it.
+"""Corpora: ordered documents of real text.
 
+Each has an identity, which enters the key of every artifact made from it.
 In: where the text lives. Out: documents. The corpora of the paper are in published.py.
 """
 
@@ -26,15 +27,16 @@ class Corpus(Protocol):
     split: str
 
     def documents(self) -> Iterable[str]:
-        """The documents of the split in a fixed order. They may be read lazily; every call starts from the beginning.
+        """The documents of the split in a fixed order, from the beginning with each call; may be read lazily.
 
-        Text that is collected here (docstrings, your own files) has no blank and no repeated documents. Published corpora keep
-        every row as it was published (published.py), because published figures were measured that way.
+        Text that is collected here (docstrings, your own files) has no blank and no repeated documents.
+        Published corpora keep every row as it was published (published.py): published figures were measured
+        that way.
         """
         ...
 
     def identity(self) -> dict[str, str]:
-        """What the text is, cheap to compute: equal identities mean equal documents. Never a path or a name alone."""
+        """What the text is, cheap to compute: equal identities mean equal documents. Not a path or a name."""
         ...
 
 
@@ -49,9 +51,8 @@ class _Docstrings:
 
     def __init__(self, text: str, root: Path, split: str) -> None:
         self.split = check_split(split)
-        self.name = text
-        if split in {"validation", "test"}:  # figures on half of the held-out documents differ from those on all of them
-            self.name = f"{text}_{split}"
+        is_half = split in {"validation", "test"}  # of the held-out documents; its figures are not theirs
+        self.name = f"{text}_{split}" if is_half else text
         self._text, self._root = text, root
 
     def documents(self) -> list[str]:
@@ -62,10 +63,10 @@ class _Docstrings:
 
 
 class PyDocs(_Docstrings):
-    """Docstrings of the running Python's standard library (no tests, no site-packages), in file and source order.
+    """Docstrings of the running Python's standard library (no tests, no site-packages).
 
     Args:
-        split: "train", "heldout" (one document in ten, by hash), its halves "validation" and "test", or "all".
+        split: train, heldout (one document in ten, by hash), its halves validation and test, or all.
     """
 
     def __init__(self, split: str) -> None:
@@ -73,7 +74,7 @@ class PyDocs(_Docstrings):
 
 
 class PackageDocs(_Docstrings):
-    """Docstrings of an installed Python package (no tests), in file and source order.
+    """Docstrings of an installed Python package (no tests).
 
     Args:
         package: import name of the package, for example "numpy".
@@ -86,12 +87,13 @@ class PackageDocs(_Docstrings):
     def __init__(self, package: str, split: str) -> None:
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
-            raise NotHereError(f"corpus of package '{package}': no such package is installed; install it or name another")
+            problem = "no such package is installed; install it or name another"
+            raise NotHereError(f"corpus of package '{package}': {problem}")
         super().__init__(f"{package}docs", Path(spec.submodule_search_locations[0]), split)
 
 
 class TextFiles:
-    """Your own text: files of plain text (one document each), JSON or parquet (one document an object or row), also with .gz.
+    """Your own text: files of plain text (a document each), JSON or parquet (a document an object or row).
 
     Args:
         paths: the files, in the order in which their documents are joined; ~ is the home folder.
@@ -104,11 +106,17 @@ class TextFiles:
         ConfigError: no path is given, a file is empty, or its name does not tell how to read it.
     """
 
-    def __init__(self, paths: Sequence[str], split: str, text_field: str = "text", name: str = "text_files") -> None:
-        self.name = name
+    def __init__(
+        self,
+        paths: Sequence[str],
+        split: str,
+        text_field: str = "text",
+        name: str = "text_files",
+    ) -> None:
         if not paths:
-            raise ConfigError("text_files has no paths; give them, for example calibration.corpus.paths=[my.txt]")
-        self.split = check_split(split)
+            example = "calibration.corpus.paths=[my.txt]"
+            raise ConfigError(f"text_files has no paths; give them, for example {example}")
+        self.name, self.split = name, check_split(split)
         files = [user_path(path) for path in paths]
         for file in files:
             _check_file(file)
@@ -127,8 +135,9 @@ class TextFiles:
 
 
 def _check_file(path: Path) -> None:
+    what = f"text file '{path}'"
     if not path.is_file():
-        raise NotHereError(f"text file '{path}' does not exist or is not a file; give the path of a readable file")
+        raise NotHereError(f"{what} does not exist or is not a file; give the path of a readable file")
     if path.stat().st_size == 0:
-        raise ConfigError(f"text file '{path}' is empty; give a file with text")
+        raise ConfigError(f"{what} is empty; give a file with text")
     kind_of(path)

@@ -23,7 +23,7 @@ def docstrings(root: Path) -> list[str]:
 
 @functools.cache  # a job needs it eight times; installed packages do not change while a process runs
 def source_hash(root: Path) -> str:
-    """Hash of the source files. Takes tenths of a second, where parsing them for their docstrings takes several seconds."""
+    """Hash of the source files: takes tenths of a second, where parsing them takes several seconds."""
     digest = hashlib.sha256()
     for path in _source_files(root):
         name = path.relative_to(root).as_posix()

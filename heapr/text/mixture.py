@@ -40,10 +40,11 @@ class Part:
 
 
 class Mixture:
-    """Sequences of several corpora. Their order in the configuration plays no part: the order of their identities counts.
+    """Sequences of several corpora, ordered by their identities: the order in which they are named plays no part.
 
     Args:
-        parts: by any name, `corpus`, a plug-in as for a single corpus, and `weight`, above 0; only its share of the sum counts.
+        parts: by any name, `corpus`, a plug-in as for a single corpus, and `weight`, above 0; only its share
+            of the sum counts.
 
     Raises:
         ConfigError: there are no parts, a part has other keys, or a weight is not above 0.
@@ -80,8 +81,8 @@ class Mixture:
         """In the order of the corpora's identities."""
         for first, second in combinations(self._unordered, 2):
             if share_text(first.identity, second.identity):
-                name = first.corpus.name
-                raise ConfigError(f"two parts of the mixture are text of corpus '{name}'; give it once, with the sum of weights")
+                problem = f"two parts of the mixture are text of corpus '{first.corpus.name}'"
+                raise ConfigError(f"{problem}; give it once, with the sum of weights")
         return sorted(self._unordered, key=lambda part: json.dumps(part.identity, sort_keys=True))
 
 
@@ -119,7 +120,8 @@ def _weight(entry: Mapping[str, Any], where: str) -> float:
             raise ConfigError(unknown_key(f"{where}.{key}", PART_KEYS))
     weight = entry.get("weight")
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-        raise ConfigError(f"{where}.weight={weight} is not above 0; give a positive number, or leave the part out")
+        problem = f"{where}.weight={weight} is not above 0"
+        raise ConfigError(f"{problem}; give a positive number, or leave the part out")
     return float(weight)
 
 

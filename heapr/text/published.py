@@ -1,7 +1,8 @@
 """The corpora of the paper: WikiText-2-raw, Penn Treebank, C4.
 
-In: a split of a data set on the Hugging Face hub, or a local copy of it. Out: its rows as they come, empty and repeated
-ones too, as the published protocols join them (docs/method.md). The hub's commit, or the hash of a local file's rows, is the identity.
+In: a split of a data set on the Hugging Face hub, or a local copy of it. Out: its rows as they come, empty
+and repeated ones too, as the published protocols join them (docs/method.md). The identity is the hub's
+commit, or the hash of a local file's rows.
 """
 
 from __future__ import annotations
@@ -19,24 +20,25 @@ from heapr.text.reader import ENDINGS, Source, is_readable, kind_of
 from heapr.words import first_line
 
 COMMIT_LENGTH = 40  # hexadecimal digits
+SPLITS = ("train", "validation", "test")  # of WikiText-2 and Penn Treebank
 
 
 class PublishedText:
-    """One split of a published data set. A subclass says which.
+    """One split of a published data set; a subclass names the data set.
 
     Args:
         split: of the data set.
-        path: a local copy instead: a file of any form that `heapr.text.reader` reads, of plain text one row a line, or a folder
-            that holds the data set or one such file with the split in its name.
-        num_documents: only the first of its rows, at least 1; none takes all.
+        path: a local copy to use instead. A file of any form that `heapr.text.reader` reads, plain text with
+            one row a line; or a folder that holds the data set, or one such file with the split in its name.
+        num_documents: take only the first so many rows, at least 1; None takes all.
 
     Raises:
-        ConfigError: unknown split; a path with nothing usable; too small a number.
+        ConfigError: the split is unknown, the path holds nothing usable, or the number is too small.
     """
 
     name: ClassVar[str]
     repository: ClassVar[str]
-    revision: ClassVar[str]  # a commit, or a reference where the commit may move; the commit found is the identity
+    revision: ClassVar[str]  # a commit, or a reference to one that may move; the commit is the identity
     files: ClassVar[Mapping[str, str]]  # by split
     column: ClassVar[str]
 
@@ -44,24 +46,26 @@ class PublishedText:
         if split not in self.files:
             raise ConfigError(f"{self.name} has no split '{split}'; choose one of {', '.join(self.files)}")
         if num_documents is not None and num_documents < 1:
-            raise ConfigError(f"num_documents={num_documents} of {self.name} is below 1; give a whole number of at least 1")
+            given = f"num_documents={num_documents} of {self.name}"
+            raise ConfigError(f"{given} is below 1; give a whole number of at least 1")
         self.split, self.num_documents = split, num_documents
         self._local = None if path is None else self._find_local(user_path(path))
 
     def documents(self) -> Iterator[str]:
-        """The rows as they come, read as they are asked for: nothing is dropped.
+        """The rows as they come, read lazily: nothing is dropped.
 
         Raises:
-            ConfigError: the data set is neither here nor can it be downloaded; or a row or the whole has no text.
+            ConfigError: the data set is not here and cannot be downloaded, or a row or the whole has no text.
         """
-        return self._source(self._local or self._hub_file()).documents()
+        file = self._local or self._hub_file()
+        return self._source(file).documents()
 
     def identity(self) -> dict[str, str]:
         rows = "all" if self.num_documents is None else str(self.num_documents)
-        what = {"corpus": self.name, "split": self.split, "column": self.column, "num_documents": rows}
+        identity = {"corpus": self.name, "split": self.split, "column": self.column, "num_documents": rows}
         if self._local is not None:
-            return what | {"sha256": self._source(self._local).sha256()}
-        return what | {"hub": self.repository, "commit": self._commit(), "file": self.files[self.split]}
+            return identity | {"sha256": self._source(self._local).sha256()}
+        return identity | {"hub": self.repository, "commit": self._commit(), "file": self.files[self.split]}
 
     def fetch(self) -> None:
         """Download what is not here yet.
@@ -74,11 +78,11 @@ class PublishedText:
 
     @staticmethod
     def row_of_line(line: str) -> str:
-        """The data set's row of one line of the original text file."""
+        """The data set's row for one line of the original text file."""
         return line.rstrip("\n")
 
     def _commit(self) -> str:
-        """Where the revision is a commit, nothing is read or asked."""
+        """The hub's commit. If the revision is one, nothing is read and no network is asked."""
         if len(self.revision) == COMMIT_LENGTH:
             return self.revision
         parts = self._hub_file().parts
@@ -90,11 +94,13 @@ class PublishedText:
         try:
             found = data_file(self.repository, self.revision, name)
         except (HfHubHTTPError, OSError) as error:
-            raise ConfigError(f"{what} cannot be downloaded: {first_line(error)}; give a local copy with its path") from error
+            problem = f"{what} cannot be downloaded: {first_line(error)}"
+            raise ConfigError(f"{problem}; give a local copy with its path") from error
         if found is None:
             raise NotHereError(
-                f"{what} is not in the local hub cache, and the hub cannot be reached; run python -m heapr.prefetch with the "
-                "same overrides where there is a network, or give a local copy with its path"
+                f"{what} is not in the local hub cache, and the hub cannot be reached; "
+                "run python -m heapr.prefetch with the same overrides where there is a network, "
+                "or give a local copy with its path"
             )
         return found
 
@@ -102,15 +108,19 @@ class PublishedText:
         if path.is_file():
             kind_of(path)
             return path
+        what, forms = f"corpus '{self.name}'", ", ".join(ENDINGS)
         if not path.is_dir():
-            raise ConfigError(f"corpus '{self.name}': path '{path}' does not exist; give a file ({', '.join(ENDINGS)}) or a folder")
-        if (path / self.files[self.split]).is_file():
-            return path / self.files[self.split]
-        found = sorted(file for file in path.iterdir() if self.split in file.name and is_readable(file))
+            raise ConfigError(f"{what}: path '{path}' does not exist; give a file ({forms}) or a folder")
+        original = path / self.files[self.split]
+        if original.is_file():
+            return original
+        found = [file for file in sorted(path.iterdir()) if self.split in file.name and is_readable(file)]
         if len(found) != 1:
-            names = ", ".join(file.name for file in found) or "none"
-            wanted = f"one file with '{self.split}' in its name ({', '.join(ENDINGS)})"
-            raise ConfigError(f"corpus '{self.name}': folder '{path}' should hold {wanted}, but has {names}; give the file itself")
+            names = [file.name for file in found]
+            wanted = f"one file with '{self.split}' in its name ({forms})"
+            has = ", ".join(names) or "none"
+            problem = f"{what}: folder '{path}' should hold {wanted}, but has {has}"
+            raise ConfigError(f"{problem}; give the file itself")
         return found[0]
 
     def _source(self, file: Path) -> Source:
@@ -123,7 +133,7 @@ class WikiText2(PublishedText):
     name = "wikitext2"
     repository = "Salesforce/wikitext"
     revision = "b08601e04326c79dfdd32d625aee71d232d685c3"
-    files: ClassVar = {split: f"wikitext-2-raw-v1/{split}-00000-of-00001.parquet" for split in ("train", "validation", "test")}
+    files: ClassVar = {split: f"wikitext-2-raw-v1/{split}-00000-of-00001.parquet" for split in SPLITS}
     column = "text"
 
     @staticmethod
@@ -132,12 +142,12 @@ class WikiText2(PublishedText):
 
 
 class PennTreebank(PublishedText):
-    """Penn Treebank as prepared for language modelling: one row per sentence, without white space around it."""
+    """Penn Treebank as prepared for language models: one row per sentence, without white space around it."""
 
     name = "ptb"
     repository = "ptb-text-only/ptb_text_only"
     revision = "refs/convert/parquet"
-    files: ClassVar = {split: f"penn_treebank/{split}/0000.parquet" for split in ("train", "validation", "test")}
+    files: ClassVar = {split: f"penn_treebank/{split}/0000.parquet" for split in SPLITS}
     column = "sentence"
 
     @staticmethod
@@ -146,10 +156,13 @@ class PennTreebank(PublishedText):
 
 
 class C4(PublishedText):
-    """English C4, the first shard of each split: one row per document. Of a text file, every line is one document."""
+    """English C4, the first shard of each split: one row per document, which is a line of a text file."""
 
     name = "c4"
     repository = "allenai/c4"
     revision = "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"
-    files: ClassVar = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
+    files: ClassVar = {
+        "train": "en/c4-train.00000-of-01024.json.gz",
+        "validation": "en/c4-validation.00000-of-00008.json.gz",
+    }
     column = "text"

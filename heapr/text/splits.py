@@ -1,7 +1,8 @@
 """Splits of text that comes without any: the hash of a document decides where it belongs.
 
-In: documents. Out: the documents of one split. Text that is calibrated on never appears in text that is evaluated on, and text
-that options are chosen on (validation) never appears in text that results are reported on (test).
+In: documents. Out: the documents of one split. Text that is calibrated on never appears in text that is
+evaluated on, and text that options are chosen on (validation) never appears in text that results are reported
+on (test).
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ def select_split(documents: Iterable[str], split: str) -> Iterator[str]:
 def share_text(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     """Whether two corpora may have documents in common.
 
-    Two splits of one text share documents if they share a part. The splits of a published data set are separate files, so one
-    file is one text, whatever split it is given as.
+    Two splits of one text share documents if they share a part. The splits of a published data set are
+    separate files, so one file is one text, whatever split it is given as.
 
     Args:
         first, second: the corpora's identities.
