@@ -19,8 +19,9 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from heapr.measure import WorkingMemory, machine
-from heapr.model.ragged_experts import RaggedExperts, matrices_of
-from heapr.model.walker import ExpertInputs
+from heapr.model.expert_inputs import ExpertInputs
+from heapr.model.experts.layout import matrices_of
+from heapr.model.experts.ragged import RaggedExperts
 from heapr.pruning.repair import ExpertRepair, JointRepair, Repair
 
 

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from calibration import build_model
 
 from heapr.calibration.collector import collect
-from heapr.model.experts import use_heapr_experts
+from heapr.model.experts.dispatch import use_heapr_experts
 from heapr.model.moe import MoEModel
 from heapr.pruning.allocation import allocate
 from heapr.pruning.budget import Budget

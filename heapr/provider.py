@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from heapr.errors import TooLargeError
+from heapr.model.check_walk import check_walk
+from heapr.model.experts.layout import layout_of
 from heapr.model.moe import MoEModel
-from heapr.model.ragged_experts import layout_of
 from heapr.model.stream import check_stream
 from heapr.pruning.repair import LayerRepair, Repair
 from heapr.pruning.surgery import mask, remove, remove_and_repair
@@ -53,8 +54,10 @@ class ModelProvider:
         """
         if self._dense is None:
             self._dense = self._load()
-            if self._repair and self._repair.follows_stream:
-                check_stream(self._dense)
+            if self._repair:
+                check_walk(self._dense, needed_by="pruning.repair", instead="pruning/repair=none")
+                if self._repair.follows_stream:
+                    check_stream(self._dense)
         return self._dense
 
     def pruned(self, pruning: Pruning) -> MoEModel:

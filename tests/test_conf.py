@@ -13,7 +13,9 @@ from hydra.errors import ConfigCompositionException
 from heapr import main
 from heapr.evaluation.build import build_evaluators
 from heapr.schema import build
-from heapr.text.mixture import parts_of
+from heapr.text.corpora import Corpus
+from heapr.text.mixture import Mixture
+from heapr.types import Granularity
 from tests.experiment import CONF, compose_experiment
 
 CPU = torch.device("cpu")
@@ -29,9 +31,9 @@ def test_every_option_composes_and_builds(options: list[str], tmp_path: Path) ->
     text.write_text("some text")
     overrides = [override.format(text=text) for option in options for override in NEEDED.get(option, [])]
     config = compose_experiment(*options, *overrides)
-    assert all(corpus.documents for corpus, _ in parts_of(build(config.calibration.corpus, "calibration.corpus")))
-    assert config.pruning.repair is None or callable(build(config.pruning.repair, "pruning.repair"))
-    assert callable(build(config.score, "score"))
+    assert isinstance(build(config.calibration.corpus, "calibration.corpus"), Corpus | Mixture)
+    assert config.pruning.repair is None or isinstance(build(config.pruning.repair, "pruning.repair").is_sequential, bool)
+    assert isinstance(build(config.score, "score").granularity, Granularity)
     build_evaluators(config.evaluation, CPU)
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from heapr.model import checkpoint
 
 PACKAGE = Path(__file__).parents[1] / "heapr"
 
@@ -65,14 +68,20 @@ def imports_of(path: Path) -> set[str]:
     return {name for node in ast.walk(ast.parse(path.read_text())) for name in imported_names(node)}
 
 
+def is_relative(node: ast.AST) -> bool:
+    return isinstance(node, ast.ImportFrom) and node.level > 0
+
+
 def imported_names(node: ast.AST) -> set[str]:
+    if is_relative(node):
+        return set()
     if isinstance(node, ast.ImportFrom):
-        assert node.level == 0, "relative import"
         return {f"{node.module}.{alias.name}" for alias in node.names}
     return {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
 
 
 FILES = sorted(PACKAGE.rglob("*.py"))
+PORTABLE = [Path(inspect.getfile(module)) for module in checkpoint.PORTABLE]
 
 
 @pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(PACKAGE)) for path in FILES])
@@ -104,6 +113,18 @@ def test_score_and_allocation_know_only_types_and_torch() -> None:
         ours = {name.split(".")[1] for name in names if name.startswith("heapr.")}
         assert ours <= {"types", "errors", "score" if path.parent.name == "score" else "pruning"}, path
         assert {name.split(".")[2] for name in names if name.startswith("heapr.pruning.")} <= set(allocation), path
+
+
+def test_what_lies_beside_checkpoints_knows_torch_and_itself_alone() -> None:
+    """It imports itself relatively, which nothing else does."""
+    names = {path.stem for path in PORTABLE}
+    for path in FILES:
+        relative = [node for node in ast.walk(ast.parse(path.read_text())) if is_relative(node)]
+        if path in PORTABLE:
+            assert {name.split(".")[0] for name in imports_of(path)} <= {*sys.stdlib_module_names, "torch"}, path
+            assert all(node.level == 1 and node.module in names for node in relative), path
+        else:
+            assert not relative, path
 
 
 def test_the_picture_has_no_cycle() -> None:

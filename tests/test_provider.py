@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from heapr.errors import TooLargeError
+from heapr.errors import ConfigError, TooLargeError
 from heapr.model.moe import MoEModel
 from heapr.provider import ModelProvider
+from heapr.pruning.repair import ExpertRepair, JointRepair, Repair
 from heapr.types import Plan, Pruning
-from tests.tiny import tiny_qwen3_moe
+from tests.tiny import SHARED_INSIDE, deep_model, tiny_qwen3_moe
 
 
 class Loads:
@@ -62,3 +63,19 @@ def test_the_masked_form_keeps_the_old_shape() -> None:
     model = provider(load, "masked").final(pruning_of(4))
     assert widths(model) == {8} and load.number == 1
     assert not model.layers[0].experts.down_proj[:, :, 4:].any() and model.layers[0].experts.down_proj[:, :, :4].any()
+
+
+def repairing(repair: Repair | None, **changes: object) -> ModelProvider:
+    return ModelProvider(lambda: MoEModel(deep_model("gemma4", **changes)), repair=repair, form="ragged", uniform_settings={})
+
+
+def test_layers_that_cannot_be_run_one_by_one_are_refused_for_repair_alone() -> None:
+    with pytest.raises(ConfigError, match="pruning.repair: Gemma4ForCausalLM cannot be run layer by layer: .*; give pruning/repair=none"):
+        repairing(ExpertRepair(), **SHARED_INSIDE["gemma4"]).dense()
+    repairing(None, **SHARED_INSIDE["gemma4"]).dense()
+    repairing(ExpertRepair()).dense()
+
+
+def test_a_stream_that_cannot_be_followed_is_refused() -> None:
+    with pytest.raises(ConfigError, match="pruning.repair.target=residual_stream: layer 0 of Gemma4ForCausalLM does not just add"):
+        repairing(JointRepair(target="residual_stream")).dense()

@@ -101,6 +101,79 @@ FAMILIES: dict[str, dict[str, object]] = {  # transformers' folder of a family -
     "solar_open": {},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
+WINDOW = {"sliding_window": 4}  # shorter than the sequences of the tests
+TWICE_DENSE = {"first_k_dense_replace": 2}
+DENSE_SPARSE = {"mlp_layer_types": ["dense", "sparse"] * 2}  # with the other kinds changing half as often, so that each meets each
+SLIDING_FULL = {"layer_types": ["sliding_attention"] * 2 + ["full_attention"] * 2, **WINDOW}
+LINEAR_FULL = {"layer_types": ["linear_attention"] * 2 + ["full_attention"] * 2}
+FULL_SHARED = {"indexer_types": ["full", "full", "shared", "shared"], "index_topk": 3}
+DEEP: dict[str, dict[str, object]] = {  # family -> what gives 4 layers or more with every kind of layer, block and sharing at least twice
+    "afmoe": {"num_dense_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2, **WINDOW},
+    "axk1": DENSE_SPARSE,
+    "axk2": {**DENSE_SPARSE, "index_topk": 3},
+    "bailing_hybrid": {**LINEAR_FULL, **DENSE_SPARSE},
+    "beam": {**SLIDING_FULL, **DENSE_SPARSE},
+    "cohere2_moe": {**SLIDING_FULL, **DENSE_SPARSE},
+    "deepseek": {"num_hidden_layers": 5, "moe_layer_freq": 2},
+    "deepseek_v2": TWICE_DENSE,
+    "deepseek_v3": TWICE_DENSE,
+    "deepseek_v32": {**DENSE_SPARSE, "index_topk": 3},
+    "deepseek_v4": {
+        "num_hidden_layers": 6, "mlp_layer_types": ["hash_moe", "moe"] * 3, "index_topk": 2, **WINDOW,
+        "layer_types": ["heavily_compressed_attention"] * 2 + ["compressed_sparse_attention"] * 2 + ["sliding_attention"] * 2,
+        "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
+    },
+    "dots1": {**TWICE_DENSE, "layer_types": ["sliding_attention", "full_attention"] * 2, **WINDOW},
+    "dots3_note": {
+        **DENSE_SPARSE, **SLIDING_FULL, "index_topk": 3, "swa_num_attention_heads": 2, "swa_num_key_value_heads": 2, "swa_head_dim": 16,
+        "swa_q_lora_rank": 8, "swa_kv_lora_rank": 8, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8,
+    },
+    "ernie4_5_moe": {"moe_layer_interval": 2, "moe_layer_end_index": 3},
+    "exaone_moe": {**SLIDING_FULL, **DENSE_SPARSE},
+    "flint": {**SLIDING_FULL, "mlp_only_layers": [0, 2]},
+    "gemma4": {"layer_types": ["sliding_attention", "full_attention"] * 2, **WINDOW, "hidden_size_per_layer_input": 8,
+               "vocab_size_per_layer_input": VOCABULARY_SIZE},
+    "glm4_moe": TWICE_DENSE,
+    "glm4_moe_lite": DENSE_SPARSE,
+    "glm_moe_dsa": {**DENSE_SPARSE, **FULL_SHARED},
+    "gpt_oss": {"layer_types": ["sliding_attention", "full_attention"] * 2, **WINDOW},
+    "granitemoe_swa": {**SLIDING_FULL, "layer_rope_theta": [10000.0, 0.0] * 2},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
+    "granitemoeshared": {"shared_intermediate_size": 8},
+    "hy_v3": DENSE_SPARSE,
+    "hy_v4": {**DENSE_SPARSE, **FULL_SHARED},
+    "inkling": {"layer_types": ["hybrid_sliding"] * 2 + ["hybrid"] * 2, **DENSE_SPARSE, "sliding_window_size": 4},
+    "inkling2": {
+        "num_hidden_layers": 6, "layer_types": ["hybrid_sliding", "hybrid", "hybrid"] * 2, "n_layers_per_attn_res_block": 2,
+        "sliding_window_size": 4,
+    },
+    "jamba": {"num_hidden_layers": 6, "expert_layer_period": 3},
+    "kimi_linear": {**LINEAR_FULL, **DENSE_SPARSE},
+    "kolibri1": SLIDING_FULL,
+    "laguna": {**SLIDING_FULL, **DENSE_SPARSE, "num_attention_heads_per_layer": [2] * 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 2},
+    "llama4": {"interleave_moe_layer_step": 2, "no_rope_layers": [1, 1, 0, 0], "attention_chunk_size": 4},
+    "mellum": {**SLIDING_FULL, **DENSE_SPARSE},
+    "mimo_v2_flash": {**SLIDING_FULL, **DENSE_SPARSE},
+    "minimax": {**LINEAR_FULL, "block_size": 4},
+    "minimax_m3_vl": {
+        **DENSE_SPARSE, "layer_types": ["full_attention"] * 2 + ["minimax_m3_sparse"] * 2, "index_block_size": 2, "index_topk_blocks": 2,
+        "index_n_heads": 1,
+    },
+    "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"] * 2},
+    "qwen2_moe": {**SLIDING_FULL, "use_sliding_window": True, "mlp_only_layers": [0, 2]},
+    "qwen3_5_moe": LINEAR_FULL,
+    "qwen3_moe": {"mlp_only_layers": [0, 2]},
+    "qwen3_next": {**LINEAR_FULL, "mlp_only_layers": [0, 2]},
+    "qwen4_exp": {
+        "num_hidden_layers": 6, "layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2, "ple_layer_ids": [1, 4],
+        "ngram_vocab_size_base": 64, "heads_per_ngram": 2,
+    },
+    "zaya": {"layer_types": ["hybrid_sliding", "hybrid"] * 2, **WINDOW},
+}  # fmt: skip
+SHARED_INSIDE: dict[str, dict[str, object]] = {  # family -> what makes its layers hand something on inside their arguments
+    "gemma4": {"num_kv_shared_layers": 2},
+}
 LAYOUTS = ("qwen3_moe", "qwen2_moe", "deepseek", "aria", "gpt_oss", "llama4", "nemotron_h")  # a family of each way to store experts
 
 
@@ -130,6 +203,11 @@ def tiny_model(family: str, seed: int = 0, **changes: object) -> PreTrainedModel
             if name.endswith("proj_bias"):
                 parameter.normal_(std=0.3)
     return model
+
+
+def deep_model(family: str, **changes: object) -> PreTrainedModel:
+    """At least 4 layers, with every kind of layer, block and sharing that the family's configuration knows at least twice."""
+    return tiny_model(family, **{"num_hidden_layers": 4, **DEEP.get(family, {}), **changes})
 
 
 def tiny_qwen3_moe(seed: int = 0, **changes: object) -> PreTrainedModel:

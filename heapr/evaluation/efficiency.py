@@ -11,10 +11,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerBase
 
-from heapr.model.experts import skip_experts
+from heapr.model.experts.dispatch import skip_experts
+from heapr.model.experts.layout import layout_of, matrices_of
 from heapr.model.meta import eager_attention
 from heapr.model.moe import MoELayer, MoEModel
-from heapr.model.ragged_experts import layout_of, matrices_of
 from heapr.schema import at_least
 from heapr.types import Evaluation, Metrics, Statistics
 

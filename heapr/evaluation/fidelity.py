@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from heapr.evaluation.evaluator import Material
-from heapr.model.experts import use_comparable_experts
+from heapr.model.experts.dispatch import use_comparable_experts
 from heapr.model.load import ModelSource
 from heapr.model.moe import MoEModel
 from heapr.progress import progress

@@ -21,7 +21,7 @@ from torch import Tensor
 from heapr.errors import ConfigError
 from heapr.evaluation.evaluator import Material
 from heapr.measure import WorkingMemory, machine, wait_for
-from heapr.model.experts import use_heapr_experts
+from heapr.model.experts.dispatch import use_heapr_experts
 from heapr.model.load import ModelSource
 from heapr.model.moe import MoEModel
 from heapr.progress import progress

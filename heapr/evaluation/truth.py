@@ -17,7 +17,7 @@ from torch import Tensor
 from heapr.errors import ConfigError
 from heapr.evaluation.correlation import pearson, spearman
 from heapr.evaluation.evaluator import Material
-from heapr.model.experts import use_comparable_experts
+from heapr.model.experts.dispatch import use_comparable_experts
 from heapr.model.load import ModelSource
 from heapr.model.moe import MoEModel, next_token_loss
 from heapr.progress import progress

@@ -2,17 +2,19 @@
 
 In: a model and batches. Out: HEAPr's scores by decoder layer index. First stage: a forward and a backward pass, a D x D matrix
 per expert. Second stage: another forward pass. As here parameters are frozen, so that the procedures differ in nothing else.
-Shape letters: D model width, E experts, F atomic experts of an expert, n tokens of one expert.
+Shape letters: D model width, E experts, F atomic experts of an expert, S (token, expert) pairs sorted by expert, n tokens of one expert.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from heapr.model.experts import observe_experts
+from heapr.model.experts.dispatch import observe_experts
+from heapr.model.experts.loop import split_by_expert
 from heapr.model.moe import MoELayer, MoEModel, frozen_parameters, gradient_from_embeddings, summed_loss_backward
 from heapr.types import ExpertWeights
 
@@ -25,14 +27,14 @@ class GradientMatrices:
         self.sum_EDD = torch.zeros(layer.num_experts, layer.model_width, layer.model_width, device=device)
         self.count_E = torch.zeros(layer.num_experts, device=device)
 
-    def __call__(self, expert: int, h_nF: Tensor, router_weight_n: Tensor, output_nD: Tensor) -> None:
-        def add(grad_nD: Tensor) -> None:
-            g_nD = grad_nD.float()
-            self.sum_EDD[expert].addmm_(g_nD.T, g_nD)
-            self.count_E[expert] += len(g_nD)
+    def __call__(self, h_SF: Tensor, router_weight_S: Tensor, output_SD: Tensor, offsets: Tensor) -> None:
+        if output_SD.requires_grad:
+            output_SD.register_hook(partial(self._add, offsets))
 
-        if output_nD.requires_grad:
-            output_nD.register_hook(add)
+    def _add(self, offsets: Tensor, grad_SD: Tensor) -> None:
+        self.count_E += offsets.diff().to(self.count_E.device)
+        for sum_DD, g_nD in zip(self.sum_EDD, split_by_expert(grad_SD.float(), offsets), strict=True):
+            sum_DD.addmm_(g_nD.T, g_nD)
 
 
 class ActivationSquares:
@@ -41,8 +43,9 @@ class ActivationSquares:
     def __init__(self, layer: MoELayer) -> None:
         self.sum_EF = torch.zeros(layer.num_experts, layer.width, device=layer.experts.down_proj.device)
 
-    def __call__(self, expert: int, h_nF: Tensor, router_weight_n: Tensor, output_nD: Tensor) -> None:
-        self.sum_EF[expert, : h_nF.shape[1]] += h_nF.float().square().sum(0)
+    def __call__(self, h_SF: Tensor, router_weight_S: Tensor, output_SD: Tensor, offsets: Tensor) -> None:
+        sums = [h_nF.float().square().sum(0) for h_nF in split_by_expert(h_SF, offsets)]
+        self.sum_EF += torch.stack(sums)
 
 
 def two_stage_scores(model: MoEModel, batches: Sequence[Tensor]) -> dict[int, Tensor]:

@@ -21,21 +21,22 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from heapr.errors import ConfigError
-from heapr.model import ragged_experts
 from heapr.model.config_file import write_config
 from heapr.model.description import GENERATION_FILE, copy_tokenizer
+from heapr.model.experts import layout, loop, ragged
 from heapr.model.moe import MoEModel
 from heapr.model.ragged_type import RAGGED_PREFIX, ragged_classes
 
 REMOTE_MODULES = "transformers_modules."  # where transformers puts Python code from beside weights
 MAX_SHARD_SIZE = "5GB"
 MODELING_FILE = "modeling_heapr.py"
+PORTABLE = (layout, loop, ragged)  # copied beside it; transformers follows relative imports from file to file
 MODELING_TEMPLATE = Template('''"""$model_name whose experts have individual widths, pruned by heapr. Needs torch and transformers alone."""
 
 from $config_module import $config_name
 from $model_module import $model_name
 
-from .ragged_experts import make_ragged
+from .ragged import make_ragged
 
 
 class Heapr$config_name($config_name):
@@ -123,7 +124,8 @@ def _save_ragged(model: MoEModel, folder: Path, about: Mapping[str, Any]) -> Non
     ragged_config.from_dict(settings).save_pretrained(folder)
     modules = {"config_module": _beside(config_class, folder), "model_module": _beside(model_class, folder)}
     (folder / MODELING_FILE).write_text(MODELING_TEMPLATE.substitute(names, **modules, model_type=RAGGED_PREFIX + family))
-    shutil.copy(inspect.getfile(ragged_experts), folder)
+    for module in PORTABLE:
+        shutil.copy(inspect.getfile(module), folder)
     is_tied = getattr(source.config.get_text_config(), "tie_word_embeddings", False)
     tied = set(source._tied_weights_keys or []) if is_tied else set()
     # Left out here, because the writer would note them in the metadata, whose order is not reproducible.

@@ -1,7 +1,7 @@
-"""MoE layers one after the other: what flows into the experts of each, behind earlier layers that may have changed on the way.
+"""Repair's way through a model: MoE layers one after the other, with what flows into the experts of each.
 
 In: a model and its batches of token ids. Out: for each MoE layer its `ExpertInputs` and, if asked for, a `StreamTarget`. Of a batch
-only the hidden states before one decoder layer are kept, so that memory is that of one layer.
+only what later layers read is kept: in most families the hidden states before one decoder layer.
 Shape letters: T tokens of all batches, D model width, K experts per token.
 """
 
@@ -12,9 +12,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from heapr.model.expert_inputs import ExpertInputs, expert_inputs, without_experts
 from heapr.model.moe import MoELayer, MoEModel
-from heapr.model.stream import StreamTarget, few_tokens, scale_of
-from heapr.model.walker import ExpertInputs, Walker
+from heapr.model.span import advance, few_tokens, reads_of
+from heapr.model.stream import StreamTarget, scale_of
+from heapr.model.tape import Tape, hidden_of
 
 
 @torch.no_grad()
@@ -22,32 +24,40 @@ def walk_layers(
     model: MoEModel, batches: Sequence[Tensor], *, follow_stream: bool = False
 ) -> Iterator[tuple[MoELayer, ExpertInputs, StreamTarget | None]]:
     """Every MoE layer in order, with what flows into its experts. A layer runs with the experts that it has when the next one is
-    asked for, so that what a caller changed is seen by all later layers.
+    asked for, so all later layers see what a caller changed.
 
     Args:
+        model: one that passes `check_walk`.
         batches: int64 (N, W) token ids each.
         follow_stream: also yield what brings the stream behind the layer to where it is in the model that the walk began with: that
             stream, walked through every layer before a caller changes it, less the present one without the layer's experts
-            (docs/method.md, 21). Every layer then runs three times, and one more hidden state of every token is held.
+            (docs/method.md, 21). Every layer then runs three times, and a second tape of every batch is held.
 
     Raises:
         ConfigError: the stream is asked for, and the model does not pass `check_stream`.
         FloatingPointError: an input is NaN or infinite; the message names the layer.
     """
-    walkers, originals = ([Walker(model, ids_NW.to(model.device)) for ids_NW in batches] for _ in range(2))
-    few = few_tokens(model)
+    reads = reads_of(model)
+    tapes, originals = ([Tape(ids_NW.to(model.device)) for ids_NW in batches] for _ in range(2))
+    few = Tape(few_tokens(model))
     for layer in model.layers:
-        parts, targets, scale = [], [], scale_of(layer, few) if follow_stream else 1.0
-        for walker, original in zip(walkers, originals, strict=True):
-            part, without = walker.reach(layer, beyond=follow_stream)
-            parts.append(part)
-            if without is not None:
-                targets.append(StreamTarget.between(original.leave(layer), without, scale))
+        for tape in tapes:
+            advance(model, tape, layer.index, reads)
+        target = None
+        if follow_stream:
+            scale = scale_of(model, few, layer, reads)
+            parts, targets = [], []
+            for tape, original in zip(tapes, originals, strict=True):
+                part, without = without_experts(model, tape, layer)
+                stream = hidden_of(advance(model, original, layer.index + 1, reads)[-1])
+                parts.append(part)
+                targets.append(StreamTarget.between(stream, without, scale))
+            target = StreamTarget.joined(targets)
+            del targets, stream, without
+        else:
+            parts = [expert_inputs(model, tape, layer) for tape in tapes]
         inputs = _joined(layer, parts)
-        target = (
-            StreamTarget(*(torch.cat([getattr(part, name) for part in targets]) for name in ("output_TD", "weight_T"))) if targets else None
-        )
-        del parts, targets  # a generator holds its variables while the caller is at work
+        del parts  # a generator holds its variables while the caller is at work
         yield layer, inputs, target
         del inputs, target
 

@@ -21,9 +21,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from heapr.model.experts import observe_experts
+from heapr.model.experts.dispatch import observe_experts
+from heapr.model.experts.layout import Experts, layout_of, routing_of, widths_of
+from heapr.model.experts.loop import run_sorted
 from heapr.model.moe import MoEModel, experts_per_token, frozen_parameters, gradient_from_embeddings, summed_loss_backward
-from heapr.model.ragged_experts import Experts, layout_of, routing_of, run_sorted, widths_of
 
 
 def calibration_flops(model: MoEModel, length: int) -> int:
@@ -108,9 +109,9 @@ class HeldTensors:
     def __exit__(self, *error: Any) -> None:
         self._hooks.__exit__(*error)
 
-    def observe(self, expert: int, h_nF: Tensor, router_weight_n: Tensor, output_nD: Tensor) -> None:
+    def observe(self, h_SF: Tensor, router_weight_S: Tensor, output_SD: Tensor, offsets: Tensor) -> None:
         """What the collector keeps until the gradient arrives (heapr/calibration/collector.py)."""
-        for tensor in (h_nF, router_weight_n, output_nD):
+        for tensor in (h_SF, router_weight_S, output_SD):
             self._pack(tensor)
 
     def _pack(self, tensor: Tensor) -> Tensor:

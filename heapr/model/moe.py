@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from heapr.errors import ConfigError
-from heapr.model.experts import CAPABILITIES, is_experts
-from heapr.model.ragged_experts import Experts, RaggedExperts, is_ragged, layout_of, matrices_of, model_width_of, widths_of
+from heapr.model.experts.dispatch import CAPABILITIES, is_experts
+from heapr.model.experts.layout import Experts, is_ragged, layout_of, matrices_of, model_width_of, widths_of
+from heapr.model.experts.ragged import RaggedExperts
 from heapr.types import ExpertWeights
 
 TOP_K_FIELDS = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k")  # K in the families' configurations

@@ -12,7 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from heapr.errors import ConfigError
-from heapr.model.ragged_experts import make_ragged
+from heapr.model.experts.ragged import make_ragged
 
 RAGGED_PREFIX = "heapr_"
 

@@ -7,15 +7,22 @@ Shape letters: T tokens, D model width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from heapr.errors import ConfigError
+from heapr.model.expert_inputs import ExpertInputs, emptied, without_experts
+from heapr.model.experts.layout import Experts, layout_of
+from heapr.model.experts.loop import run_experts
 from heapr.model.moe import MoELayer, MoEModel
-from heapr.model.ragged_experts import Experts, layout_of, run_experts
-from heapr.model.walker import ExpertInputs, Walker, emptied
+from heapr.model.span import Reads, advance, few_tokens, reads_of
+from heapr.model.tape import Tape, hidden_of
 
 NORM_EPS = 1e-6  # what families' norms add before they divide by the root of a mean square
 
@@ -39,6 +46,13 @@ class StreamTarget:
         weight_T = stream_TD.square().mean(1).clamp(min=NORM_EPS).rsqrt()
         return cls((stream_TD - without_TD) / scale, weight_T)
 
+    @classmethod
+    def joined(cls, targets: Sequence[StreamTarget]) -> StreamTarget:
+        """Those of all batches as one."""
+        output_TD = torch.cat([target.output_TD for target in targets])
+        weight_T = torch.cat([target.weight_T for target in targets])
+        return cls(output_TD, weight_T)
+
 
 @torch.no_grad()
 def check_stream(model: MoEModel) -> None:
@@ -47,12 +61,12 @@ def check_stream(model: MoEModel) -> None:
     Raises:
         ConfigError: naming the layer and why.
     """
-    few = few_tokens(model)
+    few, reads = Tape(few_tokens(model)), reads_of(model)
     for layer in model.layers:
-        scale_of(layer, few)
+        scale_of(model, few, layer, reads)
 
 
-def scale_of(layer: MoELayer, few: Walker) -> float:
+def scale_of(model: MoEModel, few: Tape, layer: MoELayer, reads: Reads) -> float:
     """By what a layer multiplies its experts' output when it adds it to the residual stream: 1 in most families.
 
     Args:
@@ -61,9 +75,13 @@ def scale_of(layer: MoELayer, few: Walker) -> float:
     Raises:
         ConfigError: the output goes into the stream in another way.
     """
-    inputs, without = few.reach(layer, beyond=True)
-    before, behind = few.hidden, few.leave(layer)
-    assert before is not None and without is not None
+    advance(model, few, layer.index, reads)
+    inputs, without = without_experts(model, few, layer)
+    before: list[Tensor] = []
+    with ExitStack() as stack:
+        hook = model.decoder_layers[layer.index].register_forward_pre_hook(partial(_record, before), with_kwargs=True)
+        stack.callback(hook.remove)
+        behind = hidden_of(advance(model, few, layer.index + 1, reads)[-1])
     scale = None
     if layout_of(layer.experts).weighs_input:
         why = "weighs its experts' inputs in place of their outputs"
@@ -71,10 +89,10 @@ def scale_of(layer: MoELayer, few: Walker) -> float:
         why = "has several residual streams"
     else:
         why = "does not just add its experts' output to the residual stream"
-        scale = _scale_of_sum(layer.experts, inputs, *(stream.flatten(0, -2).float() for stream in (before, without, behind)))
+        scale = _scale_of_sum(layer.experts, inputs, *(stream.flatten(0, -2).float() for stream in (before[0], without, behind)))
     if scale is None:
         raise ConfigError(
-            f"pruning.repair.target=residual_stream: layer {layer.index} of {type(few.model.model).__name__} {why}, so it cannot bring "
+            f"pruning.repair.target=residual_stream: layer {layer.index} of {type(model.model).__name__} {why}, so it cannot bring "
             "the stream back; give pruning.repair.target=layer_output"
         )
     return scale
@@ -94,5 +112,5 @@ def _scale_of_sum(experts: Experts, inputs: ExpertInputs, before_TD: Tensor, wit
     return None if (error_TD > rounding_TD + 1e-2 * added_TD.abs().max()).any() else scale  # NaN passes, calibration will name it
 
 
-def few_tokens(model: MoEModel) -> Walker:
-    return Walker(model, torch.arange(8, device=model.device).unsqueeze(0))
+def _record(before: list[Tensor], _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    before.append(args[0] if args else kwargs["hidden_states"])

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from heapr.model.ragged_experts import Experts, activation_of, layout_of, matrices_of, widths_of
-from heapr.model.walker import ExpertInputs
+from heapr.model.expert_inputs import ExpertInputs
+from heapr.model.experts.layout import Experts, activation_of, layout_of, matrices_of, widths_of
 
 CHUNK = 8192  # tokens whose activations of all experts are held at once
 

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from heapr.model.experts.layout import matrices_of
 from heapr.model.moe import MoEModel
-from heapr.model.ragged_experts import matrices_of
 
 
 @contextmanager

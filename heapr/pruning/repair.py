@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from heapr.errors import ConfigError
-from heapr.model.ragged_experts import Experts, RaggedExperts, matrices_of
+from heapr.model.expert_inputs import ExpertInputs
+from heapr.model.experts.layout import Experts, matrices_of
+from heapr.model.experts.ragged import RaggedExperts
 from heapr.model.stream import StreamTarget
-from heapr.model.walker import ExpertInputs
 from heapr.pruning.activations import Activations, layer_output
 from heapr.pruning.least_squares import mean_of, solve, solve_by_steps, squared
 from heapr.pruning.refit import refit_inputs

@@ -11,9 +11,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from heapr.model.experts.layout import Matrices, layout_of, matrices_of
+from heapr.model.experts.ragged import RaggedExperts
 from heapr.model.layerwise import walk_layers
 from heapr.model.moe import MoELayer, MoEModel
-from heapr.model.ragged_experts import Matrices, RaggedExperts, layout_of, matrices_of
 from heapr.progress import progress
 from heapr.pruning.repair import LayerRepair, Repair
 from heapr.types import Plan, RepairedWeights

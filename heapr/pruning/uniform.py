@@ -16,8 +16,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from heapr.errors import ConfigError
+from heapr.model.experts.layout import Experts, layout_of, matrices_of, model_width_of
 from heapr.model.moe import MoEModel, find_moe_layers
-from heapr.model.ragged_experts import Experts, layout_of, matrices_of, model_width_of
 from heapr.pruning.budget import Budget, Widths, near_widths, the_width
 
 Settings = Mapping[str, int]

@@ -66,7 +66,7 @@ def _what_is_left(forecast: Forecast) -> str:
     counted = ", ".join(f"{numbers[stage]} {stage}" for stage in STAGES)
     distinct = len({step.id for job in forecast.jobs for step in job.steps})
     unknown = sum(not job.steps for job in forecast.jobs)
-    jobs = f"{len(forecast.jobs)} jobs" + (f" ({unknown} cannot be told)" if unknown else "")
+    jobs = f"{len(forecast.jobs)} jobs" + (f" ({unknown} unknown)" if unknown else "")
     lines = [f"{jobs}, {distinct} artifacts, of which to make: {counted if left else 'none'}"]
     known = [seconds for seconds in forecast.seconds.values() if seconds is not None]
     if known:

@@ -159,7 +159,7 @@ def has_key() -> bool:
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(_endpoint()[0]) is not None
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(_host()) is not None
     except (OSError, netrc.NetrcParseError):
         return False
 
@@ -176,7 +176,7 @@ def _start(mode: Any, arguments: dict[str, Any]) -> tuple[Any, str]:
         try:
             if is_reachable():
                 return wandb.init(mode="online", resume="allow", settings=settings, **arguments), mode
-            reason = f"{urlparse(_endpoint()).hostname} does not answer"
+            reason = f"{_host()} does not answer"
         except Exception as error:
             reason = first_line(error)
             _stop_service()  # which would not let the id be used again
@@ -200,6 +200,10 @@ def _stop_service() -> None:
 def is_reachable() -> bool:
     """Whether somebody answers."""
     return answers(_endpoint())
+
+
+def _host() -> str:
+    return urlparse(_endpoint()).hostname or ""
 
 
 def _endpoint() -> str:

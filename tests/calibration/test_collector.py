@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from heapr.calibration.collector import collect
 from heapr.model.moe import MoEModel
+from heapr.pruning.surgery import remove
 from heapr.score.gradient import Heapr
-from heapr.types import Statistics
+from heapr.types import Plan, Statistics
 from tests.oracle import published_scores, visits_of
 from tests.tiny import no_weights, tiny_ids, tiny_qwen3_moe
 
@@ -61,6 +62,19 @@ def test_every_statistic_equals_its_definition(causal_lm: PreTrainedModel, ids_N
             for name, value in expected.items():
                 got = getattr(layer_statistics, name)[expert]
                 torch.testing.assert_close(got, torch.as_tensor(value, dtype=torch.float64), rtol=1e-5, atol=1e-6)
+
+
+def test_one_hook_for_each_layer_and_batch(model: MoEModel, ids_NW: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And none for an expert, in a ragged model neither."""
+    hooked: list[torch.Size] = []
+    register = Tensor.register_hook
+    monkeypatch.setattr(Tensor, "register_hook", lambda tensor, hook: hooked.append(tensor.shape) or register(tensor, hook))
+    pairs = torch.Size((2 * ids_NW[:4].numel(), 8))  # padded to the widest expert's width
+    collect(model, ids_NW.split(4))
+    kept_EF = torch.arange(8).expand(4, 8) < torch.tensor([[3], [8], [0], [5]])
+    remove(model, Plan(layers={layer.index: kept_EF for layer in model.layers}))
+    collect(model, ids_NW.split(4))
+    assert hooked == [pairs] * len(model.layers) * 2 * 2
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
@@ -146,3 +160,51 @@ def test_low_precision_models_have_the_scores_of_their_float32_copy(ids_NW: Tens
 def test_mixed_dense_and_sparse_layers_keep_their_decoder_index() -> None:
     model = MoEModel(tiny_qwen3_moe(num_hidden_layers=3, mlp_only_layers=[1]))
     assert list(collect(model, [tiny_ids(2, 8)]).layers) == [0, 2]
+
+
+SPANS = [range(1), range(1, 3), range(3, 4)]
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_statistics_by_spans_are_those_of_one_pass(ids_NW: Tensor, cut: bool) -> None:
+    """Bit for bit, of several batches and of a model that is cut already; every family in tests/model/test_families.py."""
+    model = MoEModel(tiny_qwen3_moe(num_hidden_layers=4))
+    if cut:
+        remove(model, Plan(layers={layer.index: torch.arange(8).repeat(4, 1) < layer.index + 3 for layer in model.layers}))
+    told: list[list[tuple[int, float]]] = [[], []]
+    whole = collect(model, ids_NW.split(3), on_batch=lambda *batch: told[0].append(batch))
+    parts = collect(model, ids_NW.split(3), spans=SPANS, on_batch=lambda *batch: told[1].append(batch))
+    assert told[0] == told[1] and len(told[0]) == 3
+    assert (whole.loss_sum, whole.num_tokens, whole.num_predicted_tokens) == (parts.loss_sum, parts.num_tokens, parts.num_predicted_tokens)
+    for index, layer in whole.layers.items():
+        for name, tensor in layer.items():
+            assert torch.equal(getattr(parts.layers[index], name), tensor), (index, name)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "place"),
+    [
+        ("model.layers.1.mlp.experts.gate_up_proj", "what decoder layer 1 puts out"),
+        ("model.layers.3.mlp.gate.weight", "router_weight_sum_E of layer 3"),
+        ("lm_head.weight", "the loss, behind the last layer,"),
+    ],
+)
+def test_not_a_number_by_spans_names_layer_and_batch(ids_NW: Tensor, parameter: str, place: str) -> None:
+    causal_lm = tiny_qwen3_moe(num_hidden_layers=4)
+    with torch.no_grad():
+        causal_lm.get_parameter(parameter).fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match=f"{place} is NaN or infinite in batch 0"):
+        collect(MoEModel(causal_lm), ids_NW.split(4), spans=SPANS)
+
+
+def test_batches_of_one_span_are_asked_for_one_by_one(ids_NW: Tensor) -> None:
+    """So that a progress bar around them tells the truth."""
+    told: list[str] = []
+
+    def batches() -> Iterator[Tensor]:
+        for ids in ids_NW.split(4):
+            told.append("asked")
+            yield ids
+
+    collect(MoEModel(tiny_qwen3_moe()), batches(), on_batch=lambda *_: told.append("done"))
+    assert told == ["asked", "done"] * 2

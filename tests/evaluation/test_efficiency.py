@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from heapr.calibration.collector import collect
 from heapr.evaluation.efficiency import Efficiency, size_change
-from heapr.model.experts import use_heapr_experts
+from heapr.model.experts.dispatch import use_heapr_experts
 from heapr.model.moe import MoEModel
 from heapr.pruning.surgery import mask, remove
 from heapr.types import Plan

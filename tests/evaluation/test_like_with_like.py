@@ -16,7 +16,7 @@ from heapr.evaluation.fidelity import Fidelity
 from heapr.evaluation.perplexity import Perplexity
 from heapr.evaluation.truth import Truth
 from heapr.evaluation.zero_shot import ZeroShot
-from heapr.model.experts import use_comparable_experts
+from heapr.model.experts.dispatch import use_comparable_experts
 from heapr.model.load import BUILTIN_FOLDER, find_model
 from heapr.model.moe import MoEModel, next_token_loss
 from heapr.pruning.surgery import mask, remove

@@ -8,7 +8,9 @@ from __future__ import annotations
 import functools
 import importlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import transformers
@@ -16,12 +18,13 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from heapr.errors import ConfigError
-from heapr.model.experts import CAPABILITIES
+from heapr.model.check_walk import check_walk
+from heapr.model.experts.dispatch import CAPABILITIES
+from heapr.model.experts.layout import layout_of
 from heapr.model.moe import MoEModel
-from heapr.model.ragged_experts import layout_of
 from heapr.model.stream import check_stream
 from heapr.pruning.uniform import uniform_settings
-from tests.tiny import FAMILIES, tiny_model
+from tests.tiny import FAMILIES, SHARED_INSIDE, deep_model, tiny_model
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 MODELS = Path(transformers.__file__).parent / "models"
@@ -34,15 +37,17 @@ checkpoint load with bit-equal logits (`ragged` where heapr is not installed), g
 training step. `uniform` is the checkpoint form for stock classes: where shared experts take their width from the same field, their
 number is raised so that their width stays; a width that does not divide it is refused. `stream`: whether `pruning/repair=stream`,
 which `recipe=best` uses, can serve it; that depends on how the experts' output gets into the residual stream, here with the family's
-defaults, and every model is asked when it is loaded. `pruning.repair.target=layer_output` serves all.
+defaults, and every model is asked when it is loaded. `pruning.repair.target=layer_output` serves all. `layer by layer`: whether decoder
+layers can be run one by one, which every repair does; asked of a model that has each kind of layer, block and sharing at least twice, and
+of every model when it is loaded for repair. Calibration without repair does not need it.
 
 Of a wrapper with vision and the like only the language model is taken, and no model here has the heads that predict further tokens:
 a run says before it starts which tensors it leaves out, and the checkpoint's `config.json` and card do not promise them.
 
 Written by `python -m tests.model.support`.
 
-| family | experts | supported | `uniform` | `stream` |
-|---|---|---|---|---|
+| family | experts | supported | `uniform` | `stream` | layer by layer |
+|---|---|---|---|---|---|
 """
 
 
@@ -53,9 +58,10 @@ class Row:
     supported: str
     uniform: str = ""
     stream: str = ""
+    walk: str = ""
 
     def __str__(self) -> str:
-        return f"| {self.family} | {self.experts} | {self.supported} | {self.uniform} | {self.stream} |\n"
+        return f"| {self.family} | {self.experts} | {self.supported} | {self.uniform} | {self.stream} | {self.walk} |\n"
 
 
 def families_of_transformers() -> dict[str, str]:
@@ -102,12 +108,25 @@ def _supported(family: str) -> Row:
         uniform = " and ".join(f"`{name}`" for name in fields)
     except ConfigError:
         uniform = "refused"
+    stream = _asked(partial(check_stream, model))
+    walk = _walk(family, {})
+    if family in SHARED_INSIDE:
+        options = " ".join(f"`{name}={value}`" for name, value in SHARED_INSIDE[family].items())
+        walk += f"; with {options} {_walk(family, SHARED_INSIDE[family])}"
+    return Row(family, ", ".join(experts), "yes", uniform, stream, walk)
+
+
+def _walk(family: str, changes: dict[str, object]) -> str:
+    model = MoEModel(deep_model(family, **changes))
+    return _asked(partial(check_walk, model, needed_by="-", instead="-"))
+
+
+def _asked(check: Callable[[], None]) -> str:
     try:
-        check_stream(model)
-        stream = "yes"
+        check()
     except ConfigError:
-        stream = "refused"
-    return Row(family, ", ".join(experts), "yes", uniform, stream)
+        return "refused"
+    return "yes"
 
 
 def _models_of(family: str) -> list[type[PreTrainedModel]]:

@@ -19,9 +19,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from heapr.errors import ConfigError
 from heapr.model import deepseek_moe
 from heapr.model.deepseek_moe import DeepseekForCausalLM, DeepseekMoeBlock, DeepseekMoeConfig, DeepseekMoeModel, DeepseekMoeRouter
+from heapr.model.experts.loop import run_experts
 from heapr.model.load import find_model
 from heapr.model.moe import find_moe_layers
-from heapr.model.ragged_experts import run_experts
 from tests.deepseek import CONFIG_16B, TINY, write_original_folder
 from tests.same import assert_same_model
 from tests.tiny import byte_tokenizer, tiny_ids, tiny_model

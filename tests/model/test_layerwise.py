@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from heapr.errors import ConfigError
-from heapr.model.experts import use_heapr_experts
+from heapr.model.expert_inputs import ExpertInputs
+from heapr.model.experts.dispatch import use_heapr_experts
+from heapr.model.experts.layout import Experts
+from heapr.model.experts.loop import run_experts
 from heapr.model.layerwise import walk_layers
 from heapr.model.moe import MoEModel
-from heapr.model.ragged_experts import Experts, run_experts
 from heapr.model.stream import check_stream
-from heapr.model.walker import ExpertInputs
 from heapr.pruning.activations import layer_output
 from heapr.pruning.surgery import remove
 from heapr.types import Plan
@@ -120,23 +121,20 @@ def test_weights_that_are_not_numbers_are_left_to_calibration(model: MoEModel) -
 
 def test_every_decoder_layer_runs_once_and_the_model_is_left_as_it_was(model: MoEModel) -> None:
     logits = model.model(input_ids=IDS_NW, use_cache=False).logits
-    ran: list[int] = []
-    for index, decoder in enumerate(model.decoder_layers):
-        decoder.mlp.register_forward_hook(lambda *_, index=index: ran.append(index))  # behind the experts
+    ran: list[tuple[int, int]] = []  # decoder layer, tokens
+    for index, decoder in enumerate(model.decoder_layers):  # behind the experts
+        decoder.mlp.register_forward_hook(lambda _, __, output, index=index: ran.append((index, output.shape[:2].numel())))
+    few = [(0, 8), (1, 8), (2, 8), (3, 8)]  # to see which layers read what earlier ones put out
     for _ in walk_layers(model, IDS_NW.split(2)):
         pass
-    assert ran == [0, 0, 1, 1, 2, 2]  # two batches; of the last layer only the experts' input is needed
+    assert ran == [*few, (0, 20), (0, 20), (1, 20), (1, 20), (2, 20), (2, 20)]  # of the last layer only the experts' inputs are needed
     assert torch.equal(model.model(input_ids=IDS_NW, use_cache=False).logits, logits)
     assert not any("forward" in vars(decoder) for decoder in model.decoder_layers)
     ran.clear()
     for _ in walk_layers(model, IDS_NW.split(2), follow_stream=True):
         pass
-    assert [ran.count(index) for index in range(4)] == [
-        8,
-        8,
-        8,
-        6,
-    ]  # without experts and in the model as it was; few tokens
+    # few: also without and with experts; both batches: without experts, in the model as it was, on the way to the next layer
+    assert [(ran.count((index, 8)), ran.count((index, 20))) for index in range(4)] == [(3, 6), (3, 6), (3, 6), (3, 4)]
     assert not any(decoder._forward_hooks or decoder._forward_pre_hooks for decoder in model.decoder_layers)
 
 

@@ -14,8 +14,11 @@ from transformers import (
 
 from heapr.errors import ConfigError
 from heapr.model import moe
-from heapr.model.experts import observe_experts, use_heapr_experts
+from heapr.model.experts.dispatch import observe_experts, use_heapr_experts
+from heapr.model.experts.loop import split_by_expert
 from heapr.model.moe import MoEModel, next_token_loss, summed_loss_backward
+from heapr.pruning.surgery import remove
+from heapr.types import Plan
 from tests.tiny import tiny_model, tiny_qwen3_moe
 
 SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -37,12 +40,29 @@ def test_observers_see_the_expert_as_the_formula_has_it(model: MoEModel, ids_NW:
     seen = []
     with torch.no_grad(), observe_experts(model.model, [(layer.experts, lambda *call: seen.append(call))]):
         model.model(input_ids=ids_NW, use_cache=False)
-    assert sum(len(h_nF) for _, h_nF, _, _ in seen) == ids_NW.numel() * 2
-    down_EDF = layer.weights().down_EDF
-    for expert, h_nF, router_weight_n, output_nD in seen:
-        torch.testing.assert_close(output_nD, h_nF @ down_EDF[expert].T)
-        assert ((router_weight_n > 0) & (router_weight_n <= 1)).all()
-    assert layer.experts.observer is None
+    ((h_SF, router_weight_S, output_SD, offsets),) = seen  # one call
+    assert offsets[0] == 0 and offsets[-1] == len(h_SF) == ids_NW.numel() * 2
+    for down_DF, h_nF, output_nD in zip(
+        layer.weights().down_EDF, *(split_by_expert(rows, offsets) for rows in (h_SF, output_SD)), strict=True
+    ):
+        torch.testing.assert_close(output_nD, h_nF @ down_DF.T)
+    assert ((router_weight_S > 0) & (router_weight_S <= 1)).all()
+    assert "observer" not in vars(layer.experts)
+
+
+def test_observers_of_ragged_experts_see_zeros_beyond_an_experts_width(model: MoEModel, ids_NW: Tensor) -> None:
+    widths_E = torch.tensor([3, 8, 0, 5])
+    kept_EF = torch.arange(8) < widths_E.unsqueeze(1)
+    dense = model.layers[0].weights()
+    remove(model, Plan(layers={layer.index: kept_EF for layer in model.layers}))
+    seen = []
+    with torch.no_grad(), observe_experts(model.model, [(model.layers[0].experts, lambda *call: seen.append(call))]):
+        model.model(input_ids=ids_NW, use_cache=False)
+    ((h_SF, _, output_SD, offsets),) = seen
+    of_experts = zip(widths_E, dense.down_EDF, split_by_expert(h_SF, offsets), split_by_expert(output_SD, offsets), strict=True)
+    for width, down_DF, h_nF, output_nD in of_experts:
+        assert len(h_nF) and (h_nF[:, width:] == 0).all() and (h_nF[:, :width] != 0).any() == (width > 0)
+        torch.testing.assert_close(output_nD, h_nF @ down_DF.T)
 
 
 def test_losses_equal_those_of_whole_logits(causal_lm: PreTrainedModel, ids_NW: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,12 +113,3 @@ def test_models_whose_logits_depend_on_more_than_hidden_states_are_refused(causa
     causal_lm.__class__ = seen_ids
     with pytest.raises(ConfigError, match="missing capability: logits that depend on more than the final hidden states"):
         MoEModel(causal_lm).check_head()
-
-
-def test_experts_that_keep_their_implementation_are_refused(causal_lm: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(causal_lm), "_can_set_experts_implementation_cached_value", False, raising=False)
-    with (
-        pytest.raises(ConfigError, match="missing capability: experts whose implementation cannot be chosen"),
-        use_heapr_experts(causal_lm),
-    ):
-        pytest.fail("the model was used")

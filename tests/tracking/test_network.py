@@ -61,11 +61,6 @@ def track(folder: Path) -> float:
     return time.time() - started
 
 
-def test_one_start_and_one_end_take_at_most_20_seconds() -> None:
-    assert 2 * wandb_tracker.PROBE_SECONDS + wandb_tracker.START_SECONDS < 20
-    assert wandb_tracker.MEDIA_SECONDS + wandb_tracker.FINISH_SECONDS + wandb_tracker.PROBE_SECONDS < 20
-
-
 @pytest.mark.usefixtures("with_key")
 def test_nobody_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")

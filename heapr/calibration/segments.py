@@ -1,0 +1,75 @@
+"""What the collector sums over (token, expert) pairs, for one expert's rows or for all experts' segments at once.
+
+In: h, dloss/dh, router weights and outputs. Out: one batch's part of each statistic of `LayerStatistics`, in float32.
+Shape letters: D model width, E experts, F atomic experts of an expert, S pairs, sorted by expert or of one expert.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Reduction(Protocol):
+    """Takes rows (S, ...) to one result for each expert."""
+
+    def sum(self, rows: Tensor) -> Tensor: ...
+
+    def weighted_sum(self, weight_S: Tensor, rows: Tensor) -> Tensor: ...
+
+    def largest(self, rows: Tensor) -> Tensor: ...
+
+
+class OneExpert:
+    """All rows are one expert's, at least one: (...)."""
+
+    def sum(self, rows: Tensor) -> Tensor:
+        return rows.sum(0)
+
+    def weighted_sum(self, weight_S: Tensor, rows: Tensor) -> Tensor:
+        return weight_S @ rows
+
+    def largest(self, rows: Tensor) -> Tensor:
+        return rows.amax(0)
+
+
+class Segments:
+    """Rows are sorted by expert: (E, ...). Without waiting for a device.
+
+    Args:
+        offsets: int64 (E+1,), on the device of the rows.
+    """
+
+    def __init__(self, offsets: Tensor) -> None:
+        self.offsets = offsets
+
+    def sum(self, rows: Tensor) -> Tensor:
+        return torch.segment_reduce(rows, "sum", offsets=self.offsets, unsafe=True)
+
+    def weighted_sum(self, weight_S: Tensor, rows: Tensor) -> Tensor:
+        return self.sum(weight_S.unsqueeze(1) * rows if rows.dim() > 1 else weight_S * rows)
+
+    def largest(self, rows: Tensor) -> Tensor:
+        """At least 0, which is what an expert without rows gets."""
+        return torch.segment_reduce(rows, "max", offsets=self.offsets, unsafe=True, initial=0)
+
+
+def pair_statistics(h_SF: Tensor, router_weight_S: Tensor, output_SD: Tensor, grad_SF: Tensor, over: Reduction) -> dict[str, Tensor]:
+    """Every statistic of `LayerStatistics` by name."""
+    h_SF, g_SF, p_S = h_SF.float(), grad_SF.float(), router_weight_S.float()
+    norm_S = torch.linalg.vector_norm(output_SD, dim=1, dtype=torch.float32)
+    gh_SF, h_sq_SF, h_abs_SF = g_SF * h_SF, h_SF.square(), h_SF.abs()
+    return {
+        "count_E": over.sum(torch.ones_like(p_S)),
+        "router_weight_sum_E": over.sum(p_S),
+        "output_norm_sum_E": over.weighted_sum(p_S, norm_S),
+        "h_sq_sum_EF": over.sum(h_sq_SF),
+        "g_sq_sum_EF": over.sum(g_SF.square()),
+        "gh_sq_sum_EF": over.sum(gh_SF.square()),
+        "gh_sum_EF": over.sum(gh_SF),
+        "h_abs_sum_EF": over.sum(h_abs_SF),
+        "ph_sq_sum_EF": over.weighted_sum(p_S.square(), h_sq_SF),
+        "ph_abs_max_EF": over.largest(p_S.unsqueeze(1) * h_abs_SF),
+    }

@@ -1,0 +1,95 @@
+"""What flows into the experts of one layer, and what its decoder layer puts out without them.
+
+In: a model and a batch whose tape has reached the layer. Out: `ExpertInputs`, and hidden states.
+Shape letters: T tokens, D model width, K experts per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from heapr.model.experts.dispatch import use_heapr_experts
+from heapr.model.experts.layout import Experts, layout_of, routing_of
+from heapr.model.experts.loop import run_experts
+from heapr.model.experts.ragged import RaggedExperts
+from heapr.model.moe import MoELayer, MoEModel
+from heapr.model.span import Reached, run_span
+from heapr.model.tape import Tape, hidden_of
+
+
+@dataclass(frozen=True)
+class ExpertInputs:
+    """What flows into a layer's experts.
+
+    Attributes:
+        hidden_TD: the tokens. Of a family that weighs the input: one row for each pair of a token and an expert, weighted.
+        expert_TK: experts of each token; expert number E means none.
+        router_weight_TK: their router weights p.
+    """
+
+    hidden_TD: Tensor
+    expert_TK: Tensor
+    router_weight_TK: Tensor
+
+    def __post_init__(self) -> None:
+        assert self.expert_TK.shape == self.router_weight_TK.shape and len(self.expert_TK) == len(self.hidden_TD)
+
+    def weighted(self, weight_T: Tensor) -> ExpertInputs:
+        """The same where each token's errors count weight^2 times: whatever experts put out goes with p."""
+        return replace(self, router_weight_TK=self.router_weight_TK.float() * weight_T.unsqueeze(1))
+
+    def pairs(self, expert: int) -> tuple[Tensor, Tensor]:
+        """The n tokens of an expert, and their router weights."""
+        token_n, choice_n = torch.where(self.expert_TK == expert)
+        return token_n, self.router_weight_TK[token_n, choice_n]
+
+
+def expert_inputs(model: MoEModel, tape: Tape, layer: MoELayer) -> ExpertInputs:
+    """The inputs of a layer's experts; neither they nor anything behind them is run."""
+    inputs, _ = _run_layer(model, tape, layer, beyond=False)
+    return inputs
+
+
+def without_experts(model: MoEModel, tape: Tape, layer: MoELayer) -> tuple[ExpertInputs, Tensor]:
+    """The inputs of a layer's experts, and the hidden states that its decoder layer puts out without them."""
+    inputs, without = _run_layer(model, tape, layer, beyond=True)
+    assert without is not None
+    return inputs, without
+
+
+def emptied(experts: Experts) -> RaggedExperts:
+    """The same experts without atomic experts: what they put out is the biases of W_down, where a family has them."""
+    empty = RaggedExperts(experts, [0] * experts.num_experts)
+    if layout_of(experts).has_bias:
+        empty.down_proj_bias.copy_(experts.down_proj_bias)
+    return empty
+
+
+def _run_layer(model: MoEModel, tape: Tape, layer: MoELayer, *, beyond: bool) -> tuple[ExpertInputs, Tensor | None]:
+    """Inputs of the experts and, `beyond`, the hidden states behind the decoder layer without them."""
+    inputs: list[ExpertInputs] = []
+
+    def take_inputs(experts: Experts, hidden_TD: Tensor, *routing: Tensor) -> Tensor:
+        assert experts is layer.experts
+        inputs.append(_compact(experts, hidden_TD, *routing))
+        if not beyond:
+            raise Reached
+        return run_experts(emptied(experts), hidden_TD, *routing)
+
+    span = range(layer.index, layer.index + 1)
+    with use_heapr_experts(model.model, take_inputs):
+        outputs = run_span(model, tape.ids_NW, span, tape.answers(layer.index))
+    assert len(inputs) == 1, f"the experts of layer {layer.index} ran {len(inputs)} times"
+    return inputs[0], hidden_of(outputs[0]) if beyond else None
+
+
+def _compact(experts: Experts, hidden_TD: Tensor, *routing: Tensor) -> ExpertInputs:
+    """Inputs with their routing; of a family that weighs the input only the rows that were routed, one token each."""
+    expert_TK, router_weight_TK = routing_of(experts, hidden_TD, *routing)
+    if layout_of(experts).weighs_input:
+        routed_T = expert_TK.squeeze(1) < experts.num_experts
+        hidden_TD, expert_TK, router_weight_TK = hidden_TD[routed_T], expert_TK[routed_T], router_weight_TK[routed_T]
+    return ExpertInputs(hidden_TD, expert_TK, router_weight_TK)
