@@ -13,8 +13,6 @@ from typing import Any, TypeVar
 import torch
 
 from heapr.artifacts import ARTIFACTS
-from heapr.calibration.corpora import Corpus
-from heapr.calibration.mixture import Mixture
 from heapr.errors import ConfigError, NotHereError
 from heapr.evaluation.build import build_evaluators
 from heapr.evaluation.evaluator import Comparison, Evaluator
@@ -29,6 +27,8 @@ from heapr.schema import ExperimentConfig, ModelConfig, build
 from heapr.score.criterion import Criterion
 from heapr.steps import Steps, experiment_steps
 from heapr.store import Store
+from heapr.text.corpora import Corpus
+from heapr.text.mixture import Mixture
 from heapr.types import Granularity
 from heapr.words import option_name
 

@@ -19,7 +19,6 @@ from heapr import artifacts
 from heapr.artifacts import CARD, CHECKPOINT, CHECKPOINT_PART, REPAIR_PART, Report
 from heapr.calibration.collector import collect
 from heapr.calibration.coverage import report_coverage
-from heapr.calibration.sampling import batches
 from heapr.evaluation.efficiency import size_change
 from heapr.evaluation.evaluator import Comparison, Evaluator, Material, measure
 from heapr.evaluation.perplexity import WINDOW_LOSSES, perplexity_increases
@@ -41,6 +40,7 @@ from heapr.schema import ExperimentConfig
 from heapr.step_results import StepResults
 from heapr.steps import Step
 from heapr.store import Artifact
+from heapr.text.windows import batches
 from heapr.tracking import values
 from heapr.tracking.build import open_tracker
 from heapr.tracking.tracker import NUM_TOKENS, RATIO, Image, Run, Tracker

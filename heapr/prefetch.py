@@ -47,10 +47,10 @@ def _items(config: ExperimentConfig) -> dict[str, Callable[[], None]]:
     """What the experiment needs, and how each is had; text and tasks that are made here need nothing."""
     import torch
 
-    from heapr.calibration.corpora_published import PublishedText
-    from heapr.calibration.mixture import parts_of
     from heapr.evaluation.zero_shot import ZeroShot
     from heapr.experiment import build_plugins
+    from heapr.text.mixture import parts_of
+    from heapr.text.published import PublishedText
 
     plugins = build_plugins(config, torch.device("cpu"))
     assert plugins.text is not None, "only a dry run goes on without the text"

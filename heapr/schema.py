@@ -38,7 +38,7 @@ class ModelConfig:
 class CalibrationConfig:
     """Which tokens the statistics are taken from."""
 
-    corpus: dict[str, Any] = MISSING  # plug-in: heapr/calibration/corpora.py
+    corpus: dict[str, Any] = MISSING  # plug-in: heapr/text/corpora.py
     num_samples: int = MISSING  # sequences, at least 1
     sequence_length: int = MISSING  # tokens of a sequence, at least 2, at most the model's limit
     seed: int = MISSING  # of the choice of sequences, at least 0

@@ -33,28 +33,29 @@ ALLOWED: dict[str, set[str]] = {
     "tracking": {"errors", "network", "schema", "words"},
     "manifest": {"files", "measure"},
     "store": {"artifacts", "errors", "files", "manifest", "measure"},
+    "text": {"errors", "files", "hub", "progress", "schema", "types", "words"},
     "score": {"errors", "types"},
     "model": {"errors", "files", "hub", "types", "words"},
-    "calibration": {"errors", "files", "hub", "model", "progress", "schema", "types", "words"},
+    "calibration": {"model", "types"},
     "pruning": {"errors", "model", "progress", "types"},
     "evaluation": {
-        "errors", "files", "hub", "measure", "progress", "schema", "types", "words", "score", "model", "calibration", "pruning",
+        "errors", "files", "hub", "measure", "progress", "schema", "types", "words", "text", "score", "model", "calibration", "pruning",
     },
-    "steps": {"artifacts", "schema", "store", "calibration", "evaluation"},
+    "steps": {"artifacts", "schema", "store", "text", "evaluation"},
     "step_results": {"artifacts", "steps", "store", "types"},
     "experiment": {
-        "artifacts", "errors", "schema", "steps", "store", "types", "words", "score", "model", "calibration", "pruning", "evaluation",
+        "artifacts", "errors", "schema", "steps", "store", "types", "words", "text", "score", "model", "pruning", "evaluation",
     },
-    "ready": {"artifacts", "experiment", "steps", "types", "model", "calibration", "evaluation"},
+    "ready": {"artifacts", "experiment", "steps", "types", "text", "model", "evaluation"},
     "provider": {"errors", "types", "model", "pruning"},
     "pipeline": {
         "artifacts", "experiment", "progress", "provider", "ready", "report", "schema", "step_results", "steps", "store", "tracking",
-        "types", "model", "calibration", "pruning", "evaluation",
+        "types", "text", "model", "calibration", "pruning", "evaluation",
     },
     "dry_run": {"experiment", "schema", "types", "model", "pruning"},
     "main": {"artifacts", "errors", "overrides", "schema", "words", "pipeline", "dry_run", "report"},
     "sweep": {"artifacts", "errors", "experiment", "files", "report", "schema", "store", "words", "tracking", "model", "dry_run", "main"},
-    "prefetch": {"errors", "experiment", "hub", "schema", "main", "calibration", "evaluation"},
+    "prefetch": {"errors", "experiment", "hub", "schema", "main", "text", "evaluation"},
 }  # fmt: skip
 
 

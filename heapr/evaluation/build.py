@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from heapr.calibration.corpora import Corpus
 from heapr.errors import ConfigError
 from heapr.evaluation.evaluator import Comparison, Evaluator
 from heapr.schema import build, plug_in
+from heapr.text.corpora import Corpus
 
 
 def build_evaluators(evaluation: Mapping[str, Any], device: torch.device) -> list[Evaluator | Comparison]:

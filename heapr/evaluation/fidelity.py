@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heapr.calibration.corpora import Corpus
-from heapr.calibration.sampling import batches, windows
 from heapr.evaluation.evaluator import Material
 from heapr.model.experts.dispatch import use_comparable_experts
 from heapr.model.load import ModelSource
 from heapr.model.moe import MoEModel
 from heapr.progress import progress
 from heapr.schema import at_least
+from heapr.text.corpora import Corpus
+from heapr.text.windows import batches, windows
 from heapr.types import Evaluation, TokenWindows
 
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heapr.calibration.sampling import batches
 from heapr.errors import ConfigError
 from heapr.evaluation.correlation import pearson, spearman
 from heapr.evaluation.evaluator import Material
@@ -25,6 +24,7 @@ from heapr.progress import progress
 from heapr.pruning.masking import masked
 from heapr.schema import at_least
 from heapr.score.criterion import predicted_increase
+from heapr.text.windows import batches
 from heapr.types import Evaluation, Metrics, Scores, TokenWindows
 
 
