@@ -27,8 +27,8 @@ from omegaconf.errors import OmegaConfBaseException
 from heapr.artifacts import clear_error, write_error
 from heapr.errors import ConfigError
 from heapr.overrides import explain_comma, explain_option, explain_override
-from heapr.schema import ExperimentConfig, register, resolve, unknown_key
-from heapr.words import did_you_mean, first_line
+from heapr.schema import ExperimentConfig, register, resolve
+from heapr.words import did_you_mean, first_line, unknown_key
 
 logger = logging.getLogger(__name__)
 
@@ -64,12 +64,12 @@ def _run(config: DictConfig) -> None:
     typed = resolve(config)  # before torch is imported: a mistake is answered at once
     if typed.dry_run:
         from heapr.dry_run import dry_run
-        from heapr.report.dry_run import print_dry_run
+        from heapr.report.run.dry_run_table import print_dry_run
 
         print_dry_run(asdict(dry_run(typed)))
         return
     from heapr.pipeline import run
-    from heapr.report.console import print_summary
+    from heapr.report.run.console import print_summary
 
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)

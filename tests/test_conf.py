@@ -11,8 +11,8 @@ import torch
 from hydra.errors import ConfigCompositionException
 
 from heapr import main
-from heapr.evaluation.build import build_evaluators
-from heapr.schema import build
+from heapr.evaluation.build import build_measurements
+from heapr.plugins import build
 from heapr.text.corpora import Corpus
 from heapr.text.mixture import Mixture
 from heapr.types import Granularity
@@ -34,7 +34,7 @@ def test_every_option_composes_and_builds(options: list[str], tmp_path: Path) ->
     assert isinstance(build(config.calibration.corpus, "calibration.corpus"), Corpus | Mixture)
     assert config.pruning.repair is None or isinstance(build(config.pruning.repair, "pruning.repair").is_sequential, bool)
     assert isinstance(build(config.score, "score").granularity, Granularity)
-    build_evaluators(config.evaluation, CPU)
+    build_measurements(config.evaluation)
 
 
 @pytest.mark.parametrize("name", [path.stem for path in sorted((CONF / "corpus").glob("*.yaml"))])
@@ -57,7 +57,7 @@ def test_every_evaluation_corpus_builds(corpus: str, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("some text")
     overrides = [f"evaluation.corpora.text_files.paths=[{text}]"] if corpus == "text_files" else []
-    evaluators = build_evaluators(compose_experiment(f"evaluation/corpora=[{corpus}]", *overrides).evaluation, CPU)
+    evaluators = build_measurements(compose_experiment(f"evaluation/corpora=[{corpus}]", *overrides).evaluation)
     assert [evaluator.name for evaluator in evaluators] == [
         f"perplexity/{corpus}",
         "accuracy/pydocs_continuation",
@@ -72,7 +72,7 @@ def test_every_evaluation_corpus_builds(corpus: str, tmp_path: Path) -> None:
 def test_the_papers_evaluation_is_its_corpora_its_tasks_and_its_window() -> None:
     config = compose_experiment("evaluation=paper")
     tasks = ["openbookqa", "arc_easy", "winogrande", "hellaswag", "arc_challenge", "piqa", "mathqa"]
-    names = [evaluator.name for evaluator in build_evaluators(config.evaluation, CPU)]
+    names = [evaluator.name for evaluator in build_measurements(config.evaluation)]
     assert names == ["perplexity/wikitext2", "perplexity/ptb", *(f"accuracy/{task}" for task in tasks), "efficiency"]
     assert config.evaluation["perplexity"]["window"] == 2048
 

@@ -5,9 +5,11 @@ In: weights (magnitude) or a seed (random). Out: scores without unit.
 
 from __future__ import annotations
 
-import torch
+from typing import Annotated
 
-from heapr.errors import ConfigError
+import torch
+from annotated_types import Ge
+
 from heapr.score.criterion import Unit, WeightsOf
 from heapr.types import Granularity, Scores, Statistics
 
@@ -39,17 +41,12 @@ class Random:
 
     Args:
         seed: of the generator, at least 0.
-
-    Raises:
-        ConfigError: the seed is negative.
     """
 
     unit = Unit.NONE
     granularity = Granularity.ATOMIC_EXPERT
 
-    def __init__(self, seed: int) -> None:
-        if seed < 0:
-            raise ConfigError(f"score.seed={seed} is below 0; give a whole number of at least 0")
+    def __init__(self, seed: Annotated[int, Ge(0)]) -> None:
         self.seed = seed
 
     def __call__(self, statistics: Statistics, weights: WeightsOf) -> Scores:

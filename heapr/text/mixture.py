@@ -14,9 +14,10 @@ from itertools import combinations
 from typing import Any
 
 from heapr.errors import ConfigError
-from heapr.schema import build, unknown_key
+from heapr.plugins import build
 from heapr.text.corpora import Corpus
 from heapr.text.splits import share_text
+from heapr.words import unknown_key
 
 PART_KEYS = ("corpus", "weight")
 WHERE = "calibration.corpus.parts"

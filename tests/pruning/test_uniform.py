@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from heapr.errors import ConfigError
+from heapr.plugins import build
 from heapr.pruning.budget import Budget
 from heapr.pruning.uniform import choose_uniform_width, uniform_settings
-from heapr.schema import build
 from heapr.steps import experiment_steps
 from tests.experiment import compose_experiment, run_in, write_texts
 from tests.tiny import byte_tokenizer, tiny_ids, tiny_model

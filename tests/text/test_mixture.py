@@ -10,8 +10,8 @@ import pytest
 
 from heapr.dry_run import dry_run
 from heapr.errors import ConfigError
+from heapr.plugins import build
 from heapr.prefetch import fetch_all
-from heapr.schema import build
 from heapr.text.mixture import Mixture, apportion, identities_of_parts, parts_of
 from heapr.text.windows import draw
 from tests.experiment import CONF, compose_experiment, run_in, write_model, write_texts
