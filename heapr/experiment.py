@@ -20,8 +20,8 @@ from heapr.model.checkpoint import check_form
 from heapr.model.device import find_device
 from heapr.model.load import ModelSource, find_model
 from heapr.model.moe import MoEModel
-from heapr.pruning.budget import Budget, Guards, the_width
-from heapr.pruning.repair import Repair
+from heapr.pruning.budget import Budget, the_width
+from heapr.pruning.layer_repair import Repair
 from heapr.pruning.uniform import Settings, choose_uniform_width, describe_uniform_width, uniform_settings
 from heapr.schema import ExperimentConfig, ModelConfig, build
 from heapr.score.criterion import Criterion
@@ -252,12 +252,7 @@ def _find_budget(config: ExperimentConfig, source: ModelSource, criterion: Crite
         width_multiple=config.pruning.width_multiple or 1,
         granularity=criterion.granularity,
         unit=config.pruning.budget,
-        guards=Guards(
-            min_expert_ratio=config.pruning.min_expert_ratio,
-            min_layer_ratio=config.pruning.min_layer_ratio,
-            protected_layers=tuple(config.pruning.protected_layers),
-            tempering=config.pruning.tempering,
-        ),
+        protected_layers=tuple(config.pruning.protected_layers),
     )
     if config.pruning.form == "uniform":
         width = choose_uniform_width(source.config, source.widths, budget, source.dtype)

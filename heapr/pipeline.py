@@ -32,7 +32,7 @@ from heapr.provider import ModelProvider
 from heapr.pruning.allocation import allocate
 from heapr.pruning.allocation_report import report_allocation
 from heapr.pruning.budget import costs_of
-from heapr.pruning.repair import report_repair
+from heapr.pruning.layer_repair import report_repair
 from heapr.ready import make_ready
 from heapr.report.card import model_card
 from heapr.report.protocol import protocol_differences

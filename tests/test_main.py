@@ -26,7 +26,7 @@ def assert_refused(result: Completed, message: str) -> None:
     [
         (
             "pruning.ratoi=0.3",
-            "unknown key 'pruning.ratoi'; did you mean pruning.ratio? known here: budget, form, min_expert_ratio, min_layer_ratio, ",
+            "unknown key 'pruning.ratoi'; did you mean pruning.ratio? known here: budget, form, protected_layers, ratio, ",
         ),
         ("evaluation.perplexity.windo=3", "did you mean evaluation.perplexity.window?"),
         ("prunning.ratio=0.3", "did you mean pruning?"),

@@ -82,10 +82,7 @@ def test_artifacts_follow_the_contract(experiment: Experiment) -> None:
         "form": "ragged",
         "save_checkpoint": True,
         "budget": "atomic_experts",
-        "min_expert_ratio": 0.0,
-        "min_layer_ratio": 0.0,
         "protected_layers": [],
-        "tempering": 0.0,
     }
     assert written["metrics"]["size"]["atomic_experts_removed_ratio"] == 0.25
     assert written["metrics"]["size"]["parameters_removed_ratio"] == pytest.approx(16 * 3 * 16 / written["metrics"]["dense"]["parameters"])
