@@ -96,7 +96,7 @@ def draw(
 ) -> TokenWindows:
     """Different windows of a corpus, or of a mixture: of its corpora in turn, in proportion to their shares.
 
-    Every corpus is sampled with the same seed: in a mixture it gives the first of the windows that it gives alone.
+    Every corpus is sampled with the same seed: it gives the windows that it gives alone if asked for as many.
 
     Args:
         text: corpus or mixture.
