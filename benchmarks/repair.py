@@ -22,7 +22,8 @@ from heapr.measure import WorkingMemory, machine
 from heapr.model.expert_inputs import ExpertInputs
 from heapr.model.experts.layout import matrices_of
 from heapr.model.experts.ragged import RaggedExperts
-from heapr.pruning.repair import ExpertRepair, JointRepair, Repair
+from heapr.pruning.layer_repair import Repair
+from heapr.pruning.repair import ExpertRepair, JointRepair
 
 
 def ways(num_steps: int) -> dict[str, Repair]:

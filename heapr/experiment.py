@@ -13,8 +13,6 @@ from typing import Any, TypeVar
 import torch
 
 from heapr.artifacts import ARTIFACTS
-from heapr.calibration.corpora import Corpus
-from heapr.calibration.mixture import Mixture
 from heapr.errors import ConfigError, NotHereError
 from heapr.evaluation.build import build_measurements
 from heapr.evaluation.measurement import Measurement
@@ -24,13 +22,15 @@ from heapr.model.device import find_device
 from heapr.model.load import ModelSource, find_model
 from heapr.model.moe import MoEModel
 from heapr.plugins import build
-from heapr.pruning.budget import Budget, Guards, the_width
-from heapr.pruning.repair import Repair
+from heapr.pruning.budget import Budget, the_width
+from heapr.pruning.layer_repair import Repair
 from heapr.pruning.uniform import Settings, choose_uniform_width, describe_uniform_width, uniform_settings
 from heapr.schema import ExperimentConfig, ModelConfig
 from heapr.score.criterion import Criterion
 from heapr.steps import Steps, experiment_steps
 from heapr.store import Store
+from heapr.text.corpora import Corpus
+from heapr.text.mixture import Mixture
 from heapr.types import Granularity
 from heapr.words import option_name
 
@@ -260,12 +260,7 @@ def _find_budget(config: ExperimentConfig, source: ModelSource, criterion: Crite
         width_multiple=config.pruning.width_multiple or 1,
         granularity=criterion.granularity,
         unit=config.pruning.budget,
-        guards=Guards(
-            min_expert_ratio=config.pruning.min_expert_ratio,
-            min_layer_ratio=config.pruning.min_layer_ratio,
-            protected_layers=tuple(config.pruning.protected_layers),
-            tempering=config.pruning.tempering,
-        ),
+        protected_layers=tuple(config.pruning.protected_layers),
     )
     if config.pruning.form == "uniform":
         width = choose_uniform_width(source.config, source.widths, budget, source.dtype)

@@ -19,7 +19,6 @@ from heapr import artifacts
 from heapr.artifacts import CARD, CHECKPOINT, CHECKPOINT_PART, REPAIR_PART, Report
 from heapr.calibration.collector import collect
 from heapr.calibration.coverage import report_coverage
-from heapr.calibration.sampling import batches
 from heapr.evaluation.efficiency import size_change
 from heapr.evaluation.measurement import Material, measure
 from heapr.evaluation.perplexity import WINDOW_LOSSES, perplexity_increases
@@ -33,7 +32,7 @@ from heapr.provider import ModelProvider
 from heapr.pruning.allocation import allocate
 from heapr.pruning.allocation_report import report_allocation
 from heapr.pruning.budget import costs_of
-from heapr.pruning.repair import report_repair
+from heapr.pruning.layer_repair import report_repair
 from heapr.ready import make_ready
 from heapr.report.run.card import model_card
 from heapr.report.run.protocol import protocol_differences
@@ -41,6 +40,7 @@ from heapr.schema import ExperimentConfig
 from heapr.step_results import StepResults
 from heapr.steps import Step
 from heapr.store import Artifact
+from heapr.text.windows import batches
 from heapr.tracking import values
 from heapr.tracking.open_tracker import open_tracker
 from heapr.tracking.tracker import NUM_TOKENS, RATIO, Run, Tracker

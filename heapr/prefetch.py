@@ -45,12 +45,12 @@ def fetch_all(config: ExperimentConfig) -> list[str]:
 
 def _items(config: ExperimentConfig) -> dict[str, Callable[[], None]]:
     """What the experiment needs, and how each is had; text and tasks that are made here need nothing."""
-    from heapr.calibration.corpora_published import PublishedText
-    from heapr.calibration.mixture import parts_of
     from heapr.evaluation.build import build_corpora
     from heapr.evaluation.measurement import Need
     from heapr.evaluation.zero_shot import ZeroShot
     from heapr.experiment import build_plugins
+    from heapr.text.mixture import parts_of
+    from heapr.text.published import PublishedText
 
     plugins = build_plugins(config)
     assert plugins.text is not None, "only a dry run goes on without the text"

@@ -16,7 +16,7 @@ from heapr.model.check_walk import check_walk
 from heapr.model.experts.layout import layout_of
 from heapr.model.moe import MoEModel
 from heapr.model.stream import check_stream
-from heapr.pruning.repair import LayerRepair, Repair
+from heapr.pruning.layer_repair import LayerRepair, Repair
 from heapr.pruning.surgery import mask, remove, remove_and_repair
 from heapr.pruning.uniform import Settings, make_uniform
 from heapr.types import Plan, Pruning

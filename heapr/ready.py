@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import torch
 
 from heapr.artifacts import CHECKPOINT_PART, REPAIR_PART
-from heapr.calibration.corpora import share_text
-from heapr.calibration.mixture import identities_of_parts
-from heapr.calibration.sampling import draw
 from heapr.experiment import Experiment
 from heapr.steps import Step, Steps
+from heapr.text.mixture import identities_of_parts
+from heapr.text.splits import share_text
+from heapr.text.windows import draw
 from heapr.types import TokenWindows
 
 logger = logging.getLogger(__name__)

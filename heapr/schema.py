@@ -34,7 +34,7 @@ class ModelConfig:
 class CalibrationConfig:
     """Which tokens the statistics are taken from."""
 
-    corpus: dict[str, Any] = MISSING  # plug-in: heapr/calibration/corpora.py
+    corpus: dict[str, Any] = MISSING  # plug-in: heapr/text/corpora.py
     num_samples: int = MISSING  # sequences, at least 1
     sequence_length: int = MISSING  # tokens of a sequence, at least 2, at most the model's limit
     seed: int = MISSING  # of the choice of sequences, at least 0
@@ -49,15 +49,12 @@ class PruningConfig:
     ratio: float = MISSING  # share of routed atomic experts to remove, or of what `budget` says, in [0, 1)
     scope: str = MISSING  # global, layer or expert
     rounds: int = 1  # steps of equal size, each measured on the model that the one before left; at least 1
-    repair: dict[str, Any] | None = None  # plug-in: heapr/pruning/repair.py; none leaves what is kept as it was
-    width_multiple: int | None = None  # every expert's width becomes a multiple of it: 1, 8, 16, ...; none: 8 for uniform, else 1
+    repair: dict[str, Any] | None = None  # plug-in: heapr/pruning/repair.py; null leaves what is kept as it was
+    width_multiple: int | None = None  # every expert's width becomes a multiple of it: 1, 8, 16, ...; null: 8 for uniform, else 1
     form: str = "ragged"  # of the checkpoint: ragged (exact widths), uniform (one width, scope expert), masked (zeros)
     save_checkpoint: bool = True  # off keeps only the plan, which re-creates the pruned model in memory
-    budget: str = "atomic_experts"  # what the ratio is a share of: atomic_experts, or flops or bytes of the routed experts
-    min_expert_ratio: float = 0.0  # share of every expert's atomic experts that always stays, in [0, 1)
-    min_layer_ratio: float = 0.0  # the same of every layer (scope global), in [0, 1)
+    budget: str = "atomic_experts"  # what the ratio is a share of: atomic_experts, or flops of the routed experts
     protected_layers: list[int] = field(default_factory=list)  # decoder layer indices of which nothing is removed
-    tempering: float = 0.0  # how far the layers' mean scores are made equal (scope global): 0 not at all, 1 wholly
 
 
 @dataclass
@@ -103,17 +100,11 @@ class ExperimentConfig:
 DTYPES = ("float32", "bfloat16", "float16")
 SCOPES = ("global", "layer", "expert")
 FORMS = ("ragged", "uniform", "masked")
-BUDGETS = ("atomic_experts", "flops", "bytes")
+BUDGETS = ("atomic_experts", "flops")
 WIDTH_MULTIPLES = (1, 8, 16, 32, 64, 128, 256)
 UNIFORM_MULTIPLE = 8  # of widths that transformers' default experts kernel runs in every dtype
 DEVICE_MAPS = ("auto", "balanced", "sequential")
 TRACKING_MODES = ("auto", "online", "offline", "none")
-
-
-NO_EFFECT = {  # fields of `PruningConfig` that a scope leaves nothing to do
-    "layer": ("min_layer_ratio", "tempering"),
-    "expert": ("budget", "min_expert_ratio", "min_layer_ratio", "protected_layers", "tempering"),
-}
 
 
 def register() -> None:
@@ -172,16 +163,12 @@ def _check_pruning(pruning: PruningConfig) -> None:
     if pruning.width_multiple is not None:
         _choice("pruning.width_multiple", pruning.width_multiple, WIDTH_MULTIPLES)
     _choice("pruning.budget", pruning.budget, BUDGETS)
-    for name in ("min_expert_ratio", "min_layer_ratio"):
-        if not 0 <= getattr(pruning, name) < 1:
-            raise ConfigError(f"pruning.{name}={getattr(pruning, name)} is not in [0, 1); give the share that stays, for example 0.1")
-    if not 0 <= pruning.tempering <= 1:
-        raise ConfigError(f"pruning.tempering={pruning.tempering} is not in [0, 1]; give 0 for scores as they are, 1 for equal layers")
-    for name in NO_EFFECT.get(pruning.scope, ()):
-        if getattr(pruning, name) != getattr(PruningConfig(), name):
+    for name in ("budget", "protected_layers") if pruning.scope == "expert" else ():
+        value = getattr(pruning, name)
+        if value != getattr(PruningConfig(), name):
             raise ConfigError(
-                f"pruning.{name}={getattr(pruning, name)} has no effect with scope '{pruning.scope}', where every {pruning.scope} loses "
-                "the same share by itself; use pruning=global or leave it out"
+                f"pruning.{name}={value} has no effect with scope 'expert', where every expert loses the same share by itself; "
+                "use pruning=global or leave it out"
             )
 
 

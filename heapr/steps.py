@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from heapr.artifacts import CHECKPOINT_PART, REPAIR_PART
-from heapr.calibration.corpora import Corpus
-from heapr.calibration.mixture import Mixture
 from heapr.evaluation.measurement import Measurement, Need
 from heapr.schema import CalibrationConfig, ExperimentConfig, PruningConfig
 from heapr.store import KEY_LENGTH, WHOLE, Origin
+from heapr.text.corpora import Corpus
+from heapr.text.mixture import Mixture
 
 # Raised when the code of a stage gives other results than before: older artifacts are then made again.
 STAGE_VERSIONS = {"calibrate": 2, "score": 1, "prune": 3, "evaluate": 3}

@@ -83,10 +83,7 @@ def test_artifacts_follow_the_contract(experiment: Experiment) -> None:
         "form": "ragged",
         "save_checkpoint": True,
         "budget": "atomic_experts",
-        "min_expert_ratio": 0.0,
-        "min_layer_ratio": 0.0,
         "protected_layers": [],
-        "tempering": 0.0,
     }
     assert written["metrics"]["size"]["atomic_experts_removed_ratio"] == 0.25
     assert written["metrics"]["size"]["parameters_removed_ratio"] == pytest.approx(16 * 3 * 16 / written["metrics"]["dense"]["parameters"])
@@ -305,7 +302,7 @@ def test_evaluating_on_calibration_text_is_warned_of(
 
 def test_two_user_texts_are_measured_under_their_names(experiment: Experiment) -> None:
     (experiment.folder / "second.txt").write_text("another text, quite another text. " * 20)
-    second = f"{{_target_:heapr.calibration.corpora.TextFiles,paths:[{experiment.folder}/second.txt],split:all,name:second}}"
+    second = f"{{_target_:heapr.text.corpora.TextFiles,paths:[{experiment.folder}/second.txt],split:all,name:second}}"
     metrics = experiment(f"+evaluation.corpora.second={second}").metrics["dense"]
     assert metrics["perplexity/second"] != metrics["perplexity/text_files"]
 
@@ -316,7 +313,7 @@ def test_another_task_or_corpus_recomputes_nothing(experiment: Experiment) -> No
     (experiment.folder / "ptb.txt").write_text(" a sentence of the treebank \n" * 20)
     zero_shot = f"evaluation.zero_shot={{_target_:heapr.evaluation.zero_shot.ZeroShot,include_path:{tasks},tasks:["
     first = experiment(zero_shot + "sums]}")
-    ptb = f"{{_target_:heapr.calibration.corpora_published.PennTreebank,split:test,path:{experiment.folder}/ptb.txt}}"
+    ptb = f"{{_target_:heapr.text.published.PennTreebank,split:test,path:{experiment.folder}/ptb.txt}}"
     second = experiment(zero_shot + "sums,more]}", f"+evaluation.corpora.ptb={ptb}")
     made = [stage["what"] for stage in second.stages if not stage["cached"]]
     new = [f"{name} {variant}" for variant in ("dense", "pruned") for name in ("perplexity/ptb", "accuracy/more")]
@@ -326,7 +323,7 @@ def test_another_task_or_corpus_recomputes_nothing(experiment: Experiment) -> No
     assert accuracy["accuracy/average"] == pytest.approx((accuracy["accuracy/sums"] + accuracy["accuracy/more"]) / 2)
 
 
-ZERO_SHOT, PUBLISHED = "_target_:heapr.evaluation.zero_shot.ZeroShot", "_target_:heapr.calibration.corpora_published"
+ZERO_SHOT, PUBLISHED = "_target_:heapr.evaluation.zero_shot.ZeroShot", "_target_:heapr.text.published"
 BAD_INPUT = [
     (["pruning.ratio=1"], r"pruning.ratio=1.0 is not in \[0, 1\)"),
     (["pruning.ratio=-0.1"], r"not in \[0, 1\)"),
@@ -378,7 +375,7 @@ BAD_INPUT = [
     (["evaluation.perplexity=3"], "evaluation.perplexity has no _target_"),
     (["+evaluation.perplexty.window=16"], "evaluation.perplexty has no _target_.* misspelt key"),
     (["calibration.corpus.paths={folder}/train.txt"], "calibration.corpus.paths=.* has the wrong type"),
-    (["+evaluation.x={{_target_:heapr.calibration.corpora.PyDocs,split:all}}"], "is no measurement"),
+    (["+evaluation.x={{_target_:heapr.text.corpora.PyDocs,split:all}}"], "is no measurement"),
     (["+evaluation.x={{_target_:heapr.evaluation.perplexity.Perplexity,window:16,batch_size:4}}"], "measures 'perplexity/text_files' 2"),
     ([f"evaluation.zero_shot={{{{{ZERO_SHOT},tasks:[piqa]}}}}"], "data of zero-shot task 'piqa' are not here"),
     ([f"evaluation.zero_shot={{{{{ZERO_SHOT},tasks:[]}}}}"], "evaluation.zero_shot.tasks=.* is not a list of"),

@@ -8,7 +8,8 @@ import torch
 from heapr.errors import ConfigError, TooLargeError
 from heapr.model.moe import MoEModel
 from heapr.provider import ModelProvider
-from heapr.pruning.repair import ExpertRepair, JointRepair, Repair
+from heapr.pruning.layer_repair import Repair
+from heapr.pruning.repair import ExpertRepair, JointRepair
 from heapr.types import Plan, Pruning
 from tests.tiny import SHARED_INSIDE, deep_model, tiny_qwen3_moe
 

@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from heapr.calibration.corpora import Corpus
 from heapr.errors import ConfigError
 from heapr.evaluation.measurement import Measurement, Need
 from heapr.plugins import build, plug_in
+from heapr.text.corpora import Corpus
 
 
 def build_measurements(evaluation: Mapping[str, Any]) -> list[Measurement]:

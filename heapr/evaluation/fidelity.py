@@ -14,13 +14,13 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from heapr.calibration.corpora import Corpus
-from heapr.calibration.sampling import batches, windows
 from heapr.evaluation.measurement import Material, Need
 from heapr.model.experts.dispatch import use_comparable_experts
 from heapr.model.load import ModelSource
 from heapr.model.moe import MoEModel
 from heapr.progress import progress
+from heapr.text.corpora import Corpus
+from heapr.text.windows import batches, windows
 from heapr.types import Evaluation, TokenWindows
 
 

@@ -18,13 +18,13 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from heapr.calibration.corpora import Corpus
-from heapr.calibration.sampling import batches, special_tokens, windows
-from heapr.calibration.tokenizing import DOCUMENT_SEPARATOR
 from heapr.evaluation.measurement import Material, Need
 from heapr.model.load import ModelSource
 from heapr.model.moe import MoEModel, next_token_loss
 from heapr.progress import progress
+from heapr.text.corpora import Corpus
+from heapr.text.tokenizing import DOCUMENT_SEPARATOR
+from heapr.text.windows import batches, special_tokens, windows
 from heapr.types import Evaluation, Metrics, ProtocolRecord, TokenWindows
 
 MAX_MEAN_LOSS = 700.0  # exp() of more is not a number; a model that bad has no perplexity to speak of

@@ -15,7 +15,6 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from heapr.calibration.sampling import batches
 from heapr.errors import ConfigError
 from heapr.evaluation.correlation import pearson, spearman
 from heapr.evaluation.measurement import Material, Need
@@ -25,6 +24,7 @@ from heapr.model.moe import MoEModel, next_token_loss
 from heapr.progress import progress
 from heapr.pruning.masking import masked
 from heapr.score.criterion import predicted_increase
+from heapr.text.windows import batches
 from heapr.types import Evaluation, Metrics, Scores, TokenWindows
 
 

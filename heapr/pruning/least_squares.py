@@ -1,7 +1,8 @@
-"""Least squares with a ridge: at once, or step by step where the equations of a whole layer are too large.
+"""Least squares with a ridge: at once, or step by step if the equations of a whole layer are too large.
 
-In: normal equations, or activations and what they are to make up for. Out: columns, and changes of columns.
-Shape letters: T tokens, D model width, n tokens of one expert, S kept atomic experts (of one expert, or of the layer).
+In: normal equations, or activations and the target that they are to reach. Out: changes of columns.
+Shape letters: T tokens, D model width, n tokens of one expert, S kept atomic experts (of one expert, or of
+the layer).
 """
 
 from __future__ import annotations
@@ -26,47 +27,66 @@ def solve(C_SS: Tensor, B_SD: Tensor, ridge: float) -> Tensor:
     return torch.cholesky_solve(B_SD, _factored(C_SS, ridge))
 
 
-def solve_by_steps(kept: Activations, lost_TD: Tensor, *, ridge: float, tolerance: float, max_steps: int) -> Tensor:
-    """Change of the columns (S, D) that minimises f(V) = sum ||d - V^T z||^2 + r ||V||^2, float64, by conjugate gradients on
+def solve_by_steps(
+    kept: Activations,
+    lost_TD: Tensor,
+    *,
+    ridge: float,
+    tolerance: float,
+    max_steps: int,
+) -> Tensor:
+    """Change V of the columns (S, D), float64, that minimizes
 
-        (A + r I) V = B,   A = sum z z^T,   B = sum z d^T,   preconditioned by the experts' blocks C + r I, C = sum z z^T of one expert,
+        f(V) = sum ||d - V^T z||^2 + r ||V||^2,   that is   (A + r I) V = B,   A = sum z z^T,   B = sum z d^T
 
-    for every output of its own. A is never made: A V is sum z (V^T z)^T. With g = B - (A + r I) V, f(V) is at most ||g||^2 / r above its
-    minimum, because A + r I is nowhere below r I. Steps end when that is at most `tolerance` times f(V), or, with a warning that tells the
-    number, after `max_steps`.
+    by conjugate gradients, for each output dimension separately, preconditioned by the blocks C + r I, C =
+    sum z z^T of one expert. A is never formed: A V = sum z (V^T z)^T. With g = B - (A + r I) V,
+
+        f(V) - min f <= ||g||^2 / r
+
+    because A + r I >= r I. The steps end when this bound is at most `tolerance` * f(V), or after `max_steps`,
+    with a warning that gives the number.
 
     Args:
         kept: the activations z.
         lost_TD: d, float32.
         ridge: r as a share of the mean diagonal of A.
         tolerance: in (0, 1).
-        max_steps: at the most, at least 1.
+        max_steps: upper limit, at least 1.
 
     Raises:
         ConfigError: see `solve`.
     """
     factors, r = _factored_blocks(kept, ridge)
-    residual_TD, change_SD = lost_TD.clone(), torch.zeros(sum(kept.widths), lost_TD.shape[1], dtype=torch.float64, device=lost_TD.device)
+    residual_TD = lost_TD.clone()
     gradient_SD = _pulled_back(kept, residual_TD)
+    change_SD = torch.zeros_like(gradient_SD)
     direction_SD = _preconditioned(gradient_SD, factors)
     slope_D = (gradient_SD * direction_SD).sum(0)
     excess = objective = math.inf
     for _ in range(max_steps):
         image_TD = _applied(kept, direction_SD)
         product_SD = _pulled_back(kept, image_TD).add_(direction_SD, alpha=r)
-        step_D = slope_D / (direction_SD * product_SD).sum(0).clamp(min=_TINY)
+        curvature_D = (direction_SD * product_SD).sum(0)
+        step_D = slope_D / curvature_D.clamp(min=_TINY)
         change_SD.addcmul_(direction_SD, step_D)
         gradient_SD.addcmul_(product_SD, step_D, value=-1)
         residual_TD.addcmul_(image_TD, step_D.float(), value=-1)
-        objective, excess = squared(residual_TD) + r * squared(change_SD), squared(gradient_SD) / max(r, _TINY)
+        objective = squared(residual_TD) + r * squared(change_SD)
+        excess = squared(gradient_SD) / max(r, _TINY)
         if excess <= tolerance * objective:
             return change_SD
         product_SD = _preconditioned(gradient_SD, factors)
         new_slope_D = (gradient_SD * product_SD).sum(0)
-        direction_SD.mul_(new_slope_D / slope_D.clamp(min=_TINY)).add_(product_SD)
+        ratio_D = new_slope_D / slope_D.clamp(min=_TINY)
+        direction_SD.mul_(ratio_D).add_(product_SD)
         slope_D = new_slope_D
-    share = min(1.0, excess / objective)
-    logger.warning("repair: after max_steps=%d the error is up to %.2g of it above its minimum (tolerance %g)", max_steps, share, tolerance)
+    logger.warning(
+        "repair: after max_steps=%d the error is up to %.2g of it above its minimum (tolerance %g)",
+        max_steps,
+        min(1.0, excess / objective),
+        tolerance,
+    )
     return change_SD
 
 
@@ -76,28 +96,36 @@ def _factored_blocks(kept: Activations, ridge: float) -> tuple[list[Tensor], flo
     for expert in range(len(kept.widths)):
         z_nS = kept.z(expert)
         factors.append((z_nS.T @ z_nS).double())
-    r = ridge * mean_of([C_SS.diagonal() for C_SS in factors])
+    diagonals = [C_SS.diagonal() for C_SS in factors]
+    r = ridge * mean_of(diagonals)
     for C_SS in factors:  # in place: from here on only the factors are needed
         C_SS.copy_(_factored(C_SS, r))
     return factors, r
 
 
 def _preconditioned(gradient_SD: Tensor, factors: Sequence[Tensor]) -> Tensor:
-    blocks = gradient_SD.split([len(factor_SS) for factor_SS in factors])
-    return torch.cat([torch.cholesky_solve(block_SD, factor_SS) for block_SD, factor_SS in zip(blocks, factors, strict=True)])
+    """(C + r I)^-1 g, block by block."""
+    widths = [len(factor_SS) for factor_SS in factors]
+    blocks = zip(gradient_SD.split(widths), factors, strict=True)
+    solved = [torch.cholesky_solve(block_SD, factor_SS) for block_SD, factor_SS in blocks]
+    return torch.cat(solved)
 
 
 def _applied(kept: Activations, change_SD: Tensor) -> Tensor:
     """V^T z of every token (T, D), float32."""
     image_TD = torch.zeros(len(kept.inputs.hidden_TD), change_SD.shape[1], device=change_SD.device)
     for expert, block_SD in enumerate(change_SD.split(kept.widths)):
-        image_TD.index_add_(0, kept.tokens(expert), kept.z(expert) @ block_SD.float())
+        image_nD = kept.z(expert) @ block_SD.float()
+        image_TD.index_add_(0, kept.tokens(expert), image_nD)
     return image_TD
 
 
 def _pulled_back(kept: Activations, image_TD: Tensor) -> Tensor:
     """sum z d^T (S, D), float64."""
-    rows = [kept.z(expert).T @ image_TD.index_select(0, kept.tokens(expert)) for expert in range(len(kept.widths))]
+    rows = []
+    for expert in range(len(kept.widths)):
+        image_nD = image_TD.index_select(0, kept.tokens(expert))
+        rows.append(kept.z(expert).T @ image_nD)
     return torch.cat(rows).double()
 
 
@@ -107,11 +135,13 @@ def _factored(C_SS: Tensor, ridge: float) -> Tensor:
     Raises:
         ConfigError: the ridge is so small that the matrix is singular in floating point.
     """
-    regular_SS = C_SS + max(ridge, _TINY) * torch.eye(len(C_SS), dtype=C_SS.dtype, device=C_SS.device)
+    identity_SS = torch.eye(len(C_SS), dtype=C_SS.dtype, device=C_SS.device)
+    regular_SS = C_SS + max(ridge, _TINY) * identity_SS
     factor_SS: Tensor
     factor_SS, failed = torch.linalg.cholesky_ex(regular_SS)
     if failed:
-        raise ConfigError("pruning.repair.ridge is too small for these activations: the equations are singular; give for example 0.01")
+        reason = "pruning.repair.ridge is too small for these activations: the equations are singular"
+        raise ConfigError(f"{reason}; give for example 0.01")
     return factor_SS
 
 

@@ -1,7 +1,8 @@
-"""Do without some atomic experts for a while: a context manager that gives the dense model back bit by bit.
+"""Take atomic experts out for a while: a context manager that restores the dense model bit by bit.
 
-In: a model and what to do without. Out: the same model, in the same shape.
-Shape letters: D model width, E experts, F atomic experts of an expert, r removed atomic experts of one expert.
+In: a model and what to take out. Out: the same model, in the same shape.
+Shape letters: D model width, E experts, F atomic experts of an expert, r removed atomic experts of one
+expert.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from heapr.model.moe import MoEModel
 
 @contextmanager
 def masked(model: MoEModel, removed: Mapping[int, Tensor]) -> Iterator[None]:
-    """Inside, the columns w_k of W_down of the removed atomic experts are zero (docs/method.md, 2): they contribute nothing.
+    """Inside, the columns w_k of W_down of the removed atomic experts are zero (docs/method.md, 2), so that
+    they contribute nothing.
 
     Args:
         model: dense or ragged.
-        removed: bool (E, F) by decoder layer index, true = removed; layers may be left out, or lose everything.
+        removed: bool (E, F) by decoder layer index, true = removed; layers may be left out, or lose
+            everything.
     """
     layers = {layer.index: layer for layer in model.layers}
     saved: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -31,7 +34,8 @@ def masked(model: MoEModel, removed: Mapping[int, Tensor]) -> Iterator[None]:
             for removed_F, matrices in zip(removed_EF, matrices_of(layers[index].experts), strict=True):
                 down_DF = matrices.down_DF
                 atomic_r = removed_F[: down_DF.shape[1]].nonzero().flatten().to(down_DF.device)
-                saved.append((down_DF, atomic_r, down_DF[:, atomic_r]))
+                column_Dr = down_DF[:, atomic_r]
+                saved.append((down_DF, atomic_r, column_Dr))
                 down_DF[:, atomic_r] = 0
     try:
         yield

@@ -1,8 +1,10 @@
-"""Refit of the rows of W_gate and W_up that are left: one Gauss-Newton step for a layer, by conjugate gradients.
+"""Refit of the remaining rows of W_gate and W_up: one Gauss-Newton step for a layer, by conjugate gradients.
 
-In: pruned experts, what flows into them, and what the layer's output lost. Out: a change of the input projections.
-docs/method.md, 22 and 23. No loss, no gradient of the model: the layer's output is the target.
-Shape letters: T tokens, D model width, n tokens of one expert, S atomic experts of one expert, G rows of its input projection.
+In: pruned experts, their inputs, and what the layer's output lost. Out: a change of the input projections.
+docs/method.md, 22 and 23. The target is the layer's output; neither the loss nor any gradient of the model is
+needed.
+Shape letters: T tokens, D model width, n tokens of one expert, S atomic experts of one expert, G rows of its
+input projection.
 """
 
 from __future__ import annotations
@@ -18,24 +20,28 @@ Change = list[Tensor]  # (G, D) for each expert
 
 
 def refit_inputs(kept: Activations, lost_TD: Tensor, *, ridge: float, num_steps: int) -> Change:
-    """The change of the rows that makes up for what was lost, to first order.
+    """The change v of the rows of W_gate and W_up that makes up for what was lost, to first order.
 
-    With J the derivative of the layer's output by the rows a_r (r of W_gate and W_up) of all experts,
+    It minimizes, by `num_steps` steps of conjugate gradients preconditioned by (s_r + q) M,
 
-        sum over tokens of p (dh_k/da_r) (change_r . x) w_k,
+        sum over tokens of ||J v - d||^2 + q sum_r v_r^T M v_r
 
-    it minimises sum ||J change - d||^2 + q sum_r change_r M change_r by `num_steps` steps of conjugate gradients, where
-    M = mean(x x^T) + ridge * mean(diag) I, s_r = sum (p dh_k/da_r)^2 ||w_k||^2 and q = ridge * mean(s). Preconditioned by (s_r + q) M,
-    which is the exact matrix if inputs and slopes were independent and rows did not interact.
+        J v = sum over experts, rows r of p (dh_k/da_r) (v_r . x) w_k       change of the layer's output, a_r
+        = row r . x M = mean(x x^T) + ridge * mean(diag) I
+        s_r = sum over tokens of (p dh_k/da_r)^2 ||w_k||^2
+        q = ridge * mean(s)
+
+    The preconditioner would be the matrix itself if inputs and slopes were independent and rows did not
+    interact.
 
     Args:
-        kept: the pruned experts at work.
+        kept: the pruned experts, applied to the layer's inputs.
         lost_TD: d, what the layer's output lost.
         ridge: above 0.
         num_steps: at least 1.
 
     Returns:
-        the change (G, D) for each expert, float32.
+        v: (G, D) for each expert, float32.
     """
     problem = _Problem(kept, ridge)
     residual = problem.transposed(lost_TD)
@@ -51,19 +57,21 @@ def refit_inputs(kept: Activations, lost_TD: Tensor, *, ridge: float, num_steps:
         _add(residual, -step, image)
         del image
         preconditioned = problem.precondition(residual)
-        size, previous = _dot(residual, preconditioned), size
+        previous = size
+        size = _dot(residual, preconditioned)
         _add(preconditioned, size / previous, direction)
         direction = preconditioned
     return change
 
 
 class _Problem:
-    """The linearised layer. Slopes, T * K * G values, are kept."""
+    """The linearized layer. It holds the slopes p dh_k/da_r, T * K * G values."""
 
     def __init__(self, kept: Activations, ridge: float) -> None:
+        experts = range(len(kept.widths))
         self.kept = kept
-        self.slopes = [kept.p(expert) * kept.slopes(expert) for expert in range(len(kept.widths))]
-        self.scales = [self._scale(expert) for expert in range(len(kept.widths))]
+        self.slopes = [kept.p(expert) * kept.slopes(expert) for expert in experts]
+        self.scales = [self._scale(expert) for expert in experts]
         hidden_TD = kept.inputs.hidden_TD.float()
         self.moment_DD = hidden_TD.T @ hidden_TD / max(1, len(hidden_TD))
         self.moment_DD.diagonal().add_(ridge * self.moment_DD.diagonal().mean())
@@ -72,14 +80,17 @@ class _Problem:
 
     def normal(self, change: Change) -> Change:
         """(J^T J + q M) change."""
-        image = self.transposed(self._applied(change))
-        return [image_GD + self.penalty * change_GD @ self.moment_DD for image_GD, change_GD in zip(image, change, strict=True)]
+        image = []
+        for image_GD, change_GD in zip(self.transposed(self._applied(change)), change, strict=True):
+            image.append(image_GD + self.penalty * change_GD @ self.moment_DD)
+        return image
 
     def transposed(self, output_TD: Tensor) -> Change:
         """J^T output."""
         rows = []
         for expert, slope_nG in enumerate(self.slopes):
-            pulled_nS = output_TD.index_select(0, self.kept.tokens(expert)) @ self.kept.down(expert).float()
+            output_nD = output_TD.index_select(0, self.kept.tokens(expert))
+            pulled_nS = output_nD @ self.kept.down(expert).float()
             pulled_nG = torch.empty_like(slope_nG)
             for chosen in self.kept.row_sets(expert):
                 pulled_nG[:, chosen] = slope_nG[:, chosen] * pulled_nS
@@ -87,29 +98,38 @@ class _Problem:
         return rows
 
     def precondition(self, residual: Change) -> Change:
-        scaled = zip(residual, self.scales, strict=True)
-        return [residual_GD @ self.inverse_DD / (scale_G + self.penalty).clamp(min=1e-30).unsqueeze(1) for residual_GD, scale_G in scaled]
+        """(s_r + q)^-1 M^-1 residual."""
+        preconditioned = []
+        for residual_GD, scale_G in zip(residual, self.scales, strict=True):
+            divisor_G = (scale_G + self.penalty).clamp(min=1e-30)
+            preconditioned.append(residual_GD @ self.inverse_DD / divisor_G.unsqueeze(1))
+        return preconditioned
 
     def _applied(self, change: Change) -> Tensor:
         """J change (T, D)."""
         output_TD = torch.zeros_like(self.kept.inputs.hidden_TD, dtype=torch.float32)
         for expert, (slope_nG, change_GD) in enumerate(zip(self.slopes, change, strict=True)):
             moved_nG = slope_nG * (self.kept.x(expert) @ change_GD.T)
-            moved_nS = sum((moved_nG[:, chosen] for chosen in self.kept.row_sets(expert)), start=torch.zeros(()))
-            output_TD.index_add_(0, self.kept.tokens(expert), moved_nS @ self.kept.down(expert).float().T)
+            moved_nS = torch.zeros(())
+            for chosen in self.kept.row_sets(expert):
+                moved_nS = moved_nS + moved_nG[:, chosen]
+            down_DS = self.kept.down(expert).float()
+            output_TD.index_add_(0, self.kept.tokens(expert), moved_nS @ down_DS.T)
         return output_TD
 
     def _scale(self, expert: int) -> Tensor:
         """s of every row (G,)."""
         slope_sq_G = self.slopes[expert].square().sum(0)
-        norm_sq_S = self.kept.down(expert).float().square().sum(0)
+        down_DS = self.kept.down(expert).float()
+        norm_sq_S = down_DS.square().sum(0)
         for chosen in self.kept.row_sets(expert):
             slope_sq_G[chosen] *= norm_sq_S
         return slope_sq_G
 
 
 def _dot(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
-    return float(sum(torch.sum(a * b, dtype=torch.float64) for a, b in zip(one, other, strict=True)))
+    products = [torch.sum(a * b, dtype=torch.float64) for a, b in zip(one, other, strict=True)]
+    return float(sum(products))
 
 
 def _add(one: Change, factor: float, other: Change) -> None:

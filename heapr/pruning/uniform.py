@@ -1,8 +1,8 @@
 """The uniform form: one width everywhere, in the family's own class and model type.
 
-In: a ragged model whose experts all have one width. Out: the same model with dense experts, and a configuration that says so.
-`choose_uniform_width` and `uniform_settings` find, on the meta device and before any expensive work, which width and which fields of
-the configuration to change.
+In: a ragged model whose experts all have one width. Out: the same model with dense experts, and a
+configuration that says so. `choose_uniform_width` and `uniform_settings` find, on the meta device and before
+any expensive work, which width and which fields of the configuration to change.
 Shape letters: D model width, E experts, F atomic experts of an expert, G rows of the input projection.
 """
 
@@ -27,8 +27,8 @@ NUM_TRIED = 3  # widths for an advice
 
 
 def choose_uniform_width(config: PretrainedConfig, widths: Widths, budget: Budget, dtype: torch.dtype) -> int:
-    """The width that every expert gets: the multiple of `width_multiple` nearest to what the ratio asks for, or, if the configuration
-    cannot say that one, the next on the other side.
+    """The width that every expert gets: the multiple of `width_multiple` nearest to what the ratio asks for
+    or, if the configuration cannot say that one, the next on the other side.
 
     Args:
         config: of a dense model.
@@ -37,8 +37,9 @@ def choose_uniform_width(config: PretrainedConfig, widths: Widths, budget: Budge
         dtype: of the weights.
 
     Raises:
-        ConfigError: the experts have several widths, no such width can be said, none is below what there is, or transformers' default
-            experts kernel (grouped_mm) does not run it: it needs rows of a multiple of 16 bytes.
+        ConfigError: the experts have several widths, no such width can be said, none is below the present
+            one, or transformers' default experts kernel (grouped_mm) does not run it: it needs rows of a
+            multiple of 16 bytes.
     """
     old = the_width(widths)
     near = near_widths(old, budget.ratio, budget.width_multiple)
@@ -48,47 +49,58 @@ def choose_uniform_width(config: PretrainedConfig, widths: Widths, budget: Budge
         return width
     if near[0] != old:
         raise _not_expressible(config, near[0], budget.width_multiple, dtype.itemsize)
-    advice = _ratios_that_work(config, old, budget.width_multiple, dtype.itemsize)
-    exact = near_widths(old, budget.ratio, 1)[0]
-    if exact != old and exact * dtype.itemsize % KERNEL_BYTES == 0 and _find_settings(config, exact) is not None:
-        advice.append(f"pruning.width_multiple=1 (width {exact})")
-    raise ConfigError(
-        f"{_asked(old, budget)}, and the nearest multiple of {budget.width_multiple} leaves all as it is; choose "
-        f"{' or '.join([*advice, 'pruning.form=ragged'])}"
-    )
+    raise _nothing_removed(config, old, budget, dtype.itemsize)
 
 
 def _check_kernel(width: int, old: int, budget: Budget, dtype: torch.dtype) -> None:
-    """Whether transformers' default experts kernel runs a width; the one that there is was not our choice.
+    """Refuse a width that transformers' default experts kernel does not run, unless it is the present one.
 
     Raises:
-        ConfigError: it does not.
+        ConfigError: naming the size of its rows.
     """
     row = width * dtype.itemsize
     if width != old and row % KERNEL_BYTES:
+        name = str(dtype).removeprefix("torch.")
         raise ConfigError(
-            f"{_asked(old, budget)}, with pruning.width_multiple={budget.width_multiple} {width}, which transformers' default experts "
-            f"kernel (grouped_mm) does not run in {str(dtype).removeprefix('torch.')}: rows of {row} bytes are no multiple of "
-            f"{KERNEL_BYTES}; leave width_multiple out, which takes multiples of 8, or choose pruning.form=ragged"
+            f"{_asked(old, budget)}, with pruning.width_multiple={budget.width_multiple} {width}, which "
+            f"transformers' default experts kernel (grouped_mm) does not run in {name}: rows of {row} bytes "
+            f"are no multiple of {KERNEL_BYTES}; leave width_multiple out, which takes multiples of 8, "
+            "or choose pruning.form=ragged"
         )
 
 
+def _nothing_removed(config: PretrainedConfig, old: int, budget: Budget, itemsize: int) -> ConfigError:
+    """The nearest width is the present one; the message names ratios and a multiple that would remove
+    something."""
+    advice = _ratios_that_work(config, old, budget.width_multiple, itemsize)
+    exact = near_widths(old, budget.ratio, 1)[0]
+    runs = exact * itemsize % KERNEL_BYTES == 0
+    if exact != old and runs and _find_settings(config, exact) is not None:
+        advice.append(f"pruning.width_multiple=1 (width {exact})")
+    advice.append("pruning.form=ragged")
+    reason = f"the nearest multiple of {budget.width_multiple} leaves all as it is"
+    return ConfigError(f"{_asked(old, budget)}, and {reason}; choose {' or '.join(advice)}")
+
+
 def _asked(old: int, budget: Budget) -> str:
-    return f"pruning.form=uniform: pruning.ratio={budget.ratio:g} asks for a width of {old * (1 - budget.ratio):.6g} of {old}"
+    exact = old * (1 - budget.ratio)
+    return f"pruning.form=uniform: pruning.ratio={budget.ratio:g} asks for a width of {exact:.6g} of {old}"
 
 
 def describe_uniform_width(widths: Widths, ratio: float, width: int) -> str:
     """What was asked for and what is taken, in one line."""
     old = the_width(widths)
     asked = f"uniform width: ratio {ratio:.6g} asks for {old * (1 - ratio):.6g} of {old} atomic experts"
-    alone = "" if width % 8 == 0 or width == old else "; transformers' default experts kernel (grouped_mm) runs it in float32 alone"
-    return f"{asked}; {width} are kept, which is ratio {1 - width / old:.6g}{alone}"
+    taken = f"{width} are kept, which is ratio {1 - width / old:.6g}"
+    if width % 8 == 0 or width == old:
+        return f"{asked}; {taken}"
+    return f"{asked}; {taken}; transformers' default experts kernel (grouped_mm) runs it in float32 alone"
 
 
 def uniform_settings(config: PretrainedConfig, width: int) -> Settings:
     """The fields that give every routed expert a new width and change nothing else, with their values.
 
-    Where shared experts take their width from the same field, their number is changed so that their width stays.
+    If shared experts take their width from the same field, their number is changed so that their width stays.
 
     Args:
         config: of a dense model.
@@ -104,22 +116,32 @@ def uniform_settings(config: PretrainedConfig, width: int) -> Settings:
 
 
 def _find_settings(config: PretrainedConfig, width: int) -> Settings | None:
+    """The same, or None. Changes are tried on the meta device and the shapes of all parameters compared."""
     dense = _on_meta(config)
-    old = next(iter(find_moe_layers(dense))).width
-    wanted = {name: tuple(shape) for name, shape in _shapes(dense, width).items()}
+    old = _width_of(dense)
+    wanted = _shapes(dense, width)
     fields = _integers(config)
-    for field in (name for name, value in fields.items() if value == old):
-        changes = [{field: width}]
-        for shared, number in _shared_experts(fields, old).items():
-            changes += [{field: width, shared: number * old // width}] if number * old % width == 0 else []
-        for change in changes:
-            if width == old or {name: tuple(p.shape) for name, p in _on_meta(config, change).named_parameters()} == wanted:
+    for field, value in fields.items():
+        if value != old:
+            continue
+        for change in _changes(field, width, old, _shared_experts(fields, old)):
+            if width == old or _shapes(_on_meta(config, change)) == wanted:
                 return change
     return None
 
 
+def _changes(field: str, width: int, old: int, shared: Mapping[str, int]) -> list[Settings]:
+    """A new value of the field alone, or with a number of shared experts that leaves their width as it is."""
+    changes: list[Settings] = [{field: width}]
+    for name, number in shared.items():
+        if number * old % width == 0:
+            changes.append({field: width, name: number * old // width})
+    return changes
+
+
 def _integers(config: PretrainedConfig) -> dict[str, int]:
-    return {name: value for name, value in config.get_text_config().to_dict().items() if type(value) is int}
+    fields = config.get_text_config().to_dict()
+    return {name: value for name, value in fields.items() if type(value) is int}
 
 
 def _shared_experts(fields: Mapping[str, int], old: int) -> dict[str, int]:
@@ -130,27 +152,36 @@ def _shared_experts(fields: Mapping[str, int], old: int) -> dict[str, int]:
 def _not_expressible(config: PretrainedConfig, width: int, multiple: int, itemsize: int) -> ConfigError:
     """Why a configuration cannot give all routed experts a width, and what it can."""
     dense = _on_meta(config)
-    old, fields = next(iter(find_moe_layers(dense))).width, _integers(config)
-    in_the_way = [number * old for number in _shared_experts(fields, old).values() if number * old % width]
-    reason, advice = "no field of it is the routed experts' width alone", ["use pruning.form=ragged"]
+    old = _width_of(dense)
+    fields = _integers(config)
+    shared_widths = [number * old for number in _shared_experts(fields, old).values()]
+    in_the_way = [shared for shared in shared_widths if shared % width]
+    reason = "no field of it is the routed experts' width alone"
+    advice = "use pruning.form=ragged"
     if in_the_way and old in fields.values():
-        reason = f"shared experts of width {min(in_the_way)} take it from the same field, and {width} does not divide it"
+        shared = min(in_the_way)
+        reason = f"shared experts of width {shared} have the same field, and {width} does not divide it"
         possible = _ratios_that_work(config, width, multiple, itemsize)
-        advice = ["choose " + " or ".join(possible), "or pruning.form=ragged"] if possible else advice
-    return ConfigError(
-        f"pruning.form=uniform: the configuration of {type(dense).__name__} cannot give all routed experts a width of {width}: "
-        f"{reason}; {', '.join(advice)}"
-    )
+        if possible:
+            advice = f"choose {' or '.join(possible)}, or pruning.form=ragged"
+    subject = f"the configuration of {type(dense).__name__} cannot give all routed experts a width of {width}"
+    return ConfigError(f"pruning.form=uniform: {subject}: {reason}; {advice}")
 
 
 def _ratios_that_work(config: PretrainedConfig, width: int, multiple: int, itemsize: int) -> list[str]:
-    """Ratios that come to a width near another one, and that the kernel runs; each was tried, so that the advice is true."""
-    old, fields = next(iter(find_moe_layers(_on_meta(config)))).width, _integers(config)
-    shared = [number * old for number in _shared_experts(fields, old).values()]
+    """Ratios that come to a width near another one and that the kernel runs. Each was tried, so the advice is
+    true."""
+    old = _width_of(_on_meta(config))
+    fields = _integers(config)
+    shared_widths = [number * old for number in _shared_experts(fields, old).values()]
     runnable = [other for other in range(multiple, old, multiple) if other * itemsize % KERNEL_BYTES == 0]
-    lower = sorted(runnable, key=lambda other: abs(other - width))
-    divisors = [other for other in lower if any(each % other == 0 for each in shared)]
-    tried = sorted({*divisors[:NUM_TRIED], *lower[:NUM_TRIED]}, reverse=True)
+    nearest = sorted(runnable, key=lambda other: abs(other - width))
+
+    def divides_a_shared_width(other: int) -> bool:
+        return any(shared % other == 0 for shared in shared_widths)
+
+    divisors = list(filter(divides_a_shared_width, nearest))
+    tried = sorted({*divisors[:NUM_TRIED], *nearest[:NUM_TRIED]}, reverse=True)
     possible = [other for other in tried if _find_settings(config, other) is not None]
     return [f"pruning.ratio={1 - other / old:.6g} (width {other})" for other in possible]
 
@@ -170,15 +201,17 @@ def make_uniform(model: MoEModel, settings: Settings) -> None:
 
 def _fill(dense: Experts, ragged: Experts) -> None:
     """Give experts on the meta device the weights of ragged ones."""
-    layout, matrices = layout_of(dense), list(matrices_of(ragged))
-    tensors = {
-        layout.input_name: torch.stack([m.inputs_GD for m in matrices]),
-        "down_proj": torch.stack([m.down_DF for m in matrices]),
-    }
+    layout = layout_of(dense)
+    matrices = list(matrices_of(ragged))
+    inputs_EGD = torch.stack([each.inputs_GD for each in matrices])
+    down_EDF = torch.stack([each.down_DF for each in matrices])
     if layout.is_transposed:
-        tensors = {name: tensor.transpose(1, 2).contiguous() for name, tensor in tensors.items()}
+        inputs_EGD = inputs_EGD.transpose(1, 2).contiguous()
+        down_EDF = down_EDF.transpose(1, 2).contiguous()
+    tensors = {layout.input_name: inputs_EGD, "down_proj": down_EDF}
     if layout.has_bias:
-        tensors[f"{layout.input_name}_bias"] = torch.stack([m.inputs_bias_G for m in matrices if m.inputs_bias_G is not None])
+        biases = [each.inputs_bias_G for each in matrices if each.inputs_bias_G is not None]
+        tensors[f"{layout.input_name}_bias"] = torch.stack(biases)
         tensors["down_proj_bias"] = ragged.down_proj_bias
     for name, parameter in dense.named_parameters():
         assert parameter.shape == tensors[name].shape, name
@@ -194,22 +227,33 @@ def _on_meta(config: PretrainedConfig, changes: Settings | None = None) -> PreTr
     return model
 
 
-def _shapes(model: PreTrainedModel, width: int) -> dict[str, torch.Size]:
-    """Shapes of all parameters once every routed expert has the new width."""
-    experts = {layer.name: layer.experts for layer in find_moe_layers(model)}
+def _width_of(model: PreTrainedModel) -> int:
+    """Atomic experts of an expert of the first MoE layer."""
+    return next(iter(find_moe_layers(model))).width
+
+
+def _shapes(model: PreTrainedModel, width: int | None = None) -> dict[str, torch.Size]:
+    """Shapes of all parameters: as they are, or once every routed expert has a new width."""
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    for name, module in experts.items():
-        shapes |= {f"{name}.{child}": shape for child, shape in _resized(module, width)}
+    if width is None:
+        return shapes
+    for layer in find_moe_layers(model):
+        for child, shape in _resized(layer.experts, width):
+            shapes[f"{layer.name}.{child}"] = shape
     return shapes
 
 
 def _resized(experts: Experts, width: int) -> Iterator[tuple[str, torch.Size]]:
+    """Names and shapes of the experts' parameters once they have a new width."""
     layout = layout_of(experts)
-    num_experts, model_width = experts.num_experts, model_width_of(experts)
+    num_experts = experts.num_experts
+    model_width = model_width_of(experts)
     num_inputs = width * (2 if layout.has_gate else 1)
-    inputs, down = (num_inputs, model_width), (model_width, width)
+    inputs = (num_inputs, model_width)
+    down = (model_width, width)
     if layout.is_transposed:
-        inputs, down = inputs[::-1], down[::-1]
+        inputs = inputs[::-1]
+        down = down[::-1]
     yield layout.input_name, torch.Size((num_experts, *inputs))
     yield "down_proj", torch.Size((num_experts, *down))
     if layout.has_bias:

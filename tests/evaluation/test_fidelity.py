@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from heapr.calibration.corpora import TextFiles
 from heapr.evaluation.fidelity import Fidelity
 from heapr.evaluation.measurement import Material
 from heapr.model import moe
 from heapr.model.load import find_model
+from heapr.text.corpora import TextFiles
 from tests.evaluation.material import material_of
 from tests.tiny import byte_tokenizer, tiny_ids
 

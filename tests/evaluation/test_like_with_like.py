@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from heapr.calibration.corpora import TextFiles
 from heapr.evaluation.fidelity import Fidelity
 from heapr.evaluation.measurement import Measurement, measure
 from heapr.evaluation.perplexity import Perplexity
@@ -21,6 +20,7 @@ from heapr.model.experts.dispatch import use_comparable_experts
 from heapr.model.load import BUILTIN_FOLDER, find_model
 from heapr.model.moe import MoEModel, next_token_loss
 from heapr.pruning.surgery import mask, remove
+from heapr.text.corpora import TextFiles
 from heapr.types import Plan
 from tests.evaluation.material import material_of, of_model, only
 from tests.evaluation.test_zero_shot import write_task

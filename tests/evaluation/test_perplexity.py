@@ -12,10 +12,10 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from heapr.calibration.corpora import TextFiles
 from heapr.evaluation.perplexity import Perplexity, perplexity_increases
 from heapr.model import moe
 from heapr.model.moe import MoEModel
+from heapr.text.corpora import TextFiles
 from tests.evaluation.material import Source, of_model
 from tests.tiny import byte_tokenizer, tiny_qwen3_moe
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import combinations
 
 import pytest
 import torch
@@ -53,6 +54,19 @@ def test_the_lowest_scores_go() -> None:
     globally = plan_of(Scores(layers={0: scores.layers[0], 1: 100 * scores.layers[1]}), ratio=0.375, scope="global")
     assert globally.layers[0].tolist() == [[False, True], [False, False]]
     assert globally.layers[1].all()
+
+
+def test_no_other_plan_keeps_a_higher_score() -> None:
+    """Against every choice of 5 of 12 atomic experts that leaves each layer one."""
+    scores = random_scores(num_layers=2, num_experts=2, width=3)
+    scores.layers[0][:] *= 0.1
+    flat_S = torch.cat([scores_EF.flatten() for scores_EF in scores.layers.values()])
+    choices = [kept for kept in combinations(range(12), 7) if min(kept) < 6 <= max(kept)]
+    highest = max(float(flat_S[list(kept)].double().sum()) for kept in choices)
+    plan = plan_of(scores, ratio=5 / 12, scope="global")
+    kept_S = torch.cat([kept_EF.flatten() for kept_EF in plan.layers.values()])
+    assert int(kept_S.sum()) == 7
+    assert float(flat_S[kept_S].double().sum()) == pytest.approx(highest)
 
 
 def test_ties_are_broken_by_position() -> None:

@@ -1,4 +1,4 @@
-"""Budgets in FLOPs and bytes: against every other choice, by hand, and against what is measured on a pruned model."""
+"""Budgets in FLOPs: against every other choice, by hand, and against what is measured on a pruned model."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from heapr.errors import ConfigError
 from heapr.pruning.allocation import allocate
 from heapr.pruning.allocation_report import report_allocation
-from heapr.pruning.budget import Budget, Costs, Guards, costs_of
+from heapr.pruning.budget import Budget, Costs, costs_of
 from heapr.types import LayerStatistics, Plan, Scores, Statistics
 from tests.experiment import run_in, write_model, write_texts
 from tests.pruning.test_allocation import random_scores
-from tests.pruning.test_guards import kept_counts, widths_of
+from tests.pruning.test_protected_layers import kept_counts, widths_of
 
 
 def budget_of(ratio: float, scope: str = "global", unit: str = "flops", **settings: object) -> Budget:
@@ -37,10 +37,9 @@ def test_costs_are_visits_times_weights() -> None:
     statistics = Statistics(layers=layers, num_tokens=6, num_predicted_tokens=5, loss_sum=1.0)
     parameters = {1: 30, 2: 40}
     assert costs_of("atomic_experts", statistics, parameters) is None
-    flops, sizes = costs_of("flops", statistics, parameters), costs_of("bytes", statistics, parameters)
-    assert flops is not None and sizes is not None
+    flops = costs_of("flops", statistics, parameters)
+    assert flops is not None
     assert flops[1].tolist() == [150, 0, 210] and flops[2].tolist() == [0, 0, 0]
-    assert sizes[1].tolist() == [30, 30, 30] and sizes[2].tolist() == [40, 40, 40]
 
 
 def test_by_hand() -> None:
@@ -94,11 +93,11 @@ def test_layers_lose_the_same_share_of_their_cost() -> None:
         assert share == pytest.approx(0.3, abs=10 / (40 * 10))
 
 
-def test_bytes_are_atomic_experts_where_all_are_of_one_size() -> None:
+def test_equal_costs_are_atomic_experts() -> None:
     scores = random_scores(num_layers=4)
     costs = {index: torch.full((5,), 24.0, dtype=torch.float64) for index in scores.layers}
     for scope in ("global", "layer"):
-        plan = allocate(scores, widths_of(scores), budget_of(0.26, scope, unit="bytes"), costs)
+        plan = allocate(scores, widths_of(scores), budget_of(0.26, scope, unit="flops"), costs)
         counted = allocate(scores, widths_of(scores), budget_of(0.26, scope, unit="atomic_experts"))
         assert all(torch.equal(plan.layers[index], counted.layers[index]) for index in scores.layers)
 
@@ -110,20 +109,18 @@ def test_experts_that_cost_nothing_go_if_their_scores_say_so() -> None:
     assert allocate(scores, widths_of(scores), budget_of(0.0), costs).num_kept == 12
 
 
-def test_guards_hold_for_costs_too() -> None:
+def test_protected_layers_lose_nothing_where_costs_are_counted_either() -> None:
     scores = random_scores(width=16)
-    scores.layers[0][:] *= 0.01
+    scores.layers[4][:] *= 0.01
     costs = random_costs(scores)
-    guards = Guards(min_expert_ratio=0.2, min_layer_ratio=0.5, protected_layers=(4,), tempering=0.3)
-    for width_multiple, least in ((1, 4), (8, 8)):
-        budget = budget_of(0.25, guards=guards, width_multiple=width_multiple)
+    for width_multiple in (1, 8):
+        budget = budget_of(0.25, protected_layers=(4,), width_multiple=width_multiple)
         counts = kept_counts(allocate(scores, widths_of(scores), budget, costs))
-        assert min(min(width_E) for width_E in counts.values()) >= least
-        assert all(sum(width_E) >= 40 for width_E in counts.values()) and counts[4] == [16] * 5
+        assert counts[4] == [16] * 5 and sum(sum(width_E) for width_E in counts.values()) < 240
         assert not any(width % width_multiple for width_E in counts.values() for width in width_E)
-    too_much = budget_of(0.5, guards=guards)
+    too_much = budget_of(0.8, protected_layers=(4,))
     too_much.check(widths_of(scores))
-    with pytest.raises(ConfigError, match="is more of the flops than the floors, the protected layers"):
+    with pytest.raises(ConfigError, match="is more of the flops than the protected layers and the 1 experts"):
         allocate(scores, widths_of(scores), too_much, costs)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from heapr.errors import ConfigError
 from heapr.pruning.allocation import allocate
-from heapr.pruning.budget import Budget, Costs, Guards, Widths, equal_shares
+from heapr.pruning.budget import Budget, Costs, Widths, equal_shares
 from heapr.types import Granularity, Plan, Scores
 
 WHOLE = {"granularity": Granularity.EXPERT}
@@ -26,9 +26,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "flops, layer": {"scope": "layer", "unit": "flops"},
     "flops, global, multiples": {"scope": "global", "unit": "flops", "width_multiple": 4},
     "flops, layer, multiples": {"scope": "layer", "unit": "flops", "width_multiple": 4},
-    "floors": {"scope": "global", "guards": Guards(min_expert_ratio=0.2, min_layer_ratio=0.3, tempering=0.5)},
-    "protected, layer": {"scope": "layer", "guards": Guards(protected_layers=(2,))},
-    "protected, global, flops": {"scope": "global", "unit": "flops", "guards": Guards(protected_layers=(2,))},
+    "protected, global": {"scope": "global", "protected_layers": (2,)},
+    "protected, layer": {"scope": "layer", "protected_layers": (2,)},
+    "protected, global, flops": {"scope": "global", "unit": "flops", "protected_layers": (2,)},
 }
 
 

@@ -22,8 +22,9 @@ from heapr.model.moe import MoELayer, MoEModel
 from heapr.model.stream import StreamTarget
 from heapr.plugins import build
 from heapr.pruning.activations import Activations, layer_output
+from heapr.pruning.layer_repair import LayerRepair, Repair
 from heapr.pruning.refit import refit_inputs
-from heapr.pruning.repair import ExpertRepair, JointRepair, LayerRepair, Repair
+from heapr.pruning.repair import ExpertRepair, JointRepair
 from heapr.pruning.surgery import mask, remove, remove_and_repair
 from heapr.types import Plan
 from tests.same import assert_same_model

@@ -26,7 +26,7 @@ $loading
 says what was done and to which weights.
 """)
 ROW = re.compile(r"^\| ([^|\s]+) \| ([^|]+ \| [^|]+) \|$", re.MULTILINE)
-UNITS = {"atomic_experts": "atomic experts", "flops": "experts' FLOPs", "bytes": "experts' bytes"}  # what the ratio is a share of
+UNITS = {"atomic_experts": "atomic experts", "flops": "experts' FLOPs"}  # what the ratio is a share of
 LOADING = {
     "ragged": """Every expert has a width of its own, so the model needs the modelling file beside the weights, which imports torch
 and transformers alone:

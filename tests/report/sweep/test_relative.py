@@ -108,13 +108,13 @@ def test_accuracy_is_lost_and_divergence_starts_at_zero() -> None:
 
 def test_a_factor_that_the_baseline_names_need_not_be_equal_and_others_must() -> None:
     jobs = [
-        job(0, {PERPLEXITY: 9.5}, settings(tempering=0.0)),
-        job(1, {PERPLEXITY: 8.5}, settings(criterion="Fisher", tempering=0.5)),
-        job(2, {PERPLEXITY: 8.0}, settings(criterion="Fisher", tempering=0.0)),
+        job(0, {PERPLEXITY: 9.5}, settings(budget="atomic_experts")),
+        job(1, {PERPLEXITY: 8.5}, settings(criterion="Fisher", budget="flops")),
+        job(2, {PERPLEXITY: 8.0}, settings(criterion="Fisher", budget="atomic_experts")),
     ]
     found, remarks = with_shares(entry(), jobs)
     assert list(remarks) == [(1, f"relative/{PERPLEXITY}")] and found[2].metrics["comparison"][f"relative/{PERPLEXITY}"] == 0.25
-    found, remarks = with_shares(entry(baseline={**BASELINE, "pruning.tempering": 0.0}), jobs)
+    found, remarks = with_shares(entry(baseline={**BASELINE, "pruning.budget": "atomic_experts"}), jobs)
     assert not remarks and found[1].metrics["comparison"][f"relative/{PERPLEXITY}"] == 0.5
 
 

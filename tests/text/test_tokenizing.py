@@ -13,10 +13,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import heapr
-from heapr.calibration import tokenizing
-from heapr.calibration.corpora import PackageDocs, PyDocs
-from heapr.calibration.sampling import tokenize
-from heapr.calibration.tokenizing import DOCUMENT_SEPARATOR, joined_length, token_ids
+from heapr.text import tokenizing
+from heapr.text.corpora import PackageDocs, PyDocs
+from heapr.text.tokenizing import DOCUMENT_SEPARATOR, joined_length, token_ids
+from heapr.text.windows import tokenize
 
 BUILTIN = Path(heapr.__file__).parent / "model" / "builtin" / "qwen3_moe_tiny"
 DIGITS_BY_THREE = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # as Llama 3 and Qwen cut

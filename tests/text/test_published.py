@@ -14,9 +14,9 @@ import pytest
 from pyarrow import parquet
 
 from heapr import hub
-from heapr.calibration.corpora_published import C4, PennTreebank, PublishedText, WikiText2
-from heapr.calibration.sampling import tokenize
 from heapr.errors import ConfigError
+from heapr.text.published import C4, PennTreebank, PublishedText, WikiText2
+from heapr.text.windows import tokenize
 from tests.tiny import byte_tokenizer
 
 WIKI_LINES = [" \n", " = Title = \n", " \n", " Some text . \n", " Some text . \n"]

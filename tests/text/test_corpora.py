@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from heapr.calibration.corpora import PARTS, PackageDocs, PyDocs, TextFiles, select_split, share_text
-from heapr.calibration.corpora_published import PennTreebank
-from heapr.calibration.mixture import Mixture
 from heapr.errors import ConfigError
+from heapr.text.corpora import PackageDocs, PyDocs, TextFiles
+from heapr.text.mixture import Mixture
+from heapr.text.published import PennTreebank
+from heapr.text.splits import PARTS, select_split, share_text
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +125,7 @@ def test_home_folder_in_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "a.txt").write_text("some text")
     assert list(TextFiles(["~/a.txt"], split="all").documents()) == ["some text"]
     assert list(PennTreebank("test", path="~/a.txt").documents()) == ["some text"]
-    entry = {"_target_": "heapr.calibration.corpora.TextFiles", "paths": ["~/a.txt"], "split": "all"}
+    entry = {"_target_": "heapr.text.corpora.TextFiles", "paths": ["~/a.txt"], "split": "all"}
     ((corpus, _),) = Mixture({"x": {"weight": 1, "corpus": entry}}).parts
     assert list(corpus.documents()) == ["some text"]
     with pytest.raises(ConfigError, match="'~nobody_of_this_name/a.txt' does not exist"):

@@ -10,8 +10,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from heapr.calibration.reader import ENDINGS, GZIP, JSON, PARQUET, TEXT, Source, is_readable, kind_of
 from heapr.errors import ConfigError
+from heapr.text.reader import ENDINGS, GZIP, JSON, PARQUET, TEXT, Source, is_readable, kind_of
 
 DOCUMENTS = ["first\nline", 'se"cond', "one\u2028line\x85still", "naïve \U0001f600"]
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from heapr.calibration.corpora import TextFiles
-from heapr.calibration.sampling import batches, sample, tokenize, windows
 from heapr.errors import ConfigError
+from heapr.text.corpora import TextFiles
+from heapr.text.windows import batches, sample, tokenize, windows
 from heapr.types import TokenWindows
 from tests.tiny import byte_tokenizer
 

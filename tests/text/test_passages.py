@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from heapr.calibration.corpora import TextFiles
-from heapr.calibration.passages import drawn
-from heapr.calibration.sampling import draw, tokenize
 from heapr.errors import ConfigError
+from heapr.text.corpora import TextFiles
+from heapr.text.passages import drawn
+from heapr.text.windows import draw, tokenize
 from tests.experiment import compose_experiment
 from tests.tiny import byte_tokenizer
 
@@ -72,8 +72,8 @@ def test_the_limit_is_part_of_the_key(tmp_path: Path) -> None:
 
 PEAK = """
 import resource, sys
-from heapr.calibration.corpora import TextFiles
-from heapr.calibration.sampling import draw
+from heapr.text.corpora import TextFiles
+from heapr.text.windows import draw
 from tests.tiny import byte_tokenizer
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 tokenizer, before = byte_tokenizer(), peak()
