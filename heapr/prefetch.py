@@ -50,7 +50,7 @@ def _items(config: ExperimentConfig) -> dict[str, Callable[[], None]]:
     from heapr.evaluation.zero_shot import ZeroShot
     from heapr.experiment import build_plugins
     from heapr.text.mixture import parts_of
-    from heapr.text.published import PublishedText
+    from heapr.text.published_corpora import PublishedText
 
     plugins = build_plugins(config)
     assert plugins.text is not None, "only a dry run goes on without the text"

@@ -313,7 +313,7 @@ def test_another_task_or_corpus_recomputes_nothing(experiment: Experiment) -> No
     (experiment.folder / "ptb.txt").write_text(" a sentence of the treebank \n" * 20)
     zero_shot = f"evaluation.zero_shot={{_target_:heapr.evaluation.zero_shot.ZeroShot,include_path:{tasks},tasks:["
     first = experiment(zero_shot + "sums]}")
-    ptb = f"{{_target_:heapr.text.published.PennTreebank,split:test,path:{experiment.folder}/ptb.txt}}"
+    ptb = f"{{_target_:heapr.text.published_corpora.PennTreebank,split:test,path:{experiment.folder}/ptb.txt}}"
     second = experiment(zero_shot + "sums,more]}", f"+evaluation.corpora.ptb={ptb}")
     made = [stage["what"] for stage in second.stages if not stage["cached"]]
     new = [f"{name} {variant}" for variant in ("dense", "pruned") for name in ("perplexity/ptb", "accuracy/more")]
@@ -323,7 +323,7 @@ def test_another_task_or_corpus_recomputes_nothing(experiment: Experiment) -> No
     assert accuracy["accuracy/average"] == pytest.approx((accuracy["accuracy/sums"] + accuracy["accuracy/more"]) / 2)
 
 
-ZERO_SHOT, PUBLISHED = "_target_:heapr.evaluation.zero_shot.ZeroShot", "_target_:heapr.text.published"
+ZERO_SHOT, PUBLISHED = "_target_:heapr.evaluation.zero_shot.ZeroShot", "_target_:heapr.text.published_corpora"
 BAD_INPUT = [
     (["pruning.ratio=1"], r"pruning.ratio=1.0 is not in \[0, 1\)"),
     (["pruning.ratio=-0.1"], r"not in \[0, 1\)"),

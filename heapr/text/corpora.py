@@ -1,7 +1,7 @@
 """Corpora: ordered documents of real text.
 
 Each has an identity, which enters the key of every artifact made from it.
-In: where the text lives. Out: documents. The corpora of the paper are in published.py.
+In: where the text lives. Out: documents. The corpora of the paper are in published_corpora.py.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Corpus(Protocol):
         """The documents of the split in a fixed order, from the beginning with each call; may be read lazily.
 
         Text that is collected here (docstrings, your own files) has no blank and no repeated documents.
-        Published corpora keep every row as it was published (published.py): published figures were measured
+        Published corpora keep every row as it was published (published_corpora.py): published figures were measured
         that way.
         """
         ...

@@ -9,7 +9,7 @@ import pytest
 from heapr.errors import ConfigError
 from heapr.text.corpora import PackageDocs, PyDocs, TextFiles
 from heapr.text.mixture import Mixture
-from heapr.text.published import PennTreebank
+from heapr.text.published_corpora import PennTreebank
 from heapr.text.splits import PARTS, select_split, share_text
 
 

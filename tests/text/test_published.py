@@ -15,7 +15,7 @@ from pyarrow import parquet
 
 from heapr import hub
 from heapr.errors import ConfigError
-from heapr.text.published import C4, PennTreebank, PublishedText, WikiText2
+from heapr.text.published_corpora import C4, PennTreebank, PublishedText, WikiText2
 from heapr.text.windows import tokenize
 from tests.tiny import byte_tokenizer
 

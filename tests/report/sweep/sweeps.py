@@ -13,7 +13,7 @@ MODEL = {"name": "hf", "path": "Some/Mix-1.5-A2B", "dtype": "bfloat16"}
 
 
 def config(ratio: float = 0.25, criterion: str = "Heapr", scope: str = "global", **calibration: Any) -> dict[str, Any]:
-    corpus = {"_target_": "heapr.text.published.WikiText2", "split": "train"}
+    corpus = {"_target_": "heapr.text.published_corpora.WikiText2", "split": "train"}
     return {
         "model": MODEL,
         "calibration": {"corpus": corpus, "num_samples": 128, "sequence_length": 2048, "seed": 0, **calibration},
