@@ -11,7 +11,7 @@ Run:  python sweep.py experiment=main_table model=tiny                the built-
 import sys
 from pathlib import Path
 
-from heapr.sweep.main import main
+from heapr.sweep.command_line import main
 
 if __name__ == "__main__":
     main(sys.argv[1:], Path(__file__).resolve().parent)

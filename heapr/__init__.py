@@ -10,7 +10,7 @@ from typing import Any
 
 def __getattr__(name: str) -> Any:
     if name == "load_pruned":
-        from heapr.pruning.load import load_pruned
+        from heapr.pruning.load_pruned import load_pruned
 
         return load_pruned
     raise AttributeError(f"module 'heapr' has no attribute '{name}'")

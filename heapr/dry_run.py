@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from heapr.experiment import Experiment, prepare
+from heapr.model.costs import activation_bytes, calibration_flops
 from heapr.model.load import ModelSource
-from heapr.model.meta import activation_bytes, calibration_flops
 from heapr.model.moe import MoEModel
 from heapr.pruning.budget import Budget
 from heapr.schema import CalibrationConfig, ExperimentConfig
@@ -64,7 +64,7 @@ class DryRun:
         statistics_bytes: of the calibration statistics, float64; exact.
         matrix_bytes: of the D x D matrices that the published procedure holds instead, one per expert, float32.
         num_samples, batch_size, sequence_length: of the calibration.
-        activation_bytes: held between forward and backward of a batch (`heapr.model.meta`); none if not known for this family.
+        activation_bytes: held between forward and backward of a batch (`heapr.model.costs`); none if not known for this family.
         calibration_flops: forward and backward over all samples; none if not known for this family.
         stages: in the order of a run; empty if a corpus is missing on which keys depend.
         notes: one line each: what is not on this machine, and what a uniform width makes of the ratio.

@@ -13,22 +13,24 @@ from typing import Any, TypeVar
 import torch
 
 from heapr.artifacts import ARTIFACTS
-from heapr.calibration.corpora import Corpus
-from heapr.calibration.mixture import Mixture
 from heapr.errors import ConfigError, NotHereError
-from heapr.evaluation.build import build_evaluators
-from heapr.evaluation.evaluator import Comparison, Evaluator
+from heapr.evaluation.build import build_measurements
+from heapr.evaluation.measurement import Measurement
+from heapr.measure import machine
 from heapr.model.checkpoint import check_form
 from heapr.model.device import find_device
 from heapr.model.load import ModelSource, find_model
 from heapr.model.moe import MoEModel
+from heapr.plugins import build
 from heapr.pruning.budget import Budget, the_width
 from heapr.pruning.layer_repair import Repair
 from heapr.pruning.uniform import Settings, choose_uniform_width, describe_uniform_width, uniform_settings
-from heapr.schema import ExperimentConfig, ModelConfig, build
+from heapr.schema import ExperimentConfig, ModelConfig
 from heapr.score.criterion import Criterion
 from heapr.steps import Steps, experiment_steps
 from heapr.store import Store
+from heapr.text.corpora import Corpus
+from heapr.text.mixture import Mixture
 from heapr.types import Granularity
 from heapr.words import option_name
 
@@ -49,7 +51,7 @@ class Plugins:
     text: Corpus | Mixture | None
     criterion: Criterion
     repair: Repair | None
-    measurements: Sequence[Evaluator | Comparison]
+    measurements: Sequence[Measurement]
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ def prepare(config: ExperimentConfig, notes: list[str] | None = None) -> Experim
         ConfigError: the user's mistake.
     """
     device = _or_note(notes, lambda: find_device(config.runtime.device)) or torch.device("cpu")
-    plugins = build_plugins(config, device, notes)
+    plugins = build_plugins(config, notes)
     store = Store(Path(config.paths.outputs) / ARTIFACTS, device)
     source = find_source(config.model, digests=store.digests, config_only=notes is not None)
     _check_lengths(config, source)
@@ -160,18 +162,18 @@ def prepare(config: ExperimentConfig, notes: list[str] | None = None) -> Experim
         check_form(source.config, config.pruning.form)
     steps = Steps()
     if plugins.text is not None:
-        steps = experiment_steps(config, source.identity, plugins.text, plugins.measurements)
+        here = _machine(config, device)
+        steps = experiment_steps(config, plugins.text, plugins.measurements, model=source.identity, machine=here)
     experiment = Experiment(config, plugins, source, device, budget, store, steps)
     _ = experiment.uniform_settings  # its mistakes
     return experiment
 
 
-def build_plugins(config: ExperimentConfig, device: torch.device, notes: list[str] | None = None) -> Plugins:
+def build_plugins(config: ExperimentConfig, notes: list[str] | None = None) -> Plugins:
     """Build what a configuration names.
 
     Args:
         config: checked by `heapr.schema.resolve`.
-        device: where the models will be.
         notes: as in `prepare`.
 
     Raises:
@@ -181,7 +183,7 @@ def build_plugins(config: ExperimentConfig, device: torch.device, notes: list[st
     criterion = _build_criterion(config)
     repair: Repair | None = None if config.pruning.repair is None else build(config.pruning.repair, "pruning.repair")
     evaluation = config.evaluation if notes is None else _what_is_here(config.evaluation, notes)
-    return Plugins(text, criterion, repair, build_evaluators(evaluation, device))
+    return Plugins(text, criterion, repair, build_measurements(evaluation))
 
 
 def find_source(model: ModelConfig, *, digests: Path | None = None, config_only: bool = False) -> ModelSource:
@@ -198,6 +200,12 @@ def find_source(model: ModelConfig, *, digests: Path | None = None, config_only:
         digests=digests,
         config_only=config_only,
     )
+
+
+def _machine(config: ExperimentConfig, device: torch.device) -> dict[str, Any]:
+    """What timings depend on, with the threads that the run will have."""
+    here = machine(device)
+    return here if config.runtime.num_threads is None else here | {"threads": config.runtime.num_threads}
 
 
 def _build_criterion(config: ExperimentConfig) -> Criterion:

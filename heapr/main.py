@@ -27,8 +27,8 @@ from omegaconf.errors import OmegaConfBaseException
 from heapr.artifacts import clear_error, write_error
 from heapr.errors import ConfigError
 from heapr.overrides import explain_comma, explain_option, explain_override
-from heapr.schema import ExperimentConfig, register, resolve, unknown_key
-from heapr.words import did_you_mean, first_line
+from heapr.schema import ExperimentConfig, register, resolve
+from heapr.words import did_you_mean, first_line, unknown_key
 
 logger = logging.getLogger(__name__)
 
@@ -64,12 +64,12 @@ def _run(config: DictConfig) -> None:
     typed = resolve(config)  # before torch is imported: a mistake is answered at once
     if typed.dry_run:
         from heapr.dry_run import dry_run
-        from heapr.report.dry_run import print_dry_run
+        from heapr.report.run.dry_run_table import print_dry_run
 
         print_dry_run(asdict(dry_run(typed)))
         return
     from heapr.pipeline import run
-    from heapr.report.console import print_summary
+    from heapr.report.run.console import print_summary
 
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
@@ -79,6 +79,11 @@ def _run(config: DictConfig) -> None:
 
 FIELD_OF_NOTHING = "Unexpected type for root: NoneType"  # omegaconf's answer to a field of null
 OPTION_WITHOUT_NAME = "Config group override must be a string or a list"  # Hydra's to score=3
+USED_WITH = {  # groups whose options have no place of their own in a configuration
+    "corpus": "calibration=<name> to calibrate on one, evaluation/corpora=[<name>,...] to measure on some",
+    "calibration/parts": "calibration=mixture 'calibration/parts@calibration.corpus.parts=[<name>,...]'",
+    "evaluation/evaluators": "'evaluation/evaluators@evaluation=[<name>,...]'",
+}
 COMMA_OUTSIDE_SWEEP = "Ambiguous value for argument"  # Hydra's to a=1,2
 
 
@@ -145,8 +150,8 @@ def explain(error: Exception, config_folder: Path | None, overrides: Sequence[st
     if text.startswith(COMMA_OUTSIDE_SWEEP):
         return explain_comma(text.splitlines()[0].removeprefix(COMMA_OUTSIDE_SWEEP).strip()[1:-1])
     match = re.match(r"Could not override '([^']+)'", text)
-    if match and "To append to your config" in text and config_folder is not None:
-        return _explain_unknown_key(match.group(1), config_folder, overrides)
+    if match and config_folder is not None:
+        return _explain_unmatched(match[1], text, config_folder, overrides)
     match = re.search(r"Could not (?:find|load) '([^']+)'", text)
     if match and config_folder is not None and (config_folder / match[1]).parent.is_dir():
         return _unknown_option(match[1], config_folder)
@@ -154,6 +159,13 @@ def explain(error: Exception, config_folder: Path | None, overrides: Sequence[st
         reason = first_line(error.__cause__)
         return f"{text.removeprefix('Error merging override ')}: {reason}; give a value of the field's type (heapr/schema.py)"
     return text
+
+
+def _explain_unmatched(path: str, text: str, config_folder: Path, overrides: Sequence[str]) -> str:
+    """The message for an override of what the configuration does not hold: a group that is used inside others, or a key."""
+    if path in USED_WITH:
+        return f"options of '{path}' are chosen where they are used; write {USED_WITH[path]}"
+    return _explain_unknown_key(path, config_folder, overrides) if "To append to your config" in text else text
 
 
 def _unknown_option(path: str, config_folder: Path) -> str:

@@ -19,9 +19,8 @@ from heapr import artifacts
 from heapr.artifacts import CARD, CHECKPOINT, CHECKPOINT_PART, REPAIR_PART, Report
 from heapr.calibration.collector import collect
 from heapr.calibration.coverage import report_coverage
-from heapr.calibration.sampling import batches
 from heapr.evaluation.efficiency import size_change
-from heapr.evaluation.evaluator import Comparison, Evaluator, Material, measure
+from heapr.evaluation.measurement import Material, measure
 from heapr.evaluation.perplexity import WINDOW_LOSSES, perplexity_increases
 from heapr.evaluation.routing import layer_routing
 from heapr.evaluation.zero_shot import average_accuracy
@@ -35,15 +34,16 @@ from heapr.pruning.allocation_report import report_allocation
 from heapr.pruning.budget import costs_of
 from heapr.pruning.layer_repair import report_repair
 from heapr.ready import make_ready
-from heapr.report.card import model_card
-from heapr.report.protocol import protocol_differences
+from heapr.report.run.card import model_card
+from heapr.report.run.protocol import protocol_differences
 from heapr.schema import ExperimentConfig
 from heapr.step_results import StepResults
 from heapr.steps import Step
 from heapr.store import Artifact
+from heapr.text.windows import batches
 from heapr.tracking import values
-from heapr.tracking.build import open_tracker
-from heapr.tracking.tracker import NUM_TOKENS, RATIO, Image, Run, Tracker
+from heapr.tracking.open_tracker import open_tracker
+from heapr.tracking.tracker import NUM_TOKENS, RATIO, Run, Tracker
 from heapr.types import Evaluation, ExpertWeights, Metrics, Plan, ProtocolRecord, Pruning, Scores, Statistics, TokenWindows
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ def run(config: ExperimentConfig, folder: Path, *, sweep: str | None = None) -> 
         pipeline.take(experiment.steps.pruning)
         pipeline.take(experiment.steps.pruned)
         metrics = pipeline.conclude(dense)
-        pipeline.show(values.figures(sorted(folder.glob("*.png"))))
+        pipeline.show()
         tracker.log({RATIO: config.pruning.ratio, **metrics["pruned"], **metrics["size"], **metrics["comparison"]})
     for difference in protocol_differences(pipeline.protocols):
         logger.warning("dense and pruned cannot be compared: %s", difference)
@@ -212,13 +212,11 @@ class Pipeline:
         self._get(step, lambda: self._final_model(step), write)
 
     def evaluate(self, step: Step) -> None:
-        """What an evaluator finds on the dense or the pruned model, or a comparison between them."""
+        """What a measurement finds on the dense or the pruned model, or between them."""
 
         def compute() -> Evaluation:
-            if isinstance(step.measurement, Evaluator):
-                return measure(step.measurement, self._final_model(step), self.results.statistics(step))
-            assert isinstance(step.measurement, Comparison)
-            return step.measurement(self._material(step))
+            assert step.measurement is not None
+            return measure(step.measurement, self._material(step))
 
         found = artifacts.read_evaluation(self._get(step, compute, artifacts.write_evaluation).path)
         self.metrics[step.variant] |= found.metrics
@@ -249,12 +247,12 @@ class Pipeline:
             experiment.store.rewrite(checkpoint.origin, checkpoint.part, f"{CHECKPOINT}/{CARD}", card)
         return metrics
 
-    def show(self, images: Mapping[str, Image]) -> None:
-        """Layers, figures and artifacts, for whoever looks at the run."""
+    def show(self) -> None:
+        """Layers and artifacts, for whoever looks at the run."""
         steps, widths = self.experiment.steps, self.experiment.source.widths
         statistics, plan = self.results.of(steps.first("calibrate")), self.results.of(steps.last("prune"))
         layers = [layer_routing(index, plan, width_E, statistics) for index, width_E in widths.items()]
-        self.tracker.log({"layers": values.layer_table(layers), **images, **values.artifacts(self.stages)})
+        self.tracker.log({"layers": values.layer_table(layers), **values.artifacts(self.stages)})
 
     def _get(self, step: Step, compute: Callable[[], T], write: Callable[[Path, T], None]) -> Artifact:
         """Answer from the store or make it; one log line either way."""
@@ -285,22 +283,22 @@ class Pipeline:
         return self.models.dense() if pruning is None else self.models.final(pruning)
 
     def _material(self, step: Step) -> Material:
-        """What a comparison may look at."""
-        pruning = self.results.pruning(step)
+        """What a measurement may look at, as far as it needs it."""
 
         def dense_and_pruned() -> tuple[MoEModel, MoEModel]:
+            pruning = self.results.pruning(step)
             assert pruning is not None, "asked for before there was a plan"
             return self.models.both(pruning)
 
         return Material(
-            statistics=self.results.statistics(step),
-            scores=self.results.scores(step),
+            model=partial(self._final_model, step),
+            dense_and_pruned=dense_and_pruned,
+            statistics=partial(self.results.statistics, step),
+            scores=partial(self.results.scores, step),
+            plan=partial(self.results.plan, step),
+            tokens=partial(self.results.tokens, step),
             unit=self.experiment.plugins.criterion.unit,
             widths=self.experiment.source.widths,
-            plan=pruning.plan if pruning else None,
-            tokens=partial(self.results.tokens, step),
-            dense=self.models.dense,
-            dense_and_pruned=dense_and_pruned,
         )
 
 

@@ -45,17 +45,18 @@ def fetch_all(config: ExperimentConfig) -> list[str]:
 
 def _items(config: ExperimentConfig) -> dict[str, Callable[[], None]]:
     """What the experiment needs, and how each is had; text and tasks that are made here need nothing."""
-    import torch
-
-    from heapr.calibration.corpora_published import PublishedText
-    from heapr.calibration.mixture import parts_of
+    from heapr.evaluation.build import build_corpora
+    from heapr.evaluation.measurement import Need
     from heapr.evaluation.zero_shot import ZeroShot
     from heapr.experiment import build_plugins
+    from heapr.text.mixture import parts_of
+    from heapr.text.published import PublishedText
 
-    plugins = build_plugins(config, torch.device("cpu"))
+    plugins = build_plugins(config)
     assert plugins.text is not None, "only a dry run goes on without the text"
     corpora = [corpus for corpus, _ in parts_of(plugins.text)]
-    corpora += [measurement.corpus for measurement in plugins.measurements if hasattr(measurement, "corpus")]
+    if any(Need.CORPUS in measurement.needs for measurement in plugins.measurements):
+        corpora += build_corpora(config.evaluation)
     tasks = [measurement for measurement in plugins.measurements if isinstance(measurement, ZeroShot)]
     items: dict[str, Callable[[], None]] = {f"model {config.model.path}": lambda: _fetch_model(config)}
     items |= {f"corpus {corpus.name} ({corpus.split})": corpus.fetch for corpus in corpora if isinstance(corpus, PublishedText)}

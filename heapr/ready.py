@@ -11,13 +11,11 @@ from collections.abc import Sequence
 import torch
 
 from heapr.artifacts import CHECKPOINT_PART, REPAIR_PART
-from heapr.calibration.corpora import share_text
-from heapr.calibration.mixture import identities_of_parts
-from heapr.calibration.sampling import draw
-from heapr.evaluation.evaluator import Comparison, Evaluator
 from heapr.experiment import Experiment
-from heapr.model.load import ModelSource
 from heapr.steps import Step, Steps
+from heapr.text.mixture import identities_of_parts
+from heapr.text.splits import share_text
+from heapr.text.windows import draw
 from heapr.types import TokenWindows
 
 logger = logging.getLogger(__name__)
@@ -43,7 +41,7 @@ def make_ready(experiment: Experiment) -> TokenWindows | None:
     _warn_of_overlap(experiment.steps)
     prepared = {id(step.measurement): step.measurement for step in missing if step.measurement is not None}
     for measurement in prepared.values():
-        _prepare(measurement, experiment.source)
+        measurement.prepare(experiment.source)
     is_calibrated = experiment.store.has(experiment.steps.first("calibrate").origin)
     return None if is_calibrated else _calibration_tokens(experiment)
 
@@ -84,13 +82,6 @@ def _warn_of_overlap(steps: Steps) -> None:
         logger.warning(
             "%s is measured on text that is calibrated on; choose another split for one of them, such as train and heldout", name
         )
-
-
-def _prepare(measurement: Evaluator | Comparison, source: ModelSource) -> None:
-    if isinstance(measurement, Evaluator):
-        measurement.prepare(source.tokenizer)
-    else:
-        measurement.prepare(source)
 
 
 def _calibration_tokens(experiment: Experiment) -> TokenWindows:

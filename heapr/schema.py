@@ -1,26 +1,22 @@
 """The typed configuration: every field with its meaning, unit and range.
 
-In: what Hydra composed from conf/. Out: `ExperimentConfig`, checked; and the plug-ins that its `_target_` entries name.
+In: what Hydra composed from conf/. Out: `ExperimentConfig`, checked; what its `_target_` entries name is built elsewhere
+(heapr/plugins.py).
 Light on purpose: no torch, so that a mistyped command line is answered at once.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
-import typing
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-import hydra.utils
-import pydantic
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from heapr.errors import ConfigError
 from heapr.files import user_path
-from heapr.words import did_you_mean
 
 
 @dataclass
@@ -38,7 +34,7 @@ class ModelConfig:
 class CalibrationConfig:
     """Which tokens the statistics are taken from."""
 
-    corpus: dict[str, Any] = MISSING  # plug-in: heapr/calibration/corpora.py
+    corpus: dict[str, Any] = MISSING  # plug-in: heapr/text/corpora.py
     num_samples: int = MISSING  # sequences, at least 1
     sequence_length: int = MISSING  # tokens of a sequence, at least 2, at most the model's limit
     seed: int = MISSING  # of the choice of sequences, at least 0
@@ -146,20 +142,20 @@ def check(config: ExperimentConfig) -> None:
     _choice("model.dtype", config.model.dtype, DTYPES)
     _check_tracking(config.tracking)
     calibration = config.calibration
-    at_least("calibration.num_samples", calibration.num_samples, 1)
-    at_least("calibration.sequence_length", calibration.sequence_length, 2)
-    at_least("calibration.batch_size", calibration.batch_size, 1)
-    at_least("calibration.seed", calibration.seed, 0)
+    _at_least("calibration.num_samples", calibration.num_samples, 1)
+    _at_least("calibration.sequence_length", calibration.sequence_length, 2)
+    _at_least("calibration.batch_size", calibration.batch_size, 1)
+    _at_least("calibration.seed", calibration.seed, 0)
     if calibration.max_characters is not None:
-        at_least("calibration.max_characters", calibration.max_characters, 1)
+        _at_least("calibration.max_characters", calibration.max_characters, 1)
     if config.runtime.num_threads is not None:
-        at_least("runtime.num_threads", config.runtime.num_threads, 1)
+        _at_least("runtime.num_threads", config.runtime.num_threads, 1)
 
 
 def _check_pruning(pruning: PruningConfig) -> None:
     if not (math.isfinite(pruning.ratio) and 0 <= pruning.ratio < 1):
         raise ConfigError(f"pruning.ratio={pruning.ratio} is not in [0, 1); give the share of atomic experts to remove, for example 0.25")
-    at_least("pruning.rounds", pruning.rounds, 1)
+    _at_least("pruning.rounds", pruning.rounds, 1)
     _choice("pruning.scope", pruning.scope, SCOPES)
     _choice("pruning.form", pruning.form, FORMS)
     if pruning.form == "uniform" and pruning.scope != "expert":
@@ -184,66 +180,11 @@ def _check_tracking(tracking: TrackingConfig) -> None:
         raise ConfigError("tracking.upload=true, but tracking=none sends nothing; use tracking=wandb or tracking.upload=false")
 
 
-def build(entry: Mapping[str, Any], where: str, **injected: Any) -> Any:
-    """Make the plug-in that an entry's `_target_` names; the other keys are its arguments.
-
-    Args:
-        entry: a plug-in's configuration.
-        where: its place in the configuration, for messages.
-        injected: further arguments, not from the configuration.
-
-    Raises:
-        ConfigError: unknown target, or arguments that it does not take, lacks or that have another type; and what the
-            plug-in itself raises.
-    """
-    target = plug_in(entry, where)
-    arguments = {key: value for key, value in entry.items() if key != "_target_"}
-    known = {name: p for name, p in inspect.signature(target).parameters.items() if name not in injected}
-    hints = typing.get_type_hints(target.__init__) if inspect.isclass(target) else {}
-    for key, value in arguments.items():
-        if key not in known:
-            raise ConfigError(unknown_key(f"{where}.{key}", known))
-        _check_type(f"{where}.{key}", value, hints.get(key, Any))
-    absent = [name for name, parameter in known.items() if parameter.default is parameter.empty and name not in arguments]
-    if absent:
-        raise ConfigError(f"{where} lacks {', '.join(absent)}; give it, for example {where}.{absent[0]}=...")
-    return target(**arguments, **injected)
-
-
-def plug_in(entry: Any, where: str) -> Callable[..., Any]:
-    """What an entry's `_target_` names.
-
-    Raises:
-        ConfigError: it names nothing.
-    """
-    if not isinstance(entry, Mapping) or "_target_" not in entry:
-        raise ConfigError(f"{where} has no _target_, so it names no plug-in; look for a misspelt key, or see docs/adding.md")
-    try:
-        target: Callable[..., Any] = hydra.utils.get_object(entry["_target_"])
-    except Exception as error:  # whatever importing a wrongly named module raises
-        raise ConfigError(f"{where}._target_='{entry['_target_']}' cannot be imported; see docs/adding.md") from error
-    return target
-
-
-def _check_type(name: str, value: Any, hint: Any) -> None:
-    try:
-        pydantic.TypeAdapter(hint, config=pydantic.ConfigDict(strict=True)).validate_python(value)
-    except pydantic.ValidationError as error:
-        raise ConfigError(f"{name}={value} has the wrong type: {error.errors()[0]['msg']}") from error
-
-
-def unknown_key(path: str, known: Collection[str]) -> str:
-    """The message for a misspelt key: what is known, and the nearest."""
-    parent, _, key = path.rpartition(".")
-    suggestion = did_you_mean(key, known, before=f"{parent}." if parent else "")
-    return f"unknown key '{path}'; {suggestion}known here: {', '.join(sorted(known)) or 'none'}"
-
-
 def _choice(name: str, value: str | int, known: Collection[str | int]) -> None:
     if value not in known:
         raise ConfigError(f"{name}={value!r} is unknown; choose one of {', '.join(map(str, known))}")
 
 
-def at_least(name: str, value: int, minimum: int) -> None:
+def _at_least(name: str, value: int, minimum: int) -> None:
     if value < minimum:
         raise ConfigError(f"{name}={value} is below {minimum}; give a whole number of at least {minimum}")

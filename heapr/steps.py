@@ -1,6 +1,6 @@
 """What an experiment does, as data: its steps in their order, and what determines the result of each.
 
-In: an experiment's configuration, and what its model, text and evaluators are. Out: `Steps`, before anything is computed. A run executes
+In: an experiment's configuration, and what its model, text and measurements are. Out: `Steps`, before anything is computed. A run executes
 them, a dry run and a sweep print them. What changes no result (batch sizes, device, paths, tracking) is in no `Origin`.
 """
 
@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from heapr.artifacts import CHECKPOINT_PART, REPAIR_PART
-from heapr.calibration.corpora import Corpus
-from heapr.calibration.mixture import Mixture
-from heapr.evaluation.evaluator import Comparison, Evaluator
+from heapr.evaluation.measurement import Measurement, Need
 from heapr.schema import CalibrationConfig, ExperimentConfig, PruningConfig
 from heapr.store import KEY_LENGTH, WHOLE, Origin
+from heapr.text.corpora import Corpus
+from heapr.text.mixture import Mixture
 
 # Raised when the code of a stage gives other results than before: older artifacts are then made again.
 STAGE_VERSIONS = {"calibrate": 2, "score": 1, "prune": 3, "evaluate": 3}
@@ -34,7 +34,8 @@ class Step:
         part: its name in the artifact; WHOLE is the artifact itself.
         what: its name beside the stage in logs, tables and summary.json: the round, the part, or what is measured on which model.
         needs: the steps whose files it reads, by what it takes from them: "statistics", "tokens", "scores", "plan", or the "pruning" that
-            was finished last (a plan, or the repair of what it kept). Without a "pruning", its model is the dense one.
+            was finished last (a plan, or the repair of what it kept). Without a "pruning", its model is the dense one. Those of an
+            evaluation follow from what its measurement needs.
         measurement: of an evaluation.
     """
 
@@ -42,7 +43,7 @@ class Step:
     part: str = WHOLE
     what: str = ""
     needs: Mapping[str, Step] = field(default_factory=dict)
-    measurement: Evaluator | Comparison | None = None
+    measurement: Measurement | None = None
 
     @property
     def kind(self) -> str:
@@ -57,7 +58,8 @@ class Step:
     @property
     def variant(self) -> str:
         """Of an evaluation: whose metrics it gives, those of the "dense" or the "pruned" model, or of the "comparison"."""
-        if isinstance(self.measurement, Comparison):
+        assert self.measurement is not None
+        if Need.MODEL not in self.measurement.needs:
             return "comparison"
         return "pruned" if "pruning" in self.needs else "dense"
 
@@ -100,36 +102,34 @@ class Steps:
 
 def experiment_steps(
     config: ExperimentConfig,
-    model_identity: Mapping[str, str],
     text: Corpus | Mixture,
-    measurements: Sequence[Evaluator | Comparison],
+    measurements: Sequence[Measurement],
+    *,
+    model: Mapping[str, str],
+    machine: Mapping[str, Any],
 ) -> Steps:
     """The steps of an experiment.
 
     Args:
         config: what is asked.
-        model_identity: what the model is.
         text: calibrated on.
-        measurements: in the order in which they are made on each model.
+        measurements: in the order of the configuration; those of one model are made before those that compare.
+        model: what it is.
+        machine: what timings are made on.
     """
-    tokens = _settings_of_tokens(config.calibration, model_identity, text)
-    calibrate, score, *pruning = _rounds(config, tokens)
+    calibrate, score, *pruning = _rounds(config, _settings_of_tokens(config.calibration, model, text))
+    plan = next(step for step in reversed(pruning) if step.kind == "prune")
     finished = next(step for step in reversed(pruning) if step.kind in {"prune", REPAIR_PART})
-    evaluators = [entry for entry in measurements if isinstance(entry, Evaluator)]
-    comparisons = [entry for entry in measurements if isinstance(entry, Comparison)]
-    return Steps(
-        dense=[
-            calibrate,
-            score,
-            *(_evaluate_dense(evaluator, model_identity, calibrate) for evaluator in evaluators),
-            *(_compare(comparison, score) for comparison in comparisons if comparison.upstream == "score"),
-        ],
-        pruning=pruning,
-        pruned=[
-            *(_evaluate_pruned(evaluator, calibrate, finished) for evaluator in evaluators),
-            *(_compare(comparison, score, finished) for comparison in comparisons if comparison.upstream == "prune"),
-        ],
-    )
+    made = {"statistics": calibrate, "tokens": calibrate, "scores": score, "plan": plan, "pruning": finished}
+    dense: list[Step] = [calibrate, score]
+    pruned: list[Step] = []
+    for measurement in sorted(measurements, key=lambda measurement: Need.MODEL not in measurement.needs):
+        variants = ("dense", "pruned") if Need.MODEL in measurement.needs else ("",)
+        for variant in variants:
+            step = _evaluate(measurement, variant, made, model=model, machine=machine)
+            is_before_pruning = step.needs.keys().isdisjoint({"plan", "pruning"})
+            (dense if is_before_pruning else pruned).append(step)
+    return Steps(dense, pruning, pruned)
 
 
 def _rounds(config: ExperimentConfig, tokens: Mapping[str, Any]) -> list[Step]:
@@ -177,25 +177,28 @@ def _settings_of_plan(pruning: PruningConfig) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name in ALWAYS_IN_KEY or value != getattr(default, name)}
 
 
-def _evaluate_dense(evaluator: Evaluator, model_identity: Mapping[str, str], calibrate: Step) -> Step:
-    """Determined by the calibration only if the evaluator reads its statistics, so that most are made once per model."""
-    config = {"evaluator": evaluator.identity(), "model": dict(model_identity)}
-    origin = _origin("evaluate", config, *([calibrate.origin] if evaluator.uses_statistics else []))
-    return Step(origin, what=f"{evaluator.name} dense", needs={"statistics": calibrate}, measurement=evaluator)
+def _evaluate(
+    measurement: Measurement, variant: str, made: Mapping[str, Step], *, model: Mapping[str, str], machine: Mapping[str, Any]
+) -> Step:
+    """One measurement on the "dense" or the "pruned" model; of one that compares, the variant is empty.
 
+    It depends on what it needs and nothing else, so that what the dense model alone decides is made once per model, whatever is pruned.
 
-def _evaluate_pruned(evaluator: Evaluator, calibrate: Step, pruning: Step) -> Step:
-    origin = _origin("evaluate", {"evaluator": evaluator.identity()}, pruning.origin)
-    needs = {"statistics": calibrate, "pruning": pruning}
-    return Step(origin, what=f"{evaluator.name} pruned", needs=needs, measurement=evaluator)
-
-
-def _compare(comparison: Comparison, score: Step, pruning: Step | None = None) -> Step:
-    upstream = score if pruning is None else pruning
-    calibrate = score.needs["statistics"]
-    needs = {"statistics": calibrate, "tokens": calibrate, "scores": score} | ({"pruning": pruning} if pruning else {})
-    origin = _origin("evaluate", {"evaluator": comparison.identity()}, upstream.origin)
-    return Step(origin, what=comparison.name, needs=needs, measurement=comparison)
+    Args:
+        measurement, variant: see above.
+        made: the steps that there are, by what may be taken from them.
+        model, machine: as in `experiment_steps`.
+    """
+    needs = {need.value: made[need.value] for need in Need if need in measurement.needs and need.value in made}
+    if variant == "pruned" or Need.DENSE_AND_PRUNED in measurement.needs:
+        needs["pruning"] = made["pruning"]
+    config: dict[str, Any] = {"evaluator": measurement.identity()}
+    if variant == "dense" or Need.DENSE in measurement.needs:
+        config["model"] = dict(model)
+    if Need.MACHINE in measurement.needs:
+        config["machine"] = dict(machine)
+    origin = _origin("evaluate", config, *(step.origin for step in needs.values()))
+    return Step(origin, what=f"{measurement.name} {variant}".strip(), needs=needs, measurement=measurement)
 
 
 def _origin(stage: str, config: Mapping[str, Any], *upstream: Origin) -> Origin:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 def first_line(error: BaseException) -> str:
@@ -23,6 +23,13 @@ def did_you_mean(name: str, known: Iterable[str], *, before: str = "", most: int
     """
     near = difflib.get_close_matches(name, list(known), n=most)
     return f"did you mean {' or '.join(before + name for name in near)}? " if near else ""
+
+
+def unknown_key(path: str, known: Collection[str]) -> str:
+    """The message for a misspelt key: what is known, and the nearest."""
+    parent, _, key = path.rpartition(".")
+    suggestion = did_you_mean(key, known, before=f"{parent}." if parent else "")
+    return f"unknown key '{path}'; {suggestion}known here: {', '.join(sorted(known)) or 'none'}"
 
 
 def class_name(target: str) -> str:

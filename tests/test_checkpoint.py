@@ -25,10 +25,11 @@ from heapr.pipeline import Summary
 from heapr.pruning.surgery import mask, remove
 from heapr.pruning.uniform import make_uniform, uniform_settings
 from heapr.types import Plan
+from tests.evaluation.material import Source, of_model
 from tests.evaluation.test_zero_shot import write_task
 from tests.experiment import cached_stages, run_in, write_model, write_texts
 from tests.same import ROUNDING, assert_same_model
-from tests.tiny import byte_tokenizer, statistics_of, tiny_ids, tiny_model, write_description
+from tests.tiny import byte_tokenizer, tiny_ids, tiny_model, write_description
 
 IDS_NW = tiny_ids(2, 12)
 NO_TIMING = ["evaluation.throughput=null", "evaluation.truth=null", "evaluation.fidelity=null"]
@@ -329,6 +330,6 @@ def test_our_own_family_loads_without_heapr_in_the_stock_forms(elsewhere: Path, 
 def test_lm_eval_runs_a_ragged_checkpoint_without_heapr(elsewhere: Path, finished: Run) -> None:
     found = json.loads(next((elsewhere / "out").rglob("results_*.json")).read_text())["results"]["sums"]["acc,none"]
     evaluator = ZeroShot("sums", include_path=str(elsewhere / "tasks"))
-    evaluator.prepare(byte_tokenizer())
+    evaluator.prepare(Source(byte_tokenizer()))
     model = MoEModel(heapr.load_pruned(artifact(finished("pruning.ratio=0.4")) / "checkpoint"))
-    assert evaluator(model, statistics_of({})).metrics["accuracy/sums"] == pytest.approx(found)
+    assert evaluator(of_model(model)).metrics["accuracy/sums"] == pytest.approx(found)

@@ -11,10 +11,10 @@ import torch
 from hydra.errors import ConfigCompositionException
 
 from heapr import main
-from heapr.calibration.corpora import Corpus
-from heapr.calibration.mixture import Mixture
-from heapr.evaluation.build import build_evaluators
-from heapr.schema import build
+from heapr.evaluation.build import build_measurements
+from heapr.plugins import build
+from heapr.text.corpora import Corpus
+from heapr.text.mixture import Mixture
 from heapr.types import Granularity
 from tests.experiment import CONF, compose_experiment
 
@@ -34,7 +34,22 @@ def test_every_option_composes_and_builds(options: list[str], tmp_path: Path) ->
     assert isinstance(build(config.calibration.corpus, "calibration.corpus"), Corpus | Mixture)
     assert config.pruning.repair is None or isinstance(build(config.pruning.repair, "pruning.repair").is_sequential, bool)
     assert isinstance(build(config.score, "score").granularity, Granularity)
-    build_evaluators(config.evaluation, CPU)
+    build_measurements(config.evaluation)
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted((CONF / "corpus").glob("*.yaml"))])
+def test_a_corpus_is_written_once_and_used_three_times(name: str, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("some text")
+    alone = compose_experiment(f"corpus@calibration.corpus={name}").calibration.corpus
+    paths = {"paths": [str(text)]} if name == "text_files" else {}
+    assert build(alone | paths, "calibration.corpus").name == name
+    parts = compose_experiment("calibration=mixture", f"calibration/parts@calibration.corpus.parts=[{name}]").calibration.corpus["parts"]
+    assert parts == {name: {"weight": 1, "corpus": alone}}
+    measured = compose_experiment(f"evaluation/corpora=[{name}]").evaluation["corpora"]
+    assert {key for key in alone if measured[name][key] != alone[key]} <= {"split", "num_documents"}
+    if (CONF / "calibration" / f"{name}.yaml").is_file():
+        assert compose_experiment(f"calibration={name}").calibration.corpus == alone
 
 
 @pytest.mark.parametrize("corpus", [path.stem for path in sorted((CONF / "evaluation" / "corpora").glob("*.yaml"))])
@@ -42,7 +57,7 @@ def test_every_evaluation_corpus_builds(corpus: str, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("some text")
     overrides = [f"evaluation.corpora.text_files.paths=[{text}]"] if corpus == "text_files" else []
-    evaluators = build_evaluators(compose_experiment(f"evaluation/corpora=[{corpus}]", *overrides).evaluation, CPU)
+    evaluators = build_measurements(compose_experiment(f"evaluation/corpora=[{corpus}]", *overrides).evaluation)
     assert [evaluator.name for evaluator in evaluators] == [
         f"perplexity/{corpus}",
         "accuracy/pydocs_continuation",
@@ -57,7 +72,7 @@ def test_every_evaluation_corpus_builds(corpus: str, tmp_path: Path) -> None:
 def test_the_papers_evaluation_is_its_corpora_its_tasks_and_its_window() -> None:
     config = compose_experiment("evaluation=paper")
     tasks = ["openbookqa", "arc_easy", "winogrande", "hellaswag", "arc_challenge", "piqa", "mathqa"]
-    names = [evaluator.name for evaluator in build_evaluators(config.evaluation, CPU)]
+    names = [evaluator.name for evaluator in build_measurements(config.evaluation)]
     assert names == ["perplexity/wikitext2", "perplexity/ptb", *(f"accuracy/{task}" for task in tasks), "efficiency"]
     assert config.evaluation["perplexity"]["window"] == 2048
 
@@ -67,6 +82,14 @@ def test_the_papers_calibration_protocol(corpus: str) -> None:
     calibration = compose_experiment(f"calibration={corpus}").calibration
     assert (calibration.num_samples, calibration.sequence_length, calibration.seed) == (128, 2048, 0)
     assert calibration.corpus["split"] == "train"
+
+
+def test_no_corpus_is_calibrated_and_measured_on_the_same_split() -> None:
+    splits = {"pydocs": "heldout", "numpydocs": "heldout", "wikitext2": "test", "ptb": "test", "c4": "validation"}
+    measured = compose_experiment(f"evaluation/corpora=[{','.join(splits)}]").evaluation["corpora"]
+    assert {name: corpus["split"] for name, corpus in measured.items()} == splits
+    for name in splits:
+        assert compose_experiment(f"corpus@calibration.corpus={name}").calibration.corpus["split"] == "train"
 
 
 def test_every_group_has_a_package_folder_and_a_test_folder_of_its_name() -> None:

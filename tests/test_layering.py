@@ -7,6 +7,7 @@ import inspect
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -28,33 +29,36 @@ ALLOWED: dict[str, set[str]] = {
     "words": set(),
     "hub": {"network"},
     "artifacts": {"files", "tensors_file", "types"},
-    "schema": {"errors", "files", "words"},
+    "plugins": {"errors", "words"},
+    "schema": {"errors", "files"},
     "report": {"artifacts", "errors", "files", "words"},
     "tracking": {"errors", "network", "schema", "words"},
     "manifest": {"files", "measure"},
     "store": {"artifacts", "errors", "files", "manifest", "measure"},
+    "text": {"errors", "files", "hub", "plugins", "progress", "types", "words"},
     "score": {"errors", "types"},
     "model": {"errors", "files", "hub", "types", "words"},
-    "calibration": {"errors", "files", "hub", "model", "progress", "schema", "types", "words"},
+    "calibration": {"model", "types"},
     "pruning": {"errors", "model", "progress", "types"},
     "evaluation": {
-        "errors", "files", "hub", "measure", "progress", "schema", "types", "words", "score", "model", "calibration", "pruning",
+        "errors", "files", "hub", "measure", "plugins", "progress", "types", "words", "text", "score", "model", "calibration", "pruning",
     },
-    "steps": {"artifacts", "schema", "store", "calibration", "evaluation"},
+    "steps": {"artifacts", "schema", "store", "text", "evaluation"},
     "step_results": {"artifacts", "steps", "store", "types"},
     "experiment": {
-        "artifacts", "errors", "schema", "steps", "store", "types", "words", "score", "model", "calibration", "pruning", "evaluation",
+        "artifacts", "errors", "measure", "plugins", "schema", "steps", "store", "types", "words", "text", "score", "model", "pruning",
+        "evaluation",
     },
-    "ready": {"artifacts", "experiment", "steps", "types", "model", "calibration", "evaluation"},
+    "ready": {"artifacts", "experiment", "steps", "types", "text"},
     "provider": {"errors", "types", "model", "pruning"},
     "pipeline": {
         "artifacts", "experiment", "progress", "provider", "ready", "report", "schema", "step_results", "steps", "store", "tracking",
-        "types", "model", "calibration", "pruning", "evaluation",
+        "types", "text", "model", "calibration", "pruning", "evaluation",
     },
     "dry_run": {"experiment", "schema", "types", "model", "pruning"},
     "main": {"artifacts", "errors", "overrides", "schema", "words", "pipeline", "dry_run", "report"},
     "sweep": {"artifacts", "errors", "experiment", "files", "report", "schema", "store", "words", "tracking", "model", "dry_run", "main"},
-    "prefetch": {"errors", "experiment", "hub", "schema", "main", "calibration", "evaluation"},
+    "prefetch": {"errors", "experiment", "hub", "schema", "main", "text", "evaluation"},
 }  # fmt: skip
 
 
@@ -99,6 +103,7 @@ def test_score_and_allocation_know_only_types_and_torch() -> None:
         names = imports_of(path)
         assert {name.split(".")[0] for name in names} <= {
             "torch",
+            "annotated_types",
             "heapr",
             "__future__",
             "collections",
@@ -135,7 +140,13 @@ def test_the_schema_is_light_and_only_the_top_knows_hydra() -> None:
     assert not any(name.startswith("torch") for name in imports_of(PACKAGE / "schema.py"))
     for path in FILES:
         if any(name.split(".")[0] in {"hydra", "omegaconf"} for name in imports_of(path)):
-            assert part_of(path) in {"overrides", "schema", "main", "sweep"}, path
+            assert part_of(path) in {"overrides", "plugins", "schema", "main", "sweep"}, path
+
+
+def test_no_two_files_share_a_name() -> None:
+    """A name says what a file is about: whoever searches for it finds one."""
+    names = Counter(path.name for path in FILES if path.name != "__init__.py")
+    assert [name for name, number in names.items() if number > 1] == []
 
 
 def test_slow_libraries_are_imported_where_they_are_needed() -> None:
@@ -145,12 +156,18 @@ def test_slow_libraries_are_imported_where_they_are_needed() -> None:
 
 
 def test_reports_are_made_without_torch() -> None:
-    for path in PACKAGE.glob("report/*.py"):
+    for path in PACKAGE.glob("report/**/*.py"):
         assert not {name.split(".")[0] for name in imports_of(path)} & {"torch", "transformers"}, path
 
 
 def test_what_reads_names_and_json_starts_without_torch() -> None:
-    modules = ("heapr.artifacts", "heapr.report.results", "heapr.report.report", "heapr.sweep.collect", "heapr.sweep.main")
+    modules = (
+        "heapr.artifacts",
+        "heapr.report.sweep.results",
+        "heapr.report.sweep.report",
+        "heapr.sweep.collect",
+        "heapr.sweep.command_line",
+    )
     code = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, check=False).returncode == 0
 

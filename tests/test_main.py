@@ -34,6 +34,7 @@ def assert_refused(result: Completed, message: str) -> None:
         ("pruning.ratio=1.5", "pruning.ratio=1.5 is not in [0, 1)"),
         ("score=haepr", "unknown option 'score/haepr'; did you mean heapr? known options of score: activation, camera, fisher,"),
         ("evaluation/corpora=[wikitex2]", "unknown option 'evaluation/corpora/wikitex2'; did you mean wikitext2?"),
+        ("corpus=c4", "options of 'corpus' are chosen where they are used; write calibration=<name> to calibrate on one"),
         ("model.path=/no/such/folder", "no such folder"),
         ("model.path=someone/some-model", "the hub cannot be reached"),
         ("model=qwen3_30b_a3b dry_run=true", "the hub cannot be reached"),

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from heapr.errors import ConfigError
-from heapr.evaluation.build import build_evaluators
+from heapr.evaluation.build import build_measurements
 from heapr.evaluation.perplexity import Perplexity
 from heapr.experiment import prepare
 from heapr.model.load import ModelSource, find_model
@@ -22,6 +22,7 @@ from heapr.pipeline import Summary
 from heapr.pruning.surgery import mask
 from heapr.types import Plan, Scores, Statistics
 from heapr.words import option_name
+from tests.evaluation.material import of_model
 from tests.evaluation.test_zero_shot import ITEMS, write_task
 from tests.experiment import cached_stages, compose_experiment, run_in, write_model, write_texts
 from tests.tiny import tiny_qwen3_moe
@@ -96,22 +97,21 @@ def test_pruned_perplexity_is_that_of_the_masked_model(experiment: Experiment) -
     path = next(Path(stage["path"]) for stage in summary.stages if stage["stage"] == "prune")
     config = compose_experiment(*experiment.overrides)
     source = find_model(str(experiment.model_folder), dtype="float32")
-    evaluator = next(e for e in build_evaluators(config.evaluation, torch.device("cpu")) if isinstance(e, Perplexity))
-    evaluator.prepare(source.tokenizer)
+    perplexity = next(one for one in build_measurements(config.evaluation) if isinstance(one, Perplexity))
+    perplexity.prepare(source)
     model = source.load(torch.device("cpu"))
-    empty = Statistics(layers={}, num_tokens=0, num_predicted_tokens=0, loss_sum=0.0)
-    assert evaluator(model, empty).metrics["perplexity/text_files"] == pytest.approx(
+    assert perplexity(of_model(model)).metrics["perplexity/text_files"] == pytest.approx(
         summary.metrics["dense"]["perplexity/text_files"], rel=1e-6
     )
     mask(model, Plan.from_tensors(load_file(path / "plan.safetensors")))
-    assert evaluator(model, empty).metrics["perplexity/text_files"] == pytest.approx(
+    assert perplexity(of_model(model)).metrics["perplexity/text_files"] == pytest.approx(
         summary.metrics["pruned"]["perplexity/text_files"], rel=1e-5
     )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_ratio_zero_gives_the_dense_metrics(whole_experiment: Experiment, dtype: str) -> None:
-    """To the last bit: both run the same forward of the experts (heapr.evaluation.evaluator.measure)."""
+    """To the last bit: both run the same forward of the experts (heapr.evaluation.measurement.measure)."""
     summary = whole_experiment("pruning.ratio=0", f"model.dtype={dtype}")
     assert summary.metrics["pruned"] == summary.metrics["dense"]
     assert summary.metrics["size"]["flops_removed_ratio"] == 0
@@ -257,7 +257,8 @@ def test_truth_does_not_depend_on_what_is_pruned(whole_experiment: Experiment) -
 def test_timings_of_another_machine_are_made_again(whole_experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
     whole_experiment()
     elsewhere = {"device": "cpu", "name": "another processor", "threads": 2}
-    monkeypatch.setattr("heapr.evaluation.throughput.machine", lambda device: elsewhere)
+    for module in ("experiment", "evaluation.throughput"):
+        monkeypatch.setattr(f"heapr.{module}.machine", lambda device: elsewhere)
     stages = {stage["what"]: stage for stage in whole_experiment().stages}
     assert {what for what, stage in stages.items() if not stage["cached"]} == {"throughput"}
     assert json.loads((Path(stages["throughput"]["path"]) / "details.json").read_text())["machine"] == elsewhere
@@ -301,7 +302,7 @@ def test_evaluating_on_calibration_text_is_warned_of(
 
 def test_two_user_texts_are_measured_under_their_names(experiment: Experiment) -> None:
     (experiment.folder / "second.txt").write_text("another text, quite another text. " * 20)
-    second = f"{{_target_:heapr.calibration.corpora.TextFiles,paths:[{experiment.folder}/second.txt],split:all,name:second}}"
+    second = f"{{_target_:heapr.text.corpora.TextFiles,paths:[{experiment.folder}/second.txt],split:all,name:second}}"
     metrics = experiment(f"+evaluation.corpora.second={second}").metrics["dense"]
     assert metrics["perplexity/second"] != metrics["perplexity/text_files"]
 
@@ -312,7 +313,7 @@ def test_another_task_or_corpus_recomputes_nothing(experiment: Experiment) -> No
     (experiment.folder / "ptb.txt").write_text(" a sentence of the treebank \n" * 20)
     zero_shot = f"evaluation.zero_shot={{_target_:heapr.evaluation.zero_shot.ZeroShot,include_path:{tasks},tasks:["
     first = experiment(zero_shot + "sums]}")
-    ptb = f"{{_target_:heapr.calibration.corpora_published.PennTreebank,split:test,path:{experiment.folder}/ptb.txt}}"
+    ptb = f"{{_target_:heapr.text.published.PennTreebank,split:test,path:{experiment.folder}/ptb.txt}}"
     second = experiment(zero_shot + "sums,more]}", f"+evaluation.corpora.ptb={ptb}")
     made = [stage["what"] for stage in second.stages if not stage["cached"]]
     new = [f"{name} {variant}" for variant in ("dense", "pruned") for name in ("perplexity/ptb", "accuracy/more")]
@@ -322,7 +323,7 @@ def test_another_task_or_corpus_recomputes_nothing(experiment: Experiment) -> No
     assert accuracy["accuracy/average"] == pytest.approx((accuracy["accuracy/sums"] + accuracy["accuracy/more"]) / 2)
 
 
-ZERO_SHOT, PUBLISHED = "_target_:heapr.evaluation.zero_shot.ZeroShot", "_target_:heapr.calibration.corpora_published"
+ZERO_SHOT, PUBLISHED = "_target_:heapr.evaluation.zero_shot.ZeroShot", "_target_:heapr.text.published"
 BAD_INPUT = [
     (["pruning.ratio=1"], r"pruning.ratio=1.0 is not in \[0, 1\)"),
     (["pruning.ratio=-0.1"], r"not in \[0, 1\)"),
@@ -374,7 +375,7 @@ BAD_INPUT = [
     (["evaluation.perplexity=3"], "evaluation.perplexity has no _target_"),
     (["+evaluation.perplexty.window=16"], "evaluation.perplexty has no _target_.* misspelt key"),
     (["calibration.corpus.paths={folder}/train.txt"], "calibration.corpus.paths=.* has the wrong type"),
-    (["+evaluation.x={{_target_:heapr.calibration.corpora.PyDocs,split:all}}"], "is neither an evaluator nor a comparison"),
+    (["+evaluation.x={{_target_:heapr.text.corpora.PyDocs,split:all}}"], "is no measurement"),
     (["+evaluation.x={{_target_:heapr.evaluation.perplexity.Perplexity,window:16,batch_size:4}}"], "measures 'perplexity/text_files' 2"),
     ([f"evaluation.zero_shot={{{{{ZERO_SHOT},tasks:[piqa]}}}}"], "data of zero-shot task 'piqa' are not here"),
     ([f"evaluation.zero_shot={{{{{ZERO_SHOT},tasks:[]}}}}"], "evaluation.zero_shot.tasks=.* is not a list of"),

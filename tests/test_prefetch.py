@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from heapr import hub, prefetch
-from heapr.calibration.corpora_published import WikiText2
 from heapr.errors import ConfigError
 from heapr.prefetch import fetch_all, main
+from heapr.text.published import WikiText2
 from tests.evaluation.test_zero_shot import write_task
 from tests.experiment import compose_experiment
 

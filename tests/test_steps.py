@@ -62,3 +62,38 @@ def test_a_part_is_determined_as_its_artifact_is(settings: list[str]) -> None:
     assert prune.origin == repair.origin == checkpoint.origin
     assert repair.needs["plan"] is checkpoint.needs["plan"] is prune and checkpoint.needs["pruning"] is repair
     assert "pruning" not in repair.needs
+
+
+def test_a_measurement_depends_on_what_it_needs_and_on_nothing_else(settings: list[str]) -> None:
+    cost = (
+        "+evaluation.calibration_cost={_target_:heapr.evaluation.calibration_cost.CalibrationCost,num_sequences:2,batch_size:1,repeats:1}"
+    )
+    steps = steps_of(*settings, "recipe=best", cost)
+    found = {step.what: step for step in steps if step.kind == "evaluate"}
+    assert {what: set(step.needs) for what, step in found.items()} == {
+        "perplexity/text_files dense": set(),
+        "perplexity/text_files pruned": {"pruning"},
+        "efficiency dense": {"statistics"},
+        "efficiency pruned": {"statistics", "pruning"},
+        "truth": {"statistics", "tokens", "scores"},
+        "calibration_cost": {"tokens"},
+        "routing": {"statistics", "plan"},
+        "fidelity/text_files": {"pruning"},
+        "throughput": {"tokens", "pruning"},
+    }
+    for step in found.values():
+        assert step.origin.upstream == {earlier.origin.stage: earlier.origin.key for earlier in step.needs.values()}
+    of_dense = {what for what, step in found.items() if "model" in step.origin.config}
+    assert of_dense == {"perplexity/text_files dense", "efficiency dense", "truth", "calibration_cost"}
+    timed = {what for what, step in found.items() if "machine" in step.origin.config}
+    assert timed == {"calibration_cost", "throughput"}
+    assert found["routing"].needs["plan"].kind == "prune" and found["throughput"].needs["pruning"].kind == "repair"
+
+
+def test_timings_are_of_the_threads_that_the_run_will_have(settings: list[str]) -> None:
+    keys = set()
+    for threads in (1, 2):
+        steps = {step.what: step for step in steps_of(*settings, f"runtime.num_threads={threads}")}
+        assert steps["throughput"].origin.config["machine"]["threads"] == threads
+        keys.add(steps["throughput"].origin.key)
+    assert len(keys) == 2

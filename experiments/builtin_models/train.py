@@ -28,10 +28,10 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
-from heapr.calibration.corpora import PyDocs
-from heapr.calibration.tokenizing import DOCUMENT_SEPARATOR
 from heapr.model.deepseek_moe import DeepseekForCausalLM, DeepseekMoeConfig
 from heapr.model.moe import find_moe_layers
+from heapr.text.corpora import PyDocs
+from heapr.text.tokenizing import DOCUMENT_SEPARATOR
 
 VOCABULARY_SIZE = 2048  # 1.6 MB of text teach no larger one well, and the experts stay most of the model
 END_OF_TEXT = "<|endoftext|>"

@@ -7,25 +7,27 @@ machine, which is part of the artifact's identity.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from heapr.calibration.collector import collect
-from heapr.evaluation.evaluator import Material
+from heapr.evaluation.measurement import Material, Need
 from heapr.evaluation.two_stage import two_stage_scores
 from heapr.measure import WorkingMemory, machine, wait_for
 from heapr.model.load import ModelSource
 from heapr.model.moe import MoEModel
 from heapr.progress import progress
-from heapr.schema import at_least
 from heapr.score.gradient import Heapr
 from heapr.types import Evaluation, LayerStatistics, Metrics, Scores
 
 MATRIX_ELEMENT_BYTES = 4  # float32
+
+Procedure = Callable[[], dict[int, Tensor]]  # gives scores by decoder layer index
 
 
 class CalibrationCost:
@@ -41,66 +43,75 @@ class CalibrationCost:
         num_sequences: calibration sequences, the first of them, at least 1.
         batch_size: sequences per pass, at least 1.
         repeats: turns, at least 1.
-        device: where the model is.
-
-    Raises:
-        ConfigError: a number is out of range.
     """
 
     name = "calibration_cost"
-    upstream = "score"
+    needs = frozenset({Need.DENSE, Need.TOKENS, Need.MACHINE})
 
-    def __init__(self, *, num_sequences: int, batch_size: int, repeats: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        *,
+        num_sequences: Annotated[int, Ge(1)],
+        batch_size: Annotated[int, Ge(1)],
+        repeats: Annotated[int, Ge(1)],
+    ) -> None:
         self.sizes = {"num_sequences": num_sequences, "batch_size": batch_size, "repeats": repeats}
-        for name, size in self.sizes.items():
-            at_least(f"evaluation.calibration_cost.{name}", size, 1)
-        self.num_sequences, self.batch_size, self.repeats, self.device = num_sequences, batch_size, repeats, device
+        self.num_sequences, self.batch_size, self.repeats = num_sequences, batch_size, repeats
 
     def identity(self) -> dict[str, Any]:
-        return {"evaluator": self.name, **self.sizes, "machine": machine(self.device)}
+        return {"evaluator": self.name, **self.sizes}
 
     def prepare(self, source: ModelSource) -> None:
         """Nothing can go wrong."""
 
     def __call__(self, material: Material) -> Evaluation:
-        model = material.dense()
-        batches = list(material.tokens().ids_NW[: self.num_sequences].to(model.device).split(self.batch_size))
-        procedures = {"heapr": partial(_one_stage, model, batches), "two_stage": partial(two_stage_scores, model, batches)}
-        weights = sum(parameter.numel() * parameter.element_size() for parameter in model.model.parameters())
+        model = material.model()
+        ids_NW = material.tokens().ids_NW[: self.num_sequences].to(model.device)
+        batches = list(ids_NW.split(self.batch_size))
+        procedures: dict[str, Procedure] = {
+            "heapr": partial(_one_stage, model, batches),
+            "two_stage": partial(two_stage_scores, model, batches),
+        }
         metrics: Metrics = {f"calibration_state_bytes/{name}": size for name, size in _state_bytes(model).items()}
-        measured = {name: self._scores_and_peak(procedure) for name, procedure in procedures.items()}  # warms up, too
-        found = {name: result for name, result in measured.items() if result is not None}
-        metrics |= {f"calibration_peak_memory_bytes/{name}": weights + peak for name, (_, peak) in found.items()}
-        left: dict[str, Callable[[], object]] = {name: procedures[name] for name in found}
-        seconds = self._seconds(left)
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in model.model.parameters())
+        found: dict[str, dict[int, Tensor]] = {}
+        for name, procedure in procedures.items():  # warms up, too
+            measured = _scores_and_peak(procedure, model.device)
+            if measured is not None:
+                found[name], peak = measured
+                metrics[f"calibration_peak_memory_bytes/{name}"] = weights + peak
+        seconds = self._seconds({name: procedures[name] for name in found}, model.device)
         metrics |= {f"calibration_seconds/{name}": float(turns.median()) for name, turns in seconds.items()}
         if len(found) == len(procedures):
             metrics["calibration_speedup"] = float((seconds["two_stage"] / seconds["heapr"]).median())
-            metrics["calibration_score_difference"] = _difference(found["heapr"][0], found["two_stage"][0])
-        details = {**self.identity(), "out_of_memory": [name for name in procedures if name not in found]}
-        return Evaluation(metrics, {**details, "seconds": {name: turns.tolist() for name, turns in seconds.items()}})
+            metrics["calibration_score_difference"] = _difference(found["heapr"], found["two_stage"])
+        out_of_memory = [name for name in procedures if name not in found]
+        turns_of = {name: turns.tolist() for name, turns in seconds.items()}
+        of_machine = {"machine": machine(model.device), "out_of_memory": out_of_memory, "seconds": turns_of}
+        return Evaluation(metrics, self.identity() | of_machine)
 
-    def _scores_and_peak(self, procedure: Callable[[], dict[int, Tensor]]) -> tuple[dict[int, Tensor], int] | None:
-        """Scores on the CPU, and the bytes at the peak beside the weights; none if memory does not suffice."""
-        try:
-            with WorkingMemory(self.device) as memory:
-                scores = procedure()
-                peak = memory.take_peak()
-        except torch.OutOfMemoryError:
-            return None
-        return {index: scores_EF.cpu() for index, scores_EF in scores.items()}, peak
-
-    def _seconds(self, procedures: dict[str, Callable[[], object]]) -> dict[str, Tensor]:
+    def _seconds(self, procedures: Mapping[str, Procedure], device: torch.device) -> dict[str, Tensor]:
         """Of every turn; even turns go forwards, odd ones backwards, so that the machine's moods meet both alike."""
         seconds: dict[str, list[float]] = {name: [] for name in procedures}
         for turn in progress(range(self.repeats), total=self.repeats, description=self.name, unit="turn"):
             for name in list(procedures)[:: 1 if turn % 2 == 0 else -1]:
-                wait_for(self.device)
+                wait_for(device)
                 started = time.perf_counter()
                 procedures[name]()
-                wait_for(self.device)
+                wait_for(device)
                 seconds[name].append(time.perf_counter() - started)
         return {name: torch.tensor(turns, dtype=torch.float64) for name, turns in seconds.items()}
+
+
+def _scores_and_peak(procedure: Procedure, device: torch.device) -> tuple[dict[int, Tensor], int] | None:
+    """Scores on the CPU, and the bytes at the peak beside the weights; None if memory does not suffice."""
+    try:
+        with WorkingMemory(device) as memory:
+            scores = procedure()
+            peak = memory.take_peak()
+    except torch.OutOfMemoryError:
+        return None
+    return {index: scores_EF.cpu() for index, scores_EF in scores.items()}, peak
 
 
 def _one_stage(model: MoEModel, batches: Sequence[Tensor]) -> dict[int, Tensor]:
@@ -116,7 +127,13 @@ def _state_bytes(model: MoEModel) -> dict[str, int]:
     return {"heapr": sum(layer.num_bytes for layer in statistics), "two_stage": matrices}
 
 
-def _difference(ours: dict[int, Tensor], theirs: dict[int, Tensor]) -> float:
+def _difference(ours: Mapping[int, Tensor], theirs: Mapping[int, Tensor]) -> float:
     """Largest relative difference over atomic experts whose expert was reached by a token."""
-    pairs = [(ours[index][theirs[index] > 0].double(), theirs[index][theirs[index] > 0].double()) for index in theirs]
-    return max((float(((one - two).abs() / two).max()) for one, two in pairs if len(one)), default=0.0)
+    largest = 0.0
+    for index, theirs_EF in theirs.items():
+        is_reached = theirs_EF > 0
+        if is_reached.any():
+            two = theirs_EF[is_reached].double()
+            one = ours[index][is_reached].double()
+            largest = max(largest, float(((one - two).abs() / two).max()))
+    return largest

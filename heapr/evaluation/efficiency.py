@@ -5,17 +5,18 @@ In: a dense or pruned model, and the dense model's routing frequencies. Out: cou
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PreTrainedTokenizerBase
 
+from heapr.evaluation.measurement import Material, Need
+from heapr.model.costs import eager_attention
 from heapr.model.experts.dispatch import skip_experts
 from heapr.model.experts.layout import layout_of, matrices_of
-from heapr.model.meta import eager_attention
+from heapr.model.load import ModelSource
 from heapr.model.moe import MoELayer, MoEModel
-from heapr.schema import at_least
 from heapr.types import Evaluation, Metrics, Statistics
 
 FLOPS_PER_MULTIPLY_ADD = 2
@@ -50,43 +51,44 @@ class Efficiency:
 
     Args:
         window: tokens of the window on which attention is counted, at least 2.
-
-    Raises:
-        ConfigError: the window is too short.
     """
 
     name = "efficiency"
-    uses_statistics = True
+    needs = frozenset({Need.MODEL, Need.STATISTICS})
 
-    def __init__(self, window: int) -> None:
-        at_least("evaluation.efficiency.window", window, 2)
+    def __init__(self, window: Annotated[int, Ge(2)]) -> None:
         self.window = window
 
     def identity(self) -> dict[str, Any]:
         return {"evaluator": self.name, "window": self.window}
 
-    def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def prepare(self, source: ModelSource) -> None:
         """Nothing can go wrong."""
 
-    def __call__(self, model: MoEModel, statistics: Statistics) -> Evaluation:
+    def __call__(self, material: Material) -> Evaluation:
+        model = material.model()
         parameters = list(model.model.parameters())
         num_parameters = sum(parameter.numel() for parameter in parameters)
-        num_routed = sum(parameter.numel() for layer in model.layers for parameter in layer.experts.parameters())
-        visited = visited_parameters_per_token(model, statistics)
-        zeros = {layer: zero_atomic_experts(layer) for layer in model.layers}
+        num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+        num_routed = num_zero = num_atomic_experts = 0
+        for layer in model.layers:
+            zeros = zero_atomic_experts(layer)
+            num_routed += sum(parameter.numel() for parameter in layer.experts.parameters())
+            num_zero += zeros * layer.atomic_expert_parameters
+            num_atomic_experts += sum(layer.widths) - zeros
+        visited = visited_parameters_per_token(model, material.statistics())
         flops_routed = FLOPS_PER_MULTIPLY_ADD * visited
-        return Evaluation(
-            {
-                "parameters": num_parameters,
-                "parameters_routed": num_routed,
-                "parameters_active_per_token": num_parameters - num_routed + visited,
-                "parameters_zero": sum(number * layer.atomic_expert_parameters for layer, number in zeros.items()),
-                "atomic_experts": sum(sum(layer.widths) - number for layer, number in zeros.items()),
-                "bytes": sum(parameter.numel() * parameter.element_size() for parameter in parameters),
-                "flops_per_token": other_flops(model, self.window) / self.window + flops_routed,
-                "flops_per_token_routed": flops_routed,
-            }
-        )
+        metrics: Metrics = {
+            "parameters": num_parameters,
+            "parameters_routed": num_routed,
+            "parameters_active_per_token": num_parameters - num_routed + visited,
+            "parameters_zero": num_zero,
+            "atomic_experts": num_atomic_experts,
+            "bytes": num_bytes,
+            "flops_per_token": other_flops(model, self.window) / self.window + flops_routed,
+            "flops_per_token_routed": flops_routed,
+        }
+        return Evaluation(metrics)
 
 
 def visited_parameters_per_token(model: MoEModel, statistics: Statistics) -> float:

@@ -8,19 +8,19 @@ Shape letters: N sequences, W window, T tokens, D model width, V vocabulary.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
-from heapr.calibration.corpora import Corpus
-from heapr.calibration.sampling import batches, windows
-from heapr.evaluation.evaluator import Material
+from heapr.evaluation.measurement import Material, Need
 from heapr.model.experts.dispatch import use_comparable_experts
 from heapr.model.load import ModelSource
 from heapr.model.moe import MoEModel
 from heapr.progress import progress
-from heapr.schema import at_least
+from heapr.text.corpora import Corpus
+from heapr.text.windows import batches, windows
 from heapr.types import Evaluation, TokenWindows
 
 
@@ -38,17 +38,13 @@ class Fidelity:
         window: tokens of a window, at least 2.
         batch_size: windows per forward pass, at least 1; changes the result by rounding alone.
         max_windows: compare on so many windows, at least 1, evenly spread over the corpus; none compares on all.
-
-    Raises:
-        ConfigError: a number is out of range.
     """
 
-    upstream = "prune"
+    needs = frozenset({Need.DENSE_AND_PRUNED, Need.CORPUS})
 
-    def __init__(self, corpus: Corpus, window: int, batch_size: int, max_windows: int | None) -> None:
-        at_least("evaluation.fidelity.window", window, 2)
-        at_least("evaluation.fidelity.batch_size", batch_size, 1)
-        at_least("evaluation.fidelity.max_windows", 1 if max_windows is None else max_windows, 1)
+    def __init__(
+        self, corpus: Corpus, window: Annotated[int, Ge(2)], batch_size: Annotated[int, Ge(1)], max_windows: Annotated[int, Ge(1)] | None
+    ) -> None:
         self.corpus, self.window, self.batch_size, self.max_windows = corpus, window, batch_size, max_windows
         self.name = f"fidelity/{corpus.name}"
         self._windows: TokenWindows | None = None

@@ -12,19 +12,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from statistics import stdev
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from heapr.calibration.corpora import Corpus
-from heapr.calibration.sampling import batches, special_tokens, windows
-from heapr.calibration.tokenizing import DOCUMENT_SEPARATOR
+from heapr.evaluation.measurement import Material, Need
+from heapr.model.load import ModelSource
 from heapr.model.moe import MoEModel, next_token_loss
 from heapr.progress import progress
-from heapr.schema import at_least
-from heapr.types import Evaluation, Metrics, ProtocolRecord, Statistics, TokenWindows
+from heapr.text.corpora import Corpus
+from heapr.text.tokenizing import DOCUMENT_SEPARATOR
+from heapr.text.windows import batches, special_tokens, windows
+from heapr.types import Evaluation, Metrics, ProtocolRecord, TokenWindows
 
 MAX_MEAN_LOSS = 700.0  # exp() of more is not a number; a model that bad has no perplexity to speak of
 WINDOW_LOSSES = "window_losses"  # in the details of the evaluation
@@ -40,16 +41,11 @@ class Perplexity:
         corpus: the text.
         window: tokens of a window, at least 2.
         batch_size: windows per forward pass, at least 1; changes the result by rounding alone.
-
-    Raises:
-        ConfigError: a number is out of range.
     """
 
-    uses_statistics = False
+    needs = frozenset({Need.MODEL, Need.CORPUS})
 
-    def __init__(self, corpus: Corpus, window: int, batch_size: int) -> None:
-        at_least("evaluation.perplexity.window", window, 2)
-        at_least("evaluation.perplexity.batch_size", batch_size, 1)
+    def __init__(self, corpus: Corpus, window: Annotated[int, Ge(2)], batch_size: Annotated[int, Ge(1)]) -> None:
         self.corpus, self.window, self.batch_size = corpus, window, batch_size
         self.name = f"perplexity/{corpus.name}"
         self._windows: TokenWindows | None = None
@@ -58,13 +54,14 @@ class Perplexity:
     def identity(self) -> dict[str, Any]:
         return {"evaluator": "perplexity", "name": self.name, "corpus": self.corpus.identity(), "window": self.window}
 
-    def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._windows = windows(self.corpus, tokenizer, length=self.window)
-        self._special_tokens = special_tokens(tokenizer)
+    def prepare(self, source: ModelSource) -> None:
+        self._windows = windows(self.corpus, source.tokenizer, length=self.window)
+        self._special_tokens = special_tokens(source.tokenizer)
 
     @torch.no_grad()
-    def __call__(self, model: MoEModel, statistics: Statistics) -> Evaluation:
+    def __call__(self, material: Material) -> Evaluation:
         assert self._windows is not None, "prepare() comes first"
+        model = material.model()
         num_batches = math.ceil(len(self._windows.ids_NW) / self.batch_size)
         losses: list[float] = []
         bar = progress(batches(self._windows, self.batch_size), total=num_batches, description=self.name)

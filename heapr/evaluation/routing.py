@@ -7,13 +7,14 @@ Shape letters: E experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from heapr.evaluation.correlation import spearman
-from heapr.evaluation.evaluator import Material
+from heapr.evaluation.measurement import Material, Need
 from heapr.model.load import ModelSource
 from heapr.types import Evaluation, Plan, Statistics
 
@@ -27,7 +28,7 @@ class Routing:
     """
 
     name = "routing"
-    upstream = "prune"
+    needs = frozenset({Need.PLAN, Need.STATISTICS})
 
     def identity(self) -> dict[str, Any]:
         return {"evaluator": self.name}
@@ -36,20 +37,23 @@ class Routing:
         """Nothing can go wrong."""
 
     def __call__(self, material: Material) -> Evaluation:
-        assert material.plan is not None
-        layers = [layer_routing(index, material.plan, width_E, material.statistics) for index, width_E in material.widths.items()]
-        widths = torch.tensor([width for layer in layers for width in layer["widths"]])
-        kept = torch.tensor([ratio for layer in layers for ratio in layer["kept_ratio"]], dtype=torch.float64)
-        frequency = torch.tensor([share for layer in layers for share in layer["routing_frequency"]], dtype=torch.float64)
+        plan, statistics = material.plan(), material.statistics()
+        layers = [layer_routing(index, plan, width_E, statistics) for index, width_E in material.widths.items()]
+        kept_ratios = [layer["layer_kept_ratio"] for layer in layers]
         metrics = {
-            "routing/empty_experts": int((widths == 0).sum()),
-            "routing/kept_ratio_lowest": min(layer["layer_kept_ratio"] for layer in layers),
-            "routing/kept_ratio_highest": max(layer["layer_kept_ratio"] for layer in layers),
+            "routing/empty_experts": int((_of_all_experts("widths", layers) == 0).sum()),
+            "routing/kept_ratio_lowest": min(kept_ratios),
+            "routing/kept_ratio_highest": max(kept_ratios),
         }
-        correlation = spearman(frequency, kept)
+        correlation = spearman(_of_all_experts("routing_frequency", layers), _of_all_experts("kept_ratio", layers))
         if correlation is not None:
             metrics["routing/spearman"] = correlation
         return Evaluation(metrics, details={"layers": layers})
+
+
+def _of_all_experts(name: str, layers: Sequence[Mapping[str, Any]]) -> Tensor:
+    """One of `layer_routing`'s lists, float64, over all layers."""
+    return torch.tensor([value for layer in layers for value in layer[name]], dtype=torch.float64)
 
 
 def layer_routing(index: int, plan: Plan, width_E: Sequence[int], statistics: Statistics) -> dict[str, Any]:

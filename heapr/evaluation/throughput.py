@@ -13,19 +13,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from heapr.errors import ConfigError
-from heapr.evaluation.evaluator import Material
+from heapr.evaluation.measurement import Material, Need
 from heapr.measure import WorkingMemory, machine, wait_for
 from heapr.model.experts.dispatch import use_heapr_experts
 from heapr.model.load import ModelSource
 from heapr.model.moe import MoEModel
 from heapr.progress import progress
-from heapr.schema import at_least
 from heapr.types import Evaluation, Metrics
 
 PHASES = ("prefill", "decode")
@@ -60,24 +60,24 @@ class Throughput:
         new_tokens: steps of decode, at least 1.
         batch_size: sequences, at least 1.
         repeats: turns, at least 1.
-        device: where the models are.
-
-    Raises:
-        ConfigError: a number is out of range.
     """
 
     name = "throughput"
-    upstream = "prune"
+    needs = frozenset({Need.DENSE_AND_PRUNED, Need.TOKENS, Need.MACHINE})
 
-    def __init__(self, *, prompt_length: int, new_tokens: int, batch_size: int, repeats: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        *,
+        prompt_length: Annotated[int, Ge(1)],
+        new_tokens: Annotated[int, Ge(1)],
+        batch_size: Annotated[int, Ge(1)],
+        repeats: Annotated[int, Ge(1)],
+    ) -> None:
         self.sizes = {"prompt_length": prompt_length, "new_tokens": new_tokens, "batch_size": batch_size, "repeats": repeats}
-        for name, size in self.sizes.items():
-            at_least(f"evaluation.throughput.{name}", size, 1)
         self.length, self.new_tokens, self.batch_size, self.repeats = prompt_length + new_tokens, new_tokens, batch_size, repeats
-        self.device = device
 
     def identity(self) -> dict[str, Any]:
-        return {"evaluator": self.name, **self.sizes, "machine": machine(self.device)}
+        return {"evaluator": self.name, **self.sizes}
 
     def prepare(self, source: ModelSource) -> None:
         limit = source.max_sequence_length
@@ -91,25 +91,27 @@ class Throughput:
     def __call__(self, material: Material) -> Evaluation:
         dense, pruned = material.dense_and_pruned()
         ids_NW = self._text(material).to(dense.device)
-        contestants = [
-            Contestant("dense_default", dense, nullcontext),
-            Contestant("dense", dense, partial(use_heapr_experts, dense.model)),
-            Contestant("pruned", pruned, partial(use_heapr_experts, pruned.model)),
-        ]
-        if not pruned.is_ragged:
-            contestants.append(Contestant("pruned_default", pruned, nullcontext))
+        contestants = _contestants(dense, pruned)
         peaks = {contestant.name: self._peaks(contestant, ids_NW) for contestant in contestants}  # warms up, too
-        turns = [self._turn(contestants if turn % 2 == 0 else contestants[::-1], ids_NW) for turn in self._turns()]
-        seconds = {name: {phase: [turn[name][phase] for turn in turns] for phase in PHASES} for name in peaks}
+        seconds = self._turns(contestants, ids_NW)
+        num_tokens = {"prefill": self.batch_size * (self.length - self.new_tokens), "decode": self.batch_size}
         metrics: Metrics = {}
-        for phase, num_tokens in (("prefill", self.batch_size * (self.length - self.new_tokens)), ("decode", self.batch_size)):
+        for phase in PHASES:
             of_phase = {name: torch.tensor(phases[phase], dtype=torch.float64) for name, phases in seconds.items()}
-            metrics |= _timings(phase, num_tokens, of_phase)
+            metrics |= _timings(phase, num_tokens[phase], of_phase)
             metrics |= {f"{phase}_peak_memory_bytes/{name}": peak[phase] for name, peak in peaks.items()}
-        return Evaluation(metrics, {**self.identity(), **_protocol(contestants), "seconds": seconds})
+        details = {**self.identity(), "machine": machine(dense.device), **_protocol(contestants), "seconds": seconds}
+        return Evaluation(metrics, details)
 
-    def _turns(self) -> Iterator[int]:
-        return progress(range(self.repeats), total=self.repeats, description=self.name, unit="turn")
+    def _turns(self, contestants: Sequence[Contestant], ids_NW: Tensor) -> dict[str, dict[str, list[float]]]:
+        """Seconds of each contestant's phases, of every turn: of the batch's prefill, and of one step of decode."""
+        seconds: dict[str, dict[str, list[float]]] = {contestant.name: {phase: [] for phase in PHASES} for contestant in contestants}
+        for turn in progress(range(self.repeats), total=self.repeats, description=self.name, unit="turn"):
+            for contestant in contestants if turn % 2 == 0 else contestants[::-1]:
+                prefill, decode = self._seconds(contestant, ids_NW)
+                seconds[contestant.name]["prefill"].append(prefill)
+                seconds[contestant.name]["decode"].append(decode)
+        return seconds
 
     def _text(self, material: Material) -> Tensor:
         """(N, W) calibration tokens, from the start again where they do not suffice."""
@@ -117,23 +119,20 @@ class Throughput:
         needed = self.batch_size * self.length
         return tokens_T.repeat(math.ceil(needed / len(tokens_T)))[:needed].view(self.batch_size, self.length)
 
-    def _turn(self, contestants: Sequence[Contestant], ids_NW: Tensor) -> dict[str, dict[str, float]]:
-        """Seconds of each contestant's prefill and step of decode."""
-        return {contestant.name: self._seconds(contestant, ids_NW) for contestant in contestants}
-
-    def _seconds(self, contestant: Contestant, ids_NW: Tensor) -> dict[str, float]:
+    def _seconds(self, contestant: Contestant, ids_NW: Tensor) -> tuple[float, float]:
+        """Of the prefill, and of one step of decode."""
         with contestant.forward():
-            wait_for(self.device)
+            wait_for(ids_NW.device)
             times = [time.perf_counter()]
             for _ in self._run(contestant.model, ids_NW):
-                wait_for(self.device)
+                wait_for(ids_NW.device)
                 times.append(time.perf_counter())
-        return {"prefill": times[1] - times[0], "decode": (times[2] - times[1]) / self.new_tokens}
+        return times[1] - times[0], (times[2] - times[1]) / self.new_tokens
 
     def _peaks(self, contestant: Contestant, ids_NW: Tensor) -> dict[str, int]:
         """Peak bytes of each phase: the model's own weights and what is allocated while it works."""
         weights = sum(parameter.numel() * parameter.element_size() for parameter in contestant.model.model.parameters())
-        with contestant.forward(), WorkingMemory(self.device) as memory:
+        with contestant.forward(), WorkingMemory(ids_NW.device) as memory:
             peaks = [weights + memory.take_peak() for _ in self._run(contestant.model, ids_NW)]
         return dict(zip(PHASES, peaks, strict=True))
 
@@ -145,6 +144,17 @@ class Throughput:
         for token_N1 in new_NW.split(1, dim=1):
             cache = _read(model, token_N1, cache)
         yield
+
+
+def _contestants(dense: MoEModel, pruned: MoEModel) -> list[Contestant]:
+    contestants = [
+        Contestant("dense_default", dense, nullcontext),
+        Contestant("dense", dense, partial(use_heapr_experts, dense.model)),
+        Contestant("pruned", pruned, partial(use_heapr_experts, pruned.model)),
+    ]
+    if not pruned.is_ragged:
+        contestants.append(Contestant("pruned_default", pruned, nullcontext))
+    return contestants
 
 
 def _protocol(contestants: Sequence[Contestant]) -> dict[str, Any]:

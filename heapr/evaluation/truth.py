@@ -7,24 +7,24 @@ groups; both for every group in `details.json`. Nothing of the plan matters, so 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
-from heapr.calibration.sampling import batches
 from heapr.errors import ConfigError
 from heapr.evaluation.correlation import pearson, spearman
-from heapr.evaluation.evaluator import Material
+from heapr.evaluation.measurement import Material, Need
 from heapr.model.experts.dispatch import use_comparable_experts
 from heapr.model.load import ModelSource
 from heapr.model.moe import MoEModel, next_token_loss
 from heapr.progress import progress
 from heapr.pruning.masking import masked
-from heapr.schema import at_least
 from heapr.score.criterion import predicted_increase
+from heapr.text.windows import batches
 from heapr.types import Evaluation, Metrics, Scores, TokenWindows
 
 
@@ -62,20 +62,20 @@ class Truth:
         max_sequences: calibration sequences to measure on, the first of them, at least 1; none measures on all.
         seed: of the samples, at least 0.
         batch_size: sequences per forward pass, at least 1; changes the result by rounding alone.
-
-    Raises:
-        ConfigError: a number is out of range.
     """
 
     name = "truth"
-    upstream = "score"
+    needs = frozenset({Need.DENSE, Need.SCORES, Need.STATISTICS, Need.TOKENS})
 
-    def __init__(self, *, num_groups: int, sample_size: int | None, max_sequences: int | None, seed: int, batch_size: int) -> None:
-        at_least("evaluation.truth.num_groups", num_groups, 2)
-        at_least("evaluation.truth.sample_size", 1 if sample_size is None else sample_size, 1)
-        at_least("evaluation.truth.max_sequences", 1 if max_sequences is None else max_sequences, 1)
-        at_least("evaluation.truth.seed", seed, 0)
-        at_least("evaluation.truth.batch_size", batch_size, 1)
+    def __init__(
+        self,
+        *,
+        num_groups: Annotated[int, Ge(2)],
+        sample_size: Annotated[int, Ge(1)] | None,
+        max_sequences: Annotated[int, Ge(1)] | None,
+        seed: Annotated[int, Ge(0)],
+        batch_size: Annotated[int, Ge(1)],
+    ) -> None:
         self.num_groups, self.sample_size, self.max_sequences = num_groups, sample_size, max_sequences
         self.seed, self.batch_size = seed, batch_size
 
@@ -93,35 +93,35 @@ class Truth:
 
     @torch.no_grad()
     def __call__(self, material: Material) -> Evaluation:
-        model, tokens = material.dense(), self._tokens(material)
-        groups = self._groups(material)
-        score = _flat(material.scores.layers)
-        predicted_layers = predicted_increase(material.scores, material.unit, material.statistics)
+        model, scores = material.model(), material.scores()
+        tokens = TokenWindows(ids_NW=material.tokens().ids_NW[: self.max_sequences])
+        groups = self._groups(scores, material.widths)
+        score = _flat(scores.layers)
+        predicted_layers = predicted_increase(scores, material.unit, material.statistics())
         predicted = None if predicted_layers is None else _flat(predicted_layers)
         loss = self._mean_loss(model, tokens)
         rows = []
         for group in progress(groups, total=len(groups), description=self.name, unit="group"):
-            with masked(model, _removed_of_layers(group.removed, material.scores)):
+            with masked(model, _removed_of_layers(group.removed, scores)):
                 increase = self._mean_loss(model, tokens) - loss
-            row = {
+            row: dict[str, float] = {
                 "atomic_experts": group.size,
                 "removed": len(group.removed),
                 "score_sum": float(score[group.removed].sum()),
                 "measured_increase": increase,
             }
-            rows.append(row if predicted is None else {**row, "predicted_increase": float(predicted[group.removed].sum())})
+            if predicted is not None:
+                row["predicted_increase"] = float(predicted[group.removed].sum())
+            rows.append(row)
         metrics = {"truth/loss": loss, "truth/num_tokens": tokens.ids_NW.numel(), **_correlations(rows)}
         return Evaluation(metrics, details={"unit": material.unit.value, "groups": rows})
 
-    def _groups(self, material: Material) -> list[Group]:
-        exists = {
-            index: torch.arange(scores_EF.shape[1]) < torch.tensor(material.widths[index]).unsqueeze(1)
-            for index, scores_EF in material.scores.layers.items()
-        }
-        return quantile_groups(material.scores, exists, num_groups=self.num_groups, sample_size=self.sample_size, seed=self.seed)
-
-    def _tokens(self, material: Material) -> TokenWindows:
-        return TokenWindows(ids_NW=material.tokens().ids_NW[: self.max_sequences])
+    def _groups(self, scores: Scores, widths: Mapping[int, Sequence[int]]) -> list[Group]:
+        exists = {}
+        for index, scores_EF in scores.layers.items():
+            width_E1 = torch.tensor(widths[index]).unsqueeze(1)
+            exists[index] = torch.arange(scores_EF.shape[1]) < width_E1
+        return quantile_groups(scores, exists, num_groups=self.num_groups, sample_size=self.sample_size, seed=self.seed)
 
     def _mean_loss(self, model: MoEModel, tokens: TokenWindows) -> float:
         """Nats per predicted token.
@@ -133,7 +133,8 @@ class Truth:
         with use_comparable_experts(model.model):
             for ids_NW in batches(tokens, self.batch_size):
                 on_device = ids_NW.to(model.device)
-                total += next_token_loss(model, model.hidden_states(input_ids=on_device), on_device).double().sum().item()
+                loss_NW = next_token_loss(model, model.hidden_states(input_ids=on_device), on_device)
+                total += loss_NW.double().sum().item()
         if not math.isfinite(total):
             raise FloatingPointError(f"{self.name}: the loss is NaN or infinite; use a wider model.dtype")
         return total / tokens.num_predicted_tokens
@@ -152,8 +153,11 @@ def quantile_groups(scores: Scores, exists: Mapping[int, Tensor], *, num_groups:
     order = order[_flat(exists)[order] > 0]
     groups = []
     for members in order.tensor_split(num_groups):
-        chosen = members if sample_size is None else members[torch.randperm(len(members), generator=generator)[:sample_size]]
-        groups.append(Group(size=len(members), removed=chosen))
+        removed = members
+        if sample_size is not None:
+            shuffled = torch.randperm(len(members), generator=generator)
+            removed = members[shuffled[:sample_size]]
+        groups.append(Group(size=len(members), removed=removed))
     return groups
 
 

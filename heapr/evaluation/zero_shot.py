@@ -13,17 +13,17 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from transformers import PreTrainedTokenizerBase
+from annotated_types import Ge
 
 from heapr.errors import ConfigError
 from heapr.evaluation import zero_shot_local
+from heapr.evaluation.measurement import Material, Need
 from heapr.evaluation.zero_shot_engine import LoadedTask, check_end_token, evaluate_task, load_task
 from heapr.files import hash_files, user_path
-from heapr.model.moe import MoEModel
-from heapr.schema import at_least
-from heapr.types import Evaluation, Metrics, Statistics
+from heapr.model.load import ModelSource
+from heapr.types import Evaluation, Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -41,26 +41,20 @@ class ZeroShot:
         include_path: folder with tasks of your own: lm-eval's YAML files, and the code and data beside them.
 
     Raises:
-        ConfigError: a number is out of range, or there is no such folder.
+        ConfigError: there is no such folder.
     """
 
-    uses_statistics = False
+    needs = frozenset({Need.MODEL, Need.TASK})
 
     def __init__(
         self,
         task: str,
         *,
-        num_fewshot: int | None = None,
-        limit: int | None = None,
-        batch_size: int | str = "auto",
+        num_fewshot: Annotated[int, Ge(0)] | None = None,
+        limit: Annotated[int, Ge(1)] | None = None,
+        batch_size: Annotated[int, Ge(1)] | Literal["auto"] = "auto",
         include_path: str | None = None,
     ) -> None:
-        at_least("evaluation.zero_shot.num_fewshot", num_fewshot or 0, 0)
-        at_least("evaluation.zero_shot.limit", 1 if limit is None else limit, 1)
-        if batch_size != "auto":
-            if isinstance(batch_size, str):
-                raise ConfigError(f"evaluation.zero_shot.batch_size={batch_size} is neither auto nor a whole number; give one of them")
-            at_least("evaluation.zero_shot.batch_size", batch_size, 1)
         self.task, self.num_fewshot, self.limit, self.batch_size = task, num_fewshot, limit, batch_size
         self.name = f"{PREFIX}{task}"
         self._folder = None if include_path is None else user_path(include_path)
@@ -81,11 +75,11 @@ class ZeroShot:
             return what | zero_shot_local.identity()
         return what if self._folder is None else what | {"include_sha256": _hash_folder(self._folder)}
 
-    def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
+    def prepare(self, source: ModelSource) -> None:
+        self._tokenizer = source.tokenizer
         self.fetch()
         assert self._loaded is not None
-        check_end_token(self._loaded, tokenizer)
+        check_end_token(self._loaded, self._tokenizer)
 
     def fetch(self) -> None:
         """Load the task and its data: from the local cache, or from the hub.
@@ -100,10 +94,15 @@ class ZeroShot:
             zero_shot_local.write_task(folder)
         self._loaded = load_task(self.task, folder, "" if folder is None else _hash_folder(folder))
 
-    def __call__(self, model: MoEModel, statistics: Statistics) -> Evaluation:
+    def __call__(self, material: Material) -> Evaluation:
         assert self._loaded is not None, "prepare() comes first"
         return evaluate_task(
-            self._loaded, model, tokenizer=self._tokenizer, batch_size=self.batch_size, num_fewshot=self.num_fewshot, limit=self.limit
+            self._loaded,
+            material.model(),
+            tokenizer=self._tokenizer,
+            batch_size=self.batch_size,
+            num_fewshot=self.num_fewshot,
+            limit=self.limit,
         )
 
     @property

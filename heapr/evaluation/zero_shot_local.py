@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from heapr.calibration.corpora import PyDocs
+from heapr.text.corpora import PyDocs
 
 NAME = "pydocs_continuation"
 VERSION = 1  # raised when the same documents give other items

@@ -1,6 +1,8 @@
-"""Whether decoder layers can be run apart from each other: on a few tokens, each layer by itself is compared with one plain pass.
+"""Whether decoder layers can be run apart from each other: on a few tokens, each layer by itself is compared
+with one plain pass.
 
-In: a model. Out: nothing, or the refusal of a model whose layers hand something on in a way that the tape does not see.
+In: a model. Out: nothing, or the refusal of a model whose layers hand something on in a way that the tape
+does not see.
 """
 
 from __future__ import annotations
@@ -21,12 +23,14 @@ from heapr.model.passes import span_backward
 from heapr.model.span import few_tokens, run_span
 from heapr.model.tape import Output, Tape, hidden_of
 
-FIRST_TOKENS = (8, 16)  # of two batches of few tokens; the first token ids are often special, a padding token's embedding zero
+FIRST_TOKENS = (8, 16)  # of two batches of few tokens; ids before are often special, and padding may embed as zero
+Inputs = dict[nn.Module, list[Tensor]]  # what flows into experts modules: hidden states and router weights
 
 
 def check_walk(model: MoEModel, *, needed_by: str, instead: str, gradients: bool = False) -> None:
-    """Refuse models whose layers, run one by one, do not give what they give in one pass: hidden states behind every decoder layer and
-    inputs of all experts. Two batches take turns, as in a walk, so that a layer that keeps something for the next one is found too.
+    """Refuse models whose layers, run one by one, do not give what they give in one pass: hidden states
+    behind every decoder layer and inputs of all experts. Two batches take turns, as in a walk, so that a
+    layer that keeps something for the next one is found too.
 
     Args:
         needed_by: the option that runs layers one by one; for the message, like
@@ -43,8 +47,8 @@ def check_walk(model: MoEModel, *, needed_by: str, instead: str, gradients: bool
         fault = next(filter(None, _faults(model, passes, gradients)), None)
     if fault is not None:
         raise ConfigError(
-            f"{needed_by}: {type(model.model).__name__} cannot be run layer by layer: {fault}, so earlier layers hand on more than they "
-            f"put out; give {instead}"
+            f"{needed_by}: {type(model.model).__name__} cannot be run layer by layer: {fault}, so earlier layers "
+            f"hand on more than they put out; give {instead}"
         )
 
 
@@ -65,12 +69,13 @@ class _Pass:
         self.model, self.tape = model, Tape(ids_NW)
         self.embedded: list[Tensor] = []
         self.outputs: list[Output] = []
-        self.inputs: dict[nn.Module, list[Tensor]] = {}
+        self.inputs: Inputs = {}
         with ExitStack() as stack:
             stack.enter_context(use_heapr_experts(model.model, partial(_record, self.inputs)))
             stack.enter_context(_embedded_tokens(model, self.embedded))
             for layer in model.decoder_layers:
-                stack.callback(layer.register_forward_hook(lambda _, __, output: self.outputs.append(output)).remove)
+                hook = layer.register_forward_hook(lambda _, __, output: self.outputs.append(output))
+                stack.callback(hook.remove)
             final = model.hidden_states(input_ids=ids_NW)
         if torch.is_grad_enabled():
             for output in self.outputs:
@@ -79,7 +84,7 @@ class _Pass:
 
     def fault_forwards(self, layer: int) -> str | None:
         """Run the next layer onto the tape; what differs, if anything."""
-        inputs: dict[nn.Module, list[Tensor]] = {}
+        inputs: Inputs = {}
         answers = self.tape.answers(layer)
         try:
             with torch.no_grad(), use_heapr_experts(self.model.model, partial(_record, inputs)):
@@ -99,8 +104,9 @@ class _Pass:
         with use_heapr_experts(self.model.model), _embedded_tokens(self.model, embedded):
             for layer in reversed(range(len(self.outputs))):
                 span_backward(self.model, self.tape, range(layer, layer + 1))
-                if layer > 0 and _differs(self.tape.gradient(layer - 1), hidden_of(self.outputs[layer - 1]).grad):
-                    return f"the gradient behind layer {layer - 1} is another"
+                before = layer - 1
+                if layer > 0 and _differs(self.tape.gradient(before), hidden_of(self.outputs[before]).grad):
+                    return f"the gradient behind layer {before} is another"
         differs = _differs(_summed_gradients(embedded), _summed_gradients(self.embedded))
         return "the gradient before layer 0 is another" if differs else None
 
@@ -108,7 +114,8 @@ class _Pass:
 @contextmanager
 def _embedded_tokens(model: MoEModel, embedded: list[Tensor]) -> Iterator[None]:
     """Collects what the model's layers start from."""
-    handle = model.model.get_input_embeddings().register_forward_hook(lambda _, __, output: embedded.append(output))
+    embeddings = model.model.get_input_embeddings()
+    handle = embeddings.register_forward_hook(lambda _, __, output: embedded.append(output))
     try:
         yield
     finally:
@@ -120,13 +127,14 @@ def _summed_gradients(tensors: Sequence[Tensor]) -> Tensor | None:
     return torch.stack(grads).sum(0) if grads else None
 
 
-def _record(inputs: dict[nn.Module, list[Tensor]], experts: Experts, hidden_TD: Tensor, *routing: Tensor) -> Tensor:
+def _record(inputs: Inputs, experts: Experts, hidden_TD: Tensor, *routing: Tensor) -> Tensor:
     inputs[experts] = [tensor.detach() for tensor in (hidden_TD, *routing) if tensor.is_floating_point()]
     return run_experts(experts, hidden_TD, *routing)
 
 
 def _differs(found: Tensor | None, expected: Tensor | None) -> bool:
-    """By more than rounding of the largest value. What is not finite in the plain pass either is left to calibration."""
+    """By more than rounding of the largest value. What is not finite in the plain pass either is left to
+    calibration."""
     if found is None or expected is None or found.shape != expected.shape:
         return found is not expected
     tolerance = max(1e-4, 4 * torch.finfo(expected.dtype).eps) * expected.abs().max()

@@ -25,7 +25,8 @@ class ExpertInputs:
     """What flows into a layer's experts.
 
     Attributes:
-        hidden_TD: the tokens. Of a family that weighs the input: one row for each pair of a token and an expert, weighted.
+        hidden_TD: the tokens. Of a family that weighs the input: one row for each pair of a token and an
+            expert, weighted.
         expert_TK: experts of each token; expert number E means none.
         router_weight_TK: their router weights p.
     """
@@ -35,7 +36,8 @@ class ExpertInputs:
     router_weight_TK: Tensor
 
     def __post_init__(self) -> None:
-        assert self.expert_TK.shape == self.router_weight_TK.shape and len(self.expert_TK) == len(self.hidden_TD)
+        assert self.expert_TK.shape == self.router_weight_TK.shape
+        assert len(self.expert_TK) == len(self.hidden_TD)
 
     def weighted(self, weight_T: Tensor) -> ExpertInputs:
         """The same where each token's errors count weight^2 times: whatever experts put out goes with p."""
@@ -61,7 +63,8 @@ def without_experts(model: MoEModel, tape: Tape, layer: MoELayer) -> tuple[Exper
 
 
 def emptied(experts: Experts) -> RaggedExperts:
-    """The same experts without atomic experts: what they put out is the biases of W_down, where a family has them."""
+    """The same experts without atomic experts: what they put out is the biases of W_down, where a family has
+    them."""
     empty = RaggedExperts(experts, [0] * experts.num_experts)
     if layout_of(experts).has_bias:
         empty.down_proj_bias.copy_(experts.down_proj_bias)
@@ -87,9 +90,10 @@ def _run_layer(model: MoEModel, tape: Tape, layer: MoELayer, *, beyond: bool) ->
 
 
 def _compact(experts: Experts, hidden_TD: Tensor, *routing: Tensor) -> ExpertInputs:
-    """Inputs with their routing; of a family that weighs the input only the rows that were routed, one token each."""
+    """Inputs with their routing; of a family that weighs the input only the rows that were routed, one token
+    each."""
     expert_TK, router_weight_TK = routing_of(experts, hidden_TD, *routing)
     if layout_of(experts).weighs_input:
         routed_T = expert_TK.squeeze(1) < experts.num_experts
-        hidden_TD, expert_TK, router_weight_TK = hidden_TD[routed_T], expert_TK[routed_T], router_weight_TK[routed_T]
+        return ExpertInputs(hidden_TD[routed_T], expert_TK[routed_T], router_weight_TK[routed_T])
     return ExpertInputs(hidden_TD, expert_TK, router_weight_TK)

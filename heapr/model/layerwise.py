@@ -1,7 +1,8 @@
 """Repair's way through a model: MoE layers one after the other, with what flows into the experts of each.
 
-In: a model and its batches of token ids. Out: for each MoE layer its `ExpertInputs` and, if asked for, a `StreamTarget`. Of a batch
-only what later layers read is kept: in most families the hidden states before one decoder layer.
+In: a model and its batches of token ids. Out: for each MoE layer its `ExpertInputs` and, if asked for, a
+`StreamTarget`. Of a batch only what later layers read is kept: in most families the hidden states before one
+decoder layer.
 Shape letters: T tokens of all batches, D model width, K experts per token.
 """
 
@@ -23,22 +24,24 @@ from heapr.model.tape import Tape, hidden_of
 def walk_layers(
     model: MoEModel, batches: Sequence[Tensor], *, follow_stream: bool = False
 ) -> Iterator[tuple[MoELayer, ExpertInputs, StreamTarget | None]]:
-    """Every MoE layer in order, with what flows into its experts. A layer runs with the experts that it has when the next one is
-    asked for, so all later layers see what a caller changed.
+    """Every MoE layer in order, with what flows into its experts. A layer runs with the experts that it has
+    when the next one is asked for, so all later layers see what a caller changed.
 
     Args:
         model: one that passes `check_walk`.
         batches: int64 (N, W) token ids each.
-        follow_stream: also yield what brings the stream behind the layer to where it is in the model that the walk began with: that
-            stream, walked through every layer before a caller changes it, less the present one without the layer's experts
-            (docs/method.md, 21). Every layer then runs three times, and a second tape of every batch is held.
+        follow_stream: also yield what brings the stream behind the layer to where it is in the model that the
+            walk began with: that stream, walked through every layer before a caller changes it, less the
+            present one without the layer's experts (docs/method.md, 21). Every layer then runs three times, and
+            a second tape of every batch is held.
 
     Raises:
         ConfigError: the stream is asked for, and the model does not pass `check_stream`.
         FloatingPointError: an input is NaN or infinite; the message names the layer.
     """
     reads = reads_of(model)
-    tapes, originals = ([Tape(ids_NW.to(model.device)) for ids_NW in batches] for _ in range(2))
+    on_device = [ids_NW.to(model.device) for ids_NW in batches]
+    tapes, originals = list(map(Tape, on_device)), list(map(Tape, on_device))
     few = Tape(few_tokens(model))
     for layer in model.layers:
         for tape in tapes:
@@ -73,5 +76,6 @@ def _joined(layer: MoELayer, inputs: Sequence[ExpertInputs]) -> ExpertInputs:
         raise FloatingPointError(
             f"repair: an input of layer {layer.index}'s experts is NaN or infinite; use a wider model.dtype, or look at weights and text"
         )
-    expert_TK, router_weight_TK = (torch.cat([getattr(part, name) for part in inputs]) for name in ("expert_TK", "router_weight_TK"))
+    expert_TK = torch.cat([part.expert_TK for part in inputs])
+    router_weight_TK = torch.cat([part.router_weight_TK for part in inputs])
     return ExpertInputs(hidden_TD, expert_TK, router_weight_TK)

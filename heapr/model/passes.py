@@ -1,7 +1,8 @@
 """Batches on their way through spans of decoder layers: forwards, then backwards.
 
-In: a model, its batches and the spans. Out: gradients of the summed next-token loss, for whoever observes the layers. A span runs in
-the backward direction as a whole, so memory is that of one span of one batch, and of what layers put out that other spans read.
+In: a model, its batches and the spans. Out: gradients of the summed next-token loss, for whoever observes the
+layers. A span runs in the backward direction as a whole, so memory is that of one span of one batch, and of
+what layers put out that other spans read.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from heapr.model.tape import Tape, hidden_of
 
 
 def backward_by_spans(model: MoEModel, batches: Iterable[Tensor], spans: Sequence[Span]) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Send every batch's summed next-token loss back to where the model starts from. Several spans: all batches go forwards through
-    one before any goes through the next, then backwards in the reverse order, so that each span but the last runs twice.
+    """Send every batch's summed next-token loss back to where the model starts from. Several spans: all
+    batches go forwards through one before any goes through the next, then backwards in the reverse order, so
+    that each span but the last runs twice.
 
     Args:
         model: for several spans one that passes `check_walk`.
@@ -26,8 +28,8 @@ def backward_by_spans(model: MoEModel, batches: Iterable[Tensor], spans: Sequenc
         spans: of decoder layers, one behind the other from the first layer to the last.
 
     Yields:
-        after each backward pass of a batch through a span: the batch's number, its token ids on the model's device, and its summed
-        loss in nats, a detached float32 scalar.
+        after each backward pass of a batch through a span: the batch's number, its token ids on the model's
+        device, and its summed loss in nats, a detached float32 scalar.
 
     Raises:
         FloatingPointError: what a layer puts out is NaN or infinite; seen before the last span only.
@@ -56,8 +58,9 @@ def backward_by_spans(model: MoEModel, batches: Iterable[Tensor], spans: Sequenc
 
 
 def span_backward(model: MoEModel, tape: Tape, span: Span) -> Tensor | None:
-    """Run a span once more, where autograd records, and send back through it what came back to it: the summed next-token loss of
-    a span that reaches the last layer, else the gradients on the tape. Those of the answers that it read are added to the tape.
+    """Run a span once more, where autograd records, and send back through it what came back to it: the summed
+    next-token loss of a span that reaches the last layer, else the gradients on the tape. Those of the
+    answers that it read are added to the tape.
 
     Returns:
         the summed loss in nats, a detached float32 scalar, of a span that reaches the last layer.
@@ -78,7 +81,7 @@ def _forward(model: MoEModel, tape: Tape, span: Span, number: int) -> None:
     for layer, output in enumerate(outputs, start=span.start):
         if not hidden_of(output).isfinite().all():
             raise FloatingPointError(
-                f"calibration: what decoder layer {layer} puts out is NaN or infinite in batch {number}; use a wider model.dtype, or "
-                "look at weights and text"
+                f"calibration: what decoder layer {layer} puts out is NaN or infinite in batch {number}; "
+                "use a wider model.dtype, or look at weights and text"
             )
     tape.put(outputs)

@@ -1,8 +1,9 @@
-"""Spans of decoder layers, run inside the model's own forward: the layers before answer from a tape, nothing behind is run.
+"""Spans of decoder layers, run inside the model's own forward: the layers before answer from a tape, nothing
+behind is run.
 
-In: a model, a batch's token ids and what earlier layers put out. Out: what the layers of a span put out. So masks, positions and
-whatever a family does between layers stay the family's own. Layer number L of a model with L decoder layers is what follows the
-last one: the end of the body, which makes the final hidden states.
+In: a model, a batch's token ids and what earlier layers put out. Out: what the layers of a span put out. So
+masks, positions and whatever a family does between layers stay the family's own. Layer number L of a model
+with L decoder layers is what follows the last one: the end of the body, which makes the final hidden states.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ def run_span(model: MoEModel, ids_NW: Tensor, span: Span, answers: Sequence[Outp
 
 
 def run_rest(model: MoEModel, ids_NW: Tensor, answers: Sequence[Output]) -> Tensor:
-    """Run the layers behind those that answer, and the end of the body: the final hidden states (N, W, D), on the model's first device."""
+    """Run the layers behind those that answer, and the end of the body: the final hidden states (N, W, D), on
+    the model's first device."""
     with _answering(model, answers):
         return model.hidden_states(input_ids=ids_NW)
 
@@ -76,7 +78,8 @@ class Reads:
     """Whose outputs are read again.
 
     Attributes:
-        of_layer: for each decoder layer, and for the end of the body, the earlier layers whose outputs are needed to run it.
+        of_layer: for each decoder layer, and for the end of the body, the earlier layers whose outputs are
+            needed to run it.
     """
 
     of_layer: tuple[frozenset[int], ...]
@@ -94,7 +97,8 @@ class Reads:
 
 @torch.no_grad()
 def reads_of(model: MoEModel) -> Reads:
-    """Which layers read what which earlier layers put out, seen on a few tokens: in most families, each that of the layer before."""
+    """Which layers read what which earlier layers put out, seen on a few tokens: in most families, each that
+    of the layer before."""
     num_layers, tape, of_layer = len(model.decoder_layers), Tape(few_tokens(model)), []
     for layer in range(num_layers + 1):
         answers = tape.answers(layer)
@@ -108,7 +112,8 @@ def reads_of(model: MoEModel) -> Reads:
 
 
 def advance(model: MoEModel, tape: Tape, upto: int, reads: Reads) -> list[Output]:
-    """Run layers up to and without `upto` onto the tape, which then keeps what layers from there on read; what those that ran put out."""
+    """Run layers up to and without `upto` onto the tape, which then keeps what layers from there on read;
+    what those that ran put out."""
     span = range(len(tape), upto)
     if not span:
         return []

@@ -1,7 +1,8 @@
-"""The residual stream: what a layer's experts have to put out to bring it back to where it was, and which models let them.
+"""The residual stream: what a layer's experts have to put out to bring it back to where it was, and which
+models let them.
 
-In: hidden states behind a decoder layer, in the model as it was and now without the layer's experts. Out: a `StreamTarget`
-(docs/method.md, 21).
+In: hidden states behind a decoder layer, in the model as it was and now without the layer's experts. Out: a
+`StreamTarget` (docs/method.md, 21).
 Shape letters: T tokens, D model width.
 """
 
@@ -32,8 +33,10 @@ class StreamTarget:
     """What brings the residual stream behind a layer to where it was.
 
     Attributes:
-        output_TD: what the layer's experts have to put out, before the layer scales it, biases of W_down aside; float32.
-        weight_T: 1 over the root mean square of the stream, by which later layers divide it before they read it; float32.
+        output_TD: what the layer's experts have to put out, before the layer scales it, biases of W_down
+            aside; float32.
+        weight_T: 1 over the root mean square of the stream, by which later layers divide it before they read
+            it; float32.
     """
 
     output_TD: Tensor
@@ -41,7 +44,8 @@ class StreamTarget:
 
     @classmethod
     def between(cls, stream: Tensor, without: Tensor, scale: float) -> StreamTarget:
-        """From the stream as it was, the present one without the layer's experts (both ..., D), and `scale_of` the layer."""
+        """From the stream as it was, the present one without the layer's experts (both ..., D), and
+        `scale_of` the layer."""
         stream_TD, without_TD = (hidden.float().flatten(0, -2) for hidden in (stream, without))
         weight_T = stream_TD.square().mean(1).clamp(min=NORM_EPS).rsqrt()
         return cls((stream_TD - without_TD) / scale, weight_T)
@@ -67,7 +71,8 @@ def check_stream(model: MoEModel) -> None:
 
 
 def scale_of(model: MoEModel, few: Tape, layer: MoELayer, reads: Reads) -> float:
-    """By what a layer multiplies its experts' output when it adds it to the residual stream: 1 in most families.
+    """By what a layer multiplies its experts' output when it adds it to the residual stream: 1 in most
+    families.
 
     Args:
         few: some tokens before the layer in the model as it was; they go behind it.
@@ -79,7 +84,8 @@ def scale_of(model: MoEModel, few: Tape, layer: MoELayer, reads: Reads) -> float
     inputs, without = without_experts(model, few, layer)
     before: list[Tensor] = []
     with ExitStack() as stack:
-        hook = model.decoder_layers[layer.index].register_forward_pre_hook(partial(_record, before), with_kwargs=True)
+        decoder = model.decoder_layers[layer.index]
+        hook = decoder.register_forward_pre_hook(partial(_record, before), with_kwargs=True)
         stack.callback(hook.remove)
         behind = hidden_of(advance(model, few, layer.index + 1, reads)[-1])
     scale = None
@@ -89,7 +95,8 @@ def scale_of(model: MoEModel, few: Tape, layer: MoELayer, reads: Reads) -> float
         why = "has several residual streams"
     else:
         why = "does not just add its experts' output to the residual stream"
-        scale = _scale_of_sum(layer.experts, inputs, *(stream.flatten(0, -2).float() for stream in (before[0], without, behind)))
+        streams = [stream.flatten(0, -2).float() for stream in (before[0], without, behind)]
+        scale = _scale_of_sum(layer.experts, inputs, *streams)
     if scale is None:
         raise ConfigError(
             f"pruning.repair.target=residual_stream: layer {layer.index} of {type(model.model).__name__} {why}, so it cannot bring "
@@ -99,8 +106,8 @@ def scale_of(model: MoEModel, few: Tape, layer: MoELayer, reads: Reads) -> float
 
 
 def _scale_of_sum(experts: Experts, inputs: ExpertInputs, before_TD: Tensor, without_TD: Tensor, behind_TD: Tensor) -> float | None:
-    """The number that makes the stream behind a layer the one without its experts and so many times their output, up to rounding where
-    the streams are largest; None if there is none."""
+    """The number that makes the stream behind a layer the one without its experts and so many times their
+    output, up to rounding where the streams are largest; None if there is none."""
     routed = (inputs.hidden_TD, inputs.expert_TK, inputs.router_weight_TK)
     output_TD = run_experts(experts, *routed).float() - run_experts(emptied(experts), *routed).float()
     added_TD, largest_TD = behind_TD - without_TD, torch.stack([before_TD, without_TD, behind_TD]).abs().amax(0)

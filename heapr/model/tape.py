@@ -1,7 +1,7 @@
 """The tape: what decoder layers put out for one batch, so that they can answer again without being run.
 
-In: outputs of decoder layers, in order: hidden states, alone or first in a tuple with whatever else a family returns. Out: answers,
-and the gradients that came back to them.
+In: outputs of decoder layers, in order: hidden states, alone or first in a tuple with whatever else a family
+returns. Out: answers, and the gradients that came back to them.
 """
 
 from __future__ import annotations
@@ -36,13 +36,15 @@ class Tape:
         self._outputs += [_each(_detached, output) for output in outputs]
 
     def answers(self, num_layers: int) -> list[Output]:
-        """What the first layers put out: tensors of their own that share memory with the tape; where autograd records, floating-point
-        ones need a gradient."""
+        """What the first layers put out: tensors of their own that share memory with the tape; where autograd
+        records, floating-point ones need a gradient."""
         return [_each(_leaf, output) for output in self._outputs[:num_layers]]
 
     def keep(self, layers: Collection[int]) -> None:
         """Forget what all other layers put out, and no gradient."""
-        self._outputs = [output if layer in layers else _each(_forgotten, output) for layer, output in enumerate(self._outputs)]
+        for layer, output in enumerate(self._outputs):
+            if layer not in layers:
+                self._outputs[layer] = _each(_forgotten, output)
 
     def add_gradients(self, answers: Sequence[Output]) -> None:
         """Add the gradients that came to some answers to those that came before."""
@@ -57,7 +59,8 @@ class Tape:
         return self._grads.get((layer, 0))
 
     def backward(self, first_layer: int, outputs: Sequence[Output]) -> None:
-        """Send the gradients of what some layers put out, run once more from `first_layer` on, back through them, and forget them."""
+        """Send the gradients of what some layers put out, run once more from `first_layer` on, back through
+        them, and forget them."""
         tensors, grads = [], []
         for layer, output in enumerate(outputs, start=first_layer):
             for place, part in enumerate(parts_of(output)):

@@ -9,8 +9,10 @@ expert, or of the layer).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
 from heapr.errors import ConfigError
@@ -23,7 +25,6 @@ from heapr.pruning.layer_repair import LayerRepair
 from heapr.pruning.least_squares import mean_of, solve, solve_by_steps, squared
 from heapr.pruning.refit import refit_inputs
 
-TARGETS = ("layer_output", "residual_stream")
 STEP_SIZES = (1.0, 0.5, 0.25)  # of a Gauss-Newton step, tried in turn
 ROWS = 128  # of the layer's normal equations, computed at once
 
@@ -47,16 +48,13 @@ class ExpertRepair:
         ridge: above 0.
         router_weighted: whether tokens count by the square of their router weight.
         sequential: whether inputs are measured behind the layers already pruned and repaired.
-
-    Raises:
-        ConfigError: a ridge that is not above 0.
     """
 
     refits_inputs = False
     follows_stream = False
 
-    def __init__(self, ridge: float = 1e-2, router_weighted: bool = True, sequential: bool = True) -> None:
-        self.ridge = _check_ridge(ridge)
+    def __init__(self, ridge: Annotated[float, Gt(0)] = 1e-2, router_weighted: bool = True, sequential: bool = True) -> None:
+        self.ridge = ridge
         self.router_weighted = router_weighted
         self.is_sequential = sequential
 
@@ -138,34 +136,22 @@ class JointRepair:
         sequential: whether inputs are measured behind the layers already pruned and repaired.
 
     Raises:
-        ConfigError: a value out of range, an unknown target, or the residual stream as target without
-            `sequential`.
+        ConfigError: the residual stream as target without `sequential`.
     """
 
     def __init__(  # noqa: PLR0913 - one for each option
         self,
-        ridge: float = 1e-2,
+        ridge: Annotated[float, Gt(0)] = 1e-2,
         *,
-        target: str = "layer_output",
-        refits: int = 0,
-        refit_steps: int = 10,
-        direct_up_to: int = 8192,
-        tolerance: float = 1e-3,
-        max_steps: int = 100,
+        target: Literal["layer_output", "residual_stream"] = "layer_output",
+        refits: Annotated[int, Ge(0)] = 0,
+        refit_steps: Annotated[int, Ge(1)] = 10,
+        direct_up_to: Annotated[int, Ge(0)] = 8192,
+        tolerance: Annotated[float, Gt(0), Lt(1)] = 1e-3,
+        max_steps: Annotated[int, Ge(1)] = 100,
         sequential: bool = True,
     ) -> None:
-        self.ridge = _check_ridge(ridge)
-        if min(refits, direct_up_to) < 0 or min(refit_steps, max_steps) < 1:
-            raise ConfigError(
-                f"pruning.repair: refits={refits}, direct_up_to={direct_up_to}, refit_steps={refit_steps}, "
-                f"max_steps={max_steps}; give at least 0 for the first two and 1 for the others"
-            )
-        if not 0 < tolerance < 1:
-            advice = "give the share of the error, for example 0.001"
-            raise ConfigError(f"pruning.repair.tolerance={tolerance} is not in (0, 1); {advice}")
-        if target not in TARGETS:
-            known = ", ".join(TARGETS)
-            raise ConfigError(f"pruning.repair.target={target} is unknown; choose one of {known}")
+        self.ridge = ridge
         if target == "residual_stream" and not sequential:
             needed = "pruning.repair.target=residual_stream needs pruning.repair.sequential=true"
             raise ConfigError(f"{needed}: in the unpruned model no layer has changed")
@@ -290,9 +276,3 @@ def _num_changed(experts: Experts, old: Sequence[tuple[Tensor, Tensor]]) -> int:
         is_same = torch.equal(inputs_GD, old_GD) and torch.equal(down_DF, old_DF)
         num_changed += not is_same
     return num_changed
-
-
-def _check_ridge(ridge: float) -> float:
-    if not 0 < ridge < float("inf"):
-        raise ConfigError(f"pruning.repair.ridge={ridge} is not above 0; give for example 0.01")
-    return ridge

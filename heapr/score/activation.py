@@ -6,10 +6,12 @@ router weight, w_k column k of W_down. Equation numbers are those of docs/method
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
+from annotated_types import Ge, Le
 from torch import Tensor
 
-from heapr.errors import ConfigError
 from heapr.score.criterion import Unit, WeightsOf, mean_over_routed, unrouted_last
 from heapr.types import ExpertWeights, Granularity, Scores, Statistics
 
@@ -48,18 +50,12 @@ class Camera:
 
     Args:
         alpha: a, in [0, 1].
-
-    Raises:
-        ConfigError: alpha is out of range.
     """
 
     unit = Unit.NONE
     granularity = Granularity.ATOMIC_EXPERT
 
-    def __init__(self, alpha: float) -> None:
-        if not 0 <= alpha <= 1:
-            advice = "give the weight of the largest energy beside the summed one"
-            raise ConfigError(f"score.alpha={alpha} is not in [0, 1]; {advice}")
+    def __init__(self, alpha: Annotated[float, Ge(0), Le(1)]) -> None:
         self.alpha = alpha
 
     def __call__(self, statistics: Statistics, weights: WeightsOf) -> Scores:

@@ -5,10 +5,12 @@ In: weights (magnitude) or a seed (random). Out: scores without unit.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
-from heapr.errors import ConfigError
 from heapr.score.criterion import Unit, WeightsOf
 from heapr.types import Granularity, Scores, Statistics
 
@@ -47,17 +49,12 @@ class Random:
 
     Args:
         seed: of the generator, at least 0.
-
-    Raises:
-        ConfigError: the seed is negative.
     """
 
     unit = Unit.NONE
     granularity = Granularity.ATOMIC_EXPERT
 
-    def __init__(self, seed: int) -> None:
-        if seed < 0:
-            raise ConfigError(f"score.seed={seed} is below 0; give a whole number of at least 0")
+    def __init__(self, seed: Annotated[int, Ge(0)]) -> None:
         self.seed = seed
 
     def __call__(self, statistics: Statistics, weights: WeightsOf) -> Scores:

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from heapr.artifacts import LOG, read_error, read_summary
 from heapr.errors import ConfigError
 from heapr.files import write_json
-from heapr.report.results import JobResult
+from heapr.report.sweep.results import JobResult
 from heapr.sweep.definition import grid
 
 RECORD = "sweep.json"

@@ -16,8 +16,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
 from heapr.errors import ConfigError
-from heapr.schema import unknown_key
-from heapr.words import did_you_mean
+from heapr.words import did_you_mean, unknown_key
 
 FILE = "experiment.yaml"
 TINY = "tiny"  # what the names of the built-in models begin with
@@ -36,7 +35,7 @@ class Definition:
         jobs: blocks for the paper's models, run one after the other.
         tiny: blocks for the built-in model.
         baselines: further blocks for the paper's models, on request.
-        report, tiny_report: tables and figures of the two versions (heapr/report/layout.py); none is the default.
+        report, tiny_report: tables and figures of the two versions (heapr/report/sweep/report_layout.py); none is the default.
     """
 
     name: str

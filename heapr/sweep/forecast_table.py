@@ -13,8 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from heapr.report.console import open_console, print_lines
-from heapr.report.dry_run import operations
+from heapr.report.terminal import open_console, operations, print_lines
 from heapr.sweep.definition import Job
 from heapr.sweep.forecast import STAGES, Forecast
 

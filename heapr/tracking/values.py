@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from heapr.schema import TrackingConfig
-from heapr.tracking.build import open_tracker
+from heapr.tracking.open_tracker import open_tracker
 from heapr.tracking.tracker import FIGURES, NUM_TOKENS, Folder, Image, Run, Table, Tracker
 
 PROGRESS_SECONDS = 1.0

@@ -7,12 +7,11 @@ from torch import Tensor
 
 from heapr.calibration.collector import collect
 from heapr.evaluation.calibration_cost import CalibrationCost
-from heapr.evaluation.evaluator import Material
 from heapr.evaluation.two_stage import two_stage_scores
 from heapr.model.moe import MoEModel
-from heapr.score.criterion import Unit
 from heapr.score.gradient import Heapr
 from heapr.types import TokenWindows
+from tests.evaluation.material import only
 from tests.tiny import no_weights
 
 
@@ -26,19 +25,8 @@ def test_two_stages_give_the_scores_of_one(model: MoEModel, ids_NW: Tensor) -> N
 
 
 def test_cost_of_both_is_measured(model: MoEModel, ids_NW: Tensor) -> None:
-    statistics = collect(model, [ids_NW])
-    material = Material(
-        statistics=statistics,
-        scores=Heapr()(statistics, no_weights),
-        unit=Unit.NATS_PER_ROUTED_TOKEN,
-        widths={},
-        plan=None,
-        tokens=lambda: TokenWindows(ids_NW=ids_NW),
-        dense=lambda: model,
-        dense_and_pruned=lambda: (model, model),
-    )
-    cost = CalibrationCost(num_sequences=4, batch_size=2, repeats=2, device=torch.device("cpu"))
-    evaluation = cost(material)
+    material = only(model=model, tokens=TokenWindows(ids_NW=ids_NW))
+    evaluation = CalibrationCost(num_sequences=4, batch_size=2, repeats=2)(material)
     metrics = evaluation.metrics
     assert metrics["calibration_state_bytes/two_stage"] == 2 * 4 * 16 * 16 * 4  # layers, experts, D x D, float32
     assert metrics["calibration_score_difference"] < 1e-4

@@ -14,6 +14,7 @@ from heapr.model.experts.dispatch import use_heapr_experts
 from heapr.model.moe import MoEModel
 from heapr.pruning.surgery import mask, remove
 from heapr.types import Plan
+from tests.evaluation.material import of_model
 from tests.tiny import LAYOUTS, layer_statistics, statistics_of, tiny_ids, tiny_model, tiny_qwen3_moe
 
 
@@ -35,7 +36,7 @@ def test_flops_equal_torchs_count_on_the_tokens_whose_routing_was_counted(family
     if pruned:
         generator = torch.Generator().manual_seed(1)
         remove(model, Plan(layers={layer.index: torch.rand(4, 8, generator=generator) > 0.4 for layer in model.layers}))
-    metrics = Efficiency(window=12)(model, collect(model, [ids_NW])).metrics
+    metrics = Efficiency(window=12)(of_model(model, collect(model, [ids_NW]))).metrics
     expected = counted_by_torch(model, ids_NW)
     assert round(metrics["flops_per_token"] * 36, 6) == expected
     assert 0 < metrics["flops_per_token_routed"] * 36 < expected
@@ -45,12 +46,12 @@ def test_expert_flops_follow_the_routing() -> None:
     model = MoEModel(tiny_qwen3_moe())
     layer = layer_statistics([10, 30, 0, 0], h_sq_sum=[[0.0] * 8] * 4)
     statistics = statistics_of({0: layer, 1: layer}, num_predicted_tokens=20)
-    dense = Efficiency(window=8)(model, statistics).metrics
+    dense = Efficiency(window=8)(of_model(model, statistics)).metrics
     assert dense["flops_per_token_routed"] == 2 * (40 / 20) * 2 * 3 * 16 * 8  # layers * experts per token * (2 * 3 * D * F)
     kept_EF = torch.ones(4, 8, dtype=torch.bool)
     kept_EF[1, :4] = False  # half of the expert that three quarters of the tokens visit
     remove(model, Plan(layers={0: kept_EF, 1: kept_EF}))
-    pruned = Efficiency(window=8)(model, statistics).metrics
+    pruned = Efficiency(window=8)(of_model(model, statistics)).metrics
     assert pruned["flops_per_token_routed"] == dense["flops_per_token_routed"] * (0.25 + 0.75 / 2)
     change = size_change(dense, pruned)
     assert change["parameters_routed_removed_ratio"] == change["atomic_experts_removed_ratio"] == 4 / 32
@@ -69,7 +70,7 @@ def test_zeros_are_counted_and_nothing_else_changes(family: str) -> None:
     kept[first][1, 2:4] = kept[first][3, 7] = False
     mask(masked, Plan(layers=kept))
     statistics = collect(dense, [tiny_ids(1, 8)])
-    before, after = (Efficiency(window=8)(model, statistics).metrics for model in (dense, masked))
+    before, after = (Efficiency(window=8)(of_model(model, statistics)).metrics for model in (dense, masked))
     size = masked.layers[0].atomic_expert_parameters
     assert (before["parameters_zero"], after["parameters_zero"]) == (0, 3 * size)
     assert before["atomic_experts"] - after["atomic_experts"] == 3
@@ -79,7 +80,7 @@ def test_zeros_are_counted_and_nothing_else_changes(family: str) -> None:
 
 def test_counts_of_the_tiny_model() -> None:
     model = MoEModel(tiny_qwen3_moe())
-    metrics = Efficiency(window=8)(model, collect(model, [tiny_ids(1, 8)])).metrics
+    metrics = Efficiency(window=8)(of_model(model, collect(model, [tiny_ids(1, 8)]))).metrics
     experts = 2 * 4 * 3 * 8 * 16
     attention = 2 * (16 * 16 + 2 * 8 * 16 + 16 * 16 + 2 * 8)  # q, k and v, o, and the norms of q and k
     router_and_norms = 2 * (4 * 16 + 2 * 16) + 16

@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from heapr.calibration.corpora import TextFiles
-from heapr.evaluation.evaluator import Material
 from heapr.evaluation.fidelity import Fidelity
+from heapr.evaluation.measurement import Material
 from heapr.model import moe
 from heapr.model.load import find_model
+from heapr.text.corpora import TextFiles
 from tests.evaluation.material import material_of
 from tests.tiny import byte_tokenizer, tiny_ids
 
@@ -24,7 +24,7 @@ def measure(material: Material, folder: Path, batch_size: int = 4, max_windows: 
     (folder / "text.txt").write_text(TEXT)
     corpus = TextFiles([str(folder / "text.txt")], split="all")
     evaluator = Fidelity(corpus, window=16, batch_size=batch_size, max_windows=max_windows)
-    material.dense().model.save_pretrained(folder)
+    material.model().model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     evaluator.prepare(find_model(str(folder), dtype="float32"))
     return evaluator(material).metrics

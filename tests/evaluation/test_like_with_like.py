@@ -11,9 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from heapr.calibration.corpora import TextFiles
-from heapr.evaluation.evaluator import Evaluator, Material, measure
 from heapr.evaluation.fidelity import Fidelity
+from heapr.evaluation.measurement import Measurement, measure
 from heapr.evaluation.perplexity import Perplexity
 from heapr.evaluation.truth import Truth
 from heapr.evaluation.zero_shot import ZeroShot
@@ -21,9 +20,10 @@ from heapr.model.experts.dispatch import use_comparable_experts
 from heapr.model.load import BUILTIN_FOLDER, find_model
 from heapr.model.moe import MoEModel, next_token_loss
 from heapr.pruning.surgery import mask, remove
+from heapr.text.corpora import TextFiles
 from heapr.types import Plan
-from tests.evaluation.material import material_of
-from tests.evaluation.test_zero_shot import EMPTY, write_task
+from tests.evaluation.material import material_of, of_model, only
+from tests.evaluation.test_zero_shot import write_task
 from tests.tiny import LAYOUTS, tiny_ids, tiny_model
 
 TEXT = "A docstring says what a function takes, what it returns, and which errors it raises.\n" * 12
@@ -55,25 +55,17 @@ def test_builtin_models_measure_the_same_to_the_last_bit(name: str, dtype: str, 
     source = find_model(str(BUILTIN_FOLDER / name), dtype=dtype)
     dense = source.load(torch.device("cpu"))
     zero_shot = ZeroShot("sums", include_path=str(write_task(tmp_path / "tasks")))
-    evaluators: list[Evaluator] = [Perplexity(corpus, window=8, batch_size=1), zero_shot]  # few tokens of each expert
-    for evaluator in evaluators:
-        evaluator.prepare(source.tokenizer)
-    expected = [measure(evaluator, dense, EMPTY) for evaluator in evaluators]
+    measurements: list[Measurement] = [Perplexity(corpus, window=8, batch_size=1), zero_shot]  # few tokens of each expert
+    for measurement in measurements:
+        measurement.prepare(source)
+    expected = [measure(measurement, of_model(dense)) for measurement in measurements]
     assert not dense.is_ragged and dense.model.get_experts_implementation() != {"": "heapr"}, "all is as it was"
     for form in FORMS:
         pruned = kept_whole(dense, form)
-        assert [measure(evaluator, pruned, EMPTY) for evaluator in evaluators] == expected, form
-        material = material_with(dense, pruned)
+        assert [measure(measurement, of_model(pruned)) for measurement in measurements] == expected, form
         fidelity = Fidelity(corpus, window=8, batch_size=1, max_windows=None)
         fidelity.prepare(source)
-        assert fidelity(material).metrics == {"kl_to_dense/text_files": 0, "top1_agreement/text_files": 1}
-
-
-def material_with(dense: MoEModel, pruned: MoEModel) -> Material:
-    return Material(
-        statistics=EMPTY, scores=None, unit=None, widths={}, plan=None, tokens=None,  # type: ignore[arg-type] # not looked at
-        dense=lambda: dense, dense_and_pruned=lambda: (dense, pruned),
-    )  # fmt: skip
+        assert fidelity(only(dense_and_pruned=(dense, pruned))).metrics == {"kl_to_dense/text_files": 0, "top1_agreement/text_files": 1}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -100,7 +92,7 @@ def test_truth_is_measured_with_the_same_forward() -> None:
     """The dense model's mean loss is that of a model that keeps everything."""
     model = find_model(str(BUILTIN_FOLDER / "qwen3_moe_tiny"), dtype="bfloat16").load(torch.device("cpu"))
     material = material_of(model.model, tiny_ids(3, 12))
-    whole = kept_whole(material.dense(), "ragged")
+    whole = kept_whole(material.model(), "ragged")
     truth = Truth(num_groups=2, sample_size=1, max_sequences=None, seed=0, batch_size=2)
-    expected = truth(dataclasses.replace(material, dense=lambda: whole)).metrics
+    expected = truth(dataclasses.replace(material, model=lambda: whole)).metrics
     assert truth(material).metrics == expected

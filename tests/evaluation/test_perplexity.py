@@ -12,23 +12,21 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from heapr.calibration.corpora import TextFiles
-from heapr.errors import ConfigError
 from heapr.evaluation.perplexity import Perplexity, perplexity_increases
 from heapr.model import moe
 from heapr.model.moe import MoEModel
-from heapr.types import Statistics
+from heapr.text.corpora import TextFiles
+from tests.evaluation.material import Source, of_model
 from tests.tiny import byte_tokenizer, tiny_qwen3_moe
 
 TEXT = "The quick brown fox jumps over the lazy dog; " * 3
-EMPTY = Statistics(layers={}, num_tokens=0, num_predicted_tokens=0, loss_sum=0.0)
 
 
 def measure(model: MoEModel, folder: Path, batch_size: int) -> dict[str, Any]:
     (folder / "text.txt").write_text(TEXT)
     evaluator = Perplexity(TextFiles([str(folder / "text.txt")], split="all"), window=16, batch_size=batch_size)
-    evaluator.prepare(byte_tokenizer())
-    found = evaluator(model, EMPTY)
+    evaluator.prepare(Source(byte_tokenizer()))
+    found = evaluator(of_model(model))
     return {**found.metrics, **{f"protocol/{name}": record for name, record in found.details["protocols"].items()}}
 
 
@@ -103,22 +101,15 @@ def test_tokens_that_the_tokenizer_adds_are_recorded(model: MoEModel, tmp_path: 
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
     (tmp_path / "text.txt").write_text(TEXT)
     evaluator = Perplexity(TextFiles([str(tmp_path / "text.txt")], split="all"), window=16, batch_size=4)
-    evaluator.prepare(tokenizer)
-    assert evaluator(model, EMPTY).details["protocols"]["text_files"]["special_tokens"] == ["<|endoftext|>"]
-
-
-@pytest.mark.parametrize(("window", "batch_size"), [(1, 4), (16, 0)])
-def test_numbers_out_of_range_are_refused(tmp_path: Path, window: int, batch_size: int) -> None:
-    (tmp_path / "text.txt").write_text(TEXT)
-    with pytest.raises(ConfigError, match="is below"):
-        Perplexity(TextFiles([str(tmp_path / "text.txt")], split="all"), window=window, batch_size=batch_size)
+    evaluator.prepare(Source(tokenizer))
+    assert evaluator(of_model(model)).details["protocols"]["text_files"]["special_tokens"] == ["<|endoftext|>"]
 
 
 def test_the_mean_loss_of_every_window_is_kept(model: MoEModel, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
     evaluator = Perplexity(TextFiles([str(tmp_path / "text.txt")], split="all"), window=16, batch_size=3)
-    evaluator.prepare(byte_tokenizer())
-    found = evaluator(model, EMPTY)
+    evaluator.prepare(Source(byte_tokenizer()))
+    found = evaluator(of_model(model))
     ids = torch.tensor(byte_tokenizer()(TEXT)["input_ids"])
     expected = []
     for window in ids[: len(ids) // 16 * 16].view(-1, 16):

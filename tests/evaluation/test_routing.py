@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from transformers import PreTrainedModel
 
 from heapr.evaluation.routing import Routing
 from heapr.types import Plan
-from tests.evaluation.material import material_of
-from tests.tiny import layer_statistics, statistics_of, tiny_ids
+from tests.evaluation.material import only
+from tests.tiny import layer_statistics, statistics_of
 
 KEPT_EF = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]], dtype=torch.bool)
 
 
 def routing(causal_lm: PreTrainedModel, layers: dict[int, tuple[list[float], torch.Tensor]]):
     layers_statistics = {i: layer_statistics(count, h_sq_sum=[[0.0] * 4] * len(count)) for i, (count, _) in layers.items()}
-    material = replace(
-        material_of(causal_lm, tiny_ids(1, 4)),
+    material = only(
         statistics=statistics_of(layers_statistics, num_predicted_tokens=10),
         widths={index: [4, 4, 4] for index in layers},
         plan=Plan(layers={index: kept_EF for index, (_, kept_EF) in layers.items()}),

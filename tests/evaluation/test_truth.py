@@ -42,7 +42,7 @@ def test_measured_increase_equals_brute_force(causal_lm: PreTrainedModel, max_se
     dense = brute_force_loss(causal_lm, used, [])
     assert found.metrics["truth/loss"] == pytest.approx(dense, rel=1e-6)
     assert found.metrics["truth/num_tokens"] == used.numel()
-    ranked = sorted((float(material.scores.layers[i][e, k]), (i, e, k)) for i in (0, 1) for e in range(4) for k in range(8))
+    ranked = sorted((float(material.scores().layers[i][e, k]), (i, e, k)) for i in (0, 1) for e in range(4) for k in range(8))
     for number, row in enumerate(found.details["groups"]):
         members = [place for _, place in ranked[16 * number : 16 * (number + 1)]]
         assert row["measured_increase"] == pytest.approx(brute_force_loss(causal_lm, used, members) - dense, abs=2e-6)

@@ -19,11 +19,12 @@ from heapr.errors import ConfigError
 from heapr.evaluation import zero_shot_engine, zero_shot_local
 from heapr.evaluation.zero_shot import ZeroShot, average_accuracy
 from heapr.model.moe import MoEModel
+from heapr.plugins import build
 from heapr.pruning.surgery import mask, remove
-from heapr.types import Plan, Statistics
+from heapr.types import Plan
+from tests.evaluation.material import Source, of_model
 from tests.tiny import byte_tokenizer, tiny_qwen3_moe
 
-EMPTY = Statistics(layers={}, num_tokens=0, num_predicted_tokens=0, loss_sum=0.0)
 ITEMS = [
     {"question": f"{a}+{b}=", "answers": [str(a + b), str(a * b + 1), "the long answer"], "right": n % 3}
     for n, (a, b) in enumerate((a, b) for a in range(2, 7) for b in range(2, 6))
@@ -51,8 +52,8 @@ def sums(tmp_path: Path) -> Path:
 
 def measure(model: MoEModel, folder: Path | None, task: str = "sums", **options: Any) -> dict[str, Any]:
     evaluator = ZeroShot(task, include_path=None if folder is None else str(folder), **options)
-    evaluator.prepare(byte_tokenizer())
-    found = evaluator(model, EMPTY)
+    evaluator.prepare(Source(byte_tokenizer()))
+    found = evaluator(of_model(model))
     return {**found.metrics, **{f"protocol/{name}": record for name, record in found.details["protocols"].items()}}
 
 
@@ -88,8 +89,8 @@ def test_a_pruned_model_gets_its_own_answers(sums: Path) -> None:
     mask(masked, plan)
     remove(pruned, plan)
     evaluator = ZeroShot("sums", include_path=str(sums))
-    evaluator.prepare(byte_tokenizer())
-    before, expected, found, again = (evaluator(model, EMPTY) for model in (dense, masked, pruned, dense))
+    evaluator.prepare(Source(byte_tokenizer()))
+    before, expected, found, again = (evaluator(of_model(model)) for model in (dense, masked, pruned, dense))
     assert found == expected
     assert found.metrics["accuracy/sums"] != before.metrics["accuracy/sums"]
     assert again == before
@@ -138,8 +139,8 @@ def test_leaves_no_side_effects(model: MoEModel, sums: Path, capfd: pytest.Captu
     tokenizer.pad_token = None
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
     evaluator = ZeroShot("sums", include_path=str(sums))
-    evaluator.prepare(tokenizer)
-    evaluator(model, EMPTY)
+    evaluator.prepare(Source(tokenizer))
+    evaluator(of_model(model))
     assert (random.getstate(), np.random.get_state()[1].tolist()) == states[:2] and torch.equal(torch.get_rng_state(), states[2])
     assert tokenizer.pad_token is None
     assert lm_eval.api.model.tqdm is tqdm and lm_eval.models.huggingface.tqdm is tqdm
@@ -230,7 +231,7 @@ def test_normalised_average_takes_plain_accuracy_where_a_task_has_no_other() -> 
 
 def test_data_that_are_not_here_are_named_at_once() -> None:
     with pytest.raises(ConfigError, match=r"zero-shot task 'piqa' are not here: .*'baber/piqa'.*python -m heapr.prefetch") as caught:
-        ZeroShot("piqa").prepare(byte_tokenizer())
+        ZeroShot("piqa").prepare(Source(byte_tokenizer()))
     assert "\n" not in str(caught.value)
 
 
@@ -239,7 +240,7 @@ def test_an_unknown_task_is_refused_with_suggestions(sums: Path, monkeypatch: py
     monkeypatch.setattr(zero_shot_engine, "_task_manager", lambda *_, everything: only_the_papers)
     for task, message in {"piqua": "did you mean piqa", "sum": "did you mean sums", "arc-easy": "did you mean arc_easy"}.items():
         with pytest.raises(ConfigError, match=f"zero-shot task '{task}' is unknown; {message}") as caught:
-            ZeroShot(task, include_path=str(sums)).prepare(byte_tokenizer())
+            ZeroShot(task, include_path=str(sums)).prepare(Source(byte_tokenizer()))
         assert "\n" not in str(caught.value)
 
 
@@ -249,13 +250,13 @@ def test_an_unknown_task_is_refused_with_suggestions(sums: Path, monkeypatch: py
         ({"limit": 0}, "limit=0 is below 1"),
         ({"num_fewshot": -1}, "num_fewshot=-1 is below 0"),
         ({"batch_size": 0}, "batch_size=0 is below 1"),
-        ({"batch_size": "all"}, "batch_size=all is neither auto nor a whole number"),
+        ({"batch_size": "all"}, "batch_size=all is unknown; give a whole number of at least 1 or auto"),
         ({"include_path": "/no/such/folder"}, "include_path='/no/such/folder' is no folder"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        ZeroShot("piqa", **options)
+        build({"_target_": "heapr.evaluation.zero_shot.ZeroShot", **options}, "evaluation.zero_shot", task="piqa")
 
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -293,10 +294,10 @@ def test_a_tokenizer_without_an_end_token_is_refused_before_the_start(sums: Path
     tokenizer.eos_token = None
     evaluator = ZeroShot("sums", include_path=str(sums))
     with pytest.raises(ConfigError, match="zero-shot task 'sums' needs a token for the beginning or the end of a text") as caught:
-        evaluator.prepare(tokenizer)
+        evaluator.prepare(Source(tokenizer))
     assert "\n" not in str(caught.value)
     tokenizer.bos_token = "<|endoftext|>"
-    evaluator.prepare(tokenizer)
+    evaluator.prepare(Source(tokenizer))
     write_task(sums, "written")
     task = json.loads((sums / "written.yaml").read_text())
     for name in ("doc_to_choice", "metric_list"):
@@ -304,4 +305,4 @@ def test_a_tokenizer_without_an_end_token_is_refused_before_the_start(sums: Path
     generating = {"output_type": "generate_until", "doc_to_target": "{{right}}", "generation_kwargs": {"until": ["."]}}
     (sums / "written.yaml").write_text(json.dumps({**task, **generating}))
     with pytest.raises(ConfigError, match="zero-shot task 'written' needs a token for the end of a text"):
-        ZeroShot("written", include_path=str(sums)).prepare(tokenizer)
+        ZeroShot("written", include_path=str(sums)).prepare(Source(tokenizer))

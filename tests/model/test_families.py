@@ -101,6 +101,10 @@ class FamilyContract:
     def original(self, dense: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return write_description(tmp_path_factory.mktemp("original"), dense)
 
+    @pytest.fixture(scope="class")
+    def deep(self) -> MoEModel:
+        return MoEModel(deep_model(self.family))
+
     @pytest.fixture
     def model(self, dense: PreTrainedModel) -> MoEModel:
         return MoEModel(copy.deepcopy(dense))
@@ -139,20 +143,19 @@ class FamilyContract:
         assert (logits(model.model) - logits(dense)).abs().max() > 1e-3
         assert sum(sum(layer.widths) for layer in model.layers) == plan.num_kept
 
-    def test_layers_one_by_one_give_what_plain_passes_give(self) -> None:
+    def test_layers_one_by_one_give_what_plain_passes_give(self, deep: MoEModel) -> None:
         """Hidden states and experts' inputs of a deep model, and its statistics by spans, bit for bit."""
-        model = MoEModel(deep_model(self.family))
-        check_walk(model, needed_by="-", instead="-", gradients=True)
-        streams, seen = plain_pass(model, IDS_NW)
-        reads, tape = reads_of(model), Tape(IDS_NW)
+        check_walk(deep, needed_by="-", instead="-", gradients=True)
+        streams, seen = plain_pass(deep, IDS_NW)
+        reads, tape = reads_of(deep), Tape(IDS_NW)
         with torch.no_grad():
             for layer, stream_TD in enumerate(streams):
-                hidden = hidden_of(advance(model, tape, layer + 1, reads)[-1])
+                hidden = hidden_of(advance(deep, tape, layer + 1, reads)[-1])
                 assert torch.equal(hidden.flatten(0, 1), stream_TD)
-        for layer, inputs, _ in walk_layers(model, [IDS_NW]):
+        for layer, inputs, _ in walk_layers(deep, [IDS_NW]):
             assert torch.equal(inputs.hidden_TD, seen[layer.index])
         spans = [range(1), range(1, 3), range(3, len(streams))]
-        whole, parts = collect(model, [IDS_NW]), collect(model, [IDS_NW], spans=spans)
+        whole, parts = collect(deep, [IDS_NW]), collect(deep, [IDS_NW], spans=spans)
         assert whole.layers.keys() == parts.layers.keys() == seen.keys()
         tolerance = 1e-5 if self.family in ROUNDS_OTHERWISE else 0
         for index, statistics in whole.layers.items():
@@ -160,11 +163,10 @@ class FamilyContract:
                 of_parts = getattr(parts.layers[index], name)
                 torch.testing.assert_close(of_parts, tensor, rtol=tolerance, atol=tolerance * float(tensor.abs().max()))
 
-    def test_the_deep_model_has_every_kind_of_layer_twice(self) -> None:
-        model = MoEModel(deep_model(self.family))
-        kinds = Counter(kind for layer in model.decoder_layers for kind in {type(module).__name__ for module in layer.modules()})
-        num_layers = len(model.decoder_layers)
-        for name, values in model.model.config.to_dict().items():
+    def test_the_deep_model_has_every_kind_of_layer_twice(self, deep: MoEModel) -> None:
+        kinds = Counter(kind for layer in deep.decoder_layers for kind in {type(module).__name__ for module in layer.modules()})
+        num_layers = len(deep.decoder_layers)
+        for name, values in deep.model.config.to_dict().items():
             if isinstance(values, list) and len(values) == num_layers:
                 kinds += Counter(f"{name}: {value}" for value in values)
         assert num_layers >= 4 and min(kinds.values()) >= 2, kinds

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from heapr.model.experts.ragged import RaggedExperts
 from heapr.model.layerwise import walk_layers
 from heapr.model.moe import MoELayer, MoEModel
 from heapr.model.stream import StreamTarget
+from heapr.plugins import build
 from heapr.pruning.activations import Activations, layer_output
 from heapr.pruning.layer_repair import LayerRepair, Repair
 from heapr.pruning.refit import refit_inputs
@@ -355,25 +357,20 @@ def test_repaired_weights_make_the_same_model_again_and_a_masked_one(repair: Rep
 
 
 @pytest.mark.parametrize(
-    "make",
+    ("name", "option", "message"),
     [
-        lambda: ExpertRepair(ridge=0.0),
-        lambda: JointRepair(ridge=-1.0),
-        lambda: JointRepair(max_steps=0),
-        lambda: JointRepair(tolerance=0.0),
-        lambda: JointRepair(refits=-1),
+        ("ExpertRepair", {"ridge": 0.0}, "ridge=0.0 is not above 0; give a number above 0"),
+        ("JointRepair", {"ridge": float("inf")}, "ridge=inf is not finite"),
+        ("JointRepair", {"max_steps": 0}, "max_steps=0 is below 1; give a whole number of at least 1"),
+        ("JointRepair", {"tolerance": 1.0}, "tolerance=1.0 is not below 1; give a number above 0 and below 1"),
+        ("JointRepair", {"refits": -1}, "refits=-1 is below 0"),
+        ("JointRepair", {"target": "stream"}, "target=stream is unknown; give layer_output or residual_stream"),
+        ("JointRepair", {"target": "residual_stream", "sequential": False}, "target=residual_stream needs pruning.repair.sequential=true"),
     ],
 )
-def test_values_out_of_range(make: object) -> None:
-    with pytest.raises(ConfigError, match="give "):
-        make()  # type: ignore[operator]
-
-
-def test_targets_that_cannot_be() -> None:
-    with pytest.raises(ConfigError, match="target=stream is unknown; choose one of layer_output, residual_stream"):
-        JointRepair(target="stream")
-    with pytest.raises(ConfigError, match="target=residual_stream needs pruning.repair.sequential=true"):
-        JointRepair(target="residual_stream", sequential=False)
+def test_options_that_cannot_be(name: str, option: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"pruning.repair.{message}"):
+        build({"_target_": f"heapr.pruning.repair.{name}", **option}, "pruning.repair")
 
 
 def test_a_ridge_too_small_for_repeated_activations_is_said_so() -> None:

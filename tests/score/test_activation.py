@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from heapr.errors import ConfigError
+from heapr.plugins import build
 from heapr.score.activation import Activation, Camera
 from heapr.types import ExpertWeights
 from tests.tiny import layer_statistics, statistics_of
@@ -28,5 +29,5 @@ def test_camera_lies_between_sum_and_maximum(alpha: float, expected: list[float]
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan")])
 def test_camera_refuses_weights_outside_of_0_and_1(alpha: float) -> None:
-    with pytest.raises(ConfigError, match=r"score.alpha=.* is not in \[0, 1\]"):
-        Camera(alpha=alpha)
+    with pytest.raises(ConfigError, match="score.alpha=.*; give a number of at least 0 and of at most 1"):
+        build({"_target_": "heapr.score.activation.Camera", "alpha": alpha}, "score")

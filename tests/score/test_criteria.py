@@ -7,8 +7,8 @@ import torch
 
 from heapr.calibration.collector import collect
 from heapr.model.moe import MoEModel
+from heapr.plugins import build
 from heapr.pruning.surgery import remove
-from heapr.schema import build
 from heapr.score.criterion import Criterion
 from heapr.types import Granularity, Plan, Scores
 from tests.experiment import CONF, compose_experiment

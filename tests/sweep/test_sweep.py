@@ -20,8 +20,8 @@ import pytest
 
 from heapr.errors import ConfigError
 from heapr.sweep.collect import Record, collect_jobs
+from heapr.sweep.command_line import keep_results, main
 from heapr.sweep.launch import launch, new_folder
-from heapr.sweep.main import keep_results, main
 from tests.command import ROOT, Completed, run_here
 from tests.experiment import write_model, write_texts
 

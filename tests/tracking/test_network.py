@@ -15,19 +15,19 @@ import wandb
 
 from heapr.schema import TrackingConfig
 from heapr.tracking import wandb as wandb_tracker
-from heapr.tracking.build import open_tracker
+from heapr.tracking.open_tracker import open_tracker
+from tests.tracking.offline_runs import offline_runs, read_run, tracked_run
 from tests.tracking.server import serving
-from tests.tracking.support import offline_runs, read_run, tracked_run
 
 DIES_IN_THE_MIDDLE = """
 import logging, sys, time
 from pathlib import Path
 from heapr.schema import TrackingConfig
 from heapr.tracking import wandb as wandb_tracker
-from heapr.tracking.build import open_tracker
+from heapr.tracking.open_tracker import open_tracker
 from heapr.tracking.tracker import Folder, Table
 from tests.tracking.server import serving
-from tests.tracking.support import tracked_run
+from tests.tracking.offline_runs import tracked_run
 
 logging.basicConfig(level=logging.INFO)
 wandb_tracker.MEDIA_SECONDS = wandb_tracker.FINISH_SECONDS = 1

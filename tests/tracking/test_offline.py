@@ -10,12 +10,12 @@ import pytest
 from PIL import Image as Picture
 
 from heapr.schema import TrackingConfig
-from heapr.tracking.build import open_tracker
+from heapr.tracking.open_tracker import open_tracker
 from heapr.tracking.tracker import Folder, Image
 from heapr.tracking.values import log_sweep_summary
 from tests.command import run_py_here
 from tests.experiment import run_in, write_model, write_texts
-from tests.tracking.support import OfflineRun, offline_runs, tracked_run
+from tests.tracking.offline_runs import OfflineRun, offline_runs, tracked_run
 
 PERPLEXITY_ALONE = ["evaluation.fidelity=null", "evaluation.throughput=null", "evaluation.truth=null", "evaluation.efficiency=null"]
 

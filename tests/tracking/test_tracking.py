@@ -13,10 +13,10 @@ import pytest
 from heapr.errors import ConfigError
 from heapr.schema import TrackingConfig
 from heapr.tracking import wandb as wandb_tracker
-from heapr.tracking.build import open_tracker
+from heapr.tracking.open_tracker import open_tracker
 from heapr.tracking.tracker import Folder, Image, Table
 from heapr.tracking.wandb import Wandb
-from tests.tracking.support import tracked_run
+from tests.tracking.offline_runs import tracked_run
 
 
 def open_in(folder: Path, mode: str):

@@ -1,0 +1,125 @@
+"""Plug-ins: what a `_target_` names, built from its entry in the configuration.
+
+In: an entry and its place in the configuration. Out: the object, its arguments checked against the annotations of its `__init__`: types
+and ranges, such as `window: Annotated[int, Ge(2)]`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any, Literal, Union
+
+import hydra.utils
+import pydantic
+from annotated_types import Ge, Gt, Le, Lt
+
+from heapr.errors import ConfigError
+from heapr.words import unknown_key
+
+RULES = pydantic.ConfigDict(strict=True, allow_inf_nan=False)
+COMPLAINTS = {  # by pydantic's name of an error; anything else is a wrong type
+    "greater_than_equal": "is below {ge:g}",
+    "greater_than": "is not above {gt:g}",
+    "less_than_equal": "is above {le:g}",
+    "less_than": "is not below {lt:g}",
+    "finite_number": "is not finite",
+    "literal_error": "is unknown",
+}
+TYPE_NAMES: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+
+
+def build(entry: Mapping[str, Any], where: str, **injected: Any) -> Any:
+    """Make the plug-in that an entry's `_target_` names; the other keys are its arguments.
+
+    Args:
+        entry: a plug-in's configuration.
+        where: its place in the configuration, for messages.
+        injected: further arguments, not from the configuration and not checked.
+
+    Raises:
+        ConfigError: unknown target, or arguments that it does not take, lacks, or that have another type or are out of range; and what
+            the plug-in itself raises.
+    """
+    target = plug_in(entry, where)
+    arguments = {key: value for key, value in entry.items() if key != "_target_"}
+    parameters = inspect.signature(target).parameters
+    known = {name: parameter for name, parameter in parameters.items() if name not in injected}
+    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
+    for key, value in arguments.items():
+        if key not in known:
+            raise ConfigError(unknown_key(f"{where}.{key}", known))
+        _check(f"{where}.{key}", value, hints.get(key, Any))
+    absent = [name for name, parameter in known.items() if parameter.default is parameter.empty and name not in arguments]
+    if absent:
+        raise ConfigError(f"{where} lacks {', '.join(absent)}; give it, for example {where}.{absent[0]}=...")
+    return target(**arguments, **injected)
+
+
+def plug_in(entry: Any, where: str) -> Callable[..., Any]:
+    """What an entry's `_target_` names.
+
+    Raises:
+        ConfigError: it names nothing.
+    """
+    if not isinstance(entry, Mapping) or "_target_" not in entry:
+        raise ConfigError(f"{where} has no _target_, so it names no plug-in; look for a misspelt key, or see docs/adding.md")
+    try:
+        target: Callable[..., Any] = hydra.utils.get_object(entry["_target_"])
+    except Exception as error:  # whatever importing a wrongly named module raises
+        raise ConfigError(f"{where}._target_='{entry['_target_']}' cannot be imported; see docs/adding.md") from error
+    return target
+
+
+def _check(name: str, value: Any, hint: Any) -> None:
+    """Type and range of one argument.
+
+    Raises:
+        ConfigError: what was given, why it cannot be, what to give.
+    """
+    try:
+        pydantic.TypeAdapter(hint, config=RULES).validate_python(value)
+    except pydantic.ValidationError as error:
+        raise ConfigError(f"{name}={value} {_complaint(error)}; give {describe(hint)}") from error
+
+
+def _complaint(error: pydantic.ValidationError) -> str:
+    """Of a union's complaints, the one of the type that fits."""
+    for detail in error.errors():
+        form = COMPLAINTS.get(detail["type"])
+        if form is not None:
+            return form.format(**detail.get("ctx", {}))
+    return "has the wrong type"
+
+
+def describe(hint: Any) -> str:
+    """What an annotation admits, in words: `Annotated[int, Ge(1)] | None` is "a whole number of at least 1 or null"."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return f"{describe(parts[0])} {_range(parts[1:])}".strip()
+    if origin is Literal:
+        return " or ".join(map(str, parts))
+    if origin in (Union, types.UnionType):
+        return " or ".join(map(describe, parts))
+    if inspect.isclass(origin) and issubclass(origin, Mapping):
+        return "a mapping"
+    if inspect.isclass(origin) and issubclass(origin, Iterable):
+        return "a list"
+    return TYPE_NAMES.get(hint, str(hint))
+
+
+def _range(bounds: Iterable[Any]) -> str:
+    words = []
+    for bound in bounds:
+        match bound:
+            case Ge(limit):
+                words.append(f"of at least {limit}")
+            case Gt(limit):
+                words.append(f"above {limit}")
+            case Le(limit):
+                words.append(f"of at most {limit}")
+            case Lt(limit):
+                words.append(f"below {limit}")
+    return " and ".join(words)

@@ -1,0 +1,69 @@
+"""Where a sweep's jobs removed atomic experts: a heat map over layers and experts, and bars over layers.
+
+In: an entry of the layout and its jobs, whose artifacts are read. Out: drawings.
+Shape letters: L layers, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from heapr.report.sweep.curves import Drawing
+from heapr.report.sweep.factors import NAMES, describe, varying
+from heapr.report.sweep.published import Number
+from heapr.report.sweep.report_layout import Entry
+from heapr.report.sweep.results import JobResult, LayerRemoval, finished, removed_by_layer
+from heapr.report.sweep.style import COLOURS, WIDTH
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def layer_heatmap(entry: Entry, jobs: Sequence[JobResult], published: Sequence[Number]) -> list[Drawing]:
+    """One figure per job: share removed of every expert, and of every layer beside it."""
+    done = finished(jobs)
+    shown = varying(done, NAMES)
+    drawings = []
+    for job in done:
+        layers = removed_by_layer(job)
+        if layers is not None:
+            about = describe(job, shown)
+            drawings.append(Drawing(_figure(layers, about, is_sorted=entry.order == "sorted"), about))
+    return drawings
+
+
+def _figure(layers: Sequence[LayerRemoval], title: str, *, is_sorted: bool) -> Figure:
+    from matplotlib.figure import Figure
+
+    height = min(max(0.09 * len(layers) + 1.0, 1.7), 5.5)
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    if title:
+        figure.suptitle(title, fontsize=8)
+    heat, bars = figure.subplots(1, 2, width_ratios=[2.3, 1], sharey=True)
+    _heat_map(figure, heat, layers, is_sorted=is_sorted)
+    places = range(len(layers))
+    bars.barh(places, [100 * layer.share for layer in layers], height=0.7, color=COLOURS[0])
+    bars.set_xlim(left=0)
+    bars.set_xlabel("of the layer (%)")
+    bars.grid(visible=False, axis="y")
+    bars.tick_params(axis="y", length=0)
+    return figure
+
+
+def _heat_map(figure: Figure, axis: Axes, layers: Sequence[LayerRemoval], *, is_sorted: bool) -> None:
+    widest = max(len(layer.share_E) for layer in layers)
+    shares_LE = []
+    for layer in layers:
+        shares = sorted(layer.share_E, reverse=True) if is_sorted else list(layer.share_E)
+        shares_LE.append([100 * share for share in shares] + [float("nan")] * (widest - len(shares)))
+    image = axis.imshow(shares_LE, cmap="Blues", vmin=0, vmax=100, aspect="auto", interpolation="nearest")
+    step = max(1, -(-len(layers) // 12))
+    axis.set_yticks(range(0, len(layers), step), [str(layers[place].layer) for place in range(0, len(layers), step)])
+    axis.set_ylabel("decoder layer")
+    axis.set_xlabel("experts, most removed first" if is_sorted else "expert")
+    axis.grid(visible=False)
+    bar = figure.colorbar(image, ax=axis, location="top", shrink=0.95, aspect=30, pad=0.03)
+    bar.set_label("atomic experts removed (%)")
+    bar.outline.set_visible(False)

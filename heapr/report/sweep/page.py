@@ -1,0 +1,169 @@
+"""The page of a report: one HTML file that needs nothing else, readable on light and dark screens.
+
+In: tables, pictures, jobs. Out: HTML. Links to artifacts are relative to the report's folder.
+"""
+
+from __future__ import annotations
+
+import html
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from heapr.report.sweep.factors import differing, flat
+from heapr.report.sweep.render import to_html
+from heapr.report.sweep.report_layout import Entry, Layout
+from heapr.report.sweep.results import JobResult, artifact_folder, finished
+from heapr.report.sweep.table import Table, failure
+
+CSS = """
+:root { color-scheme: light dark; --ink: #1d1d1f; --dim: #5c5f66; --paper: #ffffff; --line: #d5d7db; --shade: #f4f5f7; --link: #0b5cad;
+  --bad: #b3261e; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e7ea; --dim: #a3a7ae; --paper: #17181b; --line: #3b3e44; --shade: #212327;
+  --link: #7db7f5; --bad: #ff8a80; } }
+body { margin: 2rem auto; max-width: 64rem; padding: 0 1rem; font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); }
+h1 { font-size: 1.6rem; margin: 0 0 .3rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
+a { color: var(--link); } code, pre { font: 12.5px/1.45 ui-monospace, monospace; }
+pre { background: var(--shade); padding: .6rem .8rem; overflow-x: auto; border-radius: 4px; white-space: pre-wrap; }
+.dim, .notes { color: var(--dim); } .notes { font-size: 13px; } .notes p { margin: .25rem 0; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; }
+th, td { padding: .22rem .6rem; text-align: right; vertical-align: top; white-space: nowrap; font-weight: normal; }
+thead th { font-weight: 600; white-space: normal; vertical-align: bottom; }
+tbody th, thead .label, .plain th, .plain td { text-align: left; }
+.results { border-top: 2px solid var(--ink); border-bottom: 2px solid var(--ink); } .results thead th { border-bottom: 1px solid var(--ink); }
+.results tr.group > * { border-top: 1px solid var(--line); } .results tr.beside > * { color: var(--dim); }
+.plain td, .plain th { border-bottom: 1px solid var(--line); white-space: normal; overflow-wrap: anywhere; }
+.scroll .plain td, .scroll .plain th { white-space: nowrap; overflow-wrap: normal; }
+.figures { display: flex; flex-wrap: wrap; gap: 1.2rem; } figure { margin: 0; max-width: 100%; }
+figure svg { display: block; width: 30rem; max-width: 100%; height: auto; background: #fff; border: 1px solid var(--line); border-radius: 4px; }
+figcaption { color: var(--dim); font-size: 13px; max-width: 30rem; margin-top: .3rem; }
+.failed { color: var(--bad); } details { margin: .5rem 0; } summary { cursor: pointer; }
+"""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure of an entry: what it is of, its files (SVG first; none if there was nothing to draw), what is missing in it."""
+
+    entry: Entry
+    about: str
+    files: tuple[Path, ...]
+    missing: str
+
+
+def page(layout: Layout, jobs: Sequence[JobResult], parts: Sequence[Table | Picture], folder: Path) -> str:
+    """The whole page."""
+    title = html.escape(layout.title)
+    sections = [_head(layout, jobs), *_parts(parts), _failures(jobs), _differences(jobs), _stages(jobs, folder), _common(jobs)]
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width">\n'
+        f"<title>{title}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<h1>{title}</h1>\n{''.join(sections)}</body>\n</html>\n"
+    )
+
+
+def without_local_links(text: str) -> str:
+    """The page without its links to jobs and artifacts, for a copy that is kept without them."""
+    return re.sub(r"<a class=local [^>]*>(.*?)</a>", r"\1", text)
+
+
+def inline_svg(text: str) -> str:
+    """An SVG file's root element as it stands inside HTML: without prologue and namespaces, as wide as its place."""
+    root = text[text.index("<svg") :]
+    opening, rest = root.split(">", 1)
+    opening = re.sub(r'\s(?:xmlns(?::\w+)?|width|height|version)="[^"]*"', "", opening)
+    return f"{opening}>{rest}".strip()
+
+
+def _head(layout: Layout, jobs: Sequence[JobResult]) -> str:
+    done = len(finished(jobs))
+    parts = [f"{done} of {len(jobs)} jobs finished" + (f", {len(jobs) - done} failed" if done < len(jobs) else ""), layout.date]
+    line = f"<p class=dim>{html.escape(' · '.join(part for part in parts if part))}</p>\n"
+    return line + (f"<pre>{html.escape(layout.command)}</pre>\n" if layout.command else "")
+
+
+def _parts(parts: Sequence[Table | Picture]) -> list[str]:
+    """Tables, and the pictures of an entry side by side under its title."""
+    texts: list[str] = []
+    for number, part in enumerate(parts):
+        if isinstance(part, Table):
+            texts.append(to_html(part))
+            continue
+        before, after = parts[number - 1] if number else None, parts[number + 1] if number + 1 < len(parts) else None
+        if not (isinstance(before, Picture) and before.entry is part.entry):
+            texts.append(f"<h2>{html.escape(part.entry.title)}</h2>\n<div class=figures>\n")
+        texts.append(_figure(part))
+        if not (isinstance(after, Picture) and after.entry is part.entry):
+            texts.append("</div>\n")
+    return texts
+
+
+def _figure(picture: Picture) -> str:
+    drawing = inline_svg(picture.files[0].read_text(encoding="utf-8")) if picture.files else ""
+    links = " ".join(f'<a href="{quote(path.name)}">{path.suffix[1:].upper()}</a>' for path in picture.files)
+    caption = " ".join(part for part in (html.escape(picture.about), html.escape(picture.missing), links) if part)
+    return f"<figure>\n{drawing}\n<figcaption>{caption}</figcaption>\n</figure>\n"
+
+
+def _failures(jobs: Sequence[JobResult]) -> str:
+    failed = [job for job in jobs if job.summary is None]
+    if not failed:
+        return ""
+    return "<h2>Failed jobs</h2>\n<ul class=failed>" + "".join(f"<li>{html.escape(failure(job))}</li>" for job in failed) + "</ul>\n"
+
+
+def _differences(jobs: Sequence[JobResult]) -> str:
+    """What tells the jobs apart, one row per job."""
+    paths = differing(jobs)
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in ("job", *paths))
+    rows = []
+    for job in jobs:
+        config = flat(job.config)
+        cells = "".join(f"<td>{html.escape(str(config.get(path, '')))}</td>" for path in paths)
+        rows.append(f"<tr><th>{job.number}</th>{cells}</tr>")
+    table = f"<div class=scroll><table class=plain><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    return f"<h2>What differs between jobs</h2>\n{table}\n"
+
+
+def _stages(jobs: Sequence[JobResult], folder: Path) -> str:
+    """Every job's artifacts, folded."""
+    texts = ["<h2>Jobs and their artifacts</h2>\n"]
+    for job in jobs:
+        label = f"Job {job.number}"
+        label = label if job.folder is None else f'<a class=local href="{_link(job.folder, folder)}">{label}</a>'
+        name = html.escape(" ".join(job.overrides))
+        if job.summary is None:
+            texts.append(f"<p>{label}: <code>{name}</code> <span class=failed>failed</span></p>\n")
+            continue
+        rows = "".join(_stage_row(stage, _link(artifact_folder(job, stage), folder)) for stage in job.summary["stages"])
+        head = "<thead><tr><th>stage</th><th>artifact</th><th>seconds</th></tr></thead>"
+        texts.append(
+            f"<details><summary>{label}: <code>{name}</code></summary>\n"
+            f"<div class=scroll><table class=plain>{head}<tbody>{rows}</tbody></table></div></details>\n"
+        )
+    return "".join(texts)
+
+
+def _stage_row(stage: Mapping[str, Any], link: str) -> str:
+    what = html.escape(f"{stage['stage']} {stage.get('what', '')}".strip())
+    seconds = "cached" if stage["cached"] else f"{stage['seconds']:.1f}"
+    return f'<tr><td>{what}</td><td><a class=local href="{link}">{html.escape(stage["key"])}</a></td><td>{seconds}</td></tr>'
+
+
+def _common(jobs: Sequence[JobResult]) -> str:
+    """The configuration that all jobs share, folded."""
+    configs = [flat(job.config) for job in jobs if job.config]
+    if not configs:
+        return ""
+    apart = set(differing(jobs))
+    rows = [f"<tr><td>{html.escape(path)}</td><td>{html.escape(str(v))}</td></tr>" for path, v in configs[0].items() if path not in apart]
+    table = f"<table class=plain><tbody>{''.join(rows)}</tbody></table>"
+    return f"<h2>Configuration</h2>\n<details><summary>What all jobs have in common</summary>\n{table}</details>\n"
+
+
+def _link(path: Path, folder: Path) -> str:
+    return quote(Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix())

@@ -1,0 +1,128 @@
+"""A sweep's report: tables, figures and one page, from summaries and artifacts alone.
+
+In: jobs and a layout. Out: table.md, table.csv, table.tex, figures as SVG and PNG, report.html.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from heapr.errors import ConfigError
+from heapr.files import write_text
+from heapr.report.run.protocol import compare_models, compare_summaries
+from heapr.report.sweep.consistency import consistency
+from heapr.report.sweep.curves import Drawing, bars, calibration_curve, ratio_curve
+from heapr.report.sweep.factors import factor, selected
+from heapr.report.sweep.layers import layer_heatmap
+from heapr.report.sweep.page import Picture, page
+from heapr.report.sweep.published import Number, read_published
+from heapr.report.sweep.relative import for_csv, relative_curve, relative_table
+from heapr.report.sweep.render import to_csv, to_markdown, to_tex
+from heapr.report.sweep.report_layout import TITLES, Entry, default_entries, read_layout
+from heapr.report.sweep.results import JobResult, finished
+from heapr.report.sweep.style import style, write_figure
+from heapr.report.sweep.table import Table, build_table
+
+FIGURES: Mapping[str, Callable[[Entry, Sequence[JobResult], Sequence[Number]], list[Drawing]]] = {
+    "ratio_curve": ratio_curve,
+    "calibration_curve": calibration_curve,
+    "bars": bars,
+    "layer_heatmap": layer_heatmap,
+    "consistency": consistency,
+    "relative_curve": relative_curve,
+}
+TABLES: Mapping[str, Callable[[Entry, Sequence[JobResult], Sequence[Number]], Table]] = {
+    "table": build_table,
+    "relative_table": relative_table,
+}
+TEX_HEAD = "% Needs \\usepackage{booktabs,graphicx}; include with \\input.\n"
+
+
+def write_report(jobs: Sequence[JobResult], layout: Mapping[str, Any], folder: Path, published: Path | None) -> list[Path]:
+    """Write all files of a report.
+
+    Args:
+        jobs: of the sweep, failed ones included: they become gaps.
+        layout: the `report` section of an experiment, see `heapr.report.sweep.report_layout`; empty for the default.
+        folder: gets the files.
+        published: folder of results.csv; none if there is nothing to stand beside.
+
+    Returns:
+        The files, in the order in which they were written.
+
+    Raises:
+        ConfigError: no jobs, a layout that cannot be, or results that were measured in different ways.
+    """
+    if not jobs:
+        raise ConfigError(f"nothing to report in '{folder}': the sweep has no jobs")
+    checked, numbers = read_layout(layout), read_published(published)
+    check_protocols(jobs)
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = checked.entries or default_entries(jobs)
+    tables = [TABLES[entry.kind](entry, jobs, numbers) for entry in entries if entry.kind in TABLES]
+    alone = [replace(table, title=checked.title) if table.title == TITLES["table"] else table for table in tables]
+    files = [
+        _write(folder / "table.md", "\n".join(map(to_markdown, alone))),
+        _write(folder / "table.csv", to_csv(for_csv(entries, jobs), numbers)),
+        _write(folder / "table.tex", TEX_HEAD + "\n".join(map(to_tex, alone))),
+    ]
+    pictures: list[Picture] = []
+    used: dict[str, int] = {}
+    for entry in entries:
+        if entry.kind in FIGURES:
+            pictures += _pictures(entry, jobs, numbers, folder, used)
+    files += [path for picture in pictures for path in picture.files]
+    ordered = _in_order(entries, tables, pictures)
+    return [*files, _write(folder / "report.html", page(checked, jobs, ordered, folder))]
+
+
+def check_protocols(jobs: Sequence[JobResult]) -> None:
+    """Refuse what cannot stand in one table.
+
+    Raises:
+        ConfigError: results of one model were measured in different ways, or those of different models in ways that differ in
+            more than what their tokenizers decide.
+    """
+    done = finished(jobs)
+    summaries = {f"job {job.number}": job.summary for job in done if job.summary is not None}
+    differences = compare_models(summaries)
+    for model in dict.fromkeys(factor(job, "model") for job in done):
+        members = [f"job {job.number}" for job in done if factor(job, "model") == model]
+        differences += compare_summaries({name: summaries[name] for name in members})
+    if differences:
+        raise ConfigError(f"these results cannot stand in one table: {differences[0]}; report them in sweeps of their own")
+
+
+def _pictures(entry: Entry, jobs: Sequence[JobResult], numbers: Sequence[Number], folder: Path, used: dict[str, int]) -> list[Picture]:
+    """The figures of an entry, numbered from the second of a kind on; an empty one says that there is nothing to draw."""
+    chosen = selected(jobs, entry.where)
+    pictures = []
+    with style():
+        for drawing in FIGURES[entry.kind](entry, jobs if entry.baseline else chosen, numbers):  # baselines may be others
+            used[entry.kind] = used.get(entry.kind, 0) + 1
+            stem = entry.kind if used[entry.kind] == 1 else f"{entry.kind}_{used[entry.kind]}"
+            files = write_figure(drawing.figure, folder / stem)
+            pictures.append(Picture(entry, drawing.about, tuple(files), " ".join(filter(None, (_missing(chosen), drawing.missing)))))
+    return pictures or [Picture(entry, "", (), "Nothing to draw: no job of it left the numbers. " + _missing(chosen))]
+
+
+def _missing(jobs: Sequence[JobResult]) -> str:
+    missing = [str(job.number) for job in jobs if job.summary is None]
+    return f"Not drawn, because they failed: jobs {', '.join(missing)}." if missing else ""
+
+
+def _in_order(entries: Sequence[Entry], tables: Sequence[Table], pictures: Sequence[Picture]) -> list[Table | Picture]:
+    """Tables and pictures as the layout orders them."""
+    waiting = list(tables)
+    ordered: list[Table | Picture] = []
+    for entry in entries:
+        ordered += [waiting.pop(0)] if entry.kind in TABLES else [picture for picture in pictures if picture.entry is entry]
+    return ordered
+
+
+def _write(path: Path, text: str) -> Path:
+    write_text(path, text)
+    return path

@@ -1,0 +1,303 @@
+"""The command line of sweep.py: look ahead, run, report.
+
+In: `experiment=<name>` and overrides, or `report_dir=<folder>`. Out: a sweep's folder with jobs, tables, figures and report.html;
+exit code 1 if a job failed, 2 with one line for a mistake.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+from heapr.artifacts import SWEEPS
+from heapr.errors import ConfigError
+from heapr.files import user_path
+from heapr.main import compose_experiment, explain, one_line_errors, print_whatever_the_encoding
+from heapr.schema import ExperimentConfig, register
+from heapr.sweep.definition import Definition, Job, experiment_names, is_tiny, load_definition, make_jobs
+from heapr.words import did_you_mean
+
+logger = logging.getLogger(__name__)
+
+SWITCHES = ("report_only", "results", "baselines")
+MAX_FIGURE = 200_000  # bytes of a figure that is kept with an experiment
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for.
+
+    Attributes:
+        experiment: its name; none if a folder is reported.
+        report_dir: folder to report, instead of an experiment.
+        dry_run: show what would be made and stop.
+        report_only: of the newest sweep, without running anything.
+        results: keep tables and figures with the experiment.
+        baselines: run them too.
+        overrides: of all jobs.
+        settings: overrides of Hydra itself.
+        command: as it was typed.
+    """
+
+    experiment: str | None
+    report_dir: Path | None
+    dry_run: bool
+    report_only: bool
+    results: bool
+    baselines: bool
+    overrides: tuple[str, ...]
+    settings: tuple[str, ...]
+    command: str
+
+    @property
+    def version(self) -> str:
+        return "tiny" if is_tiny(self.overrides) else "paper"
+
+
+def main(arguments: Sequence[str], root: Path) -> None:
+    """Do what the command line asks, and exit.
+
+    Args:
+        arguments: of the command line.
+        root: holds run.py, conf/ and experiments/.
+    """
+    print_whatever_the_encoding()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
+    if {"-h", "--help"} & set(arguments):
+        _help(root)
+        return
+    with one_line_errors(root / "conf"):
+        request = read_request(arguments, experiment_names(root / "experiments"))
+        if request.report_dir is not None:
+            sys.exit(_report(root, request.report_dir)[0])
+        sys.exit(sweep(root, request))
+
+
+def read_request(arguments: Sequence[str], experiments: Sequence[str]) -> Request:
+    """Understand the command line.
+
+    Raises:
+        ConfigError: it asks for nothing that can be done.
+    """
+    own: dict[str, str] = {}
+    rest: list[str] = []
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key in ("experiment", "report_dir", *SWITCHES):
+            own[key] = value
+        elif argument != "--dry-run":
+            rest.append(argument)
+    for argument in rest:
+        if argument.startswith("-") or ("=" not in argument and not argument.startswith("~")):
+            known = ["--dry-run", "--help", *(f"{key}=" for key in ("experiment", "report_dir", *SWITCHES))]
+            hint = did_you_mean(argument, known)
+            raise ConfigError(f"'{argument}' is neither an override (key=value) nor an option; {hint}options: {', '.join(known)}")
+        if argument.startswith("dry_run="):
+            raise ConfigError(f"'{argument}' is for one run; give --dry-run to see what a sweep would do")
+    if ("experiment" in own) == ("report_dir" in own):
+        raise ConfigError(f"give either experiment=<name> or report_dir=<folder>; experiments: {', '.join(experiments)}")
+    if "report_dir" in own and (rest or len(own) > 1 or "--dry-run" in arguments):
+        raise ConfigError("report_dir=<folder> stands alone: a report is made from what is in the folder")
+    settings = tuple(argument for argument in rest if argument.startswith(("hydra.", "hydra/", "+hydra.")))
+    return Request(
+        experiment=own.get("experiment"),
+        report_dir=user_path(own["report_dir"]) if "report_dir" in own else None,
+        dry_run="--dry-run" in arguments,
+        overrides=tuple(argument for argument in rest if argument not in settings),
+        settings=settings,
+        command=shlex.join(["python", "sweep.py", *arguments]),
+        **{key: _switch(key, own.get(key, "false")) for key in SWITCHES},
+    )
+
+
+def sweep(root: Path, request: Request) -> int:
+    """Look ahead, run and report an experiment.
+
+    Returns:
+        exit code: 1 if a job failed.
+
+    Raises:
+        ConfigError: the user's mistake.
+    """
+    assert request.experiment is not None
+    definition = load_definition(root / "experiments", request.experiment)
+    jobs = make_jobs(definition, request.overrides, baselines=request.baselines)
+    if request.report_only:
+        return _report_newest(root, request, definition, jobs)
+    configs = compose_jobs(definition.name, jobs, root / "conf")
+    _check_settings(request.settings, root / "conf")
+    from heapr.sweep.forecast import forecast_sweep
+    from heapr.sweep.forecast_table import print_forecast
+
+    forecast = forecast_sweep(jobs, configs)
+    print_forecast(forecast, f"{definition.name} ({request.version}): {definition.title}")
+    if request.dry_run:
+        return 0
+    problems = [job.problem for job in forecast.jobs if job.problem]
+    if len(problems) == len(jobs):
+        raise ConfigError(f"no job of {definition.name} can run; the first: {problems[0]}")
+    return _run(root, request, definition, dict(zip(jobs, configs, strict=True)))
+
+
+def compose_jobs(experiment: str, jobs: Sequence[Job], config_folder: Path) -> list[ExperimentConfig]:
+    """The checked configuration of every job.
+
+    Raises:
+        ConfigError: one does not compose; the message names it.
+    """
+
+    def compose_job(number: int, job: Job) -> ExperimentConfig:
+        try:
+            return compose_experiment(job, config_folder)
+        except (ConfigError, HydraException, OmegaConfBaseException) as error:
+            reason = explain(error, config_folder, job)
+            raise ConfigError(f"job {number} of {experiment} ({' '.join(job)}): {reason}") from error
+
+    return [compose_job(number, job) for number, job in enumerate(jobs)]
+
+
+def _report(root: Path, folder: Path) -> tuple[int, list[Path]]:
+    """Tables and figures of a sweep's folder, into the folder.
+
+    Returns:
+        exit code, 1 if a job had failed; and the files.
+
+    Raises:
+        ConfigError: the folder holds no sweep, or results that cannot stand in one table.
+    """
+    from heapr.report.sweep.report import write_report
+    from heapr.sweep.collect import RECORD, Record, collect_jobs
+
+    jobs = collect_jobs(folder)
+    layout = Record.read(folder).layout if (folder / RECORD).is_file() else {}
+    files = write_report(jobs, layout, folder, root / "experiments" / "published")
+    failed = [job for job in jobs if job.summary is None]
+    lines = [f"{len(jobs) - len(failed)} of {len(jobs)} jobs finished; tables, figures and report.html: {folder}"]
+    lines += [f"  job {job.number} failed ({' '.join(job.overrides)}): {job.error}" for job in failed]
+    Console(soft_wrap=True).print("\n".join(lines), markup=False, highlight=False)
+    return 1 if failed else 0, files
+
+
+def keep_results(root: Path, folder: Path, files: Sequence[Path]) -> Path:
+    """Copy a sweep's report beside its experiment; its page without links to what stays behind.
+
+    Args:
+        root: holds experiments/.
+        folder: of the sweep.
+        files: of its report, below the folder.
+
+    Returns:
+        the folder they are in.
+    """
+    from heapr.report.sweep.page import without_local_links
+    from heapr.sweep.collect import Record
+
+    record = Record.read(folder)
+    kept = root / "experiments" / record.experiment / "results" / record.version
+    shutil.rmtree(kept, ignore_errors=True)
+    kept.mkdir(parents=True)
+    for file in files:
+        if file.suffix in (".svg", ".png") and file.stat().st_size > MAX_FIGURE:
+            logger.warning("%s has %d bytes; figures that are kept should have at most %d", file, file.stat().st_size, MAX_FIGURE)
+        copy = kept / file.relative_to(folder)
+        copy.parent.mkdir(exist_ok=True)
+        if file.suffix == ".html":
+            copy.write_text(without_local_links(file.read_text(encoding="utf-8")), encoding="utf-8")
+        else:
+            shutil.copy(file, copy)
+    about = f"# {record.experiment}, {record.version}\n\n    {record.command}\n\nRun on {record.date}.\n"
+    (kept / "README.md").write_text(about, encoding="utf-8")
+    return kept
+
+
+def _run(root: Path, request: Request, definition: Definition, jobs: Mapping[Job, ExperimentConfig]) -> int:
+    from heapr.sweep.collect import Record
+    from heapr.sweep.launch import launch, new_folder
+    from heapr.tracking.values import log_sweep_summary
+
+    record = Record(
+        experiment=definition.name,
+        version=request.version,
+        command=request.command,
+        date=f"{datetime.now():%Y-%m-%d}",
+        jobs=[list(job) for job in jobs],
+        title=definition.title,
+        report=definition.layout(request.version),
+    )
+    config = next(iter(jobs.values()))
+    outputs = Path(config.paths.outputs)
+    folder = new_folder(outputs / SWEEPS, record)
+    exit_code = launch(root, folder, request.settings)
+    if exit_code:
+        logger.error("the process that ran the jobs ended with exit code %d; the same command goes on where it stopped", exit_code)
+    failed = _finish(root, request, folder)
+    rows = list(csv.DictReader((folder / "table.csv").read_text(encoding="utf-8").splitlines()))
+    log_sweep_summary(config.tracking, rows, folder=folder, images=sorted(folder.glob("*.png")), outputs=outputs)
+    return max(failed, 1 if exit_code else 0)
+
+
+def _report_newest(root: Path, request: Request, definition: Definition, jobs: Sequence[Job]) -> int:
+    """Of the newest sweep, with the title, tables and figures that the experiment has by now."""
+    from heapr.sweep.collect import Record, newest_sweep
+
+    (config,) = compose_jobs(definition.name, jobs[:1], root / "conf")
+    folder = newest_sweep(Path(config.paths.outputs) / SWEEPS, definition.name, request.version)
+    replace(Record.read(folder), title=definition.title, report=definition.layout(request.version)).write(folder)
+    return _finish(root, request, folder)
+
+
+def _finish(root: Path, request: Request, folder: Path) -> int:
+    exit_code, files = _report(root, folder)
+    if request.results:
+        Console(soft_wrap=True).print(f"kept in {keep_results(root, folder, files)}", markup=False, highlight=False)
+    return exit_code
+
+
+def _check_settings(settings: Sequence[str], config_folder: Path) -> None:
+    """A launcher that is not there is found before anything runs."""
+    register()
+    with initialize_config_dir(str(config_folder), version_base="1.3"):
+        try:
+            compose("config", overrides=list(settings), return_hydra_config=True)
+        except HydraException as error:
+            reason = " ".join(str(error).partition("Config search path")[0].removeprefix("In 'hydra/config': ").split())
+            hint = "joblib and submitit come with pip install 'heapr[joblib]' and 'heapr[slurm]'"
+            raise ConfigError(f"{' '.join(settings)}: {reason}; {hint}") from error
+
+
+def _switch(key: str, value: str) -> bool:
+    if value not in ("true", "false"):
+        raise ConfigError(f"{key}={value} is neither true nor false")
+    return value == "true"
+
+
+def _help(root: Path) -> None:
+    console = Console(soft_wrap=True)
+    lines = [
+        "python sweep.py experiment=<name> [model=tiny] [overrides] [--dry-run]",
+        "python sweep.py experiment=<name> report_only=true",
+        "python sweep.py report_dir=<folder of a sweep>",
+        "",
+        "model=tiny       the experiment's version for the built-in model: offline, minutes on 2 cores",
+        "overrides        as for run.py; one whose values the experiment sweeps selects those jobs, others apply to all jobs",
+        "hydra/launcher=  basic (one job after the other), joblib, submitit_slurm ... (docs/experiments.md)",
+        "--dry-run        show what would be made and stop",
+        "report_only=true tables and figures of the experiment's newest sweep, from its artifacts alone",
+        "baselines=true   run the experiment's baselines too",
+        "results=true     keep tables and figures in experiments/<name>/results",
+        "",
+    ]
+    lines += [f"{name:20} {load_definition(root / 'experiments', name).title}" for name in experiment_names(root / "experiments")]
+    console.print("\n".join(lines), markup=False, highlight=False)

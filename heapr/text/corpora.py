@@ -1,0 +1,143 @@
+"""Corpora: ordered documents of real text.
+
+Each has an identity, which enters the key of every artifact made from it.
+In: where the text lives. Out: documents. The corpora of the paper are in published.py.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sysconfig
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from heapr.errors import ConfigError, NotHereError
+from heapr.files import user_path
+from heapr.text.docstrings import docstrings, source_hash
+from heapr.text.reader import Source, kind_of
+from heapr.text.splits import check_split, select_split
+
+
+@runtime_checkable
+class Corpus(Protocol):
+    """A named, ordered source of documents."""
+
+    name: str
+    split: str
+
+    def documents(self) -> Iterable[str]:
+        """The documents of the split in a fixed order, from the beginning with each call; may be read lazily.
+
+        Text that is collected here (docstrings, your own files) has no blank and no repeated documents.
+        Published corpora keep every row as it was published (published.py): published figures were measured
+        that way.
+        """
+        ...
+
+    def identity(self) -> dict[str, str]:
+        """What the text is, cheap to compute: equal identities mean equal documents. Not a path or a name."""
+        ...
+
+
+class _Docstrings:
+    """Docstrings of the Python files in a folder (no tests), in file and source order.
+
+    Args:
+        text: what the text is called.
+        root: the folder.
+        split: one of `heapr.text.splits.PARTS`.
+    """
+
+    def __init__(self, text: str, root: Path, split: str) -> None:
+        self.split = check_split(split)
+        is_half = split in {"validation", "test"}  # of the held-out documents; its figures are not theirs
+        self.name = f"{text}_{split}" if is_half else text
+        self._text, self._root = text, root
+
+    def documents(self) -> list[str]:
+        return list(select_split(docstrings(self._root), self.split))
+
+    def identity(self) -> dict[str, str]:
+        return {"corpus": self._text, "split": self.split, "sha256": source_hash(self._root)}
+
+
+class PyDocs(_Docstrings):
+    """Docstrings of the running Python's standard library (no tests, no site-packages).
+
+    Args:
+        split: train, heldout (one document in ten, by hash), its halves validation and test, or all.
+    """
+
+    def __init__(self, split: str) -> None:
+        super().__init__("pydocs", Path(sysconfig.get_path("stdlib")), split)
+
+
+class PackageDocs(_Docstrings):
+    """Docstrings of an installed Python package (no tests).
+
+    Args:
+        package: import name of the package, for example "numpy".
+        split: as for `PyDocs`.
+
+    Raises:
+        NotHereError: the package is not installed.
+    """
+
+    def __init__(self, package: str, split: str) -> None:
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            problem = "no such package is installed; install it or name another"
+            raise NotHereError(f"corpus of package '{package}': {problem}")
+        super().__init__(f"{package}docs", Path(spec.submodule_search_locations[0]), split)
+
+
+class TextFiles:
+    """Your own text: files of plain text (a document each), JSON or parquet (a document an object or row).
+
+    Args:
+        paths: the files, in the order in which their documents are joined; ~ is the home folder.
+        split: as for `PyDocs`.
+        text_field: name of the text in each JSON object, or of the column of parquet.
+        name: what the corpus is called in metrics.
+
+    Raises:
+        NotHereError: a file is missing.
+        ConfigError: no path is given, a file is empty, or its name does not tell how to read it.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        split: str,
+        text_field: str = "text",
+        name: str = "text_files",
+    ) -> None:
+        if not paths:
+            example = "calibration.corpus.paths=[my.txt]"
+            raise ConfigError(f"text_files has no paths; give them, for example {example}")
+        self.name, self.split = name, check_split(split)
+        files = [user_path(path) for path in paths]
+        for file in files:
+            _check_file(file)
+        self._source = Source(tuple(files), text_field)
+
+    def documents(self) -> Iterator[str]:
+        """The documents, read lazily.
+
+        Raises:
+            ConfigError: a file does not hold what its name says; the message gives the line.
+        """
+        return select_split(self._source.documents(), self.split)
+
+    def identity(self) -> dict[str, str]:
+        return {"corpus": "text_files", "split": self.split, "sha256": self._source.sha256()}
+
+
+def _check_file(path: Path) -> None:
+    what = f"text file '{path}'"
+    if not path.is_file():
+        raise NotHereError(f"{what} does not exist or is not a file; give the path of a readable file")
+    if path.stat().st_size == 0:
+        raise ConfigError(f"{what} is empty; give a file with text")
+    kind_of(path)

@@ -1,0 +1,72 @@
+"""Docstrings of the Python files in a folder, without tests.
+
+In: a folder. Out: its docstrings, and a hash of the files that they come from.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+SKIPPED_FOLDERS = ("site-packages", "__pycache__")
+OWNERS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def docstrings(root: Path) -> list[str]:
+    """Every docstring below `root`: files in sorted order, docstrings in source order."""
+    return _docstrings(root, source_hash(root))
+
+
+@functools.cache  # a job needs it eight times; installed packages do not change while a process runs
+def source_hash(root: Path) -> str:
+    """Hash of the source files: takes tenths of a second, where parsing them takes several seconds."""
+    digest = hashlib.sha256()
+    for path in _source_files(root):
+        name = path.relative_to(root).as_posix()
+        digest.update(f"{name}\0{path.stat().st_size}\0".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=2)  # parsing takes seconds, and a run needs several splits
+def _docstrings(root: Path, content_hash: str) -> list[str]:
+    """Docstrings of source files with a given hash."""
+    found: list[str] = []
+    for path in _source_files(root):
+        found.extend(_docstrings_of(path))
+    return found
+
+
+def _docstrings_of(path: Path) -> Iterator[str]:
+    """Docstrings of one file; none if it is not valid Python, such as a template."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):
+        return
+    owners = [node for node in ast.walk(tree) if isinstance(node, OWNERS)]
+    owners.sort(key=lambda node: getattr(node, "lineno", 0))
+    for node in owners:
+        text = ast.get_docstring(node)
+        if text:
+            yield text
+
+
+def _source_files(root: Path) -> list[Path]:
+    """Python files below `root` in a fixed order, without tests, site-packages and caches."""
+    found: list[Path] = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if not _is_skipped(name)]
+        found += [Path(folder, name) for name in names if _is_source(name)]
+    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+
+
+def _is_source(file: str) -> bool:
+    return file.endswith(".py") and not file.startswith("test_")
+
+
+def _is_skipped(folder: str) -> bool:
+    return folder in SKIPPED_FOLDERS or folder.startswith("test") or folder.endswith("_test")

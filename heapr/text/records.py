@@ -1,0 +1,163 @@
+"""Text from files of records: a field of JSON objects, a column of parquet.
+
+In: a path and the name of field or column. Out: documents, in order. Complaints about JSON name the line.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from heapr.errors import ConfigError
+from heapr.text.lines import complaints, is_utf8, lines
+
+CHAT_FIELDS = ("messages", "conversations", "conversation")
+NOT_JSON = (ValueError, RecursionError)  # of json: also numbers and depths beyond Python's limits
+
+
+def json_records(path: Path, field: str) -> Iterator[str]:
+    """The text of every object: one object a line, or the elements of one array. Blank lines are skipped.
+
+    Raises:
+        ConfigError: something is not JSON, or has no text in the field.
+    """
+    numbered = enumerate(lines(path), start=1)
+    for number, line in numbered:
+        if line.lstrip().startswith("["):
+            blank = "\n" * (number - 1)  # so that lines are counted from the beginning of the file
+            rest = [later for _, later in numbered]
+            yield from _Array(path, "".join([blank, line, *rest])).texts(field)
+        elif line.strip():
+            try:
+                value = json.loads(line)
+            except NOT_JSON as error:
+                raise _not_json(number, path, _reason(error)) from error
+            yield _text_of(value, field, number, path)
+
+
+class _Array:
+    """A JSON array that may run over many lines; its elements are decoded one at a time."""
+
+    def __init__(self, path: Path, text: str) -> None:
+        self._path, self._text = path, text
+        self._decode = json.JSONDecoder().raw_decode
+
+    def texts(self, field: str) -> Iterator[str]:
+        position = self._skip_blanks(self._text.index("[") + 1)
+        while not self._text.startswith("]", position):
+            value, end = self._element(position)
+            yield _text_of(value, field, self._line_of(position), self._path)
+            position = self._behind_comma(end)
+        behind = self._skip_blanks(position + 1)
+        if behind < len(self._text):
+            raise _not_json(self._line_of(behind), self._path, "something stands behind the array")
+
+    def _element(self, position: int) -> tuple[Any, int]:
+        """The value that begins at a place, and where it ends."""
+        try:
+            return self._decode(self._text, position)
+        except NOT_JSON as error:
+            number = getattr(error, "lineno", None) or self._line_of(position)
+            raise _not_json(number, self._path, _reason(error)) from error
+
+    def _behind_comma(self, position: int) -> int:
+        """Where the next element or the array's end stands, from behind an element."""
+        position = self._skip_blanks(position)
+        if self._text.startswith(",", position):
+            return self._skip_blanks(position + 1)
+        if not self._text.startswith("]", position):
+            raise _not_json(self._line_of(position), self._path, "an array goes on with ',' or ends with ']'")
+        return position
+
+    def _skip_blanks(self, position: int) -> int:
+        """The next place that holds no white space."""
+        while self._text[position : position + 1].isspace():
+            position += 1
+        return position
+
+    def _line_of(self, position: int) -> int:
+        return self._text.count("\n", 0, position) + 1
+
+
+def parquet_rows(path: Path, column: str) -> Iterator[str]:
+    """A column of text; null is an empty row.
+
+    Raises:
+        ConfigError: the file is not parquet, or has no such column of text.
+    """
+    from pyarrow import types  # a fraction of a second to import
+    from pyarrow.parquet import ParquetFile
+
+    with complaints(path, lambda: "as parquet"):
+        table = ParquetFile(path)
+        schema = table.schema_arrow
+        if column not in schema.names:
+            raise ConfigError(f"'{path}' {_no_such_field('column', column, schema.names)}")
+        kind = schema.field(column).type
+        if types.is_dictionary(kind):
+            kind = kind.value_type
+        if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)):
+            hint = "rename the one with the text, or give another file"
+            raise ConfigError(f"column '{column}' of '{path}' holds {kind}, not text; {hint}")
+        for batch in table.iter_batches(columns=[column]):
+            rows = batch.column(0).cast("string").fill_null("")
+            yield from rows.to_pylist()
+
+
+def _text_of(value: Any, field: str, number: int, path: Path) -> str:
+    """The text of a JSON value on a line."""
+    problem = _problem(value, field)
+    if problem is not None:
+        raise ConfigError(f"line {number} of '{path}' {problem}")
+    text: str = value[field]
+    return text
+
+
+def _problem(value: Any, field: str) -> str | None:
+    """Why a JSON value has no text in a field, and what to do; None if it has."""
+    expected = f"is not a JSON object with text in the field '{field}'"
+    if not isinstance(value, dict):
+        return f"{expected}, but a {type(value).__name__}; mend it"
+    is_chat = field in CHAT_FIELDS and isinstance(value.get(field), list)
+    if field not in value or is_chat:
+        return _no_such_field("field", field, value)
+    text = value[field]
+    if not isinstance(text, str):
+        return f"{expected}, which holds {json.dumps(text):.40}; mend it"
+    if not is_utf8(text):
+        surrogate = "a lone surrogate, \\ud800 to \\udfff"
+        return f"holds half a character in the field '{field}' ({surrogate}); mend it or leave it out"
+    return None
+
+
+def _no_such_field(what: str, field: str, known: Collection[str]) -> str:
+    """What to do without a field or column.
+
+    Args:
+        what: "field" or "column".
+        field: its name.
+        known: the names that there are.
+    """
+    chat = [name for name in CHAT_FIELDS if name in known]
+    if not chat:
+        names = ", ".join(known) or "nothing"
+        hint = "rename the one with the text, or, for text_files, name it with text_field"
+        return f"has no {what} '{field}' but {names}; {hint}"
+    target = "text" if field == chat[0] else field
+    return (
+        f"is chat data ({what} '{chat[0]}'), which is not read as such, "
+        "because its text depends on the model's chat template; "
+        f"write every conversation as one text into the {what} '{target}', for example with "
+        "tokenizer.apply_chat_template(messages, tokenize=False)"
+    )
+
+
+def _not_json(number: int, path: Path, reason: str) -> ConfigError:
+    hint = "mend it, and give one array or one object a line"
+    return ConfigError(f"line {number} of '{path}' is not JSON ({reason}); {hint}")
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "msg", error))

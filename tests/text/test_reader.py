@@ -1,0 +1,170 @@
+"""The reader of text: every ending in every form, the line in every complaint, JSON never read as prose."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from heapr.errors import ConfigError
+from heapr.text.reader import ENDINGS, GZIP, JSON, PARQUET, TEXT, Source, is_readable, kind_of
+
+DOCUMENTS = ["first\nline", 'se"cond', "one\u2028line\x85still", "naïve \U0001f600"]
+
+
+def read(path: Path, field: str = "text") -> list[str]:
+    return list(Source((path,), field).documents())
+
+
+def spellings_of_json() -> dict[str, str]:
+    objects = [{"text": text, "url": "x"} for text in DOCUMENTS]
+    return {
+        "lines": "\n".join(json.dumps(entry) for entry in objects),
+        "lines, blank ones between": "\n\n  \n".join(json.dumps(entry, ensure_ascii=False) for entry in objects) + "\n",
+        "array": json.dumps(objects),
+        "array over lines": "\n" + json.dumps(objects, indent=2, ensure_ascii=False) + "\n\n",
+    }
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("ending", [ending + last for ending in JSON for last in ("", GZIP)])
+def test_json_of_every_ending_and_form(ending: str, end: str, tmp_path: Path) -> None:
+    for name, text in spellings_of_json().items():
+        for encoding in ("utf-8", "utf-8-sig"):
+            content = text.replace("\n", end).encode(encoding)
+            for case in (ending, ending.upper()):
+                path = tmp_path / f"text{case}"
+                path.write_bytes(gzip.compress(content) if ending.endswith(GZIP) else content)
+                assert read(path) == DOCUMENTS, name
+
+
+@pytest.mark.parametrize("ending", [ending + last for ending in TEXT for last in ("", GZIP)])
+def test_plain_text_of_every_ending(ending: str, tmp_path: Path) -> None:
+    content = "\ufeffNaïve text,\r\n[1] of {two}\rlines. {\n".encode()
+    for case in (ending, ending.upper()):
+        path = tmp_path / f"text{case}"
+        path.write_bytes(gzip.compress(content) if ending.endswith(GZIP) else content)
+        assert read(path) == ["Naïve text,\n[1] of {two}\nlines. {\n"]
+        by_line = Source((path,), "text", str.strip).documents()
+        assert list(by_line) == ["Naïve text,", "[1] of {two}", "lines. {"]
+
+
+def test_parquet_of_every_kind_of_text(tmp_path: Path) -> None:
+    column = pyarrow.array(DOCUMENTS)
+    kinds = [column, column.cast("large_string"), column.dictionary_encode()]
+    for number, values in enumerate(kinds):
+        path = tmp_path / f"{number}.Parquet"
+        parquet.write_table(pyarrow.table({"text": values}), path)
+        assert read(path) == DOCUMENTS
+
+
+def test_marks_inside_files_that_were_put_together(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes('\ufeff{"text": "a"}\n\ufeff{"text": "\ufeffb"}\n'.encode())
+    (tmp_path / "a.txt").write_bytes("\ufeffa\n\ufeffb\n".encode())
+    assert read(tmp_path / "a.jsonl") == ["a", "\ufeffb"]  # what a string holds is its own
+    assert read(tmp_path / "a.txt") == ["a\nb\n"]
+
+
+def test_every_other_ending_is_refused_by_name(tmp_path: Path) -> None:
+    for name in ("a.docx", "a.csv", "a.txt.zst", "a.parquet.gz", "a", "a.gz", "txt", "a.json5"):
+        assert not is_readable(tmp_path / name)
+        with pytest.raises(ConfigError, match=f"{name}' ends in none of .txt, .text"):
+            kind_of(tmp_path / name)
+    assert {kind_of(Path(f"a.b{ending}".upper())) for ending in ENDINGS} == {*TEXT, *JSON, *PARQUET}
+
+
+LINES = '{"text": "good"}\n\n'  # the complaint is about line 3
+MISTAKES = {
+    "not json": ('{"text": "a",}', "line 3 of '.*' is not JSON \\("),
+    "long number": ('{"text": "a", "id": ' + "1" * 5000 + "}", "line 3 of '.*' is not JSON \\(Exceeds the limit"),
+    "no object": ('"just a string"', "line 3 of '.*' is not a JSON object with text in the field 'text', but a str"),
+    "list": ('[{"text": 1}]', "line 3 of '.*' is not a JSON object with text in the field 'text', which holds 1"),
+    "no field": ('{"prompt": "a", "answer": "b"}', "line 3 of '.*' has no field 'text' but prompt, answer; .* text_field"),
+    "null": ('{"text": null}', "line 3 of '.*' is not a JSON object with text in the field 'text', which holds null"),
+    "chat": (
+        '{"messages": [{"role": "user", "content": "hi"}]}',
+        "line 3 of '.*' is chat data \\(field 'messages'\\), .* into the field 'text'",
+    ),
+    "shared chat": ('{"conversations": [{"from": "human", "value": "hi"}]}', "line 3 of '.*' is chat data .*apply_chat_template"),
+    "surrogate": ('{"text": "a \\ud83d b"}', "line 3 of '.*' holds half a character in the field 'text'"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_in_json_are_told_with_their_line(name: str, tmp_path: Path) -> None:
+    line, message = MISTAKES[name]
+    (tmp_path / "a.jsonl").write_text(LINES + line + "\n" + LINES)
+    (tmp_path / "a.json").write_text(f'[\n{{"text": "good"}},\n{line},\n{{"text": "good"}}]')
+    names = ["a.jsonl"] if name == "list" else ["a.jsonl", "a.json"]
+    for file in names:
+        with pytest.raises(ConfigError, match=message) as caught:
+            read(tmp_path / file)
+        assert "\n" not in str(caught.value)
+        str(caught.value).encode()  # it can be printed
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [('[\n{"text": "a"}\n{"text": "b"}]', 3), ('[{"text": "a"},\n\n', 3), ('[{"text": "a"}]\n{"text": "b"}', 2), ('\n[{"text": "a"\n', 3)],
+)
+def test_broken_arrays_are_told_with_their_line(text: str, line: int, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ConfigError, match=f"line {line} of .* is not JSON"):
+        read(tmp_path / "a.json")
+
+
+def test_a_chat_under_the_name_of_its_field_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"messages": [{"role": "user", "content": "hi"}]}')
+    with pytest.raises(ConfigError, match="is chat data .* into the field 'text'"):
+        read(tmp_path / "a.jsonl", "messages")
+
+
+@pytest.mark.parametrize("text", ['{"text": "a"}\n{"text": "b"}', '\n [{"text": "a"}]', '[\n  {"text": "a"}\n]', "{\n", '["a", "b"]'])
+def test_json_is_not_read_as_prose(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(text)
+    with pytest.raises(ConfigError, match="line [12] of .* begins JSON, but the name says plain text; .* .jsonl, .ndjson, .json"):
+        read(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("ending", [".txt", ".jsonl", ".txt.gz"])
+def test_what_is_not_utf8_is_told_with_its_line(ending: str, tmp_path: Path) -> None:
+    begin = b'{"text": "a"}\n' if "json" in ending else b"some text\n"
+    for content in ("{'text': 'café'}".encode("latin-1"), b"\xed\xa0\xbd", "text".encode("utf-16-le")):
+        path = tmp_path / f"a{ending}"
+        path.write_bytes(gzip.compress(begin + content) if ending.endswith(GZIP) else begin + content)
+        with pytest.raises(ConfigError, match="line 2 of .* (is not UTF-8|holds a zero byte)"):
+            read(path)
+
+
+def test_files_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
+    whole = gzip.compress("".join(f"{number}\n" for number in range(5000)).encode())
+    (tmp_path / "cut.txt.gz").write_bytes(whole[:-20])
+    (tmp_path / "broken.txt.gz").write_bytes(whole[:200] + b"\xff" * 200 + whole[400:])
+    (tmp_path / "plain.txt.gz").write_text("no gzip")
+    (tmp_path / "plain.parquet").write_text("no parquet")
+    (tmp_path / "blank.txt").write_text(" \n\n")
+    (tmp_path / "blank.json").write_text("[]")
+    parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "numbers.parquet")
+    parquet.write_table(pyarrow.table({"messages": ["x"]}), tmp_path / "chat.parquet")
+    cases = {
+        "cut.txt.gz": "cannot be read after line", "broken.txt.gz": "cannot be read after line",
+        "plain.txt.gz": "cannot be read after line 0",
+        "plain.parquet": "cannot be read as parquet", "blank.txt": "holds no text", "blank.json": "holds no text",
+        "numbers.parquet": "column 'text' of '.*' holds int64, not text", "chat.parquet": r"is chat data \(column 'messages'\)",
+    }  # fmt: skip
+    for name, message in cases.items():
+        with pytest.raises(ConfigError, match=message) as caught:
+            read(tmp_path / name)
+        assert "\n" not in str(caught.value)
+
+
+def test_only_what_is_asked_for_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "b"}\nnonsense\n')
+    source = Source((tmp_path / "a.jsonl",), "text", num_documents=2)
+    assert list(source.documents()) == ["a", "b"]
+    (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    assert source.sha256() == Source((tmp_path / "b.jsonl",), "text").sha256()
