@@ -90,7 +90,7 @@ class ExperimentConfig:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     score: dict[str, Any] = MISSING  # plug-in: heapr/score/
     pruning: PruningConfig = field(default_factory=PruningConfig)
-    evaluation: dict[str, Any] = MISSING  # corpora, and one plug-in per evaluator: heapr/evaluation/
+    evaluation: dict[str, Any] = MISSING  # corpora, and one plug-in per measurement: heapr/evaluation/
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)

@@ -57,8 +57,8 @@ def test_every_evaluation_corpus_builds(corpus: str, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("some text")
     overrides = [f"evaluation.corpora.text_files.paths=[{text}]"] if corpus == "text_files" else []
-    evaluators = build_measurements(compose_experiment(f"evaluation/corpora=[{corpus}]", *overrides).evaluation)
-    assert [evaluator.name for evaluator in evaluators] == [
+    measurements = build_measurements(compose_experiment(f"evaluation/corpora=[{corpus}]", *overrides).evaluation)
+    assert [one.name for one in measurements] == [
         f"perplexity/{corpus}",
         "accuracy/pydocs_continuation",
         "efficiency",
@@ -72,7 +72,7 @@ def test_every_evaluation_corpus_builds(corpus: str, tmp_path: Path) -> None:
 def test_the_papers_evaluation_is_its_corpora_its_tasks_and_its_window() -> None:
     config = compose_experiment("evaluation=paper")
     tasks = ["openbookqa", "arc_easy", "winogrande", "hellaswag", "arc_challenge", "piqa", "mathqa"]
-    names = [evaluator.name for evaluator in build_measurements(config.evaluation)]
+    names = [one.name for one in build_measurements(config.evaluation)]
     assert names == ["perplexity/wikitext2", "perplexity/ptb", *(f"accuracy/{task}" for task in tasks), "efficiency"]
     assert config.evaluation["perplexity"]["window"] == 2048
 

@@ -110,18 +110,18 @@ class ZeroShot:
         return self.task == zero_shot_local.NAME
 
 
-def average_accuracy(evaluators: Sequence[str], metrics: Metrics) -> Metrics:
+def average_accuracy(measurements: Sequence[str], metrics: Metrics) -> Metrics:
     """Plain means over the tasks and their standard errors: `accuracy/average` of `acc`, as the paper's main table takes it, and
     `accuracy_norm/average` of `acc_norm`, as its comparison of scopes does, with `acc` of tasks that have no other (winogrande).
 
     Args:
-        evaluators: names of all evaluators; those of tasks begin with "accuracy/".
+        measurements: names of all; those of tasks begin with "accuracy/".
         metrics: what they measured.
 
     Returns:
         nothing if there is no task, or one that has no accuracy; no `accuracy_norm/average` if no task has `acc_norm`.
     """
-    tasks = [name.removeprefix(PREFIX) for name in evaluators if name.startswith(PREFIX)]
+    tasks = [name.removeprefix(PREFIX) for name in measurements if name.startswith(PREFIX)]
     without = [task for task in tasks if f"accuracy/{task}" not in metrics]
     if not tasks or without:
         if without:

@@ -52,7 +52,7 @@ class _Piece:
 
 
 def identity() -> dict[str, Any]:
-    """What determines the items; `corpus` as for an evaluator that takes one."""
+    """What determines the items; `corpus` as for a measurement that needs one."""
     return {"corpus": PyDocs("heldout").identity(), "items_version": VERSION}
 
 

@@ -41,7 +41,7 @@ class Part:
 
 
 class Mixture:
-    """Sequences of several corpora, ordered by their identities: the order in which they are named plays no part.
+    """Sequences of several corpora, ordered by their identities, whatever the order in which they are named.
 
     Args:
         parts: by any name, `corpus`, a plug-in as for a single corpus, and `weight`, above 0; only its share

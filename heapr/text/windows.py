@@ -96,7 +96,7 @@ def draw(
 ) -> TokenWindows:
     """Different windows of a corpus, or of a mixture: of its corpora in turn, in proportion to their shares.
 
-    Every corpus is sampled with the same seed: in a mixture it gives the windows that it gives alone, but fewer.
+    Every corpus is sampled with the same seed: it gives the windows that it gives alone if asked for as many.
 
     Args:
         text: corpus or mixture.
@@ -108,7 +108,8 @@ def draw(
         ConfigError: a corpus has too few windows, or its share is too small for one window.
     """
     parts = parts_of(text)
-    counts = apportion(num_samples, [share for _, share in parts])
+    shares = [share for _, share in parts]
+    counts = apportion(num_samples, shares)
     samples: list[Tensor] = []
     shown: list[str] = []
     for (corpus, share), count in zip(parts, counts, strict=True):

@@ -28,7 +28,7 @@ def check_settings(settings: Job) -> None:
     assert not config.pruning.save_checkpoint
     build(config.calibration.corpus, "calibration.corpus")
     build(config.score, "score")
-    names = [evaluator.name for evaluator in build_measurements(config.evaluation)]
+    names = [one.name for one in build_measurements(config.evaluation)]
     assert names and not any("throughput" in name for name in names)
 
 
@@ -80,5 +80,5 @@ def test_shares_of_perplexity_stand_beside_shares_of_divergence_that_every_job_m
             corpora = [name.partition("/")[2] for name in named if name.startswith("perplexity/")]
             assert corpora and {f"kl_to_dense/{corpus}" for corpus in corpora} <= set(named)
     for job in {tuple(override for override in job if not re.search(r"ratio|seed", override)) for job in jobs_of("beyond", version)}:
-        names = {evaluator.name for evaluator in build_measurements(compose_experiment(*job).evaluation)}
+        names = {one.name for one in build_measurements(compose_experiment(*job).evaluation)}
         assert {f"fidelity/{name.removeprefix('perplexity/')}" for name in names if name.startswith("perplexity/")} <= names
