@@ -36,8 +36,9 @@ def report_allocation(
         "kept_score": _kept_score(plan, scores),
         "kept_score_without_rounding": _kept_score(exact, scores),
     }
-    asked = f" (asked for {budget.ratio * total:.6g})" if costs is None else ""
-    summary = [f"removes {removed} of {total} atomic experts{asked}"]
+    summary = [f"removes {removed} of {total} atomic experts"]
+    if costs is None:
+        summary[0] += f" (asked for {budget.ratio * total:.6g})"
     if budget.granularity is Granularity.EXPERT:
         summary.append(_about_experts(plan, widths))
     elif budget.width_multiple > 1 or budget.uniform_width is not None:

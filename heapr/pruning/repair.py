@@ -69,15 +69,14 @@ class ExpertRepair:
         assert target is None, "an expert has an output of its own to go by"
         old = Activations(before, inputs)
         new = Activations(after, inputs)
-        error = 0.0
-        change = 0.0
+        error = change = 0.0
         num_repaired = 0
         columns = []
         for expert in range(len(after.widths)):
             lost_nD = old.output(expert) - new.output(expert)
-            weight_n1 = new.p(expert).square() if self.router_weighted else torch.ones_like(new.p(expert))
-            error += float((weight_n1 * lost_nD.square()).sum(dtype=torch.float64))
-            repaired_DS, gain = self._solve(new.h(expert), new.down(expert), lost_nD, weight_n1)
+            u_n1 = new.p(expert).square() if self.router_weighted else torch.ones_like(new.p(expert))
+            error += float((u_n1 * lost_nD.square()).sum(dtype=torch.float64))
+            repaired_DS, gain = self._solve(new.h(expert), new.down(expert), lost_nD, u_n1)
             if gain < 0:
                 change += gain
                 num_repaired += 1
@@ -86,19 +85,13 @@ class ExpertRepair:
         num_tokens = len(inputs.hidden_TD)
         return LayerRepair(error / num_tokens, max(0.0, error + change) / num_tokens, num_repaired)
 
-    def _solve(
-        self,
-        h_nS: Tensor,
-        down_DS: Tensor,
-        lost_nD: Tensor,
-        weight_n1: Tensor,
-    ) -> tuple[Tensor, float]:
+    def _solve(self, h_nS: Tensor, down_DS: Tensor, lost_nD: Tensor, u_n1: Tensor) -> tuple[Tensor, float]:
         """New columns of one expert in the model's dtype, and by how much they change its squared error:
 
         sum u ||d - V^T h||^2 - sum u ||d||^2 = tr(V^T C V) - 2 tr(V^T B),   V = (W' - W)^T
         """
-        C_SS = (h_nS.T @ (weight_n1 * h_nS)).double()
-        B_SD = (h_nS.T @ (weight_n1 * lost_nD)).double()
+        C_SS = (h_nS.T @ (u_n1 * h_nS)).double()
+        B_SD = (h_nS.T @ (u_n1 * lost_nD)).double()
         num_tokens, width = h_nS.shape
         ridge = self.ridge * (1 + width / max(1, num_tokens)) * mean_of([C_SS.diagonal()])
         repaired_DS = (down_DS.double() + solve(C_SS, B_SD, ridge).T).to(down_DS.dtype)  # (18)

@@ -1,7 +1,7 @@
 """Criteria from activations and the weights behind them, without gradients: `activation` and `camera`.
 
-In: statistics and W_down. Out: scores without unit. Symbols: h the activation of an atomic expert, p the router weight,
-w_k column k of W_down. Equation numbers are those of docs/method.md.
+In: statistics and W_down. Out: scores without unit. Symbols: h the activation of an atomic expert, p the
+router weight, w_k column k of W_down. Equation numbers are those of docs/method.md.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from heapr.types import ExpertWeights, Granularity, Scores, Statistics
 
 
 class Activation:
-    """Mean energy of what an atomic expert adds to its expert's output:
+    """Mean energy of an atomic expert's contribution to its expert's output:
 
         s_k = mean(h_k^2) ||w_k||^2                                                          (11)
 
-    The mean is over the tokens routed to the expert. It is the score of Wanda, |W_ik| ||h_k|| for one weight, squared and
-    summed over column k, divided by the number of tokens (Sun et al., "A Simple and Effective Pruning Approach for Large
-    Language Models", arXiv 2306.11695). Experts without tokens score -1.
+    The mean is over the tokens routed to the expert. It is the score of Wanda, |W_ik| ||h_k|| for one weight,
+    squared and summed over column k, divided by the number of tokens (Sun et al., "A Simple and Effective
+    Pruning Approach for Large Language Models", arXiv 2306.11695). Experts without tokens score -1.
     """
 
     unit = Unit.NONE
@@ -38,14 +38,15 @@ class Activation:
 
 
 class Camera:
-    """CAMERA-P's energy of an atomic expert (there: micro-expert), between its sum over tokens and its largest single one:
+    """CAMERA-P's energy of an atomic expert (there: micro-expert), between its sum over tokens and its
+    largest single one:
 
         s_k = [(1 - a) sum (p h_k)^2 + a max (p h_k)^2] ||w_k||^2                            (12)
 
-    with a the weight of the largest; sum and maximum are over the tokens routed to the expert. Xu et al., "CAMERA:
-    Multi-Matrix Joint Compression for MoE Models via Micro-Expert Redundancy Analysis" (arXiv 2508.02322, AAAI 2026), which
-    ranks inside each layer: pruning=layer. There, shared experts are ranked too, and a layer is measured behind pruned ones;
-    here neither. Experts without tokens score -1.
+    with a the weight of the largest; sum and maximum are over the tokens routed to the expert. Xu et al.,
+    "CAMERA: Multi-Matrix Joint Compression for MoE Models via Micro-Expert Redundancy Analysis" (arXiv
+    2508.02322, AAAI 2026), which ranks inside each layer: pruning=layer. The paper also ranks shared experts
+    and measures a layer behind pruned ones; this class does neither. Experts without tokens score -1.
 
     Args:
         alpha: a, in [0, 1].

@@ -1,7 +1,7 @@
-"""What a criterion is: statistics and weights in, one importance per atomic expert out. Bigger is more important.
+"""What a criterion is: statistics and weights in, one importance per atomic expert out; bigger is better.
 
-Shape letters: D model width, E experts, F atomic experts of an expert. Symbols: h the activation of an atomic expert,
-g = dloss/dh with loss the sum over N predicted tokens, n the number of tokens routed to the expert.
+Shape letters: D model width, E experts, F atomic experts of an expert. Symbols: h the activation of an atomic
+expert, g = dloss/dh with loss the sum over N predicted tokens, n the number of tokens routed to the expert.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ UNROUTED_SCORE = -1.0  # below every score of an expert that was reached (docs/m
 
 
 class Unit(Enum):
-    """What a criterion's numbers predict of the removal of one atomic expert."""
+    """What a criterion's numbers predict for the removal of one atomic expert."""
 
     NATS = "increase of the mean loss, in nats per predicted token"
     NATS_PER_ROUTED_TOKEN = "increase of the summed loss, in nats per token routed to the expert"
@@ -30,7 +30,7 @@ class Unit(Enum):
 class Criterion(Protocol):
     """A pure function of statistics and weights.
 
-    One whose granularity is the expert gives all atomic experts of an expert the same score, the expert's.
+    If its granularity is the expert, all atomic experts of an expert get the expert's score.
     """
 
     unit: Unit
@@ -47,25 +47,32 @@ def mean_over_routed(sum_EF: Tensor, count_E: Tensor) -> Tensor:
 
 
 def unrouted_last(scores_EF: Tensor, layer: LayerStatistics) -> Tensor:
-    """float32 scores, experts that no calibration token reached set below every other."""
+    """float32 scores, with experts that no calibration token reached below every other."""
     unrouted_E1 = (layer.count_E == 0).unsqueeze(1)
     return torch.where(unrouted_E1, UNROUTED_SCORE, scores_EF).float()
 
 
 def predicted_increase(scores: Scores, unit: Unit, statistics: Statistics) -> dict[int, Tensor] | None:
-    """Increase of the mean loss over the calibration tokens, in nats per token, that scores predict for each atomic expert.
+    """Increase of the mean loss over the calibration tokens, in nats per token, that scores predict for each
+    atomic expert.
 
-    A score per routed token s_k predicts n/N s_k, with n the tokens routed to the expert and N the predicted tokens: for
-    `heapr` that is (7) of docs/method.md. Experts that no token reached predict 0.
+    A score per routed token s_k predicts
+
+        n/N s_k
+
+    with n the tokens routed to the expert and N the predicted tokens; for `heapr` this is (7) of
+    docs/method.md. The prediction for experts that no token reached is 0.
 
     Returns:
-        float64 (E, F) by decoder layer index; none if the scores have no unit.
+        float64 (E, F) by decoder layer index. None if the scores have no unit.
     """
     if unit is Unit.NONE:
         return None
     predicted = {}
     for index, scores_EF in scores.layers.items():
         count_E1 = statistics.layers[index].count_E.unsqueeze(1)
-        factor_E1 = torch.ones_like(count_E1) if unit is Unit.NATS else count_E1 / statistics.num_predicted_tokens
+        factor_E1 = torch.ones_like(count_E1)
+        if unit is Unit.NATS_PER_ROUTED_TOKEN:
+            factor_E1 = count_E1 / statistics.num_predicted_tokens
         predicted[index] = torch.where(count_E1 == 0, 0.0, scores_EF.double() * factor_E1)
     return predicted

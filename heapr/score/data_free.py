@@ -9,6 +9,7 @@ from typing import Annotated
 
 import torch
 from annotated_types import Ge
+from torch import Tensor
 
 from heapr.score.criterion import Unit, WeightsOf
 from heapr.types import Granularity, Scores, Statistics
@@ -19,7 +20,8 @@ class Magnitude:
 
         s_k = sqrt(||w_gate,k||^2 + ||w_up,k||^2 + ||w_down,k||^2)
 
-    with w_gate,k and w_up,k the rows k of W_gate and W_up and w_down,k column k of W_down. Experts without a gate have two slices.
+    with w_gate,k and w_up,k the rows k of W_gate and W_up and w_down,k column k of W_down. Experts without a
+    gate have two slices.
     """
 
     unit = Unit.NONE
@@ -29,11 +31,17 @@ class Magnitude:
         scores = {}
         for index in statistics.layers:
             layer = weights(index)
-            inputs = [layer.up_EFD] if layer.gate_EFD is None else [layer.gate_EFD, layer.up_EFD]
-            norms = [torch.linalg.vector_norm(weight_EFD, dim=2, dtype=torch.float32) for weight_EFD in inputs]
-            norms.append(torch.linalg.vector_norm(layer.down_EDF, dim=1, dtype=torch.float32))
-            scores[index] = torch.linalg.vector_norm(torch.stack(norms), dim=0).cpu()
+            norms = [] if layer.gate_EFD is None else [_norm(layer.gate_EFD, dim=2)]
+            norms += [_norm(layer.up_EFD, dim=2), _norm(layer.down_EDF, dim=1)]
+            norm_EF = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+            scores[index] = norm_EF.cpu()
         return Scores(layers=scores)
+
+
+def _norm(weight: Tensor, dim: int) -> Tensor:
+    """Euclidean norm of each slice along `dim`, float32 (E, F)."""
+    norm_EF: Tensor = torch.linalg.vector_norm(weight, dim=dim, dtype=torch.float32)
+    return norm_EF
 
 
 class Random:
@@ -51,4 +59,7 @@ class Random:
 
     def __call__(self, statistics: Statistics, weights: WeightsOf) -> Scores:
         generator = torch.Generator().manual_seed(self.seed)
-        return Scores(layers={index: torch.rand(layer.shape, generator=generator) for index, layer in statistics.layers.items()})
+        scores = {}
+        for index, layer in statistics.layers.items():
+            scores[index] = torch.rand(layer.shape, generator=generator)
+        return Scores(layers=scores)

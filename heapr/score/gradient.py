@@ -1,7 +1,8 @@
 """Criteria from activations and their gradients: `heapr` (the paper), `heapr_sum`, `fisher` and `taylor`.
 
-In: statistics. Out: scores from predictions of the loss. Symbols: h the activation of an atomic expert, g = dloss/dh with loss the
-sum over N predicted tokens, n the number of tokens routed to the expert. Equation numbers are those of docs/method.md.
+In: statistics. Out: scores from predictions of the loss. Symbols: h the activation of an atomic expert, g =
+dloss/dh with loss the sum over N predicted tokens, n the number of tokens routed to the expert. Equation
+numbers are those of docs/method.md.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ class Heapr:
 
 
 class HeaprSum:
-    """HEAPr's score times the number of routed tokens: the predicted increase of the mean loss, in nats per token, if
-    h^2 and g^2 were independent:
+    """HEAPr's score times the number of routed tokens: the predicted increase of the mean loss, in nats per
+    token, if h^2 and g^2 were independent:
 
         s_k = n/(2N) mean(h_k^2) mean(g_k^2)                                                 (7)
     """
@@ -51,8 +52,8 @@ class HeaprSum:
 
 
 class Fisher:
-    """Joint second moment of gradient and activation: the predicted increase of the mean loss, in nats per token,
-    without assuming that the two are independent:
+    """Joint second moment of gradient and activation: the predicted increase of the mean loss, in nats per
+    token, without assuming that the two are independent:
 
         s_k = 1/(2N) sum (g_k h_k)^2                                                         (8)
     """
@@ -73,14 +74,17 @@ class Taylor:
 
         s_k = |sum g_k h_k|                                                                  (10)
 
-    The sum is over the tokens routed to the expert; its sign, whether the loss would rise or fall, is dropped, so the
-    score has no unit. After the first-order importance of Molchanov et al., "Importance Estimation for Neural Network Pruning"
-    (arXiv 1906.10771), which takes squares. Experts without tokens score -1.
+    The sum is over the tokens routed to the expert; its sign, whether the loss would rise or fall, is
+    dropped, so the score has no unit. After the first-order importance of Molchanov et al., "Importance
+    Estimation for Neural Network Pruning" (arXiv 1906.10771), which takes squares. Experts without tokens
+    score -1.
     """
 
     unit = Unit.NONE
     granularity = Granularity.ATOMIC_EXPERT
 
     def __call__(self, statistics: Statistics, weights: WeightsOf) -> Scores:
-        scores = {index: unrouted_last(layer.gh_sum_EF.abs(), layer) for index, layer in statistics.layers.items()}  # (10)
+        scores = {}
+        for index, layer in statistics.layers.items():
+            scores[index] = unrouted_last(layer.gh_sum_EF.abs(), layer)  # (10)
         return Scores(layers=scores)

@@ -1,7 +1,8 @@
 """Criteria that remove whole experts: `reap`, `frequency` and `heapr_expert`.
 
-In: statistics. Out: scores, the same for all atomic experts of an expert; they are no prediction for a single one, so they have
-no unit. The router is not touched: a token that is routed to a removed expert gets nothing from it.
+In: statistics. Out: scores, the same for all atomic experts of an expert; they are no prediction for a single
+one, so they have no unit. The router is not touched: a token that is routed to a removed expert gets nothing
+from it.
 Shape letters: E experts, F atomic experts of an expert. Equation numbers are those of docs/method.md.
 """
 
@@ -19,9 +20,10 @@ class Reap:
 
         s = 1/n sum p ||E(x)||                                                               (13)
 
-    with n the number of tokens routed to the expert, p its router weight as the model applies it and ||E(x)|| the Euclidean norm
-    of its output. Lasby et al., "REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression" (arXiv 2510.13999,
-    ICLR 2026), which prunes the same number in each layer: pruning=layer. Experts without tokens score -1.
+    with n the number of tokens routed to the expert, p its router weight as the model applies it and ||E(x)||
+    the Euclidean norm of its output. Lasby et al., "REAP the Experts: Why Pruning Prevails for One-Shot MoE
+    Compression" (arXiv 2510.13999, ICLR 2026), which prunes the same number in each layer: pruning=layer.
+    Experts without tokens score -1.
     """
 
     unit = Unit.NONE
@@ -30,7 +32,8 @@ class Reap:
     def __call__(self, statistics: Statistics, weights: WeightsOf) -> Scores:
         scores = {}
         for index, layer in statistics.layers.items():
-            scores[index] = _for_all_atomic(layer.output_norm_sum_E / layer.count_E.clamp(min=1), layer)  # (13)
+            mean_E = layer.output_norm_sum_E / layer.count_E.clamp(min=1)  # (13)
+            scores[index] = _for_all_atomic(mean_E, layer)
         return Scores(layers=scores)
 
 
@@ -46,7 +49,9 @@ class Frequency:
     granularity = Granularity.EXPERT
 
     def __call__(self, statistics: Statistics, weights: WeightsOf) -> Scores:
-        scores = {index: _for_all_atomic(layer.count_E, layer) for index, layer in statistics.layers.items()}  # (14)
+        scores = {}
+        for index, layer in statistics.layers.items():
+            scores[index] = _for_all_atomic(layer.count_E, layer)  # (14)
         return Scores(layers=scores)
 
 
@@ -55,8 +60,8 @@ class HeaprExpert:
 
         s = sum_k s_k = 1/2 sum_k mean(h_k^2) mean(g_k^2)                                    (15)
 
-    with h_k the activation of atomic expert k and g_k = dloss/dh_k: what pruning at the granularity of `heapr` gains is seen
-    against it. Experts without tokens score -1.
+    with h_k the activation of atomic expert k and g_k = dloss/dh_k. Compared with `heapr`, it shows what the
+    finer granularity gains. Experts without tokens score -1.
     """
 
     unit = Unit.NONE
@@ -66,10 +71,12 @@ class HeaprExpert:
         atomic = Heapr()(statistics, weights)
         scores = {}
         for index, layer in statistics.layers.items():
-            scores[index] = _for_all_atomic(atomic.layers[index].double().sum(dim=1), layer)  # (15)
+            sum_E = atomic.layers[index].double().sum(dim=1)  # (15)
+            scores[index] = _for_all_atomic(sum_E, layer)
         return Scores(layers=scores)
 
 
 def _for_all_atomic(score_E: Tensor, layer: LayerStatistics) -> Tensor:
-    """float32 (E, F)."""
-    return unrouted_last(score_E.unsqueeze(1).expand(layer.shape), layer)
+    """The expert's score for each of its atomic experts, float32 (E, F)."""
+    scores_EF = score_E.unsqueeze(1).expand(layer.shape)
+    return unrouted_last(scores_EF, layer)

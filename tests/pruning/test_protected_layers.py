@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from heapr.errors import ConfigError
+from heapr.plugins import build
 from heapr.pruning.allocation import allocate
 from heapr.pruning.allocation_report import report_allocation
 from heapr.pruning.budget import Budget, Widths
-from heapr.schema import build
 from heapr.steps import experiment_steps
 from heapr.types import Granularity, Plan, Scores
 from tests.experiment import compose_experiment
@@ -129,7 +129,7 @@ def test_options_enter_the_key_where_they_are_not_at_their_defaults(tmp_path: Pa
     def settings(*overrides: str) -> dict[str, object]:
         config = compose_experiment("calibration=text_files", f"calibration.corpus.paths=[{tmp_path}/a.txt]", *overrides)
         corpus = build(config.calibration.corpus, "calibration.corpus")
-        return dict(experiment_steps(config, {"sha256": "0"}, corpus, []).last("prune").origin.config)
+        return dict(experiment_steps(config, corpus, [], model={"sha256": "0"}, machine={}).last("prune").origin.config)
 
     plain = {"ratio": 0.25, "scope": "global", "width_multiple": 1, "form": "ragged"}
     assert settings() == settings("pruning.protected_layers=[]", "pruning.save_checkpoint=false") == plain

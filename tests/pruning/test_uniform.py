@@ -123,7 +123,7 @@ def test_to_ask_for_nothing_is_to_ask_for_8_with_one_width_and_for_1_without(tmp
     def key(*overrides: str) -> str:
         config = compose_experiment("calibration=text_files", f"calibration.corpus.paths=[{tmp_path}/a.txt]", *overrides)
         corpus = build(config.calibration.corpus, "calibration.corpus")
-        return experiment_steps(config, {"sha256": "0"}, corpus, []).last("prune").origin.key
+        return experiment_steps(config, corpus, [], model={"sha256": "0"}, machine={}).last("prune").origin.key
 
     uniform = ("pruning=expert", "pruning.form=uniform")
     assert key(*uniform) == key(*uniform, "pruning.width_multiple=8") != key(*uniform, "pruning.width_multiple=1")
