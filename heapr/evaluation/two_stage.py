@@ -1,13 +1,15 @@
 """The published two-stage calibration, as the measure of what the identity saves: (3) and (4) of docs/method.md, literally.
 
 In: a model and batches. Out: HEAPr's scores by decoder layer index. First stage: a forward and a backward pass, a D x D matrix
-per expert. Second stage: another forward pass. As here parameters are frozen, so that the procedures differ in nothing else.
+per expert. Second stage: another forward pass. Parameters are frozen as in the calibration, so that the procedures differ in nothing
+else, unless their gradients are asked for, which the published code computes too.
 Shape letters: D model width, E experts, F atomic experts of an expert, S (token, expert) pairs sorted by expert, n tokens of one expert.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -48,20 +50,22 @@ class ActivationSquares:
         self.sum_EF += torch.stack(sums)
 
 
-def two_stage_scores(model: MoEModel, batches: Sequence[Tensor]) -> dict[int, Tensor]:
+def two_stage_scores(model: MoEModel, batches: Sequence[Tensor], *, frozen: bool = True) -> dict[int, Tensor]:
     """1/2 mean(h_k^2) w_k^T G w_k, float32 (E, F) by decoder layer index; 0 for experts without tokens.
 
     Args:
         model: dense or pruned.
         batches: int64 (N, W) token ids each.
+        frozen: False computes the gradients of all parameters too, and drops them.
     """
     matrices = [GradientMatrices(layer) for layer in model.layers]
     squares = [ActivationSquares(layer) for layer in model.layers]
     experts = [layer.experts for layer in model.layers]
-    with frozen_parameters(model.model), gradient_from_embeddings(model.model):
+    with frozen_parameters(model.model) if frozen else nullcontext(), gradient_from_embeddings(model.model):
         with observe_experts(model.model, list(zip(experts, matrices, strict=True))):
             for ids_NW in batches:
                 summed_loss_backward(model, model.hidden_states(input_ids=ids_NW), ids_NW)
+                model.model.zero_grad()
         with torch.no_grad(), observe_experts(model.model, list(zip(experts, squares, strict=True))):
             for ids_NW in batches:
                 model.hidden_states(input_ids=ids_NW)

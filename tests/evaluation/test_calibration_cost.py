@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -15,10 +16,12 @@ from tests.evaluation.material import only
 from tests.tiny import no_weights
 
 
-def test_two_stages_give_the_scores_of_one(model: MoEModel, ids_NW: Tensor) -> None:
+@pytest.mark.parametrize("frozen", [True, False])
+def test_two_stages_give_the_scores_of_one(model: MoEModel, ids_NW: Tensor, frozen: bool) -> None:
     batches = list(ids_NW.split(3))
     expected = Heapr()(collect(model, batches), no_weights).layers
-    found = two_stage_scores(model, batches)
+    found = two_stage_scores(model, batches, frozen=frozen)
+    assert all(parameter.grad is None for parameter in model.model.parameters())
     assert found.keys() == expected.keys()
     for index, scores_EF in expected.items():
         torch.testing.assert_close(found[index], scores_EF.clamp(min=0), rtol=1e-4, atol=0)
