@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+from annotated_types import Ge
 from huggingface_hub.errors import HfHubHTTPError
 
 from heapr.errors import ConfigError, NotHereError
@@ -33,7 +34,7 @@ class PublishedText:
         num_documents: take only the first so many rows, at least 1; None takes all.
 
     Raises:
-        ConfigError: the split is unknown, the path holds nothing usable, or the number is too small.
+        ConfigError: the split is unknown, or the path holds nothing usable.
     """
 
     name: ClassVar[str]
@@ -42,12 +43,9 @@ class PublishedText:
     files: ClassVar[Mapping[str, str]]  # by split
     column: ClassVar[str]
 
-    def __init__(self, split: str, path: str | None = None, num_documents: int | None = None) -> None:
+    def __init__(self, split: str, path: str | None = None, num_documents: Annotated[int, Ge(1)] | None = None) -> None:
         if split not in self.files:
             raise ConfigError(f"{self.name} has no split '{split}'; choose one of {', '.join(self.files)}")
-        if num_documents is not None and num_documents < 1:
-            given = f"num_documents={num_documents} of {self.name}"
-            raise ConfigError(f"{given} is below 1; give a whole number of at least 1")
         self.split, self.num_documents = split, num_documents
         self._local = None if path is None else self._find_local(user_path(path))
 

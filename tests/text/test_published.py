@@ -15,6 +15,7 @@ from pyarrow import parquet
 
 from heapr import hub
 from heapr.errors import ConfigError
+from heapr.plugins import build
 from heapr.text.published_corpora import C4, PennTreebank, PublishedText, WikiText2
 from heapr.text.windows import tokenize
 from tests.tiny import byte_tokenizer
@@ -168,5 +169,5 @@ def test_bad_published_corpora_are_refused_in_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match="wikitext2 has no split 'heldout'; choose one of train, validation, test"):
         WikiText2("heldout")
-    with pytest.raises(ConfigError, match="num_documents=0 of c4 is below 1"):
-        C4("validation", num_documents=0)
+    with pytest.raises(ConfigError, match="here.num_documents=0 is below 1; give a whole number of at least 1 or null"):
+        build({"_target_": "heapr.text.published.C4", "split": "validation", "num_documents": 0}, "here")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from heapr.report.sweep import metrics
 from heapr.report.sweep.curves import Drawing, by_model
 from heapr.report.sweep.factors import describe, varying
-from heapr.report.sweep.published import Number
+from heapr.report.sweep.published_results import Number
 from heapr.report.sweep.report_layout import Entry
 from heapr.report.sweep.results import JobResult, details, stage_entries
 from heapr.report.sweep.style import DENSE_LINE, WIDTH, legend_above, look

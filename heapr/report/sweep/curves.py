@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from heapr.report.sweep import metrics
 from heapr.report.sweep.factors import UNKNOWN, describe, factor, header, in_order, show, telling_apart, varying
-from heapr.report.sweep.published import Number, curve
+from heapr.report.sweep.published_results import Number, curve
 from heapr.report.sweep.report_layout import Entry
 from heapr.report.sweep.results import JobResult, finished
 from heapr.report.sweep.style import COLOURS, DENSE_LINE, PUBLISHED, UNPRUNED, legend_above, look, panels

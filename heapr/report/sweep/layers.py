@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from heapr.report.sweep.curves import Drawing
 from heapr.report.sweep.factors import NAMES, describe, varying
-from heapr.report.sweep.published import Number
+from heapr.report.sweep.published_results import Number
 from heapr.report.sweep.report_layout import Entry
 from heapr.report.sweep.results import JobResult, LayerRemoval, finished, removed_by_layer
 from heapr.report.sweep.style import COLOURS, WIDTH

@@ -16,7 +16,7 @@ from heapr.report.sweep import metrics
 from heapr.report.sweep.curves import Drawing, Series, by_model, limits, logarithmic, ratio_axis, series_of
 from heapr.report.sweep.doubt import SHARE, evidence, explanation, is_doubtful
 from heapr.report.sweep.factors import RESULTLESS, factor, flat, header, paths_of, selected, show
-from heapr.report.sweep.published import Number
+from heapr.report.sweep.published_results import Number
 from heapr.report.sweep.report_layout import Entry
 from heapr.report.sweep.results import JobResult, finished
 from heapr.report.sweep.style import DENSE_LINE, HOLLOW, legend_above, look, panels

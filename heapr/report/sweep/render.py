@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from heapr.report.sweep.factors import METHOD, NAMES, factor
 from heapr.report.sweep.metrics import PRUNING_COSTS
-from heapr.report.sweep.published import Number, find
+from heapr.report.sweep.published_results import Number, find
 from heapr.report.sweep.results import JobResult
 from heapr.report.sweep.table import Cell, Row, Table
 

@@ -18,7 +18,7 @@ from heapr.report.sweep.curves import Drawing, bars, calibration_curve, ratio_cu
 from heapr.report.sweep.factors import factor, selected
 from heapr.report.sweep.layers import layer_heatmap
 from heapr.report.sweep.page import Picture, page
-from heapr.report.sweep.published import Number, read_published
+from heapr.report.sweep.published_results import Number, read_published
 from heapr.report.sweep.relative import for_csv, relative_curve, relative_table
 from heapr.report.sweep.render import to_csv, to_markdown, to_tex
 from heapr.report.sweep.report_layout import TITLES, Entry, default_entries, read_layout

@@ -13,7 +13,7 @@ from heapr.errors import ConfigError
 from heapr.report.sweep import metrics
 from heapr.report.sweep.doubt import MARK, explanation, is_doubtful
 from heapr.report.sweep.factors import PATHS, RESULTLESS, UNKNOWN, describe, differing, factor, header, in_order, selected, show, varying
-from heapr.report.sweep.published import Number, find, protocol_note
+from heapr.report.sweep.published_results import Number, find, protocol_note
 from heapr.report.sweep.report_layout import Entry
 from heapr.report.sweep.results import JobResult, finished
 

@@ -19,7 +19,7 @@ from heapr.report.sweep.consistency import consistency
 from heapr.report.sweep.curves import bars, calibration_curve, ratio_curve
 from heapr.report.sweep.layers import layer_heatmap
 from heapr.report.sweep.page import without_local_links
-from heapr.report.sweep.published import read_published
+from heapr.report.sweep.published_results import read_published
 from heapr.report.sweep.report import check_protocols, write_report
 from heapr.report.sweep.report_layout import Entry, read_layout
 from heapr.report.sweep.results import JobResult

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from heapr.errors import ConfigError
-from heapr.report.sweep.published import read_published
+from heapr.report.sweep.published_results import read_published
 from heapr.report.sweep.render import escape_tex, to_csv, to_html, to_markdown, to_tex
 from heapr.report.sweep.report_layout import Entry
 from heapr.report.sweep.results import JobResult
