@@ -170,4 +170,4 @@ def test_bad_published_corpora_are_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="wikitext2 has no split 'heldout'; choose one of train, validation, test"):
         WikiText2("heldout")
     with pytest.raises(ConfigError, match="here.num_documents=0 is below 1; give a whole number of at least 1 or null"):
-        build({"_target_": "heapr.text.published.C4", "split": "validation", "num_documents": 0}, "here")
+        build({"_target_": "heapr.text.published_corpora.C4", "split": "validation", "num_documents": 0}, "here")
