@@ -36,7 +36,8 @@ def increase_error(job: JobResult, name: str) -> float | None:
 
 
 def is_doubtful(jobs: Sequence[JobResult], column: str) -> bool | None:
-    """Whether the mean increase of the jobs' baselines is below three of its standard errors, sqrt(sum of se_i^2) / n.
+    """Whether the mean increase of the jobs' baselines is below three of its standard errors. That is the mean of theirs: jobs that
+    differ in their seed are measured on the same windows, so what one text leaves uncertain does not shrink with their number.
 
     Args:
         jobs: that are averaged in one cell or point.
@@ -53,8 +54,9 @@ def is_doubtful(jobs: Sequence[JobResult], column: str) -> bool | None:
     known = [(number, error) for number, error in zip(increases, errors, strict=True) if number is not None and error is not None]
     if not known or len(known) < sum(number is not None for number in increases):
         return None
-    mean = sum(number for number, _ in known) / len(known)
-    return mean < STANDARD_ERRORS * math.hypot(*(error for _, error in known)) / len(known)
+    mean_increase = sum(number for number, _ in known) / len(known)
+    mean_error = sum(error for _, error in known) / len(known)
+    return mean_increase < STANDARD_ERRORS * mean_error
 
 
 def explanation(groups: Iterable[Sequence[JobResult]], columns: Sequence[str], mark: str = MARK) -> str:
