@@ -128,7 +128,7 @@ def test_a_uniform_width_that_the_shared_experts_forbid_is_refused_before_any_wo
     tiny_model("deepseek_v2").save_pretrained(tmp_path / "deepseek")
     byte_tokenizer().save_pretrained(tmp_path / "deepseek")
     run = Run(tmp_path, tmp_path / "deepseek")
-    message = r"a width of 6: shared experts of width 8 take it from the same field.* choose pruning.ratio=0.5 \(width 4\), or pruning.form"
+    message = r"a width of 6: shared experts of width 8 have the same field.* choose pruning.ratio=0.5 \(width 4\), or pruning.form"
     with pytest.raises(ConfigError, match=message):
         run("pruning=expert", "pruning.form=uniform", "pruning.ratio=0.25", "pruning.width_multiple=1")
 
