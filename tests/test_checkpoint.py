@@ -13,8 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeForCausalLM
 
 import heapr
 from heapr.errors import ConfigError
@@ -28,7 +27,7 @@ from heapr.types import Plan
 from tests.evaluation.material import Source, of_model
 from tests.evaluation.test_zero_shot import write_task
 from tests.experiment import cached_stages, run_in, write_model, write_texts
-from tests.same import ROUNDING, assert_same_model
+from tests.same import ROUNDING, assert_same_model, logits
 from tests.tiny import byte_tokenizer, tiny_ids, tiny_model, write_description
 
 IDS_NW = tiny_ids(2, 12)
@@ -66,17 +65,12 @@ def artifact(summary: Summary) -> Path:
     return next(Path(stage["path"]) for stage in summary.stages if stage["stage"] == "prune")
 
 
-def logits(model: PreTrainedModel) -> Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS_NW, use_cache=False).logits
-
-
 def test_the_ragged_checkpoint_is_the_dense_model_without_what_the_plan_removes(run: Run) -> None:
     summary = run("pruning.ratio=0.4")
     folder = artifact(summary) / "checkpoint"
     model = heapr.load_pruned(folder)
     assert_same_model(model, heapr.load_pruned(run.model_folder, plan=artifact(summary) / "plan.safetensors"), IDS_NW)
-    assert not torch.equal(logits(model), logits(heapr.load_pruned(run.model_folder)))
+    assert not torch.equal(logits(model, IDS_NW), logits(heapr.load_pruned(run.model_folder), IDS_NW))
     assert (folder / "plan.safetensors").read_bytes() == (artifact(summary) / "plan.safetensors").read_bytes()
     assert AutoTokenizer.from_pretrained(folder)("abc").input_ids == byte_tokenizer()("abc").input_ids
     widths = json.loads((folder / "config.json").read_text())["expert_widths"]
@@ -115,8 +109,8 @@ def test_the_uniform_checkpoint_is_a_stock_model(run: Run) -> None:
     assert not list(folder.glob("*.py"))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     assert type(model) is Qwen3MoeForCausalLM and model.config.moe_intermediate_size == 4
-    expected = logits(heapr.load_pruned(run.model_folder, plan=artifact(summary) / "plan.safetensors"))
-    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    expected = logits(heapr.load_pruned(run.model_folder, plan=artifact(summary) / "plan.safetensors"), IDS_NW)
+    torch.testing.assert_close(logits(model, IDS_NW), expected, rtol=1e-5, atol=1e-5)
     names = load_file(folder / "model.safetensors")
     assert names["model.layers.0.mlp.experts.3.down_proj.weight"].shape == (16, 4)  # the names that other tools read
     assert summary.metrics["size"]["atomic_experts_removed_ratio"] == 0.5
@@ -137,8 +131,8 @@ def test_the_masked_checkpoint_has_the_old_shape(run: Run) -> None:
     summary = run("pruning.form=masked", "pruning.ratio=0.5")
     folder = artifact(summary) / "checkpoint"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    expected = logits(heapr.load_pruned(run.model_folder, plan=artifact(summary) / "plan.safetensors"))
-    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    expected = logits(heapr.load_pruned(run.model_folder, plan=artifact(summary) / "plan.safetensors"), IDS_NW)
+    torch.testing.assert_close(logits(model, IDS_NW), expected, rtol=1e-5, atol=1e-5)
     dense, masked = load_file(run.model_folder / "model.safetensors"), load_file(folder / "model.safetensors")
     assert {name: tensor.shape for name, tensor in masked.items()} == {name: tensor.shape for name, tensor in dense.items()}
     assert summary.metrics["pruned"]["atomic_experts"] == 32
@@ -193,7 +187,7 @@ def test_a_pruned_checkpoint_is_pruned_again(run: Run, scope: str) -> None:
     assert sum(int(kept_EF.sum()) for kept_EF in after.values()) == kept - int(0.3 * kept + 0.5)
     assert summary.metrics["dense"]["perplexity/text_files"] == pytest.approx(first.metrics["pruned"]["perplexity/text_files"], rel=1e-6)
     assert summary.metrics["pruned"]["atomic_experts"] == kept - int(0.3 * kept + 0.5)
-    assert logits(heapr.load_pruned(artifact(summary) / "checkpoint")).isfinite().all()
+    assert logits(heapr.load_pruned(artifact(summary) / "checkpoint"), IDS_NW).isfinite().all()
 
 
 def spoiled(plan: Path, **changes: object) -> Path:
@@ -297,7 +291,7 @@ def write_stock_forms(folder: Path) -> list[Path]:
             mask(model, plan)
         save_checkpoint(model, original, folder / form, about={})
         torch.save(IDS_NW, folder / form / "ids.pt")
-        torch.save(logits(model.model), folder / form / "expected.pt")
+        torch.save(logits(model.model, IDS_NW), folder / form / "expected.pt")
         folders.append(folder / form)
     return folders
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
 
 import heapr
 from heapr import pipeline
@@ -25,9 +24,10 @@ from heapr.pruning.repair import JointRepair
 from heapr.pruning.surgery import remove_and_repair
 from heapr.score.gradient import Fisher
 from tests.experiment import cached_stages, compose_experiment, run_in, write_model, write_texts
-from tests.same import assert_same_model
+from tests.same import assert_same_model, logits
 from tests.tiny import byte_tokenizer, no_weights, tiny_ids, tiny_model, tiny_qwen3_moe
 
+IDS_NW = tiny_ids(num_sequences=2, length=10)
 ONLY_PERPLEXITY = "evaluation/evaluators@evaluation=[perplexity]"
 BEST = ["score=fisher", "pruning/repair=stream", "pruning.repair.refits=1", "pruning.repair.refit_steps=2"]
 
@@ -41,11 +41,6 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def stages(summary: Any, stage: str, part: str = "") -> list[dict[str, Any]]:
     return [entry for entry in summary.stages if entry["stage"] == stage and entry["part"] == part]
-
-
-def logits(model: torch.nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(input_ids=tiny_ids(num_sequences=2, length=10), use_cache=False).logits
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +63,7 @@ def test_two_rounds_are_two_prunings_one_after_the_other(finished: tuple[Path, A
         with torch.no_grad():
             remove_and_repair(model, plan, JointRepair(target="residual_stream", refits=1, refit_steps=2), ids_NW.split(4))
     pruned = heapr.load_pruned(Path(prune[1]["path"]) / "checkpoint")
-    torch.testing.assert_close(logits(pruned), logits(model.model), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(pruned, IDS_NW), logits(model.model, IDS_NW), rtol=1e-4, atol=1e-4)
 
 
 def units_of(summary: Any) -> list[tuple[Path, str]]:
@@ -207,8 +202,8 @@ def test_dense_model_and_plan_are_the_checkpoint(finished: tuple[Path, Any], ove
 
 def test_masked_form_is_the_same_function(tmp_path: Path, finished: tuple[Path, Any], overrides: list[str]) -> None:
     masked = run_in(tmp_path, *overrides, *BEST, "pruning.rounds=2", "pruning.form=masked")
-    expected = logits(heapr.load_pruned(Path(stages(finished[1], "prune")[-1]["path"]) / "checkpoint"))
-    found = logits(heapr.load_pruned(Path(stages(masked, "prune")[-1]["path"]) / "checkpoint"))
+    expected = logits(heapr.load_pruned(Path(stages(finished[1], "prune")[-1]["path"]) / "checkpoint"), IDS_NW)
+    found = logits(heapr.load_pruned(Path(stages(masked, "prune")[-1]["path"]) / "checkpoint"), IDS_NW)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -81,12 +81,8 @@ def solve_by_steps(
         ratio_D = new_slope_D / slope_D.clamp(min=_TINY)
         direction_SD.mul_(ratio_D).add_(product_SD)
         slope_D = new_slope_D
-    logger.warning(
-        "repair: after max_steps=%d the error is up to %.2g of it above its minimum (tolerance %g)",
-        max_steps,
-        min(1.0, excess / objective),
-        tolerance,
-    )
+    above = min(1.0, excess / objective)
+    logger.warning("repair: after max_steps=%d the error is up to %.2g of it above its minimum (tolerance %g)", max_steps, above, tolerance)
     return change_SD
 
 

@@ -41,7 +41,7 @@ from heapr.pruning.uniform import make_uniform, uniform_settings
 from heapr.score.gradient import Heapr
 from heapr.types import Plan
 from tests.oracle import published_scores, streams_behind
-from tests.same import assert_same_model
+from tests.same import assert_same_model, logits
 from tests.tiny import FAMILIES, deep_model, no_weights, tiny_ids, tiny_model, write_description
 
 IDS_NW = tiny_ids(num_sequences=2, length=10)
@@ -55,11 +55,6 @@ ROUNDS_OTHERWISE = {  # by spans, in the last bits: attention has another kernel
     "inkling", "inkling2",
 }  # fmt: skip
 SCALES = {"cohere2_moe": 0.5, "minimax_m3_vl": 2.0}  # by what families multiply the experts' output when they add it, if not 1
-
-
-def logits(model: PreTrainedModel, ids_NW: Tensor = IDS_NW) -> Tensor:
-    with torch.no_grad():
-        return model(input_ids=ids_NW, use_cache=False).logits
 
 
 def random_plan(model: MoEModel, width: int | None = None) -> Plan:
@@ -111,13 +106,13 @@ class FamilyContract:
 
     def test_capture_leaves_logits_unchanged(self, model: MoEModel) -> None:
         model.model.set_experts_implementation("eager")
-        expected = logits(model.model)
+        expected = logits(model.model, IDS_NW)
         seen: list[Tensor] = []
         watched = [(layer.experts, lambda *call: seen.append(call[-1].diff())) for layer in model.layers]
         with observe_experts(model.model, watched):
-            observed = logits(model.model)
+            observed = logits(model.model, IDS_NW)
         torch.testing.assert_close(observed, expected, rtol=2e-6, atol=2e-6)
-        assert torch.equal(logits(model.model), expected) and len(seen) == len(model.layers)
+        assert torch.equal(logits(model.model, IDS_NW), expected) and len(seen) == len(model.layers)
         assert all(count_E.shape == (4,) and count_E.sum() > 0 for count_E in seen)
         model.check_head()
 
@@ -132,15 +127,15 @@ class FamilyContract:
         visits: list[int] = []
         watched = [(model.layers[-1].experts, lambda h_SF, *_: visits.append(len(h_SF)))]
         with observe_experts(model.model, watched):
-            logits(model.model)
+            logits(model.model, IDS_NW)
         assert sum(visits) == experts_per_token(model.model) * IDS_NW.numel()
 
     def test_pruned_equals_masked(self, model: MoEModel, dense: PreTrainedModel) -> None:
         plan, masked = random_plan(model), MoEModel(copy.deepcopy(dense))
         remove(model, plan)
         mask(masked, plan)
-        torch.testing.assert_close(logits(model.model), logits(masked.model), rtol=1e-5, atol=1e-5)
-        assert (logits(model.model) - logits(dense)).abs().max() > 1e-3
+        torch.testing.assert_close(logits(model.model, IDS_NW), logits(masked.model, IDS_NW), rtol=1e-5, atol=1e-5)
+        assert (logits(model.model, IDS_NW) - logits(dense, IDS_NW)).abs().max() > 1e-3
         assert sum(sum(layer.widths) for layer in model.layers) == plan.num_kept
 
     def test_layers_one_by_one_give_what_plain_passes_give(self, deep: MoEModel) -> None:
@@ -181,7 +176,7 @@ class FamilyContract:
             assert sum(layer.num_repaired for layer in found.values()) > 0
             masked = MoEModel(copy.deepcopy(model.model))
             mask(masked, random_plan(model), {layer.index: dict(layer.experts.named_parameters()) for layer in repaired.layers})
-            torch.testing.assert_close(logits(repaired.model), logits(masked.model), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(logits(repaired.model, IDS_NW), logits(masked.model, IDS_NW), rtol=1e-4, atol=1e-4)
 
     def test_stream_is_followed_or_refused(self, model: MoEModel) -> None:
         """Behind layers that were cut, too: checked at the last, against plain passes through all of it."""
@@ -222,9 +217,9 @@ class FamilyContract:
             return
         settings = uniform_settings(model.model.config, 4)
         remove(model, random_plan(model, width=4))
-        expected = logits(model.model)
+        expected = logits(model.model, IDS_NW)
         make_uniform(model, settings)
-        torch.testing.assert_close(logits(model.model), expected, rtol=1e-5, atol=2e-6)
+        torch.testing.assert_close(logits(model.model, IDS_NW), expected, rtol=1e-5, atol=2e-6)
         save_checkpoint(model, original, tmp_path / "uniform", about={})
         ours = ["deepseek_moe.py"] if self.family == "deepseek" else []  # transformers does not have it
         assert [path.name for path in (tmp_path / "uniform").glob("*.py")] == ours
@@ -287,7 +282,7 @@ class RaggedCheckpoints:
             original = write_description(self.folder.with_name("originals") / family, model.model)
             remove(model, random_plan(model))
             save_checkpoint(model, original, folder, about={"ratio": 0.4})
-            torch.save(logits(model.model), folder / "logits.pt")
+            torch.save(logits(model.model, IDS_NW), folder / "logits.pt")
         return folder
 
 

@@ -18,6 +18,7 @@ from heapr.pruning.surgery import mask, remove
 from heapr.score.data_free import Random
 from heapr.score.gradient import Heapr
 from heapr.types import Plan
+from tests.same import logits
 from tests.tiny import LAYOUTS, layer_statistics, no_weights, statistics_of, tiny_model
 
 
@@ -27,22 +28,17 @@ def random_plan(ratio: float, indices: Sequence[int] = (0, 1)) -> Plan:
     return allocate(scores, {index: [8] * 4 for index in indices}, Budget(ratio=ratio, scope="global", experts_per_token=2))
 
 
-def logits(model: MoEModel, ids_NW: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model.model(input_ids=ids_NW, use_cache=False).logits
-
-
 @pytest.mark.parametrize("family", LAYOUTS)
 @pytest.mark.parametrize("ratio", [0.1, 0.9])
 def test_pruned_equals_masked(family: str, ids_NW: Tensor, ratio: float) -> None:
     causal_lm = tiny_model(family)
     masked, pruned = MoEModel(causal_lm), MoEModel(copy.deepcopy(causal_lm))
     plan = random_plan(ratio, indices=[layer.index for layer in masked.layers])
-    dense = logits(masked, ids_NW)
+    dense = logits(masked.model, ids_NW)
     mask(masked, plan)
     remove(pruned, plan)
-    torch.testing.assert_close(logits(pruned, ids_NW), logits(masked, ids_NW), rtol=1e-5, atol=1e-5)
-    assert (logits(pruned, ids_NW) - dense).abs().max() > 1e-2  # pruning did something
+    torch.testing.assert_close(logits(pruned.model, ids_NW), logits(masked.model, ids_NW), rtol=1e-5, atol=1e-5)
+    assert (logits(pruned.model, ids_NW) - dense).abs().max() > 1e-2  # pruning did something
     assert sum(sum(layer.widths) for layer in pruned.layers) == plan.num_kept
 
 
@@ -61,13 +57,13 @@ def test_an_expert_that_loses_everything_contributes_nothing(causal_lm: PreTrain
     mask(masked, plan)
     remove(pruned, plan)
     assert pruned.layers[0].widths == [8, 8, 0, 8]
-    torch.testing.assert_close(logits(pruned, ids_NW), logits(masked, ids_NW), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(pruned.model, ids_NW), logits(masked.model, ids_NW), rtol=1e-5, atol=1e-5)
 
 
 def test_ratio_zero_is_the_dense_model_exactly(model: MoEModel, ids_NW: Tensor) -> None:
-    dense = logits(model, ids_NW)
+    dense = logits(model.model, ids_NW)
     remove(model, random_plan(0.0))
-    assert torch.equal(logits(model, ids_NW), dense)
+    assert torch.equal(logits(model.model, ids_NW), dense)
 
 
 def test_generation_with_the_cache_equals_generation_without(model: MoEModel, ids_NW: Tensor) -> None:
@@ -108,14 +104,14 @@ def test_a_pruned_model_can_be_pruned_again(causal_lm: PreTrainedModel, ids_NW: 
     remove(model, second)
     mask(masked, second)
     remove(once, Plan(layers=both))
-    assert torch.equal(logits(model, ids_NW), logits(once, ids_NW))
-    torch.testing.assert_close(logits(masked, ids_NW), logits(once, ids_NW), rtol=1e-5, atol=1e-5)
+    assert torch.equal(logits(model.model, ids_NW), logits(once.model, ids_NW))
+    torch.testing.assert_close(logits(masked.model, ids_NW), logits(once.model, ids_NW), rtol=1e-5, atol=1e-5)
 
 
 def test_compiled_ragged_experts_fall_back_and_agree(ids_NW: Tensor) -> None:
     model = MoEModel(tiny_model("qwen3_moe", num_hidden_layers=1))  # tracing takes seconds for every layer
     remove(model, random_plan(0.5, indices=[0]))
-    expected = logits(model, ids_NW)
+    expected = logits(model.model, ids_NW)
     compiled = torch.compile(model.model, backend="eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(input_ids=ids_NW, use_cache=False).logits, expected, rtol=1e-5, atol=1e-5)
