@@ -20,7 +20,7 @@ from heapr.model.experts.layout import Experts
 from heapr.model.experts.loop import run_experts
 from heapr.model.moe import MoEModel, frozen_parameters, gradient_from_embeddings, summed_loss_backward
 from heapr.model.passes import span_backward
-from heapr.model.span import few_tokens, run_span
+from heapr.model.span import probe_tokens, run_span
 from heapr.model.tape import Output, Tape, hidden_of
 
 FIRST_TOKENS = (8, 16)  # of two batches of few tokens; ids before are often special, and padding may embed as zero
@@ -43,7 +43,7 @@ def check_walk(model: MoEModel, *, needed_by: str, instead: str, gradients: bool
     with ExitStack() as stack:
         stack.enter_context(frozen_parameters(model.model))
         stack.enter_context(gradient_from_embeddings(model.model) if gradients else torch.no_grad())
-        passes = [_Pass(model, few_tokens(model, first)) for first in FIRST_TOKENS]
+        passes = [_Pass(model, probe_tokens(model, first)) for first in FIRST_TOKENS]
         fault = next(filter(None, _faults(model, passes, gradients)), None)
     if fault is not None:
         raise ConfigError(

@@ -62,7 +62,7 @@ def without_experts(model: MoEModel, tape: Tape, layer: MoELayer) -> tuple[Exper
     return inputs, without
 
 
-def emptied(experts: Experts) -> RaggedExperts:
+def without_atomic_experts(experts: Experts) -> RaggedExperts:
     """The same experts without atomic experts: what they put out is the biases of W_down, where a family has
     them."""
     empty = RaggedExperts(experts, [0] * experts.num_experts)
@@ -80,7 +80,7 @@ def _run_layer(model: MoEModel, tape: Tape, layer: MoELayer, *, beyond: bool) ->
         inputs.append(_compact(experts, hidden_TD, *routing))
         if not beyond:
             raise Reached
-        return run_experts(emptied(experts), hidden_TD, *routing)
+        return run_experts(without_atomic_experts(experts), hidden_TD, *routing)
 
     span = range(layer.index, layer.index + 1)
     with use_heapr_experts(model.model, take_inputs):

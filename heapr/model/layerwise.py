@@ -15,7 +15,7 @@ from torch import Tensor
 
 from heapr.model.expert_inputs import ExpertInputs, expert_inputs, without_experts
 from heapr.model.moe import MoELayer, MoEModel
-from heapr.model.span import advance, few_tokens, reads_of
+from heapr.model.span import advance, probe_tokens, reads_of
 from heapr.model.stream import StreamTarget, scale_of
 from heapr.model.tape import Tape, hidden_of
 
@@ -42,13 +42,13 @@ def walk_layers(
     reads = reads_of(model)
     on_device = [ids_NW.to(model.device) for ids_NW in batches]
     tapes, originals = list(map(Tape, on_device)), list(map(Tape, on_device))
-    few = Tape(few_tokens(model))
+    probe = Tape(probe_tokens(model))
     for layer in model.layers:
         for tape in tapes:
             advance(model, tape, layer.index, reads)
         target = None
         if follow_stream:
-            scale = scale_of(model, few, layer, reads)
+            scale = scale_of(model, probe, layer, reads)
             parts, targets = [], []
             for tape, original in zip(tapes, originals, strict=True):
                 part, without = without_experts(model, tape, layer)

@@ -99,7 +99,7 @@ class Reads:
 def reads_of(model: MoEModel) -> Reads:
     """Which layers read what which earlier layers put out, seen on a few tokens: in most families, each that
     of the layer before."""
-    num_layers, tape, of_layer = len(model.decoder_layers), Tape(few_tokens(model)), []
+    num_layers, tape, of_layer = len(model.decoder_layers), Tape(probe_tokens(model)), []
     for layer in range(num_layers + 1):
         answers = tape.answers(layer)
         with use_heapr_experts(model.model), _Watch(answers) as watch:
@@ -124,7 +124,7 @@ def advance(model: MoEModel, tape: Tape, upto: int, reads: Reads) -> list[Output
     return outputs
 
 
-def few_tokens(model: MoEModel, first: int = 0) -> Tensor:
+def probe_tokens(model: MoEModel, first: int = 0) -> Tensor:
     """A sequence of 8 tokens, for asking a model how it works: (1, 8)."""
     return torch.arange(first, first + 8, device=model.device).unsqueeze(0)
 

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from heapr.errors import ConfigError
-from heapr.model.expert_inputs import ExpertInputs, emptied, without_experts
+from heapr.model.expert_inputs import ExpertInputs, without_atomic_experts, without_experts
 from heapr.model.experts.layout import Experts, layout_of
 from heapr.model.experts.loop import run_experts
 from heapr.model.moe import MoELayer, MoEModel
-from heapr.model.span import Reads, advance, few_tokens, reads_of
+from heapr.model.span import Reads, advance, probe_tokens, reads_of
 from heapr.model.tape import Tape, hidden_of
 
 NORM_EPS = 1e-6  # what families' norms add before they divide by the root of a mean square
@@ -65,29 +65,29 @@ def check_stream(model: MoEModel) -> None:
     Raises:
         ConfigError: naming the layer and why.
     """
-    few, reads = Tape(few_tokens(model)), reads_of(model)
+    probe, reads = Tape(probe_tokens(model)), reads_of(model)
     for layer in model.layers:
-        scale_of(model, few, layer, reads)
+        scale_of(model, probe, layer, reads)
 
 
-def scale_of(model: MoEModel, few: Tape, layer: MoELayer, reads: Reads) -> float:
+def scale_of(model: MoEModel, probe: Tape, layer: MoELayer, reads: Reads) -> float:
     """By what a layer multiplies its experts' output when it adds it to the residual stream: 1 in most
     families.
 
     Args:
-        few: some tokens before the layer in the model as it was; they go behind it.
+        probe: some tokens before the layer in the model as it was; they go behind it.
 
     Raises:
         ConfigError: the output goes into the stream in another way.
     """
-    advance(model, few, layer.index, reads)
-    inputs, without = without_experts(model, few, layer)
+    advance(model, probe, layer.index, reads)
+    inputs, without = without_experts(model, probe, layer)
     before: list[Tensor] = []
     with ExitStack() as stack:
         decoder = model.decoder_layers[layer.index]
         hook = decoder.register_forward_pre_hook(partial(_record, before), with_kwargs=True)
         stack.callback(hook.remove)
-        behind = hidden_of(advance(model, few, layer.index + 1, reads)[-1])
+        behind = hidden_of(advance(model, probe, layer.index + 1, reads)[-1])
     scale = None
     if layout_of(layer.experts).weighs_input:
         why = "weighs its experts' inputs in place of their outputs"
@@ -109,7 +109,7 @@ def _scale_of_sum(experts: Experts, inputs: ExpertInputs, before_TD: Tensor, wit
     """The number that makes the stream behind a layer the one without its experts and so many times their
     output, up to rounding where the streams are largest; None if there is none."""
     routed = (inputs.hidden_TD, inputs.expert_TK, inputs.router_weight_TK)
-    output_TD = run_experts(experts, *routed).float() - run_experts(emptied(experts), *routed).float()
+    output_TD = run_experts(experts, *routed).float() - run_experts(without_atomic_experts(experts), *routed).float()
     added_TD, largest_TD = behind_TD - without_TD, torch.stack([before_TD, without_TD, behind_TD]).abs().amax(0)
     rounding_TD = 4 * torch.finfo(inputs.hidden_TD.dtype).eps * largest_TD + 1e-2 * added_TD.abs().mean()
     weighted_TD = output_TD / rounding_TD.clamp(min=1e-12).square()
