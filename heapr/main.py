@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from heapr.artifacts import clear_error, write_error
 from heapr.errors import ConfigError
-from heapr.overrides import explain_comma, explain_option, explain_override
+from heapr.overrides import check_one_option, explain_comma, explain_option, explain_override
 from heapr.schema import ExperimentConfig, register, resolve
 from heapr.words import did_you_mean, first_line, unknown_key
 
@@ -61,6 +61,7 @@ def _recorded_failure(folder: Path) -> Iterator[None]:
 
 def _run(config: DictConfig) -> None:
     """Check the configuration, then run the pipeline or only say what it would do, and print the tables."""
+    check_one_option(list(HydraConfig.get().overrides.task))
     typed = resolve(config)  # before torch is imported: a mistake is answered at once
     if typed.dry_run:
         from heapr.dry_run import dry_run
@@ -194,6 +195,7 @@ def compose_experiment(overrides: Sequence[str], config_folder: Path) -> Experim
         ConfigError, HydraException: the user's mistake.
     """
     register()
+    check_one_option(overrides)
     with initialize_config_dir(str(config_folder), version_base="1.3"):
         return resolve(compose("config", overrides=list(overrides)))
 

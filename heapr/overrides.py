@@ -14,8 +14,27 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from heapr.errors import ConfigError
+
 UNQUOTED = re.compile(r"[\w /\-\\+.$%*@?|:,]", re.ASCII)  # what Hydra reads in a value without quotes
+ONE_OPTION = {"model", "calibration", "score", "pruning", "pruning/repair", "recipe", "evaluation", "tracking", "runtime", "paths"}
 SWEEP_OPTIONS = {"-m", "--multirun"}
+
+
+def check_one_option(overrides: Sequence[str]) -> None:
+    """Refuse several options of a group that takes one: Hydra would mix them, and the last one would count.
+
+    Args:
+        overrides: of the command line, such as `score=[heapr,fisher]`.
+
+    Raises:
+        ConfigError: naming the argument.
+    """
+    for override in overrides:
+        group, _, value = override.partition("=")
+        if group in ONE_OPTION and value.startswith("["):
+            options = value.strip("[]")
+            raise ConfigError(f"'{override}' gives a list, but {group} takes one option; give one, or run each with -m {group}={options}")
 
 
 def explain_override(override: str, arguments: Sequence[str]) -> str:

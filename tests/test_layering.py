@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "files": set(),
     "measure": set(),
     "network": set(),
-    "overrides": set(),
+    "overrides": {"errors"},
     "progress": set(),
     "tensors_file": set(),
     "types": set(),

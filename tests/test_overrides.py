@@ -9,7 +9,8 @@ import subprocess
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from heapr.overrides import explain_comma, explain_option, explain_override, quoted_override
+from heapr.errors import ConfigError
+from heapr.overrides import check_one_option, explain_comma, explain_option, explain_override, quoted_override
 from tests.experiment import CONF
 
 VALUES = [
@@ -67,3 +68,10 @@ def test_an_option_that_is_no_name() -> None:
 
 def test_what_can_be_read_stays_as_it_is() -> None:
     assert quoted_override("a", "/tmp/x.y-z_1", is_sweep=False) == "a=/tmp/x.y-z_1"
+
+
+def test_a_group_of_one_option_refuses_a_list() -> None:
+    check_one_option(["score=fisher", "evaluation/corpora=[pydocs,ptb]", "calibration.corpus.paths=[a.txt]"])
+    for override in ("score=[heapr,fisher]", "pruning/repair=[joint]"):
+        with pytest.raises(ConfigError, match=r"gives a list, but .* takes one option; give one, or run each with -m"):
+            check_one_option([override])
