@@ -1,11 +1,12 @@
-"""Prefill of pruned against dense models, in one run on one machine: does removing FLOPs save time in proportion?
+"""Prefill of pruned against dense models in one run: does removing FLOPs save time in proportion?
 
-Dense: the model as transformers runs it, with each of its experts implementations, and with heapr's loop. Pruned: ragged
-experts after global pruning by heapr's score, so that widths differ as they do in use.
+Dense: the model as transformers runs it, with each of its experts implementations, and with heapr's loop.
+Pruned: ragged experts after global pruning by heapr's score, so that widths differ as they do in use.
 
-Run:  python benchmarks/throughput.py            (the model of benchmarks/calibration.py: 218 million parameters, float32)
-Out:  medians; throughput of pruned over dense, beside the ratio of their FLOPs on this very batch. All take turns, so that a
-      noisy machine disturbs all alike. The efficiency, the first over the second, should be at least 0.9.
+Run:  python benchmarks/throughput.py
+      (the model of benchmarks/calibration.py: 218 million parameters, float32)
+Out:  medians; throughput of pruned over dense, beside the ratio of their FLOPs on this very batch.
+      All take turns, so that a noisy machine disturbs all alike. The efficiency, the first over the second, should be at least 0.9.
 """
 
 from __future__ import annotations
@@ -86,7 +87,9 @@ def seconds(function: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--sequences", type=int, default=8)
     arguments = parser.parse_args()
@@ -108,14 +111,19 @@ def main() -> None:
     medians = {name: descriptive.median(values) for name, values in times.items()}
     for name, values in times.items():
         speed = ids_NW.numel() / medians[name]
-        print(f"{name:18} {speed:7.0f} tokens/s   median {medians[name]:.3f} s, {min(values):.3f} to {max(values):.3f}")
+        print(
+            f"{name:18} {speed:7.0f} tokens/s   median {medians[name]:.3f} s, {min(values):.3f} to"
+            f" {max(values):.3f}"
+        )
     dense_flops = flops(dense, ids_NW)
     for name, model in pruned.items():
         saved = dense_flops / flops(model, ids_NW)
         for reference in DENSE:
             turns = zip(times[f"dense, {reference}"], times[name], strict=True)
             faster = descriptive.median(before / after for before, after in turns)
-            efficiency = f"{faster:.3f} times as fast at 1/{saved:.3f} of the FLOPs: efficiency {faster / saved:.2f}"
+            efficiency = (
+                f"{faster:.3f} times as fast at 1/{saved:.3f} of the FLOPs: efficiency {faster / saved:.2f}"
+            )
             print(f"{name} against dense, {reference:10}: {efficiency}")
 
 

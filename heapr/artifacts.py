@@ -1,7 +1,8 @@
-"""The files of every artifact and of every run: their names, and how they are written and read. Nobody else names one.
+"""The files of every artifact and of every run: their names, and how they are written and read. Nobody else
+names one.
 
-In and out: typed results (heapr/types.py) and folders. torch is imported only where tensors are read or written, so that reports and
-sweeps, which need names and JSON, start at once.
+In and out: typed results (heapr/types.py) and folders. torch is imported only where tensors are read or
+written, so that reports and sweeps, which need names and JSON, start at once.
 """
 
 from __future__ import annotations
@@ -16,7 +17,16 @@ from heapr.files import write_json, write_text
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from heapr.types import Evaluation, Plan, Pruning, RepairedWeights, Scores, Statistics, TensorDict, TokenWindows
+    from heapr.types import (
+        Evaluation,
+        Plan,
+        Pruning,
+        RepairedWeights,
+        Scores,
+        Statistics,
+        TensorDict,
+        TokenWindows,
+    )
 
 ARTIFACTS, SWEEPS = "artifacts", "sweeps"  # below the folder of outputs
 
@@ -26,10 +36,19 @@ TOKENS, STATISTICS = "tokens.safetensors", "statistics.safetensors"  # calibrate
 SCORES = "scores.safetensors"  # score
 PLAN, ALLOCATION = "plan.safetensors", "allocation.json"  # prune
 REPAIRED, REPAIR = "repaired.safetensors", "repair.json"  # prune, its part "repair"
-CHECKPOINT, CARD = "checkpoint", "README.md"  # prune, its part "checkpoint": a folder, and the file written last in it
+# Prune, its part "checkpoint": a folder, and the file written last in it.
+CHECKPOINT, CARD = (
+    "checkpoint",
+    "README.md",
+)
 METRICS, DETAILS = "metrics.json", "details.json"  # evaluate
 
-SUMMARY, ERROR, LOG = "summary.json", "error.txt", "run.log"  # of a run; error.txt if it failed, as a job of a sweep
+# Of a run; error.txt if it failed, as a job of a sweep.
+SUMMARY, ERROR, LOG = (
+    "summary.json",
+    "error.txt",
+    "run.log",
+)
 
 REPAIR_PART, CHECKPOINT_PART = "repair", "checkpoint"  # of a prune artifact, heapr/store.py
 
@@ -69,14 +88,18 @@ def read_scores(folder: Path) -> Scores:
     return Scores.from_tensors(_load(folder / SCORES))
 
 
-def write_plan(folder: Path, made: tuple[Plan, Report], *, model: Mapping[str, str], is_repaired: bool) -> None:
-    """The plan with what it belongs to, so that `heapr.load_pruned` can check it; and the report of the allocation.
+def write_plan(
+    folder: Path, made: tuple[Plan, Report], *, model: Mapping[str, str], is_repaired: bool
+) -> None:
+    """The plan with what it belongs to, so that `heapr.load_pruned` can check it; and the report of the
+    allocation.
 
     Args:
         folder: gets the files.
         made: the plan for the dense model, and the report.
         model: identity of the dense model.
-        is_repaired: whether repaired weights will lie beside the plan, without which it is not the pruned model.
+        is_repaired: whether repaired weights will lie beside the plan, without which it is not the pruned
+            model.
     """
     plan, report = made
     belongs_to = {"model": json.dumps(dict(model))}

@@ -1,7 +1,8 @@
-"""What a run would do, need and take, without weights, tokenizer or text: from the model's config.json, on the meta device.
+"""What a run would do, need and take, without weights, tokenizer or text: from the model's config.json, on
+the meta device.
 
-In: an experiment's configuration. Out: `DryRun`, numbers. What is not on this machine (text, a device) becomes a note; every
-other mistake is refused as in a run.
+In: an experiment's configuration. Out: `DryRun`, numbers. What is not on this machine (text, a device)
+becomes a note; every other mistake is refused as in a run.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class StepState:
     """A step as it stands, in JSON types.
 
     Attributes:
-        stage, part, what, key: as a run's summary tells them; a part is made by itself and kept with the whole.
+        stage, part, what, key: as a run's summary tells them; a part is made by itself and kept with the
+            whole.
         cached: whether it is in the store already.
         config: resolved configuration of the stage.
     """
@@ -58,13 +60,15 @@ class DryRun:
         num_experts, width: experts of a layer, atomic experts of an expert: the fewest and the most.
         experts_per_token: K.
         atomic_experts, parameters, expert_parameters: of the dense model; the last in routed experts.
-        atomic_experts_removed, parameters_removed: by the ratio, before widths are rounded to multiples; none where the budget is
-            not of atomic experts, so that scores and routing decide.
+        atomic_experts_removed, parameters_removed: by the ratio, before widths are rounded to multiples; none
+            where the budget is not of atomic experts, so that scores and routing decide.
         weight_bytes: all parameters in `dtype`.
         statistics_bytes: of the calibration statistics, float64; exact.
-        matrix_bytes: of the D x D matrices that the published procedure holds instead, one per expert, float32.
+        matrix_bytes: of the D x D matrices that the published procedure holds instead, one per expert,
+            float32.
         num_samples, batch_size, sequence_length: of the calibration.
-        activation_bytes: held between forward and backward of a batch (`heapr.model.costs`); none if not known for this family.
+        activation_bytes: held between forward and backward of a batch (`heapr.model.costs`); none if not
+            known for this family.
         calibration_flops: forward and backward over all samples; none if not known for this family.
         stages: in the order of a run; empty if a corpus is missing on which keys depend.
         notes: one line each: what is not on this machine, and what a uniform width makes of the ratio.
@@ -115,7 +119,10 @@ def dry_run(config: ExperimentConfig) -> DryRun:
     model = source.on_meta()
     notes += source.left_out if source.has_weights else []
     if "hub" not in source.identity and not source.has_weights:
-        notes.append(f"'{source.folder}' holds no weights; with them the keys will be others, because weights determine results")
+        notes.append(
+            f"'{source.folder}' holds no weights; with them the keys will be others, because weights"
+            " determine results"
+        )
     return DryRun(
         name=experiment.name,
         path=config.model.path,
@@ -139,7 +146,14 @@ def step_states(experiment: Experiment) -> list[StepState]:
     """Every step in the order of a run; none if a text is missing on which keys depend."""
     store = experiment.store
     return [
-        StepState(step.origin.stage, step.part, step.what, step.origin.key, store.has(step.origin, step.part), step.origin.config)
+        StepState(
+            step.origin.stage,
+            step.part,
+            step.what,
+            step.origin.key,
+            store.has(step.origin, step.part),
+            step.origin.config,
+        )
         for step in experiment.steps
     ]
 
@@ -149,7 +163,9 @@ def _sizes(model: MoEModel, source: ModelSource, budget: Budget) -> dict[str, An
     layers = model.layers
     parameters = sum(parameter.numel() for parameter in model.model.parameters())
     removed = _num_removed(source, budget)
-    statistics = [LayerStatistics.zeros(layer.num_experts, layer.width, torch.device("meta")) for layer in layers]
+    statistics = [
+        LayerStatistics.zeros(layer.num_experts, layer.width, torch.device("meta")) for layer in layers
+    ]
     return {
         "architecture": type(model.model).__name__,
         "num_moe_layers": len(layers),
@@ -162,7 +178,9 @@ def _sizes(model: MoEModel, source: ModelSource, budget: Budget) -> dict[str, An
         "parameters_removed": None if removed is None else removed * layers[0].atomic_expert_parameters,
         "weight_bytes": parameters * source.dtype.itemsize,
         "statistics_bytes": sum(layer.num_bytes for layer in statistics),
-        "matrix_bytes": sum(layer.num_experts * layer.model_width**2 * MATRIX_ELEMENT_BYTES for layer in layers),
+        "matrix_bytes": sum(
+            layer.num_experts * layer.model_width**2 * MATRIX_ELEMENT_BYTES for layer in layers
+        ),
     }
 
 

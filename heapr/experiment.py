@@ -1,6 +1,8 @@
-"""What a configuration means: plug-ins built, the model found, every mistake found that can be found before the first expensive step.
+"""What a configuration means: plug-ins built, the model found, every mistake found that can be found before
+the first expensive step.
 
-In: an experiment's configuration. Out: an `Experiment`, for a run, a dry run or a sweep. Nothing is loaded or made.
+In: an experiment's configuration. Out: an `Experiment`, for a run, a dry run or a sweep. Nothing is loaded or
+made.
 """
 
 from __future__ import annotations
@@ -79,7 +81,12 @@ class Experiment:
     def name(self) -> str:
         """Readable: model, criterion, scope, ratio and of what, and what goes beyond the paper."""
         pruning = self.config.pruning
-        words = [self.config.model.name, option_name(self.config.score["_target_"]), pruning.scope, f"{100 * pruning.ratio:.4g}%"]
+        words = [
+            self.config.model.name,
+            option_name(self.config.score["_target_"]),
+            pruning.scope,
+            f"{100 * pruning.ratio:.4g}%",
+        ]
         words += [] if pruning.budget == "atomic_experts" else [f"of {pruning.budget}"]
         words += [option_name(pruning.repair["_target_"])] if pruning.repair else []
         words += [f"{pruning.rounds} rounds"] if pruning.rounds > 1 else []
@@ -103,7 +110,11 @@ class Experiment:
         Raises:
             ConfigError: the configuration cannot say it.
         """
-        return {} if self.budget.uniform_width is None else uniform_settings(self.source.config, self.budget.uniform_width)
+        return (
+            {}
+            if self.budget.uniform_width is None
+            else uniform_settings(self.source.config, self.budget.uniform_width)
+        )
 
     @property
     def notes_on_budget(self) -> list[str]:
@@ -114,12 +125,18 @@ class Experiment:
     @property
     def about(self) -> dict[str, Any]:
         """What is done to the model, in JSON types: for the checkpoint's config.json and card."""
-        calibrate, score, prune = self.steps.first("calibrate"), self.steps.first("score"), self.steps.last("prune")
+        calibrate, score, prune = (
+            self.steps.first("calibrate"),
+            self.steps.first("score"),
+            self.steps.last("prune"),
+        )
         return {
             "model": self.config.model.name,
             "pruned_from": self.source.identity,
             "criterion": dict(score.origin.config["criterion"]),
-            "calibration": {name: value for name, value in calibrate.origin.config.items() if name != "model"},
+            "calibration": {
+                name: value for name, value in calibrate.origin.config.items() if name != "model"
+            },
             **prune.origin.config,
             **self._about_width(),
             "rounds": self.config.pruning.rounds,
@@ -130,7 +147,11 @@ class Experiment:
     def _about_width(self) -> dict[str, Any]:
         """The uniform width, and the ratio that it comes to."""
         width = self.budget.uniform_width
-        return {} if width is None else {"width": width, "ratio_reached": 1 - width / the_width(self.source.widths)}
+        return (
+            {}
+            if width is None
+            else {"width": width, "ratio_reached": 1 - width / the_width(self.source.widths)}
+        )
 
     def load_dense(self) -> MoEModel:
         """The dense model.
@@ -146,8 +167,8 @@ def prepare(config: ExperimentConfig, notes: list[str] | None = None) -> Experim
 
     Args:
         config: checked by `heapr.schema.resolve`.
-        notes: gets a line for each thing that is not on this machine, which then is left out, and of a hub model the configuration alone
-            is asked for: so a dry run wants it. None refuses what is not here.
+        notes: gets a line for each thing that is not on this machine, which then is left out, and of a hub
+            model the configuration alone is asked for: so a dry run wants it. None refuses what is not here.
 
     Raises:
         ConfigError: the user's mistake.
@@ -163,7 +184,9 @@ def prepare(config: ExperimentConfig, notes: list[str] | None = None) -> Experim
     steps = Steps()
     if plugins.text is not None:
         here = _machine(config, device)
-        steps = experiment_steps(config, plugins.text, plugins.measurements, model=source.identity, machine=here)
+        steps = experiment_steps(
+            config, plugins.text, plugins.measurements, model=source.identity, machine=here
+        )
     experiment = Experiment(config, plugins, source, device, budget, store, steps)
     _ = experiment.uniform_settings  # its mistakes
     return experiment
@@ -179,9 +202,13 @@ def build_plugins(config: ExperimentConfig, notes: list[str] | None = None) -> P
     Raises:
         ConfigError: something cannot be built, or does not go with the rest.
     """
-    text = _or_note(notes, lambda: _build_text(config.calibration.corpus, "calibration.corpus", is_read=notes is not None))
+    text = _or_note(
+        notes, lambda: _build_text(config.calibration.corpus, "calibration.corpus", is_read=notes is not None)
+    )
     criterion = _build_criterion(config)
-    repair: Repair | None = None if config.pruning.repair is None else build(config.pruning.repair, "pruning.repair")
+    repair: Repair | None = (
+        None if config.pruning.repair is None else build(config.pruning.repair, "pruning.repair")
+    )
     evaluation = config.evaluation if notes is None else _what_is_here(config.evaluation, notes)
     return Plugins(text, criterion, repair, build_measurements(evaluation))
 
@@ -212,8 +239,8 @@ def _build_criterion(config: ExperimentConfig) -> Criterion:
     criterion: Criterion = build(config.score, "score")
     if criterion.granularity is Granularity.EXPERT and config.pruning.scope == "expert":
         raise ConfigError(
-            f"pruning.scope=expert ranks inside each expert, but score {type(criterion).__name__} removes whole experts; "
-            "use pruning=global or pruning=layer"
+            f"pruning.scope=expert ranks inside each expert, but score {type(criterion).__name__} removes"
+            " whole experts; use pruning=global or pruning=layer"
         )
     return criterion
 
@@ -282,4 +309,7 @@ def _check_lengths(config: ExperimentConfig, source: ModelSource) -> None:
     limit = source.max_sequence_length
     for name, length in lengths.items():
         if limit is not None and length > limit:
-            raise ConfigError(f"{name}={length} is above the {limit} tokens of model '{config.model.name}'; give at most {limit}")
+            raise ConfigError(
+                f"{name}={length} is above the {limit} tokens of model '{config.model.name}'; give at most"
+                f" {limit}"
+            )

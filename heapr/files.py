@@ -11,7 +11,8 @@ from typing import Any
 
 
 def user_path(path: str) -> Path:
-    """A path as the user wrote it, with ~ for the home folder; ~name of a user who is unknown stays as it is."""
+    """A path as the user wrote it, with ~ for the home folder; ~name of a user who is unknown stays as it
+    is."""
     return Path(os.path.expanduser(path))  # Path.expanduser raises where the user is unknown
 
 
@@ -39,10 +40,12 @@ def hash_files(folder: Path, paths: Iterable[Path], hash_one: Callable[[Path], s
 
 
 def hash_file_once(path: Path, memory: Path) -> str:
-    """As `hash_file`, but remembered in a folder by place, size and times of change: large weights are read once. The second time is the
-    system's own, which no copying tool sets back to that of another file."""
+    """As `hash_file`, but remembered in a folder by place, size and times of change: large weights are read
+    once. The second time is the system's own, which no copying tool sets back to that of another file."""
     stat = path.stat()
-    place = hashlib.sha256(f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ctime_ns}".encode()).hexdigest()
+    place = hashlib.sha256(
+        f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ctime_ns}".encode()
+    ).hexdigest()
     remembered = memory / f"{place}.json"
     if remembered.is_file():
         return str(json.loads(remembered.read_text())["sha256"])

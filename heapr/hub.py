@@ -1,4 +1,5 @@
-"""The Hugging Face hub: whether it answers, and single files of data sets, from the local cache or downloaded.
+"""The Hugging Face hub: whether it answers, and single files of data sets, from the local cache or
+downloaded.
 
 In: names. Out: paths. Without a network nothing waits: the hub is asked once, for a few seconds at most.
 """
@@ -24,13 +25,15 @@ def hub_is_reachable() -> bool:
     return _answers(huggingface_hub.constants.ENDPOINT)
 
 
-@functools.lru_cache(maxsize=2)  # asked once a process: where packets are dropped, every question takes the whole time
+# Asked once a process: where packets are dropped, every question takes the whole time.
+@functools.lru_cache(maxsize=2)
 def _answers(endpoint: str) -> bool:
     return answers(endpoint)
 
 
 def data_file(repository: str, revision: str, name: str) -> Path | None:
-    """A data set's file below `snapshots/<commit>/` of the local hub cache, downloaded if it is not there yet.
+    """A data set's file below `snapshots/<commit>/` of the local hub cache, downloaded if it is not there
+    yet.
 
     Returns:
         none if it is not there and the hub cannot be reached.
@@ -39,7 +42,9 @@ def data_file(repository: str, revision: str, name: str) -> Path | None:
         HfHubHTTPError: the hub has no such data set, revision or file, or refuses it.
     """
     try:
-        return Path(hf_hub_download(repository, name, repo_type="dataset", revision=revision, local_files_only=True))
+        return Path(
+            hf_hub_download(repository, name, repo_type="dataset", revision=revision, local_files_only=True)
+        )
     except LocalEntryNotFoundError:
         if not hub_is_reachable():
             return None

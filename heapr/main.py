@@ -1,6 +1,8 @@
-"""What stands between the command line and the pipeline: one line for the user's mistakes, and the final table.
+"""What stands between the command line and the pipeline: one line for the user's mistakes, and the final
+table.
 
-In: the configuration that Hydra composed, or the error that it met. Out: a run, or one line on stderr and exit code 2.
+In: the configuration that Hydra composed, or the error that it met. Out: a run, or one line on stderr and
+exit code 2.
 """
 
 from __future__ import annotations
@@ -90,7 +92,8 @@ COMMA_OUTSIDE_SWEEP = "Ambiguous value for argument"  # Hydra's to a=1,2
 
 @contextmanager
 def one_line_errors(config_folder: Path | None = None) -> Iterator[None]:
-    """Turn a user's mistake into one line and exit code 2; anything else is our bug and keeps its stack trace.
+    """Turn a user's mistake into one line and exit code 2; anything else is our bug and keeps its stack
+    trace.
 
     Args:
         config_folder: where known keys are looked up when one is misspelt.
@@ -112,15 +115,21 @@ def one_line_errors(config_folder: Path | None = None) -> Iterator[None]:
     except AssertionError as error:
         if not str(error).startswith(FIELD_OF_NOTHING):
             raise
-        _stop("an override sets a field of what is null, such as pruning.repair.ridge; choose it first, for example pruning/repair=joint")
+        _stop(
+            "an override sets a field of what is null, such as pruning.repair.ridge; choose it first, for"
+            " example pruning/repair=joint"
+        )
     except OSError as error:
         if error.filename is None or _came_from_job(error):
             raise
-        _stop(f"cannot write '{error.filename}': {error.strerror}; choose another folder with paths.outputs=...")
+        _stop(
+            f"cannot write '{error.filename}': {error.strerror}; choose another folder with paths.outputs=..."
+        )
 
 
 def print_whatever_the_encoding() -> None:
-    """Write what the console's encoding lacks as an escape: a letter in a path must not end a run that has finished."""
+    """Write what the console's encoding lacks as an escape: a letter in a path must not end a run that has
+    finished."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -146,8 +155,13 @@ def explain(error: Exception, config_folder: Path | None, overrides: Sequence[st
     """
     text = str(error).strip()
     if isinstance(error, OverrideParseException):
-        evaluated = [line for line in text.splitlines() if "while evaluating" in line]  # of a function, such as int(x)
-        return f"argument '{error.override}': {evaluated[0]}" if evaluated else explain_override(error.override, overrides)
+        # Of a function, such as int(x)
+        evaluated = [line for line in text.splitlines() if "while evaluating" in line]
+        return (
+            f"argument '{error.override}': {evaluated[0]}"
+            if evaluated
+            else explain_override(error.override, overrides)
+        )
     if text.startswith(COMMA_OUTSIDE_SWEEP):
         return explain_comma(text.splitlines()[0].removeprefix(COMMA_OUTSIDE_SWEEP).strip()[1:-1])
     match = re.match(r"Could not override '([^']+)'", text)
@@ -158,26 +172,35 @@ def explain(error: Exception, config_folder: Path | None, overrides: Sequence[st
         return _unknown_option(match[1], config_folder)
     if text.startswith("Error merging override") and error.__cause__ is not None:
         reason = first_line(error.__cause__)
-        return f"{text.removeprefix('Error merging override ')}: {reason}; give a value of the field's type (heapr/schema.py)"
+        return (
+            f"{text.removeprefix('Error merging override ')}: {reason}; give a value of the field's type"
+            " (heapr/schema.py)"
+        )
     return text
 
 
 def _explain_unmatched(path: str, text: str, config_folder: Path, overrides: Sequence[str]) -> str:
-    """The message for an override of what the configuration does not hold: a group that is used inside others, or a key."""
+    """The message for an override of what the configuration does not hold: a group that is used inside
+    others, or a key."""
     if path in USED_WITH:
         return f"options of '{path}' are chosen where they are used; write {USED_WITH[path]}"
-    return _explain_unknown_key(path, config_folder, overrides) if "To append to your config" in text else text
+    return (
+        _explain_unknown_key(path, config_folder, overrides) if "To append to your config" in text else text
+    )
 
 
 def _unknown_option(path: str, config_folder: Path) -> str:
     """The message for a misspelt option of a group."""
     group, _, option = path.rpartition("/")
     known = sorted(file.stem for file in (config_folder / group).glob("*.yaml"))
-    return f"unknown option '{path}'; {did_you_mean(option, known)}known options of {group}: {', '.join(known)}"
+    return (
+        f"unknown option '{path}'; {did_you_mean(option, known)}known options of {group}: {', '.join(known)}"
+    )
 
 
 def _explain_unknown_key(path: str, config_folder: Path, overrides: Sequence[str]) -> str:
-    """Compare a misspelt key, part by part, with the configuration of the groups' options that were chosen."""
+    """Compare a misspelt key, part by part, with the configuration of the groups' options that were
+    chosen."""
     node = _compose_groups(overrides, config_folder)
     parts = path.split(".")
     for number, part in enumerate(parts, start=1):

@@ -25,10 +25,12 @@ def entry_of(manifest: Mapping[str, Any], part: str) -> Mapping[str, Any]:
 
 
 def provenance(folder: Path, meter: StageMeter) -> dict[str, Any]:
-    """With what, when and how files were made, and what they are; they are readable for whom the umask says, and on disk."""
+    """With what, when and how files were made, and what they are; they are readable for whom the umask says,
+    and on disk."""
     files = {}
     for path in sorted(folder.rglob("*")):
-        path.chmod(readable_by_umask(0o777 if path.is_dir() else 0o666))  # safetensors writes files that only their owner can read
+        # Safetensors writes files that only their owner can read.
+        path.chmod(readable_by_umask(0o777 if path.is_dir() else 0o666))
         if path.is_file():
             files[path.relative_to(folder).as_posix()] = describe(path)
         fsync(path)

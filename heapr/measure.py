@@ -1,7 +1,8 @@
 """Seconds and peak memory of a stage or of a piece of work, and what machine they were measured on.
 
-On a GPU the peak is torch's count of allocated bytes. On a CPU it is the process's peak resident memory, reset at the
-start of the stage where the operating system lets us (Linux); elsewhere it is the peak since the process started.
+On a GPU the peak is torch's count of allocated bytes. On a CPU it is the process's peak resident memory,
+reset at the start of the stage where the operating system lets us (Linux); elsewhere it is the peak since the
+process started.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ class StageMeter:
             _reset_resident_peak()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.seconds = time.perf_counter() - self._started
         on_gpu = self._device.type == "cuda"
         self.peak_memory_bytes = torch.cuda.max_memory_allocated(self._device) if on_gpu else _resident_peak()
@@ -54,9 +57,9 @@ class StageMeter:
 class WorkingMemory:
     """Context manager: the most bytes that torch held at once inside, beyond what was there before.
 
-    On a GPU it is the allocator's count, whose peak is reset. On a CPU it is the storage of the tensors alive between two
-    operations: what a kernel borrows while it runs is not seen, the process's other memory does not disturb, and it costs
-    time, so it must not be measured together with seconds.
+    On a GPU it is the allocator's count, whose peak is reset. On a CPU it is the storage of the tensors alive
+    between two operations: what a kernel borrows while it runs is not seen, the process's other memory does
+    not disturb, and it costs time, so it must not be measured together with seconds.
 
     Args:
         device: where the work is done.
@@ -74,7 +77,9 @@ class WorkingMemory:
             torch.cuda.reset_peak_memory_stats(self._device)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._tensors is not None:
             self._tensors.__exit__(kind, error, trace)
 
@@ -97,7 +102,11 @@ class _LiveTensors(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         for tensor in _tensors((args, kwargs)):
             self._add(tensor, num_bytes=0)  # what was there before is not ours
@@ -125,7 +134,8 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What timings depend on beside the work: kind and name of the device, and the threads that torch uses on the CPU."""
+    """What timings depend on beside the work: kind and name of the device, and the threads that torch uses on
+    the CPU."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {"device": device.type, "name": name, "threads": torch.get_num_threads()}
 

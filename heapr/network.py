@@ -26,7 +26,8 @@ def answers(url: str) -> bool:
 
 
 def within(seconds: float, call: Callable[[], None]) -> bool:
-    """Whether a call ends well within some time; in a thread, since looking up a name or ending a process knows no limit."""
+    """Whether a call ends well within some time; in a thread, since looking up a name or ending a process
+    knows no limit."""
     done = threading.Event()
 
     def attempt() -> None:

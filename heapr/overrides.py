@@ -1,6 +1,7 @@
 """What is wrong with an override that Hydra cannot read, and how a shell wants it written.
 
-In: an argument of the command line, such as `paths.outputs=/tmp/é`. Out: one line that names it and what to type instead.
+In: an argument of the command line, such as `paths.outputs=/tmp/é`. Out: one line that names it and what to
+type instead.
 """
 
 from __future__ import annotations
@@ -17,7 +18,18 @@ from hydra.errors import HydraException
 from heapr.errors import ConfigError
 
 UNQUOTED = re.compile(r"[\w /\-\\+.$%*@?|:,]", re.ASCII)  # what Hydra reads in a value without quotes
-ONE_OPTION = {"model", "calibration", "score", "pruning", "pruning/repair", "recipe", "evaluation", "tracking", "runtime", "paths"}
+ONE_OPTION = {
+    "model",
+    "calibration",
+    "score",
+    "pruning",
+    "pruning/repair",
+    "recipe",
+    "evaluation",
+    "tracking",
+    "runtime",
+    "paths",
+}
 SWEEP_OPTIONS = {"-m", "--multirun"}
 
 
@@ -34,7 +46,10 @@ def check_one_option(overrides: Sequence[str]) -> None:
         group, _, value = override.partition("=")
         if group in ONE_OPTION and value.startswith("["):
             options = value.strip("[]")
-            raise ConfigError(f"'{override}' gives a list, but {group} takes one option; give one, or run each with -m {group}={options}")
+            raise ConfigError(
+                f"'{override}' gives a list, but {group} takes one option; give one, or run each with -m"
+                f" {group}={options}"
+            )
 
 
 def explain_override(override: str, arguments: Sequence[str]) -> str:
@@ -46,20 +61,34 @@ def explain_override(override: str, arguments: Sequence[str]) -> str:
     """
     key, equals, value = override.partition("=")
     if not override.isprintable():
-        return f"argument {override!r} holds a character that cannot be printed, such as the end of a line; leave it out"
+        return (
+            f"argument {override!r} holds a character that cannot be printed, such as the end of a line;"
+            " leave it out"
+        )
     if not equals:
         return f"argument '{override}' is no override; give key=value, or an option that --help lists"
     if not key.strip("+~") or not _is_read(f"{key}=1"):
-        return f"argument '{override}': '{key}' cannot be the name of a field; give key=value with a key that --help lists"
+        return (
+            f"argument '{override}': '{key}' cannot be the name of a field; give key=value with a key that"
+            " --help lists"
+        )
     with_one = f"{key}={value.lstrip('=')}"
     if value.startswith("=") and _is_read(with_one):
         return f"argument '{override}' has one '=' too many; write {shlex.quote(with_one)}"
-    marks = "".join(dict.fromkeys(letter for letter in _without_brackets(value) if not UNQUOTED.fullmatch(letter)))
+    marks = "".join(
+        dict.fromkeys(letter for letter in _without_brackets(value) if not UNQUOTED.fullmatch(letter))
+    )
     reason = f"{' '.join(marks)} in a value must stand inside quotes" if marks else "its value cannot be read"
     written = quoted_override(key, value, is_sweep=bool(SWEEP_OPTIONS & set(arguments)))
     if written is None:
-        return f"argument '{override}': {reason}; put \"...\" around that part of the value, and '...' around the whole argument"
-    return f"argument '{override}': {reason}; write {written} (the outer quotes are the shell's, the inner ones the value's)"
+        return (
+            f"argument '{override}': {reason}; put \"...\" around that part of the value, and '...' around"
+            " the whole argument"
+        )
+    return (
+        f"argument '{override}': {reason}; write {written} (the outer quotes are the shell's, the inner ones"
+        " the value's)"
+    )
 
 
 def explain_comma(override: str) -> str:
@@ -67,8 +96,8 @@ def explain_comma(override: str) -> str:
     key, _, value = override.partition("=")
     one = quoted_override(key, value, is_sweep=False, always=True)
     return (
-        f"argument '{override}' has a comma; write {one} for one value, {shlex.quote(f'{key}=[{value}]')} for a list, "
-        "or add -m to run once for each"
+        f"argument '{override}' has a comma; write {one} for one value, {shlex.quote(f'{key}=[{value}]')} for"
+        " a list, or add -m to run once for each"
     )
 
 
@@ -92,7 +121,8 @@ def explain_option(arguments: Sequence[str], config_folder: Path) -> str:
 
 
 def quoted_override(key: str, value: str, *, is_sweep: bool, always: bool = False) -> str | None:
-    """The argument as a shell takes it, with quotes inside where Hydra needs them; None if no quotes make it readable.
+    """The argument as a shell takes it, with quotes inside where Hydra needs them; None if no quotes make it
+    readable.
 
     Args:
         key, value: of the override.
@@ -107,7 +137,9 @@ def quoted_override(key: str, value: str, *, is_sweep: bool, always: bool = Fals
         items = ",".join(item if _is_read(f"{key}={item}") else _in_quotes(item) for item in inner.split(","))
         written = f"{key}=[{items}]" if is_list else f"{key}={items}"
     else:
-        written = f"{key}={value}" if _is_read(f"{key}={value}") and not always else f"{key}={_in_quotes(value)}"
+        written = (
+            f"{key}={value}" if _is_read(f"{key}={value}") and not always else f"{key}={_in_quotes(value)}"
+        )
     return shlex.quote(written) if _is_read(written) else None
 
 

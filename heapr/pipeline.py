@@ -1,7 +1,8 @@
 """The paper's algorithm, read aloud: calibrate -> score -> prune -> evaluate.
 
-In: an experiment's configuration. Out: a `Summary`. The order of the steps and what each needs is data (heapr/steps.py); here is how
-each is made. All go through the artifact store, which answers from disk when it already holds the result.
+In: an experiment's configuration. Out: a `Summary`. The order of the steps and what each needs is data
+(heapr/steps.py); here is how each is made. All go through the artifact store, which answers from disk when it
+already holds the result.
 """
 
 from __future__ import annotations
@@ -44,7 +45,17 @@ from heapr.text.windows import batches
 from heapr.tracking import values
 from heapr.tracking.open_tracker import open_tracker
 from heapr.tracking.tracker import NUM_TOKENS, RATIO, Run, Tracker
-from heapr.types import Evaluation, ExpertWeights, Metrics, Plan, ProtocolRecord, Pruning, Scores, Statistics, TokenWindows
+from heapr.types import (
+    Evaluation,
+    ExpertWeights,
+    Metrics,
+    Plan,
+    ProtocolRecord,
+    Pruning,
+    Scores,
+    Statistics,
+    TokenWindows,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +67,8 @@ class Summary:
     """What a run did; `summary.json`.
 
     Attributes:
-        metrics: by contract name, of the "dense" and the "pruned" model, the change of "size", and the "comparison" of both.
+        metrics: by contract name, of the "dense" and the "pruned" model, the change of "size", and the
+            "comparison" of both.
         protocols: of the "dense" and the "pruned" model: how each corpus or task was measured.
         stages: one entry per artifact, in the order in which they were needed.
         config: the whole resolved configuration.
@@ -94,7 +106,9 @@ def run(config: ExperimentConfig, folder: Path, *, sweep: str | None = None) -> 
         pipeline.take(experiment.steps.pruned)
         metrics = pipeline.conclude(dense)
         pipeline.show()
-        tracker.log({RATIO: config.pruning.ratio, **metrics["pruned"], **metrics["size"], **metrics["comparison"]})
+        tracker.log(
+            {RATIO: config.pruning.ratio, **metrics["pruned"], **metrics["size"], **metrics["comparison"]}
+        )
     for difference in protocol_differences(pipeline.protocols):
         logger.warning("dense and pruned cannot be compared: %s", difference)
     summary = Summary(metrics=metrics, protocols=pipeline.protocols, stages=pipeline.stages, config=resolved)
@@ -105,8 +119,8 @@ def run(config: ExperimentConfig, folder: Path, *, sweep: str | None = None) -> 
 class Pipeline:
     """Takes the steps of an experiment; each is answered by the store or made.
 
-    Steps read what they need from the files of earlier ones. The model is loaded when a step first needs it: a run that finds everything
-    in the store never does.
+    Steps read what they need from the files of earlier ones. The model is loaded when a step first needs it:
+    a run that finds everything in the store never does.
 
     Args:
         experiment: what to do.
@@ -170,7 +184,8 @@ class Pipeline:
         self._get(step, compute, artifacts.write_scores)
 
     def prune(self, step: Step) -> None:
-        """Which atomic experts go: the lowest-scoring share; from the second round on, of what the round before left."""
+        """Which atomic experts go: the lowest-scoring share; from the second round on, of what the round
+        before left."""
         source, budget = self.experiment.source, self.experiment.budget
 
         def compute() -> tuple[Plan, Report]:
@@ -185,7 +200,9 @@ class Pipeline:
             return earlier.plan.then(plan) if earlier else plan, report
 
         is_repaired = self.experiment.plugins.repair is not None
-        artifact = self._get(step, compute, partial(artifacts.write_plan, model=source.identity, is_repaired=is_repaired))
+        artifact = self._get(
+            step, compute, partial(artifacts.write_plan, model=source.identity, is_repaired=is_repaired)
+        )
         self._tell(artifacts.read_allocation(artifact.path))
 
     def repair(self, step: Step) -> None:
@@ -194,7 +211,9 @@ class Pipeline:
         def compute() -> tuple[Pruning, Report]:
             plan = self.results.plan(step)
             tokens, batch_size = self.results.tokens(step), self.experiment.config.calibration.batch_size
-            pruning, found = self.models.repaired(plan, self.results.pruning(step), lambda: list(batches(tokens, batch_size)))
+            pruning, found = self.models.repaired(
+                plan, self.results.pruning(step), lambda: list(batches(tokens, batch_size))
+            )
             return pruning, report_repair(found)
 
         artifact = self._get(step, compute, artifacts.write_repair)
@@ -259,9 +278,17 @@ class Pipeline:
         stage, what = step.origin.stage, step.what
         artifact = self.experiment.store.get(step.origin, compute, write, step.part)
         self.stages.append({"stage": stage, "what": what, **artifact.summary()})
-        how = "cached" if artifact.cached else f"made, peak memory {artifact.peak_memory_bytes / 2**30:.2f} GiB"
-        logger.info("%-9s %s%s: %s, %.1f s", stage, f"{what} " if what else "", artifact.key, how, artifact.seconds)
-        measured = {"seconds": artifact.seconds, "cached": artifact.cached, "peak_memory_bytes": artifact.peak_memory_bytes}
+        how = (
+            "cached" if artifact.cached else f"made, peak memory {artifact.peak_memory_bytes / 2**30:.2f} GiB"
+        )
+        logger.info(
+            "%-9s %s%s: %s, %.1f s", stage, f"{what} " if what else "", artifact.key, how, artifact.seconds
+        )
+        measured = {
+            "seconds": artifact.seconds,
+            "cached": artifact.cached,
+            "peak_memory_bytes": artifact.peak_memory_bytes,
+        }
         name = "/".join(["stages", stage, *what.split()])
         self.tracker.log({f"{name}/{number}": value for number, value in measured.items()})
         return artifact

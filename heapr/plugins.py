@@ -1,7 +1,7 @@
 """Plug-ins: what a `_target_` names, built from its entry in the configuration.
 
-In: an entry and its place in the configuration. Out: the object, its arguments checked against the annotations of its `__init__`: types
-and ranges, such as `window: Annotated[int, Ge(2)]`.
+In: an entry and its place in the configuration. Out: the object, its arguments checked against the
+annotations of its `__init__`: types and ranges, such as `window: Annotated[int, Ge(2)]`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,13 @@ COMPLAINTS = {  # by pydantic's name of an error; anything else is a wrong type
     "finite_number": "is not finite",
     "literal_error": "is unknown",
 }
-TYPE_NAMES: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+TYPE_NAMES: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    type(None): "null",
+}
 
 
 def build(entry: Mapping[str, Any], where: str, **injected: Any) -> Any:
@@ -40,8 +46,8 @@ def build(entry: Mapping[str, Any], where: str, **injected: Any) -> Any:
         injected: further arguments, not from the configuration and not checked.
 
     Raises:
-        ConfigError: unknown target, or arguments that it does not take, lacks, or that have another type or are out of range; and what
-            the plug-in itself raises.
+        ConfigError: unknown target, or arguments that it does not take, lacks, or that have another type or
+            are out of range; and what the plug-in itself raises.
     """
     target = plug_in(entry, where)
     arguments = {key: value for key, value in entry.items() if key != "_target_"}
@@ -52,7 +58,11 @@ def build(entry: Mapping[str, Any], where: str, **injected: Any) -> Any:
         if key not in known:
             raise ConfigError(unknown_key(f"{where}.{key}", known))
         _check(f"{where}.{key}", value, hints.get(key, Any))
-    absent = [name for name, parameter in known.items() if parameter.default is parameter.empty and name not in arguments]
+    absent = [
+        name
+        for name, parameter in known.items()
+        if parameter.default is parameter.empty and name not in arguments
+    ]
     if absent:
         raise ConfigError(f"{where} lacks {', '.join(absent)}; give it, for example {where}.{absent[0]}=...")
     return target(**arguments, **injected)
@@ -65,11 +75,15 @@ def plug_in(entry: Any, where: str) -> Callable[..., Any]:
         ConfigError: it names nothing.
     """
     if not isinstance(entry, Mapping) or "_target_" not in entry:
-        raise ConfigError(f"{where} has no _target_, so it names no plug-in; look for a misspelt key, or see docs/adding.md")
+        raise ConfigError(
+            f"{where} has no _target_, so it names no plug-in; look for a misspelt key, or see docs/adding.md"
+        )
     try:
         target: Callable[..., Any] = hydra.utils.get_object(entry["_target_"])
     except Exception as error:  # whatever importing a wrongly named module raises
-        raise ConfigError(f"{where}._target_='{entry['_target_']}' cannot be imported; see docs/adding.md") from error
+        raise ConfigError(
+            f"{where}._target_='{entry['_target_']}' cannot be imported; see docs/adding.md"
+        ) from error
     return target
 
 
@@ -95,7 +109,8 @@ def _complaint(error: pydantic.ValidationError) -> str:
 
 
 def describe(hint: Any) -> str:
-    """What an annotation admits, in words: `Annotated[int, Ge(1)] | None` is "a whole number of at least 1 or null"."""
+    """What an annotation admits, in words: `Annotated[int, Ge(1)] | None` is "a whole number of at least 1 or
+    null"."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         return f"{describe(parts[0])} {_range(parts[1:])}".strip()

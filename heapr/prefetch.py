@@ -1,8 +1,10 @@
-"""Fetch what an experiment needs from the hub: model, corpora and tasks, on a machine with a network, for one without.
+"""Fetch what an experiment needs from the hub: model, corpora and tasks, on a machine with a network, for one
+without.
 
 Run:  python -m heapr.prefetch <the same overrides as for run.py>
 
-In: an experiment's configuration. Out: filled caches (HF_HOME says where), one line for every item, exit code 2 if one is missing.
+In: an experiment's configuration. Out: filled caches (HF_HOME says where), one line for every item, exit code
+2 if one is missing.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ def main(overrides: Sequence[str]) -> None:
     with one_line_errors(CONFIG_FOLDER):
         config = compose_experiment(overrides, CONFIG_FOLDER)
         if missing := fetch_all(config):
-            raise ConfigError(f"{len(missing)} of what this experiment needs could not be fetched: {', '.join(missing)}")
+            raise ConfigError(
+                f"{len(missing)} of what this experiment needs could not be fetched: {', '.join(missing)}"
+            )
 
 
 def fetch_all(config: ExperimentConfig) -> list[str]:
@@ -59,7 +63,11 @@ def _items(config: ExperimentConfig) -> dict[str, Callable[[], None]]:
         corpora += build_corpora(config.evaluation)
     tasks = [measurement for measurement in plugins.measurements if isinstance(measurement, ZeroShot)]
     items: dict[str, Callable[[], None]] = {f"model {config.model.path}": lambda: _fetch_model(config)}
-    items |= {f"corpus {corpus.name} ({corpus.split})": corpus.fetch for corpus in corpora if isinstance(corpus, PublishedText)}
+    items |= {
+        f"corpus {corpus.name} ({corpus.split})": corpus.fetch
+        for corpus in corpora
+        if isinstance(corpus, PublishedText)
+    }
     return items | {f"task {task.task}": task.fetch for task in tasks}
 
 
@@ -70,7 +78,8 @@ def _fetch_model(config: ExperimentConfig) -> None:
     source.fetch()
     if not source.has_weights:
         raise ConfigError(
-            f"the weights of model.path='{config.model.path}' are not in '{source.folder}'; get them where there is a network"
+            f"the weights of model.path='{config.model.path}' are not in '{source.folder}'; get them where"
+            " there is a network"
         )
 
 

@@ -1,7 +1,8 @@
-"""Gives the models of an experiment: the dense one, what pruning made of it, or both. Loaded when first asked for, cut in place.
+"""Gives the models of an experiment: the dense one, what pruning made of it, or both. Loaded when first asked
+for, cut in place.
 
-In: how the dense model is had, and what is done to it. Out: `MoEModel`s. Whoever asks keeps no model beyond its own step: the next one may
-cut it further, or need its memory.
+In: how the dense model is had, and what is done to it. Out: `MoEModel`s. Whoever asks keeps no model beyond
+its own step: the next one may cut it further, or need its memory.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ class ModelProvider:
         uniform_settings: what the uniform form changes in the model's configuration.
     """
 
-    def __init__(self, load: Callable[[], MoEModel], *, repair: Repair | None, form: str, uniform_settings: Settings) -> None:
+    def __init__(
+        self, load: Callable[[], MoEModel], *, repair: Repair | None, form: str, uniform_settings: Settings
+    ) -> None:
         self._load, self._repair, self._form, self._uniform_settings = load, repair, form, uniform_settings
         self._dense: MoEModel | None = None
         self._pruned: _Held | None = None
@@ -75,7 +78,8 @@ class ModelProvider:
 
         Args:
             plan: for the dense model.
-            earlier: what the round before made, now or in a run whose results are in the store; None for the first.
+            earlier: what the round before made, now or in a run whose results are in the store; None for the
+                first.
             batches: gives those of the calibration.
         """
         assert self._repair is not None
@@ -86,13 +90,14 @@ class ModelProvider:
         self._pruned = _Held(model, plan)
         names = [layout_of(model.layers[0].experts).input_name] if self._repair.refits_inputs else []
         tensors = {
-            layer.index: {name: layer.experts.get_parameter(name).detach() for name in [*names, "down_proj"]} for layer in model.layers
+            layer.index: {name: layer.experts.get_parameter(name).detach() for name in [*names, "down_proj"]}
+            for layer in model.layers
         }
         return Pruning(plan, tensors), found
 
     def final(self, pruning: Pruning) -> MoEModel:
-        """The pruned model after the last round, as its checkpoint holds it: ragged, in the family's own class, or with zeros. What is
-        measured is what is written."""
+        """The pruned model after the last round, as its checkpoint holds it: ragged, in the family's own
+        class, or with zeros. What is measured is what is written."""
         if self._form == "masked":
             return self._masked_by(pruning)
         model = self.pruned(pruning)
@@ -111,8 +116,9 @@ class ModelProvider:
             return self.dense(), pruned
         except TooLargeError as error:
             raise TooLargeError(
-                f"the dense and the pruned model do not fit on '{pruned.model.device}' together; leave out what compares them: "
-                "evaluation.fidelity=null evaluation.throughput=null (all other results are in the store)"
+                f"the dense and the pruned model do not fit on '{pruned.model.device}' together; leave out"
+                " what compares them: evaluation.fidelity=null evaluation.throughput=null (all other results"
+                " are in the store)"
             ) from error
 
     def _masked_by(self, pruning: Pruning) -> MoEModel:
@@ -123,7 +129,8 @@ class ModelProvider:
         return self._masked
 
     def _next(self, plan: Plan) -> tuple[MoEModel, Plan]:
-        """The model to cut next, and the plan for it. It is given away: whoever needs a dense model afterwards loads it anew."""
+        """The model to cut next, and the plan for it. It is given away: whoever needs a dense model
+        afterwards loads it anew."""
         if self._pruned is not None:
             held, self._pruned = self._pruned, None
             return held.model, plan.after(held.plan)

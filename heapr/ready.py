@@ -1,4 +1,5 @@
-"""The last checks before a run: whatever can still fail through a user's mistake, and takes text, tokenizer or the disk to find.
+"""The last checks before a run: whatever can still fail through a user's mistake, and takes text, tokenizer
+or the disk to find.
 
 In: a prepared experiment. Out: its calibration tokens, if they are still to be calibrated on.
 """
@@ -22,7 +23,8 @@ logger = logging.getLogger(__name__)
 
 
 def make_ready(experiment: Experiment) -> TokenWindows | None:
-    """Set the number of threads, and check weights, disk, text and tasks of the steps that are still to be made.
+    """Set the number of threads, and check weights, disk, text and tasks of the steps that are still to be
+    made.
 
     Returns:
         the calibration tokens; None if the calibration is in the store.
@@ -47,13 +49,16 @@ def make_ready(experiment: Experiment) -> TokenWindows | None:
 
 
 def _check_space(missing: Sequence[Step], experiment: Experiment) -> None:
-    """The disk has room for what is still to be made of repaired weights (at least the columns of W_down) and of the checkpoint.
+    """The disk has room for what is still to be made of repaired weights (at least the columns of W_down) and
+    of the checkpoint.
 
     Raises:
         ConfigError: it has not.
     """
     source = experiment.source
-    routed = sum(sum(width_E) * source.atomic_expert_parameters[index] for index, width_E in source.widths.items())
+    routed = sum(
+        sum(width_E) * source.atomic_expert_parameters[index] for index, width_E in source.widths.items()
+    )
     num_parameters = 0
     for step in missing:
         if step.kind == REPAIR_PART:
@@ -73,14 +78,19 @@ def _num_kept(step: Step, num_parameters: int) -> int:
 
 
 def _warn_of_overlap(steps: Steps) -> None:
-    """Calibration and evaluation text are apart if they are other texts, or parts of one that have no document in common."""
-    calibrated = [corpus for corpus, _ in identities_of_parts(steps.first("calibrate").origin.config["corpus"])]
+    """Calibration and evaluation text are apart if they are other texts, or parts of one that have no
+    document in common."""
+    calibrated = [
+        corpus for corpus, _ in identities_of_parts(steps.first("calibrate").origin.config["corpus"])
+    ]
     evaluations = [step.origin.config["evaluator"] for step in steps if step.kind == "evaluate"]
     measured = [evaluation["corpus"] for evaluation in evaluations if evaluation.get("corpus")]
     shared = [corpus["corpus"] for corpus in measured if any(share_text(part, corpus) for part in calibrated)]
     for name in dict.fromkeys(shared):
         logger.warning(
-            "%s is measured on text that is calibrated on; choose another split for one of them, such as train and heldout", name
+            "%s is measured on text that is calibrated on; choose another split for one of them, such as"
+            " train and heldout",
+            name,
         )
 
 

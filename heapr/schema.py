@@ -1,7 +1,7 @@
 """The typed configuration: every field with its meaning, unit and range.
 
-In: what Hydra composed from conf/. Out: `ExperimentConfig`, checked; what its `_target_` entries name is built elsewhere
-(heapr/plugins.py).
+In: what Hydra composed from conf/. Out: `ExperimentConfig`, checked; what its `_target_` entries name is
+built elsewhere (heapr/plugins.py).
 Light on purpose: no torch, so that a mistyped command line is answered at once.
 """
 
@@ -39,7 +39,8 @@ class CalibrationConfig:
     sequence_length: int = MISSING  # tokens of a sequence, at least 2, at most the model's limit
     seed: int = MISSING  # of the choice of sequences, at least 0
     batch_size: int = MISSING  # sequences per pass, at least 1; changes memory, speed and the last digits
-    max_characters: int | None = 20_000_000  # of a corpus with more, documents are drawn by the seed; at least 1; None takes all
+    # Of a corpus with more, documents are drawn by the seed; at least 1; None takes all.
+    max_characters: int | None = 20_000_000
 
 
 @dataclass
@@ -49,12 +50,17 @@ class PruningConfig:
     ratio: float = MISSING  # share of routed atomic experts to remove, or of what `budget` says, in [0, 1)
     scope: str = MISSING  # global, layer or expert
     rounds: int = 1  # steps of equal size, each measured on the model that the one before left; at least 1
-    repair: dict[str, Any] | None = None  # plug-in: heapr/pruning/repair.py; null leaves what is kept as it was
-    width_multiple: int | None = None  # every expert's width becomes a multiple of it: 1, 8, 16, ...; null: 8 for uniform, else 1
-    form: str = "ragged"  # of the checkpoint: ragged (exact widths), uniform (one width, scope expert), masked (zeros)
+    # Plug-in: heapr/pruning/repair.py; null leaves what is kept as it was.
+    repair: dict[str, Any] | None = None
+    # Every expert's width becomes a multiple of it: 1, 8, 16, ...; null: 8 for uniform, else 1.
+    width_multiple: int | None = None
+    # Of the checkpoint: ragged (exact widths), uniform (one width, scope expert), masked (zeros).
+    form: str = "ragged"
     save_checkpoint: bool = True  # off keeps only the plan, which re-creates the pruned model in memory
-    budget: str = "atomic_experts"  # what the ratio is a share of: atomic_experts, or flops of the routed experts
-    protected_layers: list[int] = field(default_factory=list)  # decoder layer indices of which nothing is removed
+    # What the ratio is a share of: atomic_experts, or flops of the routed experts.
+    budget: str = "atomic_experts"
+    # Decoder layer indices of which nothing is removed.
+    protected_layers: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -71,7 +77,8 @@ class RuntimeConfig:
     """Where and how things are computed; changes no result."""
 
     device: str = MISSING  # auto (a GPU if there is one), cpu, cuda, cuda:<number>
-    device_map: str | None = None  # auto, balanced or sequential: spread the weights over several GPUs; none puts all on `device`
+    # Auto, balanced or sequential: spread the weights over several GPUs; none puts all on `device`.
+    device_map: str | None = None
     num_threads: int | None = None  # CPU threads, at least 1; none leaves it to torch
 
 
@@ -120,12 +127,15 @@ def resolve(config: DictConfig) -> ExperimentConfig:
     """
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
-        raise ConfigError(f"no value for {', '.join(missing)}; give it on the command line, for example {missing[0]}=...")
+        raise ConfigError(
+            f"no value for {', '.join(missing)}; give it on the command line, for example {missing[0]}=..."
+        )
     typed = OmegaConf.to_object(config)
     assert isinstance(typed, ExperimentConfig)
     if typed.pruning.width_multiple is None:
         typed.pruning.width_multiple = UNIFORM_MULTIPLE if typed.pruning.form == "uniform" else 1
-    typed.paths.outputs = str(user_path(typed.paths.outputs))  # conf/config.yaml does the same for the folder that Hydra makes
+    # conf/config.yaml does the same for the folder that Hydra makes.
+    typed.paths.outputs = str(user_path(typed.paths.outputs))
     check(typed)
     return typed
 
@@ -154,12 +164,18 @@ def check(config: ExperimentConfig) -> None:
 
 def _check_pruning(pruning: PruningConfig) -> None:
     if not (math.isfinite(pruning.ratio) and 0 <= pruning.ratio < 1):
-        raise ConfigError(f"pruning.ratio={pruning.ratio} is not in [0, 1); give the share of atomic experts to remove, for example 0.25")
+        raise ConfigError(
+            f"pruning.ratio={pruning.ratio} is not in [0, 1); give the share of atomic experts to remove, for"
+            " example 0.25"
+        )
     _at_least("pruning.rounds", pruning.rounds, 1)
     _choice("pruning.scope", pruning.scope, SCOPES)
     _choice("pruning.form", pruning.form, FORMS)
     if pruning.form == "uniform" and pruning.scope != "expert":
-        raise ConfigError(f"pruning.form=uniform gives every expert one width, which scope '{pruning.scope}' does not; use pruning=expert")
+        raise ConfigError(
+            f"pruning.form=uniform gives every expert one width, which scope '{pruning.scope}' does not; use"
+            " pruning=expert"
+        )
     if pruning.width_multiple is not None:
         _choice("pruning.width_multiple", pruning.width_multiple, WIDTH_MULTIPLES)
     _choice("pruning.budget", pruning.budget, BUDGETS)
@@ -167,17 +183,23 @@ def _check_pruning(pruning: PruningConfig) -> None:
         value = getattr(pruning, name)
         if value != getattr(PruningConfig(), name):
             raise ConfigError(
-                f"pruning.{name}={value} has no effect with scope 'expert', where every expert loses the same share by itself; "
-                "use pruning=global or leave it out"
+                f"pruning.{name}={value} has no effect with scope 'expert', where every expert loses the same"
+                " share by itself; use pruning=global or leave it out"
             )
 
 
 def _check_tracking(tracking: TrackingConfig) -> None:
     _choice("tracking.mode", tracking.mode, TRACKING_MODES)
     if not tracking.project or set(tracking.project) & set("/\\#?%:") or len(tracking.project) > 128:
-        raise ConfigError(f"tracking.project='{tracking.project}' is no wandb project; give 1 to 128 letters without / \\ # ? % :")
+        raise ConfigError(
+            f"tracking.project='{tracking.project}' is no wandb project; give 1 to 128 letters without / \\ #"
+            " ? % :"
+        )
     if tracking.upload and tracking.mode == "none":
-        raise ConfigError("tracking.upload=true, but tracking=none sends nothing; use tracking=wandb or tracking.upload=false")
+        raise ConfigError(
+            "tracking.upload=true, but tracking=none sends nothing; use tracking=wandb or"
+            " tracking.upload=false"
+        )
 
 
 def _choice(name: str, value: str | int, known: Collection[str | int]) -> None:

@@ -1,6 +1,7 @@
 """What earlier steps made, for those that need it.
 
-In: a step. Out: typed results, read from the files of the steps that it needs; kept in memory only as long as a later step needs them.
+In: a step. Out: typed results, read from the files of the steps that it needs; kept in memory only as long as
+a later step needs them.
 """
 
 from __future__ import annotations

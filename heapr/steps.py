@@ -1,7 +1,8 @@
 """What an experiment does, as data: its steps in their order, and what determines the result of each.
 
-In: an experiment's configuration, and what its model, text and measurements are. Out: `Steps`, before anything is computed. A run executes
-them, a dry run and a sweep print them. What changes no result (batch sizes, device, paths, tracking) is in no `Origin`.
+In: an experiment's configuration, and what its model, text and measurements are. Out: `Steps`, before
+anything is computed. A run executes them, a dry run and a sweep print them. What changes no result (batch
+sizes, device, paths, tracking) is in no `Origin`.
 """
 
 from __future__ import annotations
@@ -32,10 +33,12 @@ class Step:
     Attributes:
         origin: what determines it; a part has that of its artifact.
         part: its name in the artifact; WHOLE is the artifact itself.
-        what: its name beside the stage in logs, tables and summary.json: the round, the part, or what is measured on which model.
-        needs: the steps whose files it reads, by what it takes from them: "statistics", "tokens", "scores", "plan", or the "pruning" that
-            was finished last (a plan, or the repair of what it kept). Without a "pruning", its model is the dense one. Those of an
-            evaluation follow from what its measurement needs.
+        what: its name beside the stage in logs, tables and summary.json: the round, the part, or what is
+            measured on which model.
+        needs: the steps whose files it reads, by what it takes from them: "statistics", "tokens", "scores",
+            "plan", or the "pruning" that was finished last (a plan, or the repair of what it kept). Without a
+            "pruning", its model is the dense one. Those of an evaluation follow from what its measurement
+            needs.
         measurement: of an evaluation.
     """
 
@@ -57,7 +60,8 @@ class Step:
 
     @property
     def variant(self) -> str:
-        """Of an evaluation: whose metrics it gives, those of the "dense" or the "pruned" model, or of the "comparison"."""
+        """Of an evaluation: whose metrics it gives, those of the "dense" or the "pruned" model, or of the
+        "comparison"."""
         assert self.measurement is not None
         if Need.MODEL not in self.measurement.needs:
             return "comparison"
@@ -69,8 +73,10 @@ class Steps:
     """All steps of one experiment; iterating gives them in their order.
 
     Attributes:
-        dense: calibration and scores of the dense model, and what is measured on it: before pruning changes it in place.
-        pruning: plan, repair and checkpoint; from the second round on, calibration and scores of the model that the round before left.
+        dense: calibration and scores of the dense model, and what is measured on it: before pruning changes
+            it in place.
+        pruning: plan, repair and checkpoint; from the second round on, calibration and scores of the model
+            that the round before left.
         pruned: what is measured on the pruned model.
     """
 
@@ -95,7 +101,8 @@ class Steps:
 
     @property
     def key(self) -> str:
-        """Of the whole experiment: the same whenever all results are, whatever the paths, device or tracking."""
+        """Of the whole experiment: the same whenever all results are, whatever the paths, device or
+        tracking."""
         ends = [self.last("prune"), *(step for step in self if step.kind == "evaluate")]
         return hashlib.sha256(" ".join(step.origin.key for step in ends).encode()).hexdigest()[:KEY_LENGTH]
 
@@ -113,7 +120,8 @@ def experiment_steps(
     Args:
         config: what is asked.
         text: calibrated on.
-        measurements: in the order of the configuration; those of one model are made before those that compare.
+        measurements: in the order of the configuration; those of one model are made before those that
+            compare.
         model: what it is.
         machine: what timings are made on.
     """
@@ -133,8 +141,9 @@ def experiment_steps(
 
 
 def _rounds(config: ExperimentConfig, tokens: Mapping[str, Any]) -> list[Step]:
-    """Calibration, scores and pruning, once for each round. Every round removes the same number of atomic experts. A round's key does not
-    tell how many follow, so that experiments which begin alike share their beginning."""
+    """Calibration, scores and pruning, once for each round. Every round removes the same number of atomic
+    experts. A round's key does not tell how many follow, so that experiments which begin alike share their
+    beginning."""
     pruning = config.pruning
     steps: list[Step] = []
     earlier: dict[str, Step] = {}  # from the second round on: what was finished in the one before
@@ -147,18 +156,26 @@ def _rounds(config: ExperimentConfig, tokens: Mapping[str, Any]) -> list[Step]:
         score = Step(scored, what=what, needs={"statistics": calibrate, **earlier})
         settings = _settings_of_plan(pruning) | {"ratio": pruning.ratio * number / pruning.rounds}
         first = steps[0] if steps else calibrate
-        plan = Step(_origin("prune", settings, score.origin), what=what, needs={"scores": score, "statistics": first, **earlier})
+        plan = Step(
+            _origin("prune", settings, score.origin),
+            what=what,
+            needs={"scores": score, "statistics": first, **earlier},
+        )
         steps += [calibrate, score, plan]
         if pruning.repair:
             what_repair = f"{what} {REPAIR_PART}".strip()
-            steps.append(Step(plan.origin, REPAIR_PART, what_repair, needs={"plan": plan, "tokens": first, **earlier}))
+            steps.append(
+                Step(plan.origin, REPAIR_PART, what_repair, needs={"plan": plan, "tokens": first, **earlier})
+            )
         earlier = {"pruning": steps[-1]}
     if pruning.save_checkpoint:
         steps.append(Step(plan.origin, CHECKPOINT_PART, CHECKPOINT_PART, needs={"plan": plan, **earlier}))
     return steps
 
 
-def _settings_of_tokens(settings: CalibrationConfig, model_identity: Mapping[str, str], text: Corpus | Mixture) -> dict[str, Any]:
+def _settings_of_tokens(
+    settings: CalibrationConfig, model_identity: Mapping[str, str], text: Corpus | Mixture
+) -> dict[str, Any]:
     """What determines the calibration."""
     return {
         "model": dict(model_identity),
@@ -171,25 +188,38 @@ def _settings_of_tokens(settings: CalibrationConfig, model_identity: Mapping[str
 
 
 def _settings_of_plan(pruning: PruningConfig) -> dict[str, Any]:
-    """What determines the plan. Options enter where they are not at their defaults, so that a new one changes no key."""
+    """What determines the plan. Options enter where they are not at their defaults, so that a new one changes
+    no key."""
     default = PruningConfig()
     settings = {name: value for name, value in asdict(pruning).items() if name not in WITHOUT_INFLUENCE}
-    return {name: value for name, value in settings.items() if name in ALWAYS_IN_KEY or value != getattr(default, name)}
+    return {
+        name: value
+        for name, value in settings.items()
+        if name in ALWAYS_IN_KEY or value != getattr(default, name)
+    }
 
 
 def _evaluate(
-    measurement: Measurement, variant: str, made: Mapping[str, Step], *, model: Mapping[str, str], machine: Mapping[str, Any]
+    measurement: Measurement,
+    variant: str,
+    made: Mapping[str, Step],
+    *,
+    model: Mapping[str, str],
+    machine: Mapping[str, Any],
 ) -> Step:
     """One measurement on the "dense" or the "pruned" model; of one that compares, the variant is empty.
 
-    It depends on what it needs and nothing else, so that what the dense model alone decides is made once per model, whatever is pruned.
+    It depends on what it needs and nothing else, so that what the dense model alone decides is made once per
+    model, whatever is pruned.
 
     Args:
         measurement, variant: see above.
         made: the steps that there are, by what may be taken from them.
         model, machine: as in `experiment_steps`.
     """
-    needs = {need.value: made[need.value] for need in Need if need in measurement.needs and need.value in made}
+    needs = {
+        need.value: made[need.value] for need in Need if need in measurement.needs and need.value in made
+    }
     if variant == "pruned" or Need.DENSE_AND_PRUNED in measurement.needs:
         needs["pruning"] = made["pruning"]
     config: dict[str, Any] = {"evaluator": measurement.identity()}

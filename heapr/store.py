@@ -1,11 +1,11 @@
 """The artifact store: every stage's result on disk, by the hash of everything that determines it.
 
-In: stage, version, resolved configuration, keys of upstream artifacts, a function that computes the result, and one that writes it into
-an empty folder. Out: an `Artifact`. A result is made once, whatever happens: under a lock, in a temporary folder, verified when
-read, published by one rename. A process that is killed leaves a temporary folder, which the next one sweeps, and its scratch, with
-which the next one goes on.
-What is made from an artifact alone and may be left out, or fail, is a *part* of it: other files in the same folder, made,
-verified and described by themselves, so that nothing that was finished is lost with them.
+In: stage, version, resolved configuration, keys of upstream artifacts, a function that computes the result,
+and one that writes it into an empty folder. Out: an `Artifact`. A result is made once, whatever happens:
+under a lock, in a temporary folder, verified when read, published by one rename. A process that is killed
+leaves a temporary folder, which the next one sweeps, and its scratch, with which the next one goes on.
+What is made from an artifact alone and may be left out, or fail, is a *part* of it: other files in the same
+folder, made, verified and described by themselves, so that nothing that was finished is lost with them.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ class Artifact:
         path: its folder; read-only by convention. A part is in the folder of the whole.
         cached: whether it was found rather than made.
         seconds: time spent on finding or making it.
-        peak_memory_bytes: peak memory of the process (or of the GPU, if one is used) while it was made; 0 if cached.
+        peak_memory_bytes: peak memory of the process (or of the GPU, if one is used) while it was made; 0 if
+            cached.
     """
 
     stage: str
@@ -94,7 +95,12 @@ class Origin:
 
     @property
     def key(self) -> str:
-        content = {"stage": self.stage, "version": self.version, "config": self.config, "upstream": self.upstream}
+        content = {
+            "stage": self.stage,
+            "version": self.version,
+            "config": self.config,
+            "upstream": self.upstream,
+        }
         return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:KEY_LENGTH]
 
 
@@ -116,7 +122,9 @@ class Store:
             with tempfile.TemporaryFile(dir=root):
                 pass
         except OSError as error:
-            raise ConfigError(f"cannot write '{root}': {error.strerror}; choose another folder with paths.outputs=...") from error
+            raise ConfigError(
+                f"cannot write '{root}': {error.strerror}; choose another folder with paths.outputs=..."
+            ) from error
 
     @property
     def digests(self) -> Path:
@@ -131,17 +139,22 @@ class Store:
         with _one_line_about_permissions(self.root):
             return self._is_intact(self.path(origin), part)
 
-    def get(self, origin: Origin, compute: Callable[[], T], write: Callable[[Path, T], None], part: str = WHOLE) -> Artifact:
-        """The artifact of an origin, or a part of one that is there. What is missing is computed, then written.
+    def get(
+        self, origin: Origin, compute: Callable[[], T], write: Callable[[Path, T], None], part: str = WHOLE
+    ) -> Artifact:
+        """The artifact of an origin, or a part of one that is there. What is missing is computed, then
+        written.
 
         Args:
             origin: what is wanted.
             compute: gives the value; touches no file of the artifact.
-            write: fills an empty folder with the files of the value; the same origin always gives the same files.
+            write: fills an empty folder with the files of the value; the same origin always gives the same
+                files.
             part: a name; the files are added to the artifact under it.
 
         Raises:
-            ConfigError: no permission to read or write here, or no space left; nothing that was finished before is lost.
+            ConfigError: no permission to read or write here, or no space left; nothing that was finished
+                before is lost.
         """
         path = self.path(origin)
         with _one_line_about_permissions(self.root), StageMeter(self.device) as meter:
@@ -150,11 +163,12 @@ class Store:
         return Artifact(origin.stage, origin.key, part, path, cached, meter.seconds, peak)
 
     def scratch(self, origin: Origin, part: str = WHOLE) -> Path:
-        """A folder for what the computation of an artifact or part has done so far. It outlives the process: who computes the same next
-        finds what a killed one left. It is removed when the artifact is there, and `SCRATCH_DAYS` after its last change.
+        """A folder for what the computation of an artifact or part has done so far. It outlives the process:
+        who computes the same next finds what a killed one left. It is removed when the artifact is there, and
+        `SCRATCH_DAYS` after its last change.
 
-        To be asked for inside `compute`, which runs under the artifact's lock: nobody else uses it meanwhile. What is left in it may be
-        half a file; write with `heapr.files.write_text` or rename what is whole.
+        To be asked for inside `compute`, which runs under the artifact's lock: nobody else uses it meanwhile.
+        What is left in it may be half a file; write with `heapr.files.write_text` or rename what is whole.
         """
         folder = _scratch_of(self.path(origin), part)
         folder.mkdir(parents=True, exist_ok=True)
@@ -162,7 +176,8 @@ class Store:
         return folder
 
     def rewrite(self, origin: Origin, part: str, name: str, change: Callable[[str], str]) -> None:
-        """Change one text file of a part, for what is known only later. Killed in between, that part is made again."""
+        """Change one text file of a part, for what is known only later. Killed in between, that part is made
+        again."""
         path = self.path(origin)
         with _one_line_about_permissions(self.root), _locked(path):
             file = path / name
@@ -189,12 +204,15 @@ class Store:
         free = shutil.disk_usage(self.root).free
         if num_bytes > free:
             raise ConfigError(
-                f"{what} need {num_bytes / 1e9:.3g} GB, and '{self.root}' has {free / 1e9:.3g} GB free; free some, choose another folder "
-                f"with paths.outputs=..., or {instead}"
+                f"{what} need {num_bytes / 1e9:.3g} GB, and '{self.root}' has {free / 1e9:.3g} GB free; free"
+                f" some, choose another folder with paths.outputs=..., or {instead}"
             )
 
-    def _make_once(self, origin: Origin, compute: Callable[[], T], write: Callable[[Path, T], None], part: str) -> bool:
-        """Make the artifact or a part of it under its lock. False if another process made it while this one waited."""
+    def _make_once(
+        self, origin: Origin, compute: Callable[[], T], write: Callable[[Path, T], None], part: str
+    ) -> bool:
+        """Make the artifact or a part of it under its lock. False if another process made it while this one
+        waited."""
         path = self.path(origin)
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path):
@@ -213,8 +231,8 @@ class Store:
             return True
 
     def _is_intact(self, path: Path, part: str) -> bool:
-        """Whether the folder has a manifest that knows the part, and every file has the size and hash that it had when it was made.
-        The hash of a large file is remembered until the file changes."""
+        """Whether the folder has a manifest that knows the part, and every file has the size and hash that it
+        had when it was made. The hash of a large file is remembered until the file changes."""
         if not (path / MANIFEST).is_file():
             return False
         try:
@@ -226,7 +244,12 @@ class Store:
             files = {"": {"size": -1, "sha256": ""}}
         for name, expected in files.items():
             if not self._is_as_made(path / name, expected):
-                logger.warning("%s %s is damaged (%s); it will be made again", path.parent.name, path.name, name or MANIFEST)
+                logger.warning(
+                    "%s %s is damaged (%s); it will be made again",
+                    path.parent.name,
+                    path.name,
+                    name or MANIFEST,
+                )
                 return False
         return True
 
@@ -238,7 +261,8 @@ class Store:
 
 
 def canonical_json(value: Any) -> str:
-    """One text for equal values: sorted keys, and floats without the noise of their last digits (0.6000000000000001)."""
+    """One text for equal values: sorted keys, and floats without the noise of their last digits
+    (0.6000000000000001)."""
     return json.dumps(_canonical(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
@@ -253,8 +277,8 @@ def _canonical(value: Any) -> Any:
 
 
 def _lock_of(path: Path) -> FileLock:
-    """Of one artifact; the operating system frees it when its holder dies. A lock holds nothing, so whoever shares the folder's group may
-    take it, whatever the umask of the one who made it."""
+    """Of one artifact; the operating system frees it when its holder dies. A lock holds nothing, so whoever
+    shares the folder's group may take it, whatever the umask of the one who made it."""
     return FileLock(path.parent / f".{path.name}.lock", mode=readable_by_umask(0o666) | 0o660)
 
 
@@ -280,8 +304,8 @@ def _one_line_about_permissions(root: Path) -> Iterator[None]:
         yield
     except PermissionError as error:
         raise ConfigError(
-            f"no permission for '{error.filename or root}', which another user made; choose another folder with paths.outputs=..., or "
-            "share this one: the same group, umask 002, chmod -R g+rwX"
+            f"no permission for '{error.filename or root}', which another user made; choose another folder"
+            " with paths.outputs=..., or share this one: the same group, umask 002, chmod -R g+rwX"
         ) from error
 
 
@@ -294,8 +318,8 @@ def _one_line_about_space(root: Path) -> Iterator[None]:
         number = getattr(error, "errno", None)
         if number in NO_SPACE or any(f"os error {code}" in str(error) for code in NO_SPACE):
             raise ConfigError(
-                f"no space left in '{root}'; what was finished is kept: free some space and start again, or choose another folder with "
-                "paths.outputs=..."
+                f"no space left in '{root}'; what was finished is kept: free some space and start again, or"
+                " choose another folder with paths.outputs=..."
             ) from error
         raise
 
@@ -318,7 +342,8 @@ def _scratch_of(path: Path, part: str) -> Path:
 
 
 def _sweep_old_scratch(root: Path) -> None:
-    """Remove scratch that nothing has changed for `SCRATCH_DAYS` and nobody uses: of a computation that was given up."""
+    """Remove scratch that nothing has changed for `SCRATCH_DAYS` and nobody uses: of a computation that was
+    given up."""
     limit = time.time() - SCRATCH_DAYS * 24 * 3600
     for folder in root.glob("*/.*.scratch-*"):
         lock = _lock_of(folder.parent / folder.name.split(".")[1])
@@ -353,7 +378,8 @@ def _publish(origin: Origin, temporary: Path, path: Path, meter: StageMeter) -> 
 
 
 def _add_part(part: str, temporary: Path, path: Path, meter: StageMeter) -> None:
-    """Move the files in a temporary folder into an artifact's; they count once the manifest knows them. Called under the lock."""
+    """Move the files in a temporary folder into an artifact's; they count once the manifest knows them.
+    Called under the lock."""
     described = provenance(temporary, meter)
     manifest = json.loads((path / MANIFEST).read_text())
     if manifest["parts"].pop(part, None):  # damaged

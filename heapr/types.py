@@ -1,7 +1,7 @@
 """What the stages hand to each other: frozen, shape-checked containers of tensors, and their form on disk.
 
-Shape letters: L MoE layers, T tokens, D model width, E routed experts of a layer, F atomic experts of one expert,
-N sequences, W window length. Layers are keyed by decoder layer index.
+Shape letters: L MoE layers, T tokens, D model width, E routed experts of a layer, F atomic experts of one
+expert, N sequences, W window length. Layers are keyed by decoder layer index.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ class TokenWindows:
 class LayerStatistics:
     """Running statistics of one MoE layer over calibration tokens (docs/method.md), float64.
 
-    h is the intermediate activation of an atomic expert, g = dloss/dh with loss the *sum* over predicted tokens, p the
-    router weight, y = E(x) the expert's output before p multiplies it. All are sums over the tokens routed to the
-    expert, except the maximum. Statistics of disjoint token sets merge by `merge`.
+    h is the intermediate activation of an atomic expert, g = dloss/dh with loss the *sum* over predicted
+    tokens, p the router weight, y = E(x) the expert's output before p multiplies it. All are sums over the
+    tokens routed to the expert, except the maximum. Statistics of disjoint token sets merge by `merge`.
 
     Attributes:
         count_E: number of routed tokens.
@@ -85,7 +85,11 @@ class LayerStatistics:
     def __post_init__(self) -> None:
         for name, tensor in self.items():
             expected = self.shape if name.endswith("_EF") else self.shape[:1]
-            assert tensor.shape == expected and tensor.dtype == torch.float64, (name, tensor.shape, tensor.dtype)
+            assert tensor.shape == expected and tensor.dtype == torch.float64, (
+                name,
+                tensor.shape,
+                tensor.dtype,
+            )
 
     @property
     def shape(self) -> torch.Size:
@@ -151,7 +155,9 @@ class Statistics:
             "loss_sum": torch.tensor(self.loss_sum, dtype=torch.float64),
         }
         for index, layer in self.layers.items():
-            tensors |= {f"layers.{index}.{_without_shape(name)}": tensor.cpu() for name, tensor in layer.items()}
+            tensors |= {
+                f"layers.{index}.{_without_shape(name)}": tensor.cpu() for name, tensor in layer.items()
+            }
         return tensors
 
     @classmethod
@@ -159,7 +165,9 @@ class Statistics:
         names = [field.name for field in fields(LayerStatistics)]
         return cls(
             layers={
-                index: LayerStatistics(**{name: tensors[f"layers.{index}.{_without_shape(name)}"] for name in names})
+                index: LayerStatistics(
+                    **{name: tensors[f"layers.{index}.{_without_shape(name)}"] for name in names}
+                )
                 for index in _layer_indices(tensors)
             },
             num_tokens=int(tensors["num_tokens"]),
@@ -195,7 +203,11 @@ class Scores:
 
     def __post_init__(self) -> None:
         for index, scores_EF in self.layers.items():
-            assert scores_EF.dim() == 2 and scores_EF.dtype == torch.float32, (index, scores_EF.shape, scores_EF.dtype)
+            assert scores_EF.dim() == 2 and scores_EF.dtype == torch.float32, (
+                index,
+                scores_EF.shape,
+                scores_EF.dtype,
+            )
             assert scores_EF.isfinite().all(), f"scores of layer {index} are not finite"
 
     def to_tensors(self) -> TensorDict:
@@ -215,8 +227,8 @@ class Granularity(Enum):
 
 @dataclass(frozen=True)
 class Plan:
-    """Which atomic experts are kept: bool (E, F) by decoder layer index, true = kept. False too where an expert of individual
-    width has no atomic expert."""
+    """Which atomic experts are kept: bool (E, F) by decoder layer index, true = kept. False too where an
+    expert of individual width has no atomic expert."""
 
     layers: Mapping[int, Tensor]
 
@@ -244,11 +256,14 @@ class Plan:
         return Plan(layers=layers)
 
     def after(self, earlier: Plan) -> Plan:
-        """This plan for the model that an earlier one leaves, of which it keeps a part: `earlier.then(plan.after(earlier))` is `plan`."""
+        """This plan for the model that an earlier one leaves, of which it keeps a part:
+        `earlier.then(plan.after(earlier))` is `plan`."""
         layers = {}
         for index, kept_EF in self.layers.items():
             earlier_EF = earlier.layers[index]
-            assert not (kept_EF & ~earlier_EF).any(), f"layer {index} would get back atomic experts that it lost"
+            assert not (kept_EF & ~earlier_EF).any(), (
+                f"layer {index} would get back atomic experts that it lost"
+            )
             rows = [kept_F[earlier_F] for kept_F, earlier_F in zip(kept_EF, earlier_EF, strict=True)]
             layers[index] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         return Plan(layers=layers)
@@ -261,7 +276,8 @@ class Plan:
         return cls(layers={index: tensors[f"layers.{index}"] for index in _layer_indices(tensors)})
 
 
-RepairedWeights = Mapping[int, TensorDict]  # by decoder layer index and parameter name, as ragged experts hold them
+# By decoder layer index and parameter name, as ragged experts hold them.
+RepairedWeights = Mapping[int, TensorDict]
 
 
 @dataclass(frozen=True)
@@ -281,7 +297,11 @@ class Pruning:
             assert len(tensors["down_proj"]) == int(self.plan.layers[index].sum()), index
 
     def repaired_tensors(self) -> TensorDict:
-        return {f"layers.{index}.{name}": tensor for index, layer in (self.repaired or {}).items() for name, tensor in layer.items()}
+        return {
+            f"layers.{index}.{name}": tensor
+            for index, layer in (self.repaired or {}).items()
+            for name, tensor in layer.items()
+        }
 
     @staticmethod
     def repaired_from_tensors(tensors: Mapping[str, Tensor]) -> RepairedWeights:
@@ -302,8 +322,8 @@ class Evaluation:
 
     Attributes:
         metrics: numbers by contract name; metrics.json, tables and trackers.
-        details: whatever else is worth keeping (lists, matrices; "protocols", a `ProtocolRecord` by corpus or task), JSON types
-            only; details.json, where there are any.
+        details: whatever else is worth keeping (lists, matrices; "protocols", a `ProtocolRecord` by corpus or
+            task), JSON types only; details.json, where there are any.
     """
 
     metrics: Metrics

@@ -48,5 +48,6 @@ def option_name(target: str, between: str = "_") -> str:
 
 
 def step_title(stage: str, what: str) -> str:
-    """What tables call a step, given its stage and its name beside it: "calibrate round 2", "prune repair", "routing"."""
+    """What tables call a step, given its stage and its name beside it: "calibrate round 2", "prune repair",
+    "routing"."""
     return what if stage == "evaluate" else f"{stage} {what}".strip()

@@ -1,10 +1,12 @@
-"""A sweeper for Hydra that runs an explicit list of jobs, which need not be a grid, through the chosen launcher.
+"""A sweeper for Hydra that runs an explicit list of jobs, which need not be a grid, through the chosen
+launcher.
 
-In: a JSON file with the overrides of every job under "jobs". Out: one folder per job, numbered from 0. Hydra finds plug-ins
-in this folder; conf/hydra/sweeper/jobs.yaml selects this one.
+In: a JSON file with the overrides of every job under "jobs". Out: one folder per job, numbered from 0. Hydra
+finds plug-ins in this folder; conf/hydra/sweeper/jobs.yaml selects this one.
 
-Also what conf/config.yaml calls `${home:...}`: a path with ~ for the home folder. It is here because Hydra makes a job's folder before any
-code of ours runs, but imports its plug-ins first, in the processes of launchers too.
+Also what conf/config.yaml calls `${home:...}`: a path with ~ for the home folder. It is here because Hydra
+makes a job's folder before any code of ours runs, but imports its plug-ins first, in the processes of
+launchers too.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ class JobsSweeper(Sweeper):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.hydra_context, self.config = hydra_context, config
-        self._launcher = Plugins.instance().instantiate_launcher(hydra_context=hydra_context, task_function=task_function, config=config)
+        self._launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
 
     def sweep(self, arguments: list[str]) -> Sequence[JobReturn]:
         """Run the jobs; `arguments` are overrides that all of them get, last."""

@@ -27,7 +27,9 @@ def run_py(*arguments: str, folder: Path, **variables: str) -> Completed:
     command = [sys.executable, str(ROOT / "run.py"), *arguments]
     environment = {**os.environ, **variables}
     decoded = {"encoding": "utf-8", "errors": "backslashreplace"}  # a test may ask for another encoding
-    return subprocess.run(command, capture_output=True, cwd=folder, env=environment, timeout=120, check=False, **decoded)
+    return subprocess.run(
+        command, capture_output=True, cwd=folder, env=environment, timeout=120, check=False, **decoded
+    )
 
 
 def run_py_here(*arguments: str, folder: Path) -> Completed:
@@ -36,10 +38,16 @@ def run_py_here(*arguments: str, folder: Path) -> Completed:
 
 
 def run_here(command: Sequence[str], folder: Path) -> Completed:
-    """What a Python script does, prints and exits with; logging, Hydra and environment are left as they were."""
+    """What a Python script does, prints and exits with; logging, Hydra and environment are left as they
+    were."""
     _, script, *arguments = command
     stdout, stderr, code = io.StringIO(), io.StringIO(), 0
-    with redirect_stdout(stdout), redirect_stderr(stderr), _as_it_was(), pytest.MonkeyPatch.context() as patch:
+    with (
+        redirect_stdout(stdout),
+        redirect_stderr(stderr),
+        _as_it_was(),
+        pytest.MonkeyPatch.context() as patch,
+    ):
         patch.chdir(folder)
         patch.setattr(sys, "argv", [script, *arguments])
         try:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-os.environ["OMP_NUM_THREADS"] = "1"  # models are tiny, and tests run side by side; also for the processes that tests start
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # models are tiny, and tests run side by side; also for the processes that tests start
+)
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 os.environ.pop("WANDB_API_KEY", None)
 os.environ["WANDB_MODE"] = "offline"
@@ -26,7 +28,8 @@ def wandb_copies_tables_to(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def lm_eval_does_not_describe_the_machine() -> Iterator[None]:
-    """It asks compilers, drivers and package managers after every task, for seconds, for a description that nothing reads."""
+    """It asks compilers, drivers and package managers after every task, for seconds, for a description that
+    nothing reads."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torch.utils.collect_env.get_pretty_env_info", str)
         yield

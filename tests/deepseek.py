@@ -1,4 +1,5 @@
-"""DeepSeekMoE folders in the hub's original format, written by hand: old-style config.json, one tensor per expert and matrix."""
+"""DeepSeekMoE folders in the hub's original format, written by hand: old-style config.json, one tensor per
+expert and matrix."""
 
 from __future__ import annotations
 
@@ -38,7 +39,11 @@ def original_tensors(config: dict) -> dict[str, Tensor]:
     """Seeded weights under the original names."""
     width, heads, vocabulary = config["hidden_size"], config["num_attention_heads"], config["vocab_size"]
     key_width = width // heads * config["num_key_value_heads"]
-    shapes = {"model.embed_tokens.weight": (vocabulary, width), "model.norm.weight": (width,), "lm_head.weight": (vocabulary, width)}
+    shapes = {
+        "model.embed_tokens.weight": (vocabulary, width),
+        "model.norm.weight": (width,),
+        "lm_head.weight": (vocabulary, width),
+    }
 
     def add_mlp(name: str, intermediate: int) -> None:
         shapes.update({f"{name}.{matrix}_proj.weight": (intermediate, width) for matrix in ("gate", "up")})
@@ -48,7 +53,9 @@ def original_tensors(config: dict) -> dict[str, Tensor]:
         layer = f"model.layers.{index}"
         shapes.update({f"{layer}.{norm}_layernorm.weight": (width,) for norm in ("input", "post_attention")})
         shapes.update({f"{layer}.self_attn.{matrix}_proj.weight": (width, width) for matrix in ("q", "o")})
-        shapes.update({f"{layer}.self_attn.{matrix}_proj.weight": (key_width, width) for matrix in ("k", "v")})
+        shapes.update(
+            {f"{layer}.self_attn.{matrix}_proj.weight": (key_width, width) for matrix in ("k", "v")}
+        )
         if index < config["first_k_dense_replace"] or index % config["moe_layer_freq"] != 0:
             add_mlp(f"{layer}.mlp", config["intermediate_size"])
             continue
@@ -57,15 +64,21 @@ def original_tensors(config: dict) -> dict[str, Tensor]:
         for expert in range(config["n_routed_experts"]):
             add_mlp(f"{layer}.mlp.experts.{expert}", config["moe_intermediate_size"])
     generator = torch.Generator().manual_seed(0)
-    return {name: 0.3 * torch.randn(shape, generator=generator) + (len(shape) == 1) for name, shape in shapes.items()}
+    return {
+        name: 0.3 * torch.randn(shape, generator=generator) + (len(shape) == 1)
+        for name, shape in shapes.items()
+    }
 
 
 def write_original_folder(folder: Path, **changes: object) -> tuple[dict, dict[str, Tensor]]:
-    """Configuration, weights, tokenizer, and remote code that must not run. Returns configuration and weights."""
+    """Configuration, weights, tokenizer, and remote code that must not run. Returns configuration and
+    weights."""
     folder.mkdir(parents=True)
     byte_tokenizer().save_pretrained(folder)
     described = folder / "tokenizer_config.json"
-    described.write_text(json.dumps({**json.loads(described.read_text()), "tokenizer_class": "LlamaTokenizerFast"}))
+    described.write_text(
+        json.dumps({**json.loads(described.read_text()), "tokenizer_class": "LlamaTokenizerFast"})
+    )
     config = {**CONFIG_16B, **TINY, **changes}
     (folder / "config.json").write_text(json.dumps(config))
     for name in ("configuration_deepseek.py", "modeling_deepseek.py"):

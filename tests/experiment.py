@@ -22,11 +22,13 @@ CONF = Path(__file__).parents[1] / "conf"
 def compose_experiment(*overrides: str, conf: Path = CONF) -> ExperimentConfig:
     """What `python run.py <overrides>` would run.
 
-    The files of the chosen options are read and merged once for all tests: that is nearly all of composing. Values go on top of a
-    copy as Hydra itself puts them there (tests/test_conf.py compares).
+    The files of the chosen options are read and merged once for all tests: that is nearly all of composing.
+    Values go on top of a copy as Hydra itself puts them there (tests/test_conf.py compares).
     """
     values = [override for override in overrides if not _is_choice(override, conf)]
-    config = copy.deepcopy(_compose(conf, tuple(override for override in overrides if override not in values)))
+    config = copy.deepcopy(
+        _compose(conf, tuple(override for override in overrides if override not in values))
+    )
     ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides(values), config)
     return resolve(config)
 
@@ -52,7 +54,11 @@ def write_model(folder: Path, seed: int = 0) -> Path:
 
 def write_texts(folder: Path) -> list[str]:
     """Overrides that calibrate on one small text and evaluate on another."""
-    sentences = [f"Line {number}: the {word} of {number * 7 % 31} things.\n" for number in range(60) for word in ("sum", "list")]
+    sentences = [
+        f"Line {number}: the {word} of {number * 7 % 31} things.\n"
+        for number in range(60)
+        for word in ("sum", "list")
+    ]
     (folder / "train.txt").write_text("".join(sentences[:80]))
     (folder / "test.txt").write_text("".join(sentences[80:]))
     return [
@@ -69,7 +75,9 @@ def run_in(folder: Path, *overrides: str) -> Summary:
     """Run an experiment whose outputs lie in a folder."""
     run_folder = folder / "run"
     run_folder.mkdir(parents=True, exist_ok=True)
-    return run(compose_experiment("tracking=none", f"paths.outputs={folder / 'outputs'}", *overrides), run_folder)
+    return run(
+        compose_experiment("tracking=none", f"paths.outputs={folder / 'outputs'}", *overrides), run_folder
+    )
 
 
 def cached_stages(summary: Summary) -> dict[str, bool]:

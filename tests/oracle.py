@@ -1,8 +1,8 @@
 """Slow oracles, written from the formulas and sharing no code with the package.
 
-`published_scores` is (3) and (4) of docs/method.md to the letter: the gradient at every expert's output, the D x D matrix G_e, and
-1/2 e_k(x)^T G_e e_k(x) for every token. `visited_scores` is the other criteria that have data, visit by visit. `streams_behind` is the
-residual stream in one plain pass.
+`published_scores` is (3) and (4) of docs/method.md to the letter: the gradient at every expert's output, the
+D x D matrix G_e, and 1/2 e_k(x)^T G_e e_k(x) for every token. `visited_scores` is the other criteria that
+have data, visit by visit. `streams_behind` is the residual stream in one plain pass.
 """
 
 from __future__ import annotations
@@ -24,11 +24,16 @@ class Visit:
 
 
 def _is_routed(module: nn.Module) -> bool:
-    return type(module).__name__.endswith("Experts") and hasattr(module, "down_proj") and hasattr(module, "num_experts")
+    return (
+        type(module).__name__.endswith("Experts")
+        and hasattr(module, "down_proj")
+        and hasattr(module, "num_experts")
+    )
 
 
 def expert_weights(experts: nn.Module, expert: int) -> tuple[Tensor, Tensor]:
-    """Input projection (rows, D) and down projection (D, F) of one expert, whatever way the family stores them."""
+    """Input projection (rows, D) and down projection (D, F) of one expert, whatever way the family stores
+    them."""
     inputs = (experts.gate_up_proj if hasattr(experts, "gate_up_proj") else experts.up_proj)[expert]
     down = experts.down_proj[expert]
     return (inputs.T, down.T) if getattr(experts, "is_transposed", True) else (inputs, down)
@@ -52,7 +57,8 @@ def visit(experts: nn.Module, expert: int, x_D: Tensor) -> tuple[Tensor, Tensor]
 
 
 def visits_of(model: PreTrainedModel, ids_NW: Tensor) -> dict[nn.Module, dict[int, list[Visit]]]:
-    """Every visit of a token to an expert, with gradients of the summed loss at the expert's output and at h."""
+    """Every visit of a token to an expert, with gradients of the summed loss at the expert's output and at
+    h."""
     visits: dict[nn.Module, dict[int, list[Visit]]] = defaultdict(lambda: defaultdict(list))
 
     def seen(experts: nn.Module, expert: int, x_D: Tensor, weight: Tensor) -> Tensor:
@@ -72,10 +78,14 @@ def visits_of(model: PreTrainedModel, ids_NW: Tensor) -> dict[nn.Module, dict[in
         return torch.stack(rows)
 
     def expert_by_expert(self: nn.Module, hidden_SD: Tensor) -> Tensor:
-        """Llama-4: for every expert all tokens times their router weight, which is zero where they were not routed."""
+        """Llama-4: for every expert all tokens times their router weight, which is zero where they were not
+        routed."""
         rows = []
         for expert, hidden_TD in enumerate(hidden_SD.chunk(self.num_experts)):
-            rows += [seen(self, expert, x_D, torch.ones(())) if (x_D != 0).any() else torch.zeros_like(x_D) for x_D in hidden_TD]
+            rows += [
+                seen(self, expert, x_D, torch.ones(())) if (x_D != 0).any() else torch.zeros_like(x_D)
+                for x_D in hidden_TD
+            ]
         return torch.stack(rows)
 
     outside = [module for module in model.modules() if type(module).__name__ == "Llama4TextExperts"]
@@ -94,7 +104,8 @@ def visits_of(model: PreTrainedModel, ids_NW: Tensor) -> dict[nn.Module, dict[in
 
 
 def published_scores(model: PreTrainedModel, ids_NW: Tensor) -> list[Tensor]:
-    """HEAPr's two-stage score with explicit D x D matrices, one (E, F) tensor per MoE layer; -1 where no token came."""
+    """HEAPr's two-stage score with explicit D x D matrices, one (E, F) tensor per MoE layer; -1 where no
+    token came."""
     visits = visits_of(model, ids_NW)
     scores = []
     for experts in [module for module in model.modules() if _is_routed(module)]:
@@ -114,7 +125,8 @@ def published_scores(model: PreTrainedModel, ids_NW: Tensor) -> list[Tensor]:
 
 
 def visited_scores(model: PreTrainedModel, ids_NW: Tensor, alpha: float) -> dict[str, list[Tensor]]:
-    """`taylor`, `activation`, `camera`, `reap` and `frequency`: one float64 (E, F) tensor each per MoE layer; -1 where no token came."""
+    """`taylor`, `activation`, `camera`, `reap` and `frequency`: one float64 (E, F) tensor each per MoE layer;
+    -1 where no token came."""
     visits = visits_of(model, ids_NW)
     scores: dict[str, list[Tensor]] = defaultdict(list)
     for experts in [module for module in model.modules() if _is_routed(module)]:
@@ -125,14 +137,20 @@ def visited_scores(model: PreTrainedModel, ids_NW: Tensor, alpha: float) -> dict
             down_DF = expert_weights(experts, expert)[1].detach().double()
             n = len(seen)
             scores["frequency"][-1][expert] = n
-            scores["reap"][-1][expert] = sum(abs(v.router_weight.item()) * v.output_D.detach().double().norm() for v in seen) / n
+            scores["reap"][-1][expert] = (
+                sum(abs(v.router_weight.item()) * v.output_D.detach().double().norm() for v in seen) / n
+            )
             for k in range(width):
                 w_sq = sum(float(w) ** 2 for w in down_DF[:, k])
                 h = [v.h_F[k].item() for v in seen]
                 weighted_sq = [(v.router_weight.item() * v.h_F[k].item()) ** 2 for v in seen]
-                scores["taylor"][-1][expert, k] = abs(sum(v.h_F[k].item() * v.h_F.grad[k].item() for v in seen))
+                scores["taylor"][-1][expert, k] = abs(
+                    sum(v.h_F[k].item() * v.h_F.grad[k].item() for v in seen)
+                )
                 scores["activation"][-1][expert, k] = sum(value**2 for value in h) / n * w_sq
-                scores["camera"][-1][expert, k] = ((1 - alpha) * sum(weighted_sq) + alpha * max(weighted_sq)) * w_sq
+                scores["camera"][-1][expert, k] = (
+                    (1 - alpha) * sum(weighted_sq) + alpha * max(weighted_sq)
+                ) * w_sq
     return scores
 
 
@@ -142,7 +160,9 @@ def streams_behind(body: nn.Module, decoder_layers: list[nn.Module], ids_NW: Ten
     seen: list[Tensor] = []
     hooks = [
         decoder.register_forward_hook(
-            lambda *arguments: seen.append(arguments[-1][0] if isinstance(arguments[-1], tuple) else arguments[-1])
+            lambda *arguments: seen.append(
+                arguments[-1][0] if isinstance(arguments[-1], tuple) else arguments[-1]
+            )
         )
         for decoder in decoder_layers
     ]

@@ -1,7 +1,8 @@
 """When two models are the same, on any machine.
 
-Weights are equal bit for bit. What is computed from them is not: a tensor that was mapped from a file lies elsewhere in memory
-than one that was made, and some processors then take another kernel, which rounds otherwise (logits differ by 7e-7 on AMD EPYC).
+Weights are equal bit for bit. What is computed from them is not: a tensor that was mapped from a file lies
+elsewhere in memory than one that was made, and some processors then take another kernel, which rounds
+otherwise (logits differ by 7e-7 on AMD EPYC).
 """
 
 from __future__ import annotations

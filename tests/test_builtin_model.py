@@ -11,7 +11,11 @@ from heapr.model.load import BUILTIN_FOLDER
 from heapr.pipeline import Summary
 from tests.experiment import run_in
 
-SMALLER = ["calibration.num_samples=64", "evaluation/corpora=[pydocs]", "evaluation/evaluators@evaluation=[perplexity]"]
+SMALLER = [
+    "calibration.num_samples=64",
+    "evaluation/corpora=[pydocs]",
+    "evaluation/evaluators@evaluation=[perplexity]",
+]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +37,13 @@ def perplexity(folder: Path) -> dict[str, float]:
 @pytest.fixture(scope="module")
 def deepseek_run(tmp_path_factory: pytest.TempPathFactory) -> Summary:
     """The model with shared experts and a dense layer, pruned at 25 % by heapr."""
-    return run_in(tmp_path_factory.mktemp("deepseek"), "model=tiny_deepseek", "pruning.ratio=0.25", *SMALLER, "calibration.num_samples=32")
+    return run_in(
+        tmp_path_factory.mktemp("deepseek"),
+        "model=tiny_deepseek",
+        "pruning.ratio=0.25",
+        *SMALLER,
+        "calibration.num_samples=32",
+    )
 
 
 def card_perplexity(name: str) -> float:
@@ -71,7 +81,12 @@ def test_accuracy_is_above_chance_and_falls_with_pruning(folder: Path) -> None:
     """Which of four continuations is the docstring's own: chance is 25 %."""
     only = ["evaluation/corpora=[]", "evaluation/evaluators@evaluation=[zero_shot]"]
     metrics = run_in(
-        folder, "score=random", "pruning.ratio=0.6", "calibration.num_samples=64", "evaluation.zero_shot.limit=250", *only
+        folder,
+        "score=random",
+        "pruning.ratio=0.6",
+        "calibration.num_samples=64",
+        "evaluation.zero_shot.limit=250",
+        *only,
     ).metrics
     dense, pruned = (metrics[variant]["accuracy/pydocs_continuation"] for variant in ("dense", "pruned"))
     assert dense > 0.25 + 6 * metrics["dense"]["accuracy_stderr/pydocs_continuation"]

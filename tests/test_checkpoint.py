@@ -40,7 +40,13 @@ class Run:
     def __init__(self, folder: Path, model_folder: Path | None = None) -> None:
         self.folder = folder
         self.model_folder = model_folder or write_model(folder / "model")
-        self.overrides = ["model=hf", f"model.path={self.model_folder}", "model.dtype=float32", *write_texts(folder), *NO_TIMING]
+        self.overrides = [
+            "model=hf",
+            f"model.path={self.model_folder}",
+            "model.dtype=float32",
+            *write_texts(folder),
+            *NO_TIMING,
+        ]
 
     def __call__(self, *overrides: str) -> Summary:
         return run_in(self.folder, *self.overrides, *overrides)
@@ -69,7 +75,9 @@ def test_the_ragged_checkpoint_is_the_dense_model_without_what_the_plan_removes(
     summary = run("pruning.ratio=0.4")
     folder = artifact(summary) / "checkpoint"
     model = heapr.load_pruned(folder)
-    assert_same_model(model, heapr.load_pruned(run.model_folder, plan=artifact(summary) / "plan.safetensors"), IDS_NW)
+    assert_same_model(
+        model, heapr.load_pruned(run.model_folder, plan=artifact(summary) / "plan.safetensors"), IDS_NW
+    )
     assert not torch.equal(logits(model, IDS_NW), logits(heapr.load_pruned(run.model_folder), IDS_NW))
     assert (folder / "plan.safetensors").read_bytes() == (artifact(summary) / "plan.safetensors").read_bytes()
     assert AutoTokenizer.from_pretrained(folder)("abc").input_ids == byte_tokenizer()("abc").input_ids
@@ -84,10 +92,19 @@ def test_configuration_and_card_say_what_was_done_with_which_figures(run: Run) -
     summary = run("pruning.ratio=0.5", "score=fisher", "pruning.width_multiple=8", "pruning=layer")
     folder = artifact(summary) / "checkpoint"
     about = json.loads((folder / "config.json").read_text())["heapr"]
-    assert (about["ratio"], about["scope"], about["form"], about["width_multiple"]) == (0.5, "layer", "ragged", 8)
+    assert (about["ratio"], about["scope"], about["form"], about["width_multiple"]) == (
+        0.5,
+        "layer",
+        "ragged",
+        8,
+    )
     assert about["criterion"]["_target_"].endswith("Fisher") and len(about["pruned_from"]["sha256"]) == 64
     card = (folder / "README.md").read_text()
-    for text in ("`Fisher`", "50.0% of its routed atomic experts", f"{summary.metrics['pruned']['perplexity/text_files']:.6g}"):
+    for text in (
+        "`Fisher`",
+        "50.0% of its routed atomic experts",
+        f"{summary.metrics['pruned']['perplexity/text_files']:.6g}",
+    ):
         assert text in card
     again = run("pruning.ratio=0.5", "score=fisher", "pruning.width_multiple=8", "pruning=layer")
     assert all(stage["cached"] for stage in again.stages), "the card must not count as damage"
@@ -109,20 +126,31 @@ def test_the_uniform_checkpoint_is_a_stock_model(run: Run) -> None:
     assert not list(folder.glob("*.py"))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     assert type(model) is Qwen3MoeForCausalLM and model.config.moe_intermediate_size == 4
-    expected = logits(heapr.load_pruned(run.model_folder, plan=artifact(summary) / "plan.safetensors"), IDS_NW)
+    expected = logits(
+        heapr.load_pruned(run.model_folder, plan=artifact(summary) / "plan.safetensors"), IDS_NW
+    )
     torch.testing.assert_close(logits(model, IDS_NW), expected, rtol=1e-5, atol=1e-5)
     names = load_file(folder / "model.safetensors")
-    assert names["model.layers.0.mlp.experts.3.down_proj.weight"].shape == (16, 4)  # the names that other tools read
+    # The names that other tools read.
+    assert names["model.layers.0.mlp.experts.3.down_proj.weight"].shape == (
+        16,
+        4,
+    )
     assert summary.metrics["size"]["atomic_experts_removed_ratio"] == 0.5
     assert summary.metrics["pruned"]["parameters"] == sum(tensor.numel() for tensor in names.values())
 
 
-def test_a_uniform_width_that_the_shared_experts_forbid_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_uniform_width_that_the_shared_experts_forbid_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("heapr.pipeline.collect", lambda *_: pytest.fail("calibration began"))
     tiny_model("deepseek_v2").save_pretrained(tmp_path / "deepseek")
     byte_tokenizer().save_pretrained(tmp_path / "deepseek")
     run = Run(tmp_path, tmp_path / "deepseek")
-    message = r"a width of 6: shared experts of width 8 have the same field.* choose pruning.ratio=0.5 \(width 4\), or pruning.form"
+    message = (
+        r"a width of 6: shared experts of width 8 have the same field.* choose pruning.ratio=0.5 \(width 4\),"
+        r" or pruning.form"
+    )
     with pytest.raises(ConfigError, match=message):
         run("pruning=expert", "pruning.form=uniform", "pruning.ratio=0.25", "pruning.width_multiple=1")
 
@@ -131,10 +159,14 @@ def test_the_masked_checkpoint_has_the_old_shape(run: Run) -> None:
     summary = run("pruning.form=masked", "pruning.ratio=0.5")
     folder = artifact(summary) / "checkpoint"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    expected = logits(heapr.load_pruned(run.model_folder, plan=artifact(summary) / "plan.safetensors"), IDS_NW)
+    expected = logits(
+        heapr.load_pruned(run.model_folder, plan=artifact(summary) / "plan.safetensors"), IDS_NW
+    )
     torch.testing.assert_close(logits(model, IDS_NW), expected, rtol=1e-5, atol=1e-5)
     dense, masked = load_file(run.model_folder / "model.safetensors"), load_file(folder / "model.safetensors")
-    assert {name: tensor.shape for name, tensor in masked.items()} == {name: tensor.shape for name, tensor in dense.items()}
+    assert {name: tensor.shape for name, tensor in masked.items()} == {
+        name: tensor.shape for name, tensor in dense.items()
+    }
     assert summary.metrics["pruned"]["atomic_experts"] == 32
 
 
@@ -149,7 +181,9 @@ def test_summary_and_card_tell_what_the_checkpoint_holds(run: Run, overrides: li
     tensors = load_file(folder / "model.safetensors")
     num_parameters = sum(tensor.numel() for tensor in tensors.values())
     assert metrics["pruned"]["parameters"] == num_parameters
-    assert metrics["pruned"]["bytes"] == sum(tensor.nbytes for tensor in tensors.values()) == 4 * num_parameters
+    assert (
+        metrics["pruned"]["bytes"] == sum(tensor.nbytes for tensor in tensors.values()) == 4 * num_parameters
+    )
     assert metrics["size"]["parameters_removed_ratio"] == 1 - num_parameters / metrics["dense"]["parameters"]
     of_experts = [tensor for name, tensor in tensors.items() if ".experts" in name]
     assert metrics["pruned"]["parameters_zero"] == sum(int((tensor == 0).sum()) for tensor in of_experts)
@@ -161,7 +195,9 @@ def test_summary_and_card_tell_what_the_checkpoint_holds(run: Run, overrides: li
 
 
 def test_all_forms_of_one_plan_have_the_same_perplexity(run: Run) -> None:
-    ragged, masked = (run("pruning.ratio=0.5", f"pruning.form={form}").metrics["pruned"] for form in ("ragged", "masked"))
+    ragged, masked = (
+        run("pruning.ratio=0.5", f"pruning.form={form}").metrics["pruned"] for form in ("ragged", "masked")
+    )
     assert ragged["perplexity/text_files"] == pytest.approx(masked["perplexity/text_files"], rel=1e-6)
 
 
@@ -180,12 +216,18 @@ def test_without_a_checkpoint_only_the_plan_is_kept_and_it_can_be_added_later(ru
 @pytest.mark.parametrize("scope", ["global", "layer", "expert"])
 def test_a_pruned_checkpoint_is_pruned_again(run: Run, scope: str) -> None:
     first = run("pruning.ratio=0.3", f"pruning={scope}")
-    second = Run(run.folder / "again", artifact(first) / "checkpoint") if (run.folder / "again").mkdir() is None else None
+    second = (
+        Run(run.folder / "again", artifact(first) / "checkpoint")
+        if (run.folder / "again").mkdir() is None
+        else None
+    )
     summary = second("pruning.ratio=0.3", f"pruning={scope}")
     before, after = (load_file(artifact(s) / "plan.safetensors") for s in (first, summary))
     kept = sum(int(kept_EF.sum()) for kept_EF in before.values())
     assert sum(int(kept_EF.sum()) for kept_EF in after.values()) == kept - int(0.3 * kept + 0.5)
-    assert summary.metrics["dense"]["perplexity/text_files"] == pytest.approx(first.metrics["pruned"]["perplexity/text_files"], rel=1e-6)
+    assert summary.metrics["dense"]["perplexity/text_files"] == pytest.approx(
+        first.metrics["pruned"]["perplexity/text_files"], rel=1e-6
+    )
     assert summary.metrics["pruned"]["atomic_experts"] == kept - int(0.3 * kept + 0.5)
     assert logits(heapr.load_pruned(artifact(summary) / "checkpoint"), IDS_NW).isfinite().all()
 
@@ -210,11 +252,17 @@ def test_plans_that_do_not_fit_are_refused_in_one_line(run: Run, tmp_path: Path)
     ragged = artifact(run("pruning.ratio=0.4")) / "checkpoint"
     widths = json.loads((ragged / "config.json").read_text())["expert_widths"]
     widest = {index: max(width_E) for index, width_E in enumerate(widths.values())}
-    everything = {f"layers.{index}": torch.ones(4, width, dtype=torch.bool) for index, width in widest.items()}
+    everything = {
+        f"layers.{index}": torch.ones(4, width, dtype=torch.bool) for index, width in widest.items()
+    }
     cases = [
         (run.model_folder, tmp_path / "no.safetensors", "cannot be read"),
         (run.model_folder, truncated, "cannot be read"),
-        (run.model_folder, spoiled(plan, tensors={"layers.7": torch.ones(4, 8, dtype=torch.bool)}), "it has 3 layers"),
+        (
+            run.model_folder,
+            spoiled(plan, tensors={"layers.7": torch.ones(4, 8, dtype=torch.bool)}),
+            "it has 3 layers",
+        ),
         (run.model_folder, spoiled(plan, tensors={"layers.1": torch.ones(4, 8)}), "float32"),
         (wide, plan, r"it has 2 layers of \(4, 8\) bool, the model 2 layers of \(4, 16\) bool"),
         (other_weights, plan, "was made for other weights"),
@@ -298,7 +346,8 @@ def write_stock_forms(folder: Path) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def elsewhere(finished: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a process that cannot import heapr makes of our checkpoints: stock forms of our own family, and a ragged one in lm-eval."""
+    """What a process that cannot import heapr makes of our checkpoints: stock forms of our own family, and a
+    ragged one in lm-eval."""
     folder = tmp_path_factory.mktemp("elsewhere")
     write_task(folder / "tasks")
     ragged = artifact(finished("pruning.ratio=0.4")) / "checkpoint"
@@ -316,13 +365,17 @@ def elsewhere(finished: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("form", ["uniform", "masked"])
 def test_our_own_family_loads_without_heapr_in_the_stock_forms(elsewhere: Path, form: str) -> None:
-    assert "model.layers.1.mlp.experts.3.down_proj.weight" in load_file(elsewhere / form / "model.safetensors")
+    assert "model.layers.1.mlp.experts.3.down_proj.weight" in load_file(
+        elsewhere / form / "model.safetensors"
+    )
     found, expected = (torch.load(elsewhere / form / name) for name in ("found.pt", "expected.pt"))
     torch.testing.assert_close(found, expected, **ROUNDING)
 
 
 def test_lm_eval_runs_a_ragged_checkpoint_without_heapr(elsewhere: Path, finished: Run) -> None:
-    found = json.loads(next((elsewhere / "out").rglob("results_*.json")).read_text())["results"]["sums"]["acc,none"]
+    found = json.loads(next((elsewhere / "out").rglob("results_*.json")).read_text())["results"]["sums"][
+        "acc,none"
+    ]
     evaluator = ZeroShot("sums", include_path=str(elsewhere / "tasks"))
     evaluator.prepare(Source(byte_tokenizer()))
     model = MoEModel(heapr.load_pruned(artifact(finished("pruning.ratio=0.4")) / "checkpoint"))

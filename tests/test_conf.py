@@ -19,10 +19,25 @@ from heapr.types import Granularity
 from tests.experiment import CONF, compose_experiment
 
 CPU = torch.device("cpu")
-GROUPS = ("model", "calibration", "score", "pruning", "pruning/repair", "recipe", "evaluation", "tracking", "runtime", "paths")
+GROUPS = (
+    "model",
+    "calibration",
+    "score",
+    "pruning",
+    "pruning/repair",
+    "recipe",
+    "evaluation",
+    "tracking",
+    "runtime",
+    "paths",
+)
 OPTIONS = [[f"{group}={path.stem}" for path in sorted((CONF / group).glob("*.yaml"))] for group in GROUPS]
-TOGETHER = [[option for option in options if option] for options in itertools.zip_longest(*OPTIONS)]  # composing takes time
-NEEDED = {"model=hf": ["model.path=owner/name"], "calibration=text_files": ["calibration.corpus.paths=[{text}]"]}
+# Composing takes time.
+TOGETHER = [[option for option in options if option] for options in itertools.zip_longest(*OPTIONS)]
+NEEDED = {
+    "model=hf": ["model.path=owner/name"],
+    "calibration=text_files": ["calibration.corpus.paths=[{text}]"],
+}
 
 
 @pytest.mark.parametrize("options", TOGETHER, ids=" ".join)
@@ -32,7 +47,9 @@ def test_every_option_composes_and_builds(options: list[str], tmp_path: Path) ->
     overrides = [override.format(text=text) for option in options for override in NEEDED.get(option, [])]
     config = compose_experiment(*options, *overrides)
     assert isinstance(build(config.calibration.corpus, "calibration.corpus"), Corpus | Mixture)
-    assert config.pruning.repair is None or isinstance(build(config.pruning.repair, "pruning.repair").is_sequential, bool)
+    assert config.pruning.repair is None or isinstance(
+        build(config.pruning.repair, "pruning.repair").is_sequential, bool
+    )
     assert isinstance(build(config.score, "score").granularity, Granularity)
     build_measurements(config.evaluation)
 
@@ -44,7 +61,9 @@ def test_a_corpus_is_written_once_and_used_three_times(name: str, tmp_path: Path
     alone = compose_experiment(f"corpus@calibration.corpus={name}").calibration.corpus
     paths = {"paths": [str(text)]} if name == "text_files" else {}
     assert build(alone | paths, "calibration.corpus").name == name
-    parts = compose_experiment("calibration=mixture", f"calibration/parts@calibration.corpus.parts=[{name}]").calibration.corpus["parts"]
+    parts = compose_experiment(
+        "calibration=mixture", f"calibration/parts@calibration.corpus.parts=[{name}]"
+    ).calibration.corpus["parts"]
     assert parts == {name: {"weight": 1, "corpus": alone}}
     measured = compose_experiment(f"evaluation/corpora=[{name}]").evaluation["corpora"]
     assert {key for key in alone if measured[name][key] != alone[key]} <= {"split", "num_documents"}
@@ -52,12 +71,16 @@ def test_a_corpus_is_written_once_and_used_three_times(name: str, tmp_path: Path
         assert compose_experiment(f"calibration={name}").calibration.corpus == alone
 
 
-@pytest.mark.parametrize("corpus", [path.stem for path in sorted((CONF / "evaluation" / "corpora").glob("*.yaml"))])
+@pytest.mark.parametrize(
+    "corpus", [path.stem for path in sorted((CONF / "evaluation" / "corpora").glob("*.yaml"))]
+)
 def test_every_evaluation_corpus_builds(corpus: str, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("some text")
     overrides = [f"evaluation.corpora.text_files.paths=[{text}]"] if corpus == "text_files" else []
-    measurements = build_measurements(compose_experiment(f"evaluation/corpora=[{corpus}]", *overrides).evaluation)
+    measurements = build_measurements(
+        compose_experiment(f"evaluation/corpora=[{corpus}]", *overrides).evaluation
+    )
     assert [one.name for one in measurements] == [
         f"perplexity/{corpus}",
         "accuracy/pydocs_continuation",
@@ -73,7 +96,12 @@ def test_the_papers_evaluation_is_its_corpora_its_tasks_and_its_window() -> None
     config = compose_experiment("evaluation=paper")
     tasks = ["openbookqa", "arc_easy", "winogrande", "hellaswag", "arc_challenge", "piqa", "mathqa"]
     names = [one.name for one in build_measurements(config.evaluation)]
-    assert names == ["perplexity/wikitext2", "perplexity/ptb", *(f"accuracy/{task}" for task in tasks), "efficiency"]
+    assert names == [
+        "perplexity/wikitext2",
+        "perplexity/ptb",
+        *(f"accuracy/{task}" for task in tasks),
+        "efficiency",
+    ]
     assert config.evaluation["perplexity"]["window"] == 2048
 
 
@@ -85,7 +113,13 @@ def test_the_papers_calibration_protocol(corpus: str) -> None:
 
 
 def test_no_corpus_is_calibrated_and_measured_on_the_same_split() -> None:
-    splits = {"pydocs": "heldout", "numpydocs": "heldout", "wikitext2": "test", "ptb": "test", "c4": "validation"}
+    splits = {
+        "pydocs": "heldout",
+        "numpydocs": "heldout",
+        "wikitext2": "test",
+        "ptb": "test",
+        "c4": "validation",
+    }
     measured = compose_experiment(f"evaluation/corpora=[{','.join(splits)}]").evaluation["corpora"]
     assert {name: corpus["split"] for name, corpus in measured.items()} == splits
     for name in splits:
@@ -107,7 +141,9 @@ def test_options_are_documented_in_their_first_line() -> None:
 def test_your_own_machines_settings_are_taken_from_conf_local(tmp_path: Path) -> None:
     shutil.copytree(CONF, tmp_path / "conf", ignore=shutil.ignore_patterns("local"))
     (tmp_path / "conf" / "local").mkdir()
-    (tmp_path / "conf" / "local" / "default.yaml").write_text("runtime:\n  num_threads: 3\npaths:\n  outputs: /scratch/heapr\n")
+    (tmp_path / "conf" / "local" / "default.yaml").write_text(
+        "runtime:\n  num_threads: 3\npaths:\n  outputs: /scratch/heapr\n"
+    )
     config = compose_experiment(conf=tmp_path / "conf")
     assert config.runtime.num_threads == 3 and config.paths.outputs == "/scratch/heapr"
 

@@ -1,4 +1,5 @@
-"""A dry run's numbers against published ones, against a real run, and what it says of mistakes and missing parts."""
+"""A dry run's numbers against published ones, against a real run, and what it says of mistakes and missing
+parts."""
 
 from __future__ import annotations
 
@@ -22,12 +23,17 @@ from tests.tiny import tiny_qwen3_moe
 
 
 def plan_in(folder: Path, *overrides: str) -> DryRun:
-    return dry_run(compose_experiment("tracking=none", "dry_run=true", f"paths.outputs={folder / 'outputs'}", *overrides))
+    return dry_run(
+        compose_experiment("tracking=none", "dry_run=true", f"paths.outputs={folder / 'outputs'}", *overrides)
+    )
 
 
 def calibration_in(folder: Path) -> list[str]:
     """Overrides that calibrate on a small text and measure nothing."""
-    return [*(override for override in write_texts(folder) if override.startswith("calibration")), "evaluation=none"]
+    return [
+        *(override for override in write_texts(folder) if override.startswith("calibration")),
+        "evaluation=none",
+    ]
 
 
 def no_values(*_: object) -> int:
@@ -44,7 +50,11 @@ def no_values(*_: object) -> int:
     ],
 )
 def test_removed_shares_of_whole_models_are_the_published_ones(
-    option: str, parameters: float, shares: dict[float, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    option: str,
+    parameters: float,
+    shares: dict[float, float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(heapr.dry_run, "calibration_flops", no_values)
     folder = write_config(tmp_path / "model", option)
@@ -77,11 +87,18 @@ def test_qwen3_30b_in_all_its_numbers(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_dry_run_tells_what_a_run_then_does(tmp_path: Path) -> None:
-    settings = ["model=hf", f"model.path={write_model(tmp_path / 'model')}", "model.dtype=float32", *write_texts(tmp_path)]
+    settings = [
+        "model=hf",
+        f"model.path={write_model(tmp_path / 'model')}",
+        "model.dtype=float32",
+        *write_texts(tmp_path),
+    ]
     before = plan_in(tmp_path, *settings)
     assert not any(stage.cached for stage in before.stages) and not before.notes
     summary = run_in(tmp_path, *settings)
-    assert [(s.stage, s.what, s.key) for s in before.stages] == [(s["stage"], s["what"], s["key"]) for s in summary.stages]
+    assert [(s.stage, s.what, s.key) for s in before.stages] == [
+        (s["stage"], s["what"], s["key"]) for s in summary.stages
+    ]
 
     after = plan_in(tmp_path, *settings)
     assert all(stage.cached for stage in after.stages)
@@ -95,7 +112,13 @@ def test_a_dry_run_tells_what_a_run_then_does(tmp_path: Path) -> None:
     changed = plan_in(tmp_path, *settings, "pruning.ratio=0.5")
     made = {(stage.stage, stage.what) for stage in changed.stages if not stage.cached}
     made.remove(("prune", "checkpoint"))
-    evaluations = ("perplexity/text_files pruned", "efficiency pruned", "routing", "fidelity/text_files", "throughput")
+    evaluations = (
+        "perplexity/text_files pruned",
+        "efficiency pruned",
+        "routing",
+        "fidelity/text_files",
+        "throughput",
+    )
     assert made == {("prune", ""), *(("evaluate", what) for what in evaluations)}
 
 
@@ -108,7 +131,10 @@ def test_a_checkpoint_is_to_be_added_to_a_plan_that_is_there(tmp_path: Path) -> 
     ]
     run_in(tmp_path, *settings, "pruning.save_checkpoint=false")
     cached = {
-        save: {stage.part or stage.stage: stage.cached for stage in plan_in(tmp_path, *settings, f"pruning.save_checkpoint={save}").stages}
+        save: {
+            stage.part or stage.stage: stage.cached
+            for stage in plan_in(tmp_path, *settings, f"pruning.save_checkpoint={save}").stages
+        }
         for save in ("true", "false")
     }
     assert cached["true"] == cached["false"] | {"checkpoint": False} and all(cached["false"].values())
@@ -141,12 +167,16 @@ def test_removed_parameters_of_the_uniform_form_are_those_of_its_width(tmp_path:
     )
     assert plan.atomic_experts_removed == 2 * 4 * 4  # 8 -> 4, the width nearest to 4.4
     assert plan.parameters_removed == 2 * 4 * 4 * 3 * 16
-    assert plan.notes[-1].startswith("uniform width: ratio 0.45 asks for 4.4 of 8 atomic experts; 4 are kept, which is ratio 0.5")
+    assert plan.notes[-1].startswith(
+        "uniform width: ratio 0.45 asks for 4.4 of 8 atomic experts; 4 are kept, which is ratio 0.5"
+    )
 
 
 def test_what_is_not_here_is_noted_and_the_rest_is_told(tmp_path: Path) -> None:
     settings = ["model=hf", f"model.path={write_model(tmp_path / 'model')}", *write_texts(tmp_path)]
-    without_test = plan_in(tmp_path, *settings, "evaluation.corpora.text_files.paths=[/no/test.txt]", "runtime.device=cuda:99")
+    without_test = plan_in(
+        tmp_path, *settings, "evaluation.corpora.text_files.paths=[/no/test.txt]", "runtime.device=cuda:99"
+    )
     what = [stage.what for stage in without_test.stages if stage.stage == "evaluate"]
     assert what == ["efficiency dense", "truth", "efficiency pruned", "routing", "throughput"]
     assert "cuda:99" in without_test.notes[0] and "'/no/test.txt' does not exist" in without_test.notes[1]
@@ -167,7 +197,10 @@ def mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
         "offline": (["model.path=someone/some-model"], "the hub cannot be reached"),
         "ratio": ([f"model.path={model}", "pruning.ratio=0.99"], "choose a lower ratio"),
         "length": ([f"model.path={model}", "calibration.sequence_length=100"], "is above the 64 tokens"),
-        "key": ([f"model.path={model}", "+calibration.corpus.splti=all"], "did you mean calibration.corpus.split?"),
+        "key": (
+            [f"model.path={model}", "+calibration.corpus.splti=all"],
+            "did you mean calibration.corpus.split?",
+        ),
         "device": ([f"model.path={model}", "runtime.device=cdua"], "runtime.device='cdua' is unknown"),
     }
 
@@ -179,10 +212,17 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.Ca
         with pytest.raises(SystemExit) as stopped, one_line_errors():
             plan_in(tmp_path, "model=hf", *calibration_in(tmp_path), *overrides)
         error = capsys.readouterr().err
-        assert stopped.value.code == 2 and message in error and error.startswith("error: ") and error.count("\n") == 1
+        assert (
+            stopped.value.code == 2
+            and message in error
+            and error.startswith("error: ")
+            and error.count("\n") == 1
+        )
 
 
-def test_of_a_hub_model_config_json_alone_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_a_hub_model_config_json_alone_is_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = write_config(tmp_path / "snapshots" / "0a1b", "qwen3_30b_a3b")
     asked: list[list[str]] = []
 
@@ -193,7 +233,11 @@ def test_of_a_hub_model_config_json_alone_is_downloaded(tmp_path: Path, monkeypa
     monkeypatch.setattr(heapr.model.load, "hub_is_reachable", lambda: True)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     source = find_model("Qwen/Qwen3-30B-A3B", dtype="bfloat16", config_only=True)
-    assert asked == [["config.json"]] and source.identity == {"hub": "Qwen/Qwen3-30B-A3B", "commit": "0a1b", "dtype": "bfloat16"}
+    assert asked == [["config.json"]] and source.identity == {
+        "hub": "Qwen/Qwen3-30B-A3B",
+        "commit": "0a1b",
+        "dtype": "bfloat16",
+    }
 
 
 def test_only_what_is_missing_is_forgiven(tmp_path: Path) -> None:

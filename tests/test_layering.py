@@ -116,7 +116,9 @@ def test_score_and_allocation_know_only_types_and_torch() -> None:
         }, path
         ours = {name.split(".")[1] for name in names if name.startswith("heapr.")}
         assert ours <= {"types", "errors", "score" if path.parent.name == "score" else "pruning"}, path
-        assert {name.split(".")[2] for name in names if name.startswith("heapr.pruning.")} <= set(allocation), path
+        assert {name.split(".")[2] for name in names if name.startswith("heapr.pruning.")} <= set(
+            allocation
+        ), path
 
 
 def test_what_lies_beside_checkpoints_knows_torch_and_itself_alone() -> None:
@@ -125,7 +127,10 @@ def test_what_lies_beside_checkpoints_knows_torch_and_itself_alone() -> None:
     for path in FILES:
         relative = [node for node in ast.walk(ast.parse(path.read_text())) if is_relative(node)]
         if path in PORTABLE:
-            assert {name.split(".")[0] for name in imports_of(path)} <= {*sys.stdlib_module_names, "torch"}, path
+            assert {name.split(".")[0] for name in imports_of(path)} <= {
+                *sys.stdlib_module_names,
+                "torch",
+            }, path
             assert all(node.level == 1 and node.module in names for node in relative), path
         else:
             assert not relative, path
@@ -151,7 +156,9 @@ def test_no_two_files_share_a_name() -> None:
 
 def test_slow_libraries_are_imported_where_they_are_needed() -> None:
     for path in FILES:
-        names = {name.split(".")[0] for node in ast.parse(path.read_text()).body for name in imported_names(node)}
+        names = {
+            name.split(".")[0] for node in ast.parse(path.read_text()).body for name in imported_names(node)
+        }
         assert not names & {"lm_eval", "datasets", "pyarrow", "wandb", "wandb_workspaces", "matplotlib"}, path
 
 
@@ -168,7 +175,9 @@ def test_what_reads_names_and_json_starts_without_torch() -> None:
         "heapr.sweep.collect",
         "heapr.sweep.command_line",
     )
-    code = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = (
+        f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, check=False).returncode == 0
 
 
@@ -180,7 +189,9 @@ ARTIFACT_FILES = re.compile(
 def test_one_module_names_the_files_of_artifacts() -> None:
     """Others may speak of them in a docstring or a message, but build no path."""
     for path in FILES:
-        literals = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)]
+        literals = [
+            node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)
+        ]
         named = [text for text in literals if isinstance(text, str) and ARTIFACT_FILES.fullmatch(text)]
         assert part_of(path) == "artifacts" or not named, (path, named)
 
@@ -194,5 +205,10 @@ def test_no_family_is_named_outside_the_model_folder() -> None:
 
 
 def test_nothing_reads_outside_the_repository() -> None:
-    for path in [*FILES, *PACKAGE.parent.glob("conf/**/*.yaml"), PACKAGE.parent / "run.py", PACKAGE.parent / "sweep.py"]:
+    for path in [
+        *FILES,
+        *PACKAGE.parent.glob("conf/**/*.yaml"),
+        PACKAGE.parent / "run.py",
+        PACKAGE.parent / "sweep.py",
+    ]:
         assert "../shared" not in path.read_text(), path

@@ -1,4 +1,5 @@
-"""The command line: exit codes, one line for mistakes, help, and sweeps; in processes of their own where that is the point."""
+"""The command line: exit codes, one line for mistakes, help, and sweeps; in processes of their own where that
+is the point."""
 
 from __future__ import annotations
 
@@ -26,15 +27,33 @@ def assert_refused(result: Completed, message: str) -> None:
     [
         (
             "pruning.ratoi=0.3",
-            "unknown key 'pruning.ratoi'; did you mean pruning.ratio? known here: budget, form, protected_layers, ratio, ",
+            (
+                "unknown key 'pruning.ratoi'; did you mean pruning.ratio? known here: budget, form,"
+                " protected_layers, ratio, "
+            ),
         ),
         ("evaluation.perplexity.windo=3", "did you mean evaluation.perplexity.window?"),
         ("prunning.ratio=0.3", "did you mean pruning?"),
         ("pruning.ratio=lots", "pruning.ratio"),
         ("pruning.ratio=1.5", "pruning.ratio=1.5 is not in [0, 1)"),
-        ("score=haepr", "unknown option 'score/haepr'; did you mean heapr? known options of score: activation, camera, fisher,"),
-        ("evaluation/corpora=[wikitex2]", "unknown option 'evaluation/corpora/wikitex2'; did you mean wikitext2?"),
-        ("corpus=c4", "options of 'corpus' are chosen where they are used; write calibration=<name> to calibrate on one"),
+        (
+            "score=haepr",
+            (
+                "unknown option 'score/haepr'; did you mean heapr? known options of score: activation,"
+                " camera, fisher,"
+            ),
+        ),
+        (
+            "evaluation/corpora=[wikitex2]",
+            "unknown option 'evaluation/corpora/wikitex2'; did you mean wikitext2?",
+        ),
+        (
+            "corpus=c4",
+            (
+                "options of 'corpus' are chosen where they are used; write calibration=<name> to calibrate"
+                " on one"
+            ),
+        ),
         ("model.path=/no/such/folder", "no such folder"),
         ("model.path=someone/some-model", "the hub cannot be reached"),
         ("model=qwen3_30b_a3b dry_run=true", "the hub cannot be reached"),
@@ -42,7 +61,10 @@ def assert_refused(result: Completed, message: str) -> None:
         ("calibration.num_samples=", "calibration.num_samples"),
         ("model=hf", "no value for model.path"),
         ("score=random score.sede=3", "did you mean score.seed?"),
-        ("pruning.repair.ridge=0.1", "an override sets a field of what is null, such as pruning.repair.ridge"),
+        (
+            "pruning.repair.ridge=0.1",
+            "an override sets a field of what is null, such as pruning.repair.ridge",
+        ),
         ("pruning/repair=joint pruning.repair.ridge=-1", "pruning.repair.ridge=-1 is not above 0"),
         ("calibration=text_files calibration.corpus.path=x", "did you mean calibration.corpus.paths?"),
         ("calibration=text_files", "text_files has no paths"),
@@ -51,11 +73,23 @@ def assert_refused(result: Completed, message: str) -> None:
             "paths.outputs=/tmp/é",
             """argument 'paths.outputs=/tmp/é': é in a value must stand inside quotes; write 'paths.outputs="/tmp/é"'""",
         ),
-        ("hydra.run.dir=a(b", "argument 'hydra.run.dir=a(b': ( in a value must stand inside quotes; write 'hydra.run.dir=\"a(b\"'"),
+        (
+            "hydra.run.dir=a(b",
+            (
+                "argument 'hydra.run.dir=a(b': ( in a value must stand inside quotes; write"
+                " 'hydra.run.dir=\"a(b\"'"
+            ),
+        ),
         ("-m pruning.ratio=0.2,#", """write 'pruning.ratio=0.2,"#"'"""),
-        ("paths.outputs=/tmp/a,b", "argument 'paths.outputs=/tmp/a,b' has a comma; write 'paths.outputs=\"/tmp/a,b\"' for one value"),
+        (
+            "paths.outputs=/tmp/a,b",
+            "argument 'paths.outputs=/tmp/a,b' has a comma; write 'paths.outputs=\"/tmp/a,b\"' for one value",
+        ),
         ("pruning.ratio=int(x)", "argument 'pruning.ratio=int(x)': ValueError while evaluating 'int(x)'"),
-        ("score=null", "argument 'score=null': null is no name of an option; known options of score: activation,"),
+        (
+            "score=null",
+            "argument 'score=null': null is no name of an option; known options of score: activation,",
+        ),
         ("=3", "argument '=3': '' cannot be the name of a field"),
     ],
 )
@@ -71,7 +105,10 @@ def test_help_shows_groups_and_fields(tmp_path: Path) -> None:
     result = run_py_here("--help", folder=tmp_path)
     assert result.returncode == 0
     for text in (
-        "score: activation, camera, fisher, frequency, heapr, heapr_expert, heapr_sum, magnitude, random, reap, taylor",
+        (
+            "score: activation, camera, fisher, frequency, heapr, heapr_expert, heapr_sum, magnitude, random,"
+            " reap, taylor"
+        ),
         "ratio: 0.25",
         "python run.py -m pruning.ratio=0.2,0.3,0.4",
     ):
@@ -81,11 +118,25 @@ def test_help_shows_groups_and_fields(tmp_path: Path) -> None:
 def test_a_dry_run_prints_the_plan_from_config_json_alone_and_makes_nothing(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     tiny_qwen3_moe().config.save_pretrained(tmp_path / "model")
-    overrides = ["model=hf", f"model.path={tmp_path / 'model'}", "model.trust_remote_code=true", "runtime.device_map=auto", "dry_run=true"]
-    result = run_py(*overrides, *write_texts(tmp_path), folder=tmp_path, COLUMNS="80", PYTHONPROFILEIMPORTTIME="1")
+    overrides = [
+        "model=hf",
+        f"model.path={tmp_path / 'model'}",
+        "model.trust_remote_code=true",
+        "runtime.device_map=auto",
+        "dry_run=true",
+    ]
+    result = run_py(
+        *overrides, *write_texts(tmp_path), folder=tmp_path, COLUMNS="80", PYTHONPROFILEIMPORTTIME="1"
+    )
     assert result.returncode == 0, result.stderr
-    assert "Qwen3MoeForCausalLM" in result.stdout and "to be made" in result.stdout and "holds no weights" in result.stdout
-    imports = [line.split("|")[-1].strip() for line in result.stderr.splitlines() if line.startswith("import time:")]
+    assert (
+        "Qwen3MoeForCausalLM" in result.stdout
+        and "to be made" in result.stdout
+        and "holds no weights" in result.stdout
+    )
+    imports = [
+        line.split("|")[-1].strip() for line in result.stderr.splitlines() if line.startswith("import time:")
+    ]
     assert "torch" in imports and not any(name.startswith("wandb") for name in imports)
     assert len(imports) == len(result.stderr.splitlines()), "nothing else is said"
     assert not any((tmp_path / "outputs" / "artifacts").iterdir())
@@ -100,12 +151,26 @@ def test_a_run_ends_well_whatever_the_console_can_print(tmp_path: Path, variable
     """A path with letters that the console lacks: escaped there, whole in files."""
     folder = tmp_path / "thèse Ω"
     write_model(folder / "model")
-    overrides = [f'model.path="{folder / "model"}"', f'paths.outputs="{folder / "outputs"}"', "model=hf", "model.dtype=float32"]
-    texts = [re.sub(r"=\[(.*)\]", r'=["\1"]', override) if "Ω" in override else override for override in write_texts(folder)]
-    quick = ["evaluation.fidelity=null", "evaluation.throughput=null", "evaluation.truth=null", "tracking=none"]
+    overrides = [
+        f'model.path="{folder / "model"}"',
+        f'paths.outputs="{folder / "outputs"}"',
+        "model=hf",
+        "model.dtype=float32",
+    ]
+    texts = [
+        re.sub(r"=\[(.*)\]", r'=["\1"]', override) if "Ω" in override else override
+        for override in write_texts(folder)
+    ]
+    quick = [
+        "evaluation.fidelity=null",
+        "evaluation.throughput=null",
+        "evaluation.truth=null",
+        "tracking=none",
+    ]
     result = run_py(*overrides, *texts, *quick, folder=tmp_path, **variables)
     assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
-    assert r"\u03a9/outputs/artifacts" in result.stdout or "thèse Ω/outputs/artifacts" in result.stdout  # Python makes UTF-8 of C
+    # Python makes UTF-8 of C.
+    assert r"\u03a9/outputs/artifacts" in result.stdout or "thèse Ω/outputs/artifacts" in result.stdout
     (run,) = (folder / "outputs" / "runs").iterdir()
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     assert summary["config"]["paths"]["outputs"] == str(folder / "outputs")
@@ -114,10 +179,22 @@ def test_a_run_ends_well_whatever_the_console_can_print(tmp_path: Path, variable
 
 def test_paths_are_whole_where_there_is_no_screen(tmp_path: Path) -> None:
     """In a pipe, whatever width is claimed: of the run, and of a plan."""
-    folder = tmp_path / ("a_folder_with_a_name_that_is_longer_than_a_line_of_eighty_letters_" * 2) / "and one with blanks"
+    folder = (
+        tmp_path
+        / ("a_folder_with_a_name_that_is_longer_than_a_line_of_eighty_letters_" * 2)
+        / "and one with blanks"
+    )
     write_model(folder / "model")
-    overrides = ["model=hf", f'model.path="{folder / "model"}"', f'paths.outputs="{folder / "outputs"}"', "model.dtype=float32"]
-    texts = [re.sub(r"=\[(.*)\]", r'=["\1"]', override) if "blanks" in override else override for override in write_texts(folder)]
+    overrides = [
+        "model=hf",
+        f'model.path="{folder / "model"}"',
+        f'paths.outputs="{folder / "outputs"}"',
+        "model.dtype=float32",
+    ]
+    texts = [
+        re.sub(r"=\[(.*)\]", r'=["\1"]', override) if "blanks" in override else override
+        for override in write_texts(folder)
+    ]
     texts = [text for text in texts if not text.startswith("evaluation")]
     result = run_py(*overrides, *texts, "evaluation=none", "tracking=none", folder=tmp_path, COLUMNS="60")
     assert result.returncode == 0, result.stderr
@@ -131,7 +208,13 @@ def test_paths_are_whole_where_there_is_no_screen(tmp_path: Path) -> None:
 
 def test_a_sweep_runs_every_job_and_shares_calibration(tmp_path: Path) -> None:
     write_model(tmp_path / "model")
-    overrides = ["model=hf", f"model.path={tmp_path / 'model'}", "model.dtype=float32", "tracking=none", *write_texts(tmp_path)]
+    overrides = [
+        "model=hf",
+        f"model.path={tmp_path / 'model'}",
+        "model.dtype=float32",
+        "tracking=none",
+        *write_texts(tmp_path),
+    ]
     result = run_py_here("-m", "pruning.ratio=0.2,0.4", *overrides, folder=tmp_path)
     assert result.returncode == 0, result.stderr
     (sweep,) = (tmp_path / "outputs" / "sweeps").iterdir()
@@ -144,7 +227,13 @@ def test_a_sweep_runs_every_job_and_shares_calibration(tmp_path: Path) -> None:
 
 def test_one_bad_job_of_a_sweep_does_not_stop_the_others(tmp_path: Path) -> None:
     write_model(tmp_path / "model")
-    overrides = ["model=hf", f"model.path={tmp_path / 'model'}", "model.dtype=float32", "tracking=none", *write_texts(tmp_path)]
+    overrides = [
+        "model=hf",
+        f"model.path={tmp_path / 'model'}",
+        "model.dtype=float32",
+        "tracking=none",
+        *write_texts(tmp_path),
+    ]
     result = run_py_here("-m", "pruning.ratio=2,0.4", *overrides, folder=tmp_path)
     assert result.returncode == 2
     assert "pruning.ratio=2.0 is not in [0, 1)" in result.stderr
@@ -167,5 +256,9 @@ def test_home_folder_in_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     many = run_py_here("-m", *settings, "pruning.ratio=0.25,0.5", folder=tmp_path / "work")
     assert many.returncode == 0, many.stderr
     assert list((tmp_path / "work").iterdir()) == []
-    assert sorted(path.name for path in (tmp_path / "home" / "x").iterdir()) == ["artifacts", "runs", "sweeps"]
+    assert sorted(path.name for path in (tmp_path / "home" / "x").iterdir()) == [
+        "artifacts",
+        "runs",
+        "sweeps",
+    ]
     assert len(list((tmp_path / "home" / "x" / "artifacts" / "calibrate").glob("*/manifest.json"))) == 1

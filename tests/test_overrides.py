@@ -22,7 +22,9 @@ VALUES = [
 
 def as_the_shell_gives_it(text: str) -> str:
     """What a program gets as its argument from a POSIX shell."""
-    return subprocess.run(["sh", "-c", f"printf %s {text}"], capture_output=True, text=True, check=True, encoding="utf-8").stdout
+    return subprocess.run(
+        ["sh", "-c", f"printf %s {text}"], capture_output=True, text=True, check=True, encoding="utf-8"
+    ).stdout
 
 
 @pytest.mark.parametrize("value", VALUES)
@@ -33,7 +35,11 @@ def test_what_is_proposed_gives_the_value_that_was_meant(value: str) -> None:
     proposed = re.search(r"; write (.*) \(the outer quotes", message)[1]
     assert as_the_shell_gives_it(proposed) == shlex.split(proposed)[0]
     parsed = OverridesParser.create().parse_override(shlex.split(proposed)[0])
-    assert parsed.key_or_group == "paths.outputs" and str(parsed.value()) == value and not parsed.is_sweep_override()
+    assert (
+        parsed.key_or_group == "paths.outputs"
+        and str(parsed.value()) == value
+        and not parsed.is_sweep_override()
+    )
 
 
 @pytest.mark.parametrize(
@@ -56,13 +62,16 @@ def test_the_argument_is_named_in_one_line(override: str, arguments: list[str], 
 
 
 def test_a_comma_outside_a_sweep() -> None:
-    assert explain_comma("a=/x,/y") == (
-        """argument 'a=/x,/y' has a comma; write 'a="/x,/y"' for one value, 'a=[/x,/y]' for a list, or add -m to run once for each"""
+    assert (
+        explain_comma("a=/x,/y")
+        == """argument 'a=/x,/y' has a comma; write 'a="/x,/y"' for one value, 'a=[/x,/y]' for a list, or add -m to run once for each"""
     )
 
 
 def test_an_option_that_is_no_name() -> None:
-    message = "argument 'pruning=0.4': 0.4 is no name of an option; known options of pruning: expert, global, layer"
+    message = (
+        "argument 'pruning=0.4': 0.4 is no name of an option; known options of pruning: expert, global, layer"
+    )
     assert explain_option(["score=fisher", "pruning.ratio=0.4", "pruning=0.4"], CONF) == message
 
 
@@ -73,5 +82,7 @@ def test_what_can_be_read_stays_as_it_is() -> None:
 def test_a_group_of_one_option_refuses_a_list() -> None:
     check_one_option(["score=fisher", "evaluation/corpora=[pydocs,ptb]", "calibration.corpus.paths=[a.txt]"])
     for override in ("score=[heapr,fisher]", "pruning/repair=[joint]"):
-        with pytest.raises(ConfigError, match=r"gives a list, but .* takes one option; give one, or run each with -m"):
+        with pytest.raises(
+            ConfigError, match=r"gives a list, but .* takes one option; give one, or run each with -m"
+        ):
             check_one_option([override])

@@ -1,4 +1,5 @@
-"""The pipeline: what it makes, what it makes again and what it does not, and what it refuses before any work."""
+"""The pipeline: what it makes, what it makes again and what it does not, and what it refuses before any
+work."""
 
 from __future__ import annotations
 
@@ -36,7 +37,12 @@ class Experiment:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.model_folder = write_model(folder / "model")
-        self.overrides = ["model=hf", f"model.path={self.model_folder}", "model.dtype=float32", *write_texts(folder)]
+        self.overrides = [
+            "model=hf",
+            f"model.path={self.model_folder}",
+            "model.dtype=float32",
+            *write_texts(folder),
+        ]
 
     def __call__(self, *overrides: str) -> Summary:
         return run_in(self.folder, *self.overrides, *overrides)
@@ -62,18 +68,28 @@ def test_artifacts_follow_the_contract(experiment: Experiment) -> None:
     assert statistics.num_tokens == 6 * 32 and statistics.num_predicted_tokens == 6 * 31
     assert all(layer.count_E.sum() == 6 * 32 * 2 for layer in statistics.layers.values())
     scores = load_file(paths["score"] / "scores.safetensors")
-    assert {name: (t.shape, t.dtype) for name, t in scores.items()} == {f"layers.{i}": ((4, 8), torch.float32) for i in (0, 1)}
+    assert {name: (t.shape, t.dtype) for name, t in scores.items()} == {
+        f"layers.{i}": ((4, 8), torch.float32) for i in (0, 1)
+    }
     plan = Plan.from_tensors(load_file(paths["prune"] / "plan.safetensors"))
     assert plan.num_kept == 48
-    assert Scores.from_tensors(scores).layers[0][~plan.layers[0]].max() <= Scores.from_tensors(scores).layers[0][plan.layers[0]].max()
+    assert (
+        Scores.from_tensors(scores).layers[0][~plan.layers[0]].max()
+        <= Scores.from_tensors(scores).layers[0][plan.layers[0]].max()
+    )
 
     written = json.loads((experiment.folder / "run" / "summary.json").read_text())
     assert written.keys() == {"metrics", "protocols", "stages", "config"}
     assert written["metrics"] == summary.metrics
-    assert all(isinstance(value, int | float) for values in written["metrics"].values() for value in values.values())
+    assert all(
+        isinstance(value, int | float) for values in written["metrics"].values() for value in values.values()
+    )
     assert written["protocols"]["dense"] == written["protocols"]["pruned"]
     assert written["protocols"]["dense"]["text_files"]["window"] == 32
-    assert all({"stage", "key", "path", "cached", "seconds", "peak_memory_bytes"} <= stage.keys() for stage in written["stages"])
+    assert all(
+        {"stage", "key", "path", "cached", "seconds", "peak_memory_bytes"} <= stage.keys()
+        for stage in written["stages"]
+    )
     assert written["config"]["pruning"] == {
         "ratio": 0.25,
         "scope": "global",
@@ -86,10 +102,14 @@ def test_artifacts_follow_the_contract(experiment: Experiment) -> None:
         "protected_layers": [],
     }
     assert written["metrics"]["size"]["atomic_experts_removed_ratio"] == 0.25
-    assert written["metrics"]["size"]["parameters_removed_ratio"] == pytest.approx(16 * 3 * 16 / written["metrics"]["dense"]["parameters"])
+    assert written["metrics"]["size"]["parameters_removed_ratio"] == pytest.approx(
+        16 * 3 * 16 / written["metrics"]["dense"]["parameters"]
+    )
     lines = (experiment.folder / "run" / "tracking.jsonl").read_text().splitlines()
     assert all(isinstance(value, int | float) for value in json.loads(lines[-1]).values())
-    assert json.loads(lines[-1])["perplexity/text_files"] == summary.metrics["pruned"]["perplexity/text_files"]
+    assert (
+        json.loads(lines[-1])["perplexity/text_files"] == summary.metrics["pruned"]["perplexity/text_files"]
+    )
 
 
 def test_pruned_perplexity_is_that_of_the_masked_model(experiment: Experiment) -> None:
@@ -119,7 +139,9 @@ def test_ratio_zero_gives_the_dense_metrics(whole_experiment: Experiment, dtype:
     assert summary.metrics["comparison"]["top1_agreement/text_files"] == 1
 
 
-def test_same_configuration_twice_does_no_work(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_same_configuration_twice_does_no_work(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = experiment()
     monkeypatch.setattr(ModelSource, "load", lambda *_: pytest.fail("the model was loaded again"))
     second = experiment()
@@ -152,7 +174,9 @@ MADE_AGAIN = [
 
 
 @pytest.mark.parametrize(("overrides", "made_again"), MADE_AGAIN, ids=[change[0][0] for change in MADE_AGAIN])
-def test_only_what_changed_is_made_again(tiny_run: Experiment, overrides: list[str], made_again: set[str]) -> None:
+def test_only_what_changed_is_made_again(
+    tiny_run: Experiment, overrides: list[str], made_again: set[str]
+) -> None:
     found = cached_stages(tiny_run(*(override.format(folder=tiny_run.folder) for override in overrides)))
     assert {stage for stage, cached in found.items() if not cached} == made_again
 
@@ -161,7 +185,9 @@ def test_only_what_changed_is_made_again(tiny_run: Experiment, overrides: list[s
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
     experiment = Experiment(tmp_path_factory.mktemp("experiment"))
     write_model(experiment.folder / "other_model", seed=1)
-    (experiment.folder / "documents.jsonl").write_text("".join(json.dumps({"text": f"document {n} " * 9}) + "\n" for n in range(50)))
+    (experiment.folder / "documents.jsonl").write_text(
+        "".join(json.dumps({"text": f"document {n} " * 9}) + "\n" for n in range(50))
+    )
     shutil.copytree(experiment.model_folder, experiment.folder / "moved_model")
     experiment()
     return experiment
@@ -199,19 +225,27 @@ def test_the_dense_model_is_evaluated_once(experiment: Experiment) -> None:
 def test_comparisons_leave_metrics_and_details(whole_experiment: Experiment) -> None:
     summary = whole_experiment("pruning.ratio=0.5")
     comparison = summary.metrics["comparison"]
-    assert {"kl_to_dense/text_files", "top1_agreement/text_files", "truth/spearman", "routing/spearman", "decode_speedup"} <= set(
-        comparison
-    )
+    assert {
+        "kl_to_dense/text_files",
+        "top1_agreement/text_files",
+        "truth/spearman",
+        "routing/spearman",
+        "decode_speedup",
+    } <= set(comparison)
     assert comparison["kl_to_dense/text_files"] > 0
     assert all(isinstance(value, int | float) for value in comparison.values())
     folders = {stage["what"]: Path(stage["path"]) for stage in summary.stages}
     details = json.loads((folders["routing"] / "details.json").read_text())
     plan = Plan.from_tensors(load_file(folders[""] / "plan.safetensors"))
-    assert {layer["layer"]: layer["widths"] for layer in details["layers"]} == {i: kept.sum(1).tolist() for i, kept in plan.layers.items()}
+    assert {layer["layer"]: layer["widths"] for layer in details["layers"]} == {
+        i: kept.sum(1).tolist() for i, kept in plan.layers.items()
+    }
     assert not (folders["efficiency dense"] / "details.json").exists()
 
 
-def test_models_are_loaded_only_as_often_as_needed(whole_experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_are_loaded_only_as_often_as_needed(
+    whole_experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Once for what needs one model at a time, once more for what needs both, never for what needs none."""
     loads: list[int] = []
     load = ModelSource.load
@@ -232,7 +266,9 @@ def test_models_are_loaded_only_as_often_as_needed(whole_experiment: Experiment,
     assert loads_of(*only("truth"), "evaluation.truth.seed=2") == 1
 
 
-def test_two_models_that_do_not_fit_are_answered_in_one_line(whole_experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_models_that_do_not_fit_are_answered_in_one_line(
+    whole_experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
     load, loaded = AutoModelForCausalLM.from_pretrained, []
 
     def load_one(*arguments: object, **settings: object) -> object:
@@ -242,10 +278,17 @@ def test_two_models_that_do_not_fit_are_answered_in_one_line(whole_experiment: E
         return load(*arguments, **settings)
 
     monkeypatch.setattr("heapr.model.load.AutoModelForCausalLM.from_pretrained", load_one)
-    with pytest.raises(ConfigError, match="do not fit on 'cpu' together; leave out .* evaluation.fidelity=null") as caught:
+    with pytest.raises(
+        ConfigError, match="do not fit on 'cpu' together; leave out .* evaluation.fidelity=null"
+    ) as caught:
         whole_experiment()
     assert "\n" not in str(caught.value)
-    assert whole_experiment("evaluation.fidelity=null", "evaluation.throughput=null").metrics["pruned"]["perplexity/text_files"] > 1
+    assert (
+        whole_experiment("evaluation.fidelity=null", "evaluation.throughput=null").metrics["pruned"][
+            "perplexity/text_files"
+        ]
+        > 1
+    )
 
 
 def test_truth_does_not_depend_on_what_is_pruned(whole_experiment: Experiment) -> None:
@@ -254,14 +297,18 @@ def test_truth_does_not_depend_on_what_is_pruned(whole_experiment: Experiment) -
     assert made["fidelity/text_files"] and made["routing"] and made["throughput"] and not made["truth"]
 
 
-def test_timings_of_another_machine_are_made_again(whole_experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timings_of_another_machine_are_made_again(
+    whole_experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole_experiment()
     elsewhere = {"device": "cpu", "name": "another processor", "threads": 2}
     for module in ("experiment", "evaluation.throughput"):
         monkeypatch.setattr(f"heapr.{module}.machine", lambda device: elsewhere)
     stages = {stage["what"]: stage for stage in whole_experiment().stages}
     assert {what for what, stage in stages.items() if not stage["cached"]} == {"throughput"}
-    assert json.loads((Path(stages["throughput"]["path"]) / "details.json").read_text())["machine"] == elsewhere
+    assert (
+        json.loads((Path(stages["throughput"]["path"]) / "details.json").read_text())["machine"] == elsewhere
+    )
 
 
 def test_a_damaged_artifact_is_made_again_with_the_same_result(experiment: Experiment) -> None:
@@ -276,7 +323,12 @@ def test_a_damaged_artifact_is_made_again_with_the_same_result(experiment: Exper
 def test_without_evaluation_the_plan_is_still_made(experiment: Experiment) -> None:
     experiment.overrides = [text for text in experiment.overrides if not text.startswith("evaluation")]
     summary = experiment("evaluation=none")
-    assert summary.metrics == {"dense": {}, "pruned": {}, "size": {"atomic_experts_removed_ratio": 0.25}, "comparison": {}}
+    assert summary.metrics == {
+        "dense": {},
+        "pruned": {},
+        "size": {"atomic_experts_removed_ratio": 0.25},
+        "comparison": {},
+    }
 
 
 def test_a_mistake_leaves_no_tracked_run(experiment: Experiment) -> None:
@@ -286,11 +338,15 @@ def test_a_mistake_leaves_no_tracked_run(experiment: Experiment) -> None:
     assert not (experiment.folder / "run" / "tracking.jsonl").exists()
 
 
-@pytest.mark.parametrize(("split", "warned"), [("all", True), ("heldout", True), ("train", False), ("test", True)])
+@pytest.mark.parametrize(
+    ("split", "warned"), [("all", True), ("heldout", True), ("train", False), ("test", True)]
+)
 def test_evaluating_on_calibration_text_is_warned_of(
     experiment: Experiment, caplog: pytest.LogCaptureFixture, split: str, warned: bool
 ) -> None:
-    (experiment.folder / "documents.jsonl").write_text("".join(json.dumps({"text": f"document {n} " * 9}) + "\n" for n in range(90)))
+    (experiment.folder / "documents.jsonl").write_text(
+        "".join(json.dumps({"text": f"document {n} " * 9}) + "\n" for n in range(90))
+    )
     caplog.set_level(logging.WARNING)
     same = f"[{experiment.folder}/documents.jsonl]"
     experiment(
@@ -311,16 +367,24 @@ def test_another_task_or_corpus_recomputes_nothing(experiment: Experiment) -> No
     tasks = write_task(experiment.folder / "tasks")
     write_task(tasks, name="more", items=ITEMS[:5])
     (experiment.folder / "ptb.txt").write_text(" a sentence of the treebank \n" * 20)
-    zero_shot = f"evaluation.zero_shot={{_target_:heapr.evaluation.zero_shot.ZeroShot,include_path:{tasks},tasks:["
+    zero_shot = (
+        f"evaluation.zero_shot={{_target_:heapr.evaluation.zero_shot.ZeroShot,include_path:{tasks},tasks:["
+    )
     first = experiment(zero_shot + "sums]}")
-    ptb = f"{{_target_:heapr.text.published_corpora.PennTreebank,split:test,path:{experiment.folder}/ptb.txt}}"
+    ptb = (
+        f"{{_target_:heapr.text.published_corpora.PennTreebank,split:test,path:{experiment.folder}/ptb.txt}}"
+    )
     second = experiment(zero_shot + "sums,more]}", f"+evaluation.corpora.ptb={ptb}")
     made = [stage["what"] for stage in second.stages if not stage["cached"]]
-    new = [f"{name} {variant}" for variant in ("dense", "pruned") for name in ("perplexity/ptb", "accuracy/more")]
+    new = [
+        f"{name} {variant}" for variant in ("dense", "pruned") for name in ("perplexity/ptb", "accuracy/more")
+    ]
     assert made == new
     accuracy = second.metrics["dense"]
     assert first.metrics["dense"]["accuracy/average"] == accuracy["accuracy/sums"]
-    assert accuracy["accuracy/average"] == pytest.approx((accuracy["accuracy/sums"] + accuracy["accuracy/more"]) / 2)
+    assert accuracy["accuracy/average"] == pytest.approx(
+        (accuracy["accuracy/sums"] + accuracy["accuracy/more"]) / 2
+    )
 
 
 ZERO_SHOT, PUBLISHED = "_target_:heapr.evaluation.zero_shot.ZeroShot", "_target_:heapr.text.published_corpora"
@@ -407,22 +471,40 @@ def bad_place(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
     (experiment.folder / "empty.txt").touch()
     (experiment.folder / "latin.txt").write_bytes(b"caf\xe9")
     (experiment.folder / "short.txt").write_text("abc")
-    small = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    small = {
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    }
     LlamaConfig(**small).save_pretrained(experiment.folder / "llama")
     config = write_model(experiment.folder / "quantised") / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": {"quant_method": "mxfp4"}}))
-    (write_model(experiment.folder / "pickled") / "model.safetensors").rename(experiment.folder / "pickled" / "pytorch_model.bin")
+    config.write_text(
+        json.dumps(json.loads(config.read_text()) | {"quantization_config": {"quant_method": "mxfp4"}})
+    )
+    (write_model(experiment.folder / "pickled") / "model.safetensors").rename(
+        experiment.folder / "pickled" / "pytorch_model.bin"
+    )
     shutil.copytree(experiment.model_folder, experiment.folder / "shard_missing")
     tiny_qwen3_moe().save_pretrained(experiment.folder / "shard_missing", max_shard_size="30KB")
     (experiment.folder / "shard_missing" / "model.safetensors").unlink()
     next(experiment.folder.glob("shard_missing/model-00002-of-*.safetensors")).unlink()
     write_model(experiment.folder / "unfinished")
     (experiment.folder / "unfinished" / "model.safetensors").unlink()
-    shutil.copytree(experiment.model_folder, experiment.folder / "no_tokenizer", ignore=shutil.ignore_patterns("tokenizer*"))
+    shutil.copytree(
+        experiment.model_folder,
+        experiment.folder / "no_tokenizer",
+        ignore=shutil.ignore_patterns("tokenizer*"),
+    )
     weights = write_model(experiment.folder / "truncated") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     weights = write_model(experiment.folder / "incomplete") / "model.safetensors"
-    save_file({name: t for name, t in load_file(weights).items() if name != "model.layers.0.mlp.gate.weight"}, weights, {"format": "pt"})
+    save_file(
+        {name: t for name, t in load_file(weights).items() if name != "model.layers.0.mlp.gate.weight"},
+        weights,
+        {"format": "pt"},
+    )
     return experiment
 
 
@@ -437,7 +519,9 @@ def test_bad_input_is_refused_in_one_line_before_calibration(
 
 
 def test_a_run_is_named_by_options_and_percent(experiment: Experiment) -> None:
-    config = compose_experiment(*experiment.overrides, f"paths.outputs={experiment.folder}", "score=heapr_sum", "pruning.ratio=0.125")
+    config = compose_experiment(
+        *experiment.overrides, f"paths.outputs={experiment.folder}", "score=heapr_sum", "pruning.ratio=0.125"
+    )
     assert prepare(config).name.endswith(" heapr_sum global 12.5%")
     for option in ("heapr", "heapr_sum", "fisher", "magnitude", "random"):
         assert option_name(compose_experiment(f"score={option}").score["_target_"]) == option

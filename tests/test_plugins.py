@@ -1,4 +1,5 @@
-"""Plug-ins are built from the configuration: every argument is checked by its annotation, before anything is computed."""
+"""Plug-ins are built from the configuration: every argument is checked by its annotation, before anything is
+computed."""
 
 from __future__ import annotations
 
@@ -64,18 +65,24 @@ def example(**arguments: Any) -> Example:
     ],
     ids=str,
 )
-def test_an_argument_out_of_its_range_is_one_line_that_says_where_and_what_to_give(argument: dict[str, Any], message: str) -> None:
+def test_an_argument_out_of_its_range_is_one_line_that_says_where_and_what_to_give(
+    argument: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError) as caught:
         example(**argument)
     assert str(caught.value) == f"evaluation.example.{message}"
 
 
 def test_what_is_in_range_is_passed_on() -> None:
-    assert example(window=3, size=2, share=0.1, batch_size=4, names=["a"], parts={"a": 1}, alpha=1).window == 3
+    assert (
+        example(window=3, size=2, share=0.1, batch_size=4, names=["a"], parts={"a": 1}, alpha=1).window == 3
+    )
 
 
 def test_misspelt_missing_and_unknown_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"unknown key 'evaluation.example.windw'; did you mean evaluation.example.window\?"):
+    with pytest.raises(
+        ConfigError, match=r"unknown key 'evaluation.example.windw'; did you mean evaluation.example.window\?"
+    ):
         example(windw=3)
     with pytest.raises(ConfigError, match="score lacks alpha; give it, for example score.alpha=..."):
         build({"_target_": "heapr.score.activation.Camera"}, "score")

@@ -24,10 +24,16 @@ def test_everything_local_is_here(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         "evaluation.zero_shot.tasks=[sums]", f"evaluation.zero_shot.include_path={tasks}",
     )  # fmt: skip
     assert fetch_all(config) == []
-    assert caplog.messages == ["here     model builtin:qwen3_moe_tiny", "here     corpus wikitext2 (test)", "here     task sums"]
+    assert caplog.messages == [
+        "here     model builtin:qwen3_moe_tiny",
+        "here     corpus wikitext2 (test)",
+        "here     task sums",
+    ]
 
 
-def test_what_is_missing_is_fetched_where_there_is_a_network(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_missing_is_fetched_where_there_is_a_network(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO)
     asked = []
 
@@ -52,10 +58,15 @@ def test_what_is_missing_without_a_network_costs_a_line_each_and_exit_code_2(
     missing = [message for message in caplog.messages if message.startswith("missing")]
     assert len(missing) == 2 and "Salesforce/wikitext" in missing[0] and "baber/piqa" in missing[1]
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert line == "error: 2 of what this experiment needs could not be fetched: corpus wikitext2 (test), task piqa"
+    assert (
+        line
+        == "error: 2 of what this experiment needs could not be fetched: corpus wikitext2 (test), task piqa"
+    )
 
 
-def test_a_misspelt_override_costs_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_misspelt_override_costs_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(prefetch.sys, "argv", ["prefetch", "pruning.ratoi=1"])
     with pytest.raises(SystemExit):
         main(["pruning.ratoi=1"])

@@ -46,7 +46,9 @@ def test_nothing_is_loaded_before_a_model_is_asked_for_and_rounds_cut_the_same_o
     assert load.number == 0
     assert widths(models.dense()) == {8} and models.dense() is models.dense()
     assert widths(models.pruned(pruning_of(6))) == {6}
-    assert widths(models.pruned(pruning_of(4))) == {4} and models.pruned(pruning_of(4)) is models.final(pruning_of(4))
+    assert widths(models.pruned(pruning_of(4))) == {4} and models.pruned(pruning_of(4)) is models.final(
+        pruning_of(4)
+    )
     assert load.number == 1
     assert widths(models.dense()) == {8} and load.number == 2
 
@@ -63,20 +65,31 @@ def test_the_masked_form_keeps_the_old_shape() -> None:
     load = Loads()
     model = provider(load, "masked").final(pruning_of(4))
     assert widths(model) == {8} and load.number == 1
-    assert not model.layers[0].experts.down_proj[:, :, 4:].any() and model.layers[0].experts.down_proj[:, :, :4].any()
+    assert (
+        not model.layers[0].experts.down_proj[:, :, 4:].any()
+        and model.layers[0].experts.down_proj[:, :, :4].any()
+    )
 
 
 def repairing(repair: Repair | None, **changes: object) -> ModelProvider:
-    return ModelProvider(lambda: MoEModel(deep_model("gemma4", **changes)), repair=repair, form="ragged", uniform_settings={})
+    return ModelProvider(
+        lambda: MoEModel(deep_model("gemma4", **changes)), repair=repair, form="ragged", uniform_settings={}
+    )
 
 
 def test_layers_that_cannot_be_run_one_by_one_are_refused_for_repair_alone() -> None:
-    with pytest.raises(ConfigError, match="pruning.repair: Gemma4ForCausalLM cannot be run layer by layer: .*; give pruning/repair=none"):
+    with pytest.raises(
+        ConfigError,
+        match="pruning.repair: Gemma4ForCausalLM cannot be run layer by layer: .*; give pruning/repair=none",
+    ):
         repairing(ExpertRepair(), **SHARED_INSIDE["gemma4"]).dense()
     repairing(None, **SHARED_INSIDE["gemma4"]).dense()
     repairing(ExpertRepair()).dense()
 
 
 def test_a_stream_that_cannot_be_followed_is_refused() -> None:
-    with pytest.raises(ConfigError, match="pruning.repair.target=residual_stream: layer 0 of Gemma4ForCausalLM does not just add"):
+    with pytest.raises(
+        ConfigError,
+        match="pruning.repair.target=residual_stream: layer 0 of Gemma4ForCausalLM does not just add",
+    ):
         repairing(JointRepair(target="residual_stream")).dense()

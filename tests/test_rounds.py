@@ -35,8 +35,19 @@ BEST = ["score=fisher", "pruning/repair=stream", "pruning.repair.refits=1", "pru
 @pytest.fixture(scope="module")
 def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("inputs")
-    texts = [text for text in write_texts(folder) if not text.startswith("evaluation.") or "perplexity" in text or "paths" in text]
-    return ["model=hf", f"model.path={write_model(folder / 'model')}", "model.dtype=float32", ONLY_PERPLEXITY, "pruning.ratio=0.4", *texts]
+    texts = [
+        text
+        for text in write_texts(folder)
+        if not text.startswith("evaluation.") or "perplexity" in text or "paths" in text
+    ]
+    return [
+        "model=hf",
+        f"model.path={write_model(folder / 'model')}",
+        "model.dtype=float32",
+        ONLY_PERPLEXITY,
+        "pruning.ratio=0.4",
+        *texts,
+    ]
 
 
 def stages(summary: Any, stage: str, part: str = "") -> list[dict[str, Any]]:
@@ -49,11 +60,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory, overrides: list[str]) -> 
     return folder, run_in(folder, *overrides, *BEST, "pruning.rounds=2")
 
 
-def test_two_rounds_are_two_prunings_one_after_the_other(finished: tuple[Path, Any], overrides: list[str]) -> None:
-    """The same by hand: statistics, scores, allocation and repair on the model, then once more on what is left."""
+def test_two_rounds_are_two_prunings_one_after_the_other(
+    finished: tuple[Path, Any], overrides: list[str]
+) -> None:
+    """The same by hand: statistics, scores, allocation and repair on the model, then once more on what is
+    left."""
     _, summary = finished
     calibrate, prune = stages(summary, "calibrate"), stages(summary, "prune")
-    assert [entry["what"] for entry in prune] == ["", "round 2"] and len(calibrate) == len(stages(summary, "score")) == 2
+    assert [entry["what"] for entry in prune] == ["", "round 2"] and len(calibrate) == len(
+        stages(summary, "score")
+    ) == 2
     ids_NW = load_file(Path(calibrate[0]["path"]) / "tokens.safetensors")["ids"]
     model = MoEModel(tiny_qwen3_moe())
     for number_removed, left in ((13, 64), (13, 51)):  # round(0.2 * 64), round(0.4 * 64) - 13
@@ -61,7 +77,9 @@ def test_two_rounds_are_two_prunings_one_after_the_other(finished: tuple[Path, A
         budget = Budget(ratio=number_removed / left, scope="global", experts_per_token=2)
         plan = allocate(scores, {layer.index: layer.widths for layer in model.layers}, budget)
         with torch.no_grad():
-            remove_and_repair(model, plan, JointRepair(target="residual_stream", refits=1, refit_steps=2), ids_NW.split(4))
+            remove_and_repair(
+                model, plan, JointRepair(target="residual_stream", refits=1, refit_steps=2), ids_NW.split(4)
+            )
     pruned = heapr.load_pruned(Path(prune[1]["path"]) / "checkpoint")
     torch.testing.assert_close(logits(pruned, IDS_NW), logits(model.model, IDS_NW), rtol=1e-4, atol=1e-4)
 
@@ -84,13 +102,18 @@ def lose(folder: Path, part: str) -> None:
 
 def results_in(folder: Path) -> dict[str, bytes]:
     """Every tensor and metric below a folder, by place."""
-    paths = [path for path in folder.rglob("*") if path.suffix == ".safetensors" or path.name in {"metrics.json", "repair.json"}]
+    paths = [
+        path
+        for path in folder.rglob("*")
+        if path.suffix == ".safetensors" or path.name in {"metrics.json", "repair.json"}
+    ]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 NUM_UNITS = 11
 LOST = [set(range(first, NUM_UNITS)) for first in range(NUM_UNITS)]  # killed at every moment
-LOST += [set(random.Random(seed).sample(range(NUM_UNITS), 1 + seed % 5)) for seed in range(10)]  # anything else that can be missing
+# Anything else that can be missing.
+LOST += [set(random.Random(seed).sample(range(NUM_UNITS), 1 + seed % 5)) for seed in range(10)]
 
 
 @pytest.mark.parametrize("lost", LOST, ids=lambda lost: "-".join(map(str, sorted(lost))))
@@ -130,7 +153,10 @@ def test_a_checkpoint_that_cannot_be_written_costs_neither_plan_nor_repair(
 
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "save_checkpoint", full)
-        with pytest.raises(ConfigError, match="no space left in .*; what was finished is kept: free some space and start again"):
+        with pytest.raises(
+            ConfigError,
+            match="no space left in .*; what was finished is kept: free some space and start again",
+        ):
             run_in(tmp_path, *overrides, *BEST)
     again = run_in(tmp_path, *overrides, *BEST)
     cached = {(entry["stage"], entry["part"]): entry["cached"] for entry in again.stages}
@@ -151,16 +177,27 @@ def test_room_for_the_checkpoint_is_asked_for_before_anything_is_computed(
         if is_enough:
             run_in(folder, *overrides, f"pruning.form={form}")
             continue
-        with pytest.raises(ConfigError, match=r"the pruned weights need .* GB, and .* has .* GB free; .*pruning.save_checkpoint=false"):
+        with pytest.raises(
+            ConfigError,
+            match=r"the pruned weights need .* GB, and .* has .* GB free; .*pruning.save_checkpoint=false",
+        ):
             run_in(folder, *overrides, f"pruning.form={form}")
         assert not list((folder / "outputs").rglob("*.safetensors"))
         run_in(folder, *overrides, f"pruning.form={form}", "pruning.save_checkpoint=false")
 
 
-def test_a_dry_run_tells_every_step_that_the_run_takes(tmp_path: Path, finished: tuple[Path, Any], overrides: list[str]) -> None:
-    told = dry_run(compose_experiment("tracking=none", f"paths.outputs={tmp_path}", *overrides, *BEST, "pruning.rounds=2")).stages
+def test_a_dry_run_tells_every_step_that_the_run_takes(
+    tmp_path: Path, finished: tuple[Path, Any], overrides: list[str]
+) -> None:
+    told = dry_run(
+        compose_experiment(
+            "tracking=none", f"paths.outputs={tmp_path}", *overrides, *BEST, "pruning.rounds=2"
+        )
+    ).stages
     taken = [(entry["stage"], entry["part"], entry["what"], entry["key"]) for entry in finished[1].stages]
-    assert [(step.stage, step.part, step.what, step.key) for step in told] == taken and len(taken) == NUM_UNITS
+    assert [(step.stage, step.part, step.what, step.key) for step in told] == taken and len(
+        taken
+    ) == NUM_UNITS
 
 
 def test_second_run_makes_nothing(finished: tuple[Path, Any], overrides: list[str]) -> None:
@@ -169,22 +206,29 @@ def test_second_run_makes_nothing(finished: tuple[Path, Any], overrides: list[st
     assert all(cached_stages(again).values()) and again.metrics == summary.metrics
 
 
-def test_resumed_after_the_first_round_is_uninterrupted(tmp_path: Path, finished: tuple[Path, Any], overrides: list[str]) -> None:
-    """The first round alone is an experiment too; the second then goes on from what the store holds, on a model loaded anew."""
+def test_resumed_after_the_first_round_is_uninterrupted(
+    tmp_path: Path, finished: tuple[Path, Any], overrides: list[str]
+) -> None:
+    """The first round alone is an experiment too; the second then goes on from what the store holds, on a
+    model loaded anew."""
     run_in(tmp_path, *overrides, *BEST, "pruning.ratio=0.2", "pruning.save_checkpoint=false")
     resumed = run_in(tmp_path, *overrides, *BEST, "pruning.rounds=2")
     assert [entry["cached"] for entry in stages(resumed, "prune")] == [True, False]
     assert resumed.metrics["pruned"] == pytest.approx(finished[1].metrics["pruned"], rel=1e-5)
 
 
-def test_lost_statistics_of_a_later_round_are_made_again(tmp_path: Path, finished: tuple[Path, Any], overrides: list[str]) -> None:
+def test_lost_statistics_of_a_later_round_are_made_again(
+    tmp_path: Path, finished: tuple[Path, Any], overrides: list[str]
+) -> None:
     """The model of the round before is then in memory, and is not taken for the last round's."""
     folder, summary = finished
     shutil.copytree(folder / "outputs", tmp_path / "outputs")
     for entry in [stages(summary, "calibrate")[1], *stages(summary, "evaluate")]:
         shutil.rmtree(tmp_path / Path(entry["path"]).relative_to(folder))
     again = run_in(tmp_path, *overrides, *BEST, "pruning.rounds=2")
-    assert [entry["cached"] for entry in stages(again, "calibrate")] == [True, False] and cached_stages(again)["prune"]
+    assert [entry["cached"] for entry in stages(again, "calibrate")] == [True, False] and cached_stages(
+        again
+    )["prune"]
     assert again.metrics["pruned"] == pytest.approx(summary.metrics["pruned"], rel=1e-6)
 
 
@@ -196,13 +240,20 @@ def test_dense_model_and_plan_are_the_checkpoint(finished: tuple[Path, Any], ove
         heapr.load_pruned(folder / "checkpoint"),
         tiny_ids(num_sequences=2, length=10),
     )
-    with pytest.raises(ConfigError, match="belongs to a repaired model, but its weights 'repaired.safetensors' are not beside it"):
+    with pytest.raises(
+        ConfigError,
+        match="belongs to a repaired model, but its weights 'repaired.safetensors' are not beside it",
+    ):
         heapr.load_pruned(dense, plan=folder / "checkpoint" / "plan.safetensors")
 
 
-def test_masked_form_is_the_same_function(tmp_path: Path, finished: tuple[Path, Any], overrides: list[str]) -> None:
+def test_masked_form_is_the_same_function(
+    tmp_path: Path, finished: tuple[Path, Any], overrides: list[str]
+) -> None:
     masked = run_in(tmp_path, *overrides, *BEST, "pruning.rounds=2", "pruning.form=masked")
-    expected = logits(heapr.load_pruned(Path(stages(finished[1], "prune")[-1]["path"]) / "checkpoint"), IDS_NW)
+    expected = logits(
+        heapr.load_pruned(Path(stages(finished[1], "prune")[-1]["path"]) / "checkpoint"), IDS_NW
+    )
     found = logits(heapr.load_pruned(Path(stages(masked, "prune")[-1]["path"]) / "checkpoint"), IDS_NW)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
@@ -223,26 +274,41 @@ def test_repair_is_reported(finished: tuple[Path, Any]) -> None:
 
 def test_card_tells_rounds_and_repair(finished: tuple[Path, Any]) -> None:
     folder = Path(stages(finished[1], "prune")[-1]["path"]) / "checkpoint"
-    card, about = (folder / "README.md").read_text(), json.loads((folder / "config.json").read_text())["heapr"]
-    assert "In 2 rounds, each measured anew. What is left was repaired on the same tokens (`JointRepair`)." in card
+    card, about = (
+        (folder / "README.md").read_text(),
+        json.loads((folder / "config.json").read_text())["heapr"],
+    )
+    assert (
+        "In 2 rounds, each measured anew. What is left was repaired on the same tokens (`JointRepair`)."
+        in card
+    )
     assert about["rounds"] == 2 and about["ratio"] == 0.4 and about["repair"]["refits"] == 1
 
 
 def test_what_is_shared(tmp_path: Path, finished: tuple[Path, Any], overrides: list[str]) -> None:
-    """Another repair needs no new statistics of the dense model; a plain run has the key that it always had."""
+    """Another repair needs no new statistics of the dense model; a plain run has the key that it always
+    had."""
     folder, _ = finished
-    other = run_in(folder, *overrides, "score=fisher", "pruning/repair=expert", "pruning.save_checkpoint=false")
+    other = run_in(
+        folder, *overrides, "score=fisher", "pruning/repair=expert", "pruning.save_checkpoint=false"
+    )
     assert cached_stages(other) == {"calibrate": True, "score": True, "prune": False, "evaluate": False}
     plain = run_in(folder, *overrides, "score=fisher", "pruning.save_checkpoint=false")
     settings = json.loads((Path(stages(plain, "prune")[0]["path"]) / "manifest.json").read_text())["config"]
     assert settings == {"ratio": 0.4, "scope": "global", "width_multiple": 1, "form": "ragged"}
 
 
-def test_a_model_whose_stream_repair_cannot_mend_is_refused_before_calibration(tmp_path: Path, overrides: list[str]) -> None:
+def test_a_model_whose_stream_repair_cannot_mend_is_refused_before_calibration(
+    tmp_path: Path, overrides: list[str]
+) -> None:
     """FlexOlmo normalises the experts' output before it is added."""
     tiny_model("flex_olmo").save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
-    with pytest.raises(ConfigError, match="layer 0 of FlexOlmoForCausalLM .*; give pruning.repair.target=layer_output"):
+    with pytest.raises(
+        ConfigError, match="layer 0 of FlexOlmoForCausalLM .*; give pruning.repair.target=layer_output"
+    ):
         run_in(tmp_path, *overrides, f"model.path={tmp_path / 'model'}", *BEST)
     assert not list(tmp_path.glob("outputs/artifacts/*/*/*.safetensors"))
-    run_in(tmp_path, *overrides, f"model.path={tmp_path / 'model'}", *BEST, "pruning.repair.target=layer_output")
+    run_in(
+        tmp_path, *overrides, f"model.path={tmp_path / 'model'}", *BEST, "pruning.repair.target=layer_output"
+    )

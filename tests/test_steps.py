@@ -21,7 +21,13 @@ def steps_of(*overrides: str) -> Steps:
 
 
 def test_two_rounds_with_repair_in_their_order(settings: list[str]) -> None:
-    steps = steps_of(*settings, "recipe=best", "pruning.rounds=2", "evaluation.throughput=null", "evaluation.efficiency=null")
+    steps = steps_of(
+        *settings,
+        "recipe=best",
+        "pruning.rounds=2",
+        "evaluation.throughput=null",
+        "evaluation.efficiency=null",
+    )
     assert [(step.kind, step.what) for step in steps] == [
         ("calibrate", ""),
         ("score", ""),
@@ -39,11 +45,22 @@ def test_two_rounds_with_repair_in_their_order(settings: list[str]) -> None:
         ("evaluate", "fidelity/text_files"),
     ]
     assert steps.first("prune").origin.config["ratio"] == steps.last("prune").origin.config["ratio"] / 2
-    assert [step.variant for step in steps if step.kind == "evaluate"] == ["dense", "comparison", "pruned", "comparison", "comparison"]
+    assert [step.variant for step in steps if step.kind == "evaluate"] == [
+        "dense",
+        "comparison",
+        "pruned",
+        "comparison",
+        "comparison",
+    ]
 
 
 @pytest.mark.parametrize(
-    "overrides", [["recipe=best", "pruning.rounds=3"], ["recipe=heapr"], ["pruning.rounds=2", "evaluation.perplexity=null"]]
+    "overrides",
+    [
+        ["recipe=best", "pruning.rounds=3"],
+        ["recipe=heapr"],
+        ["pruning.rounds=2", "evaluation.perplexity=null"],
+    ],
 )
 def test_what_a_step_needs_was_made_before_it(settings: list[str], overrides: list[str]) -> None:
     steps = list(steps_of(*settings, *overrides))
@@ -52,8 +69,11 @@ def test_what_a_step_needs_was_made_before_it(settings: list[str], overrides: li
     for number, step in enumerate(steps):
         needed = {name: ids.index(earlier.id) for name, earlier in step.needs.items()}
         assert all(place < number for place in needed.values())
-        if step.kind in {"calibrate", "evaluate"} and "pruning" in needed:  # the newest that is finished, not an earlier round's
-            assert needed["pruning"] == max(place for place in range(number) if steps[place].kind in {"prune", "repair"})
+        # The newest that is finished, not an earlier round's.
+        if step.kind in {"calibrate", "evaluate"} and "pruning" in needed:
+            assert needed["pruning"] == max(
+                place for place in range(number) if steps[place].kind in {"prune", "repair"}
+            )
 
 
 def test_a_part_is_determined_as_its_artifact_is(settings: list[str]) -> None:
@@ -65,9 +85,7 @@ def test_a_part_is_determined_as_its_artifact_is(settings: list[str]) -> None:
 
 
 def test_a_measurement_depends_on_what_it_needs_and_on_nothing_else(settings: list[str]) -> None:
-    cost = (
-        "+evaluation.calibration_cost={_target_:heapr.evaluation.calibration_cost.CalibrationCost,num_sequences:2,batch_size:1,repeats:1}"
-    )
+    cost = "+evaluation.calibration_cost={_target_:heapr.evaluation.calibration_cost.CalibrationCost,num_sequences:2,batch_size:1,repeats:1}"
     steps = steps_of(*settings, "recipe=best", cost)
     found = {step.what: step for step in steps if step.kind == "evaluate"}
     assert {what: set(step.needs) for what, step in found.items()} == {
@@ -82,12 +100,17 @@ def test_a_measurement_depends_on_what_it_needs_and_on_nothing_else(settings: li
         "throughput": {"tokens", "pruning"},
     }
     for step in found.values():
-        assert step.origin.upstream == {earlier.origin.stage: earlier.origin.key for earlier in step.needs.values()}
+        assert step.origin.upstream == {
+            earlier.origin.stage: earlier.origin.key for earlier in step.needs.values()
+        }
     of_dense = {what for what, step in found.items() if "model" in step.origin.config}
     assert of_dense == {"perplexity/text_files dense", "efficiency dense", "truth", "calibration_cost"}
     timed = {what for what, step in found.items() if "machine" in step.origin.config}
     assert timed == {"calibration_cost", "throughput"}
-    assert found["routing"].needs["plan"].kind == "prune" and found["throughput"].needs["pruning"].kind == "repair"
+    assert (
+        found["routing"].needs["plan"].kind == "prune"
+        and found["throughput"].needs["pruning"].kind == "repair"
+    )
 
 
 def test_timings_are_of_the_threads_that_the_run_will_have(settings: list[str]) -> None:

@@ -73,12 +73,19 @@ def test_the_value_is_computed_apart_from_writing_its_files(tmp_path: Path) -> N
 
 
 def test_manifest_says_what_it_is(tmp_path: Path) -> None:
-    manifest = json.loads((Store(tmp_path, CPU).get(ORIGIN, nothing, make_file).path / "manifest.json").read_text())
+    manifest = json.loads(
+        (Store(tmp_path, CPU).get(ORIGIN, nothing, make_file).path / "manifest.json").read_text()
+    )
     assert manifest["stage"] == "score" and manifest["stage_version"] == 1 and manifest["key"] == ORIGIN.key
     assert manifest["upstream"] == {"calibrate": "abc"} and manifest["config"] == {"ratio": 0.5}
     assert manifest["files"]["data.txt"]["size"] == 6 and len(manifest["files"]["data.txt"]["sha256"]) == 64
     assert {"torch", "transformers"} <= manifest["libraries"].keys()
-    assert manifest["created"] and manifest["seconds"] >= 0 and manifest["peak_memory_bytes"] > 0 and "git_commit" in manifest
+    assert (
+        manifest["created"]
+        and manifest["seconds"] >= 0
+        and manifest["peak_memory_bytes"] > 0
+        and "git_commit" in manifest
+    )
 
 
 @pytest.mark.parametrize(
@@ -95,7 +102,10 @@ def test_everything_that_matters_is_in_the_key(other: Origin) -> None:
 
 
 def test_noise_in_floats_and_order_of_keys_do_not_matter() -> None:
-    assert Origin("score", 1, {"ratio": 0.6}, {}).key == Origin("score", 1, {"ratio": 0.6000000000000001}, {}).key
+    assert (
+        Origin("score", 1, {"ratio": 0.6}, {}).key
+        == Origin("score", 1, {"ratio": 0.6000000000000001}, {}).key
+    )
     assert canonical_json({"b": 1, "a": [0.1 + 0.2]}) == '{"a":[0.3],"b":1}'
 
 
@@ -132,7 +142,9 @@ def test_a_failed_make_leaves_nothing(tmp_path: Path) -> None:
 def test_parallel_processes_make_it_once(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     log = tmp_path / "log"
-    processes = [context.Process(target=make_slowly, args=(str(tmp_path / "store"), str(log), 0.5)) for _ in range(3)]
+    processes = [
+        context.Process(target=make_slowly, args=(str(tmp_path / "store"), str(log), 0.5)) for _ in range(3)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -159,7 +171,8 @@ def test_kill_9_leaves_no_half_artifact_and_the_next_takes_over(tmp_path: Path) 
 
 
 def count_up(root: str, steps: int, pause_at: int) -> None:
-    """Compute in steps, each kept in scratch once it is done; pause before one of them, as if it took long."""
+    """Compute in steps, each kept in scratch once it is done; pause before one of them, as if it took
+    long."""
     store = Store(Path(root), CPU)
 
     def compute() -> str:
@@ -252,9 +265,13 @@ def test_a_part_is_made_and_described_by_itself(tmp_path: Path) -> None:
     assert not store.has(ORIGIN, "extra")
     part = store.get(ORIGIN, nothing, make_part, "extra")
     assert (part.path, part.part, part.cached) == (whole.path, "extra", False)
-    assert store.get(ORIGIN, nothing, forbidden).cached and store.get(ORIGIN, nothing, forbidden, "extra").cached
+    assert (
+        store.get(ORIGIN, nothing, forbidden).cached and store.get(ORIGIN, nothing, forbidden, "extra").cached
+    )
     manifest = json.loads((whole.path / "manifest.json").read_text())
-    assert manifest["files"].keys() == {"data.txt"} and manifest["parts"]["extra"]["files"].keys() == {"inside/more.txt"}
+    assert manifest["files"].keys() == {"data.txt"} and manifest["parts"]["extra"]["files"].keys() == {
+        "inside/more.txt"
+    }
     assert manifest["parts"]["extra"]["seconds"] >= 0 and manifest["parts"]["extra"]["created"]
 
 
@@ -273,7 +290,9 @@ def test_a_part_that_fails_or_is_damaged_costs_nothing_else(tmp_path: Path) -> N
     (path / "inside" / "more.txt").write_text("mora")
     assert store.has(ORIGIN) and not store.has(ORIGIN, "extra")
     assert not store.get(ORIGIN, nothing, make_part, "extra").cached
-    assert (path / "inside" / "more.txt").read_text() == "more" and store.get(ORIGIN, nothing, forbidden).cached
+    assert (path / "inside" / "more.txt").read_text() == "more" and store.get(
+        ORIGIN, nothing, forbidden
+    ).cached
 
 
 def test_files_of_a_part_that_the_manifest_does_not_know_yet_are_made_again(tmp_path: Path) -> None:
@@ -308,8 +327,13 @@ def test_parallel_processes_make_a_part_once(tmp_path: Path) -> None:
     assert [process.exitcode for process in processes] == [0, 0, 0] and log.read_text() == "made\n"
 
 
-@pytest.mark.parametrize(("umask", "file_mode", "folder_mode"), [(0o002, 0o664, 0o775), (0o022, 0o644, 0o755), (0o077, 0o600, 0o700)])
-def test_modes_follow_the_umask_and_locks_are_the_groups(tmp_path: Path, umask: int, file_mode: int, folder_mode: int) -> None:
+@pytest.mark.parametrize(
+    ("umask", "file_mode", "folder_mode"),
+    [(0o002, 0o664, 0o775), (0o022, 0o644, 0o755), (0o077, 0o600, 0o700)],
+)
+def test_modes_follow_the_umask_and_locks_are_the_groups(
+    tmp_path: Path, umask: int, file_mode: int, folder_mode: int
+) -> None:
     def make(folder: Path, _: None = None) -> None:
         make_part(folder)
         save_file({"a": torch.zeros(1)}, folder / "a.safetensors")  # written with 0600, whatever the umask
@@ -321,7 +345,10 @@ def test_modes_follow_the_umask_and_locks_are_the_groups(tmp_path: Path, umask: 
         os.umask(before)
     modes = {entry.name: entry.stat().st_mode & 0o777 for entry in [path, *path.rglob("*")]}
     files = {"more.txt", "a.safetensors", "manifest.json"}
-    assert modes == {name: file_mode if name in files else folder_mode for name in modes} and files < modes.keys()
+    assert (
+        modes == {name: file_mode if name in files else folder_mode for name in modes}
+        and files < modes.keys()
+    )
     (lock,) = path.parent.glob(".*.lock")
     assert lock.stat().st_mode & 0o660 == 0o660
 
@@ -358,14 +385,23 @@ def test_two_users_share_a_store_or_are_told_in_one_line() -> None:
         assert as_user(12001, 12000, lambda: Store(root, CPU).get(group, nothing, make_file)) == "done"
         assert as_user(12002, 12000, lambda: Store(root, CPU).get(group, nothing, forbidden)) == "done"
         assert as_user(12002, 12000, lambda: Store(root, CPU).get(other, nothing, make_file)) == "done"
-        assert as_user(12001, 12000, lambda: Store(root, CPU).get(group, nothing, make_part, "extra")) == "done"
+        assert (
+            as_user(12001, 12000, lambda: Store(root, CPU).get(group, nothing, make_part, "extra")) == "done"
+        )
         (root / "score" / ORIGIN.key / "data.txt").chmod(0o600)
         refused = as_user(12002, 12000, lambda: Store(root, CPU).get(group, nothing, forbidden))
-        assert "no permission for" in refused and "data.txt" in refused and "umask 002" in refused and "\n" not in refused
+        assert (
+            "no permission for" in refused
+            and "data.txt" in refused
+            and "umask 002" in refused
+            and "\n" not in refused
+        )
 
 
 def test_what_will_not_fit_is_refused_with_both_numbers(tmp_path: Path) -> None:
     store = Store(tmp_path, CPU)
     store.check_space(0, "nothing", "go on")
-    with pytest.raises(ConfigError, match=r"the weights need 1e\+09 GB, and .* has .* GB free; .*or leave them out"):
+    with pytest.raises(
+        ConfigError, match=r"the weights need 1e\+09 GB, and .* has .* GB free; .*or leave them out"
+    ):
         store.check_space(10**18, "the weights", "leave them out")

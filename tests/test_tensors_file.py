@@ -22,7 +22,12 @@ def some_of_each_dtype() -> TensorDict:
     generator = torch.Generator().manual_seed(0)
     tensors = {f"of.{dtype}": torch.randint(0, 2, (3, 5), generator=generator).to(dtype) for dtype in DTYPES}
     strided = torch.rand(4, 6, generator=generator).T[::2]
-    return tensors | {"scalar": torch.tensor(7), "empty": torch.zeros(0, 3), "strided": strided, 'é"\\': torch.ones(1)}
+    return tensors | {
+        "scalar": torch.tensor(7),
+        "empty": torch.zeros(0, 3),
+        "strided": strided,
+        'é"\\': torch.ones(1),
+    }
 
 
 @pytest.mark.parametrize("metadata", [None, {"model": '{"sha256": "é\\n"}'}])
@@ -40,15 +45,18 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         assert file.metadata() == metadata
     found = load_file(tmp_path / "file")
     assert found.keys() == tensors.keys()
-    assert all(torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in tensors.items())
+    assert all(
+        torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype
+        for name, tensor in tensors.items()
+    )
 
 
 def test_every_process_and_every_order_of_entries_gives_the_same_bytes(tmp_path: Path) -> None:
     """The library's order of metadata changes with every call."""
     program = (
-        "import sys, torch; from pathlib import Path; from heapr.tensors_file import save_tensors\n"
-        "names = 'abcdef'[:: int(sys.argv[2])]\n"
-        "save_tensors(Path(sys.argv[1]), {name: torch.ones(2) for name in names}, {name: name for name in names})\n"
+        "import sys, torch; from pathlib import Path; from heapr.tensors_file import save_tensors\nnames ="
+        " 'abcdef'[:: int(sys.argv[2])]\nsave_tensors(Path(sys.argv[1]), {name: torch.ones(2) for name in"
+        " names}, {name: name for name in names})\n"
     )
     paths = [tmp_path / "forwards", tmp_path / "backwards"]
     for path, step in zip(paths, ("1", "-1"), strict=True):
@@ -63,11 +71,20 @@ def test_runs_write_the_same_artifacts(tmp_path: Path, form: str, is_tied: bool)
     tiny_qwen3_moe(tie_word_embeddings=is_tied).save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
     texts = [override for override in write_texts(tmp_path) if override.startswith("calibration")]
-    settings = ["model=hf", f"model.path={tmp_path / 'model'}", "model.dtype=float32", *texts, "evaluation=none", "recipe=best"]
+    settings = [
+        "model=hf",
+        f"model.path={tmp_path / 'model'}",
+        "model.dtype=float32",
+        *texts,
+        "evaluation=none",
+        "recipe=best",
+    ]
     digests = []
     for number in range(4):
         run_in(tmp_path / str(number), *settings, f"pruning.form={form}")
         root = tmp_path / str(number) / "outputs" / "artifacts"
-        digests.append({str(path.relative_to(root)): hash_file(path) for path in sorted(root.rglob("*.safetensors"))})
+        digests.append(
+            {str(path.relative_to(root)): hash_file(path) for path in sorted(root.rglob("*.safetensors"))}
+        )
     assert len(digests[0]) == 7  # tokens, statistics, scores, plan and its copy, repaired weights, weights
     assert all(digest == digests[0] for digest in digests)

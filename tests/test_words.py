@@ -32,7 +32,11 @@ def test_names_of_options(target: str, name: str) -> None:
 
 
 def test_titles_of_steps() -> None:
-    assert [step_title("calibrate", ""), step_title("prune", "round 2 repair"), step_title("evaluate", "routing")] == [
+    assert [
+        step_title("calibrate", ""),
+        step_title("prune", "round 2 repair"),
+        step_title("evaluate", "routing"),
+    ] == [
         "calibrate",
         "prune round 2 repair",
         "routing",

@@ -103,7 +103,8 @@ FAMILIES: dict[str, dict[str, object]] = {  # transformers' folder of a family -
 }  # fmt: skip
 WINDOW = {"sliding_window": 4}  # shorter than the sequences of the tests
 TWICE_DENSE = {"first_k_dense_replace": 2}
-DENSE_SPARSE = {"mlp_layer_types": ["dense", "sparse"] * 2}  # with the other kinds changing half as often, so that each meets each
+# With the other kinds changing half as often, so that each meets each.
+DENSE_SPARSE = {"mlp_layer_types": ["dense", "sparse"] * 2}
 SLIDING_FULL = {"layer_types": ["sliding_attention"] * 2 + ["full_attention"] * 2, **WINDOW}
 LINEAR_FULL = {"layer_types": ["linear_attention"] * 2 + ["full_attention"] * 2}
 FULL_SHARED = {"indexer_types": ["full", "full", "shared", "shared"], "index_topk": 3}
@@ -171,10 +172,20 @@ DEEP: dict[str, dict[str, object]] = {  # family -> what gives 4 layers or more 
     },
     "zaya": {"layer_types": ["hybrid_sliding", "hybrid"] * 2, **WINDOW},
 }  # fmt: skip
-SHARED_INSIDE: dict[str, dict[str, object]] = {  # family -> what makes its layers hand something on inside their arguments
+# Family -> what makes its layers hand something on inside their arguments.
+SHARED_INSIDE: dict[str, dict[str, object]] = {
     "gemma4": {"num_kv_shared_layers": 2},
 }
-LAYOUTS = ("qwen3_moe", "qwen2_moe", "deepseek", "aria", "gpt_oss", "llama4", "nemotron_h")  # a family of each way to store experts
+# A family of each way to store experts.
+LAYOUTS = (
+    "qwen3_moe",
+    "qwen2_moe",
+    "deepseek",
+    "aria",
+    "gpt_oss",
+    "llama4",
+    "nemotron_h",
+)
 
 
 def model_class_of(family: str) -> type[PreTrainedModel]:
@@ -206,7 +217,8 @@ def tiny_model(family: str, seed: int = 0, **changes: object) -> PreTrainedModel
 
 
 def deep_model(family: str, **changes: object) -> PreTrainedModel:
-    """At least 4 layers, with every kind of layer, block and sharing that the family's configuration knows at least twice."""
+    """At least 4 layers, with every kind of layer, block and sharing that the family's configuration knows at
+    least twice."""
     return tiny_model(family, **{"num_hidden_layers": 4, **DEEP.get(family, {}), **changes})
 
 
@@ -226,7 +238,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+    )
 
 
 def no_weights(index: int) -> ExpertWeights:
@@ -235,7 +249,8 @@ def no_weights(index: int) -> ExpertWeights:
 
 
 def write_description(folder: Path, model: PreTrainedModel) -> Path:
-    """What describes a model in its folder: configuration, generation settings and tokenizer, without weights."""
+    """What describes a model in its folder: configuration, generation settings and tokenizer, without
+    weights."""
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
@@ -247,8 +262,15 @@ def layer_statistics(count: list[float], **values: list[list[float]]) -> LayerSt
     width = len(next(iter(values.values()))[0]) if values else 1
     zeros = LayerStatistics.zeros(len(count), width, torch.device("cpu"))
     given = {f"{name}_EF": torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
-    return LayerStatistics(**{**dict(zeros.items()), **given, "count_E": torch.tensor(count, dtype=torch.float64)})
+    return LayerStatistics(
+        **{**dict(zeros.items()), **given, "count_E": torch.tensor(count, dtype=torch.float64)}
+    )
 
 
 def statistics_of(layers: dict[int, LayerStatistics], num_predicted_tokens: int = 1) -> Statistics:
-    return Statistics(layers=layers, num_tokens=num_predicted_tokens, num_predicted_tokens=num_predicted_tokens, loss_sum=0.0)
+    return Statistics(
+        layers=layers,
+        num_tokens=num_predicted_tokens,
+        num_predicted_tokens=num_predicted_tokens,
+        loss_sum=0.0,
+    )

@@ -1,10 +1,11 @@
 """Train a built-in model on the `pydocs` corpus, from nothing to a Hugging Face folder.
 
 Run:  python experiments/builtin_models/train.py --model qwen3_moe_tiny
-Out:  outputs/training/<model>/: state.safetensors (for resuming), final/ (bfloat16 model, tokenizer, card with the log).
+Out:  outputs/training/<model>/: state.safetensors (for resuming), final/ (bfloat16 model, tokenizer, card
+with the log).
 
-Seeded and resumable: data order and dropout depend on (seed, step) alone, so a run that was stopped and started again
-gives the weights of an uninterrupted one. `--install` copies final/ into the package.
+Seeded and resumable: data order and dropout depend on (seed, step) alone, so a run that was stopped and
+started again gives the weights of an uninterrupted one. `--install` copies final/ into the package.
 """
 
 from __future__ import annotations
@@ -25,7 +26,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from heapr.model.deepseek_moe import DeepseekForCausalLM, DeepseekMoeConfig
@@ -120,11 +127,14 @@ def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(documents, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT, model_max_length=512)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT, model_max_length=512
+    )
 
 
 def sample_batch(document_ids: list[Tensor], schedule: Schedule, step: int) -> Tensor:
-    """(batch_size, sequence_length) token ids: windows of freshly shuffled documents, a function of (seed, step) alone."""
+    """(batch_size, sequence_length) token ids: windows of freshly shuffled documents, a function of (seed,
+    step) alone."""
     generator = torch.Generator().manual_seed(schedule.seed * 1_000_003 + step)
     needed = schedule.batch_size * schedule.sequence_length
     chosen, length = [], 0
@@ -149,14 +159,17 @@ def learning_rate(schedule: Schedule, step: int) -> float:
 
 @torch.no_grad()
 def heldout_loss(model: PreTrainedModel, tokens: Tensor, schedule: Schedule) -> float:
-    """Mean next-token cross-entropy in nats over non-overlapping windows, first token of each not predicted."""
+    """Mean next-token cross-entropy in nats over non-overlapping windows, first token of each not
+    predicted."""
     model.eval()
     num_windows = len(tokens) // schedule.sequence_length
     windows = tokens[: num_windows * schedule.sequence_length].view(num_windows, schedule.sequence_length)
     total = 0.0
     for batch in windows.split(32):
         logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
-        total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
+        total += torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"
+        ).item()
     model.train()
     return total / (num_windows * (schedule.sequence_length - 1))
 
@@ -173,7 +186,10 @@ class TrainingState:
         self.average = copy.deepcopy(self.model)
         decayed = [p for p in self.model.parameters() if p.dim() >= 2]
         plain = [p for p in self.model.parameters() if p.dim() < 2]
-        groups = [{"params": decayed, "weight_decay": schedule.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        groups = [
+            {"params": decayed, "weight_decay": schedule.weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+        ]
         self.optimizer = torch.optim.AdamW(groups, lr=schedule.learning_rate, betas=(0.9, 0.95))
 
     @torch.no_grad()
@@ -205,7 +221,10 @@ class TrainingState:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
         if metadata["made_by"] != self._made_by():
-            raise SystemExit(f"{path} was made with another schedule, architecture or corpus; remove it or choose another --output")
+            raise SystemExit(
+                f"{path} was made with another schedule, architecture or corpus; remove it or choose another"
+                " --output"
+            )
         self.step, self.log = int(metadata["step"]), json.loads(metadata["log"])
         tensors = load_file(path)
         with torch.no_grad():
@@ -222,7 +241,9 @@ class TrainingState:
     def _made_by(self) -> str:
         """Everything that determines the weights."""
         corpus = PyDocs("train").identity()
-        return json.dumps([asdict(self.schedule), self.model.config.to_diff_dict(), corpus], sort_keys=True, default=str)
+        return json.dumps(
+            [asdict(self.schedule), self.model.config.to_diff_dict(), corpus], sort_keys=True, default=str
+        )
 
 
 def train_step(state: TrainingState, batch: Tensor, schedule: Schedule) -> float:
@@ -234,7 +255,8 @@ def train_step(state: TrainingState, batch: Tensor, schedule: Schedule) -> float
     loss = outputs.loss
     if outputs.aux_loss is None:  # this family's loss leaves the load balancing to the training
         config = state.model.config
-        # layer by layer, as DeepSeekMoE (eq. 12): over all layers at once a dead expert of one is outweighed by the others
+        # layer by layer, as DeepSeekMoE (eq. 12): over all layers at once a dead expert of one is outweighed
+        # by the others
         for logits in outputs.router_logits:
             auxiliary = load_balancing_loss_func((logits,), config.num_experts, config.num_experts_per_tok)
             loss = loss + ROUTER_AUXILIARY_LOSS * auxiliary
@@ -247,21 +269,36 @@ def train_step(state: TrainingState, batch: Tensor, schedule: Schedule) -> float
     return loss.item()
 
 
-def train(state: TrainingState, document_ids: list[Tensor], heldout_tokens: Tensor, *, folder: Path, evaluate_every: int) -> None:
-    """Train to the last step; the log is part of the saved state, so that a stop between the two loses nothing."""
+def train(
+    state: TrainingState,
+    document_ids: list[Tensor],
+    heldout_tokens: Tensor,
+    *,
+    folder: Path,
+    evaluate_every: int,
+) -> None:
+    """Train to the last step; the log is part of the saved state, so that a stop between the two loses
+    nothing."""
     schedule, started = state.schedule, time.time() - (state.log[-1]["seconds"] if state.log else 0.0)
     while state.step < schedule.num_steps:
         loss = train_step(state, sample_batch(document_ids, schedule, state.step), schedule)
         if state.step % evaluate_every == 0 or state.step == schedule.num_steps:
             heldout = math.exp(heldout_loss(state.average, heldout_tokens, schedule))
-            row = {"step": state.step, "train_loss": loss, "heldout_perplexity": heldout, "seconds": time.time() - started}
+            row = {
+                "step": state.step,
+                "train_loss": loss,
+                "heldout_perplexity": heldout,
+                "seconds": time.time() - started,
+            }
             state.log.append(row)
             state.save(folder)
             print(row, flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="qwen3_moe_tiny")
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--evaluate-every", type=int, default=250)
@@ -290,7 +327,9 @@ def main() -> None:
     tokenizer.save_pretrained(final)
     described = final / "tokenizer_config.json"
     settings = {name: value for name, value in json.loads(described.read_text()).items() if name != "backend"}
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that transformers 4 and other tools read too
+    settings["tokenizer_class"] = (
+        "PreTrainedTokenizerFast"  # the name that transformers 4 and other tools read too
+    )
     described.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     loss = heldout_loss(model.float(), heldout_tokens, schedule)
     num_bytes = len(DOCUMENT_SEPARATOR.join(heldout_documents).encode())
@@ -318,26 +357,30 @@ def describe(model: PreTrainedModel) -> str:
 def write_card(folder: Path, state: TrainingState, *, perplexity: float, bits_per_byte: float) -> None:
     """README.md of the model folder: what it is, how it was made, what it reached."""
     schedule = state.schedule
-    rows = "\n".join(f"| {r['step']} | {r['train_loss']:.3f} | {r['heldout_perplexity']:.2f} | {r['seconds']:.0f} |" for r in state.log)
-    (folder / "README.md").write_text(
-        f"""# {schedule.model}
-A small Mixture-of-Experts language model for trying out pruning without a network; a test object, not a useful language model.
+    rows = "\n".join(
+        f"| {r['step']} | {r['train_loss']:.3f} | {r['heldout_perplexity']:.2f} | {r['seconds']:.0f} |"
+        for r in state.log
+    )
+    (folder / "README.md").write_text(f"""# {schedule.model}
+A small Mixture-of-Experts language model for trying out pruning without a network;
+a test object, not a useful language model.
 {describe(state.model)}, bfloat16.
 
-Trained on the docstrings of Python {platform.python_version()}'s standard library (corpus `pydocs`, split `train`) by
+Trained on the docstrings of Python {platform.python_version()}'s standard library (corpus `pydocs`,
+split `train`) by
 
     python experiments/builtin_models/train.py --model {schedule.model} --steps {schedule.num_steps}
 
 with `{json.dumps(asdict(schedule))}`.
 
-Perplexity on the held-out documents (windows of {schedule.sequence_length} tokens, bfloat16 weights, computed in float32):
+Perplexity on the held-out documents (windows of {schedule.sequence_length} tokens, bfloat16 weights,
+computed in float32):
 **{perplexity:.2f}** with its vocabulary of {VOCABULARY_SIZE} tokens; {bits_per_byte:.3f} bits per byte.
 
 | step | train loss (with router auxiliary loss) | held-out perplexity | seconds |
 |---|---|---|---|
 {rows}
-"""
-    )
+""")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """The collector: watches every routed expert during one forward and backward pass and keeps running sums.
 
-In: a model and its batches of token ids. Out: `Statistics` (docs/method.md). The identity that makes one pass enough
-(docs/method.md, 5): E(x) = W_down h(x), so dloss/dh_k = w_k . g, and the D x D matrices of the published procedure are
-never needed.
-Shape letters: D model width, E experts, F atomic experts of an expert, S (token, expert) pairs sorted by expert, n tokens of one expert,
-N sequences, W window.
+In: a model and its batches of token ids. Out: `Statistics` (docs/method.md). The identity that makes one pass
+enough (docs/method.md, 5): E(x) = W_down h(x), so dloss/dh_k = w_k . g, and the D x D matrices of the
+published procedure are never needed.
+Shape letters: D model width, E experts, F atomic experts of an expert, S (token, expert) pairs sorted by
+expert, n tokens of one expert, N sequences, W window.
 """
 
 from __future__ import annotations
@@ -51,10 +51,13 @@ class LayerObserver:
             self._add_to(slice(None), slice(None), pair_statistics(*seen, grad_SF, Segments(offsets)))
             return
         of_experts = [split_by_expert(rows, offsets) for rows in (*seen, grad_SF)]
-        for expert, (h_nF, p_n, output_nD, grad_nF) in enumerate(zip(*of_experts, strict=True)):  # one's rows stay in the CPU's cache
+        # One's rows stay in the CPU's cache.
+        for expert, (h_nF, p_n, output_nD, grad_nF) in enumerate(zip(*of_experts, strict=True)):
             own = slice(self.widths[expert])
             if len(p_n):
-                self._add_to(expert, own, pair_statistics(h_nF[:, own], p_n, output_nD, grad_nF[:, own], OneExpert()))
+                self._add_to(
+                    expert, own, pair_statistics(h_nF[:, own], p_n, output_nD, grad_nF[:, own], OneExpert())
+                )
 
     def _add_to(self, experts: int | slice, atomic: slice, found: dict[str, Tensor]) -> None:
         for name, value in found.items():
@@ -72,18 +75,20 @@ def collect(
     spans: Sequence[Span] | None = None,
     on_batch: Callable[[int, float], None] = lambda num_tokens, loss: None,
 ) -> Statistics:
-    """Statistics of the batches: one forward and one backward each, parameters frozen, gradient from the input embeddings.
+    """Statistics of the batches: one forward and one backward each, parameters frozen, gradient from the
+    input embeddings.
 
-    The loss is the *sum* of next-token cross-entropies, so how sequences are batched changes the statistics by rounding alone (about 1e-6
-    in float32, docs/method.md); router auxiliary losses play no part. Several spans need the memory of one span at a time and give the
-    same statistics, in some families up to rounding (`backward_by_spans`).
+    The loss is the *sum* of next-token cross-entropies, so how sequences are batched changes the statistics
+    by rounding alone (about 1e-6 in float32, docs/method.md); router auxiliary losses play no part. Several
+    spans need the memory of one span at a time and give the same statistics, in some families up to rounding
+    (`backward_by_spans`).
 
     Args:
         model: dense or pruned; for several spans one that passes `check_walk`.
         batches: int64 (N, W) token ids each.
         spans: of decoder layers, one behind the other from the first layer to the last; None is one span.
-        on_batch: told, after each batch has reached the loss, the number of tokens so far and their mean loss, in nats per
-            predicted token.
+        on_batch: told, after each batch has reached the loss, the number of tokens so far and their mean
+            loss, in nats per predicted token.
 
     Raises:
         FloatingPointError: a loss or statistic is NaN or infinite; the message names layer and batch.
@@ -92,7 +97,11 @@ def collect(
     observers = [LayerObserver(layer) for layer in model.layers]
     watched = [(layer.experts, observer) for layer, observer in zip(model.layers, observers, strict=True)]
     loss_sum, num_batches, num_tokens, num_predicted_tokens = 0.0, 0, 0, 0
-    with frozen_parameters(model.model), gradient_from_embeddings(model.model), observe_experts(model.model, watched):
+    with (
+        frozen_parameters(model.model),
+        gradient_from_embeddings(model.model),
+        observe_experts(model.model, watched),
+    ):
         for number, ids_NW, loss in backward_by_spans(model, batches, spans):
             check_finite(number, loss, observers)
             if number < num_batches:  # in an earlier span than the last, where the loss is
@@ -103,24 +112,38 @@ def collect(
             num_predicted_tokens += ids_NW[:, 1:].numel()
             on_batch(num_tokens, loss_sum / num_predicted_tokens)
     layers = {observer.index: observer.statistics() for observer in observers}
-    return Statistics(layers=layers, num_tokens=num_tokens, num_predicted_tokens=num_predicted_tokens, loss_sum=loss_sum)
+    return Statistics(
+        layers=layers, num_tokens=num_tokens, num_predicted_tokens=num_predicted_tokens, loss_sum=loss_sum
+    )
 
 
-FORWARD = ("router_weight_sum_E", "h_abs_sum_EF", "h_sq_sum_EF", "output_norm_sum_E", "ph_sq_sum_EF")  # in order of computation
+# In order of computation.
+FORWARD = (
+    "router_weight_sum_E",
+    "h_abs_sum_EF",
+    "h_sq_sum_EF",
+    "output_norm_sum_E",
+    "ph_sq_sum_EF",
+)
 BACKWARD = ("g_sq_sum_EF", "gh_sum_EF", "gh_sq_sum_EF")
 
 
 def check_finite(batch: int, loss: Tensor, observers: Sequence[LayerObserver]) -> None:
-    """Stop at the first batch that is not finite and name where it began: forward statistics from the first layer on,
-    then the loss, then backward statistics from the last layer on.
+    """Stop at the first batch that is not finite and name where it began: forward statistics from the first
+    layer on, then the loss, then backward statistics from the last layer on.
 
     Raises:
         FloatingPointError: naming layer and batch.
     """
     forward = [(observer, name) for observer in observers for name in FORWARD]
     backward = [(observer, name) for observer in reversed(observers) for name in BACKWARD]
-    sums = [observer.sums[name].sum() for observer, name in forward] + [loss] + [observer.sums[name].sum() for observer, name in backward]
-    finite = torch.stack([value.to(loss.device, torch.float64) for value in sums]).isfinite().tolist()  # one synchronisation
+    sums = (
+        [observer.sums[name].sum() for observer, name in forward]
+        + [loss]
+        + [observer.sums[name].sum() for observer, name in backward]
+    )
+    # One synchronisation.
+    finite = torch.stack([value.to(loss.device, torch.float64) for value in sums]).isfinite().tolist()
     if all(finite):
         return
     places = [f"statistic {name} of layer {observer.index}" for observer, name in forward]
@@ -128,5 +151,6 @@ def check_finite(batch: int, loss: Tensor, observers: Sequence[LayerObserver]) -
     places += [f"statistic {name} of layer {observer.index}" for observer, name in backward]
     first = places[finite.index(False)]
     raise FloatingPointError(
-        f"calibration: {first} is NaN or infinite in batch {batch}; use a wider model.dtype, or look at weights and text"
+        f"calibration: {first} is NaN or infinite in batch {batch}; use a wider model.dtype, or look at"
+        " weights and text"
     )

@@ -1,6 +1,8 @@
-"""How well the calibration covers the experts: tokens of the least and the median one, and how many were not reached.
+"""How well the calibration covers the experts: tokens of the least and the median one, and how many were not
+reached.
 
-In: statistics. Out: one line in the log, and a warning where half of the experts saw fewer tokens than scores can be told from.
+In: statistics. Out: one line in the log, and a warning where half of the experts saw fewer tokens than scores
+can be told from.
 Shape letters: E experts.
 """
 
@@ -23,11 +25,19 @@ def report_coverage(statistics: Statistics, widths: Mapping[int, Sequence[int]])
 
     Args:
         statistics: of the calibration.
-        widths: atomic experts of every expert, by decoder layer; one that has none cannot be scored and does not count.
+        widths: atomic experts of every expert, by decoder layer; one that has none cannot be scored and does
+            not count.
     """
-    counts = {index: layer.count_E.cpu()[torch.tensor(widths[index]) > 0] for index, layer in statistics.layers.items()}
+    counts = {
+        index: layer.count_E.cpu()[torch.tensor(widths[index]) > 0]
+        for index, layer in statistics.layers.items()
+    }
     count_E = torch.cat(list(counts.values()))
-    least, median = count_E.min().item(), count_E.quantile(0.5).item()  # of an even number, the mean of the two in the middle
+    # Of an even number, the mean of the two in the middle.
+    least, median = (
+        count_E.min().item(),
+        count_E.quantile(0.5).item(),
+    )
     missed = {index: int((layer_E == 0).sum()) for index, layer_E in counts.items()}
     worst = max(missed, key=lambda index: missed[index])
     place = f", most of them in layer {worst} ({missed[worst]})" if missed[worst] else ""

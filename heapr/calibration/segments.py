@@ -1,7 +1,10 @@
-"""What the collector sums over (token, expert) pairs, for one expert's rows or for all experts' segments at once.
+"""What the collector sums over (token, expert) pairs, for one expert's rows or for all experts' segments at
+once.
 
-In: h, dloss/dh, router weights and outputs. Out: one batch's part of each statistic of `LayerStatistics`, in float32.
-Shape letters: D model width, E experts, F atomic experts of an expert, S pairs, sorted by expert or of one expert.
+In: h, dloss/dh, router weights and outputs. Out: one batch's part of each statistic of `LayerStatistics`, in
+float32.
+Shape letters: D model width, E experts, F atomic experts of an expert, S pairs, sorted by expert or of one
+expert.
 """
 
 from __future__ import annotations
@@ -56,7 +59,9 @@ class Segments:
         return torch.segment_reduce(rows, "max", offsets=self.offsets, unsafe=True, initial=0)
 
 
-def pair_statistics(h_SF: Tensor, router_weight_S: Tensor, output_SD: Tensor, grad_SF: Tensor, over: Reduction) -> dict[str, Tensor]:
+def pair_statistics(
+    h_SF: Tensor, router_weight_S: Tensor, output_SD: Tensor, grad_SF: Tensor, over: Reduction
+) -> dict[str, Tensor]:
     """Every statistic of `LayerStatistics` by name."""
     h_SF, g_SF, p_S = h_SF.float(), grad_SF.float(), router_weight_S.float()
     norm_S = torch.linalg.vector_norm(output_SD, dim=1, dtype=torch.float32)

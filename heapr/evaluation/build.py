@@ -19,7 +19,8 @@ def build_measurements(evaluation: Mapping[str, Any]) -> list[Measurement]:
         evaluation: the group's configuration.
 
     Raises:
-        ConfigError: a misspelt key, a bad corpus, something else than a measurement, or two measurements of one name.
+        ConfigError: a misspelt key, a bad corpus, something else than a measurement, or two measurements of
+            one name.
     """
     corpora = build_corpora(evaluation)
     measurements: list[Measurement] = []
@@ -30,7 +31,8 @@ def build_measurements(evaluation: Mapping[str, Any]) -> list[Measurement]:
     for name, number in numbers.items():
         if number > 1:
             raise ConfigError(
-                f"evaluation measures '{name}' {number} times; one would overwrite the other, keep one or give a corpus another name"
+                f"evaluation measures '{name}' {number} times; one would overwrite the other, keep one or"
+                " give a corpus another name"
             )
     return measurements
 
@@ -46,7 +48,10 @@ def build_corpora(evaluation: Mapping[str, Any]) -> list[Corpus]:
         where = f"evaluation.corpora.{name}"
         corpus = build(entry, where)
         if not isinstance(corpus, Corpus):
-            raise ConfigError(f"{where} is a {type(corpus).__name__}, which is no corpus to measure on; name corpora one by one")
+            raise ConfigError(
+                f"{where} is a {type(corpus).__name__}, which is no corpus to measure on; name corpora one"
+                " by one"
+            )
         corpora.append(corpus)
     return corpora
 
@@ -70,5 +75,8 @@ def _build_each(entry: Mapping[str, Any], where: str, corpora: Sequence[Corpus])
 def _tasks(entry: Mapping[str, Any], where: str) -> list[str]:
     tasks = entry.get("tasks")
     if not isinstance(tasks, list) or not tasks or not all(isinstance(task, str) for task in tasks):
-        raise ConfigError(f"{where}.tasks={tasks} is not a list of names; give one or more, for example {where}.tasks=[piqa,arc_easy]")
+        raise ConfigError(
+            f"{where}.tasks={tasks} is not a list of names; give one or more, for example"
+            f" {where}.tasks=[piqa,arc_easy]"
+        )
     return tasks

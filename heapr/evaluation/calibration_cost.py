@@ -1,7 +1,8 @@
-"""Seconds and memory of the calibration on this machine, against the published two-stage procedure, measured in turns.
+"""Seconds and memory of the calibration on this machine, against the published two-stage procedure, measured
+in turns.
 
-In: the dense model and calibration tokens. Out: medians and peaks of both, and how far their scores are apart. Timings are of one
-machine, which is part of the artifact's identity.
+In: the dense model and calibration tokens. Out: medians and peaks of both, and how far their scores are
+apart. Timings are of one machine, which is part of the artifact's identity.
 """
 
 from __future__ import annotations
@@ -31,13 +32,15 @@ Procedure = Callable[[], dict[int, Tensor]]  # gives scores by decoder layer ind
 
 
 class CalibrationCost:
-    """`heapr`: one forward and one backward pass, running sums. `two_stage`: the same passes with a D x D matrix per expert, and
-    another forward pass. Both run the same forward of the experts with frozen parameters and end with scores.
+    """`heapr`: one forward and one backward pass, running sums. `two_stage`: the same passes with a D x D
+    matrix per expert, and another forward pass. Both run the same forward of the experts with frozen
+    parameters and end with scores.
 
-    Metrics: `calibration_seconds/<procedure>`, medians over turns; `calibration_speedup`, the median over turns of seconds of
-    `two_stage` over those of `heapr`; `calibration_peak_memory_bytes/<procedure>`, weights and what `WorkingMemory` sees;
-    `calibration_state_bytes/<procedure>`, of statistics and of matrices; `calibration_score_difference`, the largest relative
-    difference of the scores. Where the matrices do not fit, what needs them is left out and the details say so.
+    Metrics: `calibration_seconds/<procedure>`, medians over turns; `calibration_speedup`, the median over
+    turns of seconds of `two_stage` over those of `heapr`; `calibration_peak_memory_bytes/<procedure>`,
+    weights and what `WorkingMemory` sees; `calibration_state_bytes/<procedure>`, of statistics and of
+    matrices; `calibration_score_difference`, the largest relative difference of the scores. Where the
+    matrices do not fit, what needs them is left out and the details say so.
 
     Args:
         num_sequences: calibration sequences, the first of them, at least 1.
@@ -72,7 +75,9 @@ class CalibrationCost:
             "heapr": partial(_one_stage, model, batches),
             "two_stage": partial(two_stage_scores, model, batches),
         }
-        metrics: Metrics = {f"calibration_state_bytes/{name}": size for name, size in _state_bytes(model).items()}
+        metrics: Metrics = {
+            f"calibration_state_bytes/{name}": size for name, size in _state_bytes(model).items()
+        }
         weights = sum(parameter.numel() * parameter.element_size() for parameter in model.model.parameters())
         found: dict[str, dict[int, Tensor]] = {}
         for name, procedure in procedures.items():  # warms up, too
@@ -91,7 +96,8 @@ class CalibrationCost:
         return Evaluation(metrics, self.identity() | of_machine)
 
     def _seconds(self, procedures: Mapping[str, Procedure], device: torch.device) -> dict[str, Tensor]:
-        """Of every turn; even turns go forwards, odd ones backwards, so that the machine's moods meet both alike."""
+        """Of every turn; even turns go forwards, odd ones backwards, so that the machine's moods meet both
+        alike."""
         seconds: dict[str, list[float]] = {name: [] for name in procedures}
         for turn in progress(range(self.repeats), total=self.repeats, description=self.name, unit="turn"):
             for name in list(procedures)[:: 1 if turn % 2 == 0 else -1]:
@@ -122,7 +128,9 @@ def _one_stage(model: MoEModel, batches: Sequence[Tensor]) -> dict[int, Tensor]:
 
 def _state_bytes(model: MoEModel) -> dict[str, int]:
     """What each procedure keeps between batches."""
-    statistics = [LayerStatistics.zeros(layer.num_experts, layer.width, torch.device("meta")) for layer in model.layers]
+    statistics = [
+        LayerStatistics.zeros(layer.num_experts, layer.width, torch.device("meta")) for layer in model.layers
+    ]
     matrices = sum(layer.num_experts * layer.model_width**2 * MATRIX_ELEMENT_BYTES for layer in model.layers)
     return {"heapr": sum(layer.num_bytes for layer in statistics), "two_stage": matrices}
 

@@ -20,7 +20,8 @@ def spearman(a: Tensor, b: Tensor) -> float | None:
 
 
 def ranks(values: Tensor) -> Tensor:
-    """Position of each value in the sorted vector, from 1, float64; equal values share the mean of their positions."""
+    """Position of each value in the sorted vector, from 1, float64; equal values share the mean of their
+    positions."""
     _, group, counts = torch.unique(values, return_inverse=True, return_counts=True)
     last = counts.cumsum(0).double()
     mean: Tensor = last - (counts.double() - 1) / 2

@@ -1,6 +1,7 @@
 """Size and arithmetic of a model: parameters, atomic experts, bytes, FLOPs per token.
 
-In: a dense or pruned model, and the dense model's routing frequencies. Out: counts; `size_change` compares two models.
+In: a dense or pruned model, and the dense model's routing frequencies. Out: counts; `size_change` compares
+two models.
 """
 
 from __future__ import annotations
@@ -34,20 +35,22 @@ REMOVED_RATIOS = {  # share removed, and of what
 class Efficiency:
     """Counts, not timings.
 
-    Expert e of width F_e has P_e = 3 D F_e weights (docs/method.md, 1: rows of W_gate and W_up, columns of W_down; 2 D F_e
-    without a gate). With f_e the share of the calibration tokens that the dense model routes to it, and sums over MoE layers
-    and experts:
+    Expert e of width F_e has P_e = 3 D F_e weights (docs/method.md, 1: rows of W_gate and W_up, columns of
+    W_down; 2 D F_e without a gate). With f_e the share of the calibration tokens that the dense model routes
+    to it, and sums over MoE layers and experts:
 
-        parameters_active_per_token = those of everything but the routed experts + sum of f_e P_e (biases not counted)
-        flops_per_token_routed      = 2 * sum of f_e P_e
-        flops_per_token             = those of everything but the routed experts, counted by torch on one window and divided
+        parameters_active_per_token = those of everything but the routed experts + sum of f_e P_e (biases not
+        counted) flops_per_token_routed      = 2 * sum of f_e P_e
+        flops_per_token             = those of everything but the routed experts, counted by torch on one
+        window and divided
                                       by its length, + flops_per_token_routed
 
-    Counted is what the model holds and computes with, zeros too: a masked model saves neither parameters nor FLOPs.
-    `parameters_zero` are those of atomic experts whose weights are all zeros; `atomic_experts` counts the others.
+    Counted is what the model holds and computes with, zeros too: a masked model saves neither parameters nor
+    FLOPs. `parameters_zero` are those of atomic experts whose weights are all zeros; `atomic_experts` counts
+    the others.
 
-    Removing a share of the atomic experts is therefore not removing that share of the FLOPs: experts that many tokens visit
-    may keep more than others.
+    Removing a share of the atomic experts is therefore not removing that share of the FLOPs: experts that
+    many tokens visit may keep more than others.
 
     Args:
         window: tokens of the window on which attention is counted, at least 2.
@@ -92,10 +95,13 @@ class Efficiency:
 
 
 def visited_parameters_per_token(model: MoEModel, statistics: Statistics) -> float:
-    """Weights of the routed experts that a token visits, by routing frequency: each is one multiplication and addition."""
+    """Weights of the routed experts that a token visits, by routing frequency: each is one multiplication and
+    addition."""
     total = 0.0
     for layer in model.layers:
-        weights_E = [matrices.inputs_GD.numel() + matrices.down_DF.numel() for matrices in matrices_of(layer.experts)]
+        weights_E = [
+            matrices.inputs_GD.numel() + matrices.down_DF.numel() for matrices in matrices_of(layer.experts)
+        ]
         visits_E = statistics.layers[layer.index].count_E.cpu()
         total += float((visits_E * torch.tensor(weights_E)).sum()) / statistics.num_tokens
     return total
@@ -103,7 +109,8 @@ def visited_parameters_per_token(model: MoEModel, statistics: Statistics) -> flo
 
 @torch.no_grad()
 def zero_atomic_experts(layer: MoELayer) -> int:
-    """Atomic experts whose rows of W_gate and W_up and whose column w_k are all zeros, as masking leaves them."""
+    """Atomic experts whose rows of W_gate and W_up and whose column w_k are all zeros, as masking leaves
+    them."""
     layout, number = layout_of(layer.experts), 0
     for matrices in matrices_of(layer.experts):
         has_column_F, has_row_G = matrices.down_DF.any(dim=0), matrices.inputs_GD.any(dim=1)

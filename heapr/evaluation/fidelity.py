@@ -1,7 +1,7 @@
 """How close the pruned model stays to the dense one on held-out text of one corpus.
 
-In: both models and a corpus. Out: `kl_to_dense/<corpus>` and `top1_agreement/<corpus>`, over the same windows and tokens as
-perplexity (docs/method.md).
+In: both models and a corpus. Out: `kl_to_dense/<corpus>` and `top1_agreement/<corpus>`, over the same windows
+and tokens as perplexity (docs/method.md).
 Shape letters: N sequences, W window, T tokens, D model width, V vocabulary.
 """
 
@@ -25,25 +25,31 @@ from heapr.types import Evaluation, TokenWindows
 
 
 class Fidelity:
-    """Means over the predicted tokens of a corpus, p the dense and q the pruned model's distribution of the next token:
+    """Means over the predicted tokens of a corpus, p the dense and q the pruned model's distribution of the
+    next token:
 
         kl_to_dense    = mean of KL(p || q) = mean of sum over v of p_v (log p_v - log q_v), in nats per token
         top1_agreement = share of tokens at which p and q have the same most probable token, in [0, 1]
 
-    Both models run the same forward of the experts, so that only pruning makes a difference. Logits are compared in
-    float32.
+    Both models run the same forward of the experts, so that only pruning makes a difference. Logits are
+    compared in float32.
 
     Args:
         corpus: the text.
         window: tokens of a window, at least 2.
         batch_size: windows per forward pass, at least 1; changes the result by rounding alone.
-        max_windows: compare on so many windows, at least 1, evenly spread over the corpus; none compares on all.
+        max_windows: compare on so many windows, at least 1, evenly spread over the corpus; none compares on
+            all.
     """
 
     needs = frozenset({Need.DENSE_AND_PRUNED, Need.CORPUS})
 
     def __init__(
-        self, corpus: Corpus, window: Annotated[int, Ge(2)], batch_size: Annotated[int, Ge(1)], max_windows: Annotated[int, Ge(1)] | None
+        self,
+        corpus: Corpus,
+        window: Annotated[int, Ge(2)],
+        batch_size: Annotated[int, Ge(1)],
+        max_windows: Annotated[int, Ge(1)] | None,
     ) -> None:
         self.corpus, self.window, self.batch_size, self.max_windows = corpus, window, batch_size, max_windows
         self.name = f"fidelity/{corpus.name}"
@@ -69,7 +75,10 @@ class Fidelity:
             for number, ids_NW in enumerate(bar):
                 batch_divergence, batch_agreements = compare(dense, pruned, ids_NW.to(dense.device))
                 if not math.isfinite(batch_divergence):
-                    raise FloatingPointError(f"{self.name}: the divergence is NaN or infinite in batch {number}; use a wider model.dtype")
+                    raise FloatingPointError(
+                        f"{self.name}: the divergence is NaN or infinite in batch {number}; use a wider"
+                        " model.dtype"
+                    )
                 divergence += batch_divergence
                 agreements += batch_agreements
         num_tokens = self._windows.num_predicted_tokens
@@ -81,10 +90,13 @@ class Fidelity:
 
 
 def compare(dense: MoEModel, pruned: MoEModel, ids_NW: Tensor) -> tuple[float, int]:
-    """Summed KL(dense || pruned) in nats, and the number of equal most probable tokens, without logits of more than a chunk."""
+    """Summed KL(dense || pruned) in nats, and the number of equal most probable tokens, without logits of
+    more than a chunk."""
     divergence = torch.zeros((), dtype=torch.float64, device=ids_NW.device)
     agreements = torch.zeros((), dtype=torch.int64, device=ids_NW.device)
-    dense_TD, pruned_TD = (model.hidden_states(input_ids=ids_NW)[:, :-1].flatten(0, 1) for model in (dense, pruned))
+    dense_TD, pruned_TD = (
+        model.hidden_states(input_ids=ids_NW)[:, :-1].flatten(0, 1) for model in (dense, pruned)
+    )
     size = dense.chunk_size()
     for dense_chunk, pruned_chunk in zip(dense_TD.split(size), pruned_TD.split(size), strict=True):
         dense_TV, pruned_TV = dense.logits(dense_chunk), pruned.logits(pruned_chunk)

@@ -1,6 +1,8 @@
-"""What a measurement is: models and results of earlier steps in, metrics out. What each one finds is an artifact of its own.
+"""What a measurement is: models and results of earlier steps in, metrics out. What each one finds is an
+artifact of its own.
 
-A measurement declares what it `needs`. From that follow how often it is built, on which models it is made, and which steps come before it.
+A measurement declares what it `needs`. From that follow how often it is built, on which models it is made,
+and which steps come before it.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ class Need(Enum):
 
 @dataclass(frozen=True)
 class Material:
-    """What a measurement may look at; each is loaded when it is asked for, and there is only what the measurement `needs`.
+    """What a measurement may look at; each is loaded when it is asked for, and there is only what the
+    measurement `needs`.
 
     Attributes:
         model: gives the model that is measured: dense or pruned for `Need.MODEL`, dense for `Need.DENSE`.
@@ -74,15 +77,16 @@ class Measurement(Protocol):
         ...
 
     def __call__(self, material: Material) -> Evaluation:
-        """Metrics by contract name, and details, of which "protocols" says by corpus or task how they were measured."""
+        """Metrics by contract name, and details, of which "protocols" says by corpus or task how they were
+        measured."""
         ...
 
 
 def measure(measurement: Measurement, material: Material) -> Evaluation:
     """What a measurement finds.
 
-    Where the dense and the pruned model are measured one after the other, their experts run by one and the same forward: transformers' own
-    ones round differently, in bfloat16 by more than a light pruning changes.
+    Where the dense and the pruned model are measured one after the other, their experts run by one and the
+    same forward: transformers' own ones round differently, in bfloat16 by more than a light pruning changes.
     """
     if Need.MODEL not in measurement.needs:
         return measurement(material)

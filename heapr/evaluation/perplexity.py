@@ -1,9 +1,9 @@
 """Perplexity on one corpus.
 
-In: a model and a corpus. Out: `perplexity/<corpus>`, the mean loss of every window, and how exactly it was measured; from the
-windows of two models, how sure the increase is. Protocol (docs/method.md): documents joined by blank lines, non-overlapping
-windows, remainder dropped, the first token of each window not predicted. Losses are float32, whatever the model's dtype, and
-their sum float64.
+In: a model and a corpus. Out: `perplexity/<corpus>`, the mean loss of every window, and how exactly it was
+measured; from the windows of two models, how sure the increase is. Protocol (docs/method.md): documents
+joined by blank lines, non-overlapping windows, remainder dropped, the first token of each window not
+predicted. Losses are float32, whatever the model's dtype, and their sum float64.
 Shape letters: N windows, W tokens of a window.
 """
 
@@ -34,8 +34,9 @@ WINDOW_LOSSES = "window_losses"  # in the details of the evaluation
 class Perplexity:
     """exp of the mean next-token cross-entropy.
 
-    Memory beside the weights: hidden states of one batch, batch_size * window * D elements a layer, and never more logits than
-    `LOGITS_CHUNK` elements (heapr/model/moe.py; 256 MiB in float32, and their softmax), however large batch and vocabulary.
+    Memory beside the weights: hidden states of one batch, batch_size * window * D elements a layer, and never
+    more logits than `LOGITS_CHUNK` elements (heapr/model/moe.py; 256 MiB in float32, and their softmax),
+    however large batch and vocabulary.
 
     Args:
         corpus: the text.
@@ -45,14 +46,21 @@ class Perplexity:
 
     needs = frozenset({Need.MODEL, Need.CORPUS})
 
-    def __init__(self, corpus: Corpus, window: Annotated[int, Ge(2)], batch_size: Annotated[int, Ge(1)]) -> None:
+    def __init__(
+        self, corpus: Corpus, window: Annotated[int, Ge(2)], batch_size: Annotated[int, Ge(1)]
+    ) -> None:
         self.corpus, self.window, self.batch_size = corpus, window, batch_size
         self.name = f"perplexity/{corpus.name}"
         self._windows: TokenWindows | None = None
         self._special_tokens: list[str] = []
 
     def identity(self) -> dict[str, Any]:
-        return {"evaluator": "perplexity", "name": self.name, "corpus": self.corpus.identity(), "window": self.window}
+        return {
+            "evaluator": "perplexity",
+            "name": self.name,
+            "corpus": self.corpus.identity(),
+            "window": self.window,
+        }
 
     def prepare(self, source: ModelSource) -> None:
         self._windows = windows(self.corpus, source.tokenizer, length=self.window)
@@ -68,11 +76,18 @@ class Perplexity:
         for number, ids_NW in enumerate(bar):
             loss_N = _window_losses(model, ids_NW.to(model.device))
             if not loss_N.isfinite().all():
-                raise FloatingPointError(f"{self.name}: the loss is NaN or infinite in batch {number}; use a wider model.dtype")
+                raise FloatingPointError(
+                    f"{self.name}: the loss is NaN or infinite in batch {number}; use a wider model.dtype"
+                )
             losses += loss_N.tolist()
-        metrics = {self.name: perplexity_of(losses), f"num_tokens/{self.corpus.name}": self._windows.ids_NW.numel()}
+        metrics = {
+            self.name: perplexity_of(losses),
+            f"num_tokens/{self.corpus.name}": self._windows.ids_NW.numel(),
+        }
         protocols = {self.corpus.name: self._protocol(self._windows)}
-        return Evaluation(metrics, details={"protocols": protocols, WINDOW_LOSSES: {self.corpus.name: losses}})
+        return Evaluation(
+            metrics, details={"protocols": protocols, WINDOW_LOSSES: {self.corpus.name: losses}}
+        )
 
     def _protocol(self, token_windows: TokenWindows) -> ProtocolRecord:
         """What decides whether two perplexities may be compared."""
@@ -90,7 +105,8 @@ class Perplexity:
 
 
 def perplexity_of(window_losses: Sequence[float]) -> float:
-    """exp of the mean loss. Every window predicts the same number of tokens, so their mean is that of the tokens.
+    """exp of the mean loss. Every window predicts the same number of tokens, so their mean is that of the
+    tokens.
 
     Args:
         window_losses: mean next-token cross-entropy of each window, in nats per token.
@@ -98,11 +114,13 @@ def perplexity_of(window_losses: Sequence[float]) -> float:
     return math.exp(min(math.fsum(window_losses) / len(window_losses), MAX_MEAN_LOSS))
 
 
-def perplexity_increases(dense: Mapping[str, Sequence[float]], pruned: Mapping[str, Sequence[float]]) -> Metrics:
+def perplexity_increases(
+    dense: Mapping[str, Sequence[float]], pruned: Mapping[str, Sequence[float]]
+) -> Metrics:
     """How much pruning raises each corpus' perplexity, and the standard error of that.
 
-    With a_i and b_i the mean losses of window i under the dense and the pruned model, A and B their perplexities, the increase B - A
-    has by the delta method, its windows paired, the standard error
+    With a_i and b_i the mean losses of window i under the dense and the pruned model, A and B their
+    perplexities, the increase B - A has by the delta method, its windows paired, the standard error
 
         sqrt(sum over i of (z_i - mean z)^2 / (N (N - 1))),   z_i = B b_i - A a_i
 
@@ -110,7 +128,8 @@ def perplexity_increases(dense: Mapping[str, Sequence[float]], pruned: Mapping[s
         dense, pruned: mean loss of each window in nats per token, by corpus; of the same windows.
 
     Returns:
-        `perplexity_increase/<corpus>`, and of two windows or more `perplexity_increase_standard_error/<corpus>`.
+        `perplexity_increase/<corpus>`, and of two windows or more
+        `perplexity_increase_standard_error/<corpus>`.
     """
     metrics: Metrics = {}
     for corpus in dense.keys() & pruned.keys():
@@ -118,7 +137,9 @@ def perplexity_increases(dense: Mapping[str, Sequence[float]], pruned: Mapping[s
         metrics[f"perplexity_increase/{corpus}"] = after - before
         weighted = [after * b - before * a for a, b in zip(dense[corpus], pruned[corpus], strict=True)]
         if len(weighted) > 1:
-            metrics[f"perplexity_increase_standard_error/{corpus}"] = stdev(weighted) / math.sqrt(len(weighted))
+            metrics[f"perplexity_increase_standard_error/{corpus}"] = stdev(weighted) / math.sqrt(
+                len(weighted)
+            )
     return dict(sorted(metrics.items()))
 
 

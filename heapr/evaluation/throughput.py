@@ -1,7 +1,8 @@
 """Speed and memory of the dense and the pruned model on this machine, measured in turns.
 
-In: both models, in memory at once, and the calibration tokens as text to read. Out: tokens per second, seconds and peak
-memory of prefill and decode. Timings are of one machine, which is part of the artifact's identity.
+In: both models, in memory at once, and the calibration tokens as text to read. Out: tokens per second,
+seconds and peak memory of prefill and decode. Timings are of one machine, which is part of the artifact's
+identity.
 Shape letters: N sequences, W prompt and new tokens.
 """
 
@@ -41,19 +42,22 @@ class Contestant:
 
 
 class Throughput:
-    """Prefill reads a batch of prompts and fills the cache; decode then reads one token of each sequence after the other.
+    """Prefill reads a batch of prompts and fills the cache; decode then reads one token of each sequence
+    after the other.
 
-    Every turn measures all contestants, forwards in even turns and backwards in odd ones, so that the machine's moods meet
-    all alike. Contestants: `dense` and `pruned` run the same forward of the experts, heapr's loop, so that only pruning makes a
-    difference; `dense_default` and `pruned_default` run as transformers runs them, each its own best way. A ragged model's own way is
-    the loop: there `pruned` stands for both.
+    Every turn measures all contestants, forwards in even turns and backwards in odd ones, so that the
+    machine's moods meet all alike. Contestants: `dense` and `pruned` run the same forward of the experts,
+    heapr's loop, so that only pruning makes a difference; `dense_default` and `pruned_default` run as
+    transformers runs them, each its own best way. A ragged model's own way is the loop: there `pruned` stands
+    for both.
 
     Metrics for each phase and contestant, medians over turns: `<phase>_tokens_per_second/<contestant>`,
-    `<phase>_seconds/<contestant>` (of the batch's prefill; of one step of decode), `<phase>_seconds_iqr/<contestant>` (the
-    distance between the quartiles) and `<phase>_peak_memory_bytes/<contestant>` (weights, cache and what `WorkingMemory`
-    sees); and, as medians over turns, `<phase>_speedup`, seconds of `dense` over seconds of `pruned`, and
-    `<phase>_speedup_default`, the same of both models' own ways. Which forward each ran is in the details. The text is that of
-    the calibration, repeated where it does not suffice; both models read the same tokens.
+    `<phase>_seconds/<contestant>` (of the batch's prefill; of one step of decode),
+    `<phase>_seconds_iqr/<contestant>` (the distance between the quartiles) and
+    `<phase>_peak_memory_bytes/<contestant>` (weights, cache and what `WorkingMemory` sees); and, as medians
+    over turns, `<phase>_speedup`, seconds of `dense` over seconds of `pruned`, and `<phase>_speedup_default`,
+    the same of both models' own ways. Which forward each ran is in the details. The text is that of the
+    calibration, repeated where it does not suffice; both models read the same tokens.
 
     Args:
         prompt_length: tokens of a prompt, at least 1.
@@ -73,8 +77,18 @@ class Throughput:
         batch_size: Annotated[int, Ge(1)],
         repeats: Annotated[int, Ge(1)],
     ) -> None:
-        self.sizes = {"prompt_length": prompt_length, "new_tokens": new_tokens, "batch_size": batch_size, "repeats": repeats}
-        self.length, self.new_tokens, self.batch_size, self.repeats = prompt_length + new_tokens, new_tokens, batch_size, repeats
+        self.sizes = {
+            "prompt_length": prompt_length,
+            "new_tokens": new_tokens,
+            "batch_size": batch_size,
+            "repeats": repeats,
+        }
+        self.length, self.new_tokens, self.batch_size, self.repeats = (
+            prompt_length + new_tokens,
+            new_tokens,
+            batch_size,
+            repeats,
+        )
 
     def identity(self) -> dict[str, Any]:
         return {"evaluator": self.name, **self.sizes}
@@ -83,8 +97,8 @@ class Throughput:
         limit = source.max_sequence_length
         if limit is not None and self.length > limit:
             raise ConfigError(
-                f"evaluation.throughput.prompt_length + new_tokens = {self.length} is above the {limit} tokens that the model takes; "
-                "make one of them smaller"
+                f"evaluation.throughput.prompt_length + new_tokens = {self.length} is above the {limit}"
+                " tokens that the model takes; make one of them smaller"
             )
 
     @torch.no_grad()
@@ -92,20 +106,31 @@ class Throughput:
         dense, pruned = material.dense_and_pruned()
         ids_NW = self._text(material).to(dense.device)
         contestants = _contestants(dense, pruned)
-        peaks = {contestant.name: self._peaks(contestant, ids_NW) for contestant in contestants}  # warms up, too
+        # Warms up, too.
+        peaks = {contestant.name: self._peaks(contestant, ids_NW) for contestant in contestants}
         seconds = self._turns(contestants, ids_NW)
         num_tokens = {"prefill": self.batch_size * (self.length - self.new_tokens), "decode": self.batch_size}
         metrics: Metrics = {}
         for phase in PHASES:
-            of_phase = {name: torch.tensor(phases[phase], dtype=torch.float64) for name, phases in seconds.items()}
+            of_phase = {
+                name: torch.tensor(phases[phase], dtype=torch.float64) for name, phases in seconds.items()
+            }
             metrics |= _timings(phase, num_tokens[phase], of_phase)
             metrics |= {f"{phase}_peak_memory_bytes/{name}": peak[phase] for name, peak in peaks.items()}
-        details = {**self.identity(), "machine": machine(dense.device), **_protocol(contestants), "seconds": seconds}
+        details = {
+            **self.identity(),
+            "machine": machine(dense.device),
+            **_protocol(contestants),
+            "seconds": seconds,
+        }
         return Evaluation(metrics, details)
 
     def _turns(self, contestants: Sequence[Contestant], ids_NW: Tensor) -> dict[str, dict[str, list[float]]]:
-        """Seconds of each contestant's phases, of every turn: of the batch's prefill, and of one step of decode."""
-        seconds: dict[str, dict[str, list[float]]] = {contestant.name: {phase: [] for phase in PHASES} for contestant in contestants}
+        """Seconds of each contestant's phases, of every turn: of the batch's prefill, and of one step of
+        decode."""
+        seconds: dict[str, dict[str, list[float]]] = {
+            contestant.name: {phase: [] for phase in PHASES} for contestant in contestants
+        }
         for turn in progress(range(self.repeats), total=self.repeats, description=self.name, unit="turn"):
             for contestant in contestants if turn % 2 == 0 else contestants[::-1]:
                 prefill, decode = self._seconds(contestant, ids_NW)
@@ -131,7 +156,9 @@ class Throughput:
 
     def _peaks(self, contestant: Contestant, ids_NW: Tensor) -> dict[str, int]:
         """Peak bytes of each phase: the model's own weights and what is allocated while it works."""
-        weights = sum(parameter.numel() * parameter.element_size() for parameter in contestant.model.model.parameters())
+        weights = sum(
+            parameter.numel() * parameter.element_size() for parameter in contestant.model.model.parameters()
+        )
         with contestant.forward(), WorkingMemory(ids_NW.device) as memory:
             peaks = [weights + memory.take_peak() for _ in self._run(contestant.model, ids_NW)]
         return dict(zip(PHASES, peaks, strict=True))
@@ -158,16 +185,21 @@ def _contestants(dense: MoEModel, pruned: MoEModel) -> list[Contestant]:
 
 
 def _protocol(contestants: Sequence[Contestant]) -> dict[str, Any]:
-    """Weights' dtype, and which forward of the experts each contestant ran: its name among transformers' implementations."""
+    """Weights' dtype, and which forward of the experts each contestant ran: its name among transformers'
+    implementations."""
     forwards: dict[str, Any] = {}
     for contestant in contestants:
         with contestant.forward():
             forwards[contestant.name] = contestant.model.model.get_experts_implementation()
-    return {"dtype": str(contestants[0].model.model.dtype).removeprefix("torch."), "experts_forward": forwards}
+    return {
+        "dtype": str(contestants[0].model.model.dtype).removeprefix("torch."),
+        "experts_forward": forwards,
+    }
 
 
 def _timings(phase: str, num_tokens: int, seconds: Mapping[str, Tensor]) -> Metrics:
-    """Medians and quartile distances of each contestant's seconds for `num_tokens` tokens, and the speed-up turn by turn."""
+    """Medians and quartile distances of each contestant's seconds for `num_tokens` tokens, and the speed-up
+    turn by turn."""
     own_way = seconds.get("pruned_default", seconds["pruned"])
     metrics: Metrics = {
         f"{phase}_speedup": float((seconds["dense"] / seconds["pruned"]).quantile(0.5)),

@@ -1,7 +1,9 @@
-"""Score against truth: what the scores predict for a group of atomic experts, and what their removal really does.
+"""Score against truth: what the scores predict for a group of atomic experts, and what their removal really
+does.
 
-In: the dense model, scores and calibration tokens. Out: how prediction and measured increase of the mean loss correlate over
-groups; both for every group in `details.json`. Nothing of the plan matters, so it is made once per score.
+In: the dense model, scores and calibration tokens. Out: how prediction and measured increase of the mean loss
+correlate over groups; both for every group in `details.json`. Nothing of the plan matters, so it is made once
+per score.
 """
 
 from __future__ import annotations
@@ -42,24 +44,26 @@ class Group:
 
 
 class Truth:
-    """All atomic experts, of all layers, are ranked by score and cut into groups of equal size (up to one). Of each group a
-    seeded random sample is removed at once, nothing else with it, and the mean next-token loss is measured on calibration
-    sequences: those that the scores were taken from and that they predict.
+    """All atomic experts, of all layers, are ranked by score and cut into groups of equal size (up to one).
+    Of each group a seeded random sample is removed at once, nothing else with it, and the mean next-token
+    loss is measured on calibration sequences: those that the scores were taken from and that they predict.
 
-    The prediction for a group is the sum over what was removed, as if atomic experts did not act together; in nats where
-    the criterion has a unit (`heapr_sum` and `fisher` as they are, `heapr` times n/N, docs/method.md (7)), otherwise the
-    bare sum of scores, of which only the order means something. Nats too are predicted too low, by `fisher` at about half of
-    what is measured in the highest decile (built-in model), also where each is removed alone: squared gradients are less than
-    the curvature, and the first order is left out (docs/method.md, Evaluation). Trust ranks before values.
+    The prediction for a group is the sum over what was removed, as if atomic experts did not act together; in
+    nats where the criterion has a unit (`heapr_sum` and `fisher` as they are, `heapr` times n/N,
+    docs/method.md (7)), otherwise the bare sum of scores, of which only the order means something. Nats too
+    are predicted too low, by `fisher` at about half of what is measured in the highest decile (built-in
+    model), also where each is removed alone: squared gradients are less than the curvature, and the first
+    order is left out (docs/method.md, Evaluation). Trust ranks before values.
 
-    Metrics: `truth/spearman`, the rank correlation of sum and measured increase over the groups; `truth/pearson`, that of
-    the values, for criteria with a unit (each left out where one side is constant); `truth/loss`, the dense model's mean
-    loss on the sequences; `truth/num_tokens`.
+    Metrics: `truth/spearman`, the rank correlation of sum and measured increase over the groups;
+    `truth/pearson`, that of the values, for criteria with a unit (each left out where one side is constant);
+    `truth/loss`, the dense model's mean loss on the sequences; `truth/num_tokens`.
 
     Args:
         num_groups: quantile groups, at least 2.
         sample_size: atomic experts removed of each group, at least 1; none removes whole groups.
-        max_sequences: calibration sequences to measure on, the first of them, at least 1; none measures on all.
+        max_sequences: calibration sequences to measure on, the first of them, at least 1; none measures on
+            all.
         seed: of the samples, at least 0.
         batch_size: sequences per forward pass, at least 1; changes the result by rounding alone.
     """
@@ -80,7 +84,11 @@ class Truth:
         self.seed, self.batch_size = seed, batch_size
 
     def identity(self) -> dict[str, Any]:
-        sizes = {"num_groups": self.num_groups, "sample_size": self.sample_size, "max_sequences": self.max_sequences}
+        sizes = {
+            "num_groups": self.num_groups,
+            "sample_size": self.sample_size,
+            "max_sequences": self.max_sequences,
+        }
         return {"evaluator": self.name, **sizes, "seed": self.seed}
 
     def prepare(self, source: ModelSource) -> None:
@@ -88,7 +96,8 @@ class Truth:
         if smallest < (self.sample_size or 1):
             wanted = f"evaluation.truth.num_groups={self.num_groups} with sample_size={self.sample_size}"
             raise ConfigError(
-                f"{wanted} does not fit the model's {source.num_atomic_experts} atomic experts: groups of {smallest}; lower one of them"
+                f"{wanted} does not fit the model's {source.num_atomic_experts} atomic experts: groups of"
+                f" {smallest}; lower one of them"
             )
 
     @torch.no_grad()
@@ -121,7 +130,9 @@ class Truth:
         for index, scores_EF in scores.layers.items():
             width_E1 = torch.tensor(widths[index]).unsqueeze(1)
             exists[index] = torch.arange(scores_EF.shape[1]) < width_E1
-        return quantile_groups(scores, exists, num_groups=self.num_groups, sample_size=self.sample_size, seed=self.seed)
+        return quantile_groups(
+            scores, exists, num_groups=self.num_groups, sample_size=self.sample_size, seed=self.seed
+        )
 
     def _mean_loss(self, model: MoEModel, tokens: TokenWindows) -> float:
         """Nats per predicted token.
@@ -140,8 +151,11 @@ class Truth:
         return total / tokens.num_predicted_tokens
 
 
-def quantile_groups(scores: Scores, exists: Mapping[int, Tensor], *, num_groups: int, sample_size: int | None, seed: int) -> list[Group]:
-    """Groups of equal size (up to one), lowest scores first, ties in order of layer, expert and atomic expert.
+def quantile_groups(
+    scores: Scores, exists: Mapping[int, Tensor], *, num_groups: int, sample_size: int | None, seed: int
+) -> list[Group]:
+    """Groups of equal size (up to one), lowest scores first, ties in order of layer, expert and atomic
+    expert.
 
     Args:
         scores: of all atomic experts.
@@ -179,6 +193,12 @@ def _correlations(rows: list[dict[str, float]]) -> Metrics:
         return torch.tensor([row[name] for row in rows], dtype=torch.float64)
 
     has_unit = "predicted_increase" in rows[0]
-    expected, measured = column("predicted_increase" if has_unit else "score_sum"), column("measured_increase")
-    found = {"truth/spearman": spearman(expected, measured), "truth/pearson": pearson(expected, measured) if has_unit else None}
+    expected, measured = (
+        column("predicted_increase" if has_unit else "score_sum"),
+        column("measured_increase"),
+    )
+    found = {
+        "truth/spearman": spearman(expected, measured),
+        "truth/pearson": pearson(expected, measured) if has_unit else None,
+    }
     return {name: value for name, value in found.items() if value is not None}

@@ -1,9 +1,12 @@
-"""The published two-stage calibration, as the measure of what the identity saves: (3) and (4) of docs/method.md, literally.
+"""The published two-stage calibration, as the measure of what the identity saves: (3) and (4) of
+docs/method.md, literally.
 
-In: a model and batches. Out: HEAPr's scores by decoder layer index. First stage: a forward and a backward pass, a D x D matrix
-per expert. Second stage: another forward pass. Parameters are frozen as in the calibration, so that the procedures differ in nothing
-else, unless their gradients are asked for, which the published code computes too.
-Shape letters: D model width, E experts, F atomic experts of an expert, S (token, expert) pairs sorted by expert, n tokens of one expert.
+In: a model and batches. Out: HEAPr's scores by decoder layer index. First stage: a forward and a backward
+pass, a D x D matrix per expert. Second stage: another forward pass. Parameters are frozen as in the
+calibration, so that the procedures differ in nothing else, unless their gradients are asked for, which the
+published code computes too.
+Shape letters: D model width, E experts, F atomic experts of an expert, S (token, expert) pairs sorted by
+expert, n tokens of one expert.
 """
 
 from __future__ import annotations
@@ -17,7 +20,13 @@ from torch import Tensor
 
 from heapr.model.experts.dispatch import observe_experts
 from heapr.model.experts.loop import split_by_expert
-from heapr.model.moe import MoELayer, MoEModel, frozen_parameters, gradient_from_embeddings, summed_loss_backward
+from heapr.model.moe import (
+    MoELayer,
+    MoEModel,
+    frozen_parameters,
+    gradient_from_embeddings,
+    summed_loss_backward,
+)
 from heapr.types import ExpertWeights
 
 
@@ -78,5 +87,6 @@ def _scores(weights: ExpertWeights, matrices: GradientMatrices, squares: Activat
     count_E1 = matrices.count_E.clamp(min=1).unsqueeze(1)
     rows = []
     for down_DF, sum_DD in zip(weights.down_EDF, matrices.sum_EDD, strict=True):
-        rows.append((down_DF.float() * (sum_DD @ down_DF.float())).sum(0))  # (4), without the mean over tokens
+        # (4), without the mean over tokens.
+        rows.append((down_DF.float() * (sum_DD @ down_DF.float())).sum(0))
     return 0.5 * (squares.sum_EF / count_E1) * (torch.stack(rows) / count_E1)

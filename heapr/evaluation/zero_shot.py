@@ -1,8 +1,8 @@
 """Zero-shot accuracy on one task, through lm-eval.
 
 In: a model and the name of a task. Out: `accuracy/<task>`, `accuracy_norm/<task>`, their standard errors as
-`accuracy_stderr/<task>` and `accuracy_norm_stderr/<task>`, any other metric of the task as `<metric>/<task>`, and how exactly
-it was measured.
+`accuracy_stderr/<task>` and `accuracy_norm_stderr/<task>`, any other metric of the task as `<metric>/<task>`,
+and how exactly it was measured.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class ZeroShot:
         task: name of a task, group or tag.
         num_fewshot: examples before each question, at least 0; none leaves it to the task: 0 for the paper's.
         limit: only the first questions of each task, at least 1; none takes all.
-        batch_size: requests per pass, at least 1, or "auto": the largest that fits a GPU; changes the result by rounding alone.
+        batch_size: requests per pass, at least 1, or "auto": the largest that fits a GPU; changes the result
+            by rounding alone.
         include_path: folder with tasks of your own: lm-eval's YAML files, and the code and data beside them.
 
     Raises:
@@ -59,11 +60,15 @@ class ZeroShot:
         self.name = f"{PREFIX}{task}"
         self._folder = None if include_path is None else user_path(include_path)
         if self._folder is not None and not self._folder.is_dir():
-            raise ConfigError(f"evaluation.zero_shot.include_path='{include_path}' is no folder; give one with lm-eval's YAML files")
+            raise ConfigError(
+                f"evaluation.zero_shot.include_path='{include_path}' is no folder; give one with lm-eval's"
+                " YAML files"
+            )
         self._loaded: LoadedTask | None = None
 
     def identity(self) -> dict[str, Any]:
-        """lm-eval's version stands for its own tasks; the content of your folder, or of the text, for those made here."""
+        """lm-eval's version stands for its own tasks; the content of your folder, or of the text, for those
+        made here."""
         what = {
             "evaluator": "zero_shot",
             "task": self.task,
@@ -111,15 +116,17 @@ class ZeroShot:
 
 
 def average_accuracy(measurements: Sequence[str], metrics: Metrics) -> Metrics:
-    """Plain means over the tasks and their standard errors: `accuracy/average` of `acc`, as the paper's main table takes it, and
-    `accuracy_norm/average` of `acc_norm`, as its comparison of scopes does, with `acc` of tasks that have no other (winogrande).
+    """Plain means over the tasks and their standard errors: `accuracy/average` of `acc`, as the paper's main
+    table takes it, and `accuracy_norm/average` of `acc_norm`, as its comparison of scopes does, with `acc` of
+    tasks that have no other (winogrande).
 
     Args:
         measurements: names of all; those of tasks begin with "accuracy/".
         metrics: what they measured.
 
     Returns:
-        nothing if there is no task, or one that has no accuracy; no `accuracy_norm/average` if no task has `acc_norm`.
+        nothing if there is no task, or one that has no accuracy; no `accuracy_norm/average` if no task has
+        `acc_norm`.
     """
     tasks = [name.removeprefix(PREFIX) for name in measurements if name.startswith(PREFIX)]
     without = [task for task in tasks if f"accuracy/{task}" not in metrics]
@@ -133,12 +140,17 @@ def average_accuracy(measurements: Sequence[str], metrics: Metrics) -> Metrics:
 
 
 def _average(kinds: Mapping[str, str], name: str, metrics: Metrics) -> Metrics:
-    """Mean over tasks of the kind of accuracy that each has; its standard error is that of independent tasks."""
+    """Mean over tasks of the kind of accuracy that each has; its standard error is that of independent
+    tasks."""
     average = {f"{name}/average": sum(metrics[f"{kind}/{task}"] for task, kind in kinds.items()) / len(kinds)}
-    error = math.hypot(*(metrics.get(f"{kind}_stderr/{task}", math.nan) for task, kind in kinds.items())) / len(kinds)
+    error = math.hypot(
+        *(metrics.get(f"{kind}_stderr/{task}", math.nan) for task, kind in kinds.items())
+    ) / len(kinds)
     return average | ({f"{name}_stderr/average": error} if math.isfinite(error) else {})
 
 
 def _hash_folder(folder: Path) -> str:
     """sha256 over names and contents of all files below the folder but Python's caches."""
-    return hash_files(folder, (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts))
+    return hash_files(
+        folder, (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    )

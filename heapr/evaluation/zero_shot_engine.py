@@ -1,7 +1,8 @@
 """lm-eval's own engine on a model in memory, quiet and without side effects.
 
-In: the name of a task, few-shot and limit options, a model. Out: metrics under our names, and how they were measured.
-lm-eval is imported where it is needed: it takes seconds. Its cache of results is never used: its key leaves the model out.
+In: the name of a task, few-shot and limit options, a model. Out: metrics under our names, and how they were
+measured. lm-eval is imported where it is needed: it takes seconds. Its cache of results is never used: its
+key leaves the model out.
 """
 
 from __future__ import annotations
@@ -39,8 +40,15 @@ logger = logging.getLogger(__name__)
 
 # Where lm-eval keeps the paper's tasks. Reading the files of all 14 000 tasks takes a quarter of a minute.
 PAPER_FOLDERS = ("openbookqa", "arc", "winogrande", "hellaswag", "piqa", "mathqa")
-METRIC_NAMES = {"acc": "accuracy", "acc_norm": "accuracy_norm", "acc_stderr": "accuracy_stderr", "acc_norm_stderr": "accuracy_norm_stderr"}
-BOOTSTRAP_DRAWS = 1000  # for metrics whose standard error has no closed form; those of acc and acc_norm have one
+METRIC_NAMES = {
+    "acc": "accuracy",
+    "acc_norm": "accuracy_norm",
+    "acc_stderr": "accuracy_stderr",
+    "acc_norm_stderr": "accuracy_norm_stderr",
+}
+BOOTSTRAP_DRAWS = (
+    1000  # for metrics whose standard error has no closed form; those of acc and acc_norm have one
+)
 BATCH_SIZE_ON_CPU = 32  # the largest that fits is not the fastest there
 MAX_BATCH_SIZE = 64
 SEED = 1234  # of the choice of few-shot examples, and of tasks that draw; lm-eval's own default
@@ -81,7 +89,10 @@ def load_task(name: str, folder: Path | None, content: str) -> LoadedTask:
             manager = _task_manager(folder, content, everything=True)
         if name not in manager.all_tasks:
             suggestion = did_you_mean(name, [*manager.all_tasks, LOCAL_TASK], most=3)
-            raise ConfigError(f"zero-shot task '{name}' is unknown; {suggestion}lm-eval ls tasks lists all, include_path adds your own")
+            raise ConfigError(
+                f"zero-shot task '{name}' is unknown; {suggestion}lm-eval ls tasks lists all, include_path"
+                " adds your own"
+            )
         try:
             loaded = manager.load([name])
         except OSError as error:
@@ -90,15 +101,18 @@ def load_task(name: str, folder: Path | None, content: str) -> LoadedTask:
                 "run python -m heapr.prefetch with the same overrides where there is a network"
             ) from error
         except (ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise ConfigError(f"zero-shot task '{name}' cannot be loaded: {first_line(error)}; see lm-eval's page on the task") from error
+            raise ConfigError(
+                f"zero-shot task '{name}' cannot be loaded: {first_line(error)}; see lm-eval's page on the"
+                " task"
+            ) from error
     members = {member for names in loaded["group_map"].values() for member in names}
     roots = [item for key, item in {**loaded["tasks"], **loaded["groups"]}.items() if key not in members]
     return LoadedTask(name, manager, loaded["tasks"], roots)
 
 
 def check_end_token(task: LoadedTask, tokenizer: PreTrainedTokenizerBase) -> None:
-    """lm-eval puts the token for the beginning, or else that for the end, before a text without context, and ends generated text at the
-    latter.
+    """lm-eval puts the token for the beginning, or else that for the end, before a text without context, and
+    ends generated text at the latter.
 
     Raises:
         ConfigError: the tokenizer has none that the task needs.
@@ -108,8 +122,8 @@ def check_end_token(task: LoadedTask, tokenizer: PreTrainedTokenizerBase) -> Non
         return
     missing = "token for the end of a text" if generates else "token for the beginning or the end of a text"
     raise ConfigError(
-        f"zero-shot task '{task.name}' needs a {missing}, and the model's tokenizer names none; name it as `eos_token` in its "
-        "tokenizer_config.json, or leave zero-shot out with evaluation.zero_shot=null"
+        f"zero-shot task '{task.name}' needs a {missing}, and the model's tokenizer names none; name it as"
+        " `eos_token` in its tokenizer_config.json, or leave zero-shot out with evaluation.zero_shot=null"
     )
 
 
@@ -147,25 +161,34 @@ def evaluate_task(
             bootstrap_iters=BOOTSTRAP_DRAWS, log_samples=False, fewshot_random_seed=SEED,
         )  # fmt: skip
     if cut:
-        logger.warning("%-9s %s: %d inputs are longer than the model takes and lost their beginning", "evaluate", task.name, len(cut))
+        logger.warning(
+            "%-9s %s: %d inputs are longer than the model takes and lost their beginning",
+            "evaluate",
+            task.name,
+            len(cut),
+        )
     protocols = {name: _protocol(name, single, found, limit) for name, single in task.tasks.items()}
     return Evaluation(_metrics(found["results"]), details={"protocols": protocols})
 
 
 def _metrics(results: Mapping[str, Mapping[str, Any]]) -> Metrics:
-    """lm-eval's numbers, `{task: {"<metric>,<filter>": value}}`, as `<metric>/<task>` or `<metric>.<filter>/<task>`."""
+    """lm-eval's numbers, `{task: {"<metric>,<filter>": value}}`, as `<metric>/<task>` or
+    `<metric>.<filter>/<task>`."""
     metrics: Metrics = {}
     for task, values in results.items():
         for key, value in values.items():
             metric, comma, answer_filter = key.partition(",")
             if comma and isinstance(value, int | float) and math.isfinite(value):  # not "N/A"
                 name = METRIC_NAMES.get(metric, metric)
-                metrics[f"{name}/{task}" if answer_filter == "none" else f"{name}.{answer_filter}/{task}"] = float(value)
+                metrics[f"{name}/{task}" if answer_filter == "none" else f"{name}.{answer_filter}/{task}"] = (
+                    float(value)
+                )
     return metrics
 
 
 def _protocol(name: str, task: Any, found: Mapping[str, Any], limit: int | None) -> ProtocolRecord:
-    """What decides whether two results of a task may be compared; the hash is over every context and answer, few-shot examples too."""
+    """What decides whether two results of a task may be compared; the hash is over every context and answer,
+    few-shot examples too."""
     settings = found["configs"][name]
     digest = hashlib.sha256()
     for instance in task.instances:
@@ -189,12 +212,15 @@ def _task_manager(folder: Path | None, content: str, *, everything: bool) -> Any
 
     lm_evals = Path(lm_eval.tasks.__file__).parent
     folders = [] if everything else [lm_evals / name for name in PAPER_FOLDERS if (lm_evals / name).is_dir()]
-    return lm_eval.tasks.TaskManager(include_path=[*folders, *([folder] if folder else [])], include_defaults=everything)
+    return lm_eval.tasks.TaskManager(
+        include_path=[*folders, *([folder] if folder else [])], include_defaults=everything
+    )
 
 
 @contextmanager
 def _quiet(description: str) -> Iterator[list[str]]:
-    """One bar of ours in place of lm-eval's bars and messages; yields what it says of requests that it cut. Restores."""
+    """One bar of ours in place of lm-eval's bars and messages; yields what it says of requests that it cut.
+    Restores."""
     import datasets
     import lm_eval.api.model
     import lm_eval.api.task
@@ -207,7 +233,11 @@ def _quiet(description: str) -> Iterator[list[str]]:
         lm_eval.models.huggingface: _bar(desc=description, **bar_settings()),
     }
     previous = {module: module.tqdm for module in bars}
-    says, hidden, listener = logging.getLogger("lm_eval"), datasets.are_progress_bars_disabled(), _Truncations()
+    says, hidden, listener = (
+        logging.getLogger("lm_eval"),
+        datasets.are_progress_bars_disabled(),
+        _Truncations(),
+    )
     for module, bar in bars.items():
         module.tqdm = bar
     datasets.disable_progress_bars()

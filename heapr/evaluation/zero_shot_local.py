@@ -1,7 +1,7 @@
 """A multiple-choice task that needs no network: which of four continuations is the docstring's own.
 
-In: the held-out documents of `pydocs`. Out: a folder with a task in lm-eval's YAML and its items as JSON lines. Equal
-documents give equal items.
+In: the held-out documents of `pydocs`. Out: a folder with a task in lm-eval's YAML and its items as JSON
+lines. Equal documents give equal items.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ from heapr.text.corpora import PyDocs
 
 NAME = "pydocs_continuation"
 VERSION = 1  # raised when the same documents give other items
-CONTEXT_WORDS, CONTINUATION_WORDS = 24, 4  # of a long continuation, how common its words are says more than whether it fits
+# Of a long continuation, how common its words are says more than whether it fits.
+CONTEXT_WORDS, CONTINUATION_WORDS = (
+    24,
+    4,
+)
 MAX_PIECES = 8  # of one document, so that no long one dominates
 NUM_CHOICES = 4
 NEIGHBOURS = 24  # distractors come from this many continuations, those nearest in length
@@ -48,7 +52,9 @@ class _Piece:
     @property
     def digest(self) -> int:
         """A number that looks random and depends on the text alone."""
-        return int.from_bytes(hashlib.sha256(f"{self.context}\0{self.continuation}".encode()).digest()[:8], "big")
+        return int.from_bytes(
+            hashlib.sha256(f"{self.context}\0{self.continuation}".encode()).digest()[:8], "big"
+        )
 
 
 def identity() -> dict[str, Any]:
@@ -59,7 +65,9 @@ def identity() -> dict[str, Any]:
 def write_task(folder: Path) -> None:
     """Write the task of the running Python's docstrings into an empty folder."""
     data = folder / f"{NAME}.jsonl"
-    data.write_text("".join(json.dumps(asdict(item)) + "\n" for item in make_items(PyDocs("heldout").documents())))
+    data.write_text(
+        "".join(json.dumps(asdict(item)) + "\n" for item in make_items(PyDocs("heldout").documents()))
+    )
     task = {
         "task": NAME,
         "dataset_path": "json",
@@ -69,7 +77,10 @@ def write_task(folder: Path) -> None:
         "doc_to_text": "{{context}}",
         "doc_to_choice": "{{choices}}",
         "doc_to_target": "label",
-        "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")],
+        "metric_list": [
+            {"metric": metric, "aggregation": "mean", "higher_is_better": True}
+            for metric in ("acc", "acc_norm")
+        ],
         "metadata": {"version": VERSION},
     }
     (folder / f"{NAME}.yaml").write_text(json.dumps(task, indent=2))  # JSON is YAML
@@ -80,7 +91,10 @@ def make_items(documents: Sequence[str]) -> list[Item]:
     pieces = [piece for number, document in enumerate(documents) for piece in _pieces(number, document)]
     by_length = sorted(pieces, key=lambda piece: (len(piece.continuation), piece.digest))
     reach = NEIGHBOURS // 2
-    found = (_item(piece, by_length[max(0, place - reach) : place + reach + 1]) for place, piece in enumerate(by_length))
+    found = (
+        _item(piece, by_length[max(0, place - reach) : place + reach + 1])
+        for place, piece in enumerate(by_length)
+    )
     return [item for item in found if item is not None]
 
 

@@ -23,7 +23,11 @@ from heapr.model.passes import span_backward
 from heapr.model.span import probe_tokens, run_span
 from heapr.model.tape import Output, Tape, hidden_of
 
-FIRST_TOKENS = (8, 16)  # of two batches of few tokens; ids before are often special, and padding may embed as zero
+# Of two batches of few tokens; ids before are often special, and padding may embed as zero.
+FIRST_TOKENS = (
+    8,
+    16,
+)
 Inputs = dict[nn.Module, list[Tensor]]  # what flows into experts modules: hidden states and router weights
 
 
@@ -47,8 +51,8 @@ def check_walk(model: MoEModel, *, needed_by: str, instead: str, gradients: bool
         fault = next(filter(None, _faults(model, passes, gradients)), None)
     if fault is not None:
         raise ConfigError(
-            f"{needed_by}: {type(model.model).__name__} cannot be run layer by layer: {fault}, so earlier layers "
-            f"hand on more than they put out; give {instead}"
+            f"{needed_by}: {type(model.model).__name__} cannot be run layer by layer: {fault}, so earlier"
+            f" layers hand on more than they put out; give {instead}"
         )
 
 

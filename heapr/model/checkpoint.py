@@ -1,8 +1,8 @@
 """Checkpoints of pruned models: Hugging Face folders that load with and without heapr.
 
-In: a pruned model in memory, the folder that describes the original, what was done to it. Out: a folder. Ragged models get a model
-type of their own, "heapr_<type>", with a modelling file beside the weights that imports torch and transformers alone; uniform and
-masked ones are the family's own class.
+In: a pruned model in memory, the folder that describes the original, what was done to it. Out: a folder.
+Ragged models get a model type of their own, "heapr_<type>", with a modelling file beside the weights that
+imports torch and transformers alone; uniform and masked ones are the family's own class.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ REMOTE_MODULES = "transformers_modules."  # where transformers puts Python code 
 MAX_SHARD_SIZE = "5GB"
 MODELING_FILE = "modeling_heapr.py"
 PORTABLE = (layout, loop, ragged)  # copied beside it; transformers follows relative imports from file to file
-MODELING_TEMPLATE = Template('''"""$model_name whose experts have individual widths, pruned by heapr. Needs torch and transformers alone."""
+MODELING_TEMPLATE = Template(
+    '''"""$model_name whose experts have individual widths, pruned by heapr.
+
+Needs torch and transformers alone."""
 
 from $config_module import $config_name
 from $model_module import $model_name
@@ -49,12 +52,14 @@ class Heapr$model_name($model_name):
     def __init__(self, config):
         super().__init__(config)
         make_ragged(self, config.expert_widths)
-''')
+'''
+)
 
 
 def save_checkpoint(model: MoEModel, original: Path, folder: Path, *, about: Mapping[str, Any]) -> None:
-    """Write a pruned model as a Hugging Face folder: sharded safetensors, and what describes it. Tokenizer and generation settings are
-    the original's files as they are; the configuration is the original's with what pruning changed.
+    """Write a pruned model as a Hugging Face folder: sharded safetensors, and what describes it. Tokenizer
+    and generation settings are the original's files as they are; the configuration is the original's with
+    what pruning changed.
 
     Args:
         model: ragged, uniform or masked.
@@ -83,8 +88,9 @@ def check_form(config: PretrainedConfig, form: str) -> None:
     """
     if form == "ragged" and type(config).__module__.startswith(REMOTE_MODULES):
         raise ConfigError(
-            f"pruning.form=ragged builds on a class of transformers, but {type(config).__name__} comes from the Python code beside the "
-            "weights; use pruning.form=masked, or pruning.save_checkpoint=false for the plan alone"
+            f"pruning.form=ragged builds on a class of transformers, but {type(config).__name__} comes from"
+            " the Python code beside the weights; use pruning.form=masked, or pruning.save_checkpoint=false"
+            " for the plan alone"
         )
 
 
@@ -92,14 +98,19 @@ def _save_stock(model: PreTrainedModel, folder: Path, about: Mapping[str, Any]) 
     """In the family's own class; of a class of ours, with its file beside the weights."""
     model.config.heapr = dict(about)
     own = type(model).__module__
-    if not own.startswith(REMOTE_MODULES):  # a name in config.json of remote code that was not used would mislead
+    # A name in config.json of remote code that was not used would mislead.
+    if not own.startswith(REMOTE_MODULES):
         beside = "" if own.startswith("transformers.") else _beside(type(model), folder).removeprefix(".")
         classes = {"AutoConfig": type(model.config).__name__, "AutoModelForCausalLM": type(model).__name__}
         vars(model.config).pop("auto_map", None)
         if beside:
             model.config.auto_map = {name: f"{beside}.{value}" for name, value in classes.items()}
-    on_cpu: dict[tuple[int, Size], Tensor] = {}  # transformers copies weights to save them: not on a full GPU; tied ones stay one
-    state = {name: on_cpu.setdefault((tensor.data_ptr(), tensor.shape), tensor.cpu()) for name, tensor in model.state_dict().items()}
+    # Transformers copies weights to save them: not on a full GPU; tied ones stay one.
+    on_cpu: dict[tuple[int, Size], Tensor] = {}
+    state = {
+        name: on_cpu.setdefault((tensor.data_ptr(), tensor.shape), tensor.cpu())
+        for name, tensor in model.state_dict().items()
+    }
     model.save_pretrained(folder, state_dict=state, max_shard_size=MAX_SHARD_SIZE)
 
 
@@ -123,7 +134,9 @@ def _save_ragged(model: MoEModel, folder: Path, about: Mapping[str, Any]) -> Non
     ragged_config, _ = ragged_classes(config_class)
     ragged_config.from_dict(settings).save_pretrained(folder)
     modules = {"config_module": _beside(config_class, folder), "model_module": _beside(model_class, folder)}
-    (folder / MODELING_FILE).write_text(MODELING_TEMPLATE.substitute(names, **modules, model_type=RAGGED_PREFIX + family))
+    (folder / MODELING_FILE).write_text(
+        MODELING_TEMPLATE.substitute(names, **modules, model_type=RAGGED_PREFIX + family)
+    )
     for module in PORTABLE:
         shutil.copy(inspect.getfile(module), folder)
     is_tied = getattr(source.config.get_text_config(), "tie_word_embeddings", False)

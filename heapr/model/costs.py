@@ -1,9 +1,10 @@
 """What a pass over the model costs, found on the meta device: the model's own code runs, on shapes alone.
 
-In: a model on the meta device, sequences and their length. Out: FLOPs, and bytes held for the backward pass. Routing is data, so
-tokens are assumed to spread evenly over the experts; with experts of one width both numbers do not depend on it.
-Shape letters: T tokens, D model width, E experts, F atomic experts of an expert, K experts per token, n tokens of one expert,
-S = T*K (token, expert) pairs, N sequences, W window.
+In: a model on the meta device, sequences and their length. Out: FLOPs, and bytes held for the backward pass.
+Routing is data, so tokens are assumed to spread evenly over the experts; with experts of one width both
+numbers do not depend on it.
+Shape letters: T tokens, D model width, E experts, F atomic experts of an expert, K experts per token, n
+tokens of one expert, S = T*K (token, expert) pairs, N sequences, W window.
 """
 
 from __future__ import annotations
@@ -24,11 +25,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from heapr.model.experts.dispatch import observe_experts
 from heapr.model.experts.layout import Experts, layout_of, routing_of, widths_of
 from heapr.model.experts.loop import run_sorted
-from heapr.model.moe import MoEModel, experts_per_token, frozen_parameters, gradient_from_embeddings, summed_loss_backward
+from heapr.model.moe import (
+    MoEModel,
+    experts_per_token,
+    frozen_parameters,
+    gradient_from_embeddings,
+    summed_loss_backward,
+)
 
 
 def calibration_flops(model: MoEModel, length: int) -> int:
-    """FLOPs of one sequence: forward, and backward to the input embeddings. A batch of N sequences takes N times as many.
+    """FLOPs of one sequence: forward, and backward to the input embeddings. A batch of N sequences takes N
+    times as many.
 
     Counted by torch, attention as plain matrix products (its fused kernels are not counted on every device).
 
@@ -36,17 +44,22 @@ def calibration_flops(model: MoEModel, length: int) -> int:
         RuntimeError: the family's layers do not run on the meta device.
     """
     ids_NW = torch.zeros((1, length), dtype=torch.int64, device="meta")
-    with _calibrating(model, HeldTensors(model)), eager_attention(model), FlopCounterMode(display=False) as counter:
+    with (
+        _calibrating(model, HeldTensors(model)),
+        eager_attention(model),
+        FlopCounterMode(display=False) as counter,
+    ):
         summed_loss_backward(model, model.hidden_states(input_ids=ids_NW), ids_NW)
     return int(counter.get_total_flops())
 
 
 def activation_bytes(model: MoEModel, num_sequences: int, length: int) -> int:
-    """Bytes that one batch holds between forward and backward: distinct tensors that autograd saves or the collector keeps,
-    parameters left out; and those of one chunk of logits.
+    """Bytes that one batch holds between forward and backward: distinct tensors that autograd saves or the
+    collector keeps, parameters left out; and those of one chunk of logits.
 
-    Attention counts as a fused kernel if the model runs through torch's: it saves queries, keys, values, output and one float32
-    a query, never the (W, W) weights. Memory that an operation uses while it runs is not counted.
+    Attention counts as a fused kernel if the model runs through torch's: it saves queries, keys, values,
+    output and one float32 a query, never the (W, W) weights. Memory that an operation uses while it runs is
+    not counted.
 
     Raises:
         RuntimeError: the family's layers do not run on the meta device.
@@ -75,15 +88,17 @@ def _calibrating(model: MoEModel, held: HeldTensors) -> Iterator[None]:
 
 
 def run_evenly(top_k: int, experts: Experts, hidden_TD: Tensor, *routing: Tensor) -> Tensor:
-    """As `run_experts`, with numbers of tokens per expert that are assumed. If all experts have one width, the first one stands for
-    all of them, which comes to the same; else every expert gets as many."""
+    """As `run_experts`, with numbers of tokens per expert that are assumed. If all experts have one width,
+    the first one stands for all of them, which comes to the same; else every expert gets as many."""
     expert_TK, router_weight_TK = routing_of(experts, hidden_TD, *routing)
     num_experts, num_rows = int(experts.num_experts), expert_TK.numel()
     num_pairs = num_rows // num_experts * top_k if layout_of(experts).weighs_input else num_rows
     if len(set(widths_of(experts))) == 1:
         counts = [num_pairs] + [0] * (num_experts - 1)
     else:
-        counts = [num_pairs // num_experts + (expert < num_pairs % num_experts) for expert in range(num_experts)]
+        counts = [
+            num_pairs // num_experts + (expert < num_pairs % num_experts) for expert in range(num_experts)
+        ]
     return run_sorted(experts, hidden_TD, expert_TK, router_weight_TK, counts=[*counts, num_rows - num_pairs])
 
 
@@ -136,7 +151,11 @@ class FusedAttention(TorchFunctionMode):
     """Inside, torch's attention saves on the meta device what its fused kernels save elsewhere."""
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if func is F.scaled_dot_product_attention:
             query, key, value = args
@@ -150,7 +169,9 @@ class _SavedByFusedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         output = query.new_empty((*query.shape[:-1], value.shape[-1]))
-        ctx.save_for_backward(query, key, value, mask, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        ctx.save_for_backward(
+            query, key, value, mask, output, query.new_empty(query.shape[:-1], dtype=torch.float32)
+        )
         return output
 
     @staticmethod
@@ -160,11 +181,20 @@ class _SavedByFusedAttention(torch.autograd.Function):
 
 
 class _SingleSequences(TorchDispatchMode):
-    """Answers the one question that transformers asks of values: whether a row's positions are those of a single sequence. They are."""
+    """Answers the one question that transformers asks of values: whether a row's positions are those of a
+    single sequence. They are."""
 
     def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool and args[0].is_meta:
+        if (
+            func is torch.ops.aten._local_scalar_dense.default
+            and args[0].dtype == torch.bool
+            and args[0].is_meta
+        ):
             return True
         return func(*args, **(kwargs or {}))

@@ -1,10 +1,11 @@
 """DeepSeekMoE (`model_type: deepseek`, for example DeepSeekMoE-16B) on transformers' building blocks.
 
-In: a folder in the hub's original format, of which only config.json and safetensors are read, never its remote code. Out: the
-usual config, model and causal language model, after `register()`. Imports only torch and transformers, so that it works as a
-custom model file beside a checkpoint. Source: Dai et al., DeepSeekMoE, arXiv 2401.06066, equations 9 to 11.
-Shape letters: N sequences, W positions, T = N*W tokens, D model width, E routed experts, F atomic experts of an expert, K experts
-per token, n tokens of one expert, V vocabulary.
+In: a folder in the hub's original format, of which only config.json and safetensors are read, never its
+remote code. Out: the usual config, model and causal language model, after `register()`. Imports only torch
+and transformers, so that it works as a custom model file beside a checkpoint. Source: Dai et al.,
+DeepSeekMoE, arXiv 2401.06066, equations 9 to 11.
+Shape letters: N sequences, W positions, T = N*W tokens, D model width, E routed experts, F atomic experts of
+an expert, K experts per token, n tokens of one expert, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,11 +15,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.integrations import use_experts_implementation
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -33,11 +44,13 @@ MODEL_TYPE = "deepseek"
 
 
 class DeepseekMoeConfig(PreTrainedConfig):
-    """Field names of the original config.json; the defaults are the 16B's. `rope_theta` and `rope_scaling` are read as well.
+    """Field names of the original config.json; the defaults are the 16B's. `rope_theta` and `rope_scaling`
+    are read as well.
 
     Attributes:
         intermediate_size: width of the MLP in dense layers.
-        moe_intermediate_size: atomic experts of a routed expert; the shared MLP has n_shared_experts times as many.
+        moe_intermediate_size: atomic experts of a routed expert; the shared MLP has n_shared_experts times as
+            many.
         first_k_dense_replace: the first layers, all dense.
         moe_layer_freq: of the others, those whose index it divides have experts.
         norm_topk_prob: divide the chosen experts' router weights by their sum.
@@ -82,7 +95,9 @@ class DeepseekMoeConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.scoring_func != "softmax":
-            raise ValueError(f"scoring_func='{self.scoring_func}' is not known to this model; it can be softmax")
+            raise ValueError(
+                f"scoring_func='{self.scoring_func}' is not known to this model; it can be softmax"
+            )
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)
@@ -93,8 +108,8 @@ class DeepseekMoeConfig(PreTrainedConfig):
 
 
 class DeepseekMoeRouter(nn.Module):
-    """Softmax over all routed experts in the logits' dtype, as in the original: in bfloat16 experts tie that would not in float32. The K
-    largest are the router weights."""
+    """Softmax over all routed experts in the logits' dtype, as in the original: in bfloat16 experts tie that
+    would not in float32. The K largest are the router weights."""
 
     def __init__(self, config: DeepseekMoeConfig) -> None:
         super().__init__()
@@ -114,16 +129,22 @@ class DeepseekMoeRouter(nn.Module):
 
 @use_experts_implementation
 class DeepseekMoeExperts(nn.Module):
-    """The routed experts: gate_up_proj (E, 2F, D) holds [W_gate; W_up] of each, down_proj (E, D, F) its W_down.
+    """The routed experts: gate_up_proj (E, 2F, D) holds [W_gate; W_up] of each, down_proj (E, D, F) its
+    W_down.
 
-    transformers lets a model's experts implementation be chosen only if the decorator stands in the model's own file.
+    transformers lets a model's experts implementation be chosen only if the decorator stands in the model's
+    own file.
     """
 
     def __init__(self, config: DeepseekMoeConfig) -> None:
         super().__init__()
         self.num_experts = config.n_routed_experts
-        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * config.moe_intermediate_size, config.hidden_size))
-        self.down_proj = nn.Parameter(torch.empty(self.num_experts, config.hidden_size, config.moe_intermediate_size))
+        self.gate_up_proj = nn.Parameter(
+            torch.empty(self.num_experts, 2 * config.moe_intermediate_size, config.hidden_size)
+        )
+        self.down_proj = nn.Parameter(
+            torch.empty(self.num_experts, config.hidden_size, config.moe_intermediate_size)
+        )
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
@@ -133,18 +154,23 @@ class DeepseekMoeExperts(nn.Module):
             token_n, choice_n = torch.where(expert_TK == expert)
             gate_nF, up_nF = F.linear(hidden_TD[token_n], self.gate_up_proj[expert]).chunk(2, dim=-1)
             output_nD = F.linear(self.act_fn(gate_nF) * up_nF, self.down_proj[expert])
-            total_TD.index_add_(0, token_n, (weight_TK[token_n, choice_n, None] * output_nD).to(total_TD.dtype))
+            total_TD.index_add_(
+                0, token_n, (weight_TK[token_n, choice_n, None] * output_nD).to(total_TD.dtype)
+            )
         return total_TD
 
 
 class DeepseekMoeBlock(nn.Module):
-    """Weighted sum of the chosen routed experts, plus one ungated shared MLP that every token goes through."""
+    """Weighted sum of the chosen routed experts, plus one ungated shared MLP that every token goes
+    through."""
 
     def __init__(self, config: DeepseekMoeConfig) -> None:
         super().__init__()
         self.gate = DeepseekMoeRouter(config)
         self.experts = DeepseekMoeExperts(config)
-        self.shared_experts = Qwen2MoeMLP(config, intermediate_size=config.n_shared_experts * config.moe_intermediate_size)
+        self.shared_experts = Qwen2MoeMLP(
+            config, intermediate_size=config.n_shared_experts * config.moe_intermediate_size
+        )
 
     def forward(self, hidden_NWD: Tensor) -> Tensor:
         hidden_TD = hidden_NWD.flatten(0, 1)
@@ -192,7 +218,8 @@ class DeepseekMoePreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: DeepseekMoeConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        _register_conversion()  # before weights are read: as a custom model file this one is never registered otherwise
+        # Before weights are read: as a custom model file this one is never registered otherwise.
+        _register_conversion()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -210,7 +237,9 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
     def __init__(self, config: DeepseekMoeConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList(DeepseekMoeDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            DeepseekMoeDecoderLayer(config, index) for index in range(config.num_hidden_layers)
+        )
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.gradient_checkpointing = False
@@ -235,15 +264,26 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             num_seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = (torch.arange(hidden_NWD.shape[1], device=hidden_NWD.device) + num_seen).unsqueeze(0)
+            position_ids = (torch.arange(hidden_NWD.shape[1], device=hidden_NWD.device) + num_seen).unsqueeze(
+                0
+            )
         shared = {"position_ids": position_ids, "past_key_values": past_key_values}
-        mask = create_causal_mask(config=self.config, inputs_embeds=hidden_NWD, attention_mask=attention_mask, **shared)
+        mask = create_causal_mask(
+            config=self.config, inputs_embeds=hidden_NWD, attention_mask=attention_mask, **shared
+        )
         position_embeddings = self.rotary_emb(hidden_NWD, position_ids)
         for layer in self.layers:
             hidden_NWD = layer(
-                hidden_NWD, attention_mask=mask, position_embeddings=position_embeddings, use_cache=use_cache, **shared, **kwargs
+                hidden_NWD,
+                attention_mask=mask,
+                position_embeddings=position_embeddings,
+                use_cache=use_cache,
+                **shared,
+                **kwargs,
             )
-        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_NWD), past_key_values=past_key_values)
+        return MoeModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_NWD), past_key_values=past_key_values
+        )
 
 
 class DeepseekForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
@@ -283,7 +323,9 @@ class DeepseekForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
         return MoeCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -295,7 +337,8 @@ class DeepseekForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
 
 
 def register() -> None:
-    """Make transformers' auto classes serve `model_type: deepseek`, and its checkpoints hold one tensor per expert and matrix.
+    """Make transformers' auto classes serve `model_type: deepseek`, and its checkpoints hold one tensor per
+    expert and matrix.
 
     A folder's own remote code is then neither asked for nor run. Calling it again changes nothing.
     """
@@ -307,4 +350,6 @@ def register() -> None:
 
 def _register_conversion() -> None:
     """Checkpoints hold one tensor per expert and matrix, as Qwen2-MoE's do."""
-    register_checkpoint_conversion_mapping(MODEL_TYPE, get_checkpoint_conversion_mapping("qwen2_moe"), overwrite=True)
+    register_checkpoint_conversion_mapping(
+        MODEL_TYPE, get_checkpoint_conversion_mapping("qwen2_moe"), overwrite=True
+    )

@@ -28,5 +28,7 @@ def find_device(name: str, option: str = "runtime.device") -> torch.device:
         reason = "there is one CPU" if device.type == "cpu" else f"{device.type} devices are not served"
         raise ConfigError(f"{option}='{name}' cannot be used, because {reason}; {choices}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise NotHereError(f"{option}='{name}', but torch sees {torch.cuda.device_count()} GPUs; choose auto or cpu")
+        raise NotHereError(
+            f"{option}='{name}', but torch sees {torch.cuda.device_count()} GPUs; choose auto or cpu"
+        )
     return device

@@ -71,7 +71,9 @@ def without_atomic_experts(experts: Experts) -> RaggedExperts:
     return empty
 
 
-def _run_layer(model: MoEModel, tape: Tape, layer: MoELayer, *, beyond: bool) -> tuple[ExpertInputs, Tensor | None]:
+def _run_layer(
+    model: MoEModel, tape: Tape, layer: MoELayer, *, beyond: bool
+) -> tuple[ExpertInputs, Tensor | None]:
     """Inputs of the experts and, `beyond`, the hidden states behind the decoder layer without them."""
     inputs: list[ExpertInputs] = []
 

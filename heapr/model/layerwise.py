@@ -32,8 +32,8 @@ def walk_layers(
         batches: int64 (N, W) token ids each.
         follow_stream: also yield what brings the stream behind the layer to where it is in the model that the
             walk began with: that stream, walked through every layer before a caller changes it, less the
-            present one without the layer's experts (docs/method.md, 21). Every layer then runs three times, and
-            a second tape of every batch is held.
+            present one without the layer's experts (docs/method.md, 21). Every layer then runs three times,
+            and a second tape of every batch is held.
 
     Raises:
         ConfigError: the stream is asked for, and the model does not pass `check_stream`.
@@ -74,7 +74,8 @@ def _joined(layer: MoELayer, inputs: Sequence[ExpertInputs]) -> ExpertInputs:
     hidden_TD = torch.cat([part.hidden_TD for part in inputs])
     if not hidden_TD.isfinite().all():
         raise FloatingPointError(
-            f"repair: an input of layer {layer.index}'s experts is NaN or infinite; use a wider model.dtype, or look at weights and text"
+            f"repair: an input of layer {layer.index}'s experts is NaN or infinite; use a wider model.dtype,"
+            " or look at weights and text"
         )
     expert_TK = torch.cat([part.expert_TK for part in inputs])
     router_weight_TK = torch.cat([part.router_weight_TK for part in inputs])

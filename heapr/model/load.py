@@ -1,7 +1,8 @@
 """Find, check, identify and load a model and its tokenizer.
 
-In: a built-in name, a local folder or a hub id. Out: `ModelSource` (cheap: no weights are loaded, and none downloaded) and
-from it a `MoEModel`. Every mistake that can be seen in configuration and tokenizer is refused here.
+In: a built-in name, a local folder or a hub id. Out: `ModelSource` (cheap: no weights are loaded, and none
+downloaded) and from it a `MoEModel`. Every mistake that can be seen in configuration and tokenizer is refused
+here.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ class ModelSource:
         identity: what the model is: hub id and commit, or a hash of the folder's content; and the dtype.
         dtype: of the loaded weights.
         config: transformers' configuration.
-        architecture: name of the model's class; of a wrapper with vision and the like, that of its language model.
+        architecture: name of the model's class; of a wrapper with vision and the like, that of its language
+            model.
         widths: atomic experts of every expert, by decoder layer index.
         atomic_expert_parameters: parameters that go with one atomic expert, by decoder layer index.
         experts_per_token: K.
@@ -96,20 +98,26 @@ class ModelSource:
 
     @cached_property
     def left_out(self) -> list[str]:
-        """What of the weights in the folder the model does not take, in lines that were logged. Needs the weights' files, loads none.
+        """What of the weights in the folder the model does not take, in lines that were logged. Needs the
+        weights' files, loads none.
 
         Raises:
             ConfigError: they are quantised, or do not fit the configuration.
         """
         model = self.on_meta().model
-        return report_left_out(check_tensors(model, read_headers(self.folder), self.folder), type(model).__name__)
+        return report_left_out(
+            check_tensors(model, read_headers(self.folder), self.folder), type(model).__name__
+        )
 
     @property
     def left_behind(self) -> dict[str, str | int]:
-        """What the configuration promises and a pruned model will not have: the rest of a wrapper, prediction heads."""
+        """What the configuration promises and a pruned model will not have: the rest of a wrapper, prediction
+        heads."""
         original = next(iter(self.config.architectures or ()), self.architecture)
         heads = prediction_heads(self.config)
-        wrapper: dict[str, str | int] = {} if original == self.architecture else {"language_model_of": original}
+        wrapper: dict[str, str | int] = (
+            {} if original == self.architecture else {"language_model_of": original}
+        )
         return wrapper | ({"prediction_heads_left_out": heads} if heads else {})
 
     @property
@@ -145,11 +153,16 @@ class ModelSource:
         """
         if "hub" in self.identity:
             index = self.folder / INDEX
-            _download(self.identity["hub"], self.identity["commit"], [WEIGHTS, *(shards_of(index) if index.is_file() else ())])
+            _download(
+                self.identity["hub"],
+                self.identity["commit"],
+                [WEIGHTS, *(shards_of(index) if index.is_file() else ())],
+            )
         if "hub" in self.identity and not self.has_weights and not hub_is_reachable():
             raise ConfigError(
-                f"the weights of model.path='{self.identity['hub']}' are not all in '{self.folder}', and the hub cannot be reached; "
-                "download them where there is a network (hf download) or give a local folder"
+                f"the weights of model.path='{self.identity['hub']}' are not all in '{self.folder}', and the"
+                " hub cannot be reached; download them where there is a network (hf download) or give a"
+                " local folder"
             )
         check_weight_files(self.folder)
 
@@ -169,18 +182,25 @@ class ModelSource:
         except torch.OutOfMemoryError as error:
             raise TooLargeError(self._too_large()) from error
         except (OSError, RuntimeError, SafetensorError) as error:
-            raise ConfigError(f"the weights in '{self.folder}' cannot be loaded: {first_line(error)}; get them again") from error
+            raise ConfigError(
+                f"the weights in '{self.folder}' cannot be loaded: {first_line(error)}; get them again"
+            ) from error
         for problem in ("missing_keys", "mismatched_keys"):
             if found.get(problem):
                 names = sorted(str(name) for name in found[problem])
                 what = f"{problem.replace('_', ' ')} {names[0]} and {len(names) - 1} more"
-                raise ConfigError(f"the weights in '{self.folder}' do not fit its config.json: {what}; get them again")
+                raise ConfigError(
+                    f"the weights in '{self.folder}' do not fit its config.json: {what}; get them again"
+                )
         if any(parameter.device.type == "meta" for parameter in model.parameters()):
             raise TooLargeError(self._too_large())
         return model
 
     def _too_large(self) -> str:
-        return f"the weights in '{self.folder}' do not fit into memory as {self.identity['dtype']}; use more or larger GPUs, or runtime=cpu"
+        return (
+            f"the weights in '{self.folder}' do not fit into memory as {self.identity['dtype']}; use more or"
+            " larger GPUs, or runtime=cpu"
+        )
 
 
 def find_model(
@@ -205,7 +225,9 @@ def find_model(
     Raises:
         ConfigError: no such model, not a Mixture-of-Experts model, a missing capability, damaged weights.
     """
-    folder = _find_folder(path, revision, [CONFIG_FILE] if config_only else DESCRIPTION_FILES, has_code=trust_remote_code)
+    folder = _find_folder(
+        path, revision, [CONFIG_FILE] if config_only else DESCRIPTION_FILES, has_code=trust_remote_code
+    )
     config = read_config(folder, trust_remote_code)
     dtype = dtype or _dtype_of(config, folder)  # now: building a model sets it
     model = _on_meta(config, path, trust_remote_code)
@@ -237,13 +259,20 @@ def _find_folder(path: str, revision: str | None, description: list[str], *, has
         return _download(path, revision, description + (["*.py"] if has_code else []))
     folder = user_path(path)
     if not folder.is_dir():
-        raise ConfigError(f"model.path='{path}': no such folder; give a folder with config.json and safetensors, or a hub id 'owner/name'")
+        raise ConfigError(
+            f"model.path='{path}': no such folder; give a folder with config.json and safetensors, or a hub"
+            " id 'owner/name'"
+        )
     return folder
 
 
 def _is_on_hub(path: str) -> bool:
     """Whether it is a hub id, and no folder of that name is here."""
-    return path.count("/") == 1 and not path.startswith((BUILTIN_PREFIX, "/", ".", "~")) and not Path(path).is_dir()
+    return (
+        path.count("/") == 1
+        and not path.startswith((BUILTIN_PREFIX, "/", ".", "~"))
+        and not Path(path).is_dir()
+    )
 
 
 def _dtype_of(config: PretrainedConfig, folder: Path) -> str:
@@ -254,7 +283,9 @@ def _dtype_of(config: PretrainedConfig, folder: Path) -> str:
     """
     dtype = str(config.dtype or config.get_text_config().dtype or torch.float32).removeprefix("torch.")
     if dtype not in DTYPES:
-        raise ConfigError(f"config.json in '{folder}' says dtype {dtype}; give model.dtype as one of {', '.join(DTYPES)}")
+        raise ConfigError(
+            f"config.json in '{folder}' says dtype {dtype}; give model.dtype as one of {', '.join(DTYPES)}"
+        )
     return dtype
 
 
@@ -262,36 +293,47 @@ def _builtin(name: str) -> Path:
     known = sorted(entry.name for entry in BUILTIN_FOLDER.iterdir() if entry.is_dir())
     if name not in known:
         raise ConfigError(
-            f"model.path='{BUILTIN_PREFIX}{name}': no such built-in model; known: {', '.join(BUILTIN_PREFIX + n for n in known)}"
+            f"model.path='{BUILTIN_PREFIX}{name}': no such built-in model; known:"
+            f" {', '.join(BUILTIN_PREFIX + n for n in known)}"
         )
     return BUILTIN_FOLDER / name
 
 
 def _download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
-    """Folder of a hub model with the wanted files: the hub is asked if it can be reached, else the local cache."""
+    """Folder of a hub model with the wanted files: the hub is asked if it can be reached, else the local
+    cache."""
     online = hub_is_reachable()
     try:
-        folder = huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=patterns, local_files_only=not online)
+        folder = huggingface_hub.snapshot_download(
+            hub_id, revision=revision, allow_patterns=patterns, local_files_only=not online
+        )
     except LocalEntryNotFoundError:
         raise ConfigError(
-            f"model.path='{hub_id}' is neither a local folder nor in the local hub cache, and the hub cannot be reached; "
-            "download it where there is a network (hf download) or give a local folder"
+            f"model.path='{hub_id}' is neither a local folder nor in the local hub cache, and the hub cannot"
+            " be reached; download it where there is a network (hf download) or give a local folder"
         ) from None
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise ConfigError(f"model.path='{hub_id}' cannot be downloaded: {first_line(error)}") from error
     return Path(folder)
 
 
-def _on_meta(config: PretrainedConfig, path: str, trust_remote_code: bool, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def _on_meta(
+    config: PretrainedConfig, path: str, trust_remote_code: bool, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
     """The model without memory: refuses what has no MoE layer or needs a missing capability."""
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=trust_remote_code
+            )
     except ValueError as error:
-        raise ConfigError(f"model.path='{path}' is not a causal language model: {first_line(error)}") from error
+        raise ConfigError(
+            f"model.path='{path}' is not a causal language model: {first_line(error)}"
+        ) from error
     except UNUSABLE as error:
         raise ConfigError(
-            f"config.json of model.path='{path}' describes no model: {first_line(error)}; look for a damaged field"
+            f"config.json of model.path='{path}' describes no model: {first_line(error)}; look for a damaged"
+            " field"
         ) from error
     return model
 

@@ -1,5 +1,5 @@
-"""The files of a model's folder: which of them hold the weights that are loaded, what is in them, and a hash of all that makes it
-what it is.
+"""The files of a model's folder: which of them hold the weights that are loaded, what is in them, and a hash
+of all that makes it what it is.
 
 In: a local folder. Out: names, headers, a refusal, or a hash. No weights are loaded.
 """
@@ -15,16 +15,28 @@ from heapr.errors import ConfigError
 from heapr.files import hash_file, hash_file_once, hash_files
 
 DESCRIPTION_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"  # what transformers looks for, in this order
-OTHER_WEIGHTS = ["*.safetensors", "*.safetensors.index.*", "*.pt", "*.pth", "*.gguf"]  # variants, shards without an index, other tools'
+# What transformers looks for, in this order.
+WEIGHTS, INDEX = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+)
+# Variants, shards without an index, other tools'.
+OTHER_WEIGHTS = [
+    "*.safetensors",
+    "*.safetensors.index.*",
+    "*.pt",
+    "*.pth",
+    "*.gguf",
+]
 MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 
-Headers = Mapping[str, Mapping[str, Any]]  # by tensor: its "dtype" as safetensors names it, its "shape" and "data_offsets"
+# By tensor: its "dtype" as safetensors names it, its "shape" and "data_offsets".
+Headers = Mapping[str, Mapping[str, Any]]
 
 
 def weight_files(folder: Path) -> list[str]:
-    """The files of weights that are loaded, relative to the folder: those that the index names, wherever they lie, or the one without
-    an index; none if there is neither.
+    """The files of weights that are loaded, relative to the folder: those that the index names, wherever they
+    lie, or the one without an index; none if there is neither.
 
     Raises:
         ConfigError: there are two candidates, or the index is damaged.
@@ -35,25 +47,31 @@ def weight_files(folder: Path) -> list[str]:
     shards = sorted(shards_of(index))
     if (folder / WEIGHTS).is_file() and shards != [WEIGHTS]:
         raise ConfigError(
-            f"the weights in '{folder}' are there twice: {WEIGHTS}, and the {len(shards)} files that {INDEX} names; "
-            "only the first would be loaded, so remove whichever is not meant"
+            f"the weights in '{folder}' are there twice: {WEIGHTS}, and the {len(shards)} files that {INDEX}"
+            " names; only the first would be loaded, so remove whichever is not meant"
         )
     return shards
 
 
 def check_weight_files(folder: Path) -> None:
-    """Every file of weights that is loaded is there, has the length that its header says, and no tensor is in two of them.
+    """Every file of weights that is loaded is there, has the length that its header says, and no tensor is in
+    two of them.
 
     Raises:
         ConfigError: naming the file.
     """
     names = weight_files(folder)
     if not names and any(folder.glob("*.bin")):
-        raise ConfigError(f"the weights in '{folder}' are pickled (*.bin), which is not read; convert them to safetensors")
+        raise ConfigError(
+            f"the weights in '{folder}' are pickled (*.bin), which is not read; convert them to safetensors"
+        )
     if not names:
         others = sorted(path.name for pattern in OTHER_WEIGHTS for path in folder.glob(pattern))
         why = f"{others[0]} is not what is read" if others else "there are none"
-        raise ConfigError(f"the weights in '{folder}' cannot be loaded: {why}; put them there as {WEIGHTS}, or as shards with {INDEX}")
+        raise ConfigError(
+            f"the weights in '{folder}' cannot be loaded: {why}; put them there as {WEIGHTS}, or as shards"
+            f" with {INDEX}"
+        )
     where: dict[str, str] = {}
     for name in names:
         if not (folder / name).is_file():
@@ -62,7 +80,8 @@ def check_weight_files(folder: Path) -> None:
         for tensor in header:
             if tensor in where:
                 raise ConfigError(
-                    f"the weights in '{folder}' are ambiguous: {tensor} is in {where[tensor]} and in {name}; get both files again"
+                    f"the weights in '{folder}' are ambiguous: {tensor} is in {where[tensor]} and in {name};"
+                    " get both files again"
                 )
             where[tensor] = name
 
@@ -84,11 +103,14 @@ def shards_of(index: Path) -> set[str]:
     try:
         return {str(name) for name in json.loads(index.read_text())["weight_map"].values()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"the weights in '{index.parent}' cannot be loaded: {index.name} is damaged; get it again") from error
+        raise ConfigError(
+            f"the weights in '{index.parent}' cannot be loaded: {index.name} is damaged; get it again"
+        ) from error
 
 
 def _read_header(path: Path) -> dict[str, Mapping[str, Any]]:
-    """The header of a safetensors file, which is 8 bytes for the header's length, the header, and the data that it describes.
+    """The header of a safetensors file, which is 8 bytes for the header's length, the header, and the data
+    that it describes.
 
     Raises:
         ConfigError: the file is damaged, or has another length.
@@ -102,13 +124,16 @@ def _read_header(path: Path) -> dict[str, Mapping[str, Any]]:
         except (ValueError, KeyError, TypeError, AttributeError):
             end = -1
     if end < 0 or path.stat().st_size != 8 + length + int(end):
-        raise ConfigError(f"the weights in '{path.parent}' cannot be loaded: {path.name} is damaged or not complete; get it again")
+        raise ConfigError(
+            f"the weights in '{path.parent}' cannot be loaded: {path.name} is damaged or not complete; get it"
+            " again"
+        )
     return dict(header)
 
 
 def hash_folder(folder: Path, digests: Path | None = None, *, has_code: bool = False) -> str:
-    """sha256 over names and contents of the files that make a model: configuration, tokenizer, the weights that are loaded and no
-    others, and the Python files where they may run.
+    """sha256 over names and contents of the files that make a model: configuration, tokenizer, the weights
+    that are loaded and no others, and the Python files where they may run.
 
     Args:
         digests: folder in which hashes of weights are remembered.
@@ -118,5 +143,7 @@ def hash_folder(folder: Path, digests: Path | None = None, *, has_code: bool = F
     described = {path for pattern in DESCRIPTION_FILES for path in folder.glob(pattern)}
     code = set(folder.rglob("*.py")) if has_code else set()
     return hash_files(
-        folder, weights | described | code, lambda path: hash_file_once(path, digests) if digests and path in weights else hash_file(path)
+        folder,
+        weights | described | code,
+        lambda path: hash_file_once(path, digests) if digests and path in weights else hash_file(path),
     )

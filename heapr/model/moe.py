@@ -1,7 +1,8 @@
-"""The view of a causal language model that the rest of heapr works with: its MoE layers, its layers' weights, its loss.
+"""The view of a causal language model that the rest of heapr works with: its MoE layers, its layers' weights,
+its loss.
 
-In: a transformers model. Out: `MoEModel`. Knowledge of architectures ends here; what a family needs and we lack is
-refused by the name of the missing capability.
+In: a transformers model. Out: `MoEModel`. Knowledge of architectures ends here; what a family needs and we
+lack is refused by the name of the missing capability.
 """
 
 from __future__ import annotations
@@ -24,7 +25,13 @@ from heapr.model.experts.layout import Experts, is_ragged, layout_of, matrices_o
 from heapr.model.experts.ragged import RaggedExperts
 from heapr.types import ExpertWeights
 
-TOP_K_FIELDS = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k")  # K in the families' configurations
+# K in the families' configurations.
+TOP_K_FIELDS = (
+    "num_experts_per_tok",
+    "top_k_experts",
+    "moe_topk",
+    "moe_k",
+)
 DECODER_LAYER = re.compile(r"\.(\d+)\.")  # in a module's name, such as `model.layers.3.mlp.experts`
 LOGITS_CHUNK = 2**26  # logits held at once: 2^26 elements are 256 MiB in float32
 
@@ -36,7 +43,8 @@ class MoELayer:
     Attributes:
         index: decoder layer index.
         name: the experts' module name in the model.
-        block: the module that owns the experts; they are looked up in it anew each time, because surgery replaces them.
+        block: the module that owns the experts; they are looked up in it anew each time, because surgery
+            replaces them.
     """
 
     index: int
@@ -76,7 +84,8 @@ class MoELayer:
 
     @property
     def atomic_expert_parameters(self) -> int:
-        """Parameters that go with one atomic expert: its rows of the input projection, with their biases, and its column w_k."""
+        """Parameters that go with one atomic expert: its rows of the input projection, with their biases, and
+        its column w_k."""
         layout = layout_of(self.experts)
         num_rows = 2 if layout.has_gate else 1
         return num_rows * (self.model_width + layout.has_bias) + self.model_width
@@ -89,13 +98,19 @@ class MoELayer:
             inputs_GD, down_DF = matrices.inputs_GD.detach(), matrices.down_DF.detach()
             missing = width - down_DF.shape[1]
             if layout.has_gate:
-                gate_FD, up_FD = inputs_GD.chunk(2) if layout.is_concatenated else (inputs_GD[::2], inputs_GD[1::2])
+                gate_FD, up_FD = (
+                    inputs_GD.chunk(2) if layout.is_concatenated else (inputs_GD[::2], inputs_GD[1::2])
+                )
                 gates.append(F.pad(gate_FD, (0, 0, 0, missing)))
                 ups.append(F.pad(up_FD, (0, 0, 0, missing)))
             else:
                 ups.append(F.pad(inputs_GD, (0, 0, 0, missing)))
             downs.append(F.pad(down_DF, (0, missing)))
-        return ExpertWeights(gate_EFD=torch.stack(gates) if gates else None, up_EFD=torch.stack(ups), down_EDF=torch.stack(downs))
+        return ExpertWeights(
+            gate_EFD=torch.stack(gates) if gates else None,
+            up_EFD=torch.stack(ups),
+            down_EDF=torch.stack(downs),
+        )
 
 
 class MoEModel:
@@ -119,7 +134,8 @@ class MoEModel:
         return device
 
     def hidden_states(self, **inputs: Tensor) -> Tensor:
-        """Final hidden states (N, W, D), those that the output head turns into logits; on the model's first device."""
+        """Final hidden states (N, W, D), those that the output head turns into logits; on the model's first
+        device."""
         hidden: Tensor = self.body(use_cache=False, **inputs).last_hidden_state
         return hidden.to(self.device)
 
@@ -141,12 +157,14 @@ class MoEModel:
         return list(container.children())
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
-        """Logits of final hidden states, in float32: what the model's own forward makes of them, scaling and capping included."""
+        """Logits of final hidden states, in float32: what the model's own forward makes of them, scaling and
+        capping included."""
         logits: Tensor = self._head(inputs_embeds=hidden_TD.unsqueeze(0), use_cache=False).logits
         return logits.squeeze(0).to(hidden_TD.device, torch.float32)
 
     def check_head(self) -> None:
-        """Refuse models whose logits do not follow from the final hidden states: losses computed in chunks would be wrong.
+        """Refuse models whose logits do not follow from the final hidden states: losses computed in chunks
+        would be wrong.
 
         Raises:
             ConfigError: naming the capability.
@@ -157,7 +175,8 @@ class MoEModel:
             difference = (self.logits(self.hidden_states(input_ids=ids_NW)[0]) - expected[0]).abs().max()
         if difference > 1e-2 * expected.abs().max():  # false for NaN, which calibration will name
             raise ConfigError(
-                f"{type(self.model).__name__} needs a missing capability: logits that depend on more than the final hidden states"
+                f"{type(self.model).__name__} needs a missing capability: logits that depend on more than the"
+                " final hidden states"
             )
 
     def chunk_size(self) -> int:
@@ -183,7 +202,8 @@ def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
         layers.append(MoELayer(index=_layer_index(name), name=name, block=block))
     if not layers:
         raise ConfigError(
-            f"{type(model).__name__} has no MoE layer that transformers' experts interface serves; choose a Mixture-of-Experts model"
+            f"{type(model).__name__} has no MoE layer that transformers' experts interface serves; choose a"
+            " Mixture-of-Experts model"
         )
     return sorted(layers, key=lambda layer: layer.index)
 
@@ -199,11 +219,15 @@ def experts_per_token(model: PreTrainedModel) -> int:
         value = getattr(config, name, None)
         if value is not None:
             return int(max(value)) if isinstance(value, list | tuple) else int(value)
-    raise ConfigError(f"{type(model).__name__} needs a missing capability: a number of experts per token under a name that is not known")
+    raise ConfigError(
+        f"{type(model).__name__} needs a missing capability: a number of experts per token under a name that"
+        " is not known"
+    )
 
 
 def next_token_loss(model: MoEModel, hidden: Tensor, ids_NW: Tensor) -> Tensor:
-    """Cross-entropy in nats of every predicted token, float32 (N, W-1), without the logits of more than a chunk."""
+    """Cross-entropy in nats of every predicted token, float32 (N, W-1), without the logits of more than a
+    chunk."""
     hidden_TD, target_T = hidden[:, :-1].flatten(0, 1), ids_NW[:, 1:].flatten()
     size = model.chunk_size()
     losses = [
@@ -214,7 +238,8 @@ def next_token_loss(model: MoEModel, hidden: Tensor, ids_NW: Tensor) -> Tensor:
 
 
 def summed_loss_backward(model: MoEModel, hidden: Tensor, ids_NW: Tensor) -> Tensor:
-    """Sum of the next-token losses, and its gradient sent back through `hidden`, without the logits of more than a chunk.
+    """Sum of the next-token losses, and its gradient sent back through `hidden`, without the logits of more
+    than a chunk.
 
     Returns:
         the summed loss in nats, a detached float32 scalar.
@@ -248,7 +273,8 @@ def frozen_parameters(model: nn.Module) -> Iterator[None]:
 
 
 class _FinalHiddenStates(MoeModelOutputWithPast):  # type: ignore[misc]
-    """A body's output of which only the final hidden states are there; whatever else a family returns is None."""
+    """A body's output of which only the final hidden states are there; whatever else a family returns is
+    None."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
@@ -271,16 +297,19 @@ def _without_body(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _body_name(model: PreTrainedModel) -> str:
-    """Name of the child that computes the final hidden states: base_model_prefix is not its name in every family."""
+    """Name of the child that computes the final hidden states: base_model_prefix is not its name in every
+    family."""
     names: list[str] = [name for name, child in model.named_children() if isinstance(child, PreTrainedModel)]
     return names[0]
 
 
 @contextmanager
 def gradient_from_embeddings(model: PreTrainedModel) -> Iterator[None]:
-    """Embedded tokens need a gradient inside, so that a backward pass through frozen parameters has where to go. The model still
-    sees token ids: some families route by them."""
-    handle = model.get_input_embeddings().register_forward_hook(lambda _, __, embedded: embedded.detach().requires_grad_())
+    """Embedded tokens need a gradient inside, so that a backward pass through frozen parameters has where to
+    go. The model still sees token ids: some families route by them."""
+    handle = model.get_input_embeddings().register_forward_hook(
+        lambda _, __, embedded: embedded.detach().requires_grad_()
+    )
     try:
         yield
     finally:

@@ -17,7 +17,9 @@ from heapr.model.span import Span, reads_of, run_rest, run_span
 from heapr.model.tape import Tape, hidden_of
 
 
-def backward_by_spans(model: MoEModel, batches: Iterable[Tensor], spans: Sequence[Span]) -> Iterator[tuple[int, Tensor, Tensor]]:
+def backward_by_spans(
+    model: MoEModel, batches: Iterable[Tensor], spans: Sequence[Span]
+) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Send every batch's summed next-token loss back to where the model starts from. Several spans: all
     batches go forwards through one before any goes through the next, then backwards in the reverse order, so
     that each span but the last runs twice.

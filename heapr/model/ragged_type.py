@@ -1,4 +1,5 @@
-"""The model type of ragged checkpoints, "heapr_<type>": the family's configuration and class, whose experts get individual widths.
+"""The model type of ragged checkpoints, "heapr_<type>": the family's configuration and class, whose experts
+get individual widths.
 
 In: a family's configuration class, or a folder. Out: two classes, known to transformers.
 """
@@ -24,22 +25,34 @@ def register_ragged(folder: Path) -> None:
         ConfigError: the folder has no config.json, or its family is unknown.
     """
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"folder '{folder}' has no config.json, so it is not a checkpoint; give the folder that prune wrote")
+        raise ConfigError(
+            f"folder '{folder}' has no config.json, so it is not a checkpoint; give the folder that prune"
+            " wrote"
+        )
     model_type = str(PretrainedConfig.get_config_dict(folder, local_files_only=True)[0].get("model_type", ""))
     if not model_type.startswith(RAGGED_PREFIX) or model_type in CONFIG_MAPPING:
         return
     family = model_type.removeprefix(RAGGED_PREFIX)
     if family not in CONFIG_MAPPING:
-        raise ConfigError(f"'{folder}' was pruned from a '{family}' model, which this transformers does not know; install a newer one")
+        raise ConfigError(
+            f"'{folder}' was pruned from a '{family}' model, which this transformers does not know; install a"
+            " newer one"
+        )
     config_class, model_class = ragged_classes(CONFIG_MAPPING[family])
     AutoConfig.register(model_type, config_class)
     AutoModelForCausalLM.register(config_class, model_class)
 
 
-def ragged_classes(config_class: type[PretrainedConfig]) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
+def ragged_classes(
+    config_class: type[PretrainedConfig],
+) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
     """The same two classes as in the modelling file beside a checkpoint."""
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
-    ragged_config = type(f"Heapr{config_class.__name__}", (config_class,), {"model_type": RAGGED_PREFIX + config_class.model_type})
+    ragged_config = type(
+        f"Heapr{config_class.__name__}",
+        (config_class,),
+        {"model_type": RAGGED_PREFIX + config_class.model_type},
+    )
 
     def initialise(self: PreTrainedModel, config: PretrainedConfig) -> None:
         model_class.__init__(self, config)

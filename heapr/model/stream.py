@@ -99,24 +99,32 @@ def scale_of(model: MoEModel, probe: Tape, layer: MoELayer, reads: Reads) -> flo
         scale = _scale_of_sum(layer.experts, inputs, *streams)
     if scale is None:
         raise ConfigError(
-            f"pruning.repair.target=residual_stream: layer {layer.index} of {type(model.model).__name__} {why}, so it cannot bring "
-            "the stream back; give pruning.repair.target=layer_output"
+            f"pruning.repair.target=residual_stream: layer {layer.index} of {type(model.model).__name__}"
+            f" {why}, so it cannot bring the stream back; give pruning.repair.target=layer_output"
         )
     return scale
 
 
-def _scale_of_sum(experts: Experts, inputs: ExpertInputs, before_TD: Tensor, without_TD: Tensor, behind_TD: Tensor) -> float | None:
+def _scale_of_sum(
+    experts: Experts, inputs: ExpertInputs, before_TD: Tensor, without_TD: Tensor, behind_TD: Tensor
+) -> float | None:
     """The number that makes the stream behind a layer the one without its experts and so many times their
     output, up to rounding where the streams are largest; None if there is none."""
     routed = (inputs.hidden_TD, inputs.expert_TK, inputs.router_weight_TK)
-    output_TD = run_experts(experts, *routed).float() - run_experts(without_atomic_experts(experts), *routed).float()
-    added_TD, largest_TD = behind_TD - without_TD, torch.stack([before_TD, without_TD, behind_TD]).abs().amax(0)
+    output_TD = (
+        run_experts(experts, *routed).float() - run_experts(without_atomic_experts(experts), *routed).float()
+    )
+    added_TD, largest_TD = (
+        behind_TD - without_TD,
+        torch.stack([before_TD, without_TD, behind_TD]).abs().amax(0),
+    )
     rounding_TD = 4 * torch.finfo(inputs.hidden_TD.dtype).eps * largest_TD + 1e-2 * added_TD.abs().mean()
     weighted_TD = output_TD / rounding_TD.clamp(min=1e-12).square()
     together, alone = (float((weighted_TD * other_TD).sum()) for other_TD in (added_TD, output_TD))
     scale = 1.0 if abs(together - alone) <= 0.01 * alone else together / alone  # 1 where all of it is zero
     error_TD = (added_TD - scale * output_TD).abs()
-    return None if (error_TD > rounding_TD + 1e-2 * added_TD.abs().max()).any() else scale  # NaN passes, calibration will name it
+    # NaN passes, calibration will name it.
+    return None if (error_TD > rounding_TD + 1e-2 * added_TD.abs().max()).any() else scale
 
 
 def _record(before: list[Tensor], _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

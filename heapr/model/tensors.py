@@ -1,7 +1,7 @@
 """What a model takes of the tensors in its files, by transformers' own rules and before anything is loaded.
 
-In: a model on the meta device, and the headers of its files. Out: what it leaves out; or a refusal of weights that are quantised, do
-not fit or are not all there. transformers' own loading runs, on shapes alone.
+In: a model on the meta device, and the headers of its files. Out: what it leaves out; or a refusal of weights
+that are quantised, do not fit or are not all there. transformers' own loading runs, on shapes alone.
 """
 
 from __future__ import annotations
@@ -25,12 +25,19 @@ from heapr.model.model_files import Headers
 
 logger = logging.getLogger(__name__)
 
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # safetensors' names
+# Safetensors' names.
+FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 SCALES = re.compile(  # what tools that quantise put beside a weight, or in its place
     r"((weight|input|output|act|proj|bias|qweight)_scales?(_inv|_2)?|weight_(packed|shape|zero_point|g_idx)|\.(scale|scales|scale_inv)"
     r"|qscale_\w+|qweight|qzeros|g_idx|_blocks|\.SCB|absmax|quant_map|quant_state\.\w+)$"
 )
-PLACE = re.compile(r"(\w+\.)?layers\.\d+(?=\.)|model\.\w+(?=\.)|\w+(?=\.)|.+")  # a decoder layer, or a part beside them
+# A decoder layer, or a part beside them.
+PLACE = re.compile(r"(\w+\.)?layers\.\d+(?=\.)|model\.\w+(?=\.)|\w+(?=\.)|.+")
 BUFFERS = re.compile(r"(inv_freq|position_ids)$")  # of older versions of transformers; computed now
 
 
@@ -56,7 +63,8 @@ def check_tensors(model: PreTrainedModel, headers: Headers, folder: Path) -> Lef
         folder: where they are, for messages.
 
     Raises:
-        ConfigError: the weights are quantised, or tensors are missing or have other shapes than the configuration says.
+        ConfigError: the weights are quantised, or tensors are missing or have other shapes than the
+            configuration says.
     """
     odd = {name: header for name, header in headers.items() if header["dtype"] not in FLOATS}
     if odd and _takes_as_weights(model, odd):
@@ -74,22 +82,32 @@ def check_tensors(model: PreTrainedModel, headers: Headers, folder: Path) -> Lef
 
 
 def report_left_out(left_out: LeftOut, model_name: str) -> list[str]:
-    """One line for what is dropped on purpose, and a warning for what is not known; logged, and returned for a dry run."""
+    """One line for what is dropped on purpose, and a warning for what is not known; logged, and returned for
+    a dry run."""
     lines = []
     if left_out.known:
-        lines.append(f"{model_name} leaves out what it has no part for: {_summary(left_out.known)}; the pruned model will not have it")
+        lines.append(
+            f"{model_name} leaves out what it has no part for: {_summary(left_out.known)}; the pruned model"
+            " will not have it"
+        )
         logger.info("%-9s %s", "model", lines[-1])
     if left_out.unknown:
-        lines.append(f"{len(left_out.unknown)} tensors in the files are unknown to {model_name} and not used: {_summary(left_out.unknown)}")
+        lines.append(
+            f"{len(left_out.unknown)} tensors in the files are unknown to {model_name} and not used:"
+            f" {_summary(left_out.unknown)}"
+        )
         logger.warning("%s", lines[-1])
     return lines
 
 
 def _takes_as_weights(model: PreTrainedModel, odd: Headers) -> bool:
-    """Whether any of these tensors of whole numbers, or of few bits, would become a weight: some families have tables of numbers."""
+    """Whether any of these tensors of whole numbers, or of few bits, would become a weight: some families
+    have tables of numbers."""
     kinds = model.state_dict()
     loaded = _load(model, odd)
-    return bool(loaded.mismatched) or any(kinds[name].is_floating_point() for name in kinds.keys() - set(loaded.missing))
+    return bool(loaded.mismatched) or any(
+        kinds[name].is_floating_point() for name in kinds.keys() - set(loaded.missing)
+    )
 
 
 @dataclass(frozen=True)
@@ -119,28 +137,40 @@ def _load(model: PreTrainedModel, headers: Headers) -> _Loaded:
     tensors = dict(_without_memory(headers))
     try:
         with _silent():
-            watched.from_pretrained(None, config=model.config, state_dict=tensors, device_map="meta", ignore_mismatched_sizes=True)
+            watched.from_pretrained(
+                None, config=model.config, state_dict=tensors, device_map="meta", ignore_mismatched_sizes=True
+            )
     except RuntimeError:  # over parts that cannot be put together, which the report names
         if not reports:
             raise
     (report,) = reports
-    mismatched = [f"{name} of shape {tuple(found)}, not {tuple(wanted)}" for name, found, wanted in report.mismatched_keys]
+    mismatched = [
+        f"{name} of shape {tuple(found)}, not {tuple(wanted)}"
+        for name, found, wanted in report.mismatched_keys
+    ]
     return _Loaded(
         missing=sorted(report.missing_keys),
         mismatched=sorted(mismatched) + sorted(report.conversion_errors),
         left_out=LeftOut(
-            known=tuple(sorted(name for name in dropped if not BUFFERS.search(name))), unknown=tuple(sorted(report.unexpected_keys))
+            known=tuple(sorted(name for name in dropped if not BUFFERS.search(name))),
+            unknown=tuple(sorted(report.unexpected_keys)),
         ),
     )
 
 
 def _without_memory(headers: Headers) -> Iterator[tuple[str, Tensor]]:
     for name, header in headers.items():
-        yield name, torch.empty(header["shape"], dtype=FLOATS.get(header["dtype"], torch.uint8), device="meta")
+        yield (
+            name,
+            torch.empty(header["shape"], dtype=FLOATS.get(header["dtype"], torch.uint8), device="meta"),
+        )
 
 
 def _quantised(folder: Path, what: str) -> str:
-    return f"the weights in '{folder}' are quantised ({what}), and gradients need them whole; give a bfloat16 or float32 copy"
+    return (
+        f"the weights in '{folder}' are quantised ({what}), and gradients need them whole; give a bfloat16 or"
+        " float32 copy"
+    )
 
 
 def _summary(names: Iterable[str]) -> str:

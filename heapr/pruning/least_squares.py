@@ -82,7 +82,12 @@ def solve_by_steps(
         direction_SD.mul_(ratio_D).add_(product_SD)
         slope_D = new_slope_D
     above = min(1.0, excess / objective)
-    logger.warning("repair: after max_steps=%d the error is up to %.2g of it above its minimum (tolerance %g)", max_steps, above, tolerance)
+    logger.warning(
+        "repair: after max_steps=%d the error is up to %.2g of it above its minimum (tolerance %g)",
+        max_steps,
+        above,
+        tolerance,
+    )
     return change_SD
 
 

@@ -53,7 +53,9 @@ class ExpertRepair:
     refits_inputs = False
     follows_stream = False
 
-    def __init__(self, ridge: Annotated[float, Gt(0)] = 1e-2, router_weighted: bool = True, sequential: bool = True) -> None:
+    def __init__(
+        self, ridge: Annotated[float, Gt(0)] = 1e-2, router_weighted: bool = True, sequential: bool = True
+    ) -> None:
         self.ridge = ridge
         self.router_weighted = router_weighted
         self.is_sequential = sequential

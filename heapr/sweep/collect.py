@@ -1,6 +1,7 @@
 """The jobs of a sweep as they lie in its folder: what finished, what failed and why.
 
-In: the folder of a sweep, made by sweep.py or by `python run.py -m`. Out: one `JobResult` for each job, never fewer.
+In: the folder of a sweep, made by sweep.py or by `python run.py -m`. Out: one `JobResult` for each job, never
+fewer.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ def newest_sweep(sweeps: Path, experiment: str, version: str) -> Path:
         record = Record.read(folder)
         if (record.experiment, record.version) == (experiment, version):
             return folder
-    raise ConfigError(f"'{sweeps}' holds no sweep of {experiment} ({version}); run it without report_only first")
+    raise ConfigError(
+        f"'{sweeps}' holds no sweep of {experiment} ({version}); run it without report_only first"
+    )
 
 
 def collect_jobs(folder: Path) -> list[JobResult]:
@@ -79,7 +82,9 @@ def collect_jobs(folder: Path) -> list[JobResult]:
         raise ConfigError(f"'{folder}' is no folder; give one below outputs/sweeps")
     jobs = _overrides_of_jobs(folder)
     if not jobs:
-        raise ConfigError(f"'{folder}' holds no jobs of a sweep; give a folder that sweep.py or python run.py -m made")
+        raise ConfigError(
+            f"'{folder}' holds no jobs of a sweep; give a folder that sweep.py or python run.py -m made"
+        )
     return [_collect_job(folder / str(number), number, overrides) for number, overrides in jobs.items()]
 
 
@@ -87,13 +92,23 @@ def _overrides_of_jobs(folder: Path) -> dict[int, tuple[str, ...]]:
     """By number; jobs that never started too, where the folder says what they would have been."""
     if (folder / RECORD).is_file():
         return {number: tuple(job) for number, job in enumerate(Record.read(folder).jobs)}
-    started = {int(path.name): path / OVERRIDES for path in folder.iterdir() if path.name.isdigit() and (path / OVERRIDES).is_file()}
-    jobs = {number: tuple(str(override) for override in OmegaConf.load(started[number])) for number in sorted(started)}
+    started = {
+        int(path.name): path / OVERRIDES
+        for path in folder.iterdir()
+        if path.name.isdigit() and (path / OVERRIDES).is_file()
+    }
+    jobs = {
+        number: tuple(str(override) for override in OmegaConf.load(started[number]))
+        for number in sorted(started)
+    }
     if (folder / MULTIRUN).is_file():
         hydra = OmegaConf.load(folder / MULTIRUN).hydra
         if str(hydra.sweeper._target_).endswith(BASIC_SWEEPER):
             asked = grid(list(hydra.overrides.task))
-            jobs = {number: tuple(f"{key}={value}" for key, value in job.items()) for number, job in enumerate(asked)} | jobs
+            jobs = {
+                number: tuple(f"{key}={value}" for key, value in job.items())
+                for number, job in enumerate(asked)
+            } | jobs
     return jobs
 
 

@@ -1,7 +1,7 @@
 """The command line of sweep.py: look ahead, run, report.
 
-In: `experiment=<name>` and overrides, or `report_dir=<folder>`. Out: a sweep's folder with jobs, tables, figures and report.html;
-exit code 1 if a job failed, 2 with one line for a mistake.
+In: `experiment=<name>` and overrides, or `report_dir=<folder>`. Out: a sweep's folder with jobs, tables,
+figures and report.html; exit code 1 if a job failed, 2 with one line for a mistake.
 """
 
 from __future__ import annotations
@@ -103,11 +103,16 @@ def read_request(arguments: Sequence[str], experiments: Sequence[str]) -> Reques
         if argument.startswith("-") or ("=" not in argument and not argument.startswith("~")):
             known = ["--dry-run", "--help", *(f"{key}=" for key in ("experiment", "report_dir", *SWITCHES))]
             hint = did_you_mean(argument, known)
-            raise ConfigError(f"'{argument}' is neither an override (key=value) nor an option; {hint}options: {', '.join(known)}")
+            raise ConfigError(
+                f"'{argument}' is neither an override (key=value) nor an option; {hint}options:"
+                f" {', '.join(known)}"
+            )
         if argument.startswith("dry_run="):
             raise ConfigError(f"'{argument}' is for one run; give --dry-run to see what a sweep would do")
     if ("experiment" in own) == ("report_dir" in own):
-        raise ConfigError(f"give either experiment=<name> or report_dir=<folder>; experiments: {', '.join(experiments)}")
+        raise ConfigError(
+            f"give either experiment=<name> or report_dir=<folder>; experiments: {', '.join(experiments)}"
+        )
     if "report_dir" in own and (rest or len(own) > 1 or "--dry-run" in arguments):
         raise ConfigError("report_dir=<folder> stands alone: a report is made from what is in the folder")
     settings = tuple(argument for argument in rest if argument.startswith(("hydra.", "hydra/", "+hydra.")))
@@ -184,7 +189,9 @@ def _report(root: Path, folder: Path) -> tuple[int, list[Path]]:
     layout = Record.read(folder).layout if (folder / RECORD).is_file() else {}
     files = write_report(jobs, layout, folder, root / "experiments" / "published")
     failed = [job for job in jobs if job.summary is None]
-    lines = [f"{len(jobs) - len(failed)} of {len(jobs)} jobs finished; tables, figures and report.html: {folder}"]
+    lines = [
+        f"{len(jobs) - len(failed)} of {len(jobs)} jobs finished; tables, figures and report.html: {folder}"
+    ]
     lines += [f"  job {job.number} failed ({' '.join(job.overrides)}): {job.error}" for job in failed]
     Console(soft_wrap=True).print("\n".join(lines), markup=False, highlight=False)
     return 1 if failed else 0, files
@@ -210,7 +217,12 @@ def keep_results(root: Path, folder: Path, files: Sequence[Path]) -> Path:
     kept.mkdir(parents=True)
     for file in files:
         if file.suffix in (".svg", ".png") and file.stat().st_size > MAX_FIGURE:
-            logger.warning("%s has %d bytes; figures that are kept should have at most %d", file, file.stat().st_size, MAX_FIGURE)
+            logger.warning(
+                "%s has %d bytes; figures that are kept should have at most %d",
+                file,
+                file.stat().st_size,
+                MAX_FIGURE,
+            )
         copy = kept / file.relative_to(folder)
         copy.parent.mkdir(exist_ok=True)
         if file.suffix == ".html":
@@ -241,10 +253,16 @@ def _run(root: Path, request: Request, definition: Definition, jobs: Mapping[Job
     folder = new_folder(outputs / SWEEPS, record)
     exit_code = launch(root, folder, request.settings)
     if exit_code:
-        logger.error("the process that ran the jobs ended with exit code %d; the same command goes on where it stopped", exit_code)
+        logger.error(
+            "the process that ran the jobs ended with exit code %d; the same command goes on where it"
+            " stopped",
+            exit_code,
+        )
     failed = _finish(root, request, folder)
     rows = list(csv.DictReader((folder / "table.csv").read_text(encoding="utf-8").splitlines()))
-    log_sweep_summary(config.tracking, rows, folder=folder, images=sorted(folder.glob("*.png")), outputs=outputs)
+    log_sweep_summary(
+        config.tracking, rows, folder=folder, images=sorted(folder.glob("*.png")), outputs=outputs
+    )
     return max(failed, 1 if exit_code else 0)
 
 
@@ -254,14 +272,18 @@ def _report_newest(root: Path, request: Request, definition: Definition, jobs: S
 
     (config,) = compose_jobs(definition.name, jobs[:1], root / "conf")
     folder = newest_sweep(Path(config.paths.outputs) / SWEEPS, definition.name, request.version)
-    replace(Record.read(folder), title=definition.title, report=definition.layout(request.version)).write(folder)
+    replace(Record.read(folder), title=definition.title, report=definition.layout(request.version)).write(
+        folder
+    )
     return _finish(root, request, folder)
 
 
 def _finish(root: Path, request: Request, folder: Path) -> int:
     exit_code, files = _report(root, folder)
     if request.results:
-        Console(soft_wrap=True).print(f"kept in {keep_results(root, folder, files)}", markup=False, highlight=False)
+        Console(soft_wrap=True).print(
+            f"kept in {keep_results(root, folder, files)}", markup=False, highlight=False
+        )
     return exit_code
 
 
@@ -272,7 +294,9 @@ def _check_settings(settings: Sequence[str], config_folder: Path) -> None:
         try:
             compose("config", overrides=list(settings), return_hydra_config=True)
         except HydraException as error:
-            reason = " ".join(str(error).partition("Config search path")[0].removeprefix("In 'hydra/config': ").split())
+            reason = " ".join(
+                str(error).partition("Config search path")[0].removeprefix("In 'hydra/config': ").split()
+            )
             hint = "joblib and submitit come with pip install 'heapr[joblib]' and 'heapr[slurm]'"
             raise ConfigError(f"{' '.join(settings)}: {reason}; {hint}") from error
 
@@ -291,7 +315,10 @@ def _help(root: Path) -> None:
         "python sweep.py report_dir=<folder of a sweep>",
         "",
         "model=tiny       the experiment's version for the built-in model: offline, minutes on 2 cores",
-        "overrides        as for run.py; one whose values the experiment sweeps selects those jobs, others apply to all jobs",
+        (
+            "overrides        as for run.py; one whose values the experiment sweeps selects those jobs,"
+            " others apply to all jobs"
+        ),
         "hydra/launcher=  basic (one job after the other), joblib, submitit_slurm ... (docs/experiments.md)",
         "--dry-run        show what would be made and stop",
         "report_only=true tables and figures of the experiment's newest sweep, from its artifacts alone",
@@ -299,5 +326,8 @@ def _help(root: Path) -> None:
         "results=true     keep tables and figures in experiments/<name>/results",
         "",
     ]
-    lines += [f"{name:20} {load_definition(root / 'experiments', name).title}" for name in experiment_names(root / "experiments")]
+    lines += [
+        f"{name:20} {load_definition(root / 'experiments', name).title}"
+        for name in experiment_names(root / "experiments")
+    ]
     console.print("\n".join(lines), markup=False, highlight=False)

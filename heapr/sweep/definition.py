@@ -1,6 +1,8 @@
-"""What an experiment is: its jobs, for the paper's models and for the built-in one, and what its report shows.
+"""What an experiment is: its jobs, for the paper's models and for the built-in one, and what its report
+shows.
 
-In: experiments/<name>/experiment.yaml and the overrides of the command line. Out: jobs, each a list of Hydra overrides.
+In: experiments/<name>/experiment.yaml and the overrides of the command line. Out: jobs, each a list of Hydra
+overrides.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ FILE = "experiment.yaml"
 TINY = "tiny"  # what the names of the built-in models begin with
 
 Job = tuple[str, ...]  # Hydra overrides
-Block = Sequence[str]  # Hydra overrides of which some list several values, separated by commas: a grid of jobs
+# Hydra overrides of which some list several values, separated by commas: a grid of jobs.
+Block = Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,8 @@ class Definition:
         jobs: blocks for the paper's models, run one after the other.
         tiny: blocks for the built-in model.
         baselines: further blocks for the paper's models, on request.
-        report, tiny_report: tables and figures of the two versions (heapr/report/sweep/report_layout.py); none is the default.
+        report, tiny_report: tables and figures of the two versions (heapr/report/sweep/report_layout.py);
+            none is the default.
     """
 
     name: str
@@ -64,7 +68,9 @@ def load_definition(experiments: Path, name: str) -> Definition:
     """
     known = experiment_names(experiments)
     if name not in known:
-        raise ConfigError(f"unknown experiment '{name}'; {did_you_mean(name, known)}known experiments: {', '.join(known)}")
+        raise ConfigError(
+            f"unknown experiment '{name}'; {did_you_mean(name, known)}known experiments: {', '.join(known)}"
+        )
     content = OmegaConf.to_container(OmegaConf.load(experiments / name / FILE))
     assert isinstance(content, dict)
     fields = list(Definition.__dataclass_fields__)
@@ -80,8 +86,8 @@ def load_definition(experiments: Path, name: str) -> Definition:
 def make_jobs(definition: Definition, overrides: Sequence[str], *, baselines: bool = False) -> list[Job]:
     """All jobs in their order, none twice.
 
-    An override whose values all occur among the experiment's own selects their jobs (such as one model); any other
-    replaces what the jobs say, and multiplies them if it lists several values.
+    An override whose values all occur among the experiment's own selects their jobs (such as one model); any
+    other replaces what the jobs say, and multiplies them if it lists several values.
 
     Args:
         definition: the experiment.
@@ -91,7 +97,11 @@ def make_jobs(definition: Definition, overrides: Sequence[str], *, baselines: bo
     Raises:
         HydraException: an override cannot be read.
     """
-    blocks = definition.tiny if is_tiny(overrides) else [*definition.jobs, *(definition.baselines if baselines else ())]
+    blocks = (
+        definition.tiny
+        if is_tiny(overrides)
+        else [*definition.jobs, *(definition.baselines if baselines else ())]
+    )
     jobs = [job for block in blocks for job in grid(block)]
     for override in _parse(overrides):
         key, values = override.get_key_element(), _values(override)
@@ -107,13 +117,20 @@ def make_jobs(definition: Definition, overrides: Sequence[str], *, baselines: bo
 
 def is_tiny(overrides: Sequence[str]) -> bool:
     """Whether built-in models alone are asked for."""
-    chosen = [value for override in _parse(overrides) if override.get_key_element() == "model" for value in _values(override)]
+    chosen = [
+        value
+        for override in _parse(overrides)
+        if override.get_key_element() == "model"
+        for value in _values(override)
+    ]
     return bool(chosen) and all(value.startswith(TINY) for value in chosen)
 
 
 def grid(block: Block) -> list[dict[str, str]]:
     """Every combination of a block's values; the last override varies fastest."""
-    choices = [[(override.get_key_element(), value) for value in _values(override)] for override in _parse(block)]
+    choices = [
+        [(override.get_key_element(), value) for value in _values(override)] for override in _parse(block)
+    ]
     return [dict(combination) for combination in itertools.product(*choices)]
 
 

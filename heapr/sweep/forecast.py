@@ -1,6 +1,8 @@
-"""What a sweep would do: which steps every job takes, which the store has, which several jobs share, and how long the rest takes.
+"""What a sweep would do: which steps every job takes, which the store has, which several jobs share, and how
+long the rest takes.
 
-In: the checked configuration of every job. Out: `Forecast`, printed as a table. Nothing is loaded, tokenised or made.
+In: the checked configuration of every job. Out: `Forecast`, printed as a table. Nothing is loaded, tokenised
+or made.
 """
 
 from __future__ import annotations
@@ -46,8 +48,10 @@ class Forecast:
 
     Attributes:
         jobs: in their order.
-        seconds: expected for each distinct artifact that is not there, by id; None if nothing like it was made before.
-        flops: of each calibration of which that is so, forward and backward, by id; None if not known for the family.
+        seconds: expected for each distinct artifact that is not there, by id; None if nothing like it was
+            made before.
+        flops: of each calibration of which that is so, forward and backward, by id; None if not known for the
+            family.
     """
 
     jobs: Sequence[JobForecast]
@@ -59,7 +63,8 @@ class Forecast:
         return {step.id: step for job in self.jobs for step in job.steps if not step.cached}
 
     def states(self, number: int) -> dict[str, Counter[str]]:
-        """How many artifacts of each stage of a job are "cached", to "make", or "shared": made by an earlier job."""
+        """How many artifacts of each stage of a job are "cached", to "make", or "shared": made by an earlier
+        job."""
         earlier = {step.id for job in self.jobs[:number] for step in job.steps}
         states: dict[str, Counter[str]] = {name: Counter() for name in STAGES}
         for step in self.jobs[number].steps:
@@ -76,14 +81,17 @@ def forecast_sweep(jobs: Sequence[tuple[str, ...]], configs: Sequence[Experiment
     """
     ahead = [_forecast_job(overrides, config) for overrides, config in zip(jobs, configs, strict=True)]
     past = PastSeconds(Path(configs[0].paths.outputs) / ARTIFACTS)
-    seconds = {step.id: past.expected(step, job.steps) for job in ahead for step in job.steps if not step.cached}
+    seconds = {
+        step.id: past.expected(step, job.steps) for job in ahead for step in job.steps if not step.cached
+    }
     return Forecast(ahead, seconds, _flops_of_calibrations(ahead, configs, seconds))
 
 
 def _flops_of_calibrations(
     jobs: Sequence[JobForecast], configs: Sequence[ExperimentConfig], seconds: Mapping[str, float | None]
 ) -> dict[str, int | None]:
-    """Of those whose seconds are not known. A model takes seconds on the meta device, so each is asked once for a length."""
+    """Of those whose seconds are not known. A model takes seconds on the meta device, so each is asked once
+    for a length."""
     flops: dict[str, int | None] = {}
     of_sequence: dict[str, int | None] = {}
     for job, config in zip(jobs, configs, strict=True):
@@ -111,7 +119,8 @@ def _forecast_job(overrides: tuple[str, ...], config: ExperimentConfig) -> JobFo
 class PastSeconds:
     """How long artifacts took, from the manifests of a store.
 
-    A stage is compared with those of the same model: calibrations per token, evaluations with those that measured the same.
+    A stage is compared with those of the same model: calibrations per token, evaluations with those that
+    measured the same.
     """
 
     def __init__(self, artifacts: Path) -> None:
@@ -122,7 +131,9 @@ class PastSeconds:
             for manifest in manifests:
                 if manifest["stage"] == stage:
                     upstream = [self._models.get(key) for key in manifest["upstream"].values()]
-                    self._models[manifest["key"]] = manifest["config"].get("model") or next(iter(upstream), None)
+                    self._models[manifest["key"]] = manifest["config"].get("model") or next(
+                        iter(upstream), None
+                    )
         self._seconds: dict[str, list[float]] = defaultdict(list)
         for manifest in manifests:
             model = self._models[manifest["key"]]

@@ -33,7 +33,11 @@ def print_forecast(forecast: Forecast, title: str, console: Console | None = Non
 
 def common_overrides(jobs: Sequence[Job]) -> Job:
     """What all jobs say."""
-    return tuple(override for override in jobs[0] if all(override in job for job in jobs)) if len(jobs) > 1 else ()
+    return (
+        tuple(override for override in jobs[0] if all(override in job for job in jobs))
+        if len(jobs) > 1
+        else ()
+    )
 
 
 def _jobs_table(forecast: Forecast, common: Job) -> Table:
@@ -49,7 +53,10 @@ def _jobs_table(forecast: Forecast, common: Job) -> Table:
 def _problems(forecast: Forecast) -> list[str]:
     """Each problem once, with the jobs that have it."""
     problems = dict.fromkeys(job.problem for job in forecast.jobs if job.problem)
-    numbers = {problem: [str(number) for number, job in enumerate(forecast.jobs) if job.problem == problem] for problem in problems}
+    numbers = {
+        problem: [str(number) for number, job in enumerate(forecast.jobs) if job.problem == problem]
+        for problem in problems
+    }
     return [f"job {', '.join(numbers[problem])}: {problem}\n" for problem in problems]
 
 
@@ -69,10 +76,15 @@ def _what_is_left(forecast: Forecast) -> str:
     lines = [f"{jobs}, {distinct} artifacts, of which to make: {counted if left else 'none'}"]
     known = [seconds for seconds in forecast.seconds.values() if seconds is not None]
     if known:
-        lines.append(f"estimated from earlier ones like them: {sum(known) / 60:.1f} min for {len(known)} of {len(left)}")
+        lines.append(
+            f"estimated from earlier ones like them: {sum(known) / 60:.1f} min for {len(known)} of"
+            f" {len(left)}"
+        )
     elif left:
         lines.append("no estimate of the time: nothing like them was made here before")
     flops = [number for number in forecast.flops.values() if number is not None]
     if flops:
-        lines.append(f"arithmetic of calibrating, where nothing like it was done before: {operations(sum(flops))}")
+        lines.append(
+            f"arithmetic of calibrating, where nothing like it was done before: {operations(sum(flops))}"
+        )
     return "\n".join(lines)

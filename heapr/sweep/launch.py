@@ -1,7 +1,7 @@
 """Runs the jobs of a sweep through Hydra's multirun.
 
-In: jobs and a folder. Out: the folder filled, one subfolder per job. The process of its own is what `python run.py -m` would be:
-launchers (one job after the other, joblib, submitit) see nothing unusual.
+In: jobs and a folder. Out: the folder filled, one subfolder per job. The process of its own is what `python
+run.py -m` would be: launchers (one job after the other, joblib, submitit) see nothing unusual.
 """
 
 from __future__ import annotations
@@ -36,7 +36,11 @@ def launch(root: Path, folder: Path, settings: Sequence[str]) -> int:
     Returns:
         the exit code; 0 even if jobs failed, because each says so in its own folder.
     """
-    chosen = ["hydra/sweeper=jobs", f"hydra.sweeper.file={_quoted(folder / RECORD)}", f"hydra.sweep.dir={_quoted(folder)}"]
+    chosen = [
+        "hydra/sweeper=jobs",
+        f"hydra.sweeper.file={_quoted(folder / RECORD)}",
+        f"hydra.sweep.dir={_quoted(folder)}",
+    ]
     command = [sys.executable, str(root / "run.py"), "--multirun", *chosen, *settings]
     try:
         return subprocess.run(command, check=False).returncode

@@ -30,8 +30,8 @@ class Corpus(Protocol):
         """The documents of the split in a fixed order, from the beginning with each call; may be read lazily.
 
         Text that is collected here (docstrings, your own files) has no blank and no repeated documents.
-        Published corpora keep every row as it was published (published_corpora.py): published figures were measured
-        that way.
+        Published corpora keep every row as it was published (published_corpora.py): published figures were
+        measured that way.
         """
         ...
 

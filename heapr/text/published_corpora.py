@@ -43,7 +43,9 @@ class PublishedText:
     files: ClassVar[Mapping[str, str]]  # by split
     column: ClassVar[str]
 
-    def __init__(self, split: str, path: str | None = None, num_documents: Annotated[int, Ge(1)] | None = None) -> None:
+    def __init__(
+        self, split: str, path: str | None = None, num_documents: Annotated[int, Ge(1)] | None = None
+    ) -> None:
         if split not in self.files:
             raise ConfigError(f"{self.name} has no split '{split}'; choose one of {', '.join(self.files)}")
         self.split, self.num_documents = split, num_documents

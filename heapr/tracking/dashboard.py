@@ -1,6 +1,7 @@
 """A wandb dashboard that compares ratios and criteria.
 
-Run:  python -m heapr.tracking.dashboard [--entity ...] [--project heapr]     needs a login and pip install 'heapr[dashboard]'
+Run:  python -m heapr.tracking.dashboard [--entity ...] [--project heapr]
+Needs a login and pip install 'heapr[dashboard]'.
 In: the metrics that a project's runs have. Out: a saved view of the project; its address is printed.
 """
 
@@ -24,7 +25,9 @@ EFFICIENCY = ("parameters_removed_ratio", "flops_removed_ratio")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Create the dashboard, or say in one line why that cannot be."""
-    parser = argparse.ArgumentParser(prog="python -m heapr.tracking.dashboard", description="Create a wandb dashboard.")
+    parser = argparse.ArgumentParser(
+        prog="python -m heapr.tracking.dashboard", description="Create a wandb dashboard."
+    )
     parser.add_argument("--entity", help="wandb user or team; yours if not given")
     parser.add_argument("--project", default="heapr", help="wandb project, as tracking.project")
     options = parser.parse_args(arguments)
@@ -40,14 +43,19 @@ def create_dashboard(entity: str | None, project: str) -> str:
     """Save a dashboard of a project and return its address.
 
     Raises:
-        ConfigError: wandb-workspaces or a key is not there, wandb does not answer or refuses, or the project has nothing to compare.
+        ConfigError: wandb-workspaces or a key is not there, wandb does not answer or refuses, or the project
+            has nothing to compare.
     """
     if importlib.util.find_spec("wandb_workspaces") is None:
         raise ConfigError("the dashboard needs wandb-workspaces; pip install 'heapr[dashboard]'")
     if not has_key():
-        raise ConfigError("the dashboard is saved by wandb, but no key is found; set WANDB_API_KEY or run wandb login")
+        raise ConfigError(
+            "the dashboard is saved by wandb, but no key is found; set WANDB_API_KEY or run wandb login"
+        )
     if not is_reachable():
-        raise ConfigError("the dashboard is saved by wandb, which does not answer; look at the network and WANDB_BASE_URL")
+        raise ConfigError(
+            "the dashboard is saved by wandb, which does not answer; look at the network and WANDB_BASE_URL"
+        )
     import wandb
 
     try:
@@ -60,17 +68,20 @@ def create_dashboard(entity: str | None, project: str) -> str:
     except ConfigError:
         raise
     except Exception as error:  # wandb and what it is built on raise what they like
-        raise ConfigError(f"wandb made no dashboard of '{project}' ({first_line(error)}); check --entity, --project and the key") from error
+        raise ConfigError(
+            f"wandb made no dashboard of '{project}' ({first_line(error)}); check --entity, --project and"
+            " the key"
+        ) from error
 
 
 def build_dashboard(entity: str, project: str, names: Sequence[str]) -> Any:
-    """A workspace: every metric over the ratio and over what was saved, a line for each criterion; then tables, figures and
-    what calibration did. Nothing is sent before its `save`.
+    """A workspace: every metric over the ratio and over what was saved, a line for each criterion; then
+    tables, figures and what calibration did. Nothing is sent before its `save`.
 
     Args:
         entity, project: where it is saved.
-        names: of everything that the project's runs logged. Metrics have their contract names: of the pruned model at its
-            ratio, of the dense one at ratio 0.
+        names: of everything that the project's runs logged. Metrics have their contract names: of the pruned
+            model at its ratio, of the dense one at ratio 0.
 
     Raises:
         ConfigError: there is nothing to compare.
@@ -80,10 +91,15 @@ def build_dashboard(entity: str, project: str, names: Sequence[str]) -> Any:
 
     metrics = [name for name in names if name.startswith(QUALITY)]
     if not metrics:
-        raise ConfigError(f"no run of '{entity}/{project}' has metrics yet; run experiments with tracking=wandb first")
+        raise ConfigError(
+            f"no run of '{entity}/{project}' has metrics yet; run experiments with tracking=wandb first"
+        )
     lines = [_line(metric, RATIO, "share of atomic experts removed", group=CRITERION) for metric in metrics]
     tables = [WeavePanelSummaryTable(table_name=name) for name in ("comparison", "layers")]
-    progress = [_line(name, NUM_TOKENS, "tokens", group=MODEL) for name in ("calibration/loss", "calibration/tokens_per_second")]
+    progress = [
+        _line(name, NUM_TOKENS, "tokens", group=MODEL)
+        for name in ("calibration/loss", "calibration/tokens_per_second")
+    ]
     images = [MediaBrowser(title=name, media_keys=[name]) for name in names if name.startswith(FIGURES)]
     return ws.Workspace(
         entity=entity,
@@ -92,7 +108,12 @@ def build_dashboard(entity: str, project: str, names: Sequence[str]) -> Any:
         sections=[
             ws.Section(name="Quality by ratio", panels=lines, is_open=True),
             ws.Section(name="Quality by what is saved", panels=_scatters(metrics), is_open=True),
-            ws.Section(name="Tables", panels=tables, is_open=True, layout_settings=ws.SectionLayoutSettings(columns=1, rows=2)),
+            ws.Section(
+                name="Tables",
+                panels=tables,
+                is_open=True,
+                layout_settings=ws.SectionLayoutSettings(columns=1, rows=2),
+            ),
             ws.Section(name="Figures", panels=images),
             ws.Section(name="Calibration", panels=progress),
             ws.Section(name="Configurations", panels=[RunComparer(diff_only="split")]),
@@ -122,7 +143,10 @@ def _scatters(metrics: Sequence[str]) -> list[Any]:
     from wandb_workspaces.reports.v2 import ScatterPlot, SummaryMetric
 
     pairs = [(metric, saved) for metric in metrics for saved in EFFICIENCY]
-    return [ScatterPlot(title=f"{metric} over {saved}", x=SummaryMetric(saved), y=SummaryMetric(metric)) for metric, saved in pairs]
+    return [
+        ScatterPlot(title=f"{metric} over {saved}", x=SummaryMetric(saved), y=SummaryMetric(metric))
+        for metric, saved in pairs
+    ]
 
 
 if __name__ == "__main__":

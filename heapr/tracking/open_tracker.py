@@ -1,7 +1,7 @@
 """From the tracking group's configuration to a tracker.
 
-In: the group's settings and what the run is. Out: a tracker that is closed whatever happens, and told whether the run
-succeeded.
+In: the group's settings and what the run is. Out: a tracker that is closed whatever happens, and told whether
+the run succeeded.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def open_tracker(settings: TrackingConfig, run: Run, *, folder: Path, outputs: P
     trackers: list[Tracker] = [JsonLines(folder / FILE_NAME)]
     mode = resolve_mode(settings.mode)
     if mode != "none":
-        trackers.append(Wandb(run, mode=mode, project=settings.project, upload=settings.upload, folder=outputs))
+        trackers.append(
+            Wandb(run, mode=mode, project=settings.project, upload=settings.upload, folder=outputs)
+        )
     tracker = Several(*trackers)
     try:
         yield tracker

@@ -1,7 +1,7 @@
 """Where values go while a run is under way: always a JSON-lines file, and wandb beside it if asked.
 
-In: numbers, tables, images and folders by name. Out: lines and charts. Call sites know `log` and `close` and never ask
-which tracker it is.
+In: numbers, tables, images and folders by name. Out: lines and charts. Call sites know `log` and `close` and
+never ask which tracker it is.
 """
 
 from __future__ import annotations

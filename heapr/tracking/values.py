@@ -1,4 +1,5 @@
-"""What runs and sweeps show beside their metrics: calibration's progress, layers, figures and the comparison table.
+"""What runs and sweeps show beside their metrics: calibration's progress, layers, figures and the comparison
+table.
 
 In: numbers, rows and files. Out: values that a tracker takes.
 """
@@ -16,7 +17,16 @@ from heapr.tracking.open_tracker import open_tracker
 from heapr.tracking.tracker import FIGURES, NUM_TOKENS, Folder, Image, Run, Table, Tracker
 
 PROGRESS_SECONDS = 1.0
-LAYER_COLUMNS = ("layer", "kept_ratio", "atomic_experts_before", "atomic_experts", "narrowest", "widest", "empty_experts", "most_routed")
+LAYER_COLUMNS = (
+    "layer",
+    "kept_ratio",
+    "atomic_experts_before",
+    "atomic_experts",
+    "narrowest",
+    "widest",
+    "empty_experts",
+    "most_routed",
+)
 
 
 class CalibrationProgress:
@@ -37,14 +47,16 @@ class CalibrationProgress:
         if now - self._logged >= PROGRESS_SECONDS:
             self._logged = now
             speed = num_tokens / (now - self._started)
-            self._tracker.log({NUM_TOKENS: num_tokens, "calibration/loss": loss, "calibration/tokens_per_second": speed})
+            self._tracker.log(
+                {NUM_TOKENS: num_tokens, "calibration/loss": loss, "calibration/tokens_per_second": speed}
+            )
 
 
 def layer_table(layers: Iterable[Mapping[str, Any]]) -> Table:
     """One row per layer, of what `heapr.evaluation.routing.layer_routing` says of it.
 
-    Columns: decoder layer index, share kept, atomic experts before and after, the least and most that an expert keeps, experts
-    that keep none, and the share of tokens that goes to the expert with most.
+    Columns: decoder layer index, share kept, atomic experts before and after, the least and most that an
+    expert keeps, experts that keep none, and the share of tokens that goes to the expert with most.
     """
     rows = [
         [
@@ -74,7 +86,12 @@ def artifacts(stages: Iterable[Mapping[str, Any]]) -> dict[str, Folder]:
 
 
 def log_sweep_summary(
-    settings: TrackingConfig, rows: Sequence[Mapping[str, Any]], *, folder: Path, images: Sequence[Path], outputs: Path
+    settings: TrackingConfig,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    folder: Path,
+    images: Sequence[Path],
+    outputs: Path,
 ) -> None:
     """One run in a sweep's group, with its comparison table and figures; a repeat updates it.
 

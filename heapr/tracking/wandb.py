@@ -1,7 +1,7 @@
 """wandb: online when a key is found, otherwise offline; never asks, never waits for the network for long.
 
-In: values by name. Out: a wandb run, or an offline run folder and the command that sends it later. Whatever happens to
-wandb, the run goes on: a warning says what is missing.
+In: values by name. Out: a wandb run, or an offline run folder and the command that sends it later. Whatever
+happens to wandb, the run goes on: a warning says what is missing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,14 @@ START_SECONDS = 12.0  # most that starting a run online may take after that
 MEDIA_SECONDS = 8.0  # most that tables, images and folders may be waited for at the end of a run
 FINISH_SECONDS = 8.0  # most that sending the rest may take after that; what is left is on disk
 UPLOAD_SLICE_SECONDS = 10.0  # an upload that was asked for takes as long as it takes, while somebody is there
-MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "none"}  # of WANDB_MODE; ours
+# Of WANDB_MODE; ours.
+MODES = {
+    "online": "online",
+    "run": "online",
+    "offline": "offline",
+    "dryrun": "offline",
+    "disabled": "none",
+}
 MAX_TAG = 64  # letters that wandb allows
 
 
@@ -46,11 +53,22 @@ class Wandb:
         folder.mkdir(parents=True, exist_ok=True)
         self._upload = upload
         self._defined, self._warned = set(AXES), set[str]()
-        arguments: dict[str, Any] = {"dir": str(folder.resolve()), "project": project, "name": run.name, "id": run.id, "group": run.group}
-        arguments |= {"job_type": run.job_type, "tags": [tag[:MAX_TAG] for tag in run.tags], "config": dict(run.config)}
+        arguments: dict[str, Any] = {
+            "dir": str(folder.resolve()),
+            "project": project,
+            "name": run.name,
+            "id": run.id,
+            "group": run.group,
+        }
+        arguments |= {
+            "job_type": run.job_type,
+            "tags": [tag[:MAX_TAG] for tag in run.tags],
+            "config": dict(run.config),
+        }
         self._run, self._mode = _start(mode, arguments)
         self._media: queue.Queue[Mapping[str, Value] | None] = queue.Queue()
-        self._courier = threading.Thread(target=self._log_media, daemon=True)  # for each of these wandb waits for an answer
+        # For each of these wandb waits for an answer.
+        self._courier = threading.Thread(target=self._log_media, daemon=True)
         self._courier.start()
 
     def log(self, values: Mapping[str, Value]) -> None:
@@ -100,7 +118,9 @@ class Wandb:
             while (values := self._media.get()) is not None:
                 for folder in [value for value in values.values() if isinstance(value, Folder)]:
                     self._log_folder(folder)
-                if row := {name: _converted(value) for name, value in values.items() if not isinstance(value, Folder)}:
+                if row := {
+                    name: _converted(value) for name, value in values.items() if not isinstance(value, Folder)
+                }:
                     self._run.log(row)
         except Exception as error:
             self._warn(error)
@@ -110,7 +130,8 @@ class Wandb:
 
         artifact = wandb.Artifact(f"{folder.stage}-{folder.key}", folder.stage, metadata={"key": folder.key})
         if not self._upload:
-            artifact.add_reference(folder.path.resolve().as_uri(), checksum=False)  # the store's manifest has the hashes
+            # The store's manifest has the hashes.
+            artifact.add_reference(folder.path.resolve().as_uri(), checksum=False)
             self._run.log_artifact(artifact)
             return
         artifact.add_dir(str(folder.path), policy="immutable", skip_cache=True)
@@ -119,7 +140,8 @@ class Wandb:
             artifact.wait()
 
     def _wait_for_media(self) -> None:
-        """Offline as long as it takes, since that is the disk alone; online not longer than somebody is there."""
+        """Offline as long as it takes, since that is the disk alone; online not longer than somebody is
+        there."""
         self._media.put(None)
         self._courier.join(MEDIA_SECONDS if self._mode == "online" else None)
         while self._upload and self._courier.is_alive() and is_reachable():
@@ -132,25 +154,34 @@ class Wandb:
         reason = first_line(error)
         if reason not in self._warned:
             self._warned.add(reason)
-            logger.warning("wandb failed (%s); the run goes on, and its tracking.jsonl has everything", reason)
+            logger.warning(
+                "wandb failed (%s); the run goes on, and its tracking.jsonl has everything", reason
+            )
 
 
 def resolve_mode(mode: str) -> str:
-    """ "online", "offline" or "none", from "auto" (online if a key is found) or as asked; WANDB_MODE decides where "auto" was asked.
+    """ "online", "offline" or "none", from "auto" (online if a key is found) or as asked; WANDB_MODE decides
+    where "auto" was asked.
 
     Raises:
-        ConfigError: online without a key: wandb would ask for one; or WANDB_MODE is none of those that are known.
+        ConfigError: online without a key: wandb would ask for one; or WANDB_MODE is none of those that are
+            known.
     """
     if mode == "auto" and (asked := os.environ.get("WANDB_MODE")):
         if asked not in MODES:
-            raise ConfigError(f"WANDB_MODE='{asked}' is unknown; choose one of {', '.join(MODES)}, or unset it")
+            raise ConfigError(
+                f"WANDB_MODE='{asked}' is unknown; choose one of {', '.join(MODES)}, or unset it"
+            )
         mode = MODES[asked]
         if mode == "none":
             logger.info("WANDB_MODE=%s: nothing goes to wandb", asked)
     if mode == "auto":
         mode = "online" if has_key() else "offline"
     if mode == "online" and not has_key():
-        raise ConfigError("wandb is to be online, but no key is found; set WANDB_API_KEY, run wandb login, or use tracking=wandb_offline")
+        raise ConfigError(
+            "wandb is to be online, but no key is found; set WANDB_API_KEY, run wandb login, or use"
+            " tracking=wandb_offline"
+        )
     return mode
 
 
@@ -166,11 +197,16 @@ def has_key() -> bool:
 
 def _start(mode: Any, arguments: dict[str, Any]) -> tuple[Any, str]:
     """The run, and whether it is online or offline after all; no run if wandb cannot start one at all."""
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # wandb's reports about itself wait for the network at exit
+    # Wandb's reports about itself wait for the network at exit.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb  # seconds to import: only when it is used
 
     settings = wandb.Settings(
-        init_timeout=START_SECONDS, finish_timeout=FINISH_SECONDS, finish_timeout_raises=True, silent=True, console="off"
+        init_timeout=START_SECONDS,
+        finish_timeout=FINISH_SECONDS,
+        finish_timeout_raises=True,
+        silent=True,
+        console="off",
     )
     if mode == "online":
         try:
@@ -214,5 +250,7 @@ def _converted(value: Value) -> Any:
     import wandb
 
     if isinstance(value, Table):
-        return wandb.Table(columns=list(value.columns), data=[list(row) for row in value.rows], allow_mixed_types=True)
+        return wandb.Table(
+            columns=list(value.columns), data=[list(row) for row in value.rows], allow_mixed_types=True
+        )
     return wandb.Image(str(value.path)) if isinstance(value, Image) else value

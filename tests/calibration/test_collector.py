@@ -28,7 +28,9 @@ def assert_same_statistics(a: Statistics, b: Statistics, tolerance: float = 1e-5
             other = getattr(b.layers[index], name)
             # a signed sum may cancel, so it is compared on the scale of what was summed
             atol = tolerance * float(other.abs().max()) if name == "gh_sum_EF" else 0.0
-            torch.testing.assert_close(tensor, other, rtol=tolerance, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                tensor, other, rtol=tolerance, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
+            )
 
 
 def test_heapr_score_equals_published_two_stage_procedure(causal_lm: PreTrainedModel, ids_NW: Tensor) -> None:
@@ -61,14 +63,20 @@ def test_every_statistic_equals_its_definition(causal_lm: PreTrainedModel, ids_N
             assert set(expected) == set(dict(layer_statistics.items()))
             for name, value in expected.items():
                 got = getattr(layer_statistics, name)[expert]
-                torch.testing.assert_close(got, torch.as_tensor(value, dtype=torch.float64), rtol=1e-5, atol=1e-6)
+                torch.testing.assert_close(
+                    got, torch.as_tensor(value, dtype=torch.float64), rtol=1e-5, atol=1e-6
+                )
 
 
-def test_one_hook_for_each_layer_and_batch(model: MoEModel, ids_NW: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_hook_for_each_layer_and_batch(
+    model: MoEModel, ids_NW: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And none for an expert, in a ragged model neither."""
     hooked: list[torch.Size] = []
     register = Tensor.register_hook
-    monkeypatch.setattr(Tensor, "register_hook", lambda tensor, hook: hooked.append(tensor.shape) or register(tensor, hook))
+    monkeypatch.setattr(
+        Tensor, "register_hook", lambda tensor, hook: hooked.append(tensor.shape) or register(tensor, hook)
+    )
     pairs = torch.Size((2 * ids_NW[:4].numel(), 8))  # padded to the widest expert's width
     collect(model, ids_NW.split(4))
     kept_EF = torch.arange(8).expand(4, 8) < torch.tensor([[3], [8], [0], [5]])
@@ -78,7 +86,9 @@ def test_one_hook_for_each_layer_and_batch(model: MoEModel, ids_NW: Tensor, monk
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
-def test_batches_change_statistics_by_rounding_alone(model: MoEModel, ids_NW: Tensor, batch_size: int) -> None:
+def test_batches_change_statistics_by_rounding_alone(
+    model: MoEModel, ids_NW: Tensor, batch_size: int
+) -> None:
     """Matrix products round otherwise for other shapes (docs/method.md, Statistics)."""
     assert_same_statistics(collect(model, ids_NW.split(batch_size)), collect(model, ids_NW.split(8)))
 
@@ -130,7 +140,9 @@ SPOILED = {
 
 
 @pytest.mark.parametrize(("parameter", "place"), SPOILED.items())
-def test_not_a_number_stops_and_names_layer_and_batch(causal_lm: PreTrainedModel, ids_NW: Tensor, parameter: str, place: str) -> None:
+def test_not_a_number_stops_and_names_layer_and_batch(
+    causal_lm: PreTrainedModel, ids_NW: Tensor, parameter: str, place: str
+) -> None:
     def batches() -> Iterator[Tensor]:
         yield ids_NW[:2]
         with torch.no_grad():
@@ -141,15 +153,21 @@ def test_not_a_number_stops_and_names_layer_and_batch(causal_lm: PreTrainedModel
         collect(MoEModel(causal_lm), batches())
 
 
-def test_an_infinite_gradient_is_found_in_the_last_layer_it_reached(causal_lm: PreTrainedModel, ids_NW: Tensor) -> None:
+def test_an_infinite_gradient_is_found_in_the_last_layer_it_reached(
+    causal_lm: PreTrainedModel, ids_NW: Tensor
+) -> None:
     model = MoEModel(causal_lm)
-    causal_lm.model.norm.register_full_backward_hook(lambda module, grad_input, grad_output: (grad_input[0] * float("inf"),))
+    causal_lm.model.norm.register_full_backward_hook(
+        lambda module, grad_input, grad_output: (grad_input[0] * float("inf"),)
+    )
     with pytest.raises(FloatingPointError, match="g_sq_sum_EF of layer 1 is NaN or infinite in batch 0"):
         collect(model, [ids_NW])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_models_have_the_scores_of_their_float32_copy(ids_NW: Tensor, dtype: torch.dtype) -> None:
+def test_low_precision_models_have_the_scores_of_their_float32_copy(
+    ids_NW: Tensor, dtype: torch.dtype
+) -> None:
     low = tiny_qwen3_moe().to(dtype)
     scores = Heapr()(collect(MoEModel(low), [ids_NW]), no_weights).layers[0]
     reference = Heapr()(collect(MoEModel(copy.deepcopy(low).float()), [ids_NW]), no_weights).layers[0]
@@ -167,15 +185,25 @@ SPANS = [range(1), range(1, 3), range(3, 4)]
 
 @pytest.mark.parametrize("cut", [False, True])
 def test_statistics_by_spans_are_those_of_one_pass(ids_NW: Tensor, cut: bool) -> None:
-    """Bit for bit, of several batches and of a model that is cut already; every family in tests/model/test_families.py."""
+    """Bit for bit, of several batches and of a model that is cut already; every family in
+    tests/model/test_families.py."""
     model = MoEModel(tiny_qwen3_moe(num_hidden_layers=4))
     if cut:
-        remove(model, Plan(layers={layer.index: torch.arange(8).repeat(4, 1) < layer.index + 3 for layer in model.layers}))
+        remove(
+            model,
+            Plan(
+                layers={layer.index: torch.arange(8).repeat(4, 1) < layer.index + 3 for layer in model.layers}
+            ),
+        )
     told: list[list[tuple[int, float]]] = [[], []]
     whole = collect(model, ids_NW.split(3), on_batch=lambda *batch: told[0].append(batch))
     parts = collect(model, ids_NW.split(3), spans=SPANS, on_batch=lambda *batch: told[1].append(batch))
     assert told[0] == told[1] and len(told[0]) == 3
-    assert (whole.loss_sum, whole.num_tokens, whole.num_predicted_tokens) == (parts.loss_sum, parts.num_tokens, parts.num_predicted_tokens)
+    assert (whole.loss_sum, whole.num_tokens, whole.num_predicted_tokens) == (
+        parts.loss_sum,
+        parts.num_tokens,
+        parts.num_predicted_tokens,
+    )
     for index, layer in whole.layers.items():
         for name, tensor in layer.items():
             assert torch.equal(getattr(parts.layers[index], name), tensor), (index, name)

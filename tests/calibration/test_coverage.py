@@ -16,13 +16,21 @@ def test_least_median_and_not_reached(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     layers = {1: layer_statistics([100, 40, 0]), 3: layer_statistics([7, 0, 0])}
     report_coverage(statistics_of(layers, 90), {1: [1, 1, 1], 3: [1, 1, 1]})
-    assert "tokens per expert: least 0, median 3.5; 3 of 6 experts not reached, most of them in layer 3 (2)" in caplog.text
+    assert (
+        "tokens per expert: least 0, median 3.5; 3 of 6 experts not reached, most of them in layer 3 (2)"
+        in caplog.text
+    )
     warnings = [record for record in caplog.records if record.levelname == "WARNING"]
-    assert "at most 3.5 of the 90 calibration tokens" in warnings[0].message and "raise calibration.num_samples" in warnings[0].message
+    assert (
+        "at most 3.5 of the 90 calibration tokens" in warnings[0].message
+        and "raise calibration.num_samples" in warnings[0].message
+    )
 
 
 @pytest.mark.parametrize(("counts", "is_few"), [([31, 31, 99], True), ([32, 32, 0], False)])
-def test_few_are_below_32_at_the_median(counts: list[float], is_few: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_few_are_below_32_at_the_median(
+    counts: list[float], is_few: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     report_coverage(statistics_of({0: layer_statistics(counts)}, 90), {0: [1, 1, 1]})
     assert bool(caplog.messages) == is_few
 
@@ -35,9 +43,20 @@ def test_experts_without_atomic_experts_do_not_count(caplog: pytest.LogCaptureFi
 
 def test_one_line_for_a_run_whether_made_or_found(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    settings = ["model=hf", f"model.path={write_model(tmp_path / 'model')}", "model.dtype=float32", "pruning.save_checkpoint=false"]
+    settings = [
+        "model=hf",
+        f"model.path={write_model(tmp_path / 'model')}",
+        "model.dtype=float32",
+        "pruning.save_checkpoint=false",
+    ]
     settings += [override for override in write_texts(tmp_path) if override.startswith("calibration")]
-    few = ["evaluation=none", "calibration.num_samples=1", "calibration.sequence_length=16", "pruning.rounds=2", "pruning.ratio=0.5"]
+    few = [
+        "evaluation=none",
+        "calibration.num_samples=1",
+        "calibration.sequence_length=16",
+        "pruning.rounds=2",
+        "pruning.ratio=0.5",
+    ]
     for is_cached in (False, True):
         caplog.clear()
         summary = run_in(tmp_path, *settings, *few)

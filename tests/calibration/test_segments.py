@@ -1,4 +1,5 @@
-"""Segments reduced at once give what each expert's rows give alone; the collector's own tests hold these to the definitions."""
+"""Segments reduced at once give what each expert's rows give alone; the collector's own tests hold these to
+the definitions."""
 
 from __future__ import annotations
 
@@ -21,5 +22,9 @@ def test_segments_give_what_each_expert_gives_alone() -> None:
     of_experts = zip(*(tensor.split(COUNTS) for tensor in rows), strict=True)
     for expert, of_expert in enumerate(of_experts):
         for name, value in found.items():
-            alone = pair_statistics(*of_expert, OneExpert())[name] if COUNTS[expert] else torch.zeros_like(value[expert])
+            alone = (
+                pair_statistics(*of_expert, OneExpert())[name]
+                if COUNTS[expert]
+                else torch.zeros_like(value[expert])
+            )
             torch.testing.assert_close(value[expert], alone, rtol=1e-5, atol=1e-6)

@@ -48,7 +48,9 @@ def of_model(model: MoEModel, statistics: Statistics | None = None) -> Material:
     return only(model=model) if statistics is None else only(model=model, statistics=statistics)
 
 
-def material_of(causal_lm: PreTrainedModel, ids_NW: Tensor, *, criterion: Criterion | None = None, ratio: float = 0.4) -> Material:
+def material_of(
+    causal_lm: PreTrainedModel, ids_NW: Tensor, *, criterion: Criterion | None = None, ratio: float = 0.4
+) -> Material:
     """The steps' results on a tiny model."""
     criterion = criterion or Fisher()
     dense = MoEModel(causal_lm)

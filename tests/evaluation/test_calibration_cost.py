@@ -31,7 +31,8 @@ def test_cost_of_both_is_measured(model: MoEModel, ids_NW: Tensor) -> None:
     material = only(model=model, tokens=TokenWindows(ids_NW=ids_NW))
     evaluation = CalibrationCost(num_sequences=4, batch_size=2, repeats=2)(material)
     metrics = evaluation.metrics
-    assert metrics["calibration_state_bytes/two_stage"] == 2 * 4 * 16 * 16 * 4  # layers, experts, D x D, float32
+    # Layers, experts, D x D, float32.
+    assert metrics["calibration_state_bytes/two_stage"] == 2 * 4 * 16 * 16 * 4
     assert metrics["calibration_score_difference"] < 1e-4
     for name in ("heapr", "two_stage"):
         assert metrics[f"calibration_seconds/{name}"] > 0

@@ -24,7 +24,8 @@ def test_pearson_by_hand() -> None:
 
 
 def test_spearman_with_ties_by_hand() -> None:
-    # ranks (1, 2.5, 2.5, 4) and (1, 3, 2, 4): deviations (-1.5, 0, 0, 1.5) and (-1.5, 0.5, -0.5, 1.5): 4.5 / sqrt(4.5 * 5)
+    # ranks (1, 2.5, 2.5, 4) and (1, 3, 2, 4): deviations (-1.5, 0, 0, 1.5) and (-1.5, 0.5, -0.5, 1.5): 4.5 /
+    # sqrt(4.5 * 5)
     assert spearman(vector(0, 7, 7, 100), vector(1, 3, 2, 4)) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
     assert spearman(vector(1, 2, 3), vector(1, 10, 1e6)) == pytest.approx(1)
 

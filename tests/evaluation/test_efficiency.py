@@ -22,7 +22,9 @@ def counted_by_torch(model: MoEModel, ids_NW: torch.Tensor) -> int:
     model.model.set_experts_implementation("eager")
     model.model.set_attn_implementation("eager")
     # Llama-4's own experts compute every token in every expert
-    outside = use_heapr_experts(model.model) if type(model.model).__name__.startswith("Llama4") else nullcontext()
+    outside = (
+        use_heapr_experts(model.model) if type(model.model).__name__.startswith("Llama4") else nullcontext()
+    )
     with torch.no_grad(), outside, FlopCounterMode(display=False) as counter:
         model.model(input_ids=ids_NW, use_cache=False)
     return counter.get_total_flops()
@@ -31,11 +33,15 @@ def counted_by_torch(model: MoEModel, ids_NW: torch.Tensor) -> int:
 @pytest.mark.parametrize("family", LAYOUTS)
 @pytest.mark.parametrize("pruned", [False, True])
 def test_flops_equal_torchs_count_on_the_tokens_whose_routing_was_counted(family: str, pruned: bool) -> None:
-    """Equal, not close: routing frequencies are those of the very batch (of the pruned model, where it is pruned)."""
+    """Equal, not close: routing frequencies are those of the very batch (of the pruned model, where it is
+    pruned)."""
     model, ids_NW = MoEModel(tiny_model(family)), tiny_ids(3, 12)
     if pruned:
         generator = torch.Generator().manual_seed(1)
-        remove(model, Plan(layers={layer.index: torch.rand(4, 8, generator=generator) > 0.4 for layer in model.layers}))
+        remove(
+            model,
+            Plan(layers={layer.index: torch.rand(4, 8, generator=generator) > 0.4 for layer in model.layers}),
+        )
     metrics = Efficiency(window=12)(of_model(model, collect(model, [ids_NW]))).metrics
     expected = counted_by_torch(model, ids_NW)
     assert round(metrics["flops_per_token"] * 36, 6) == expected
@@ -47,7 +53,8 @@ def test_expert_flops_follow_the_routing() -> None:
     layer = layer_statistics([10, 30, 0, 0], h_sq_sum=[[0.0] * 8] * 4)
     statistics = statistics_of({0: layer, 1: layer}, num_predicted_tokens=20)
     dense = Efficiency(window=8)(of_model(model, statistics)).metrics
-    assert dense["flops_per_token_routed"] == 2 * (40 / 20) * 2 * 3 * 16 * 8  # layers * experts per token * (2 * 3 * D * F)
+    # Layers * experts per token * (2 * 3 * D * F)
+    assert dense["flops_per_token_routed"] == 2 * (40 / 20) * 2 * 3 * 16 * 8
     kept_EF = torch.ones(4, 8, dtype=torch.bool)
     kept_EF[1, :4] = False  # half of the expert that three quarters of the tokens visit
     remove(model, Plan(layers={0: kept_EF, 1: kept_EF}))
@@ -58,7 +65,10 @@ def test_expert_flops_follow_the_routing() -> None:
     assert change["flops_routed_removed_ratio"] == 0.75 / 2  # three times the share of atomic experts
     others = dense["parameters"] - dense["parameters_routed"]
     assert pruned["parameters_active_per_token"] == others + pruned["flops_per_token_routed"] / 2
-    assert dense["flops_per_token"] - pruned["flops_per_token"] == dense["flops_per_token_routed"] - pruned["flops_per_token_routed"]
+    assert (
+        dense["flops_per_token"] - pruned["flops_per_token"]
+        == dense["flops_per_token_routed"] - pruned["flops_per_token_routed"]
+    )
 
 
 @pytest.mark.parametrize("family", LAYOUTS)
@@ -87,14 +97,27 @@ def test_counts_of_the_tiny_model() -> None:
     embeddings_and_head = 2 * 257 * 16
     assert metrics["parameters"] == experts + attention + router_and_norms + embeddings_and_head
     assert metrics["parameters_routed"] == experts
-    assert metrics["parameters_active_per_token"] == metrics["parameters"] - experts / 2  # two of four experts
+    # Two of four experts.
+    assert metrics["parameters_active_per_token"] == metrics["parameters"] - experts / 2
     assert metrics["bytes"] == 4 * metrics["parameters"]
     assert metrics["atomic_experts"] == 2 * 4 * 8
 
 
 def test_size_change_is_the_share_removed() -> None:
-    dense = {"parameters": 10.0, "atomic_experts": 4.0, "bytes": 20.0, "flops_per_token": 8.0, "perplexity/x": 3.0}
-    pruned = {"parameters": 9.0, "atomic_experts": 3.0, "bytes": 18.0, "flops_per_token": 6.0, "perplexity/x": 4.0}
+    dense = {
+        "parameters": 10.0,
+        "atomic_experts": 4.0,
+        "bytes": 20.0,
+        "flops_per_token": 8.0,
+        "perplexity/x": 3.0,
+    }
+    pruned = {
+        "parameters": 9.0,
+        "atomic_experts": 3.0,
+        "bytes": 18.0,
+        "flops_per_token": 6.0,
+        "perplexity/x": 4.0,
+    }
     change = size_change(dense, pruned)
     assert change["flops_removed_ratio"] == 0.25 and change["atomic_experts_removed_ratio"] == 0.25
     assert change["parameters_removed_ratio"] == pytest.approx(0.1) and change["parameters"] == 9

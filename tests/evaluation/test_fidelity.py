@@ -20,7 +20,9 @@ from tests.tiny import byte_tokenizer, tiny_ids
 TEXT = "The quick brown fox jumps over the lazy dog; " * 3
 
 
-def measure(material: Material, folder: Path, batch_size: int = 4, max_windows: int | None = None) -> dict[str, float]:
+def measure(
+    material: Material, folder: Path, batch_size: int = 4, max_windows: int | None = None
+) -> dict[str, float]:
     (folder / "text.txt").write_text(TEXT)
     corpus = TextFiles([str(folder / "text.txt")], split="all")
     evaluator = Fidelity(corpus, window=16, batch_size=batch_size, max_windows=max_windows)
@@ -44,7 +46,10 @@ def slow_reference(material: Material, chosen: list[int]) -> tuple[float, float]
     for window in (windows[number] for number in chosen):
         for end in range(1, 16):
             with torch.no_grad():
-                p, q = (m.model(input_ids=torch.tensor([window[:end]])).logits[0, -1].double().softmax(0).tolist() for m in (dense, pruned))
+                p, q = (
+                    m.model(input_ids=torch.tensor([window[:end]])).logits[0, -1].double().softmax(0).tolist()
+                    for m in (dense, pruned)
+                )
             divergences.append(sum(a * (math.log(a) - math.log(b)) for a, b in zip(p, q, strict=True)))
             agreements.append(p.index(max(p)) == q.index(max(q)))
     return sum(divergences) / len(divergences), sum(agreements) / len(agreements)
@@ -60,11 +65,15 @@ def test_equals_the_definition(material: Material, tmp_path: Path) -> None:
 
 def test_windows_are_taken_evenly(material: Material, tmp_path: Path) -> None:
     divergence, _ = slow_reference(material, [0, 2, 5])  # of eight
-    assert measure(material, tmp_path, max_windows=3)["kl_to_dense/text_files"] == pytest.approx(divergence, rel=1e-5)
+    assert measure(material, tmp_path, max_windows=3)["kl_to_dense/text_files"] == pytest.approx(
+        divergence, rel=1e-5
+    )
     assert measure(material, tmp_path, max_windows=100) == measure(material, tmp_path)
 
 
-def test_depends_neither_on_batches_nor_on_chunks_of_logits(material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_depends_neither_on_batches_nor_on_chunks_of_logits(
+    material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = measure(material, tmp_path)
     assert measure(material, tmp_path, batch_size=3) == pytest.approx(expected, rel=1e-5)
     monkeypatch.setattr(moe, "LOGITS_CHUNK", 257 * 7)  # seven tokens at a time
@@ -80,5 +89,7 @@ def test_not_a_number_is_refused(material: Material, tmp_path: Path) -> None:
     dense, _ = material.dense_and_pruned()
     with torch.no_grad():
         dense.model.lm_head.weight[3] = float("nan")
-    with pytest.raises(FloatingPointError, match="fidelity/text_files: the divergence is NaN or infinite in batch 0"):
+    with pytest.raises(
+        FloatingPointError, match="fidelity/text_files: the divergence is NaN or infinite in batch 0"
+    ):
         measure(material, tmp_path)

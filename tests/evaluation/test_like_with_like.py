@@ -1,4 +1,5 @@
-"""Dense and pruned models run the same arithmetic: a plan that keeps everything changes no bit of any metric."""
+"""Dense and pruned models run the same arithmetic: a plan that keeps everything changes no bit of any
+metric."""
 
 from __future__ import annotations
 
@@ -32,7 +33,12 @@ FORMS: dict[str, Callable[[MoEModel, Plan], None]] = {"ragged": remove, "masked"
 
 def everything(model: MoEModel) -> Plan:
     """The plan that keeps all."""
-    return Plan(layers={layer.index: torch.ones(layer.num_experts, layer.width, dtype=torch.bool) for layer in model.layers})
+    return Plan(
+        layers={
+            layer.index: torch.ones(layer.num_experts, layer.width, dtype=torch.bool)
+            for layer in model.layers
+        }
+    )
 
 
 def kept_whole(model: MoEModel, form: str) -> MoEModel:
@@ -55,17 +61,26 @@ def test_builtin_models_measure_the_same_to_the_last_bit(name: str, dtype: str, 
     source = find_model(str(BUILTIN_FOLDER / name), dtype=dtype)
     dense = source.load(torch.device("cpu"))
     zero_shot = ZeroShot("sums", include_path=str(write_task(tmp_path / "tasks")))
-    measurements: list[Measurement] = [Perplexity(corpus, window=8, batch_size=1), zero_shot]  # few tokens of each expert
+    # Few tokens of each expert.
+    measurements: list[Measurement] = [
+        Perplexity(corpus, window=8, batch_size=1),
+        zero_shot,
+    ]
     for measurement in measurements:
         measurement.prepare(source)
     expected = [measure(measurement, of_model(dense)) for measurement in measurements]
-    assert not dense.is_ragged and dense.model.get_experts_implementation() != {"": "heapr"}, "all is as it was"
+    assert not dense.is_ragged and dense.model.get_experts_implementation() != {"": "heapr"}, (
+        "all is as it was"
+    )
     for form in FORMS:
         pruned = kept_whole(dense, form)
         assert [measure(measurement, of_model(pruned)) for measurement in measurements] == expected, form
         fidelity = Fidelity(corpus, window=8, batch_size=1, max_windows=None)
         fidelity.prepare(source)
-        assert fidelity(only(dense_and_pruned=(dense, pruned))).metrics == {"kl_to_dense/text_files": 0, "top1_agreement/text_files": 1}
+        assert fidelity(only(dense_and_pruned=(dense, pruned))).metrics == {
+            "kl_to_dense/text_files": 0,
+            "top1_agreement/text_files": 1,
+        }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -24,10 +24,15 @@ TEXT = "The quick brown fox jumps over the lazy dog; " * 3
 
 def measure(model: MoEModel, folder: Path, batch_size: int) -> dict[str, Any]:
     (folder / "text.txt").write_text(TEXT)
-    evaluator = Perplexity(TextFiles([str(folder / "text.txt")], split="all"), window=16, batch_size=batch_size)
+    evaluator = Perplexity(
+        TextFiles([str(folder / "text.txt")], split="all"), window=16, batch_size=batch_size
+    )
     evaluator.prepare(Source(byte_tokenizer()))
     found = evaluator(of_model(model))
-    return {**found.metrics, **{f"protocol/{name}": record for name, record in found.details["protocols"].items()}}
+    return {
+        **found.metrics,
+        **{f"protocol/{name}": record for name, record in found.details["protocols"].items()},
+    }
 
 
 def test_equals_a_token_by_token_reference(model: MoEModel, tmp_path: Path) -> None:
@@ -37,7 +42,9 @@ def test_equals_a_token_by_token_reference(model: MoEModel, tmp_path: Path) -> N
     for window in windows:
         for position in range(1, 16):
             with torch.no_grad():
-                logits = model.model(input_ids=torch.tensor([window[:position]]), use_cache=False).logits[0, -1]
+                logits = model.model(input_ids=torch.tensor([window[:position]]), use_cache=False).logits[
+                    0, -1
+                ]
             losses.append(-torch.log_softmax(logits.double(), dim=0)[window[position]].item())
     metrics = measure(model, tmp_path, batch_size=4)
     assert metrics["perplexity/text_files"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-6)
@@ -50,21 +57,29 @@ def test_does_not_depend_on_the_batch_size(model: MoEModel, tmp_path: Path, batc
     assert measure(model, tmp_path, batch_size)["perplexity/text_files"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_does_not_depend_on_the_chunk_of_logits(model: MoEModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_does_not_depend_on_the_chunk_of_logits(
+    model: MoEModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = measure(model, tmp_path, batch_size=4)["perplexity/text_files"]
     monkeypatch.setattr(moe, "LOGITS_CHUNK", 257 * 7)  # seven tokens at a time
-    assert measure(model, tmp_path, batch_size=4)["perplexity/text_files"] == pytest.approx(expected, rel=1e-6)
+    assert measure(model, tmp_path, batch_size=4)["perplexity/text_files"] == pytest.approx(
+        expected, rel=1e-6
+    )
 
 
 def test_not_a_number_is_refused_not_cached(model: MoEModel, tmp_path: Path) -> None:
     with torch.no_grad():
         model.model.lm_head.weight.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="perplexity/text_files: the loss is NaN or infinite in batch 0"):
+    with pytest.raises(
+        FloatingPointError, match="perplexity/text_files: the loss is NaN or infinite in batch 0"
+    ):
         measure(model, tmp_path, batch_size=4)
 
 
 @pytest.mark.parametrize("batch_size", [1, 100])
-def test_never_holds_more_logits_than_the_chunk(model: MoEModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int) -> None:
+def test_never_holds_more_logits_than_the_chunk(
+    model: MoEModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int
+) -> None:
     monkeypatch.setattr(moe, "LOGITS_CHUNK", 257 * 7)
     sizes: list[int] = []
     model.model.lm_head.register_forward_hook(lambda head, inputs, logits: sizes.append(logits.numel()))
@@ -78,8 +93,12 @@ def test_losses_of_a_bfloat16_model_are_summed_in_float32(tmp_path: Path) -> Non
     ids_NW = ids[: len(ids) // 16 * 16].view(-1, 16)
     with torch.no_grad():
         logits = model.model(input_ids=ids_NW, use_cache=False).logits[:, :-1].double()
-    expected = math.exp(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids_NW[:, 1:].flatten()).item())
-    assert measure(model, tmp_path, batch_size=100)["perplexity/text_files"] == pytest.approx(expected, rel=1e-5)
+    expected = math.exp(
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids_NW[:, 1:].flatten()).item()
+    )
+    assert measure(model, tmp_path, batch_size=100)["perplexity/text_files"] == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 def test_the_protocol_is_recorded(model: MoEModel, tmp_path: Path) -> None:
@@ -98,11 +117,15 @@ def test_the_protocol_is_recorded(model: MoEModel, tmp_path: Path) -> None:
 
 def test_tokens_that_the_tokenizer_adds_are_recorded(model: MoEModel, tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
     (tmp_path / "text.txt").write_text(TEXT)
     evaluator = Perplexity(TextFiles([str(tmp_path / "text.txt")], split="all"), window=16, batch_size=4)
     evaluator.prepare(Source(tokenizer))
-    assert evaluator(of_model(model)).details["protocols"]["text_files"]["special_tokens"] == ["<|endoftext|>"]
+    assert evaluator(of_model(model)).details["protocols"]["text_files"]["special_tokens"] == [
+        "<|endoftext|>"
+    ]
 
 
 def test_the_mean_loss_of_every_window_is_kept(model: MoEModel, tmp_path: Path) -> None:
@@ -118,11 +141,14 @@ def test_the_mean_loss_of_every_window_is_kept(model: MoEModel, tmp_path: Path) 
         expected.append(torch.nn.functional.cross_entropy(logits, window[1:]).item())
     losses = found.details["window_losses"]["text_files"]
     assert losses == pytest.approx(expected, rel=1e-5)
-    assert found.metrics["perplexity/text_files"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-12)
+    assert found.metrics["perplexity/text_files"] == pytest.approx(
+        math.exp(sum(losses) / len(losses)), rel=1e-12
+    )
 
 
 def test_increase_and_its_standard_error_by_hand() -> None:
-    """Perplexities 2 and 4: the windows' 4 b - 2 a are 4 log 4 - 2 log 2 - 0.1, ... + 0.1, of standard deviation 0.1 * sqrt(2)."""
+    """Perplexities 2 and 4: the windows' 4 b - 2 a are 4 log 4 - 2 log 2 - 0.1, ... + 0.1, of standard
+    deviation 0.1 * sqrt(2)."""
     dense = {"a": [math.log(2), math.log(2)], "b": [math.log(3)], "of the dense model alone": [1.0]}
     pruned = {"a": [math.log(4) - 0.025, math.log(4) + 0.025], "b": [math.log(3)]}
     found = perplexity_increases(dense, pruned)
@@ -134,7 +160,8 @@ def test_increase_and_its_standard_error_by_hand() -> None:
 
 
 def test_pairing_takes_out_what_windows_have_in_common() -> None:
-    """Windows of very different difficulty, all of them raised by the same loss: the error is that of the ratio alone."""
+    """Windows of very different difficulty, all of them raised by the same loss: the error is that of the
+    ratio alone."""
     dense = [1.0, 2.0, 3.0, 4.0]
     pruned = [loss + 0.5 for loss in dense]
     increases = perplexity_increases({"a": dense}, {"a": pruned})

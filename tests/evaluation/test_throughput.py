@@ -29,7 +29,9 @@ class Clock:
 
         def timed(model, ids_NW, cache=None):
             number_of_parameters = sum(parameter.numel() for parameter in model.model.parameters())
-            self.seen.append((number_of_parameters, tuple(ids_NW.shape), model.model.get_experts_implementation()[""]))
+            self.seen.append(
+                (number_of_parameters, tuple(ids_NW.shape), model.model.get_experts_implementation()[""])
+            )
             self.now += self.seconds.get(number_of_parameters, 1.0) * ids_NW.shape[1]
             return read(model, ids_NW, cache)
 
@@ -44,7 +46,10 @@ def test_metrics_follow_the_clock(causal_lm: PreTrainedModel, monkeypatch: pytes
     clock.seconds = {sum(p.numel() for p in pruned.model.parameters()): 0.5}
     metrics = Throughput(**SIZES, repeats=3)(material).metrics
     assert metrics["prefill_seconds/dense"] == 10 and metrics["prefill_seconds/pruned"] == 5
-    assert metrics["prefill_tokens_per_second/dense"] == 3 * 10 / 10 and metrics["prefill_tokens_per_second/pruned"] == 6
+    assert (
+        metrics["prefill_tokens_per_second/dense"] == 3 * 10 / 10
+        and metrics["prefill_tokens_per_second/pruned"] == 6
+    )
     assert metrics["decode_seconds/dense"] == 1 and metrics["decode_tokens_per_second/pruned"] == 3 / 0.5
     assert metrics["decode_speedup"] == metrics["prefill_speedup"] == 2
     assert metrics["decode_seconds_iqr/dense"] == 0
@@ -62,7 +67,10 @@ def test_turns_go_forwards_and_backwards(causal_lm: PreTrainedModel, monkeypatch
 
 
 def test_medians_and_quartiles() -> None:
-    seconds = {"dense": torch.tensor([1.0, 2, 3, 4, 100]).double(), "pruned": torch.tensor([1.0, 1, 1, 4, 25]).double()}
+    seconds = {
+        "dense": torch.tensor([1.0, 2, 3, 4, 100]).double(),
+        "pruned": torch.tensor([1.0, 1, 1, 4, 25]).double(),
+    }
     seconds["dense_default"] = seconds["dense"] / 2
     metrics = module._timings("decode", 8, seconds)
     assert metrics["decode_seconds/dense"] == 3 and metrics["decode_tokens_per_second/dense"] == 8 / 3
@@ -80,20 +88,32 @@ def test_peak_memory_is_weights_cache_and_what_is_computed(causal_lm: PreTrained
     cache = 2 * 2 * 3 * 12 * 8 * 4  # keys and values, layers, sequences, tokens, head_dim, bytes
     saved = metrics["decode_peak_memory_bytes/dense"] - metrics["decode_peak_memory_bytes/pruned"]
     assert saved == pytest.approx(dense - pruned, rel=0.05)
-    assert dense + cache < metrics["decode_peak_memory_bytes/dense"] < metrics["prefill_peak_memory_bytes/dense"]
+    assert (
+        dense + cache < metrics["decode_peak_memory_bytes/dense"] < metrics["prefill_peak_memory_bytes/dense"]
+    )
 
 
 def test_the_machine_is_part_of_the_record(causal_lm: PreTrainedModel) -> None:
     details = Throughput(**SIZES, repeats=1)(material_of(causal_lm, tiny_ids(2, 12))).details
-    assert details["machine"] == machine(CPU) and details["machine"]["device"] == "cpu" and details["dtype"] == "float32"
+    assert (
+        details["machine"] == machine(CPU)
+        and details["machine"]["device"] == "cpu"
+        and details["dtype"] == "float32"
+    )
     assert len(details["seconds"]["pruned"]["decode"]) == 1
-    assert details["experts_forward"] == {"dense_default": {"": "grouped_mm"}, "dense": {"": "heapr"}, "pruned": {"": "heapr"}}
+    assert details["experts_forward"] == {
+        "dense_default": {"": "grouped_mm"},
+        "dense": {"": "heapr"},
+        "pruned": {"": "heapr"},
+    }
 
 
 def test_a_stock_model_also_runs_its_own_best_way(causal_lm: PreTrainedModel) -> None:
     material = material_of(causal_lm, tiny_ids(2, 12))
     dense = material.model()
-    stock = dataclasses.replace(material, dense_and_pruned=lambda: (dense, MoEModel(copy.deepcopy(dense.model))))
+    stock = dataclasses.replace(
+        material, dense_and_pruned=lambda: (dense, MoEModel(copy.deepcopy(dense.model)))
+    )
     found = Throughput(**SIZES, repeats=1)(stock)
     assert found.details["experts_forward"]["pruned_default"] == {"": "grouped_mm"}
     assert found.metrics["prefill_tokens_per_second/pruned_default"] > 0

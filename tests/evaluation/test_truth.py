@@ -20,10 +20,14 @@ from tests.tiny import tiny_ids
 
 
 def truth(num_groups: int = 4, sample_size: int | None = None, max_sequences: int | None = None) -> Truth:
-    return Truth(num_groups=num_groups, sample_size=sample_size, max_sequences=max_sequences, seed=0, batch_size=3)
+    return Truth(
+        num_groups=num_groups, sample_size=sample_size, max_sequences=max_sequences, seed=0, batch_size=3
+    )
 
 
-def brute_force_loss(causal_lm: PreTrainedModel, ids_NW: Tensor, removed: list[tuple[int, int, int]]) -> float:
+def brute_force_loss(
+    causal_lm: PreTrainedModel, ids_NW: Tensor, removed: list[tuple[int, int, int]]
+) -> float:
     """Mean loss of a copy without some (layer, expert, atomic expert), from transformers' own loss."""
     without = copy.deepcopy(causal_lm)
     with torch.no_grad():
@@ -42,18 +46,31 @@ def test_measured_increase_equals_brute_force(causal_lm: PreTrainedModel, max_se
     dense = brute_force_loss(causal_lm, used, [])
     assert found.metrics["truth/loss"] == pytest.approx(dense, rel=1e-6)
     assert found.metrics["truth/num_tokens"] == used.numel()
-    ranked = sorted((float(material.scores().layers[i][e, k]), (i, e, k)) for i in (0, 1) for e in range(4) for k in range(8))
+    ranked = sorted(
+        (float(material.scores().layers[i][e, k]), (i, e, k))
+        for i in (0, 1)
+        for e in range(4)
+        for k in range(8)
+    )
     for number, row in enumerate(found.details["groups"]):
         members = [place for _, place in ranked[16 * number : 16 * (number + 1)]]
-        assert row["measured_increase"] == pytest.approx(brute_force_loss(causal_lm, used, members) - dense, abs=2e-6)
+        assert row["measured_increase"] == pytest.approx(
+            brute_force_loss(causal_lm, used, members) - dense, abs=2e-6
+        )
         assert row["removed"] == row["atomic_experts"] == 16
-        assert row["predicted_increase"] == pytest.approx(sum(score for score, _ in ranked[16 * number : 16 * (number + 1)]), rel=1e-6)
+        assert row["predicted_increase"] == pytest.approx(
+            sum(score for score, _ in ranked[16 * number : 16 * (number + 1)]), rel=1e-6
+        )
     assert all(torch.equal(tensor, before[name]) for name, tensor in causal_lm.state_dict().items())
 
 
 def test_groups_are_quantiles_with_seeded_samples() -> None:
     scores = Scores(layers={0: torch.tensor([[5.0, 1.0, 1.0]]), 3: torch.tensor([[0.0, 9.0, 9.0]])})
-    exists = {0: torch.ones(1, 3, dtype=torch.bool), 3: torch.tensor([[True, True, False]])}  # an expert of width 2
+    # An expert of width 2.
+    exists = {
+        0: torch.ones(1, 3, dtype=torch.bool),
+        3: torch.tensor([[True, True, False]]),
+    }
     assert [(g.size, g.removed.tolist()) for g in quantile_groups(scores, exists, num_groups=2, sample_size=None, seed=0)] == [
         (3, [3, 1, 2]), (2, [0, 4]),
     ]  # fmt: skip
@@ -68,7 +85,8 @@ def test_groups_are_quantiles_with_seeded_samples() -> None:
 
 
 def test_units(causal_lm: PreTrainedModel) -> None:
-    """heapr predicts what heapr_sum predicts once it is brought to nats; scores without unit give an order only."""
+    """heapr predicts what heapr_sum predicts once it is brought to nats; scores without unit give an order
+    only."""
     ids_NW = tiny_ids(1, 8)
 
     def measure(criterion: Criterion):
@@ -80,7 +98,11 @@ def test_units(causal_lm: PreTrainedModel) -> None:
         return sorted(row["predicted_increase"] for row in found.details["groups"])
 
     assert predicted(heapr) == pytest.approx(predicted(heapr_sum), rel=1e-5)
-    assert "truth/pearson" in heapr.metrics and "truth/pearson" not in random.metrics and "truth/spearman" in random.metrics
+    assert (
+        "truth/pearson" in heapr.metrics
+        and "truth/pearson" not in random.metrics
+        and "truth/spearman" in random.metrics
+    )
     assert "predicted_increase" not in random.details["groups"][0]
 
 

@@ -1,4 +1,5 @@
-"""Zero-shot accuracy: lm-eval's engine against log-likelihoods summed by hand, its options, its side effects, the paper's tasks."""
+"""Zero-shot accuracy: lm-eval's engine against log-likelihoods summed by hand, its options, its side effects,
+the paper's tasks."""
 
 from __future__ import annotations
 
@@ -54,7 +55,10 @@ def measure(model: MoEModel, folder: Path | None, task: str = "sums", **options:
     evaluator = ZeroShot(task, include_path=None if folder is None else str(folder), **options)
     evaluator.prepare(Source(byte_tokenizer()))
     found = evaluator(of_model(model))
-    return {**found.metrics, **{f"protocol/{name}": record for name, record in found.details["protocols"].items()}}
+    return {
+        **found.metrics,
+        **{f"protocol/{name}": record for name, record in found.details["protocols"].items()},
+    }
 
 
 def log_likelihood(model: MoEModel, context: str, continuation: str) -> float:
@@ -77,7 +81,9 @@ def test_accuracy_is_that_of_log_likelihoods_summed_by_hand(model: MoEModel, sum
     for name, answers in right.items():
         share = sum(answers) / len(answers)
         assert metrics[f"{name}/sums"] == pytest.approx(share)
-        assert metrics[f"{name}_stderr/sums"] == pytest.approx(math.sqrt(share * (1 - share) / (len(answers) - 1)))
+        assert metrics[f"{name}_stderr/sums"] == pytest.approx(
+            math.sqrt(share * (1 - share) / (len(answers) - 1))
+        )
     assert 0 < metrics["accuracy/sums"] < 1
 
 
@@ -99,7 +105,9 @@ def test_a_pruned_model_gets_its_own_answers(sums: Path) -> None:
 @pytest.mark.parametrize("batch_size", [1, 7])
 def test_batch_size_changes_neither_result_nor_identity(model: MoEModel, sums: Path, batch_size: int) -> None:
     assert measure(model, sums, batch_size=batch_size) == measure(model, sums)
-    fixed, automatic = (ZeroShot("sums", include_path=str(sums), batch_size=size) for size in (batch_size, "auto"))
+    fixed, automatic = (
+        ZeroShot("sums", include_path=str(sums), batch_size=size) for size in (batch_size, "auto")
+    )
     assert fixed.identity() == automatic.identity()
 
 
@@ -113,8 +121,15 @@ def test_the_batch_size_that_lm_eval_finds_gives_the_same_result_without_a_word(
 
 
 def test_the_protocol_names_version_shots_limit_and_requests(model: MoEModel, sums: Path) -> None:
-    whole, with_shots, limited = (measure(model, sums, **o)["protocol/sums"] for o in ({}, {"num_fewshot": 2}, {"limit": 5}))
-    assert (whole["version"], whole["num_fewshot"], whole["limit"], whole["num_items"]) == (3.0, 0, None, len(ITEMS))
+    whole, with_shots, limited = (
+        measure(model, sums, **o)["protocol/sums"] for o in ({}, {"num_fewshot": 2}, {"limit": 5})
+    )
+    assert (whole["version"], whole["num_fewshot"], whole["limit"], whole["num_items"]) == (
+        3.0,
+        0,
+        None,
+        len(ITEMS),
+    )
     assert limited["num_items"] == 5
     assert len({record["requests_sha256"] for record in (whole, with_shots, limited)}) == 3
     assert measure(model, sums)["protocol/sums"] == whole
@@ -141,7 +156,9 @@ def test_leaves_no_side_effects(model: MoEModel, sums: Path, capfd: pytest.Captu
     evaluator = ZeroShot("sums", include_path=str(sums))
     evaluator.prepare(Source(tokenizer))
     evaluator(of_model(model))
-    assert (random.getstate(), np.random.get_state()[1].tolist()) == states[:2] and torch.equal(torch.get_rng_state(), states[2])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == states[:2] and torch.equal(
+        torch.get_rng_state(), states[2]
+    )
     assert tokenizer.pad_token is None
     assert lm_eval.api.model.tqdm is tqdm and lm_eval.models.huggingface.tqdm is tqdm
     assert logging.getLogger("lm_eval").propagate and not logging.getLogger("lm_eval").handlers
@@ -149,7 +166,9 @@ def test_leaves_no_side_effects(model: MoEModel, sums: Path, capfd: pytest.Captu
     assert capfd.readouterr() == ("", "")
 
 
-def test_requests_that_lose_their_beginning_are_counted(model: MoEModel, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_requests_that_lose_their_beginning_are_counted(
+    model: MoEModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     long = {"question": "x" * 100, "answers": ["ab", "cd"], "right": 0}
     measure(model, write_task(tmp_path / "tasks", items=[long, {**long, "question": "y"}]))
     assert "sums: 2 inputs are longer than the model takes and lost their beginning" in caplog.text
@@ -164,7 +183,11 @@ def test_every_metric_of_a_group_and_of_a_generating_task_is_reported(model: MoE
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
         "filter_list": [{"name": "first", "filter": [{"function": "take_first"}]}],
     }  # fmt: skip
-    group = {"group": "both", "task": ["sums"], "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}]}
+    group = {
+        "group": "both",
+        "task": ["sums"],
+        "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
+    }
     (sums / "say.yaml").write_text(json.dumps(generate))
     (sums / "both.yaml").write_text(json.dumps(group))
     said = measure(model, sums, "say", limit=2)
@@ -191,7 +214,10 @@ PAPER_ROWS: dict[str, dict[str, Any]] = {
 def paper_data(monkeypatch: pytest.MonkeyPatch) -> None:
     def load_dataset(path: str, **_: Any) -> datasets.DatasetDict:
         return datasets.DatasetDict(
-            {split: datasets.Dataset.from_list([PAPER_ROWS[path]] * 3) for split in ("train", "validation", "test")}
+            {
+                split: datasets.Dataset.from_list([PAPER_ROWS[path]] * 3)
+                for split in ("train", "validation", "test")
+            }
         )
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -208,15 +234,27 @@ def test_the_papers_seven_tasks_run_and_are_averaged(paper_data: None) -> None:
     assert set(accuracies) == {0.0, 1.0}  # three equal questions each
     average = average_accuracy(["efficiency", *(f"accuracy/{task}" for task in tasks)], metrics)
     assert average["accuracy/average"] == pytest.approx(sum(accuracies) / 7)
-    normalised = [metrics[f"accuracy_norm/{task}"] for task in tasks if task != "winogrande"]  # the one task without
-    assert average["accuracy_norm/average"] == pytest.approx((sum(normalised) + metrics["accuracy/winogrande"]) / 7)
+    # The one task without.
+    normalised = [metrics[f"accuracy_norm/{task}"] for task in tasks if task != "winogrande"]
+    assert average["accuracy_norm/average"] == pytest.approx(
+        (sum(normalised) + metrics["accuracy/winogrande"]) / 7
+    )
     assert metrics["protocol/arc_easy"]["data"] == "allenai/ai2_arc/ARC-Easy"
 
 
 def test_average_needs_an_accuracy_of_every_task() -> None:
-    metrics = {"accuracy/a": 0.5, "accuracy/b": 0.7, "accuracy/b_part": 0.1, "accuracy_stderr/a": 0.03, "accuracy_stderr/b": 0.04}
+    metrics = {
+        "accuracy/a": 0.5,
+        "accuracy/b": 0.7,
+        "accuracy/b_part": 0.1,
+        "accuracy_stderr/a": 0.03,
+        "accuracy_stderr/b": 0.04,
+    }
     average = average_accuracy(["accuracy/a", "perplexity/x", "accuracy/b"], metrics)
-    assert average == {"accuracy/average": pytest.approx(0.6), "accuracy_stderr/average": pytest.approx(0.025)}
+    assert average == {
+        "accuracy/average": pytest.approx(0.6),
+        "accuracy_stderr/average": pytest.approx(0.025),
+    }
     assert average_accuracy(["accuracy/a", "accuracy/gsm8k"], metrics) == {}
     assert average_accuracy(["perplexity/x"], metrics) == {}
 
@@ -225,20 +263,29 @@ def test_normalised_average_takes_plain_accuracy_where_a_task_has_no_other() -> 
     metrics = {"accuracy/a": 0.5, "accuracy_norm/a": 0.6, "accuracy/b": 0.7}
     metrics |= {"accuracy_stderr/a": 0.01, "accuracy_norm_stderr/a": 0.03, "accuracy_stderr/b": 0.04}
     average = average_accuracy(["accuracy/a", "accuracy/b"], metrics)
-    assert average["accuracy_norm/average"] == pytest.approx(0.65) and average["accuracy_norm_stderr/average"] == pytest.approx(0.025)
+    assert average["accuracy_norm/average"] == pytest.approx(0.65) and average[
+        "accuracy_norm_stderr/average"
+    ] == pytest.approx(0.025)
     assert average["accuracy/average"] == pytest.approx(0.6)
 
 
 def test_data_that_are_not_here_are_named_at_once() -> None:
-    with pytest.raises(ConfigError, match=r"zero-shot task 'piqa' are not here: .*'baber/piqa'.*python -m heapr.prefetch") as caught:
+    with pytest.raises(
+        ConfigError, match=r"zero-shot task 'piqa' are not here: .*'baber/piqa'.*python -m heapr.prefetch"
+    ) as caught:
         ZeroShot("piqa").prepare(Source(byte_tokenizer()))
     assert "\n" not in str(caught.value)
 
 
 def test_an_unknown_task_is_refused_with_suggestions(sums: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    only_the_papers = zero_shot_engine._task_manager(sums, "content", everything=False)  # all of lm-eval's take long to read
+    # All of lm-eval's take long to read.
+    only_the_papers = zero_shot_engine._task_manager(sums, "content", everything=False)
     monkeypatch.setattr(zero_shot_engine, "_task_manager", lambda *_, everything: only_the_papers)
-    for task, message in {"piqua": "did you mean piqa", "sum": "did you mean sums", "arc-easy": "did you mean arc_easy"}.items():
+    for task, message in {
+        "piqua": "did you mean piqa",
+        "sum": "did you mean sums",
+        "arc-easy": "did you mean arc_easy",
+    }.items():
         with pytest.raises(ConfigError, match=f"zero-shot task '{task}' is unknown; {message}") as caught:
             ZeroShot(task, include_path=str(sums)).prepare(Source(byte_tokenizer()))
         assert "\n" not in str(caught.value)
@@ -256,12 +303,17 @@ def test_an_unknown_task_is_refused_with_suggestions(sums: Path, monkeypatch: py
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build({"_target_": "heapr.evaluation.zero_shot.ZeroShot", **options}, "evaluation.zero_shot", task="piqa")
+        build(
+            {"_target_": "heapr.evaluation.zero_shot.ZeroShot", **options},
+            "evaluation.zero_shot",
+            task="piqa",
+        )
 
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 DOCUMENTS = [
-    " ".join(WORDS[(n * step + n) % 10] + str(n) for n in range(length)) for step, length in zip(range(40), range(28, 68), strict=True)
+    " ".join(WORDS[(n * step + n) % 10] + str(n) for n in range(length))
+    for step, length in zip(range(40), range(28, 68), strict=True)
 ]
 
 
@@ -293,7 +345,9 @@ def test_a_tokenizer_without_an_end_token_is_refused_before_the_start(sums: Path
     tokenizer = byte_tokenizer()
     tokenizer.eos_token = None
     evaluator = ZeroShot("sums", include_path=str(sums))
-    with pytest.raises(ConfigError, match="zero-shot task 'sums' needs a token for the beginning or the end of a text") as caught:
+    with pytest.raises(
+        ConfigError, match="zero-shot task 'sums' needs a token for the beginning or the end of a text"
+    ) as caught:
         evaluator.prepare(Source(tokenizer))
     assert "\n" not in str(caught.value)
     tokenizer.bos_token = "<|endoftext|>"
@@ -302,7 +356,11 @@ def test_a_tokenizer_without_an_end_token_is_refused_before_the_start(sums: Path
     task = json.loads((sums / "written.yaml").read_text())
     for name in ("doc_to_choice", "metric_list"):
         del task[name]
-    generating = {"output_type": "generate_until", "doc_to_target": "{{right}}", "generation_kwargs": {"until": ["."]}}
+    generating = {
+        "output_type": "generate_until",
+        "doc_to_target": "{{right}}",
+        "generation_kwargs": {"until": ["."]},
+    }
     (sums / "written.yaml").write_text(json.dumps({**task, **generating}))
     with pytest.raises(ConfigError, match="zero-shot task 'written' needs a token for the end of a text"):
         ZeroShot("written", include_path=str(sums)).prepare(Source(tokenizer))

@@ -61,7 +61,10 @@ class Row:
     walk: str = ""
 
     def __str__(self) -> str:
-        return f"| {self.family} | {self.experts} | {self.supported} | {self.uniform} | {self.stream} | {self.walk} |\n"
+        return (
+            f"| {self.family} | {self.experts} | {self.supported} | {self.uniform} | {self.stream} |"
+            f" {self.walk} |\n"
+        )
 
 
 def families_of_transformers() -> dict[str, str]:
@@ -84,10 +87,17 @@ def row_of(family: str, arguments: str = "") -> Row:
     if not causal:
         largest = [model.__name__ for model in _models_of(family) if "For" in model.__name__]
         return Row(
-            family, arguments, f"no: transformers has no causal language model of it, only {', '.join(largest[:2]) or 'a bare model'}"
+            family,
+            arguments,
+            "no: transformers has no causal language model of it, only"
+            f" {', '.join(largest[:2]) or 'a bare model'}",
         )
     if causal[0] not in MODEL_FOR_CAUSAL_LM_MAPPING.values():
-        return Row(family, arguments, f"no: transformers does not load {causal[0].__name__} as a causal language model")
+        return Row(
+            family,
+            arguments,
+            f"no: transformers does not load {causal[0].__name__} as a causal language model",
+        )
     return Row(family, arguments, "not known: no tiny model of it is tested")
 
 
@@ -101,7 +111,11 @@ def _supported(family: str) -> Row:
     model = MoEModel(tiny_model(family))
     layout = layout_of(model.layers[0].experts)
     experts = ["gate and up" if layout.has_gate else "no gate"]
-    experts += ["biases"] * layout.has_bias + ["transposed"] * layout.is_transposed + ["interleaved"] * (not layout.is_concatenated)
+    experts += (
+        ["biases"] * layout.has_bias
+        + ["transposed"] * layout.is_transposed
+        + ["interleaved"] * (not layout.is_concatenated)
+    )
     experts += ["router weight on the input"] * layout.weighs_input
     try:
         fields = uniform_settings(model.model.config, 4)
@@ -133,7 +147,11 @@ def _models_of(family: str) -> list[type[PreTrainedModel]]:
     models = []
     for path in sorted((MODELS / family).glob("modeling_*.py")):
         module = importlib.import_module(f"transformers.models.{family}.{path.stem}")
-        models += [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, PreTrainedModel)]
+        models += [
+            value
+            for value in vars(module).values()
+            if isinstance(value, type) and issubclass(value, PreTrainedModel)
+        ]
     return [model for model in models if model.__module__.startswith(f"transformers.models.{family}.")]
 
 

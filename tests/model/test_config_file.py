@@ -1,4 +1,5 @@
-"""What describes a checkpoint: the original's own files, changed where pruning changed the model, for other versions and other tools."""
+"""What describes a checkpoint: the original's own files, changed where pruning changed the model, for other
+versions and other tools."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ from tests.deepseek import write_original_folder
 from tests.experiment import run_in, write_model, write_texts
 from tests.tiny import byte_tokenizer, tiny_model
 
-NOT_MEASURED = [f"evaluation.{name}=null" for name in ("perplexity", "throughput", "truth", "fidelity", "efficiency")]
+NOT_MEASURED = [
+    f"evaluation.{name}=null" for name in ("perplexity", "throughput", "truth", "fidelity", "efficiency")
+]
 FORMS = {"ragged": [], "uniform": ["pruning=expert", "pruning.width_multiple=1"], "masked": []}
 WRITTEN_BY_4 = {  # as transformers 4 and the hub have it
     "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "decoder_sparse_step": 1,
@@ -30,13 +33,27 @@ WRITTEN_BY_4 = {  # as transformers 4 and the hub have it
     "router_aux_loss_coef": 0.001, "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "float32",
     "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False, "vocab_size": 257,
 }  # fmt: skip
-TOKENIZER = {"add_bos_token": False, "eos_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast", "chat_template": "{{ x }}"}
+TOKENIZER = {
+    "add_bos_token": False,
+    "eos_token": "<|endoftext|>",
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "chat_template": "{{ x }}",
+}
 
 
 def pruned(folder: Path, model_folder: Path, form: str) -> tuple[Path, Summary]:
-    settings = ["model=hf", f"model.path={model_folder}", "model.dtype=float32", *write_texts(folder), *NOT_MEASURED]
+    settings = [
+        "model=hf",
+        f"model.path={model_folder}",
+        "model.dtype=float32",
+        *write_texts(folder),
+        *NOT_MEASURED,
+    ]
     summary = run_in(folder, *settings, f"pruning.form={form}", "pruning.ratio=0.5", *FORMS[form])
-    return next(Path(stage["path"]) for stage in summary.stages if stage["stage"] == "prune") / "checkpoint", summary
+    return (
+        next(Path(stage["path"]) for stage in summary.stages if stage["stage"] == "prune") / "checkpoint",
+        summary,
+    )
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -48,7 +65,9 @@ def write_as_4(folder: Path, **changes: object) -> Path:
     (folder / "config.json").write_text(json.dumps(WRITTEN_BY_4 | changes))
     (folder / "tokenizer_config.json").write_text(json.dumps(TOKENIZER))
     (folder / "special_tokens_map.json").write_text('{"eos_token": "<|endoftext|>"}')
-    (folder / "generation_config.json").write_text('{"eos_token_id": [0, 5], "temperature": 0.6, "do_sample": true}')
+    (folder / "generation_config.json").write_text(
+        '{"eos_token_id": [0, 5], "temperature": 0.6, "do_sample": true}'
+    )
     return folder
 
 
@@ -61,10 +80,17 @@ def test_only_what_pruning_changed_is_changed_in_the_configuration(form: str, tm
     if form == "uniform":
         expected |= {"moe_intermediate_size": 4}
     if form == "ragged":
-        expected |= {name: config[name] for name in ("model_type", "architectures", "auto_map", "expert_widths")}
-        assert config["model_type"] == "heapr_qwen3_moe" and config["architectures"] == ["HeaprQwen3MoeForCausalLM"]
+        expected |= {
+            name: config[name] for name in ("model_type", "architectures", "auto_map", "expert_widths")
+        }
+        assert config["model_type"] == "heapr_qwen3_moe" and config["architectures"] == [
+            "HeaprQwen3MoeForCausalLM"
+        ]
     assert config == expected
-    assert AutoConfig.from_pretrained(checkpoint).rope_parameters == {"rope_theta": 1e6, "rope_type": "default"}
+    assert AutoConfig.from_pretrained(checkpoint).rope_parameters == {
+        "rope_theta": 1e6,
+        "rope_type": "default",
+    }
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -86,7 +112,10 @@ def test_what_transformers_5_wrote_gets_the_names_that_4_reads(form: str, tmp_pa
     assert not {"rope_theta", "num_experts", "torch_dtype"} & read(original / "config.json").keys()
     config = read(pruned(tmp_path, original, form)[0] / "config.json")
     assert (config["rope_theta"], config["num_experts"], config["torch_dtype"]) == (1e6, 4, "float32")
-    assert config["rope_parameters"] == {"rope_theta": 1e6, "rope_type": "default"} and config["num_local_experts"] == 4
+    assert (
+        config["rope_parameters"] == {"rope_theta": 1e6, "rope_type": "default"}
+        and config["num_local_experts"] == 4
+    )
 
 
 def test_scaled_rotations_keep_their_names(tmp_path: Path) -> None:
@@ -108,7 +137,10 @@ def test_our_own_family_keeps_the_hubs_names(tmp_path: Path) -> None:
     found = read(checkpoint / "config.json")
     changed = {name for name in config.keys() | found.keys() if config.get(name) != found.get(name)}
     assert changed == {"heapr", "auto_map", "num_experts"}
-    assert found["auto_map"] == {"AutoConfig": "deepseek_moe.DeepseekMoeConfig", "AutoModelForCausalLM": "deepseek_moe.DeepseekForCausalLM"}
+    assert found["auto_map"] == {
+        "AutoConfig": "deepseek_moe.DeepseekMoeConfig",
+        "AutoModelForCausalLM": "deepseek_moe.DeepseekForCausalLM",
+    }
     assert read(checkpoint / "tokenizer_config.json")["tokenizer_class"] == "LlamaTokenizerFast"
 
 
@@ -128,7 +160,9 @@ def wrapper(tmp_path: Path) -> Path:
         "num_position_embeddings": 16, "deepstack_visual_indexes": [],
     }  # fmt: skip
     text = tiny_model("qwen3_5_moe").config.to_dict()
-    Qwen3_5MoeForConditionalGeneration(Qwen3_5MoeConfig(text_config=text, vision_config=vision)).save_pretrained(tmp_path / "model")
+    Qwen3_5MoeForConditionalGeneration(
+        Qwen3_5MoeConfig(text_config=text, vision_config=vision)
+    ).save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
@@ -146,7 +180,10 @@ def test_of_a_wrapper_the_language_model_is_left_and_the_card_says_so(
     kept = text.keys() - {"model_type", "moe_intermediate_size"}
     assert {name: config[name] for name in kept} == {name: text[name] for name in kept}
     card = (checkpoint / "README.md").read_text()
-    assert "of the original `Qwen3_5MoeForConditionalGeneration` only the language model is in it." in card.replace("Of", "of")
+    assert (
+        "of the original `Qwen3_5MoeForConditionalGeneration` only the language model is in it."
+        in card.replace("Of", "of")
+    )
     assert "as the original model does" not in card
     source = find_model(str(checkpoint), dtype="float32")
     assert source.left_out == []
@@ -156,7 +193,10 @@ def test_of_a_wrapper_the_language_model_is_left_and_the_card_says_so(
 def test_the_card_of_a_whole_model_says_that_it_loads_as_the_original(tmp_path: Path) -> None:
     checkpoint, _ = pruned(tmp_path, write_as_4(tmp_path / "model"), "masked")
     card = (checkpoint / "README.md").read_text()
-    assert "it loads as the original model does and is no smaller.\n" in card and "only the language model" not in card
+    assert (
+        "it loads as the original model does and is no smaller.\n" in card
+        and "only the language model" not in card
+    )
 
 
 def test_stray_tensors_do_not_reach_the_checkpoint(tmp_path: Path) -> None:

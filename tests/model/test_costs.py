@@ -1,4 +1,5 @@
-"""What a pass costs on the meta device against the same pass on the CPU, where torch counts and real tensors are saved."""
+"""What a pass costs on the meta device against the same pass on the CPU, where torch counts and real tensors
+are saved."""
 
 from __future__ import annotations
 
@@ -16,9 +17,21 @@ from heapr.types import Plan
 from tests.tiny import tiny_ids, tiny_model, tiny_qwen3_moe
 
 IDS_NW = tiny_ids(num_sequences=2, length=16)
-# Torch's kernels on the CPU are not the fused ones where heads of keys and values differ in width, or where a window masks.
+# Torch's kernels on the CPU are not the fused ones where heads of keys and values differ in width, or where a
+# window masks.
 BYTES_TOLERANCE = {"deepseek_v2": 0.01, "afmoe": 0.05}
-FAMILIES = ["qwen3_moe", "deepseek", "deepseek_v2", "afmoe", "gpt_oss", "llama4", "nemotron_h", "qwen3_next", "jamba", "gemma4"]
+FAMILIES = [
+    "qwen3_moe",
+    "deepseek",
+    "deepseek_v2",
+    "afmoe",
+    "gpt_oss",
+    "llama4",
+    "nemotron_h",
+    "qwen3_next",
+    "jamba",
+    "gemma4",
+]
 
 
 def on_meta(model: PreTrainedModel) -> MoEModel:
@@ -37,12 +50,22 @@ def real_flops(model: MoEModel, ids_NW: Tensor) -> int:
 
 
 def real_bytes(model: MoEModel, ids_NW: Tensor) -> int:
-    """What autograd saves and the collector keeps while a batch goes forward, and the logits (one chunk at this size)."""
+    """What autograd saves and the collector keeps while a batch goes forward, and the logits (one chunk at
+    this size)."""
     held = HeldTensors(model)
     watched = [(layer.experts, held.observe) for layer in model.layers]
-    with frozen_parameters(model.model), gradient_from_embeddings(model.model), observe_experts(model.model, watched), held:
+    with (
+        frozen_parameters(model.model),
+        gradient_from_embeddings(model.model),
+        observe_experts(model.model, watched),
+        held,
+    ):
         hidden_NWD = model.hidden_states(input_ids=ids_NW)
-        summed_loss_backward(model, hidden_NWD.detach().flatten(0, 1).unsqueeze(0).requires_grad_(), ids_NW.flatten().unsqueeze(0))
+        summed_loss_backward(
+            model,
+            hidden_NWD.detach().flatten(0, 1).unsqueeze(0).requires_grad_(),
+            ids_NW.flatten().unsqueeze(0),
+        )
     return held.num_bytes
 
 
@@ -51,7 +74,9 @@ def test_flops_and_bytes_of_a_pass_are_those_of_a_real_one(family: str) -> None:
     real = MoEModel(tiny_model(family))
     meta = on_meta(real.model)
     assert calibration_flops(meta, 16) * 2 == real_flops(real, IDS_NW)
-    assert activation_bytes(meta, 2, 16) == pytest.approx(real_bytes(real, IDS_NW), rel=BYTES_TOLERANCE.get(family, 0))
+    assert activation_bytes(meta, 2, 16) == pytest.approx(
+        real_bytes(real, IDS_NW), rel=BYTES_TOLERANCE.get(family, 0)
+    )
 
 
 def test_a_held_tensor_counts_once_and_parameters_and_their_views_never() -> None:
@@ -78,7 +103,8 @@ def test_experts_of_individual_widths_are_visited_evenly() -> None:
     real.model.to("meta")
     visits = 16 * 2 / 4  # tokens x K / E
     removed = int((~kept_EF).sum())
-    assert dense - calibration_flops(real, 16) == 2 * visits * removed * 2 * 3 * 16  # passes x visits x atomic experts x 2 * 3 * D
+    # Passes x visits x atomic experts x 2 * 3 * D.
+    assert dense - calibration_flops(real, 16) == 2 * visits * removed * 2 * 3 * 16
 
 
 def test_whatever_was_exchanged_is_put_back() -> None:

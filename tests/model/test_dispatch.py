@@ -110,13 +110,18 @@ def test_an_error_inside_leaves_the_model_as_it_was(how: str) -> None:
     model = stored(how)
     expected, chosen = logits(model), model.model.get_experts_implementation()
     before = [dict(vars(layer.experts)) for layer in model.layers]
-    with pytest.raises(KeyError), observe_experts(model.model, [(layer.experts, print) for layer in model.layers], Forward()):
+    with (
+        pytest.raises(KeyError),
+        observe_experts(model.model, [(layer.experts, print) for layer in model.layers], Forward()),
+    ):
         raise KeyError
     assert [vars(layer.experts) for layer in model.layers] == before
     assert model.model.get_experts_implementation() == chosen and torch.equal(logits(model), expected)
 
 
-def test_experts_that_keep_their_implementation_are_refused(causal_lm: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts_that_keep_their_implementation_are_refused(
+    causal_lm: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(type(causal_lm), "_can_set_experts_implementation_cached_value", False, raising=False)
     before = dict(vars(MoEModel(causal_lm).layers[0].experts))
     with (

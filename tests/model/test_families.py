@@ -1,4 +1,5 @@
-"""What every family must do, one class each: the contract between heapr and transformers' Mixture-of-Experts models."""
+"""What every family must do, one class each: the contract between heapr and transformers' Mixture-of-Experts
+models."""
 
 from __future__ import annotations
 
@@ -54,7 +55,11 @@ NOT_JUST_ADDED = {  # families that normalise or mix the experts' output before 
 ROUNDS_OTHERWISE = {  # by spans, in the last bits: attention has another kernel where autograd records; gradients of several readers
     "inkling", "inkling2",
 }  # fmt: skip
-SCALES = {"cohere2_moe": 0.5, "minimax_m3_vl": 2.0}  # by what families multiply the experts' output when they add it, if not 1
+# By what families multiply the experts' output when they add it, if not 1.
+SCALES = {
+    "cohere2_moe": 0.5,
+    "minimax_m3_vl": 2.0,
+}
 
 
 def random_plan(model: MoEModel, width: int | None = None) -> Plan:
@@ -71,11 +76,13 @@ def random_plan(model: MoEModel, width: int | None = None) -> Plan:
 
 @torch.no_grad()
 def plain_pass(model: MoEModel, ids_NW: Tensor) -> tuple[list[Tensor], dict[int, Tensor]]:
-    """Hidden states behind every decoder layer, and by decoder layer index the rows that flow into experts."""
+    """Hidden states behind every decoder layer, and by decoder layer index the rows that flow into
+    experts."""
     seen: dict[nn.Module, Tensor] = {}
 
     def run(experts: Experts, hidden_TD: Tensor, *routing: Tensor) -> Tensor:
-        seen[experts] = hidden_TD if routing else hidden_TD[hidden_TD.any(dim=1)]  # Llama-4's rows are zero if not routed
+        # Llama-4's rows are zero if not routed.
+        seen[experts] = hidden_TD if routing else hidden_TD[hidden_TD.any(dim=1)]
         return run_experts(experts, hidden_TD, *routing)
 
     with use_heapr_experts(model.model, run):
@@ -134,7 +141,9 @@ class FamilyContract:
         plan, masked = random_plan(model), MoEModel(copy.deepcopy(dense))
         remove(model, plan)
         mask(masked, plan)
-        torch.testing.assert_close(logits(model.model, IDS_NW), logits(masked.model, IDS_NW), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            logits(model.model, IDS_NW), logits(masked.model, IDS_NW), rtol=1e-5, atol=1e-5
+        )
         assert (logits(model.model, IDS_NW) - logits(dense, IDS_NW)).abs().max() > 1e-3
         assert sum(sum(layer.widths) for layer in model.layers) == plan.num_kept
 
@@ -156,10 +165,16 @@ class FamilyContract:
         for index, statistics in whole.layers.items():
             for name, tensor in statistics.items():
                 of_parts = getattr(parts.layers[index], name)
-                torch.testing.assert_close(of_parts, tensor, rtol=tolerance, atol=tolerance * float(tensor.abs().max()))
+                torch.testing.assert_close(
+                    of_parts, tensor, rtol=tolerance, atol=tolerance * float(tensor.abs().max())
+                )
 
     def test_the_deep_model_has_every_kind_of_layer_twice(self, deep: MoEModel) -> None:
-        kinds = Counter(kind for layer in deep.decoder_layers for kind in {type(module).__name__ for module in layer.modules()})
+        kinds = Counter(
+            kind
+            for layer in deep.decoder_layers
+            for kind in {type(module).__name__ for module in layer.modules()}
+        )
         num_layers = len(deep.decoder_layers)
         for name, values in deep.model.config.to_dict().items():
             if isinstance(values, list) and len(values) == num_layers:
@@ -167,22 +182,36 @@ class FamilyContract:
         assert num_layers >= 4 and min(kinds.values()) >= 2, kinds
 
     def test_repair_lowers_the_error(self, model: MoEModel) -> None:
-        """The layers' outputs come nearer to what they were, in every layer, by one expert alone and by all together."""
-        for repair in (ExpertRepair(), JointRepair(direct_up_to=0, max_steps=3), JointRepair(refits=1, refit_steps=3)):
+        """The layers' outputs come nearer to what they were, in every layer, by one expert alone and by all
+        together."""
+        for repair in (
+            ExpertRepair(),
+            JointRepair(direct_up_to=0, max_steps=3),
+            JointRepair(refits=1, refit_steps=3),
+        ):
             repaired = MoEModel(copy.deepcopy(model.model))
             found = remove_and_repair(repaired, random_plan(model), repair, [IDS_NW])
             assert found.keys() == {layer.index for layer in model.layers}
             assert all(layer.error_after <= layer.error_before for layer in found.values())
             assert sum(layer.num_repaired for layer in found.values()) > 0
             masked = MoEModel(copy.deepcopy(model.model))
-            mask(masked, random_plan(model), {layer.index: dict(layer.experts.named_parameters()) for layer in repaired.layers})
-            torch.testing.assert_close(logits(repaired.model, IDS_NW), logits(masked.model, IDS_NW), rtol=1e-4, atol=1e-4)
+            mask(
+                masked,
+                random_plan(model),
+                {layer.index: dict(layer.experts.named_parameters()) for layer in repaired.layers},
+            )
+            torch.testing.assert_close(
+                logits(repaired.model, IDS_NW), logits(masked.model, IDS_NW), rtol=1e-4, atol=1e-4
+            )
 
     def test_stream_is_followed_or_refused(self, model: MoEModel) -> None:
         """Behind layers that were cut, too: checked at the last, against plain passes through all of it."""
         if self.family in NOT_JUST_ADDED:
             with pytest.raises(
-                ConfigError, match="pruning.repair.target=residual_stream: layer .*; give pruning.repair.target=layer_output"
+                ConfigError,
+                match=(
+                    "pruning.repair.target=residual_stream: layer .*; give pruning.repair.target=layer_output"
+                ),
             ):
                 check_stream(model)
             return
@@ -193,7 +222,9 @@ class FamilyContract:
         pruned = MoEModel(copy.deepcopy(model.model))
         remove(pruned, random_plan(model))
         targets = {}
-        for (layer, _, target), replacement in zip(walk_layers(model, IDS_NW.split(1), follow_stream=True), pruned.layers, strict=True):
+        for (layer, _, target), replacement in zip(
+            walk_layers(model, IDS_NW.split(1), follow_stream=True), pruned.layers, strict=True
+        ):
             targets[layer.index] = target
             if layer.index < last:
                 layer.replace_experts(replacement.experts)
@@ -204,7 +235,8 @@ class FamilyContract:
         torch.testing.assert_close(added_TD, expected - rest_TD, rtol=1e-3, atol=1e-4)
 
     def test_ragged_checkpoint(self, model: MoEModel, ragged: RaggedCheckpoints) -> None:
-        """Loaded by heapr here; `test_ragged_checkpoints_load_without_heapr` loads the same folders elsewhere."""
+        """Loaded by heapr here; `test_ragged_checkpoints_load_without_heapr` loads the same folders
+        elsewhere."""
         remove(model, random_plan(model))
         folder = ragged.folder_of(self.family)
         assert_same_model(heapr.load_pruned(folder), model.model, IDS_NW)
@@ -227,18 +259,29 @@ class FamilyContract:
         assert type(loaded) is type(model.model)
         assert_same_model(loaded, model.model, IDS_NW)
 
-    def test_masked_checkpoint(self, model: MoEModel, original: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def test_masked_checkpoint(
+        self, model: MoEModel, original: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
         mask(model, random_plan(model))
         save_checkpoint(model, original, tmp_path / "masked", about={})
-        before, after = (json.loads((folder / "config.json").read_text()) for folder in (original, tmp_path / "masked"))
+        before, after = (
+            json.loads((folder / "config.json").read_text()) for folder in (original, tmp_path / "masked")
+        )
         heads = {name for name in before if "nextn" in name or "mtp" in name}
-        assert {name: after[name] for name in before.keys() - heads} == {name: before[name] for name in before.keys() - heads}
-        assert not any(after[name] for name in heads if type(after[name]) is int) and "written as transformers" not in caplog.text
+        assert {name: after[name] for name in before.keys() - heads} == {
+            name: before[name] for name in before.keys() - heads
+        }
+        assert (
+            not any(after[name] for name in heads if type(after[name]) is int)
+            and "written as transformers" not in caplog.text
+        )
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "masked", dtype=torch.float32).eval()
         assert type(loaded) is type(model.model)
         assert_same_model(loaded, model.model, IDS_NW)
 
-    def test_every_tensor_of_its_files_is_taken(self, dense: PreTrainedModel, original: Path, tmp_path: Path) -> None:
+    def test_every_tensor_of_its_files_is_taken(
+        self, dense: PreTrainedModel, original: Path, tmp_path: Path
+    ) -> None:
         dense.save_pretrained(tmp_path)
         source = find_model(str(shutil.copytree(original, tmp_path, dirs_exist_ok=True)), dtype="float32")
         headers = read_headers(tmp_path)
@@ -247,7 +290,10 @@ class FamilyContract:
         name = max(weights, key=lambda name: math.prod(headers[name]["shape"]))
         eight_bits = {**headers, name: {**headers[name], "dtype": "F8_E4M3"}}
         with_scale = {**headers, f"{name}_scale_inv": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
-        for changed, what in ((eight_bits, f"{name} is F8_E4M3"), (with_scale, "scale_inv belongs to a quantised weight")):
+        for changed, what in (
+            (eight_bits, f"{name} is F8_E4M3"),
+            (with_scale, "scale_inv belongs to a quantised weight"),
+        ):
             with pytest.raises(ConfigError, match=re.escape(what)):
                 check_tensors(source.on_meta().model, changed, tmp_path)
 
@@ -260,7 +306,11 @@ class FamilyContract:
         before = {name: parameter.clone() for name, parameter in causal_lm.named_parameters()}
         causal_lm(input_ids=IDS_NW, labels=IDS_NW, use_cache=False).loss.backward()
         torch.optim.SGD([p for p in causal_lm.parameters() if p.requires_grad], lr=0.1).step()
-        changed = {name for name, parameter in causal_lm.named_parameters() if not torch.equal(parameter, before[name])}
+        changed = {
+            name
+            for name, parameter in causal_lm.named_parameters()
+            if not torch.equal(parameter, before[name])
+        }
         assert changed and all("experts.down_proj" in name for name in changed)
 
 
@@ -270,7 +320,8 @@ for _family in FAMILIES:
 
 
 class RaggedCheckpoints:
-    """Ragged checkpoints of all families, each made when it is first asked for, with the logits of the model that was saved."""
+    """Ragged checkpoints of all families, each made when it is first asked for, with the logits of the model
+    that was saved."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -310,12 +361,15 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
 
 
 def test_ragged_checkpoints_load_without_heapr(ragged: RaggedCheckpoints, tmp_path: Path) -> None:
-    """In a process that cannot import heapr: the same logits, and generation with the cache equals generation without."""
+    """In a process that cannot import heapr: the same logits, and generation with the cache equals generation
+    without."""
     for family in FAMILIES:
         ragged.folder_of(family)
     torch.save(IDS_NW, tmp_path / "ids.pt")
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     command = [sys.executable, "-c", WITHOUT_HEAPR, str(ragged.folder), str(tmp_path / "ids.pt")]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    result = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False
+    )
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.split() == sorted(FAMILIES)

@@ -27,7 +27,8 @@ def test_identity_follows_weights_and_dtype_not_path(tmp_path: Path) -> None:
     (copy / "README.md").write_text("a card changes nothing")
     other = write_model(tmp_path / "other", seed=1)
     identity = {
-        name: find_model(str(path), dtype="float32").identity for name, path in {"first": first, "copy": copy, "other": other}.items()
+        name: find_model(str(path), dtype="float32").identity
+        for name, path in {"first": first, "copy": copy, "other": other}.items()
     }
     assert identity["first"] == identity["copy"]
     assert identity["first"] != identity["other"]
@@ -63,8 +64,12 @@ def test_remote_code_runs_only_when_it_is_trusted(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config |= {"model_type": "nobody_knows", "auto_map": {"AutoConfig": "configuration.TheirConfig"}}
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "configuration.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nraise ValueError('their code ran')\n")
-    with pytest.raises(ConfigError, match="needs the Python code beside its weights.*model.trust_remote_code=true") as caught:
+    (folder / "configuration.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\nraise ValueError('their code ran')\n"
+    )
+    with pytest.raises(
+        ConfigError, match="needs the Python code beside its weights.*model.trust_remote_code=true"
+    ) as caught:
         find_model(str(folder), dtype="float32")
     assert "\n" not in str(caught.value) and not (tmp_path / "ran").exists()
     with pytest.raises(ConfigError, match="their code ran"):
@@ -90,7 +95,8 @@ def test_a_hub_model_is_identified_by_its_commit(tmp_path: Path, monkeypatch: py
 
 
 def test_a_model_spread_by_accelerate_gives_the_same(tmp_path: Path) -> None:
-    """With the hooks that a device map of several devices brings; loss, gradients and counting of FLOPs go through them."""
+    """With the hooks that a device map of several devices brings; loss, gradients and counting of FLOPs go
+    through them."""
     plain = MoEModel(tiny_qwen3_moe())
     hooked = MoEModel(dispatch_model(tiny_qwen3_moe(), {"": "cpu"}, force_hooks=True))
     hooked.check_head()
@@ -143,13 +149,26 @@ def test_damaged_indices_of_weights_are_refused_in_one_line(tmp_path: Path, inde
 def test_trusted_code_is_part_of_the_identity(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model")
     (folder / "modeling.py").write_text("x = 1")
-    untrusted, trusted = (find_model(str(folder), dtype="float32", trust_remote_code=trust).identity for trust in (False, True))
+    untrusted, trusted = (
+        find_model(str(folder), dtype="float32", trust_remote_code=trust).identity for trust in (False, True)
+    )
     (folder / "modeling.py").write_text("x = 2")
     assert find_model(str(folder), dtype="float32").identity == untrusted
-    assert len({str(untrusted), str(trusted), str(find_model(str(folder), dtype="float32", trust_remote_code=True).identity)}) == 3
+    assert (
+        len(
+            {
+                str(untrusted),
+                str(trusted),
+                str(find_model(str(folder), dtype="float32", trust_remote_code=True).identity),
+            }
+        )
+        == 3
+    )
 
 
-def test_hub_weights_that_are_not_here_are_named_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_weights_that_are_not_here_are_named_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache = tmp_path / "hub" / "models--someone--some-moe"
     commit = "c" * 40
     folder = write_model(cache / "snapshots" / commit)
@@ -159,17 +178,27 @@ def test_hub_weights_that_are_not_here_are_named_with_what_to_do(tmp_path: Path,
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     source = find_model("someone/some-moe", dtype="float32")
     assert not source.has_weights
-    with pytest.raises(ConfigError, match="weights of model.path='someone/some-moe' are not all in .*, and the hub cannot be reached"):
+    with pytest.raises(
+        ConfigError,
+        match="weights of model.path='someone/some-moe' are not all in .*, and the hub cannot be reached",
+    ):
         source.load(torch.device("cpu"))
 
 
-@pytest.mark.parametrize(("dtype", "found"), [("bfloat16", torch.bfloat16), (None, torch.float32), ("float8_e4m3fn", None)])
-def test_the_dtype_of_the_weights_is_what_the_configuration_says(tmp_path: Path, dtype: str | None, found: torch.dtype | None) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "found"), [("bfloat16", torch.bfloat16), (None, torch.float32), ("float8_e4m3fn", None)]
+)
+def test_the_dtype_of_the_weights_is_what_the_configuration_says(
+    tmp_path: Path, dtype: str | None, found: torch.dtype | None
+) -> None:
     path = write_model(tmp_path / "model") / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "dtype": dtype}))
     if found is None:
-        with pytest.raises(ConfigError, match="says dtype float8_e4m3fn; give model.dtype as one of float32, bfloat16, float16"):
+        with pytest.raises(
+            ConfigError,
+            match="says dtype float8_e4m3fn; give model.dtype as one of float32, bfloat16, float16",
+        ):
             find_model(str(path.parent), dtype=None)
     else:
         assert find_model(str(path.parent), dtype=None).dtype is found

@@ -1,4 +1,5 @@
-"""Which files are loaded, that the identity is made of exactly these, and what is refused because it could be meant in two ways."""
+"""Which files are loaded, that the identity is made of exactly these, and what is refused because it could be
+meant in two ways."""
 
 from __future__ import annotations
 
@@ -49,12 +50,16 @@ def identity(folder: Path, digests: Path | None = None) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_identity_is_made_of_the_weights_that_are_loaded(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_identity_is_made_of_the_weights_that_are_loaded(
+    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = LAYOUTS[layout](tmp_path / "model")
     opened: list[str] = []
     safe_open = transformers.modeling_utils.safe_open
     monkeypatch.setattr(
-        transformers.modeling_utils, "safe_open", lambda file, **kwargs: opened.append(str(file)) or safe_open(file, **kwargs)
+        transformers.modeling_utils,
+        "safe_open",
+        lambda file, **kwargs: opened.append(str(file)) or safe_open(file, **kwargs),
     )
     find_model(str(folder), dtype="float32").load(torch.device("cpu"))
     assert sorted(opened) == [str(folder / name) for name in weight_files(folder)]
@@ -68,7 +73,10 @@ def test_the_identity_is_made_of_the_weights_that_are_loaded(layout: str, tmp_pa
     assert identity(folder, tmp_path / "digests") == before
 
 
-@pytest.mark.parametrize("name", ["model.fp16.safetensors", "consolidated.safetensors", "old/model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize(
+    "name",
+    ["model.fp16.safetensors", "consolidated.safetensors", "old/model.safetensors", "pytorch_model.bin"],
+)
 def test_weights_that_are_not_loaded_change_no_identity(name: str, tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model")
     before = identity(folder)
@@ -90,7 +98,9 @@ def test_a_hash_is_not_remembered_for_other_content_with_the_same_size_and_time(
 
 def test_an_index_of_the_one_file_beside_it_is_no_second_candidate(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model")
-    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(load_file(folder / WEIGHTS), WEIGHTS)}))
+    (folder / INDEX).write_text(
+        json.dumps({"weight_map": dict.fromkeys(load_file(folder / WEIGHTS), WEIGHTS)})
+    )
     find_model(str(folder), dtype="float32").load(torch.device("cpu"))
 
 
@@ -101,7 +111,9 @@ def both(folder: Path) -> None:
 def tensor_twice(folder: Path) -> None:
     first, second, *_ = weight_files(folder)
     tensors = load_file(folder / first)
-    save_file({**load_file(folder / second), min(tensors): tensors[min(tensors)]}, folder / second, {"format": "pt"})
+    save_file(
+        {**load_file(folder / second), min(tensors): tensors[min(tensors)]}, folder / second, {"format": "pt"}
+    )
 
 
 def only_a_variant(folder: Path) -> None:
@@ -124,19 +136,33 @@ def field_in_config(name: str, value: object) -> Callable[[Path], None]:
 
 
 REFUSED = {
-    both: r"are there twice: model.safetensors, and the \d+ files that model.safetensors.index.json names; .* remove whichever is",
+    both: (
+        r"are there twice: model.safetensors, and the \d+ files that model.safetensors.index.json names; .*"
+        r" remove whichever is"
+    ),
     tensor_twice: r"are ambiguous: .* is in model-.* and in model-.*; get both files again",
-    only_a_variant: "cannot be loaded: model-.*fp16.* is not what is read; put them there as model.safetensors, or as shards with",
+    only_a_variant: (
+        "cannot be loaded: model-.*fp16.* is not what is read; put them there as model.safetensors, or as"
+        " shards with"
+    ),
     nothing: "cannot be loaded: there are none; put them there as",
-    lambda folder: (folder / "adapter_config.json").write_text("{}"): "holds an adapter .*; merge it into the model's weights",
-    field_in_config("transformers_weights", "model.fp16.safetensors"): "names its weights in `transformers_weights`.* remove this field",
-    field_in_config("quantization_config", {}): "has a quantization_config that says nothing; remove this field",
+    lambda folder: (folder / "adapter_config.json").write_text(
+        "{}"
+    ): "holds an adapter .*; merge it into the model's weights",
+    field_in_config(
+        "transformers_weights", "model.fp16.safetensors"
+    ): "names its weights in `transformers_weights`.* remove this field",
+    field_in_config(
+        "quantization_config", {}
+    ): "has a quantization_config that says nothing; remove this field",
     field_in_config("quantization_config", {"quant_method": "fp8"}): r"are quantised \(fp8\)",
 }
 
 
 @pytest.mark.parametrize("change", REFUSED, ids=lambda change: REFUSED[change][:30])
-def test_what_could_be_meant_in_two_ways_is_refused_in_one_line(change: Callable[[Path], object], tmp_path: Path) -> None:
+def test_what_could_be_meant_in_two_ways_is_refused_in_one_line(
+    change: Callable[[Path], object], tmp_path: Path
+) -> None:
     folder = sharded(tmp_path / "model")
     change(folder)
     with pytest.raises(ConfigError, match=REFUSED[change]) as caught:
@@ -148,5 +174,7 @@ def test_code_from_elsewhere_is_not_trusted_with_the_folders(tmp_path: Path) -> 
     folder = write_model(tmp_path / "model")
     field_in_config("auto_map", {"AutoModelForCausalLM": "someone/else--modeling.Model"})(folder)
     find_model(str(folder), dtype="float32")
-    with pytest.raises(ConfigError, match=r"takes its Python code from elsewhere \(someone/else--modeling.Model\)"):
+    with pytest.raises(
+        ConfigError, match=r"takes its Python code from elsewhere \(someone/else--modeling.Model\)"
+    ):
         find_model(str(folder), dtype="float32", trust_remote_code=True)

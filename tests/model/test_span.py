@@ -1,4 +1,5 @@
-"""Spans of decoder layers and the tape that answers for the layers before; whole families: test_families.py."""
+"""Spans of decoder layers and the tape that answers for the layers before; whole families:
+test_families.py."""
 
 from __future__ import annotations
 
@@ -19,7 +20,16 @@ from tests.oracle import streams_behind
 from tests.tiny import SHARED_INSIDE, deep_model, tiny_ids
 
 IDS_NW = tiny_ids(num_sequences=4, length=10)
-INKLING2_READS = [[], [0], [1], [1, 2], [1, 3], [1, 3, 4], [1, 3, 5]]  # blocks of 2: what layers 1 and 3 put out is read ever after
+# Blocks of 2: what layers 1 and 3 put out is read ever after.
+INKLING2_READS = [
+    [],
+    [0],
+    [1],
+    [1, 2],
+    [1, 3],
+    [1, 3, 4],
+    [1, 3, 5],
+]
 
 
 def deep(family: str, **changes: object) -> MoEModel:
@@ -28,7 +38,11 @@ def deep(family: str, **changes: object) -> MoEModel:
 
 def held(tape: Tape) -> list[int]:
     """Layers whose outputs the tape has not forgotten."""
-    return [layer for layer, answer in enumerate(tape.answers(len(tape))) if any(isinstance(part, Tensor) for part in parts_of(answer))]
+    return [
+        layer
+        for layer, answer in enumerate(tape.answers(len(tape)))
+        if any(isinstance(part, Tensor) for part in parts_of(answer))
+    ]
 
 
 def check(model: MoEModel, *, gradients: bool = True) -> None:
@@ -43,7 +57,9 @@ def test_layers_whose_outputs_are_read_again_are_seen() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("family", "expected"), [("qwen3_moe", [[0], [1], [2], [3]]), ("inkling2", [[0], [1], [1, 2], [1, 3]])])
+@pytest.mark.parametrize(
+    ("family", "expected"), [("qwen3_moe", [[0], [1], [2], [3]]), ("inkling2", [[0], [1], [1, 2], [1, 3]])]
+)
 def test_the_tape_holds_what_later_layers_read(family: str, expected: list[list[int]]) -> None:
     model = deep(family)
     reads, tape = reads_of(model), Tape(IDS_NW)
@@ -67,18 +83,29 @@ def test_a_changed_layer_is_seen_by_all_that_read_it() -> None:
     model, changed = deep("inkling2"), deep("inkling2")
     remove(changed, Plan(layers={layer.index: torch.arange(8).repeat(4, 1) < 3 for layer in changed.layers}))
     expected = {layer.index: inputs for layer, inputs, _ in walk_layers(changed, [IDS_NW])}
-    for (layer, inputs, _), replacement in zip(walk_layers(model, IDS_NW.split(3)), changed.layers, strict=True):
+    for (layer, inputs, _), replacement in zip(
+        walk_layers(model, IDS_NW.split(3)), changed.layers, strict=True
+    ):
         torch.testing.assert_close(inputs.hidden_TD, expected[layer.index].hidden_TD)
         layer.replace_experts(replacement.experts)
-    reads, tape, streams = reads_of(changed), Tape(IDS_NW), streams_behind(changed.body, changed.decoder_layers, IDS_NW)
+    reads, tape, streams = (
+        reads_of(changed),
+        Tape(IDS_NW),
+        streams_behind(changed.body, changed.decoder_layers, IDS_NW),
+    )
     for layer, stream_TD in enumerate(streams):
-        torch.testing.assert_close(hidden_of(advance(model, tape, layer + 1, reads)[-1]).flatten(0, 1), stream_TD)
+        torch.testing.assert_close(
+            hidden_of(advance(model, tape, layer + 1, reads)[-1]).flatten(0, 1), stream_TD
+        )
 
 
 @pytest.mark.parametrize("family", SHARED_INSIDE)
 def test_layers_that_share_inside_their_arguments_are_refused(family: str) -> None:
     model = deep(family, **SHARED_INSIDE[family])
-    refusal = "pruning.repair: .*ForCausalLM cannot be run layer by layer: layer 2 by itself raises KeyError.*; give pruning/repair=none"
+    refusal = (
+        "pruning.repair: .*ForCausalLM cannot be run layer by layer: layer 2 by itself raises KeyError.*;"
+        " give pruning/repair=none"
+    )
     with pytest.raises(ConfigError, match=refusal):
         check(model)
     assert collect(model, [IDS_NW]).num_tokens == IDS_NW.numel()  # one span over all layers is not concerned

@@ -1,4 +1,5 @@
-"""Every Mixture-of-Experts family of the installed transformers is supported, or refused for a known reason."""
+"""Every Mixture-of-Experts family of the installed transformers is supported, or refused for a known
+reason."""
 
 from __future__ import annotations
 
@@ -12,7 +13,9 @@ from tests.tiny import FAMILIES
 def test_every_family_is_supported_or_has_a_reason() -> None:
     families = families_of_transformers()
     assert len(families) > 50
-    unknown = [family for family in families if row_of(family, families[family]).supported.startswith("not known")]
+    unknown = [
+        family for family in families if row_of(family, families[family]).supported.startswith("not known")
+    ]
     assert not unknown, f"no tiny model in tests/tiny.py for {unknown}"
     assert set(FAMILIES) - set(families) == {"deepseek", "llama4"}  # ours, and outside the interface
 

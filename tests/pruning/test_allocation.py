@@ -16,7 +16,9 @@ from heapr.schema import SCOPES, WIDTH_MULTIPLES
 from heapr.types import Plan, Scores
 
 
-def plan_of(scores: Scores, *, ratio: float, scope: str, experts_per_token: int = 1, **settings: object) -> Plan:
+def plan_of(
+    scores: Scores, *, ratio: float, scope: str, experts_per_token: int = 1, **settings: object
+) -> Plan:
     """Of experts that all have the width of the scores."""
     widths = {index: [scores_EF.shape[1]] * len(scores_EF) for index, scores_EF in scores.layers.items()}
     budget = Budget(ratio=ratio, scope=scope, experts_per_token=experts_per_token, **settings)
@@ -26,7 +28,9 @@ def plan_of(scores: Scores, *, ratio: float, scope: str, experts_per_token: int 
 
 def random_scores(num_layers: int = 3, num_experts: int = 5, width: int = 7) -> Scores:
     generator = torch.Generator().manual_seed(0)
-    return Scores(layers={2 * index: torch.rand(num_experts, width, generator=generator) for index in range(num_layers)})
+    return Scores(
+        layers={2 * index: torch.rand(num_experts, width, generator=generator) for index in range(num_layers)}
+    )
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -45,13 +49,19 @@ def test_groups_lose_the_same_share() -> None:
 
 
 def test_the_lowest_scores_go() -> None:
-    scores = Scores(layers={0: torch.tensor([[1.0, 9.0], [3.0, 8.0]]), 1: torch.tensor([[2.0, 7.0], [4.0, 5.0]])})
+    scores = Scores(
+        layers={0: torch.tensor([[1.0, 9.0], [3.0, 8.0]]), 1: torch.tensor([[2.0, 7.0], [4.0, 5.0]])}
+    )
     plan = plan_of(scores, ratio=0.5, scope="global")
     assert plan.layers[0].tolist() == [[False, True], [False, True]]
     assert plan.layers[1].tolist() == [[False, True], [False, True]]
-    per_layer = plan_of(Scores(layers={0: scores.layers[0], 1: 100 * scores.layers[1]}), ratio=0.5, scope="layer")
+    per_layer = plan_of(
+        Scores(layers={0: scores.layers[0], 1: 100 * scores.layers[1]}), ratio=0.5, scope="layer"
+    )
     assert per_layer.layers[1].tolist() == [[False, True], [False, True]]
-    globally = plan_of(Scores(layers={0: scores.layers[0], 1: 100 * scores.layers[1]}), ratio=0.375, scope="global")
+    globally = plan_of(
+        Scores(layers={0: scores.layers[0], 1: 100 * scores.layers[1]}), ratio=0.375, scope="global"
+    )
     assert globally.layers[0].tolist() == [[False, True], [False, False]]
     assert globally.layers[1].all()
 
@@ -81,7 +91,9 @@ def test_no_layer_loses_all_its_experts() -> None:
     plan = plan_of(scores, ratio=0.5, scope="global")
     assert plan.num_kept == 8
     assert plan.layers[0].sum() == 1
-    with pytest.raises(ConfigError, match="would leave a layer fewer experts than the 1 that every token is routed to"):
+    with pytest.raises(
+        ConfigError, match="would leave a layer fewer experts than the 1 that every token is routed to"
+    ):
         plan_of(scores, ratio=0.95, scope="global")
 
 
@@ -94,7 +106,9 @@ def test_unrouted_experts_go_first() -> None:
 def test_a_ratio_is_refused_exactly_where_top_k_would_lack_experts(scope: str) -> None:
     budget, widths = Budget(ratio=0.87, scope=scope, experts_per_token=4), {0: [8] * 4, 1: [8] * 4}
     assert sum(budget.numbers_removed(widths)) == 56  # 28 of each 32, or 56 of all 64
-    with pytest.raises(ConfigError, match="would leave a layer fewer experts than the 4 that every token is routed to"):
+    with pytest.raises(
+        ConfigError, match="would leave a layer fewer experts than the 4 that every token is routed to"
+    ):
         Budget(ratio=0.9, scope=scope, experts_per_token=4).numbers_removed(widths)
 
 
@@ -109,7 +123,8 @@ def test_every_layer_keeps_as_many_experts_as_a_token_needs(scope: str, experts_
 
 
 def ragged_scores() -> tuple[Scores, dict[int, list[int]]]:
-    """Scores of experts that were pruned before; beyond their widths lie the highest numbers, which must not count."""
+    """Scores of experts that were pruned before; beyond their widths lie the highest numbers, which must not
+    count."""
     widths = {0: [7, 3, 0, 5, 7], 2: [1, 6, 2, 7, 4], 4: [7, 7, 7, 7, 7]}
     scores = random_scores()
     for index, width_E in widths.items():
@@ -136,19 +151,23 @@ def test_ragged_experts_lose_exactly_the_requested_number_again(scope: str, rati
 @pytest.mark.parametrize("scope", SCOPES)
 def test_widths_are_rounded_to_multiples_and_the_total_stays(multiple: int, scope: str) -> None:
     generator = torch.Generator().manual_seed(1)
-    scores = Scores(layers={index: torch.rand(6, 128, generator=generator) ** (index + 1) for index in range(3)})
+    scores = Scores(
+        layers={index: torch.rand(6, 128, generator=generator) ** (index + 1) for index in range(3)}
+    )
     exact = plan_of(scores, ratio=0.4, scope=scope, experts_per_token=2)
     plan = plan_of(scores, ratio=0.4, scope=scope, experts_per_token=2, width_multiple=multiple)
     for index, kept_EF in plan.layers.items():
         assert not (kept_EF.sum(dim=1) % multiple).any()
         assert abs(int(kept_EF.sum()) - int(exact.layers[index].sum())) <= multiple
         assert (kept_EF.sum(dim=1) - exact.layers[index].sum(dim=1)).abs().max() < multiple
-        for kept_F, scores_F in zip(kept_EF, scores.layers[index], strict=True):  # the best of each expert are kept
+        # The best of each expert are kept.
+        for kept_F, scores_F in zip(kept_EF, scores.layers[index], strict=True):
             assert scores_F.sort().values[128 - int(kept_F.sum()) :].equal(scores_F[kept_F].sort().values)
 
 
 def test_rounding_up_goes_where_the_scores_are() -> None:
-    """Widths 3 and 5 become 0 and 8 or 8 and 0 by the sum of the next eight, which a few high scores decide."""
+    """Widths 3 and 5 become 0 and 8 or 8 and 0 by the sum of the next eight, which a few high scores
+    decide."""
     scores = torch.full((2, 16), 0.1)
     scores[0, :3] = 5.0
     scores[1, :5] = 4.0
@@ -162,7 +181,9 @@ def test_rounding_up_goes_where_the_scores_are() -> None:
 def test_rounding_leaves_as_many_experts_as_a_token_needs() -> None:
     scores = torch.full((2, 16), 0.1)
     scores[0, :6] = scores[1, :2] = 1.0
-    plan = plan_of(Scores(layers={0: scores}), ratio=0.75, scope="layer", experts_per_token=2, width_multiple=8)
+    plan = plan_of(
+        Scores(layers={0: scores}), ratio=0.75, scope="layer", experts_per_token=2, width_multiple=8
+    )
     assert plan.layers[0].sum(dim=1).tolist() == [8, 8]
 
 
@@ -189,7 +210,9 @@ def test_uniform_widths() -> None:
 
 
 def test_what_cannot_be_rounded_is_refused() -> None:
-    with pytest.raises(ConfigError, match="width_multiple=16, but experts of this model have 7 atomic experts.*for example 1"):
+    with pytest.raises(
+        ConfigError, match="width_multiple=16, but experts of this model have 7 atomic experts.*for example 1"
+    ):
         plan_of(random_scores(), ratio=0.5, scope="global", width_multiple=16)
     _, widths = ragged_scores()
     with pytest.raises(ConfigError, match="needs experts of one width, this model has 8"):
@@ -201,7 +224,9 @@ def test_the_report_says_what_rounding_cost() -> None:
     scores[0, :3] = 5.0
     scores[1, :5] = 4.0
     widths, budget = {0: [16, 16]}, Budget(ratio=0.75, scope="layer", experts_per_token=1, width_multiple=8)
-    report = report_allocation(allocate(Scores(layers={0: scores}), widths, budget), Scores(layers={0: scores}), widths, budget)
+    report = report_allocation(
+        allocate(Scores(layers={0: scores}), widths, budget), Scores(layers={0: scores}), widths, budget
+    )
     assert report["atomic_experts_removed"] == 24 and report["atomic_experts_exchanged"] == 3
     assert report["kept_score_without_rounding"] == pytest.approx(3 * 5 + 5 * 4)
     assert report["kept_score"] == pytest.approx(5 * 4 + 3 * 0.1)
@@ -215,8 +240,8 @@ def test_a_total_that_the_top_k_keeps_from_being_reached_is_said_with_its_number
     plan = allocate(scores, widths, budget)
     assert plan.num_kept == 32
     assert report_allocation(plan, scores, widths, budget)["not_reached"] == [
-        "56 atomic experts were to go and 32 do: the rest must stay, because every token is routed to 4 experts, so that many of each "
-        "layer keep a width of at least 8"
+        "56 atomic experts were to go and 32 do: the rest must stay, because every token is routed to 4"
+        " experts, so that many of each layer keep a width of at least 8"
     ]
     exact = Budget(ratio=0.875, scope="global", experts_per_token=4)
     assert report_allocation(allocate(scores, widths, exact), scores, widths, exact)["not_reached"] == []

@@ -28,7 +28,10 @@ def removed_cost(plan: Plan, costs: Costs) -> float:
 
 def random_costs(scores: Scores) -> Costs:
     generator = torch.Generator().manual_seed(5)
-    return {index: torch.rand(len(scores_EF), generator=generator).double() * 9 + 1 for index, scores_EF in scores.layers.items()}
+    return {
+        index: torch.rand(len(scores_EF), generator=generator).double() * 9 + 1
+        for index, scores_EF in scores.layers.items()
+    }
 
 
 def test_costs_are_visits_times_weights() -> None:
@@ -43,7 +46,8 @@ def test_costs_are_visits_times_weights() -> None:
 
 
 def test_by_hand() -> None:
-    """Score for cost: 1/10, 2/10, 6/10, 9/10 of the first expert, 1, 2, 6, 9 of the second; half of the cost of 44 is 22."""
+    """Score for cost: 1/10, 2/10, 6/10, 9/10 of the first expert, 1, 2, 6, 9 of the second; half of the cost
+    of 44 is 22."""
     scores = Scores(layers={0: torch.tensor([[1.0, 9.0, 2.0, 6.0], [9.0, 6.0, 2.0, 1.0]])})
     costs = {0: torch.tensor([10.0, 1.0], dtype=torch.float64)}
     plan = allocate(scores, widths_of(scores), budget_of(0.5), costs)
@@ -58,7 +62,8 @@ def test_by_hand() -> None:
 @pytest.mark.parametrize("ratio", [0.1, 0.25, 0.4, 0.5])
 @pytest.mark.parametrize("width_multiple", [1, 8])
 def test_no_other_choice_of_that_cost_removes_less(ratio: float, scope: str, width_multiple: int) -> None:
-    """Against all 4096 ways to remove some of 12 items; an item is one atomic expert, or 8 that go together."""
+    """Against all 4096 ways to remove some of 12 items; an item is one atomic expert, or 8 that go
+    together."""
     scores = random_scores(num_layers=2, num_experts=2, width=3 * width_multiple)
     costs, widths = random_costs(scores), widths_of(scores)
     plan = allocate(scores, widths, budget_of(ratio, scope, width_multiple=width_multiple), costs)
@@ -67,7 +72,9 @@ def test_no_other_choice_of_that_cost_removes_less(ratio: float, scope: str, wid
         items_EI = scores_EF.double().sort(dim=1).values.view(2, 3, width_multiple).sum(dim=-1)
         item_scores.append(items_EI.flatten())
         item_costs.append(width_multiple * costs[index].unsqueeze(1).expand(2, 3).flatten())
-    choices = torch.tensor([[bool(number >> bit & 1) for bit in range(6)] for number in range(64)], dtype=torch.float64)
+    choices = torch.tensor(
+        [[bool(number >> bit & 1) for bit in range(6)] for number in range(64)], dtype=torch.float64
+    )
     wanted = ratio * sum(float(cost_I.sum()) for cost_I in item_costs)
     largest = max(float(cost_I.max()) for cost_I in item_costs)
     assert abs(removed_cost(plan, costs) - wanted) <= largest / 2
@@ -79,7 +86,9 @@ def test_no_other_choice_of_that_cost_removes_less(ratio: float, scope: str, wid
     for score_I, cost_I, indices in groups:
         part = Plan(layers={index: plan.layers[index] for index in indices})
         cost = removed_cost(part, costs)
-        score = sum(float(scores.layers[index][~kept_EF].double().sum()) for index, kept_EF in part.layers.items())
+        score = sum(
+            float(scores.layers[index][~kept_EF].double().sum()) for index, kept_EF in part.layers.items()
+        )
         feasible = choices @ cost_I >= cost - 1e-9
         assert score == pytest.approx(float((choices @ score_I)[feasible].min()))
 
@@ -103,9 +112,17 @@ def test_equal_costs_are_atomic_experts() -> None:
 
 
 def test_experts_that_cost_nothing_go_if_their_scores_say_so() -> None:
-    scores = Scores(layers={0: torch.tensor([[3.0, 4.0], [-1.0, -1.0], [5.0, 6.0]]), 1: torch.tensor([[3.0, 4.0], [0.1, 0.1], [1.0, 2.0]])})
+    scores = Scores(
+        layers={
+            0: torch.tensor([[3.0, 4.0], [-1.0, -1.0], [5.0, 6.0]]),
+            1: torch.tensor([[3.0, 4.0], [0.1, 0.1], [1.0, 2.0]]),
+        }
+    )
     costs = {index: torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64) for index in (0, 1)}
-    assert kept_counts(allocate(scores, widths_of(scores), budget_of(0.25), costs)) == {0: [2, 0, 2], 1: [2, 2, 0]}
+    assert kept_counts(allocate(scores, widths_of(scores), budget_of(0.25), costs)) == {
+        0: [2, 0, 2],
+        1: [2, 2, 0],
+    }
     assert allocate(scores, widths_of(scores), budget_of(0.0), costs).num_kept == 12
 
 
@@ -135,13 +152,23 @@ def test_the_report_says_what_share_of_the_cost_went() -> None:
 
 
 def test_the_flops_that_go_are_those_that_are_measured(tmp_path: Path) -> None:
-    settings = ["model=hf", f"model.path={write_model(tmp_path / 'model')}", "model.dtype=float32", *write_texts(tmp_path)]
-    efficiency = ["evaluation=quick", "evaluation/evaluators@evaluation=[efficiency]", "evaluation.efficiency.window=32"]
+    settings = [
+        "model=hf",
+        f"model.path={write_model(tmp_path / 'model')}",
+        "model.dtype=float32",
+        *write_texts(tmp_path),
+    ]
+    efficiency = [
+        "evaluation=quick",
+        "evaluation/evaluators@evaluation=[efficiency]",
+        "evaluation.efficiency.window=32",
+    ]
     settings = [entry for entry in settings if not entry.startswith("evaluation")] + efficiency
     summary = run_in(tmp_path, *settings, "pruning.budget=flops", "pruning.ratio=0.4")
     folder = next(Path(stage["path"]) for stage in summary.stages if stage["stage"] == "prune")
     removed = json.loads((folder / "allocation.json").read_text())["flops_removed_ratio"]
     assert summary.metrics["size"]["flops_routed_removed_ratio"] == pytest.approx(removed)
-    assert removed == pytest.approx(0.4, abs=0.02)  # the most visited of 64 atomic experts costs less than 4 %
+    # The most visited of 64 atomic experts costs less than 4 %.
+    assert removed == pytest.approx(0.4, abs=0.02)
     card = (folder / "checkpoint" / "README.md").read_text()
     assert "40.0% of its routed experts' FLOPs removed" in card

@@ -42,6 +42,8 @@ def test_restores_after_an_error(model: MoEModel, ids_NW: Tensor) -> None:
 def test_a_whole_layer_may_go_and_another_may_be_left_out(model: MoEModel, ids_NW: Tensor) -> None:
     dense = logits(model.model, ids_NW)
     with masked(model, {1: torch.ones(4, 8, dtype=torch.bool)}):
-        assert (model.layers[1].experts.down_proj == 0).all() and (model.layers[0].experts.down_proj != 0).any()
+        assert (model.layers[1].experts.down_proj == 0).all() and (
+            model.layers[0].experts.down_proj != 0
+        ).any()
     with masked(model, {0: torch.zeros(4, 8, dtype=torch.bool)}):
         assert torch.equal(logits(model.model, ids_NW), dense)

@@ -1,4 +1,5 @@
-"""A higher ratio never brings anything back: over random scores, widths, costs and ratios, for every way to allocate."""
+"""A higher ratio never brings anything back: over random scores, widths, costs and ratios, for every way to
+allocate."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def random_case(seed: int) -> tuple[Scores, dict[int, list[int]], Costs]:
-    """Layers of unequal sizes, experts of unequal widths (multiples of 4, some of none), ties, experts that no token reached."""
+    """Layers of unequal sizes, experts of unequal widths (multiples of 4, some of none), ties, experts that
+    no token reached."""
     generator, chooser = torch.Generator().manual_seed(seed), random.Random(seed)
     layers, widths, costs = {}, {}, {}
     for index in (0, 2, 3, 7):
@@ -42,7 +44,9 @@ def random_case(seed: int) -> tuple[Scores, dict[int, list[int]], Costs]:
         scores_EF = (8 * scores_EF).round() / 8 if chooser.random() < 0.3 else scores_EF
         scores_EF[chooser.randrange(num_experts)] = -1.0
         is_whole = chooser.random() < 0.3
-        widths[index] = [width if is_whole else 4 * chooser.randint(0, width // 4) for _ in range(num_experts)]
+        widths[index] = [
+            width if is_whole else 4 * chooser.randint(0, width // 4) for _ in range(num_experts)
+        ]
         widths[index][:3] = [width] * 3
         costs[index] = torch.randint(0, 50, (num_experts,), generator=generator).double()
         costs[index][0] = 50
@@ -54,13 +58,20 @@ def plans_by_ratio(scores: Scores, widths: Widths, costs: Costs, way: dict[str, 
     """Whatever is not refused, from nothing up."""
     settings = {"ratio": 0.0, "experts_per_token": 2, **way}
     if settings.get("granularity") is Granularity.EXPERT:  # such a score is the expert's
-        scores = Scores(layers={index: scores_EF[:, :1].expand_as(scores_EF).contiguous() for index, scores_EF in scores.layers.items()})
+        scores = Scores(
+            layers={
+                index: scores_EF[:, :1].expand_as(scores_EF).contiguous()
+                for index, scores_EF in scores.layers.items()
+            }
+        )
     chooser, plans = random.Random(0), {}
     for ratio in sorted([0.0, *(chooser.random() for _ in range(40))]):
         budget = replace(Budget(**settings), ratio=ratio)
         try:
             budget.check(widths)
-            plans[ratio] = allocate(scores, widths, budget, None if budget.unit == "atomic_experts" else costs)
+            plans[ratio] = allocate(
+                scores, widths, budget, None if budget.unit == "atomic_experts" else costs
+            )
         except ConfigError:
             continue
     return plans
@@ -84,7 +95,8 @@ def test_what_a_ratio_removes_every_higher_one_removes_too(way: str, seed: int) 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("scope", ["layer", "expert"])
 def test_there_is_one_share_that_all_lose(seed: int, scope: str) -> None:
-    """Rounded to the nearest number of atomic experts, of layers and (scope expert) of experts; the total is exact."""
+    """Rounded to the nearest number of atomic experts, of layers and (scope expert) of experts; the total is
+    exact."""
     scores, widths, _ = random_case(seed)
     total = sum(map(sum, widths.values()))
     for ratio in (0.1, 0.27, 0.5, 0.63):
@@ -92,7 +104,9 @@ def test_there_is_one_share_that_all_lose(seed: int, scope: str) -> None:
         assert total - plan.num_kept == int(ratio * total + 0.5)
         groups = {index: [sum(width_E)] for index, width_E in widths.items()}
         lost = {index: [groups[index][0] - int(plan.layers[index].sum())] for index in groups}
-        assert has_one_share([size for sizes in groups.values() for size in sizes], [n for ns in lost.values() for n in ns])
+        assert has_one_share(
+            [size for sizes in groups.values() for size in sizes], [n for ns in lost.values() for n in ns]
+        )
         if scope == "expert":
             for index, width_E in widths.items():
                 gone_E = (torch.tensor(width_E) - plan.layers[index].sum(dim=1)).tolist()
@@ -107,18 +121,32 @@ def has_one_share(sizes: list[int], gone: list[int]) -> bool:
 
 
 def test_equal_shares_by_hand() -> None:
-    assert [equal_shares([4, 4, 4], number) for number in range(5)] == [[0, 0, 0], [1, 0, 0], [1, 1, 0], [1, 1, 1], [2, 1, 1]]
+    assert [equal_shares([4, 4, 4], number) for number in range(5)] == [
+        [0, 0, 0],
+        [1, 0, 0],
+        [1, 1, 0],
+        [1, 1, 1],
+        [2, 1, 1],
+    ]
     assert equal_shares([10, 0, 2], 6) == [5, 0, 1] and equal_shares([10, 0, 2], 12) == [10, 0, 2]
-    assert equal_shares([10, 0, 2], 3) == [3, 0, 0]  # shares 1/20, 3/20, 1/4 (of both: the first group's), 1/4
+    # Shares 1/20, 3/20, 1/4 (of both: the first group's), 1/4.
+    assert equal_shares([10, 0, 2], 3) == [
+        3,
+        0,
+        0,
+    ]
 
 
 def test_multiples_are_rounded_layer_by_layer_and_need_not_be_nested() -> None:
-    """Why: a layer's total is rounded, and the experts that are rounded up are those whose next atomic experts score highest. A higher
-    ratio that takes one expert down to the multiple below leaves its place to another, which then grows."""
+    """Why: a layer's total is rounded, and the experts that are rounded up are those whose next atomic
+    experts score highest. A higher ratio that takes one expert down to the multiple below leaves its place to
+    another, which then grows."""
     brought_back = 0
     for seed in range(20):
         scores, widths, costs = random_case(seed)
         plans = list(plans_by_ratio(scores, widths, costs, {"scope": "global", "width_multiple": 4}).values())
         for earlier, later in pairwise(plans):
-            brought_back += sum(int((kept_EF & ~earlier.layers[index]).sum()) for index, kept_EF in later.layers.items())
+            brought_back += sum(
+                int((kept_EF & ~earlier.layers[index]).sum()) for index, kept_EF in later.layers.items()
+            )
     assert brought_back > 0

@@ -22,7 +22,9 @@ def widths_of(scores: Scores) -> dict[int, list[int]]:
     return {index: [scores_EF.shape[1]] * len(scores_EF) for index, scores_EF in scores.layers.items()}
 
 
-def plan_of(scores: Scores, *, ratio: float, scope: str = "global", protected_layers: tuple[int, ...] = ()) -> Plan:
+def plan_of(
+    scores: Scores, *, ratio: float, scope: str = "global", protected_layers: tuple[int, ...] = ()
+) -> Plan:
     budget = Budget(ratio=ratio, scope=scope, experts_per_token=1, protected_layers=protected_layers)
     budget.check(widths_of(scores))
     return allocate(scores, widths_of(scores), budget)
@@ -41,7 +43,11 @@ LOW_AND_HIGH = Scores(
 
 
 def test_by_hand() -> None:
-    assert kept_counts(plan_of(LOW_AND_HIGH, ratio=0.5)) == {0: [0, 1], 1: [4, 3]}  # layer 0 keeps its best, 9 goes instead
+    # Layer 0 keeps its best, 9 goes instead.
+    assert kept_counts(plan_of(LOW_AND_HIGH, ratio=0.5)) == {
+        0: [0, 1],
+        1: [4, 3],
+    }
     assert kept_counts(plan_of(LOW_AND_HIGH, ratio=0.25, protected_layers=(0,))) == {0: [4, 4], 1: [1, 3]}
 
 
@@ -58,11 +64,16 @@ def test_with_protected_layers_the_others_lose_so_much_more(ratio: float) -> Non
 @pytest.mark.parametrize("scope", ["global", "layer"])
 @pytest.mark.parametrize("unit", ["atomic_experts", "flops"])
 @pytest.mark.parametrize("width_multiple", [1, 2])
-def test_a_protected_layer_with_fewer_experts_than_a_token_needs_loses_nothing(scope: str, unit: str, width_multiple: int) -> None:
-    """Layer 0 has one expert left, tokens go to two. The empty one must not take the place of what is there."""
+def test_a_protected_layer_with_fewer_experts_than_a_token_needs_loses_nothing(
+    scope: str, unit: str, width_multiple: int
+) -> None:
+    """Layer 0 has one expert left, tokens go to two. The empty one must not take the place of what is
+    there."""
     scores = random_scores(num_layers=2, num_experts=3, width=8)
     widths = {0: [0, 6, 0], 2: [8, 8, 8]}
-    costs = None if unit == "atomic_experts" else {index: torch.ones(3, dtype=torch.float64) for index in widths}
+    costs = (
+        None if unit == "atomic_experts" else {index: torch.ones(3, dtype=torch.float64) for index in widths}
+    )
     settings = {"unit": unit, "width_multiple": width_multiple, "protected_layers": (0,)}
     budget = Budget(ratio=0.4, scope=scope, experts_per_token=2, **settings)
     budget.check(widths)
@@ -71,7 +82,8 @@ def test_a_protected_layer_with_fewer_experts_than_a_token_needs_loses_nothing(s
 
 
 def test_a_layer_with_fewer_atomic_experts_than_a_token_needs_experts_stays_as_it_is() -> None:
-    """One atomic expert of one expert is left and tokens go to two: refused at every ratio before, although others can go."""
+    """One atomic expert of one expert is left and tokens go to two: refused at every ratio before, although
+    others can go."""
     scores, widths = random_scores(num_layers=2, num_experts=3, width=8), {0: [0, 1, 0], 2: [8, 8, 8]}
     budget = Budget(ratio=0.4, scope="global", experts_per_token=2)
     budget.check(widths)
@@ -83,10 +95,15 @@ def test_a_layer_with_fewer_atomic_experts_than_a_token_needs_experts_stays_as_i
     [
         ((1,), "layer 1 is no MoE layer of this model; choose of 0, 2, 4"),
         ((0, 2, 4), "protects every MoE layer"),
-        ((0, 2), "is more of the atomic experts than the protected layers and the 1 experts of every token leave"),
+        (
+            (0, 2),
+            "is more of the atomic experts than the protected layers and the 1 experts of every token leave",
+        ),
     ],
 )
-def test_what_cannot_be_is_refused_before_there_are_scores(protected_layers: tuple[int, ...], message: str) -> None:
+def test_what_cannot_be_is_refused_before_there_are_scores(
+    protected_layers: tuple[int, ...], message: str
+) -> None:
     budget = Budget(ratio=0.5, scope="global", experts_per_token=1, protected_layers=protected_layers)
     with pytest.raises(ConfigError, match=message) as caught:
         budget.check(widths_of(random_scores()))
@@ -96,7 +113,9 @@ def test_what_cannot_be_is_refused_before_there_are_scores(protected_layers: tup
 def test_whole_experts_are_not_protected_and_not_counted_in_flops() -> None:
     widths: Widths = widths_of(random_scores())
     for changes in ({"protected_layers": (0,)}, {"unit": "flops"}):
-        budget = Budget(ratio=0.2, scope="global", experts_per_token=1, granularity=Granularity.EXPERT, **changes)
+        budget = Budget(
+            ratio=0.2, scope="global", experts_per_token=1, granularity=Granularity.EXPERT, **changes
+        )
         with pytest.raises(ConfigError, match="this one removes whole experts"):
             budget.check(widths)
 
@@ -105,7 +124,10 @@ def test_whole_experts_are_not_protected_and_not_counted_in_flops() -> None:
     ("overrides", "message"),
     [
         (["pruning.budget=flop"], "budget='flop' is unknown; choose one of atomic_experts, flops"),
-        (["pruning=expert", "pruning.protected_layers=[0]"], "protected_layers=.* has no effect with scope 'expert'"),
+        (
+            ["pruning=expert", "pruning.protected_layers=[0]"],
+            "protected_layers=.* has no effect with scope 'expert'",
+        ),
         (["pruning=expert", "pruning.budget=flops"], "budget=flops has no effect with scope 'expert'"),
     ],
 )
@@ -127,10 +149,19 @@ def test_options_enter_the_key_where_they_are_not_at_their_defaults(tmp_path: Pa
     (tmp_path / "a.txt").write_text("some text")
 
     def settings(*overrides: str) -> dict[str, object]:
-        config = compose_experiment("calibration=text_files", f"calibration.corpus.paths=[{tmp_path}/a.txt]", *overrides)
+        config = compose_experiment(
+            "calibration=text_files", f"calibration.corpus.paths=[{tmp_path}/a.txt]", *overrides
+        )
         corpus = build(config.calibration.corpus, "calibration.corpus")
-        return dict(experiment_steps(config, corpus, [], model={"sha256": "0"}, machine={}).last("prune").origin.config)
+        return dict(
+            experiment_steps(config, corpus, [], model={"sha256": "0"}, machine={})
+            .last("prune")
+            .origin.config
+        )
 
     plain = {"ratio": 0.25, "scope": "global", "width_multiple": 1, "form": "ragged"}
     assert settings() == settings("pruning.protected_layers=[]", "pruning.save_checkpoint=false") == plain
-    assert settings("pruning.protected_layers=[0]", "pruning.budget=flops") == plain | {"protected_layers": [0], "budget": "flops"}
+    assert settings("pruning.protected_layers=[0]", "pruning.budget=flops") == plain | {
+        "protected_layers": [0],
+        "budget": "flops",
+    }

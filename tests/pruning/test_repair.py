@@ -1,4 +1,5 @@
-"""Repair: least squares, checked by hand, by torch's own solver on explicit matrices, and by what the layers really put out."""
+"""Repair: least squares, checked by hand, by torch's own solver on explicit matrices, and by what the layers
+really put out."""
 
 from __future__ import annotations
 
@@ -68,9 +69,12 @@ class Layer:
         return self.before.down_proj.detach().double().transpose(1, 2).flatten(0, 1)
 
     def error(self, experts: RaggedExperts) -> float:
-        """What the layer's output loses, squared, per token, with these experts in place of the dense ones."""
+        """What the layer's output loses, squared, per token, with these experts in place of the dense
+        ones."""
         with torch.no_grad():
-            lost_TD = run_experts(self.before, *vars(self.inputs).values()) - run_experts(experts, *vars(self.inputs).values())
+            lost_TD = run_experts(self.before, *vars(self.inputs).values()) - run_experts(
+                experts, *vars(self.inputs).values()
+            )
         return float(lost_TD.square().sum()) / len(lost_TD)
 
     def repaired(self, repair: Repair) -> tuple[RaggedExperts, LayerRepair]:
@@ -91,9 +95,12 @@ def layer() -> Layer:
 
 
 def test_by_hand() -> None:
-    """Two atomic experts, one of them removed. h = (1, 2) and (1, -1) for two tokens of weight 1, columns 3 and 5: the loss is
-    d = 5 * (2, -1), C = 1 + 1 = 2, B = 10 - 5 = 5, ridge = 0.5 * (1 + 1/2) * 2 = 1.5, so W' = 3 + 5 / 3.5."""
-    experts = tiny_qwen3_moe(hidden_size=2, moe_intermediate_size=2, num_attention_heads=1, num_key_value_heads=1)
+    """Two atomic experts, one of them removed. h = (1, 2) and (1, -1) for two tokens of weight 1, columns 3
+    and 5: the loss is d = 5 * (2, -1), C = 1 + 1 = 2, B = 10 - 5 = 5, ridge = 0.5 * (1 + 1/2) * 2 = 1.5, so
+    W' = 3 + 5 / 3.5."""
+    experts = tiny_qwen3_moe(
+        hidden_size=2, moe_intermediate_size=2, num_attention_heads=1, num_key_value_heads=1
+    )
     model = MoEModel(experts)
     layer = model.layers[0]
     with torch.no_grad():  # a gate so large that silu is the identity times it
@@ -114,7 +121,8 @@ def test_by_hand() -> None:
 
 
 def test_expert_repair_is_least_squares_of_each_expert(layer: Layer) -> None:
-    """W_down C[:, S] C[S, S]^-1 (docs/method.md, 18) is what torch's solver finds for every expert's own output."""
+    """W_down C[:, S] C[S, S]^-1 (docs/method.md, 18) is what torch's solver finds for every expert's own
+    output."""
     experts, _ = layer.repaired(ExpertRepair(ridge=TINY_RIDGE))
     z_TF, columns_FD = layer.z_dense(), layer.columns()
     expected = []
@@ -125,7 +133,11 @@ def test_expert_repair_is_least_squares_of_each_expert(layer: Layer) -> None:
 
 
 @pytest.mark.parametrize(
-    "repair", [JointRepair(ridge=TINY_RIDGE), JointRepair(ridge=TINY_RIDGE, direct_up_to=0, max_steps=300, tolerance=1e-12)]
+    "repair",
+    [
+        JointRepair(ridge=TINY_RIDGE),
+        JointRepair(ridge=TINY_RIDGE, direct_up_to=0, max_steps=300, tolerance=1e-12),
+    ],
 )
 def test_joint_repair_is_least_squares_of_the_layer(layer: Layer, repair: JointRepair) -> None:
     experts, _ = layer.repaired(repair)
@@ -136,20 +148,26 @@ def test_joint_repair_is_least_squares_of_the_layer(layer: Layer, repair: JointR
 
 def test_both_ways_to_solve_agree_with_ridge(layer: Layer) -> None:
     direct, found = layer.repaired(JointRepair(ridge=0.1))
-    blockwise, also_found = layer.repaired(JointRepair(ridge=0.1, direct_up_to=0, max_steps=100, tolerance=1e-12))
+    blockwise, also_found = layer.repaired(
+        JointRepair(ridge=0.1, direct_up_to=0, max_steps=100, tolerance=1e-12)
+    )
     torch.testing.assert_close(blockwise.down_proj, direct.down_proj, rtol=1e-4, atol=1e-5)
     assert also_found.error_after == pytest.approx(found.error_after, rel=1e-5)
 
 
 def test_more_steps_leave_less(layer: Layer) -> None:
-    repairs = [JointRepair(ridge=TINY_RIDGE, direct_up_to=0, max_steps=number, tolerance=1e-12) for number in (1, 2, 4, 8)]
+    repairs = [
+        JointRepair(ridge=TINY_RIDGE, direct_up_to=0, max_steps=number, tolerance=1e-12)
+        for number in (1, 2, 4, 8)
+    ]
     errors = [layer.repaired(repair)[1].error_after for repair in repairs]
     assert errors == sorted(errors, reverse=True) and errors[0] > errors[-1]
 
 
 class AlikeExperts(Layer):
-    """Experts that put out nearly the same and are always chosen in pairs: what one lacks the other can make up for, which couples the
-    equations of experts as much as can be. Ten turns of block coordinate descent are 1 to 5 % above the minimum here."""
+    """Experts that put out nearly the same and are always chosen in pairs: what one lacks the other can make
+    up for, which couples the equations of experts as much as can be. Ten turns of block coordinate descent
+    are 1 to 5 % above the minimum here."""
 
     def __init__(self, alike: float) -> None:
         super().__init__()
@@ -162,13 +180,17 @@ class AlikeExperts(Layer):
         self.after = model.layers[0].experts
         generator = torch.Generator().manual_seed(1)
         p_TK = torch.rand(400, 1, generator=generator).expand(400, 2).contiguous()
-        self.inputs = replace(self.inputs, expert_TK=torch.tensor([[0, 1], [2, 3]]).repeat(200, 1), router_weight_TK=p_TK)
+        self.inputs = replace(
+            self.inputs, expert_TK=torch.tensor([[0, 1], [2, 3]]).repeat(200, 1), router_weight_TK=p_TK
+        )
 
     def objective(self, experts: RaggedExperts, ridge: float) -> float:
         """What joint repair minimises, the slow way."""
         z_TS = self.z_dense()[:, self.kept_EF.flatten()]
         change_SD = experts.down_proj.detach().double() - self.after.down_proj.detach().double()
-        return len(z_TS) * self.error(experts) + ridge * float(z_TS.square().sum(0).mean() * change_SD.square().sum())
+        return len(z_TS) * self.error(experts) + ridge * float(
+            z_TS.square().sum(0).mean() * change_SD.square().sum()
+        )
 
 
 @pytest.mark.parametrize("alike", [0.0, 0.9, 0.98])
@@ -179,7 +201,9 @@ def test_steps_end_within_the_tolerance_of_the_minimum(
 ) -> None:
     layer = AlikeExperts(alike)
     least = layer.objective(layer.repaired(JointRepair(ridge=ridge))[0], ridge)
-    found = layer.objective(layer.repaired(JointRepair(ridge=ridge, direct_up_to=0, tolerance=tolerance))[0], ridge)
+    found = layer.objective(
+        layer.repaired(JointRepair(ridge=ridge, direct_up_to=0, tolerance=tolerance))[0], ridge
+    )
     assert found <= least * (1 + tolerance / (1 - tolerance))
     assert not caplog.records
 
@@ -218,7 +242,10 @@ def test_an_expert_with_few_tokens_moves_less_per_token_than_one_with_many() -> 
     """The same inputs once and a hundred times: plain ridge regression would give the same columns."""
     few, many = Layer(num_tokens=6), Layer(num_tokens=6)
     many.inputs = ExpertInputs(*(tensor.repeat(100, 1) for tensor in vars(few.inputs).values()))
-    moved = [(layer.repaired(ExpertRepair(ridge=0.1))[0].down_proj - layer.after.down_proj).norm() for layer in (few, many)]
+    moved = [
+        (layer.repaired(ExpertRepair(ridge=0.1))[0].down_proj - layer.after.down_proj).norm()
+        for layer in (few, many)
+    ]
     assert moved[0] < 0.9 * moved[1]
 
 
@@ -226,10 +253,14 @@ def test_weights_that_get_no_better_in_the_models_dtype_stay() -> None:
     """A ridge so large that the change vanishes in bfloat16."""
     layer = Layer()
     layer.before, layer.after = layer.before.bfloat16(), layer.after.bfloat16()
-    layer.inputs = ExpertInputs(layer.inputs.hidden_TD.bfloat16(), layer.inputs.expert_TK, layer.inputs.router_weight_TK.bfloat16())
+    layer.inputs = ExpertInputs(
+        layer.inputs.hidden_TD.bfloat16(), layer.inputs.expert_TK, layer.inputs.router_weight_TK.bfloat16()
+    )
     for repair in (ExpertRepair(ridge=1e9), JointRepair(ridge=1e9), JointRepair(ridge=1e9, refits=1)):
         experts, found = layer.repaired(repair)
-        assert all(map(torch.equal, experts.parameters(), layer.after.parameters())) and found.num_repaired == 0
+        assert (
+            all(map(torch.equal, experts.parameters(), layer.after.parameters())) and found.num_repaired == 0
+        )
         assert found.error_after == found.error_before
 
 
@@ -240,11 +271,15 @@ def test_gauss_newton_step_is_least_squares_to_first_order() -> None:
     old_RD = experts.gate_up_proj.detach().clone()
 
     def output(rows_RD: Tensor) -> Tensor:
-        return torch.func.functional_call(experts, {"gate_up_proj": rows_RD}, tuple(vars(layer.inputs).values()))
+        return torch.func.functional_call(
+            experts, {"gate_up_proj": rows_RD}, tuple(vars(layer.inputs).values())
+        )
 
     with torch.no_grad():
         lost_TD = layer_output(layer.before, layer.inputs) - layer_output(experts, layer.inputs)
-        change_RD = torch.cat(refit_inputs(Activations(experts, layer.inputs), lost_TD, ridge=ridge, num_steps=200))
+        change_RD = torch.cat(
+            refit_inputs(Activations(experts, layer.inputs), lost_TD, ridge=ridge, num_steps=200)
+        )
     x_TD = layer.inputs.hidden_TD.double()
     jacobian = torch.autograd.functional.jacobian(output, old_RD).double()  # (T, D, R, D)
     scale_R = (jacobian.square().sum((1, 3)) / x_TD.square().sum(1, keepdim=True)).sum(0)
@@ -252,7 +287,9 @@ def test_gauss_newton_step_is_least_squares_to_first_order() -> None:
     moment_DD += ridge * moment_DD.diagonal().mean() * torch.eye(len(moment_DD))
     penalty = ridge * scale_R.mean() * torch.block_diag(*[moment_DD] * len(scale_R))
     jacobian_PQ = jacobian.flatten(2).flatten(0, 1)
-    expected = torch.linalg.solve(jacobian_PQ.T @ jacobian_PQ + penalty, jacobian_PQ.T @ lost_TD.double().flatten())
+    expected = torch.linalg.solve(
+        jacobian_PQ.T @ jacobian_PQ + penalty, jacobian_PQ.T @ lost_TD.double().flatten()
+    )
     torch.testing.assert_close(change_RD.double().flatten(), expected, rtol=1e-2, atol=2e-3)
     assert expected.abs().max() > 0.1
 
@@ -262,7 +299,14 @@ class Asked(ExpertRepair):
 
     num_layers = 0
 
-    def __call__(self, before: Experts, after: RaggedExperts, inputs: ExpertInputs, *, target: StreamTarget | None = None) -> LayerRepair:
+    def __call__(
+        self,
+        before: Experts,
+        after: RaggedExperts,
+        inputs: ExpertInputs,
+        *,
+        target: StreamTarget | None = None,
+    ) -> LayerRepair:
         self.num_layers += 1
         return super().__call__(before, after, inputs, target=target)
 
@@ -277,8 +321,12 @@ def test_a_layer_that_loses_nothing_is_not_asked_and_stays_as_it_is(family: str)
     repair = Asked()
     found = remove_and_repair(model, plan, repair, [tiny_ids(num_sequences=2, length=10)])
     remove(cut, plan)
-    assert repair.num_layers == len(others) and found[first] == LayerRepair(error_before=0.0, error_after=0.0, num_repaired=0)
-    same = [all(map(torch.equal, *pair)) for pair in zip(parameters_of(model), parameters_of(cut), strict=True)]
+    assert repair.num_layers == len(others) and found[first] == LayerRepair(
+        error_before=0.0, error_after=0.0, num_repaired=0
+    )
+    same = [
+        all(map(torch.equal, *pair)) for pair in zip(parameters_of(model), parameters_of(cut), strict=True)
+    ]
     assert same == [True] + [False] * len(others)
 
 
@@ -298,29 +346,41 @@ def test_sequential_repair_knows_the_layers_before_and_parallel_does_not() -> No
     for is_sequential in (True, False):
         models[is_sequential] = MoEModel(tiny_qwen3_moe())
         repair = JointRepair(sequential=is_sequential)
-        found[is_sequential] = remove_and_repair(models[is_sequential], plan_for(models[is_sequential].layers), repair, [ids_NW])
-    columns = {key: [layer.experts.down_proj.detach() for layer in model.layers] for key, model in models.items()}
+        found[is_sequential] = remove_and_repair(
+            models[is_sequential], plan_for(models[is_sequential].layers), repair, [ids_NW]
+        )
+    columns = {
+        key: [layer.experts.down_proj.detach() for layer in model.layers] for key, model in models.items()
+    }
     assert torch.equal(columns[True][0], columns[False][0])  # nothing is before the first layer
     assert not torch.equal(columns[True][1], columns[False][1]) and found[True][1] != found[False][1]
     only_last = MoEModel(tiny_qwen3_moe())
     plan = Plan(layers={0: torch.ones(4, 8, dtype=torch.bool), 1: plan_for(only_last.layers).layers[1]})
     remove_and_repair(only_last, plan, JointRepair(), [ids_NW])
-    torch.testing.assert_close(only_last.layers[1].experts.down_proj.detach(), columns[False][1])  # measured in the model as it was
+    # Measured in the model as it was.
+    torch.testing.assert_close(only_last.layers[1].experts.down_proj.detach(), columns[False][1])
 
 
 def test_residual_stream_as_target_makes_up_for_earlier_layers() -> None:
-    """What is still missing in the stream behind the last layer is orthogonal to everything that its columns could change."""
+    """What is still missing in the stream behind the last layer is orthogonal to everything that its columns
+    could change."""
     ids_NW, streams, models = tiny_ids(num_sequences=20, length=20), [], []
     for target in ("layer_output", "residual_stream", None):
         model = MoEModel(tiny_qwen3_moe())
         if target is not None:
-            remove_and_repair(model, plan_for(model.layers), JointRepair(ridge=TINY_RIDGE, target=target), ids_NW.split(7))
-        hook = model.decoder_layers[-1].register_forward_hook(lambda *arguments: streams.append(arguments[-1].flatten(0, 1)))
+            remove_and_repair(
+                model, plan_for(model.layers), JointRepair(ridge=TINY_RIDGE, target=target), ids_NW.split(7)
+            )
+        hook = model.decoder_layers[-1].register_forward_hook(
+            lambda *arguments: streams.append(arguments[-1].flatten(0, 1))
+        )
         with torch.no_grad():
             model.body(input_ids=ids_NW, use_cache=False)
         hook.remove()
         models.append(model)
-    own_TD, missing_TD = ((streams[2] - stream) / streams[2].square().mean(1, keepdim=True).sqrt() for stream in streams[:2])
+    own_TD, missing_TD = (
+        (streams[2] - stream) / streams[2].square().mean(1, keepdim=True).sqrt() for stream in streams[:2]
+    )
     assert missing_TD.square().sum() < own_TD.square().sum()
     _, (last, inputs, _) = walk_layers(models[1], [ids_NW])
     activations = Activations(last.experts, inputs.weighted(streams[2].square().mean(1).rsqrt()))
@@ -362,10 +422,22 @@ def test_repaired_weights_make_the_same_model_again_and_a_masked_one(repair: Rep
         ("ExpertRepair", {"ridge": 0.0}, "ridge=0.0 is not above 0; give a number above 0"),
         ("JointRepair", {"ridge": float("inf")}, "ridge=inf is not finite"),
         ("JointRepair", {"max_steps": 0}, "max_steps=0 is below 1; give a whole number of at least 1"),
-        ("JointRepair", {"tolerance": 1.0}, "tolerance=1.0 is not below 1; give a number above 0 and below 1"),
+        (
+            "JointRepair",
+            {"tolerance": 1.0},
+            "tolerance=1.0 is not below 1; give a number above 0 and below 1",
+        ),
         ("JointRepair", {"refits": -1}, "refits=-1 is below 0"),
-        ("JointRepair", {"target": "stream"}, "target=stream is unknown; give layer_output or residual_stream"),
-        ("JointRepair", {"target": "residual_stream", "sequential": False}, "target=residual_stream needs pruning.repair.sequential=true"),
+        (
+            "JointRepair",
+            {"target": "stream"},
+            "target=stream is unknown; give layer_output or residual_stream",
+        ),
+        (
+            "JointRepair",
+            {"target": "residual_stream", "sequential": False},
+            "target=residual_stream needs pruning.repair.sequential=true",
+        ),
     ],
 )
 def test_options_that_cannot_be(name: str, option: dict[str, Any], message: str) -> None:
@@ -376,7 +448,11 @@ def test_options_that_cannot_be(name: str, option: dict[str, Any], message: str)
 def test_a_ridge_too_small_for_repeated_activations_is_said_so() -> None:
     """Two tokens and more kept atomic experts than that: singular without ridge."""
     layer = Layer(num_tokens=2)
-    for repair in (ExpertRepair(ridge=1e-300), JointRepair(ridge=1e-300), JointRepair(ridge=1e-300, direct_up_to=0)):
+    for repair in (
+        ExpertRepair(ridge=1e-300),
+        JointRepair(ridge=1e-300),
+        JointRepair(ridge=1e-300, direct_up_to=0),
+    ):
         with pytest.raises(ConfigError, match="pruning.repair.ridge is too small"):
             layer.repaired(repair)
 
@@ -396,7 +472,9 @@ def test_a_step_that_is_too_long_is_halved(layer: Layer, monkeypatch: pytest.Mon
     """Three times the best step loses more than none, one and a half times less."""
 
     def stretched(factor: float) -> RaggedExperts:
-        stretch = lambda *arguments, **options: [factor * rows_GD for rows_GD in refit_inputs(*arguments, **options)]  # noqa: E731
+        def stretch(*arguments: object, **options: object) -> list[Tensor]:
+            return [factor * rows_GD for rows_GD in refit_inputs(*arguments, **options)]
+
         monkeypatch.setattr("heapr.pruning.repair.refit_inputs", stretch)
         return layer.repaired(JointRepair(refits=1))[0]
 

@@ -1,4 +1,5 @@
-"""One width everywhere: which one a ratio comes to, that every kernel runs it, and what is refused with which advice."""
+"""One width everywhere: which one a ratio comes to, that every kernel runs it, and what is refused with which
+advice."""
 
 from __future__ import annotations
 
@@ -23,14 +24,24 @@ def config_of(family: str, width: int, **changes: object) -> PretrainedConfig:
     return tiny_model(family, moe_intermediate_size=width, **changes).config
 
 
-def chosen(config: PretrainedConfig, ratio: float, multiple: int = 8, dtype: torch.dtype = torch.bfloat16) -> int:
+def chosen(
+    config: PretrainedConfig, ratio: float, multiple: int = 8, dtype: torch.dtype = torch.bfloat16
+) -> int:
     budget = Budget(ratio=ratio, scope="expert", experts_per_token=2, width_multiple=multiple)
     return choose_uniform_width(config, {0: [config.moe_intermediate_size] * 4}, budget, dtype)
 
 
 @pytest.mark.parametrize(
     ("width", "ratio", "expected"),
-    [(64, 0.3, 48), (64, 0.2, 48), (64, 0.0, 64), (768, 0.3, 536), (768, 0.999, 8), (12, 0.3, 8), (12, 0.0, 12)],
+    [
+        (64, 0.3, 48),
+        (64, 0.2, 48),
+        (64, 0.0, 64),
+        (768, 0.3, 536),
+        (768, 0.999, 8),
+        (12, 0.3, 8),
+        (12, 0.0, 12),
+    ],
 )
 def test_a_width_is_the_nearest_multiple_of_8(width: int, ratio: float, expected: int) -> None:
     assert chosen(config_of("qwen3_moe", width), ratio) == expected
@@ -55,7 +66,9 @@ def test_shared_experts_are_asked_on_both_sides() -> None:
         (("qwen3_moe", 8, {}), 0.5, 8, torch.float32),
     ],
 )
-def test_what_a_refusal_advises_works(config: tuple[str, int, dict[str, int]], ratio: float, multiple: int, dtype: torch.dtype) -> None:
+def test_what_a_refusal_advises_works(
+    config: tuple[str, int, dict[str, int]], ratio: float, multiple: int, dtype: torch.dtype
+) -> None:
     family, width, changes = config
     made = config_of(family, width, **changes)
     with pytest.raises(ConfigError, match="pruning.form=ragged") as caught:
@@ -71,17 +84,26 @@ def test_what_a_refusal_advises_works(config: tuple[str, int, dict[str, int]], r
 
 def test_no_width_leaves_all_as_it_is() -> None:
     with pytest.raises(
-        ConfigError, match=r"asks for a width of 60.8 of 64, and the nearest multiple of 8 leaves all as it is; choose pruning"
+        ConfigError,
+        match=(
+            r"asks for a width of 60.8 of 64, and the nearest multiple of 8 leaves all as it is; choose"
+            r" pruning"
+        ),
     ):
         chosen(config_of("qwen3_moe", 64), 0.05)
 
 
-@pytest.mark.parametrize(("ratio", "dtype", "width"), [(0.3, "float32", 45), (0.2, "bfloat16", 51), (0.3125, "bfloat16", 44)])
+@pytest.mark.parametrize(
+    ("ratio", "dtype", "width"), [(0.3, "float32", 45), (0.2, "bfloat16", 51), (0.3125, "bfloat16", 44)]
+)
 def test_a_width_of_ones_own_that_no_kernel_takes_is_refused_before_calibration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ratio: float, dtype: str, width: int
 ) -> None:
     monkeypatch.setattr("heapr.pipeline.collect", lambda *_: pytest.fail("calibration began"))
-    message = rf"pruning.width_multiple=1 {width}, which transformers' default experts kernel \(grouped_mm\) does not run in {dtype}"
+    message = (
+        rf"pruning.width_multiple=1 {width}, which transformers' default experts kernel \(grouped_mm\) does"
+        rf" not run in {dtype}"
+    )
     with pytest.raises(ConfigError, match=message):
         run_in(tmp_path, *overrides_in(tmp_path, dtype), f"pruning.ratio={ratio}", "pruning.width_multiple=1")
 
@@ -90,7 +112,13 @@ def overrides_in(folder: Path, dtype: str) -> list[str]:
     tiny_model("qwen3_moe", moe_intermediate_size=64).save_pretrained(folder / "model")
     byte_tokenizer().save_pretrained(folder / "model")
     model = ["model=hf", f"model.path={folder / 'model'}", f"model.dtype={dtype}"]
-    return [*model, *write_texts(folder), "evaluation.throughput=null", "pruning=expert", "pruning.form=uniform"]
+    return [
+        *model,
+        *write_texts(folder),
+        "evaluation.throughput=null",
+        "pruning=expert",
+        "pruning.form=uniform",
+    ]
 
 
 @pytest.mark.parametrize("rounds", [1, 2])
@@ -100,20 +128,34 @@ def test_a_run_is_evaluated_and_its_checkpoint_runs_in_plain_transformers(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, ratio: float, dtype: str, rounds: int
 ) -> None:
     caplog.set_level("INFO")
-    summary = run_in(tmp_path, *overrides_in(tmp_path, dtype), f"pruning.ratio={ratio}", f"pruning.rounds={rounds}")
+    summary = run_in(
+        tmp_path, *overrides_in(tmp_path, dtype), f"pruning.ratio={ratio}", f"pruning.rounds={rounds}"
+    )
     assert summary.metrics["pruned"]["perplexity/text_files"] > 0
     assert summary.metrics["size"]["atomic_experts_removed_ratio"] == 0.25
-    told = f"uniform width: ratio {ratio} asks for {64 * (1 - ratio):.6g} of 64 atomic experts; 48 are kept, which is ratio 0.25"
+    told = (
+        f"uniform width: ratio {ratio} asks for {64 * (1 - ratio):.6g} of 64 atomic experts; 48 are kept,"
+        " which is ratio 0.25"
+    )
     assert caplog.text.count(told) == 1
     folder = Path([stage["path"] for stage in summary.stages if stage["stage"] == "prune"][-1]) / "checkpoint"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
     assert model.config.moe_intermediate_size == 48 and model.config._experts_implementation == "grouped_mm"
     with torch.no_grad():
         assert model(input_ids=tiny_ids(2, 12)).logits.isfinite().all()
-    about, card = json.loads((folder / "config.json").read_text())["heapr"], (folder / "README.md").read_text()
-    assert (about["ratio"], about["width"], about["ratio_reached"], about["width_multiple"]) == (ratio, 48, 0.25, 8)
+    about, card = (
+        json.loads((folder / "config.json").read_text())["heapr"],
+        (folder / "README.md").read_text(),
+    )
+    assert (about["ratio"], about["width"], about["ratio_reached"], about["width_multiple"]) == (
+        ratio,
+        48,
+        0.25,
+        8,
+    )
     assert (
-        "25.0% of its routed atomic experts removed" in card and f"ratio {ratio}, scope `expert`, form `uniform`, one width of 48" in card
+        "25.0% of its routed atomic experts removed" in card
+        and f"ratio {ratio}, scope `expert`, form `uniform`, one width of 48" in card
     )
 
 
@@ -121,10 +163,23 @@ def test_to_ask_for_nothing_is_to_ask_for_8_with_one_width_and_for_1_without(tmp
     (tmp_path / "a.txt").write_text("some text")
 
     def key(*overrides: str) -> str:
-        config = compose_experiment("calibration=text_files", f"calibration.corpus.paths=[{tmp_path}/a.txt]", *overrides)
+        config = compose_experiment(
+            "calibration=text_files", f"calibration.corpus.paths=[{tmp_path}/a.txt]", *overrides
+        )
         corpus = build(config.calibration.corpus, "calibration.corpus")
-        return experiment_steps(config, corpus, [], model={"sha256": "0"}, machine={}).last("prune").origin.key
+        return (
+            experiment_steps(config, corpus, [], model={"sha256": "0"}, machine={}).last("prune").origin.key
+        )
 
     uniform = ("pruning=expert", "pruning.form=uniform")
-    assert key(*uniform) == key(*uniform, "pruning.width_multiple=8") != key(*uniform, "pruning.width_multiple=1")
-    assert key() == key("pruning.width_multiple=1") == key("pruning.width_multiple=null") != key("pruning.width_multiple=8")
+    assert (
+        key(*uniform)
+        == key(*uniform, "pruning.width_multiple=8")
+        != key(*uniform, "pruning.width_multiple=1")
+    )
+    assert (
+        key()
+        == key("pruning.width_multiple=1")
+        == key("pruning.width_multiple=null")
+        != key("pruning.width_multiple=8")
+    )

@@ -27,7 +27,10 @@ def criteria() -> dict[str, Criterion]:
 def scores_of(model: MoEModel, criteria: dict[str, Criterion]) -> dict[str, Scores]:
     statistics = collect(model, [IDS_NW])
     layers = {layer.index: layer for layer in model.layers}
-    return {name: criterion(statistics, lambda index: layers[index].weights()) for name, criterion in criteria.items()}
+    return {
+        name: criterion(statistics, lambda index: layers[index].weights())
+        for name, criterion in criteria.items()
+    }
 
 
 @pytest.mark.parametrize("family", LAYOUTS)
@@ -36,12 +39,14 @@ def test_scores_equal_the_oracle(family: str, criteria: dict[str, Criterion]) ->
     expected = visited_scores(tiny_model(family), IDS_NW, alpha=0.9)
     expected["heapr"] = published_scores(tiny_model(family), IDS_NW)
     expected["heapr_expert"] = [
-        torch.where(score_EF[:, :1] < 0, -1, score_EF.sum(dim=1, keepdim=True)).expand_as(score_EF) for score_EF in expected["heapr"]
+        torch.where(score_EF[:, :1] < 0, -1, score_EF.sum(dim=1, keepdim=True)).expand_as(score_EF)
+        for score_EF in expected["heapr"]
     ]
     assert expected.keys() == criteria.keys() - {"heapr_sum", "fisher", "magnitude", "random"}
     for name, layers in expected.items():
         for found_EF, expected_EF in zip(scores[name].layers.values(), layers, strict=True):
-            cancelled = 1e-5 * float(expected_EF.max()) if name == "taylor" else 0.0  # what rounding leaves where terms cancel
+            # What rounding leaves where terms cancel.
+            cancelled = 1e-5 * float(expected_EF.max()) if name == "taylor" else 0.0
             torch.testing.assert_close(found_EF.double(), expected_EF, rtol=1e-4, atol=cancelled + 1e-12)
             assert (expected_EF > 0).any(), name
 
@@ -51,7 +56,10 @@ def test_all_criteria_score_dense_and_pruned_models(family: str, criteria: dict[
     """`Scores` refuses what is not finite."""
     model = MoEModel(tiny_model(family))
     generator = torch.Generator().manual_seed(0)
-    kept = {layer.index: torch.rand(layer.num_experts, layer.width, generator=generator) > 0.4 for layer in model.layers}
+    kept = {
+        layer.index: torch.rand(layer.num_experts, layer.width, generator=generator) > 0.4
+        for layer in model.layers
+    }
     kept[model.layers[0].index][0] = False
     check_scores(model, criteria)
     remove(model, Plan(layers=kept))

@@ -11,7 +11,11 @@ from heapr.score.gradient import Fisher, Heapr, HeaprSum, Taylor
 from tests.tiny import layer_statistics, no_weights, statistics_of
 
 # Two experts of two atomic experts: 4 tokens reached the first, none the second. N = 10 predicted tokens.
-LAYER = {"h_sq_sum": [[8.0, 2.0], [0.0, 0.0]], "g_sq_sum": [[4.0, 12.0], [0.0, 0.0]], "gh_sq_sum": [[3.0, 5.0], [0.0, 0.0]]}
+LAYER = {
+    "h_sq_sum": [[8.0, 2.0], [0.0, 0.0]],
+    "g_sq_sum": [[4.0, 12.0], [0.0, 0.0]],
+    "gh_sq_sum": [[3.0, 5.0], [0.0, 0.0]],
+}
 
 
 @pytest.mark.parametrize(
@@ -31,13 +35,17 @@ def test_hand_computed(criterion: Heapr | HeaprSum | Fisher, expected: list[floa
 
 
 def test_heapr_sum_is_heapr_times_routed_tokens_over_predicted_tokens() -> None:
-    statistics = statistics_of({0: layer_statistics([4, 2], **{**LAYER, "h_sq_sum": [[8.0, 2.0], [1.0, 3.0]]})}, num_predicted_tokens=10)
+    statistics = statistics_of(
+        {0: layer_statistics([4, 2], **{**LAYER, "h_sq_sum": [[8.0, 2.0], [1.0, 3.0]]})},
+        num_predicted_tokens=10,
+    )
     heapr, heapr_sum = Heapr()(statistics, no_weights).layers[0], HeaprSum()(statistics, no_weights).layers[0]
     torch.testing.assert_close(heapr_sum, heapr * torch.tensor([[4.0], [2.0]]) / 10)
 
 
 def test_predicted_increase_by_hand() -> None:
-    """A score per routed token times n/N; an unrouted expert predicts nothing; an order predicts nothing at all."""
+    """A score per routed token times n/N; an unrouted expert predicts nothing; an order predicts nothing at
+    all."""
     layer = layer_statistics([3, 0], h_sq_sum=[[6.0, 12.0], [0.0, 0.0]], g_sq_sum=[[3.0, 9.0], [0.0, 0.0]])
     statistics = statistics_of({4: layer}, num_predicted_tokens=12)
     scores = Heapr()(statistics, no_weights)
@@ -50,5 +58,7 @@ def test_predicted_increase_by_hand() -> None:
 
 
 def test_taylor_is_the_size_of_the_summed_products() -> None:
-    statistics = statistics_of({7: layer_statistics([4, 0], gh_sum=[[-3.0, 2.0], [0.0, 0.0]])}, num_predicted_tokens=10)
+    statistics = statistics_of(
+        {7: layer_statistics([4, 0], gh_sum=[[-3.0, 2.0], [0.0, 0.0]])}, num_predicted_tokens=10
+    )
     assert Taylor()(statistics, no_weights).layers[7].tolist() == [[3, 2], [-1, -1]]

@@ -14,7 +14,11 @@ from tests.tiny import layer_statistics, no_weights, statistics_of
 
 # Three experts of two atomic experts: 4 tokens reached the first, 1 the second, none the third.
 LAYER = replace(
-    layer_statistics([4, 1, 0], h_sq_sum=[[8.0, 2.0], [6.0, 0.0], [0.0, 0.0]], g_sq_sum=[[4.0, 12.0], [2.0, 5.0], [0.0, 0.0]]),
+    layer_statistics(
+        [4, 1, 0],
+        h_sq_sum=[[8.0, 2.0], [6.0, 0.0], [0.0, 0.0]],
+        g_sq_sum=[[4.0, 12.0], [2.0, 5.0], [0.0, 0.0]],
+    ),
     output_norm_sum_E=torch.tensor([10.0, 3.0, 0.0], dtype=torch.float64),
 )
 

@@ -38,7 +38,9 @@ def test_model_tiny_is_another_list_of_jobs() -> None:
 
 
 def test_baselines_come_on_request() -> None:
-    assert make_jobs(OWN_RATIOS, [], baselines=True)[3:] == [("model=a", "score=random", "pruning.ratio=0.2", NO_CHECKPOINT)]
+    assert make_jobs(OWN_RATIOS, [], baselines=True)[3:] == [
+        ("model=a", "score=random", "pruning.ratio=0.2", NO_CHECKPOINT)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -47,20 +49,31 @@ def test_baselines_come_on_request() -> None:
         ("model=b", [("b", "0.25")]),  # swept: selects
         ("pruning.ratio=0.2,0.25", [("a", "0.2"), ("b", "0.25")]),
         ("pruning.ratio=0.3", [("a", "0.3"), ("b", "0.3")]),  # not swept: replaces, and equal jobs become one
-        ("pruning.ratio=0.2,0.3", [("a", "0.2"), ("a", "0.3"), ("b", "0.2"), ("b", "0.3")]),  # in part: all of it is done
+        # In part: all of it is done.
+        (
+            "pruning.ratio=0.2,0.3",
+            [("a", "0.2"), ("a", "0.3"), ("b", "0.2"), ("b", "0.3")],
+        ),
     ],
 )
 def test_an_override_selects_or_replaces(override: str, expected: list[tuple[str, str]]) -> None:
-    assert make_jobs(OWN_RATIOS, [override]) == [(f"model={model}", f"pruning.ratio={ratio}", NO_CHECKPOINT) for model, ratio in expected]
+    assert make_jobs(OWN_RATIOS, [override]) == [
+        (f"model={model}", f"pruning.ratio={ratio}", NO_CHECKPOINT) for model, ratio in expected
+    ]
 
 
 def test_lists_are_values_and_checkpoints_can_be_asked_for() -> None:
     jobs = make_jobs(OWN_RATIOS, ["model=b", "evaluation/corpora=[ptb,c4]", "pruning.save_checkpoint=true"])
-    assert jobs == [("model=b", "pruning.ratio=0.25", "evaluation/corpora=[ptb,c4]", "pruning.save_checkpoint=True")]
+    assert jobs == [
+        ("model=b", "pruning.ratio=0.25", "evaluation/corpora=[ptb,c4]", "pruning.save_checkpoint=True")
+    ]
 
 
 def test_an_unknown_experiment_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="unknown experiment .main_tabel.; did you mean main_table\\? known experiments: beyond, "):
+    with pytest.raises(
+        ConfigError,
+        match="unknown experiment .main_tabel.; did you mean main_table\\? known experiments: beyond, ",
+    ):
         load_definition(EXPERIMENTS, "main_tabel")
 
 
@@ -98,6 +111,12 @@ def test_a_command_line_that_asks_for_nothing(arguments: list[str], message: str
 
 
 def test_overrides_of_hydra_itself_are_no_overrides_of_jobs() -> None:
-    request = read_request(["experiment=one", "model=tiny", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "--dry-run"], ["one"])
-    assert (request.overrides, request.settings) == (("model=tiny",), ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2"))
+    request = read_request(
+        ["experiment=one", "model=tiny", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "--dry-run"],
+        ["one"],
+    )
+    assert (request.overrides, request.settings) == (
+        ("model=tiny",),
+        ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2"),
+    )
     assert request.dry_run and not request.results and request.version == "tiny"

@@ -18,7 +18,9 @@ VERSIONS = [(name, version) for name in experiment_names(EXPERIMENTS) for versio
 
 
 def jobs_of(name: str, version: str) -> list[Job]:
-    return make_jobs(load_definition(EXPERIMENTS, name), ["model=tiny"] if version == "tiny" else [], baselines=True)
+    return make_jobs(
+        load_definition(EXPERIMENTS, name), ["model=tiny"] if version == "tiny" else [], baselines=True
+    )
 
 
 @functools.cache
@@ -48,7 +50,9 @@ def test_every_job_composes_and_builds(name: str, version: str) -> None:
 def test_paper_versions_name_the_papers_models_and_tiny_ones_need_no_network(name: str) -> None:
     paper = {"deepseek_moe_16b_base", "qwen1_5_moe_a2_7b_chat", "qwen3_30b_a3b", "qwen2_57b_a14b"}
     for job in jobs_of(name, "paper"):
-        assert {override for override in job if override.startswith("model=")} <= {f"model={model}" for model in paper}
+        assert {override for override in job if override.startswith("model=")} <= {
+            f"model={model}" for model in paper
+        }
         assert any(override.startswith("calibration=") for override in job)
     for job in jobs_of(name, "tiny"):
         assert "model=tiny" in job
@@ -57,7 +61,8 @@ def test_paper_versions_name_the_papers_models_and_tiny_ones_need_no_network(nam
 
 def test_the_main_table_has_the_published_ratios() -> None:
     found = [
-        re.search(r"model=(\S+) pruning.ratio=(\S+)", " ".join(job)) for job in make_jobs(load_definition(EXPERIMENTS, "main_table"), [])
+        re.search(r"model=(\S+) pruning.ratio=(\S+)", " ".join(job))
+        for job in make_jobs(load_definition(EXPERIMENTS, "main_table"), [])
     ]
     assert [match.groups() for match in found if match] == [
         ("deepseek_moe_16b_base", "0.2"), ("deepseek_moe_16b_base", "0.4"), ("qwen1_5_moe_a2_7b_chat", "0.25"),
@@ -79,6 +84,11 @@ def test_shares_of_perplexity_stand_beside_shares_of_divergence_that_every_job_m
         if entry["kind"].startswith("relative"):
             corpora = [name.partition("/")[2] for name in named if name.startswith("perplexity/")]
             assert corpora and {f"kl_to_dense/{corpus}" for corpus in corpora} <= set(named)
-    for job in {tuple(override for override in job if not re.search(r"ratio|seed", override)) for job in jobs_of("beyond", version)}:
+    for job in {
+        tuple(override for override in job if not re.search(r"ratio|seed", override))
+        for job in jobs_of("beyond", version)
+    }:
         names = {one.name for one in build_measurements(compose_experiment(*job).evaluation)}
-        assert {f"fidelity/{name.removeprefix('perplexity/')}" for name in names if name.startswith("perplexity/")} <= names
+        assert {
+            f"fidelity/{name.removeprefix('perplexity/')}" for name in names if name.startswith("perplexity/")
+        } <= names

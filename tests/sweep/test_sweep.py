@@ -32,8 +32,15 @@ IMPOSSIBLE = "0.999"  # fewer atomic experts than layers would be left
 def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """A folder, and overrides that make the built-in model's version of an experiment small."""
     folder = tmp_path_factory.mktemp("sweep")
-    texts = [o for o in write_texts(folder) if not o.startswith(("evaluation.throughput", "evaluation.truth"))]
-    model = ["model=tiny", f"model.path={write_model(folder / 'model')}", "tracking=none", "runtime.num_threads=1"]
+    texts = [
+        o for o in write_texts(folder) if not o.startswith(("evaluation.throughput", "evaluation.truth"))
+    ]
+    model = [
+        "model=tiny",
+        f"model.path={write_model(folder / 'model')}",
+        "tracking=none",
+        "runtime.num_threads=1",
+    ]
     return folder, [*model, f"paths.outputs={folder / 'outputs'}", *texts]
 
 
@@ -70,7 +77,11 @@ def swept(material: tuple[Path, list[str]]) -> Path:
 def test_a_failed_job_is_told_and_the_others_finish(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:
     finished, failed = collect_jobs(swept)
     assert finished.summary is not None and finished.summary["config"]["pruning"]["ratio"] == 0.4
-    assert failed.summary is None and failed.error is not None and failed.error.startswith(f"pruning.ratio={IMPOSSIBLE}")
+    assert (
+        failed.summary is None
+        and failed.error is not None
+        and failed.error.startswith(f"pruning.ratio={IMPOSSIBLE}")
+    )
     assert sweep(f"report_dir={swept}") == 1
     told = capsys.readouterr().out
     assert "1 of 2 jobs finished" in told and "job 1 failed" in told and failed.error in told
@@ -80,10 +91,14 @@ def test_a_failed_job_is_told_and_the_others_finish(swept: Path, capsys: pytest.
 def test_a_sweeps_summary_run_has_its_table_and_figures(swept: Path) -> None:
     (line,) = (swept / "tracking.jsonl").read_text().splitlines()
     summary = json.loads(line)
-    assert len(summary["comparison"]["rows"]) == 2 and summary["figures/ratio_curve"] == {"path": str(swept / "ratio_curve.png")}
+    assert len(summary["comparison"]["rows"]) == 2 and summary["figures/ratio_curve"] == {
+        "path": str(swept / "ratio_curve.png")
+    }
 
 
-def test_a_report_is_made_again_from_the_artifacts_alone(swept: Path, material: tuple[Path, list[str]]) -> None:
+def test_a_report_is_made_again_from_the_artifacts_alone(
+    swept: Path, material: tuple[Path, list[str]]
+) -> None:
     (swept / "report.html").unlink()
     replace(Record.read(swept), title="as it was called once", report=[]).write(swept)
     assert sweep("experiment=ratio_curve", "report_only=true", *material[1]) == 1
@@ -94,7 +109,9 @@ def test_a_report_is_made_again_from_the_artifacts_alone(swept: Path, material: 
 def test_results_are_kept_with_command_and_date(tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     (folder / "figures").mkdir(parents=True)
-    Record("criteria", "tiny", "python sweep.py experiment=criteria model=tiny", "2026-11-22", []).write(folder)
+    Record("criteria", "tiny", "python sweep.py experiment=criteria model=tiny", "2026-11-22", []).write(
+        folder
+    )
     files = [folder / "table.md", folder / "figures" / "curve.svg"]
     for file in files:
         file.write_text(file.name)
@@ -103,12 +120,18 @@ def test_results_are_kept_with_command_and_date(tmp_path: Path) -> None:
     old.parent.mkdir(parents=True)
     old.write_text("of an earlier sweep")
     kept = keep_results(tmp_path, folder, files)
-    assert sorted(path.relative_to(kept).as_posix() for path in kept.rglob("*.*")) == ["README.md", "figures/curve.svg", "table.md"]
+    assert sorted(path.relative_to(kept).as_posix() for path in kept.rglob("*.*")) == [
+        "README.md",
+        "figures/curve.svg",
+        "table.md",
+    ]
     assert "python sweep.py experiment=criteria model=tiny" in (kept / "README.md").read_text()
     assert "2026-11-22" in (kept / "README.md").read_text()
 
 
-def test_started_again_nothing_is_made(swept: Path, material: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_started_again_nothing_is_made(
+    swept: Path, material: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, overrides = material
     assert sweep("experiment=ratio_curve", *overrides, "pruning.ratio=0.4") == 0
     assert "of which to make: none" in " ".join(capsys.readouterr().out.split())
@@ -116,9 +139,16 @@ def test_started_again_nothing_is_made(swept: Path, material: tuple[Path, list[s
     assert all(stage["cached"] for stage in again["stages"])
 
 
-def test_the_plan_tells_what_is_shared_and_runs_nothing(material: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_plan_tells_what_is_shared_and_runs_nothing(
+    material: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, overrides = material
-    arguments = ["experiment=ratio_curve", "--dry-run", "pruning.ratio=0.3,0.5", f"paths.outputs={folder / 'plan'}"]
+    arguments = [
+        "experiment=ratio_curve",
+        "--dry-run",
+        "pruning.ratio=0.3,0.5",
+        f"paths.outputs={folder / 'plan'}",
+    ]
     assert sweep(*(o for o in overrides if not o.startswith("paths.")), *arguments) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["0", "pruning.ratio=0.3", "make", "make", "make"] in [line[:5] for line in lines]
@@ -127,18 +157,28 @@ def test_the_plan_tells_what_is_shared_and_runs_nothing(material: tuple[Path, li
     assert not (folder / "plan" / "sweeps").exists()
 
 
-def test_a_job_that_does_not_compose_stops_everything(material: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_job_that_does_not_compose_stops_everything(
+    material: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, overrides = material
     others = [o for o in overrides if not o.startswith("paths.")]
-    assert sweep("experiment=ratio_curve", *others, f"paths.outputs={folder / 'never'}", "pruning.ratio=0.4,1.5") == 2
+    assert (
+        sweep("experiment=ratio_curve", *others, f"paths.outputs={folder / 'never'}", "pruning.ratio=0.4,1.5")
+        == 2
+    )
     error = capsys.readouterr().err
     assert "job 1 of ratio_curve (pruning.ratio=1.5" in error and "is not in [0, 1)" in error
-    assert sweep("experiment=ratio_curve", *others, f"paths.outputs={folder / 'never'}", "pruning.ratoi=0.4") == 2
+    assert (
+        sweep("experiment=ratio_curve", *others, f"paths.outputs={folder / 'never'}", "pruning.ratoi=0.4")
+        == 2
+    )
     assert "did you mean pruning.ratio?" in capsys.readouterr().err
     assert not (folder / "never").exists()
 
 
-def test_two_sweeps_at_once_calibrate_once(material: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_sweeps_at_once_calibrate_once(
+    material: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One in a process of its own; the other joins it as soon as it reaches for the store."""
     overrides = [o for o in material[1] if not o.startswith("paths.")]
     common = ["evaluation=sweep", *overrides, f"paths.outputs={tmp_path}", "pruning.save_checkpoint=false"]
@@ -161,14 +201,21 @@ def test_two_sweeps_at_once_calibrate_once(material: tuple[Path, list[str]], tmp
 
 def test_jobs_that_never_started_are_not_forgotten(tmp_path: Path) -> None:
     """Of a plain sweep of run.py, killed in its second job of three."""
-    hydra = "hydra:\n  sweeper:\n    _target_: hydra._internal.core_plugins.basic_sweeper.BasicSweeper\n  overrides:\n    task:\n"
+    hydra = (
+        "hydra:\n  sweeper:\n    _target_: hydra._internal.core_plugins.basic_sweeper.BasicSweeper\n "
+        " overrides:\n    task:\n"
+    )
     (tmp_path / "multirun.yaml").write_text(hydra + "    - pruning.ratio=0.2,0.3,0.4\n")
     for number in (0, 1):
         (tmp_path / str(number) / ".hydra").mkdir(parents=True)
         (tmp_path / str(number) / ".hydra" / "overrides.yaml").write_text(f"- pruning.ratio=0.{number + 2}\n")
     (tmp_path / "0" / "summary.json").write_text("{}")
     jobs = collect_jobs(tmp_path)
-    assert [job.overrides for job in jobs] == [("pruning.ratio=0.2",), ("pruning.ratio=0.3",), ("pruning.ratio=0.4",)]
+    assert [job.overrides for job in jobs] == [
+        ("pruning.ratio=0.2",),
+        ("pruning.ratio=0.3",),
+        ("pruning.ratio=0.4",),
+    ]
     assert [job.error is None for job in jobs] == [True, False, False]
     assert "was stopped" in str(jobs[1].error) and jobs[2].error == "never started"
 

@@ -33,7 +33,10 @@ def test_validation_and_test_are_the_two_halves_of_heldout(pydocs: dict[str, lis
 def test_metrics_say_which_half_and_identities_which_text() -> None:
     names = {split: (PyDocs(split).name, PackageDocs("numpy", split).name) for split in PARTS}
     assert names["train"] == names["heldout"] == names["all"] == ("pydocs", "numpydocs")
-    assert names["validation"] == ("pydocs_validation", "numpydocs_validation") and names["test"] == ("pydocs_test", "numpydocs_test")
+    assert names["validation"] == ("pydocs_validation", "numpydocs_validation") and names["test"] == (
+        "pydocs_test",
+        "numpydocs_test",
+    )
     assert {PyDocs(split).identity()["corpus"] for split in PARTS} == {"pydocs"}
 
 
@@ -44,10 +47,13 @@ def test_splits_share_text_if_they_share_a_part() -> None:
     assert apart == one_way | {(b, a) for a, b in one_way}
     assert not share_text(identities["all"], PackageDocs("numpy", "all").identity())
     published = {"corpus": "ptb", "column": "sentence", "sha256": "0"}
-    assert share_text(published | {"split": "train"}, published | {"split": "test"})  # one local file, given twice
+    # One local file, given twice.
+    assert share_text(published | {"split": "train"}, published | {"split": "test"})
 
 
-def test_pydocs_holds_real_docstrings_of_the_standard_library_and_no_tests(pydocs: dict[str, list[str]]) -> None:
+def test_pydocs_holds_real_docstrings_of_the_standard_library_and_no_tests(
+    pydocs: dict[str, list[str]],
+) -> None:
     import argparse
     import inspect
 
@@ -69,7 +75,13 @@ def test_select_split_drops_repeats_and_blanks_and_keeps_order() -> None:
     assert selected == documents
     train, heldout = list(select_split(documents, "train")), list(select_split(documents, "heldout"))
     assert sorted(train + heldout) == sorted(documents)
-    assert heldout[:4] == ["text 21", "text 24", "text 25", "text 33"]  # written down: no document may ever change sides
+    # Written down: no document may ever change sides.
+    assert heldout[:4] == [
+        "text 21",
+        "text 24",
+        "text 25",
+        "text 33",
+    ]
     assert list(select_split(documents, "test")) == ["text 25", "text 33", "text 62"]
 
 

@@ -24,7 +24,10 @@ def part(folder: Path, letter: str, weight: float, num_windows: int = 20) -> dic
     """A corpus of one letter, its windows of 4 tokens told apart by a number."""
     path = folder / f"{letter}.txt"
     path.write_text("".join(f"{letter}{number:03d}" for number in range(num_windows)))
-    return {"weight": weight, "corpus": {"_target_": TEXT_FILES, "paths": [str(path)], "split": "all", "name": letter}}
+    return {
+        "weight": weight,
+        "corpus": {"_target_": TEXT_FILES, "paths": [str(path)], "split": "all", "name": letter},
+    }
 
 
 def windows_of(text: Any, num_samples: int, seed: int = 0) -> list[str]:
@@ -49,7 +52,9 @@ def test_largest_remainders(number: int, shares: list[float], expected: list[int
 
 
 def test_sequences_are_shared_out_by_weight(tmp_path: Path) -> None:
-    mixture = Mixture({"x": part(tmp_path, "a", 3), "y": part(tmp_path, "b", 1.0), "z": part(tmp_path, "c", 0.5)})
+    mixture = Mixture(
+        {"x": part(tmp_path, "a", 3), "y": part(tmp_path, "b", 1.0), "z": part(tmp_path, "c", 0.5)}
+    )
     drawn = windows_of(mixture, 9)
     assert sorted(window[0] for window in drawn) == ["a"] * 6 + ["b"] * 2 + ["c"]
     assert len(set(drawn)) == 9
@@ -68,7 +73,9 @@ def test_a_mixture_of_one_is_that_corpus(tmp_path: Path) -> None:
     entry = part(tmp_path, "a", 0.2)
     corpus, mixture = build(entry["corpus"], "corpus"), Mixture({"x": entry})
     assert mixture.identity() == corpus.identity() and mixture.name == "a"
-    tokens = [draw(text, byte_tokenizer(), length=4, num_samples=7, seed=3).sha256 for text in (corpus, mixture)]
+    tokens = [
+        draw(text, byte_tokenizer(), length=4, num_samples=7, seed=3).sha256 for text in (corpus, mixture)
+    ]
     assert tokens[0] == tokens[1]
 
 
@@ -78,10 +85,16 @@ def test_order_names_and_scale_of_weights_play_no_part(tmp_path: Path) -> None:
     second = Mixture({"b": b | {"weight": 4}, "a": a | {"weight": 2}})
     assert first.identity() == second.identity()
     assert windows_of(first, 11) == windows_of(second, 11)
-    others = [Mixture({"x": a, "y": b | {"weight": 1}}), Mixture({"x": a, "y": part(tmp_path, "c", 2)}), Mixture({"x": a})]
+    others = [
+        Mixture({"x": a, "y": b | {"weight": 1}}),
+        Mixture({"x": a, "y": part(tmp_path, "c", 2)}),
+        Mixture({"x": a}),
+    ]
     identities = [str(mixture.identity()) for mixture in (first, *others)]
     assert len(set(identities)) == 4
-    assert [share for _, share in identities_of_parts(first.identity())] == [share for _, share in parts_of(first)]
+    assert [share for _, share in identities_of_parts(first.identity())] == [
+        share for _, share in parts_of(first)
+    ]
 
 
 def test_mistakes_are_refused_in_one_line(tmp_path: Path) -> None:
@@ -94,10 +107,16 @@ def test_mistakes_are_refused_in_one_line(tmp_path: Path) -> None:
         ({"x": {"corpus": a["corpus"]}}, "parts.x.weight=None"),
         ({"x": a | {"wieght": 2}}, "did you mean calibration.corpus.parts.x.weight"),
         ({"x": {"weight": 1}}, "calibration.corpus.parts.x.corpus has no _target_"),
-        ({"x": {"weight": 1, "corpus": {"_target_": "heapr.text.mixture.Mixture", "parts": {"x": a}}}}, "which is no corpus"),
+        (
+            {"x": {"weight": 1, "corpus": {"_target_": "heapr.text.mixture.Mixture", "parts": {"x": a}}}},
+            "which is no corpus",
+        ),
         ({"x": a, "y": a}, "two parts of the mixture are text of corpus 'a'"),
         ({"x": a, "y": b}, "asks for 8 sequences of corpus 'b', which holds 5 of 4 tokens"),
-        ({"x": a, "y": b | {"weight": 0.01}}, "corpus 'b' has a share of 0.0099 in the mixture, which is none of 16 sequences"),
+        (
+            {"x": a, "y": b | {"weight": 0.01}},
+            "corpus 'b' has a share of 0.0099 in the mixture, which is none of 16 sequences",
+        ),
     ]
     for parts, message in mistakes:
         with pytest.raises(ConfigError, match=message) as caught:
@@ -109,16 +128,27 @@ def test_nothing_is_measured_on_a_mixture(tmp_path: Path) -> None:
     part(tmp_path, "a", 1)
     corpus = f"{{_target_:{TEXT_FILES},paths:[{tmp_path}/a.txt],split:all}}"
     entry = f"{{_target_:heapr.text.mixture.Mixture,parts:{{a:{{weight:1,corpus:{corpus}}}}}}}"
-    with pytest.raises(ConfigError, match="evaluation.corpora.mixed is a Mixture, which is no corpus to measure on"):
+    with pytest.raises(
+        ConfigError, match="evaluation.corpora.mixed is a Mixture, which is no corpus to measure on"
+    ):
         run_in(tmp_path, f"+evaluation.corpora.mixed={entry}")
 
 
-@pytest.mark.parametrize("name", [path.stem for path in sorted((CONF / "calibration" / "parts").glob("*.yaml"))])
+@pytest.mark.parametrize(
+    "name", [path.stem for path in sorted((CONF / "calibration" / "parts").glob("*.yaml"))]
+)
 def test_every_part_composes_and_builds(name: str, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("some text")
-    paths = [f"calibration.corpus.parts.text_files.corpus.paths=[{tmp_path}/text.txt]"] if name == "text_files" else []
+    paths = (
+        [f"calibration.corpus.parts.text_files.corpus.paths=[{tmp_path}/text.txt]"]
+        if name == "text_files"
+        else []
+    )
     config = compose_experiment(
-        "calibration=mixture", f"calibration/parts@calibration.corpus.parts=[{name}]", f"calibration.corpus.parts.{name}.weight=2", *paths
+        "calibration=mixture",
+        f"calibration/parts@calibration.corpus.parts=[{name}]",
+        f"calibration.corpus.parts.{name}.weight=2",
+        *paths,
     )
     assert build(config.calibration.corpus, "calibration.corpus").name == name
 
@@ -141,11 +171,17 @@ def mixed_settings(folder: Path) -> list[str]:
 def test_a_run_on_a_mixture_from_end_to_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     settings, paths = mixed_settings(tmp_path), "evaluation.corpora.text_files.paths"
-    config = compose_experiment("tracking=none", f"paths.outputs={tmp_path / 'outputs'}", *settings, f"{paths}=[{tmp_path}/test.txt]")
+    config = compose_experiment(
+        "tracking=none", f"paths.outputs={tmp_path / 'outputs'}", *settings, f"{paths}=[{tmp_path}/test.txt]"
+    )
     planned = [stage.key for stage in dry_run(config).stages]
     summary = run_in(tmp_path, *settings, f"{paths}=[{tmp_path}/test.txt]")
     assert planned == [stage["key"] for stage in summary.stages]
-    assert "mixture of 6 sequences: " in caplog.text and "4 of text_files (all)" in caplog.text and "2 of text_files (all)" in caplog.text
+    assert (
+        "mixture of 6 sequences: " in caplog.text
+        and "4 of text_files (all)" in caplog.text
+        and "2 of text_files (all)" in caplog.text
+    )
     assert "is measured on text that is calibrated on" not in caplog.text
     folder = next(Path(stage["path"]) for stage in summary.stages if stage["stage"] == "prune")
     card = (folder / "checkpoint" / "README.md").read_text()

@@ -38,7 +38,10 @@ def test_everything_where_it_is_not_above_the_limit(caplog: pytest.LogCaptureFix
     total = sum(map(len, DOCUMENTS))
     assert some(total) == DOCUMENTS and not caplog.messages
     assert len(some(total - 1)) < len(DOCUMENTS)
-    assert f"{total} characters, above calibration.max_characters={total - 1}; 199 of 200 documents" in caplog.text
+    assert (
+        f"{total} characters, above calibration.max_characters={total - 1}; 199 of 200 documents"
+        in caplog.text
+    )
 
 
 def test_a_document_longer_than_the_limit_is_drawn_in_passages() -> None:
@@ -54,7 +57,10 @@ def test_windows_of_large_text_are_those_of_the_documents_drawn(tmp_path: Path) 
     corpus, tokenizer = TextFiles([str(path)], split="all"), byte_tokenizer()
     text = tokenizer.decode(tokenize(corpus, tokenizer, max_characters=1000, seed=3))
     assert text == "\n\n".join(some(1000, seed=3))
-    everything = [draw(corpus, tokenizer, length=16, num_samples=9, seed=3, max_characters=limit).sha256 for limit in (None, 10**6)]
+    everything = [
+        draw(corpus, tokenizer, length=16, num_samples=9, seed=3, max_characters=limit).sha256
+        for limit in (None, 10**6)
+    ]
     assert everything[0] == everything[1]
 
 
@@ -62,8 +68,16 @@ def test_the_limit_is_part_of_the_key(tmp_path: Path) -> None:
     from heapr.dry_run import dry_run
 
     (tmp_path / "a.txt").write_text("some text")
-    settings = ["calibration=text_files", f"calibration.corpus.paths=[{tmp_path}/a.txt]", f"paths.outputs={tmp_path}", "evaluation=none"]
-    limits: list[list[str]] = [[], *([f"calibration.max_characters={limit}"] for limit in ("20000000", "1000", "null"))]
+    settings = [
+        "calibration=text_files",
+        f"calibration.corpus.paths=[{tmp_path}/a.txt]",
+        f"paths.outputs={tmp_path}",
+        "evaluation=none",
+    ]
+    limits: list[list[str]] = [
+        [],
+        *([f"calibration.max_characters={limit}"] for limit in ("20000000", "1000", "null")),
+    ]
     keys = [dry_run(compose_experiment(*settings, *limit)).stages[0].key for limit in limits]
     assert keys[0] == keys[1] and len(set(keys)) == 3
     with pytest.raises(ConfigError, match="calibration.max_characters=0 is below 1"):

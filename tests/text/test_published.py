@@ -1,4 +1,5 @@
-"""Published corpora: rows as they come from the hub's cache, a local copy in any format, and clear refusals without a network."""
+"""Published corpora: rows as they come from the hub's cache, a local copy in any format, and clear refusals
+without a network."""
 
 from __future__ import annotations
 
@@ -69,7 +70,10 @@ def test_a_local_text_file_gives_the_rows_of_the_data_set(tmp_path: Path) -> Non
     (tmp_path / "wiki.test.raw").write_text("".join(WIKI_LINES))
     assert list(WikiText2("test", path=str(tmp_path / "wiki.test.raw")).documents()) == WIKI_ROWS
     (tmp_path / "ptb.test.txt").write_text(" no it was n't \n but <unk> \n")
-    assert list(PennTreebank("test", path=str(tmp_path / "ptb.test.txt")).documents()) == ["no it was n't", "but <unk>"]
+    assert list(PennTreebank("test", path=str(tmp_path / "ptb.test.txt")).documents()) == [
+        "no it was n't",
+        "but <unk>",
+    ]
 
 
 def test_line_ends_and_a_byte_order_mark_change_no_row_and_no_identity(tmp_path: Path) -> None:
@@ -102,10 +106,19 @@ def test_every_format_gives_the_same_documents_and_is_identified_by_content(tmp_
     corpora = [C4("validation", path=str(tmp_path / name), num_documents=2) for name in names]
     assert all(list(corpus.documents()) == rows[:2] for corpus in corpora)
     (tmp_path / "copy.jsonl").write_text(lines)
-    assert C4("validation", path=str(tmp_path / "copy.jsonl"), num_documents=2).identity() == corpora[1].identity()
-    assert C4("validation", path=str(tmp_path / "copy.jsonl"), num_documents=3).identity() != corpora[1].identity()
+    assert (
+        C4("validation", path=str(tmp_path / "copy.jsonl"), num_documents=2).identity()
+        == corpora[1].identity()
+    )
+    assert (
+        C4("validation", path=str(tmp_path / "copy.jsonl"), num_documents=3).identity()
+        != corpora[1].identity()
+    )
     (tmp_path / "copy.jsonl").write_text(lines.replace("second", "sekond"))
-    assert C4("validation", path=str(tmp_path / "copy.jsonl"), num_documents=2).identity() != corpora[1].identity()
+    assert (
+        C4("validation", path=str(tmp_path / "copy.jsonl"), num_documents=2).identity()
+        != corpora[1].identity()
+    )
 
 
 def test_a_folder_is_the_data_set_or_holds_one_file_of_the_split(tmp_path: Path) -> None:
@@ -113,17 +126,24 @@ def test_a_folder_is_the_data_set_or_holds_one_file_of_the_split(tmp_path: Path)
     (tmp_path / "ptb.test.txt").write_text("test text")
     assert list(PennTreebank("test", path=str(tmp_path)).documents()) == ["test text"]
     (tmp_path / "other.test.txt").write_text("which one?")
-    with pytest.raises(ConfigError, match="one file with 'test' in its name .* but has other.test.txt, ptb.test.txt"):
+    with pytest.raises(
+        ConfigError, match="one file with 'test' in its name .* but has other.test.txt, ptb.test.txt"
+    ):
         PennTreebank("test", path=str(tmp_path))
     write_parquet(tmp_path / PennTreebank.files["test"], "sentence", ["of the data set"])
     assert list(PennTreebank("test", path=str(tmp_path)).documents()) == ["of the data set"]
 
 
-def test_missing_without_a_network_is_said_at_once(cache: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_without_a_network_is_said_at_once(
+    cache: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
     started = time.monotonic()
-    with pytest.raises(ConfigError, match=r"'wikitext-2-raw-v1/test.*' of data set Salesforce/wikitext is not .* heapr.prefetch") as caught:
+    with pytest.raises(
+        ConfigError,
+        match=r"'wikitext-2-raw-v1/test.*' of data set Salesforce/wikitext is not .* heapr.prefetch",
+    ) as caught:
         list(WikiText2("test").documents())
     with pytest.raises(ConfigError, match="hub cannot be reached"):
         PennTreebank("test").identity()
@@ -131,8 +151,12 @@ def test_missing_without_a_network_is_said_at_once(cache: Callable[..., Path], m
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_missing_is_downloaded_by_its_revision(cache: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    def download(repository: str, name: str, *, repo_type: str, revision: str, local_files_only: bool = False) -> str:
+def test_what_is_missing_is_downloaded_by_its_revision(
+    cache: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(
+        repository: str, name: str, *, repo_type: str, revision: str, local_files_only: bool = False
+    ) -> str:
         assert (repository, repo_type, revision) == ("allenai/c4", "dataset", C4.revision)
         path = cache(C4, "validation", C4.revision)
         if not local_files_only:
@@ -167,7 +191,13 @@ def test_bad_published_corpora_are_refused_in_one_line(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=message) as caught:
             WikiText2("test", path=str(tmp_path / name)).identity()
         assert "\n" not in str(caught.value)
-    with pytest.raises(ConfigError, match="wikitext2 has no split 'heldout'; choose one of train, validation, test"):
+    with pytest.raises(
+        ConfigError, match="wikitext2 has no split 'heldout'; choose one of train, validation, test"
+    ):
         WikiText2("heldout")
-    with pytest.raises(ConfigError, match="here.num_documents=0 is below 1; give a whole number of at least 1 or null"):
-        build({"_target_": "heapr.text.published_corpora.C4", "split": "validation", "num_documents": 0}, "here")
+    with pytest.raises(
+        ConfigError, match="here.num_documents=0 is below 1; give a whole number of at least 1 or null"
+    ):
+        build(
+            {"_target_": "heapr.text.published_corpora.C4", "split": "validation", "num_documents": 0}, "here"
+        )

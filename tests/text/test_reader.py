@@ -24,7 +24,9 @@ def spellings_of_json() -> dict[str, str]:
     objects = [{"text": text, "url": "x"} for text in DOCUMENTS]
     return {
         "lines": "\n".join(json.dumps(entry) for entry in objects),
-        "lines, blank ones between": "\n\n  \n".join(json.dumps(entry, ensure_ascii=False) for entry in objects) + "\n",
+        "lines, blank ones between": (
+            "\n\n  \n".join(json.dumps(entry, ensure_ascii=False) for entry in objects) + "\n"
+        ),
         "array": json.dumps(objects),
         "array over lines": "\n" + json.dumps(objects, indent=2, ensure_ascii=False) + "\n\n",
     }
@@ -80,16 +82,34 @@ def test_every_other_ending_is_refused_by_name(tmp_path: Path) -> None:
 LINES = '{"text": "good"}\n\n'  # the complaint is about line 3
 MISTAKES = {
     "not json": ('{"text": "a",}', "line 3 of '.*' is not JSON \\("),
-    "long number": ('{"text": "a", "id": ' + "1" * 5000 + "}", "line 3 of '.*' is not JSON \\(Exceeds the limit"),
-    "no object": ('"just a string"', "line 3 of '.*' is not a JSON object with text in the field 'text', but a str"),
-    "list": ('[{"text": 1}]', "line 3 of '.*' is not a JSON object with text in the field 'text', which holds 1"),
-    "no field": ('{"prompt": "a", "answer": "b"}', "line 3 of '.*' has no field 'text' but prompt, answer; .* text_field"),
-    "null": ('{"text": null}', "line 3 of '.*' is not a JSON object with text in the field 'text', which holds null"),
+    "long number": (
+        '{"text": "a", "id": ' + "1" * 5000 + "}",
+        "line 3 of '.*' is not JSON \\(Exceeds the limit",
+    ),
+    "no object": (
+        '"just a string"',
+        "line 3 of '.*' is not a JSON object with text in the field 'text', but a str",
+    ),
+    "list": (
+        '[{"text": 1}]',
+        "line 3 of '.*' is not a JSON object with text in the field 'text', which holds 1",
+    ),
+    "no field": (
+        '{"prompt": "a", "answer": "b"}',
+        "line 3 of '.*' has no field 'text' but prompt, answer; .* text_field",
+    ),
+    "null": (
+        '{"text": null}',
+        "line 3 of '.*' is not a JSON object with text in the field 'text', which holds null",
+    ),
     "chat": (
         '{"messages": [{"role": "user", "content": "hi"}]}',
         "line 3 of '.*' is chat data \\(field 'messages'\\), .* into the field 'text'",
     ),
-    "shared chat": ('{"conversations": [{"from": "human", "value": "hi"}]}', "line 3 of '.*' is chat data .*apply_chat_template"),
+    "shared chat": (
+        '{"conversations": [{"from": "human", "value": "hi"}]}',
+        "line 3 of '.*' is chat data .*apply_chat_template",
+    ),
     "surrogate": ('{"text": "a \\ud83d b"}', "line 3 of '.*' holds half a character in the field 'text'"),
 }
 
@@ -109,7 +129,12 @@ def test_mistakes_in_json_are_told_with_their_line(name: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("text", "line"),
-    [('[\n{"text": "a"}\n{"text": "b"}]', 3), ('[{"text": "a"},\n\n', 3), ('[{"text": "a"}]\n{"text": "b"}', 2), ('\n[{"text": "a"\n', 3)],
+    [
+        ('[\n{"text": "a"}\n{"text": "b"}]', 3),
+        ('[{"text": "a"},\n\n', 3),
+        ('[{"text": "a"}]\n{"text": "b"}', 2),
+        ('\n[{"text": "a"\n', 3),
+    ],
 )
 def test_broken_arrays_are_told_with_their_line(text: str, line: int, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(text)
@@ -123,10 +148,16 @@ def test_a_chat_under_the_name_of_its_field_is_no_text(tmp_path: Path) -> None:
         read(tmp_path / "a.jsonl", "messages")
 
 
-@pytest.mark.parametrize("text", ['{"text": "a"}\n{"text": "b"}', '\n [{"text": "a"}]', '[\n  {"text": "a"}\n]', "{\n", '["a", "b"]'])
+@pytest.mark.parametrize(
+    "text",
+    ['{"text": "a"}\n{"text": "b"}', '\n [{"text": "a"}]', '[\n  {"text": "a"}\n]', "{\n", '["a", "b"]'],
+)
 def test_json_is_not_read_as_prose(text: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(text)
-    with pytest.raises(ConfigError, match="line [12] of .* begins JSON, but the name says plain text; .* .jsonl, .ndjson, .json"):
+    with pytest.raises(
+        ConfigError,
+        match="line [12] of .* begins JSON, but the name says plain text; .* .jsonl, .ndjson, .json",
+    ):
         read(tmp_path / "a.txt")
 
 

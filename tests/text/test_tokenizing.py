@@ -1,4 +1,5 @@
-"""Text in pieces gives the tokens of the whole text, whatever the kind of tokenizer; what cannot be had in pieces is had at once."""
+"""Text in pieces gives the tokens of the whole text, whatever the kind of tokenizer; what cannot be had in
+pieces is had at once."""
 
 from __future__ import annotations
 
@@ -19,12 +20,15 @@ from heapr.text.tokenizing import DOCUMENT_SEPARATOR, joined_length, token_ids
 from heapr.text.windows import tokenize
 
 BUILTIN = Path(heapr.__file__).parent / "model" / "builtin" / "qwen3_moe_tiny"
-DIGITS_BY_THREE = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # as Llama 3 and Qwen cut
+DIGITS_BY_THREE = (  # as Llama 3 and Qwen cut
+    r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 @functools.cache
 def documents() -> list[str]:
-    """Prose, and what pieces may be cut in: long numbers, lines without a blank, blanks, several bytes a character, special tokens."""
+    """Prose, and what pieces may be cut in: long numbers, lines without a blank, blanks, several bytes a
+    character, special tokens."""
     rng = random.Random(0)
     odd = [
         "7" * 3001, "=" * 2500, " " * 2000, "\n" * 1500, "0123456789" * 300, "\t \n" * 500, "é" * 1200, "日本語のテキスト" * 200,
@@ -43,14 +47,21 @@ def trained(kind: str) -> PreTrainedTokenizerBase:
     special = {"special_tokens": [end, "<unk>"], "show_progress": False, "vocab_size": 700}
     if kind in ("bytes", "digits by three"):
         tokenizer = Tokenizer(models.BPE())
-        split = [pre_tokenizers.Split(Regex(DIGITS_BY_THREE), "isolated")] if kind == "digits by three" else []
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not split)])
+        split = (
+            [pre_tokenizers.Split(Regex(DIGITS_BY_THREE), "isolated")] if kind == "digits by three" else []
+        )
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [*split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not split)]
+        )
         tokenizer.normalizer = normalizers.NFC() if split else None
         trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **special)
         tokenizer.decoder = decoders.ByteLevel()
     elif kind == "words":
         tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
-        tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+        tokenizer.normalizer, tokenizer.pre_tokenizer = (
+            normalizers.BertNormalizer(),
+            pre_tokenizers.BertPreTokenizer(),
+        )
         trainer = trainers.WordPieceTrainer(**special)
     elif kind == "unigram":
         tokenizer = Tokenizer(models.Unigram())
@@ -102,14 +113,23 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("size", [(64, 16), (301, 40), (1000, 100)])
-def test_small_pieces_that_disagree_are_put_together(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_pieces_that_disagree_are_put_together(
+    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tokenizing, "PIECE", size[0])
     monkeypatch.setattr(tokenizing, "CONTEXT", size[1])
     monkeypatch.setattr(tokenizing, "MIN_AGREED", 4)
-    text = ["Some words, 1234567 and more.", "=" * 300, "naïve café \U0001f600" * 20, "tail 12345678901234567890 of it all"] * 3
+    text = [
+        "Some words, 1234567 and more.",
+        "=" * 300,
+        "naïve café \U0001f600" * 20,
+        "tail 12345678901234567890 of it all",
+    ] * 3
     tokenizer = trained("digits by three")
     whole = tokenizer(DOCUMENT_SEPARATOR.join(text))["input_ids"]
-    assert token_ids(lambda: text, tokenizer, num_characters=joined_length(text), what="text").tolist() == whole
+    assert (
+        token_ids(lambda: text, tokenizer, num_characters=joined_length(text), what="text").tolist() == whole
+    )
 
 
 @pytest.mark.parametrize("corpus", [lambda: PyDocs("train"), lambda: PackageDocs("numpy", "heldout")])

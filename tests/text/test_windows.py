@@ -37,9 +37,16 @@ def test_sample_is_seeded_without_repetition() -> None:
 
 
 def test_windows_are_those_of_the_published_protocol() -> None:
-    """`random.seed(0); random.sample(range(100), 5)` of any Python 3 gives [49, 97, 53, 5, 33], in this order."""
+    """`random.seed(0); random.sample(range(100), 5)` of any Python 3 gives [49, 97, 53, 5, 33], in this
+    order."""
     available = TokenWindows(ids_NW=torch.arange(100).view(100, 1))
-    assert sample(available, num_samples=5, seed=0, corpus_name="c").ids_NW.flatten().tolist() == [49, 97, 53, 5, 33]
+    assert sample(available, num_samples=5, seed=0, corpus_name="c").ids_NW.flatten().tolist() == [
+        49,
+        97,
+        53,
+        5,
+        33,
+    ]
 
 
 def test_too_many_samples_and_too_little_text_are_refused_with_numbers(corpus: TextFiles) -> None:

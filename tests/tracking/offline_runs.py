@@ -72,4 +72,11 @@ def read_run(folder: Path) -> OfflineRun:
 
 def tracked_run(run_id: str = "id", group: str | None = None) -> Run:
     """A run with little to say."""
-    return Run(name="name", id=run_id, job_type="experiment", group=group, tags=("tag",), config={"pruning": {"ratio": 0.5}})
+    return Run(
+        name="name",
+        id=run_id,
+        job_type="experiment",
+        group=group,
+        tags=("tag",),
+        config={"pruning": {"ratio": 0.5}},
+    )

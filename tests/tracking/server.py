@@ -68,7 +68,9 @@ def answer(query: str) -> dict[str, Any]:
     if "mutation UpsertBucket" in query:
         return {"upsertBucket": {"bucket": BUCKET, "inserted": True}}
     if "viewer" in query:
-        return {"viewer": {"id": "1", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}}
+        return {
+            "viewer": {"id": "1", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}
+        }
     return {}
 
 

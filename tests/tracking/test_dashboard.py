@@ -15,19 +15,28 @@ from tests.tracking.server import serving
 
 NAMES = ["accuracy/average", "calibration/loss", "figures/ratio_curve", "parameters", "perplexity/wikitext2"]
 needs_workspaces = pytest.mark.skipif(
-    importlib.util.find_spec("wandb_workspaces") is None, reason="needs wandb-workspaces: pip install 'heapr[dashboard]'"
+    importlib.util.find_spec("wandb_workspaces") is None,
+    reason="needs wandb-workspaces: pip install 'heapr[dashboard]'",
 )
 
 
 @needs_workspaces
 def test_ratios_and_criteria_are_compared() -> None:
-    view = json.loads(build_dashboard("me", "heapr", NAMES)._to_model().spec.model_dump_json(by_alias=True, exclude_none=True))
-    sections = {section["name"]: section["panels"] for section in view["section"]["panelBankConfig"]["sections"]}
+    view = json.loads(
+        build_dashboard("me", "heapr", NAMES)
+        ._to_model()
+        .spec.model_dump_json(by_alias=True, exclude_none=True)
+    )
+    sections = {
+        section["name"]: section["panels"] for section in view["section"]["panelBankConfig"]["sections"]
+    }
     curves = [panel["config"] for panel in sections["Quality by ratio"]]
     assert [curve["metrics"] for curve in curves] == [["accuracy/average"], ["perplexity/wikitext2"]]
     assert {curve["xAxis"] for curve in curves} == {"pruning.ratio"}
     assert {curve["groupBy"] for curve in curves} == {"labels.value.criterion"}
-    scatters = [(panel["config"]["xAxis"], panel["config"]["yAxis"]) for panel in sections["Quality by what is saved"]]
+    scatters = [
+        (panel["config"]["xAxis"], panel["config"]["yAxis"]) for panel in sections["Quality by what is saved"]
+    ]
     assert ("summary:flops_removed_ratio", "summary:perplexity/wikitext2") in scatters
     tables = json.dumps(sections["Tables"])
     assert '"val": "comparison"' in tables and '"val": "layers"' in tables
@@ -57,7 +66,9 @@ def test_without_a_key_or_the_library_one_line_says_so(
 
 
 @needs_workspaces
-def test_a_server_that_is_not_there_or_does_not_know_the_key_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_is_not_there_or_does_not_know_the_key_is_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     with pytest.raises(ConfigError, match="does not answer"):

@@ -56,13 +56,17 @@ def with_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def track(folder: Path) -> float:
     """Seconds of a run that logs one number."""
     started = time.time()
-    with open_tracker(TrackingConfig(mode="auto", project="p"), tracked_run(), folder=folder, outputs=folder / "outputs") as tracker:
+    with open_tracker(
+        TrackingConfig(mode="auto", project="p"), tracked_run(), folder=folder, outputs=folder / "outputs"
+    ) as tracker:
         tracker.log({"pruning.ratio": 0.5, "perplexity/x": 3.5})
     return time.time() - started
 
 
 @pytest.mark.usefixtures("with_key")
-def test_nobody_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_nobody_listens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     assert track(tmp_path) < 10
     assert "127.0.0.1 does not answer" in caplog.text and "goes on offline" in caplog.text
@@ -71,10 +75,17 @@ def test_nobody_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog:
 
 @pytest.mark.usefixtures("with_key")
 @pytest.mark.parametrize(
-    ("status", "silent", "reason"), [(401, False, "status 401"), (200, True, "context deadline exceeded")], ids=["wrong key", "no answer"]
+    ("status", "silent", "reason"),
+    [(401, False, "status 401"), (200, True, "context deadline exceeded")],
+    ids=["wrong key", "no answer"],
 )
 def test_a_server_that_does_not_let_us_in(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, status: int, silent: bool, reason: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    status: int,
+    silent: bool,
+    reason: str,
 ) -> None:
     caplog.set_level(logging.INFO)
     with serving(status, silent=silent) as server:
@@ -97,7 +108,9 @@ def test_the_network_dies_in_the_middle_and_the_process_still_ends(tmp_path: Pat
     assert "perplexity/x" in (tmp_path / "tracking.jsonl").read_text()
 
 
-def test_wandbs_own_process_dies_and_the_next_run_is_tracked_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_wandbs_own_process_dies_and_the_next_run_is_tracked_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     settings = TrackingConfig(mode="offline", project="p")
     wandb.teardown()  # a process of this test's own
     with open_tracker(settings, tracked_run(), folder=tmp_path, outputs=tmp_path / "first") as tracker:

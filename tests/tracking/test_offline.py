@@ -17,7 +17,12 @@ from tests.command import run_py_here
 from tests.experiment import run_in, write_model, write_texts
 from tests.tracking.offline_runs import OfflineRun, offline_runs, tracked_run
 
-PERPLEXITY_ALONE = ["evaluation.fidelity=null", "evaluation.throughput=null", "evaluation.truth=null", "evaluation.efficiency=null"]
+PERPLEXITY_ALONE = [
+    "evaluation.fidelity=null",
+    "evaluation.throughput=null",
+    "evaluation.truth=null",
+    "evaluation.efficiency=null",
+]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +39,12 @@ def sweep(tmp_path_factory: pytest.TempPathFactory, overrides: list[str]) -> tup
     """Folder of outputs and runs of one multirun with four jobs."""
     folder = tmp_path_factory.mktemp("sweep")
     result = run_py_here(
-        "-m", *overrides, "pruning.ratio=0.25,0.5", "score=heapr,heapr_sum", "hydra.sweep.dir=outputs/sweeps/mine", folder=folder
+        "-m",
+        *overrides,
+        "pruning.ratio=0.25,0.5",
+        "score=heapr,heapr_sum",
+        "hydra.sweep.dir=outputs/sweeps/mine",
+        folder=folder,
     )
     assert result.returncode == 0, result.stderr
     return folder / "outputs", offline_runs(folder / "outputs")
@@ -52,10 +62,14 @@ def test_four_jobs_are_four_runs_of_one_group(sweep: tuple[Path, list[OfflineRun
     assert all(run.exit_code == 0 for run in runs)
 
 
-def test_a_job_has_its_configuration_metrics_layers_and_artifacts(sweep: tuple[Path, list[OfflineRun]]) -> None:
+def test_a_job_has_its_configuration_metrics_layers_and_artifacts(
+    sweep: tuple[Path, list[OfflineRun]],
+) -> None:
     outputs, (run, *_) = sweep
     summary = json.loads((outputs / "sweeps" / "mine" / "0" / "summary.json").read_text())
-    assert {name: value for name, value in run.config.items() if name in summary["config"]} == summary["config"]
+    assert {name: value for name, value in run.config.items() if name in summary["config"]} == summary[
+        "config"
+    ]
     assert run.config["labels"]["criterion"] == "heapr"
     name = "perplexity/text_files"
     points = {row["pruning.ratio"]: row[name] for row in run.history if name in row}
@@ -66,7 +80,9 @@ def test_a_job_has_its_configuration_metrics_layers_and_artifacts(sweep: tuple[P
         assert {metric: run.last[metric] for metric in summary["metrics"][group]} == summary["metrics"][group]
     assert run.last["calibration/loss"] > 0 and run.last["calibration/tokens"] == 6 * 32
     assert run.last["stages/calibrate/seconds"] > 0
-    assert [run.last[f"stages/{stage}/cached"] for stage in ("calibrate", "evaluate/perplexity/text_files/dense")] == [False, False]
+    assert [
+        run.last[f"stages/{stage}/cached"] for stage in ("calibrate", "evaluate/perplexity/text_files/dense")
+    ] == [False, False]
 
     table = run.table("layers")
     kept = {row[0]: row[table["columns"].index("atomic_experts")] for row in table["data"]}
@@ -79,9 +95,13 @@ def test_a_job_has_its_configuration_metrics_layers_and_artifacts(sweep: tuple[P
         assert (outputs.parent / stage["path"] / "manifest.json").resolve().as_uri() in references
 
 
-def test_a_repeat_has_the_id_and_finds_its_stages(sweep: tuple[Path, list[OfflineRun]], tmp_path: Path, overrides: list[str]) -> None:
+def test_a_repeat_has_the_id_and_finds_its_stages(
+    sweep: tuple[Path, list[OfflineRun]], tmp_path: Path, overrides: list[str]
+) -> None:
     outputs, runs = sweep
-    run_in(tmp_path, *overrides, f"paths.outputs={outputs}", "calibration.batch_size=3", "tracking.project=other")
+    run_in(
+        tmp_path, *overrides, f"paths.outputs={outputs}", "calibration.batch_size=3", "tracking.project=other"
+    )
     again = offline_runs(outputs)[-1]
     assert again.run["run_id"] == runs[0].run["run_id"]
     assert "run_group" not in again.run
@@ -95,7 +115,9 @@ def test_images_and_figures_are_in_the_run_and_a_failure_is_told(tmp_path: Path)
         tracker.log({"figures/curve": Image(tmp_path / "curve.png")})
         raise RuntimeError
     (run,) = offline_runs(tmp_path)
-    assert (run.folder / "files" / run.last["figures/curve.path"]).read_bytes() == (tmp_path / "curve.png").read_bytes()
+    assert (run.folder / "files" / run.last["figures/curve.path"]).read_bytes() == (
+        tmp_path / "curve.png"
+    ).read_bytes()
     assert (run.last["figures/curve.width"], run.last["figures/curve.height"]) == (3, 2)
     assert run.exit_code == 1
 
@@ -114,14 +136,26 @@ def test_a_sweep_has_a_run_with_its_table_and_figures(tmp_path: Path) -> None:
     folder = tmp_path / "sweeps" / "mine"
     folder.mkdir(parents=True)
     Picture.new("RGB", (3, 2)).save(folder / "ratio_curve.png")
-    rows = [{"model": "a", "perplexity": 3.5}, {"model": "b", "accuracy": 0.5}, {"model": "c", "perplexity": "failed"}]
+    rows = [
+        {"model": "a", "perplexity": 3.5},
+        {"model": "b", "accuracy": 0.5},
+        {"model": "c", "perplexity": "failed"},
+    ]
     for _ in range(2):
         log_sweep_summary(
-            TrackingConfig("offline", "p"), rows, folder=folder, images=[folder / "ratio_curve.png"], outputs=tmp_path / "outputs"
+            TrackingConfig("offline", "p"),
+            rows,
+            folder=folder,
+            images=[folder / "ratio_curve.png"],
+            outputs=tmp_path / "outputs",
         )
     first, second = offline_runs(tmp_path / "outputs")
     assert first.run["run_id"] == second.run["run_id"]
-    assert (first.run["run_group"], first.run["job_type"], first.run["display_name"]) == ("mine", "sweep", "mine summary")
+    assert (first.run["run_group"], first.run["job_type"], first.run["display_name"]) == (
+        "mine",
+        "sweep",
+        "mine summary",
+    )
     table = first.table("comparison")
     assert table["columns"] == ["model", "perplexity", "accuracy"]
     assert table["data"] == [["a", 3.5, None], ["b", None, 0.5], ["c", "failed", None]]

@@ -34,7 +34,13 @@ def test_lines_are_on_disk_before_the_run_ends(tmp_path: Path) -> None:
 
 def test_tables_images_and_folders_have_a_line_too(tmp_path: Path) -> None:
     with open_in(tmp_path, "none") as tracker:
-        tracker.log({"layers": Table(["layer"], [[3]]), "figures/a": Image(tmp_path / "a.png"), "plan": Folder("prune", "key", tmp_path)})
+        tracker.log(
+            {
+                "layers": Table(["layer"], [[3]]),
+                "figures/a": Image(tmp_path / "a.png"),
+                "plan": Folder("prune", "key", tmp_path),
+            }
+        )
     line = json.loads((tmp_path / "tracking.jsonl").read_text())
     assert line["layers"] == {"columns": ["layer"], "rows": [[3]]}
     assert line["figures/a"] == {"path": str(tmp_path / "a.png")}
@@ -80,8 +86,12 @@ def test_mode_is_online_only_with_a_key(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert wandb_tracker.resolve_mode("auto") == "online"
 
 
-@pytest.mark.parametrize(("asked", "mode"), [("disabled", "none"), ("dryrun", "offline"), ("offline", "offline")])
-def test_wandbs_own_variable_decides_where_nothing_was_asked(monkeypatch: pytest.MonkeyPatch, asked: str, mode: str) -> None:
+@pytest.mark.parametrize(
+    ("asked", "mode"), [("disabled", "none"), ("dryrun", "offline"), ("offline", "offline")]
+)
+def test_wandbs_own_variable_decides_where_nothing_was_asked(
+    monkeypatch: pytest.MonkeyPatch, asked: str, mode: str
+) -> None:
     monkeypatch.setenv("WANDB_MODE", asked)
     assert wandb_tracker.resolve_mode("auto") == mode
     assert wandb_tracker.resolve_mode("none") == "none" and wandb_tracker.resolve_mode("offline") == "offline"
@@ -89,7 +99,10 @@ def test_wandbs_own_variable_decides_where_nothing_was_asked(monkeypatch: pytest
 
 def test_a_mode_that_wandb_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "of")
-    with pytest.raises(ConfigError, match="WANDB_MODE='of' is unknown; choose one of online, run, offline, dryrun, disabled, or unset it"):
+    with pytest.raises(
+        ConfigError,
+        match="WANDB_MODE='of' is unknown; choose one of online, run, offline, dryrun, disabled, or unset it",
+    ):
         wandb_tracker.resolve_mode("auto")
 
 
@@ -116,7 +129,9 @@ def test_nobody_is_sent_to_a_folder_that_does_not_exist(
     assert caplog.text.count("wandb sync") == 1 and f"wandb sync {tmp_path}\n" in caplog.text
 
 
-def test_online_without_a_key_is_refused_rather_than_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_online_without_a_key_is_refused_rather_than_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(ConfigError, match="no key is found"):
         wandb_tracker.resolve_mode("online")

@@ -1,8 +1,8 @@
 """Which forward runs a layer's experts, and who watches: the seam into transformers' experts interface.
 
-Every module has a forward of its own while a context manager below is open, so uses nest, and models do not share any. Dense experts get
-it through transformers under the name "heapr", ragged ones directly; `use_comparable_experts` makes a dense and a pruned model round
-alike, for measuring them side by side.
+Every module has a forward of its own while a context manager below is open, so uses nest, and models do not
+share any. Dense experts get it through transformers under the name "heapr", ragged ones directly;
+`use_comparable_experts` makes a dense and a pruned model round alike, for measuring them side by side.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ IMPLEMENTATION = "heapr"
 ALIGNMENT_BYTES = 64  # of memory that torch allocates; what is mapped from a file may lie elsewhere
 ExpertsForward = Callable[..., Tensor]  # run_experts, or what stands in for it where there is no data
 CAPABILITIES = {  # what an experts module may need that we lack, by attribute of transformers' decorator
-    "has_post_expert_norm": "experts with a norm after the down projection: such an expert is not a sum of atomic experts",
+    "has_post_expert_norm": (
+        "experts with a norm after the down projection: such an expert is not a sum of atomic experts"
+    ),
 }
 ABSENT = object()
 
@@ -58,20 +60,31 @@ def run_chosen(experts: Experts, hidden_TD: Tensor, *routing: Tensor) -> Tensor:
 
 @contextmanager
 def use_heapr_experts(model: PreTrainedModel, run: ExpertsForward | None = None) -> Iterator[None]:
-    """Run every experts module of the model by `run`, or by what serves it best; restores the previous forward, ours or not.
+    """Run every experts module of the model by `run`, or by what serves it best; restores the previous
+    forward, ours or not.
 
     Raises:
-        ConfigError: transformers does not let the model's experts implementation be chosen, which it passes over in silence.
+        ConfigError: transformers does not let the model's experts implementation be chosen, which it passes
+            over in silence.
     """
     modules = [module for module in model.modules() if is_experts(module)]
     chosen = [(module, "run", run or forward_for(module)) for module in modules]
-    outside = [(module, _forward_name(module), partial(run_chosen, module)) for module in modules if is_outside_interface(module)]
+    outside = [
+        (module, _forward_name(module), partial(run_chosen, module))
+        for module in modules
+        if is_outside_interface(module)
+    ]
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, run_chosen)
     previous = model.get_experts_implementation()
     model.set_experts_implementation(IMPLEMENTATION)
     try:
-        if IMPLEMENTATION not in model.get_experts_implementation().values() and any(map(is_behind_interface, modules)):
-            raise ConfigError(f"{type(model).__name__} needs a missing capability: experts whose implementation cannot be chosen")
+        if IMPLEMENTATION not in model.get_experts_implementation().values() and any(
+            map(is_behind_interface, modules)
+        ):
+            raise ConfigError(
+                f"{type(model).__name__} needs a missing capability: experts whose implementation cannot be"
+                " chosen"
+            )
         with exchanged(chosen + outside):
             yield
     finally:
@@ -80,9 +93,12 @@ def use_heapr_experts(model: PreTrainedModel, run: ExpertsForward | None = None)
 
 @contextmanager
 def observe_experts(
-    model: PreTrainedModel, observers: Sequence[tuple[Experts, ExpertObserver]], run: ExpertsForward | None = None
+    model: PreTrainedModel,
+    observers: Sequence[tuple[Experts, ExpertObserver]],
+    run: ExpertsForward | None = None,
 ) -> Iterator[None]:
-    """Let each observer see what flows through its experts module; the model's outputs do not change. Restores.
+    """Let each observer see what flows through its experts module; the model's outputs do not change.
+    Restores.
 
     Args:
         run: see `use_heapr_experts`.
@@ -94,8 +110,9 @@ def observe_experts(
 
 @contextmanager
 def use_comparable_experts(model: PreTrainedModel) -> Iterator[None]:
-    """Experts run so that a difference between two models is one of their weights, never of how they are stored: a plan that keeps
-    everything changes no bit of any metric, in any dtype. For measuring quality; it may copy each expert's weights once a batch. Restores.
+    """Experts run so that a difference between two models is one of their weights, never of how they are
+    stored: a plan that keeps everything changes no bit of any metric, in any dtype. For measuring quality; it
+    may copy each expert's weights once a batch. Restores.
 
     Raises:
         ConfigError: see `use_heapr_experts`.
@@ -105,16 +122,25 @@ def use_comparable_experts(model: PreTrainedModel) -> Iterator[None]:
 
 
 def run_comparable_experts(experts: Experts, hidden_TD: Tensor, *routing: Tensor) -> Tensor:
-    """As `run_experts`, with every matrix in the same memory layout whatever the module's: matrix products round differently for a
-    matrix and for its transpose in memory, as dense experts hold W_down and as ragged ones do."""
+    """As `run_experts`, with every matrix in the same memory layout whatever the module's: matrix products
+    round differently for a matrix and for its transpose in memory, as dense experts hold W_down and as ragged
+    ones do."""
     expert_TK, router_weight_TK = routing_of(experts, hidden_TD, *routing)
     counts = counts_of(experts, expert_TK)
-    return run_sorted(experts, hidden_TD, expert_TK, router_weight_TK, counts=counts, matrices_E=map(_in_one_layout, matrices_of(experts)))
+    return run_sorted(
+        experts,
+        hidden_TD,
+        expert_TK,
+        router_weight_TK,
+        counts=counts,
+        matrices_E=map(_in_one_layout, matrices_of(experts)),
+    )
 
 
 @contextmanager
 def skip_experts(model: PreTrainedModel) -> Iterator[None]:
-    """Routed experts return zeros without computing anything, for counting what the rest of the model does. Restores."""
+    """Routed experts return zeros without computing anything, for counting what the rest of the model does.
+    Restores."""
     with use_heapr_experts(model, lambda _, hidden_TD, *__: torch.zeros_like(hidden_TD)):
         yield
 
@@ -143,7 +169,8 @@ def exchanged(values: Sequence[tuple[nn.Module, str, Any]]) -> Iterator[None]:
 
 
 def _forward_name(module: nn.Module) -> str:
-    """Under which name a module keeps its forward: accelerate, of a device map, wraps it in one that brings the weights."""
+    """Under which name a module keeps its forward: accelerate, of a device map, wraps it in one that brings
+    the weights."""
     return "_old_forward" if "_old_forward" in vars(module) else "forward"
 
 

@@ -2,8 +2,9 @@
 
 In: an experts module, dense or ragged. Out: its `Layout`, activation, routing, and each expert's `Matrices`.
 Copied beside pruned checkpoints and loaded where heapr is not installed: it imports torch alone.
-Shape letters: T tokens, D model width, E experts, F atomic experts of an expert (of the widest one, where experts differ), G rows of the
-input projection (2F with a gate, else F), K experts per token, S (token, expert) pairs sorted by expert, n tokens of one expert.
+Shape letters: T tokens, D model width, E experts, F atomic experts of an expert (of the widest one, where
+experts differ), G rows of the input projection (2F with a gate, else F), K experts per token, S (token,
+expert) pairs sorted by expert, n tokens of one expert.
 """
 
 from __future__ import annotations
@@ -16,21 +17,26 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-Experts = Any  # an experts module of transformers or RaggedExperts; nn.Module does not declare what they share
+Experts = (
+    Any  # an experts module of transformers or RaggedExperts; nn.Module does not declare what they share
+)
 RAGGED = "RaggedExperts"
-OUTSIDE_INTERFACE = "Llama4TextExperts"  # Llama-4 weighs the experts' inputs and does without transformers' experts interface
+OUTSIDE_INTERFACE = (
+    "Llama4TextExperts"  # Llama-4 weighs the experts' inputs and does without transformers' experts interface
+)
 
 
 class ExpertObserver(Protocol):
-    """Sees what a layer's experts make of their tokens, once per forward; a forward that routes no token does not call it.
+    """Sees what a layer's experts make of their tokens, once per forward; a forward that routes no token does
+    not call it.
 
     Args:
-        h_SF: intermediate activations, part of the graph: one hook on it gets the gradients of all. Columns beyond an expert's own width
-            are zero.
+        h_SF: intermediate activations, part of the graph: one hook on it gets the gradients of all. Columns
+            beyond an expert's own width are zero.
         router_weight_S: p of each pair.
         output_SD: E(x) before p multiplies it, part of the graph.
-        offsets: int64 (E+1,): expert e owns the rows offsets[e] to offsets[e + 1]. It lies where the forward has it without waiting for
-            a device: the loop's on the CPU.
+        offsets: int64 (E+1,): expert e owns the rows offsets[e] to offsets[e + 1]. It lies where the forward
+            has it without waiting for a device: the loop's on the CPU.
     """
 
     def __call__(self, h_SF: Tensor, router_weight_S: Tensor, output_SD: Tensor, offsets: Tensor) -> None: ...
@@ -61,7 +67,11 @@ class Layout(NamedTuple):
         """Which rows of the input projection belong to the kept atomic experts, (..., F) -> (..., G)."""
         if not self.has_gate:
             return kept_F
-        return torch.cat([kept_F, kept_F], dim=-1) if self.is_concatenated else kept_F.repeat_interleave(2, dim=-1)
+        return (
+            torch.cat([kept_F, kept_F], dim=-1)
+            if self.is_concatenated
+            else kept_F.repeat_interleave(2, dim=-1)
+        )
 
 
 class Matrices(NamedTuple):
@@ -97,7 +107,8 @@ def layout_of(experts: Experts) -> Layout:
 
 
 def activation_of(experts: Experts) -> Callable[[Tensor], Tensor]:
-    """The family's own map from the input projection (n, G) to h (n, F); it holds no parameters of the experts."""
+    """The family's own map from the input projection (n, G) to h (n, F); it holds no parameters of the
+    experts."""
     if is_ragged(experts):
         activation: Callable[[Tensor], Tensor] = experts.activation
         return activation
@@ -129,7 +140,10 @@ def widths_of(experts: Experts) -> list[int]:
 def matrices_of(experts: Experts) -> Iterator[Matrices]:
     """Every expert's weights; views of the module's own memory."""
     layout, widths = layout_of(experts), widths_of(experts)
-    inputs, inputs_bias = getattr(experts, layout.input_name), getattr(experts, f"{layout.input_name}_bias", None)
+    inputs, inputs_bias = (
+        getattr(experts, layout.input_name),
+        getattr(experts, f"{layout.input_name}_bias", None),
+    )
     down_bias = getattr(experts, "down_proj_bias", None)
     if is_ragged(experts):
         num_inputs = [(2 if layout.has_gate else 1) * width for width in widths]
@@ -146,13 +160,16 @@ def matrices_of(experts: Experts) -> Iterator[Matrices]:
 
 
 def routing_of(experts: Experts, hidden_TD: Tensor, *routing: Tensor) -> tuple[Tensor, Tensor]:
-    """expert_TK and router_weight_TK. A family that weighs the input does not say them: its T rows are (E*tokens, D), for every expert
-    all tokens, those of zeros not routed; K is then 1, the router weight 1, and the expert of a row that was not routed number E."""
+    """expert_TK and router_weight_TK. A family that weighs the input does not say them: its T rows are
+    (E*tokens, D), for every expert all tokens, those of zeros not routed; K is then 1, the router weight 1,
+    and the expert of a row that was not routed number E."""
     if not layout_of(experts).weighs_input:
         expert_TK, router_weight_TK = routing
         return expert_TK, router_weight_TK
     num_experts = int(experts.num_experts)
-    expert_T = torch.arange(num_experts, device=hidden_TD.device).repeat_interleave(len(hidden_TD) // num_experts)
+    expert_T = torch.arange(num_experts, device=hidden_TD.device).repeat_interleave(
+        len(hidden_TD) // num_experts
+    )
     expert_T = torch.where(hidden_TD.detach().any(dim=1), expert_T, num_experts)
     return expert_T.unsqueeze(1), torch.ones_like(expert_T, dtype=hidden_TD.dtype).unsqueeze(1)
 

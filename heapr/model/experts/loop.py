@@ -1,7 +1,8 @@
 """The experts' forward, one expert after the other: the reference for every other forward, and the CPU's way.
 
 It reads the numbers of tokens on the host: on a GPU it waits for the device once per layer.
-Copied beside pruned checkpoints and loaded where heapr is not installed: it imports torch alone. Shape letters: layout.py.
+Copied beside pruned checkpoints and loaded where heapr is not installed: it imports torch alone. Shape
+letters: layout.py.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ def run_experts(experts: Experts, hidden_TD: Tensor, *routing: Tensor) -> Tensor
 
     Args:
         experts: dense or ragged.
-        hidden_TD: the tokens. Of a family that weighs the input: (E*T, D), for every expert all tokens times their router
-            weight, zero where a token was not routed to it; the result then has this shape too.
-        routing: expert_TK and router_weight_TK; nothing for a family that weighs the input. Expert number E means none.
+        hidden_TD: the tokens. Of a family that weighs the input: (E*T, D), for every expert all tokens times
+            their router weight, zero where a token was not routed to it; the result then has this shape too.
+        routing: expert_TK and router_weight_TK; nothing for a family that weighs the input. Expert number E
+            means none.
     """
     expert_TK, router_weight_TK = routing_of(experts, hidden_TD, *routing)
     return run_sorted(experts, hidden_TD, expert_TK, router_weight_TK, counts=counts_of(experts, expert_TK))
@@ -54,7 +56,8 @@ def run_sorted(
     counts: list[int],
     matrices_E: Iterable[Matrices] | None = None,
 ) -> Tensor:
-    """The (token, expert) pairs are sorted by expert, so that each expert's tokens are one contiguous segment.
+    """The (token, expert) pairs are sorted by expert, so that each expert's tokens are one contiguous
+    segment.
 
     Args:
         counts: pairs of every expert, and of none.
@@ -66,13 +69,16 @@ def run_sorted(
         order_S, counts = _without_empty(order_S, counts, widths_of(experts))
     token_S = order_S // expert_TK.shape[1]
     router_weight_S = router_weight_TK.reshape(-1)[order_S]
-    segments = zip(token_S.split(counts), hidden_TD[token_S].split(counts), router_weight_S.split(counts), strict=True)
+    segments = zip(
+        token_S.split(counts), hidden_TD[token_S].split(counts), router_weight_S.split(counts), strict=True
+    )
     visits = _visits(matrices_of(experts) if matrices_E is None else matrices_E, segments)
     outputs = _observed(experts, list(visits), counts[:-1]) if is_observed else _one_by_one(experts, visits)
     total_TD = torch.zeros_like(hidden_TD)
     for visit, output_nD in outputs:
         weighted_nD = output_nD * visit.router_weight_n.unsqueeze(-1)
-        # A token visits an expert once, so no index repeats: the order of additions is the same on every device and in every run.
+        # A token visits an expert once, so no index repeats: the order of additions is the same on every
+        # device and in every run.
         total_TD.index_add_(0, visit.token_n, weighted_nD.to(total_TD.dtype))
     return total_TD
 
@@ -83,8 +89,11 @@ def split_by_expert(rows_S: Tensor, offsets: Tensor) -> tuple[Tensor, ...]:
     return of_experts
 
 
-def _visits(matrices_E: Iterable[Matrices], segments: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Iterator[Visit]:
-    """The experts that have tokens; the segment behind the last expert's is that of pairs without an expert."""
+def _visits(
+    matrices_E: Iterable[Matrices], segments: Iterable[tuple[Tensor, Tensor, Tensor]]
+) -> Iterator[Visit]:
+    """The experts that have tokens; the segment behind the last expert's is that of pairs without an
+    expert."""
     for matrices, (token_n, hidden_nD, router_weight_n) in zip(matrices_E, segments, strict=False):
         if len(token_n):
             yield Visit(matrices, token_n, hidden_nD, router_weight_n)
@@ -99,11 +108,15 @@ def _one_by_one(experts: Experts, visits: Iterable[Visit]) -> Iterator[tuple[Vis
 
 
 def _observed(experts: Experts, visits: Sequence[Visit], counts: list[int]) -> Iterator[tuple[Visit, Tensor]]:
-    """The same after the layer's observer has seen all of them: activations and outputs lie in one tensor each."""
+    """The same after the layer's observer has seen all of them: activations and outputs lie in one tensor
+    each."""
     if not visits:
         return
     activation, width = activation_of(experts), max(widths_of(experts))
-    h_E = [activation(F.linear(visit.hidden_nD, visit.matrices.inputs_GD, visit.matrices.inputs_bias_G)) for visit in visits]
+    h_E = [
+        activation(F.linear(visit.hidden_nD, visit.matrices.inputs_GD, visit.matrices.inputs_bias_G))
+        for visit in visits
+    ]
     sizes = [len(h_nF) for h_nF in h_E]
     h_SF = torch.cat([_padded(h_nF, width) for h_nF in h_E])
     h_E = list(h_SF.split(sizes))
@@ -126,7 +139,10 @@ def _padded(h_nF: Tensor, width: int) -> Tensor:
 
 
 def _without_empty(order_S: Tensor, counts: list[int], widths: list[int]) -> tuple[Tensor, list[int]]:
-    """Pairs and their numbers without those of experts of width 0, which contribute nothing: their tokens are not even gathered."""
+    """Pairs and their numbers without those of experts of width 0, which contribute nothing: their tokens are
+    not even gathered."""
     has_work = [width > 0 for width in widths] + [False]
     kept = [segment_n for segment_n, works in zip(order_S.split(counts), has_work, strict=True) if works]
-    return torch.cat(kept) if kept else order_S[:0], [count if works else 0 for count, works in zip(counts, has_work, strict=True)]
+    return torch.cat(kept) if kept else order_S[:0], [
+        count if works else 0 for count, works in zip(counts, has_work, strict=True)
+    ]

@@ -18,18 +18,19 @@ from .loop import run_experts
 class RaggedExperts(nn.Module):
     """Experts of individual widths, one layer.
 
-    Atomic experts are packed as rows, expert after expert. With R the number of atomic experts kept in the layer and
-    expert e owning the rows [start_e, end_e):
+    Atomic experts are packed as rows, expert after expert. With R the number of atomic experts kept in the
+    layer and expert e owning the rows [start_e, end_e):
 
-        gate_up_proj (2R, D): rows 2*start_e .. 2*end_e in the family's own order; without a gate up_proj (R, D)
-        down_proj (R, D): rows start_e .. end_e are the columns w_k of e's W_down
+        gate_up_proj (2R, D): rows 2*start_e .. 2*end_e in the family's own order; without a gate up_proj (R,
+        D) down_proj (R, D): rows start_e .. end_e are the columns w_k of e's W_down
         gate_up_proj_bias (2R), down_proj_bias (E, D): where the family has them
 
-    An expert of width 0 contributes its down_proj_bias, or nothing. The router is not touched. The forward is called as
-    the family calls its own experts.
+    An expert of width 0 contributes its down_proj_bias, or nothing. The router is not touched. The forward is
+    called as the family calls its own experts.
 
     Args:
-        template: experts of the same layer, dense or ragged: layout, activation, dtype and device are taken from them.
+        template: experts of the same layer, dense or ragged: layout, activation, dtype and device are taken
+            from them.
         widths: of every expert.
     """
 
@@ -46,7 +47,9 @@ class RaggedExperts(nn.Module):
         self.register_parameter(self.layout.input_name, nn.Parameter(like.new_empty(num_inputs, model_width)))
         self.down_proj = nn.Parameter(like.new_empty(num_rows, model_width))
         if self.layout.has_bias:
-            self.register_parameter(f"{self.layout.input_name}_bias", nn.Parameter(like.new_empty(num_inputs)))
+            self.register_parameter(
+                f"{self.layout.input_name}_bias", nn.Parameter(like.new_empty(num_inputs))
+            )
             self.down_proj_bias = nn.Parameter(like.new_empty(self.num_experts, model_width))
 
     @torch.compiler.disable(reason="the number of tokens of an expert is data")  # type: ignore[untyped-decorator]

@@ -55,13 +55,23 @@ def _model_rows(plan: Mapping[str, Any]) -> Rows:
 def _removed_rows(plan: Mapping[str, Any]) -> Rows:
     atomic, removed = plan["atomic_experts_removed"], plan["parameters_removed"]
     if atomic is None:
-        return [("removed", f"{plan['ratio']:.1%}", f"of the routed experts' {plan['budget']}; scores say how many atomic experts")]
+        return [
+            (
+                "removed",
+                f"{plan['ratio']:.1%}",
+                f"of the routed experts' {plan['budget']}; scores say how many atomic experts",
+            )
+        ]
     of_experts, of_all = removed / plan["expert_parameters"], removed / plan["parameters"]
     return [
         ("removed", f"{atomic:,}", f"atomic experts, {atomic / plan['atomic_experts']:.1%}"),
         ("", f"{removed:,}", f"parameters, {of_all:.1%} ({of_experts:.1%} of experts')"),
         ("left", f"{plan['parameters'] - removed:,}", "parameters"),
-        *([("checkpoint", f"{plan['parameters']:,}", "parameters: what is removed becomes zeros")] if plan["form"] == "masked" else []),
+        *(
+            [("checkpoint", f"{plan['parameters']:,}", "parameters: what is removed becomes zeros")]
+            if plan["form"] == "masked"
+            else []
+        ),
     ]
 
 
@@ -71,7 +81,11 @@ def _cost_rows(plan: Mapping[str, Any]) -> Rows:
     batch = f"a batch of {plan['batch_size']} x {plan['sequence_length']:,} tokens"
     rows = [
         ("weights", _size(plan["weight_bytes"]), plan["dtype"]),
-        ("statistics", _size(plan["statistics_bytes"]), f"in place of {_size(plan['matrix_bytes'])} of matrices (D, D)"),
+        (
+            "statistics",
+            _size(plan["statistics_bytes"]),
+            f"in place of {_size(plan['matrix_bytes'])} of matrices (D, D)",
+        ),
     ]
     if activations is None or flops is None:
         return [*rows, ("activations", "", NOT_KNOWN), ("calibration", "", NOT_KNOWN)]
@@ -87,7 +101,11 @@ def _stages_table(stages: Sequence[Mapping[str, Any]]) -> Table:
     table = Table("stage", "", "artifact", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.columns[0].no_wrap = table.columns[2].no_wrap = True
     for stage in stages:
-        table.add_row(step_title(stage["stage"], stage["what"]), "cached" if stage["cached"] else "to be made", stage["key"])
+        table.add_row(
+            step_title(stage["stage"], stage["what"]),
+            "cached" if stage["cached"] else "to be made",
+            stage["key"],
+        )
     return table
 
 

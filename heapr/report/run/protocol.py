@@ -13,13 +13,15 @@ TOKENIZER_FIELDS = frozenset({"num_tokens", "num_predicted_tokens", "tokens_sha2
 
 
 def protocol_differences(protocols: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
-    """How results differ in the way they were measured: one line for every corpus or task and field, none if they agree.
+    """How results differ in the way they were measured: one line for every corpus or task and field, none if
+    they agree.
 
-    Tokenizers cut a text into different tokens: between models of different families the numbers of tokens and their
-    fingerprints differ, and their perplexities cannot be compared.
+    Tokenizers cut a text into different tokens: between models of different families the numbers of tokens
+    and their fingerprints differ, and their perplexities cannot be compared.
 
     Args:
-        protocols: by the name of a result, then by corpus or task. What only one result measured is no difference.
+        protocols: by the name of a result, then by corpus or task. What only one result measured is no
+            difference.
     """
     lines = []
     for measured in dict.fromkeys(name for records in protocols.values() for name in records):
@@ -41,7 +43,11 @@ def compare_summaries(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
         summaries: of runs, by name, as in summary.json.
     """
     return protocol_differences(
-        {f"{name} {variant}": records for name, summary in summaries.items() for variant, records in summary["protocols"].items()}
+        {
+            f"{name} {variant}": records
+            for name, summary in summaries.items()
+            for variant, records in summary["protocols"].items()
+        }
     )
 
 
@@ -59,7 +65,13 @@ def compare_models(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
         }
 
     protocols = {name: summary["protocols"] for name, summary in summaries.items()}
-    return protocol_differences({f"{n} {variant}": without_tokens(r) for n, found in protocols.items() for variant, r in found.items()})
+    return protocol_differences(
+        {
+            f"{n} {variant}": without_tokens(r)
+            for n, found in protocols.items()
+            for variant, r in found.items()
+        }
+    )
 
 
 def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

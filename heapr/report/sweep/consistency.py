@@ -25,8 +25,9 @@ PREDICTED, SCORE, MEASURED = "predicted_increase", "score_sum", "measured_increa
 def consistency(entry: Entry, jobs: Sequence[JobResult], published: Sequence[Number]) -> list[Drawing]:
     """A point per quantile, both axes logarithmic, and the line on which prediction and measurement agree.
 
-    Criteria without a unit predict nothing in nats: they are drawn only where no criterion has one, against their bare scores.
-    Increases that are not above zero have no place on a logarithmic axis: they are drawn as crosses on its edge.
+    Criteria without a unit predict nothing in nats: they are drawn only where no criterion has one, against
+    their bare scores. Increases that are not above zero have no place on a logarithmic axis: they are drawn
+    as crosses on its edge.
     """
     from matplotlib.figure import Figure
 
@@ -42,7 +43,9 @@ def consistency(entry: Entry, jobs: Sequence[JobResult], published: Sequence[Num
         names = varying([job for job, _ in chosen], entry.series) or list(entry.series)
         low = _lowest([group for _, groups in chosen for group in groups], across)
         for number, (job, groups) in enumerate(chosen):
-            _scatter(axis, groups, across, low, {**look(number), "linestyle": "none", "label": _label(job, names)})
+            _scatter(
+                axis, groups, across, low, {**look(number), "linestyle": "none", "label": _label(job, names)}
+            )
         _finish(axis, across)
         legend_above(figure, [axis], title=model)
         drawings.append(Drawing(figure, model))
@@ -61,11 +64,19 @@ def _measurements(jobs: Sequence[JobResult]) -> list[tuple[JobResult, list[Mappi
 
 def _lowest(groups: Sequence[Mapping[str, float]], across: str) -> tuple[float, float]:
     """Where what is not above zero is drawn: half of the least that is, in either direction."""
-    least = [min((group[name] for group in groups if group[name] > 0), default=1.0) for name in (across, MEASURED)]
+    least = [
+        min((group[name] for group in groups if group[name] > 0), default=1.0) for name in (across, MEASURED)
+    ]
     return least[0] / 2, least[1] / 2
 
 
-def _scatter(axis: Axes, groups: Sequence[Mapping[str, float]], across: str, low: tuple[float, float], how: dict[str, Any]) -> None:
+def _scatter(
+    axis: Axes,
+    groups: Sequence[Mapping[str, float]],
+    across: str,
+    low: tuple[float, float],
+    how: dict[str, Any],
+) -> None:
     inside = [group for group in groups if group[across] > 0 and group[MEASURED] > 0]
     axis.plot([group[across] for group in inside], [group[MEASURED] for group in inside], **how)
     edge = [group for group in groups if group not in inside]
@@ -78,7 +89,9 @@ def _scatter(axis: Axes, groups: Sequence[Mapping[str, float]], across: str, low
 def _label(job: JobResult, names: Sequence[str]) -> str:
     """The series and how well it predicts; a correlation that is not defined is left out."""
     numbers = [(name, metrics.value(job, f"truth/{name}")) for name in ("spearman", "pearson")]
-    correlations = ", ".join(f"{name.title()} {value:.2f}".replace("-", "−") for name, value in numbers if value is not None)
+    correlations = ", ".join(
+        f"{name.title()} {value:.2f}".replace("-", "−") for name, value in numbers if value is not None
+    )
     return f"{describe(job, names)}: {correlations}" if correlations else describe(job, names)
 
 

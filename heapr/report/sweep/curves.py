@@ -11,7 +11,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from heapr.report.sweep import metrics
-from heapr.report.sweep.factors import UNKNOWN, describe, factor, header, in_order, show, telling_apart, varying
+from heapr.report.sweep.factors import (
+    UNKNOWN,
+    describe,
+    factor,
+    header,
+    in_order,
+    show,
+    telling_apart,
+    varying,
+)
 from heapr.report.sweep.published_results import Number, curve
 from heapr.report.sweep.report_layout import Entry
 from heapr.report.sweep.results import JobResult, finished
@@ -42,17 +51,29 @@ class Series:
     points: tuple[tuple[JobResult, ...], ...]
 
     def values(self, metric: str) -> list[tuple[int, float, float]]:
-        """Number of the point, mean and sample standard deviation (0 of one job), in printed units, where there is a value."""
+        """Number of the point, mean and sample standard deviation (0 of one job), in printed units, where
+        there is a value."""
         found = []
         for number, jobs in enumerate(self.points):
-            numbers = [metrics.scaled(metric, value) for job in jobs if (value := metrics.value(job, metric)) is not None]
+            numbers = [
+                metrics.scaled(metric, value)
+                for job in jobs
+                if (value := metrics.value(job, metric)) is not None
+            ]
             if numbers:
-                found.append((number, statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else 0.0))
+                found.append(
+                    (
+                        number,
+                        statistics.fmean(numbers),
+                        statistics.stdev(numbers) if len(numbers) > 1 else 0.0,
+                    )
+                )
         return found
 
 
 def ratio_curve(entry: Entry, jobs: Sequence[JobResult], published: Sequence[Number]) -> list[Drawing]:
-    """Quality above, FLOPs saved below, against the share removed; one figure per model, published points beside ours."""
+    """Quality above, FLOPs saved below, against the share removed; one figure per model, published points
+    beside ours."""
     drawings = []
     for model, of_model in by_model(jobs):
         names = [*entry.metrics, *([FLOPS] if FLOPS not in entry.metrics else [])]
@@ -69,7 +90,8 @@ def ratio_curve(entry: Entry, jobs: Sequence[JobResult], published: Sequence[Num
 
 
 def calibration_curve(entry: Entry, jobs: Sequence[JobResult], published: Sequence[Number]) -> list[Drawing]:
-    """Quality against the size of the calibration set (or another factor), with error bars over what is averaged."""
+    """Quality against the size of the calibration set (or another factor), with error bars over what is
+    averaged."""
     drawings = []
     for model, of_model in by_model(jobs):
         places = _places(of_model, entry.x)
@@ -80,7 +102,14 @@ def calibration_curve(entry: Entry, jobs: Sequence[JobResult], published: Sequen
                 found = series.values(name)
                 xs = [places[factor(series.points[point][0], entry.x)] for point, _, _ in found]
                 errors = [deviation for _, _, deviation in found]
-                axis.errorbar(xs, [mean for _, mean, _ in found], yerr=errors, capsize=2, label=series.label, **look(number))
+                axis.errorbar(
+                    xs,
+                    [mean for _, mean, _ in found],
+                    yerr=errors,
+                    capsize=2,
+                    label=series.label,
+                    **look(number),
+                )
             finish_axis(axis, name, of_model)
         _factor_axis(axes[-1], entry.x, places)
         legend_above(figure, axes, title=model)
@@ -95,8 +124,13 @@ def bars(entry: Entry, jobs: Sequence[JobResult], published: Sequence[Number]) -
         series_names = [name for name in entry.series if name != entry.x]
         names = [entry.x, *telling_apart(of_model, [entry.x, *series_names], entry.average_over)]
         categories = list(dict.fromkeys(describe(job, names) for job in of_model))
-        all_series = [_bars_of(members, label, names, entry) for label, members in _lines(of_model, series_names).items()]
-        figure, axes = panels(len(entry.metrics), height=0.4 + (0.15 * len(all_series) + 0.05) * len(categories))
+        all_series = [
+            _bars_of(members, label, names, entry)
+            for label, members in _lines(of_model, series_names).items()
+        ]
+        figure, axes = panels(
+            len(entry.metrics), height=0.4 + (0.15 * len(all_series) + 0.05) * len(categories)
+        )
         for axis, name in zip(axes, entry.metrics, strict=True):
             _bar_panel(axis, name, all_series, categories, names)
             _dense_line(axis, name, of_model, upright=True)
@@ -111,11 +145,15 @@ def by_model(jobs: Sequence[JobResult]) -> list[tuple[str, list[JobResult]]]:
     """Finished jobs of each model, with its name where there are several."""
     done = finished(jobs)
     models = list(dict.fromkeys(factor(job, "model") for job in done))
-    return [(str(model) if len(models) > 1 else "", [job for job in done if factor(job, "model") == model]) for model in models]
+    return [
+        (str(model) if len(models) > 1 else "", [job for job in done if factor(job, "model") == model])
+        for model in models
+    ]
 
 
 def series_of(jobs: Sequence[JobResult], entry: Entry, x: str) -> list[Series]:
-    """Lines in order of appearance, their points in order of x; jobs of one point are averaged if the entry says over what.
+    """Lines in order of appearance, their points in order of x; jobs of one point are averaged if the entry
+    says over what.
 
     A line has one point for every x: what else tells jobs apart makes further lines.
     """
@@ -139,11 +177,14 @@ def _lines(jobs: Sequence[JobResult], names: Sequence[str]) -> dict[str, list[Jo
 
 def _bars_of(jobs: Sequence[JobResult], label: str, names: Sequence[str], entry: Entry) -> Series:
     """The bars of one colour."""
-    return Series(label, tuple(group.jobs for group in grouped(jobs, [*names, *entry.series], entry.average_over)))
+    return Series(
+        label, tuple(group.jobs for group in grouped(jobs, [*names, *entry.series], entry.average_over))
+    )
 
 
 def finish_axis(axis: Axes, metric: str, jobs: Sequence[JobResult]) -> None:
-    """The unpruned model's line, the label, and a logarithmic scale where values of one quantity span more than a factor of 4."""
+    """The unpruned model's line, the label, and a logarithmic scale where values of one quantity span more
+    than a factor of 4."""
     _dense_line(axis, metric, jobs, upright=False)
     axis.set_ylabel(metrics.axis_label(metric))
     lowest, highest = limits(axis)
@@ -153,16 +194,27 @@ def finish_axis(axis: Axes, metric: str, jobs: Sequence[JobResult]) -> None:
         axis.set_ylim(bottom=0)
 
 
-def _ratio_line(axis: Axes, series: Series, metric: str, how: dict[str, Any], published: Sequence[Number]) -> None:
+def _ratio_line(
+    axis: Axes, series: Series, metric: str, how: dict[str, Any], published: Sequence[Number]
+) -> None:
     found, places = series.values(metric), {point: mean for point, mean, _ in series.values(REMOVED)}
     xs = [places.get(point, 100 * factor(series.points[point][0], "ratio")) for point, _, _ in found]
     errors = [deviation for _, _, deviation in found]
-    axis.errorbar(xs, [mean for _, mean, _ in found], yerr=errors if any(errors) else None, capsize=2, label=series.label, **how)
+    axis.errorbar(
+        xs,
+        [mean for _, mean, _ in found],
+        yerr=errors if any(errors) else None,
+        capsize=2,
+        label=series.label,
+        **how,
+    )
     theirs = curve(published, series.points[0][0], metric)
     if theirs:
         ys = [metrics.scaled(metric, value) for _, value in theirs]
         hollow = {**how, "linestyle": "none", "markerfacecolor": "white", "markersize": 6.5}
-        axis.plot([100 * ratio for ratio, _ in theirs], ys, label=f"{series.label}{PUBLISHED}", zorder=1.8, **hollow)
+        axis.plot(
+            [100 * ratio for ratio, _ in theirs], ys, label=f"{series.label}{PUBLISHED}", zorder=1.8, **hollow
+        )
 
 
 def ratio_axis(axis: Axes, jobs: Sequence[JobResult]) -> None:
@@ -222,7 +274,9 @@ def _factor_axis(axis: Axes, x: str, places: dict[Any, float]) -> None:
     axis.set_xlabel(header(x))
 
 
-def _bar_panel(axis: Axes, metric: str, all_series: Sequence[Series], categories: Sequence[str], names: Sequence[str]) -> None:
+def _bar_panel(
+    axis: Axes, metric: str, all_series: Sequence[Series], categories: Sequence[str], names: Sequence[str]
+) -> None:
     thickness = 0.8 / len(all_series)
     widest = max((mean for series in all_series for _, mean, _ in series.values(metric)), default=1.0)
     narrowest = min((mean for series in all_series for _, mean, _ in series.values(metric)), default=1.0)
@@ -233,11 +287,24 @@ def _bar_panel(axis: Axes, metric: str, all_series: Sequence[Series], categories
         ys = [row + thickness * (number - (len(all_series) - 1) / 2) for row in rows]
         means, deviations = [mean for _, mean, _ in found], [deviation for _, _, deviation in found]
         axis.barh(
-            ys, means, height=0.9 * thickness, color=COLOURS[number % len(COLOURS)], label=series.label if len(all_series) > 1 else None,
-            xerr=deviations if any(deviations) else None, error_kw={"capsize": 1.5, "linewidth": 0.8},
-        )  # fmt: skip
-        for y, mean in zip(ys, means, strict=True):  # in a column beside the panel, where nothing crosses them
-            axis.text(1.02, y, metrics.printed(metric, mean), transform=axis.get_yaxis_transform(), va="center", fontsize=7)
+            ys,
+            means,
+            height=0.9 * thickness,
+            color=COLOURS[number % len(COLOURS)],
+            label=series.label if len(all_series) > 1 else None,
+            xerr=deviations if any(deviations) else None,
+            error_kw={"capsize": 1.5, "linewidth": 0.8},
+        )
+        # In a column beside the panel, where nothing crosses them.
+        for y, mean in zip(ys, means, strict=True):
+            axis.text(
+                1.02,
+                y,
+                metrics.printed(metric, mean),
+                transform=axis.get_yaxis_transform(),
+                va="center",
+                fontsize=7,
+            )
     axis.set_yticks(range(len(categories)), categories)
     axis.set_ylim(len(categories) - 0.5, -0.5)
     axis.grid(visible=False, axis="y")

@@ -1,4 +1,5 @@
-"""What tells jobs apart: model, ratio, criterion, scope, seed, and any field of the configuration by its dotted path.
+"""What tells jobs apart: model, ratio, criterion, scope, seed, and any field of the configuration by its
+dotted path.
 
 In: jobs. Out: values for tables and figures.
 """
@@ -25,7 +26,13 @@ PATHS = {  # field of the configuration behind a factor's name
     "seed": "calibration.seed",
     "dtype": "model.dtype",
 }
-GROUPS = {"model": "model", "criterion": "score", "corpus": "calibration", "scope": "pruning"}  # option that names a factor
+# Option that names a factor.
+GROUPS = {
+    "model": "model",
+    "criterion": "score",
+    "corpus": "calibration",
+    "scope": "pruning",
+}
 HEADERS = {
     "ratio": "removed (asked)",
     "num_samples": "calibration sequences",
@@ -63,7 +70,12 @@ def is_factor(name: str) -> bool:
 
 def paths_of(name: str) -> tuple[str, ...]:
     """Fields and groups of the configuration that a factor speaks for."""
-    groups = {METHOD: METHOD_PATHS, "model": ("model",), "criterion": ("score",), "corpus": ("calibration.corpus",)}
+    groups = {
+        METHOD: METHOD_PATHS,
+        "model": ("model",),
+        "criterion": ("score",),
+        "corpus": ("calibration.corpus",),
+    }
     return groups.get(name, (PATHS.get(name, name),))
 
 
@@ -84,14 +96,21 @@ def varying(jobs: Sequence[JobResult], names: Sequence[str]) -> list[str]:
 
 
 def telling_apart(jobs: Sequence[JobResult], names: Sequence[str], average_over: str | None) -> list[str]:
-    """The factors to add to some, so that jobs that are equal in all of them are those that are averaged: as few as it takes."""
-    paths = [path for path in differing(jobs) if path.split(".")[0] not in RESULTLESS and path not in PATHS.values()]
+    """The factors to add to some, so that jobs that are equal in all of them are those that are averaged: as
+    few as it takes."""
+    paths = [
+        path
+        for path in differing(jobs)
+        if path.split(".")[0] not in RESULTLESS and path not in PATHS.values()
+    ]
     added: list[str] = []
     for candidate in [*varying(jobs, NAMES), *paths]:
         groups: dict[tuple[str, ...], list[JobResult]] = {}
         for job in jobs:
             groups.setdefault(tuple(str(factor(job, name)) for name in [*names, *added]), []).append(job)
-        is_averaged = average_over is not None and candidate.rpartition(".")[2] == average_over.rpartition(".")[2]
+        is_averaged = (
+            average_over is not None and candidate.rpartition(".")[2] == average_over.rpartition(".")[2]
+        )
         if not is_averaged and any(varying(members, [candidate]) for members in groups.values()):
             added.append(candidate)
     return added
@@ -122,7 +141,9 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested fields under dotted paths."""
     fields: dict[str, Any] = {}
     for name, value in config.items():
-        fields |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + str(name): value}
+        fields |= (
+            flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + str(name): value}
+        )
     return fields
 
 
@@ -157,7 +178,12 @@ def _method(job: JobResult) -> Any:
         return _method_from_overrides(job.overrides)
     pruning = config.get("pruning", {})
     repair = "" if not pruning.get("repair") else _repair_name(pruning["repair"])
-    return _method_text(str(factor(job, "criterion")), repair, str(pruning.get("rounds", 1)), str(pruning.get("scope", "global")))
+    return _method_text(
+        str(factor(job, "criterion")),
+        repair,
+        str(pruning.get("rounds", 1)),
+        str(pruning.get("scope", "global")),
+    )
 
 
 def _method_from_overrides(overrides: Sequence[str]) -> str:
@@ -167,7 +193,13 @@ def _method_from_overrides(overrides: Sequence[str]) -> str:
     if repair == "none":
         base, repair = f"{base} without repair" if found[0] else base, ""  # a recipe may have one
     scope = _chosen(overrides, "pruning.scope") or _chosen(overrides, "pruning") or "global"
-    return _method_text(base, f"{repair} repair" if repair else "", _chosen(overrides, "pruning.rounds") or "1", scope) if base else UNKNOWN
+    return (
+        _method_text(
+            base, f"{repair} repair" if repair else "", _chosen(overrides, "pruning.rounds") or "1", scope
+        )
+        if base
+        else UNKNOWN
+    )
 
 
 def _method_text(base: str, repair: str, rounds: str, scope: str) -> str:
@@ -177,8 +209,8 @@ def _method_text(base: str, repair: str, rounds: str, scope: str) -> str:
 
 
 def _repair_name(entry: Mapping[str, Any]) -> str:
-    """`JointRepair` is `joint repair`; `full repair` where it moves the rows of W_gate and W_up too, `stream repair` where it also brings
-    the residual stream back."""
+    """`JointRepair` is `joint repair`; `full repair` where it moves the rows of W_gate and W_up too, `stream
+    repair` where it also brings the residual stream back."""
     if entry.get("target") == "residual_stream":
         return "stream repair" if entry.get("refits", 0) > 0 else "joint stream repair"
     return "full repair" if entry.get("refits", 0) > 0 else option_name(entry["_target_"], " ")
@@ -198,5 +230,7 @@ def _from_overrides(overrides: Sequence[str], name: str) -> Any:
 
 def _chosen(overrides: Sequence[str], key: str) -> str | None:
     """What the last override of a key says."""
-    values = [override.partition("=")[2] for override in overrides if override.lstrip("+").partition("=")[0] == key]
+    values = [
+        override.partition("=")[2] for override in overrides if override.lstrip("+").partition("=")[0] == key
+    ]
     return values[-1].strip("'\"") if values else None

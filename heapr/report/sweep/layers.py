@@ -60,7 +60,9 @@ def _heat_map(figure: Figure, axis: Axes, layers: Sequence[LayerRemoval], *, is_
         shares_LE.append([100 * share for share in shares] + [float("nan")] * (widest - len(shares)))
     image = axis.imshow(shares_LE, cmap="Blues", vmin=0, vmax=100, aspect="auto", interpolation="nearest")
     step = max(1, -(-len(layers) // 12))
-    axis.set_yticks(range(0, len(layers), step), [str(layers[place].layer) for place in range(0, len(layers), step)])
+    axis.set_yticks(
+        range(0, len(layers), step), [str(layers[place].layer) for place in range(0, len(layers), step)]
+    )
     axis.set_ylabel("decoder layer")
     axis.set_xlabel("experts, most removed first" if is_sorted else "expert")
     axis.grid(visible=False)

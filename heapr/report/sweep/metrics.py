@@ -7,7 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from heapr.report.sweep.results import JobResult, finished, pruning_peak_memory_bytes, pruning_time_ratio, stage_cost
+from heapr.report.sweep.results import (
+    JobResult,
+    finished,
+    pruning_peak_memory_bytes,
+    pruning_time_ratio,
+    stage_cost,
+)
 
 LOWER, HIGHER = -1, 1
 ARROWS = {LOWER: "↓", HIGHER: "↑", 0: ""}
@@ -47,8 +53,18 @@ KINDS = {  # first part of a name: its quantity, which way is better, unit, deci
     "calibration_peak_memory_bytes": ("calibration peak memory", LOWER, "MiB", 1),
 }
 UNASKED = {"accuracy_norm"}
-PRUNING_COSTS = {"pruning_time_ratio": pruning_time_ratio, "pruning_peak_memory_bytes": pruning_peak_memory_bytes}
-COMPARED = {"perplexity", "accuracy", "accuracy_norm", "kl_to_dense", "top1_agreement"}  # of which pruning makes the dense model's worse
+PRUNING_COSTS = {
+    "pruning_time_ratio": pruning_time_ratio,
+    "pruning_peak_memory_bytes": pruning_peak_memory_bytes,
+}
+# Of which pruning makes the dense model's worse.
+COMPARED = {
+    "perplexity",
+    "accuracy",
+    "accuracy_norm",
+    "kl_to_dense",
+    "top1_agreement",
+}
 OF_THE_DENSE = {"kl_to_dense": 0.0, "top1_agreement": 1.0}  # by definition
 # Of a run or of both models together, so that the unpruned model has no such number of its own
 OF_A_PAIR = {
@@ -61,8 +77,9 @@ def value(job: JobResult, name: str, *, dense: bool = False) -> float | None:
     """A metric of the pruned or the dense model; none if it was not measured.
 
     Args:
-        name: as in summary.json; sizes as `size/<name>`, cost of a stage as `stages/<stage>/seconds` or `.../peak_memory_bytes`,
-            of all that made the plan as `pruning_time_ratio` and `pruning_peak_memory_bytes`.
+        name: as in summary.json; sizes as `size/<name>`, cost of a stage as `stages/<stage>/seconds` or
+            `.../peak_memory_bytes`, of all that made the plan as `pruning_time_ratio` and
+            `pruning_peak_memory_bytes`.
     """
     metrics = job.metrics
     if not metrics:
@@ -70,7 +87,11 @@ def value(job: JobResult, name: str, *, dense: bool = False) -> float | None:
     group, _, rest = name.partition("/")
     if dense:
         if group == "size":
-            return 0.0 if rest.endswith("removed_ratio") and rest in metrics["size"] else metrics["dense"].get(rest)
+            return (
+                0.0
+                if rest.endswith("removed_ratio") and rest in metrics["size"]
+                else metrics["dense"].get(rest)
+            )
         return metrics["dense"].get(name)
     if group == "size":
         return metrics["size"].get(rest)
@@ -90,7 +111,8 @@ def share_of_increase(job: JobResult, baseline: JobResult, name: str) -> float |
 
 
 def increase(job: JobResult, name: str) -> float | None:
-    """How much worse than the dense model the pruned one is: of an accuracy, how much it lost. None if one of them was not measured."""
+    """How much worse than the dense model the pruned one is: of an accuracy, how much it lost. None if one of
+    them was not measured."""
     pruned, dense = value(job, name), value(job, name, dense=True)
     dense = OF_THE_DENSE.get(name.partition("/")[0]) if dense is None else dense
     return None if pruned is None or dense is None else -better(name) * (pruned - dense)
@@ -103,15 +125,22 @@ def standard_error(job: JobResult, name: str, *, dense: bool = False) -> float |
 
 
 def known(jobs: Sequence[JobResult]) -> list[str]:
-    """What a table shows unless it is told otherwise, of what any job measured, in the order in which summaries hold it.
+    """What a table shows unless it is told otherwise, of what any job measured, in the order in which
+    summaries hold it.
 
     Left out: normalised accuracies, and the average of a single task. The CSV holds everything.
     """
     names: dict[str, None] = {}
     for job in finished(jobs):
         measured = [*job.metrics["pruned"], *job.metrics["comparison"]]
-        names |= dict.fromkeys(name for name in measured if name.partition("/")[0] in KINDS.keys() - UNASKED and better(name))
-        names |= {f"size/{name}": None for name in ("parameters_removed_ratio", "flops_removed_ratio") if name in job.metrics["size"]}
+        names |= dict.fromkeys(
+            name for name in measured if name.partition("/")[0] in KINDS.keys() - UNASKED and better(name)
+        )
+        names |= {
+            f"size/{name}": None
+            for name in ("parameters_removed_ratio", "flops_removed_ratio")
+            if name in job.metrics["size"]
+        }
     accuracies = [name for name in names if name.startswith("accuracy/")]
     return [name for name in names if name != "accuracy/average" or len(accuracies) > 2]
 
@@ -193,4 +222,8 @@ def _decimals(name: str, number: float) -> int:
     if group not in KINDS:
         return 1 if name.endswith("_ratio") else 0
     decimals = KINDS[group][3]
-    return max(0, decimals - max(0, len(str(int(abs(number)))) - 2)) if group in {"perplexity", "relative"} else decimals
+    return (
+        max(0, decimals - max(0, len(str(int(abs(number)))) - 2))
+        if group in {"perplexity", "relative"}
+        else decimals
+    )

@@ -59,7 +59,14 @@ class Picture:
 def page(layout: Layout, jobs: Sequence[JobResult], parts: Sequence[Table | Picture], folder: Path) -> str:
     """The whole page."""
     title = html.escape(layout.title)
-    sections = [_head(layout, jobs), *_parts(parts), _failures(jobs), _differences(jobs), _stages(jobs, folder), _common(jobs)]
+    sections = [
+        _head(layout, jobs),
+        *_parts(parts),
+        _failures(jobs),
+        _differences(jobs),
+        _stages(jobs, folder),
+        _common(jobs),
+    ]
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width">\n'
         f"<title>{title}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<h1>{title}</h1>\n{''.join(sections)}</body>\n</html>\n"
@@ -81,7 +88,10 @@ def inline_svg(text: str) -> str:
 
 def _head(layout: Layout, jobs: Sequence[JobResult]) -> str:
     done = len(finished(jobs))
-    parts = [f"{done} of {len(jobs)} jobs finished" + (f", {len(jobs) - done} failed" if done < len(jobs) else ""), layout.date]
+    parts = [
+        f"{done} of {len(jobs)} jobs finished" + (f", {len(jobs) - done} failed" if done < len(jobs) else ""),
+        layout.date,
+    ]
     line = f"<p class=dim>{html.escape(' · '.join(part for part in parts if part))}</p>\n"
     return line + (f"<pre>{html.escape(layout.command)}</pre>\n" if layout.command else "")
 
@@ -93,7 +103,10 @@ def _parts(parts: Sequence[Table | Picture]) -> list[str]:
         if isinstance(part, Table):
             texts.append(to_html(part))
             continue
-        before, after = parts[number - 1] if number else None, parts[number + 1] if number + 1 < len(parts) else None
+        before, after = (
+            parts[number - 1] if number else None,
+            parts[number + 1] if number + 1 < len(parts) else None,
+        )
         if not (isinstance(before, Picture) and before.entry is part.entry):
             texts.append(f"<h2>{html.escape(part.entry.title)}</h2>\n<div class=figures>\n")
         texts.append(_figure(part))
@@ -105,7 +118,9 @@ def _parts(parts: Sequence[Table | Picture]) -> list[str]:
 def _figure(picture: Picture) -> str:
     drawing = inline_svg(picture.files[0].read_text(encoding="utf-8")) if picture.files else ""
     links = " ".join(f'<a href="{quote(path.name)}">{path.suffix[1:].upper()}</a>' for path in picture.files)
-    caption = " ".join(part for part in (html.escape(picture.about), html.escape(picture.missing), links) if part)
+    caption = " ".join(
+        part for part in (html.escape(picture.about), html.escape(picture.missing), links) if part
+    )
     return f"<figure>\n{drawing}\n<figcaption>{caption}</figcaption>\n</figure>\n"
 
 
@@ -113,7 +128,11 @@ def _failures(jobs: Sequence[JobResult]) -> str:
     failed = [job for job in jobs if job.summary is None]
     if not failed:
         return ""
-    return "<h2>Failed jobs</h2>\n<ul class=failed>" + "".join(f"<li>{html.escape(failure(job))}</li>" for job in failed) + "</ul>\n"
+    return (
+        "<h2>Failed jobs</h2>\n<ul class=failed>"
+        + "".join(f"<li>{html.escape(failure(job))}</li>" for job in failed)
+        + "</ul>\n"
+    )
 
 
 def _differences(jobs: Sequence[JobResult]) -> str:
@@ -134,12 +153,16 @@ def _stages(jobs: Sequence[JobResult], folder: Path) -> str:
     texts = ["<h2>Jobs and their artifacts</h2>\n"]
     for job in jobs:
         label = f"Job {job.number}"
-        label = label if job.folder is None else f'<a class=local href="{_link(job.folder, folder)}">{label}</a>'
+        label = (
+            label if job.folder is None else f'<a class=local href="{_link(job.folder, folder)}">{label}</a>'
+        )
         name = html.escape(" ".join(job.overrides))
         if job.summary is None:
             texts.append(f"<p>{label}: <code>{name}</code> <span class=failed>failed</span></p>\n")
             continue
-        rows = "".join(_stage_row(stage, _link(artifact_folder(job, stage), folder)) for stage in job.summary["stages"])
+        rows = "".join(
+            _stage_row(stage, _link(artifact_folder(job, stage), folder)) for stage in job.summary["stages"]
+        )
         head = "<thead><tr><th>stage</th><th>artifact</th><th>seconds</th></tr></thead>"
         texts.append(
             f"<details><summary>{label}: <code>{name}</code></summary>\n"
@@ -160,7 +183,11 @@ def _common(jobs: Sequence[JobResult]) -> str:
     if not configs:
         return ""
     apart = set(differing(jobs))
-    rows = [f"<tr><td>{html.escape(path)}</td><td>{html.escape(str(v))}</td></tr>" for path, v in configs[0].items() if path not in apart]
+    rows = [
+        f"<tr><td>{html.escape(path)}</td><td>{html.escape(str(v))}</td></tr>"
+        for path, v in configs[0].items()
+        if path not in apart
+    ]
     table = f"<table class=plain><tbody>{''.join(rows)}</tbody></table>"
     return f"<h2>Configuration</h2>\n<details><summary>What all jobs have in common</summary>\n{table}</details>\n"
 

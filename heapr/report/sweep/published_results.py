@@ -36,8 +36,18 @@ METRICS = {
     "flops_reduction_percent": "size/flops_removed_ratio",
 }
 AVERAGES = ("accuracy/average", "accuracy_norm/average")
-AVERAGED = {"openbookqa", "arc_easy", "winogrande", "hellaswag", "arc_challenge", "piqa", "mathqa"}  # by avg7_acc and avg7_acc_norm
-# A method's own newest release first; then the sources that the paper took its baselines from. What is known of their protocols:
+# By avg7_acc and avg7_acc_norm.
+AVERAGED = {
+    "openbookqa",
+    "arc_easy",
+    "winogrande",
+    "hellaswag",
+    "arc_challenge",
+    "piqa",
+    "mathqa",
+}
+# A method's own newest release first; then the sources that the paper took its baselines from. What is known
+# of their protocols:
 SOURCES = {
     "HEAPr README, 2026-02-20": "128 calibration sequences of 2048 tokens, perplexity over windows of 2048",
     "HEAPr README, 2025-10-13": "128 calibration sequences of 2048 tokens, perplexity over windows of 2048",
@@ -77,9 +87,15 @@ def read_published(folder: Path | None) -> list[Number]:
         return []
     path = folder / RESULTS
     if not path.is_file():
-        raise ConfigError(f"no published numbers in '{folder}': {RESULTS} is missing; give the folder that holds it")
+        raise ConfigError(
+            f"no published numbers in '{folder}': {RESULTS} is missing; give the folder that holds it"
+        )
     with path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["method"] in METHODS and _metric(row["metric"]) is not None]
+        rows = [
+            row
+            for row in csv.DictReader(file)
+            if row["method"] in METHODS and _metric(row["metric"]) is not None
+        ]
     return sorted((_number(row) for row in rows), key=lambda number: _rank(number.source))
 
 
@@ -93,7 +109,11 @@ def find(numbers: Sequence[Number], job: JobResult, metric: str, *, dense: bool 
     method = DENSE if dense else (factor(job, "criterion"), factor(job, "scope"))
     ratio = 0.0 if dense else factor(job, "ratio")
     names = {_plain(name) for name in model_names(job)}
-    fitting = (n for n in numbers if n.metric == metric and n.method == method and _plain(n.model) in names and _same(n.ratio, ratio))
+    fitting = (
+        n
+        for n in numbers
+        if n.metric == metric and n.method == method and _plain(n.model) in names and _same(n.ratio, ratio)
+    )
     return next(fitting, None)
 
 
@@ -114,7 +134,14 @@ def _number(row: dict[str, str]) -> Number:
     metric = _metric(row["metric"])
     assert metric is not None, "filtered before"
     share = 1.0 if metric.startswith("perplexity/") else 0.01
-    return Number(row["model"], float(row["ratio"]), METHODS[row["method"]], metric, float(row["value"]) * share, row["source"])
+    return Number(
+        row["model"],
+        float(row["ratio"]),
+        METHODS[row["method"]],
+        metric,
+        float(row["value"]) * share,
+        row["source"],
+    )
 
 
 def _metric(published: str) -> str | None:
@@ -126,16 +153,25 @@ def _metric(published: str) -> str | None:
 
 def protocol_note(source: str) -> str:
     """Where a number was printed, and what is known of how it was measured."""
-    known = next((protocol for beginning, protocol in SOURCES.items() if source.startswith(beginning)), "protocol not known")
+    known = next(
+        (protocol for beginning, protocol in SOURCES.items() if source.startswith(beginning)),
+        "protocol not known",
+    )
     return f"Published in {source}: {known}."
 
 
 def _rank(source: str) -> int:
-    return next((rank for rank, beginning in enumerate(SOURCES) if source.startswith(beginning)), len(SOURCES))
+    return next(
+        (rank for rank, beginning in enumerate(SOURCES) if source.startswith(beginning)), len(SOURCES)
+    )
 
 
 def _averages_the_same(job: JobResult) -> bool:
-    tasks = {name.removeprefix("accuracy/") for name in job.metrics.get("pruned", {}) if name.startswith("accuracy/")}
+    tasks = {
+        name.removeprefix("accuracy/")
+        for name in job.metrics.get("pruned", {})
+        if name.startswith("accuracy/")
+    }
     return tasks - {"average"} == AVERAGED
 
 

@@ -1,6 +1,8 @@
-"""How much of a baseline's damage is left: a metric's increase over the dense model's, as a share of the baseline's increase.
+"""How much of a baseline's damage is left: a metric's increase over the dense model's, as a share of the
+baseline's increase.
 
-In: an entry of the layout and the jobs of a sweep. Out: a table, drawings, and the jobs with shares among their numbers.
+In: an entry of the layout and the jobs of a sweep. Out: a table, drawings, and the jobs with shares among
+their numbers.
 """
 
 from __future__ import annotations
@@ -25,7 +27,13 @@ from heapr.report.sweep.table import NOT_MEASURED, Remarks, Table, build_table
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-TICKS = (0.0, 0.5, 1.0, *(digit * 10.0**power for power in range(6) for digit in (2, 5, 10)))  # where zero and large numbers share an axis
+# Where zero and large numbers share an axis.
+TICKS = (
+    0.0,
+    0.5,
+    1.0,
+    *(digit * 10.0**power for power in range(6) for digit in (2, 5, 10)),
+)
 WITHOUT_INFLUENCE = {"pruning.save_checkpoint", "calibration.batch_size"}
 
 
@@ -37,7 +45,8 @@ def relative_table(entry: Entry, jobs: Sequence[JobResult], published: Sequence[
 
 
 def relative_curve(entry: Entry, jobs: Sequence[JobResult], published: Sequence[Number]) -> list[Drawing]:
-    """Shares against the ratio, a panel per metric, one figure per model; the baseline itself is the line at 1."""
+    """Shares against the ratio, a panel per metric, one figure per model; the baseline itself is the line at
+    1."""
     shared, remarks = with_shares(entry, jobs)
     columns = [share_name(name) for name in entry.metrics]
     chosen = selected(shared, entry.where)
@@ -46,28 +55,46 @@ def relative_curve(entry: Entry, jobs: Sequence[JobResult], published: Sequence[
     for model, of_model in by_model([job for job in chosen if job.number not in baselines]):
         figure, axes = panels(len(entry.metrics), height=1.75, sharex=True)
         all_series = list(enumerate(series_of(of_model, entry, x="ratio")))
-        all_series.sort(key=lambda found: _height(found[1], columns[0]), reverse=True)  # as the legend lists them
+        # As the legend lists them.
+        all_series.sort(key=lambda found: _height(found[1], columns[0]), reverse=True)
         for axis, name, column in zip(axes, entry.metrics, columns, strict=True):
             for number, series in all_series:
                 _line(axis, series, column, number)
             _finish(axis, name, entry.baseline)
         ratio_axis(axes[-1], of_model)
         legend_above(figure, axes)
-        without = [str(job.number) for job in of_model if any((job.number, column) in remarks for column in columns)]
-        missing = [f"Not drawn, for want of a baseline or of a number: jobs {', '.join(without)}."] if without else []
-        missing += filter(None, [explanation([point for _, series in all_series for point in series.points], columns, mark="Hollow")])
+        without = [
+            str(job.number) for job in of_model if any((job.number, column) in remarks for column in columns)
+        ]
+        missing = (
+            [f"Not drawn, for want of a baseline or of a number: jobs {', '.join(without)}."]
+            if without
+            else []
+        )
+        missing += filter(
+            None,
+            [
+                explanation(
+                    [point for _, series in all_series for point in series.points], columns, mark="Hollow"
+                )
+            ],
+        )
         drawings.append(Drawing(figure, model, " ".join(missing)))
     return drawings
 
 
 def share_name(metric: str) -> str:
-    """The name that a metric's share has in `with_shares`; of what is no comparison with the dense model, its own."""
+    """The name that a metric's share has in `with_shares`; of what is no comparison with the dense model, its
+    own."""
     return f"{SHARE}/{metric}" if metric.partition("/")[0] in metrics.COMPARED else metric
 
 
-def with_shares(entry: Entry, jobs: Sequence[JobResult], prefix: str = SHARE) -> tuple[list[JobResult], Remarks]:
-    """All jobs, those that have a baseline with shares of the entry's metrics in their comparison, and beside each the baseline's
-    increase and its standard error; and why a share is missing, by the job's number and the share's name.
+def with_shares(
+    entry: Entry, jobs: Sequence[JobResult], prefix: str = SHARE
+) -> tuple[list[JobResult], Remarks]:
+    """All jobs, those that have a baseline with shares of the entry's metrics in their comparison, and beside
+    each the baseline's increase and its standard error; and why a share is missing, by the job's number and
+    the share's name.
 
     Raises:
         ConfigError: a job has two baselines, which differ.
@@ -85,12 +112,16 @@ def with_shares(entry: Entry, jobs: Sequence[JobResult], prefix: str = SHARE) ->
                 continue
             share = None if baseline is None else metrics.share_of_increase(job, baseline, name)
             if share is None:
-                remarks[job.number, share_name(name)] = _reason(job, baseline, name, _described(entry.baseline))
+                remarks[job.number, share_name(name)] = _reason(
+                    job, baseline, name, _described(entry.baseline)
+                )
             else:
                 numbers[name] = share
             numbers |= {} if baseline is None else evidence(baseline, name)
         if numbers:
-            found[place] = _with_comparison(job, {f"{prefix}/{name}": number for name, number in numbers.items()})
+            found[place] = _with_comparison(
+                job, {f"{prefix}/{name}": number for name, number in numbers.items()}
+            )
     return found, remarks
 
 
@@ -117,13 +148,23 @@ def for_csv(entries: Sequence[Entry], jobs: Sequence[JobResult]) -> list[JobResu
 def _conditions(job: JobResult, baseline: Mapping[str, Any]) -> str:
     """All of a job's configuration that changes its result and that the baseline does not name."""
     named = tuple(path for name in baseline for path in paths_of(name))
-    return json.dumps({path: value for path, value in _settings(job).items() if not any(_is_in(path, name) for name in named)})
+    return json.dumps(
+        {
+            path: value
+            for path, value in _settings(job).items()
+            if not any(_is_in(path, name) for name in named)
+        }
+    )
 
 
 def _settings(job: JobResult) -> dict[str, Any]:
     """Of the configuration, what changes a result."""
     fields = flat(job.config)
-    return {path: fields[path] for path in sorted(fields) if path.partition(".")[0] not in RESULTLESS and path not in WITHOUT_INFLUENCE}
+    return {
+        path: fields[path]
+        for path in sorted(fields)
+        if path.partition(".")[0] not in RESULTLESS and path not in WITHOUT_INFLUENCE
+    }
 
 
 def _is_in(path: str, name: str) -> bool:
@@ -135,8 +176,8 @@ def _check_same(first: JobResult, second: JobResult, baseline: Mapping[str, Any]
     for path in dict.fromkeys([*settings[0], *settings[1]]):
         if settings[0].get(path) != settings[1].get(path):
             raise ConfigError(
-                f"jobs {first.number} and {second.number} could both be the baseline ({_described(baseline)}), but differ in {path}; "
-                "add it to the baseline"
+                f"jobs {first.number} and {second.number} could both be the baseline"
+                f" ({_described(baseline)}), but differ in {path}; add it to the baseline"
             )
 
 
@@ -161,7 +202,9 @@ def _line(axis: Axes, series: Series, metric: str, number: int) -> None:
     means = [mean for _, mean, _ in found]
     how = look(number)
     axis.errorbar(xs, means, yerr=errors if any(errors) else None, capsize=2, label=series.label, **how)
-    doubtful = [place for place, (point, _, _) in enumerate(found) if is_doubtful(series.points[point], metric)]
+    doubtful = [
+        place for place, (point, _, _) in enumerate(found) if is_doubtful(series.points[point], metric)
+    ]
     if doubtful:
         hollow = {**how, "linestyle": "none", "markerfacecolor": "white"}
         axis.plot([xs[place] for place in doubtful], [means[place] for place in doubtful], zorder=3, **hollow)

@@ -59,7 +59,8 @@ def to_markdown(table: Table) -> str:
 
 
 def to_tex(table: Table) -> str:
-    """A LaTeX table that needs the packages booktabs and graphicx. A wide one spans both columns, and shrinks to the page if it must."""
+    """A LaTeX table that needs the packages booktabs and graphicx. A wide one spans both columns, and shrinks
+    to the page if it must."""
 
     def cell(value: Cell) -> str:
         text = escape_tex(value.text)
@@ -70,7 +71,10 @@ def to_tex(table: Table) -> str:
     environment = "table*" if len(table.columns) > TEX_COLUMNS else "table"
     lines = [f"\\begin{{{environment}}}", r"\centering", r"\small", r"\setlength{\tabcolsep}{3pt}"]
     lines += [f"\\caption{{{escape_tex(table.title)}}}", r"\medskip", TEX_FIT]
-    lines += [f"\\begin{{tabular}}{{{'l' * num_labels}{'r' * (len(table.columns) - num_labels)}}}", r"\toprule"]
+    lines += [
+        f"\\begin{{tabular}}{{{'l' * num_labels}{'r' * (len(table.columns) - num_labels)}}}",
+        r"\toprule",
+    ]
     lines += [_ampersands([_tex_header(name) for name in table.columns]), r"\midrule"]
     for number, row in enumerate(table.rows):
         if row.starts_group and number > 0:
@@ -96,17 +100,23 @@ def to_html(table: Table) -> str:
 
     num_labels = len(table.rows[0].labels) if table.rows else 0
     kinds = [" class=label" if number < num_labels else "" for number in range(len(table.columns))]
-    head = "".join(f"<th{kind}>{html.escape(name)}</th>" for kind, name in zip(kinds, table.columns, strict=True))
-    notes = "".join(f"<p><sup>{number}</sup> {html.escape(note)}</p>" for number, note in enumerate(table.notes, start=1))
+    head = "".join(
+        f"<th{kind}>{html.escape(name)}</th>" for kind, name in zip(kinds, table.columns, strict=True)
+    )
+    notes = "".join(
+        f"<p><sup>{number}</sup> {html.escape(note)}</p>" for number, note in enumerate(table.notes, start=1)
+    )
     body = "\n".join(line(row) for row in table.rows)
     return (
-        f"<h2>{html.escape(table.title)}</h2>\n<div class=scroll><table class=results>\n<thead><tr>{head}</tr></thead>\n"
-        f"<tbody>\n{body}\n</tbody></table></div>\n<div class=notes><p>{html.escape(table.caption)}</p>{notes}</div>\n"
+        f"<h2>{html.escape(table.title)}</h2>\n<div class=scroll><table"
+        f" class=results>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>\n<div"
+        f" class=notes><p>{html.escape(table.caption)}</p>{notes}</div>\n"
     )
 
 
 def to_csv(jobs: Sequence[JobResult], published: Sequence[Number]) -> str:
-    """One line per job: what identifies it, why it failed if it did, and all metrics as they were measured, unrounded.
+    """One line per job: what identifies it, why it failed if it did, and all metrics as they were measured,
+    unrounded.
 
     Published numbers follow under `published/<metric>` and `published_dense/<metric>`, in the same units.
     """
@@ -121,7 +131,8 @@ def to_csv(jobs: Sequence[JobResult], published: Sequence[Number]) -> str:
 
 
 def escape_tex(text: str) -> str:
-    """Text as LaTeX prints it; letters that a plain document lacks lose their accents or become question marks."""
+    """Text as LaTeX prints it; letters that a plain document lacks lose their accents or become question
+    marks."""
 
     def letter(character: str) -> str:
         if character in TEX_LETTERS or character.isascii():
@@ -132,9 +143,15 @@ def escape_tex(text: str) -> str:
 
 
 def _csv_row(job: JobResult, published: Sequence[Number]) -> dict[str, object]:
-    row: dict[str, object] = {"job": job.number, "status": "failed" if job.summary is None else "finished", "error": job.error or ""}
+    row: dict[str, object] = {
+        "job": job.number,
+        "status": "failed" if job.summary is None else "finished",
+        "error": job.error or "",
+    }
     row |= {"overrides": " ".join(job.overrides)} | {name: factor(job, name) for name in (*NAMES, METHOD)}
-    row |= {f"{group}/{name}": number for group, found in job.metrics.items() for name, number in found.items()}
+    row |= {
+        f"{group}/{name}": number for group, found in job.metrics.items() for name, number in found.items()
+    }
     row |= {f"cost/{name}": found for name, cost in PRUNING_COSTS.items() if (found := cost(job)) is not None}
     for name in [*job.metrics.get("pruned", {}), *(f"size/{size}" for size in job.metrics.get("size", {}))]:
         for column, dense in (("published", False), ("published_dense", True)):

@@ -41,12 +41,15 @@ TABLES: Mapping[str, Callable[[Entry, Sequence[JobResult], Sequence[Number]], Ta
 TEX_HEAD = "% Needs \\usepackage{booktabs,graphicx}; include with \\input.\n"
 
 
-def write_report(jobs: Sequence[JobResult], layout: Mapping[str, Any], folder: Path, published: Path | None) -> list[Path]:
+def write_report(
+    jobs: Sequence[JobResult], layout: Mapping[str, Any], folder: Path, published: Path | None
+) -> list[Path]:
     """Write all files of a report.
 
     Args:
         jobs: of the sweep, failed ones included: they become gaps.
-        layout: the `report` section of an experiment, see `heapr.report.sweep.report_layout`; empty for the default.
+        layout: the `report` section of an experiment, see `heapr.report.sweep.report_layout`; empty for the
+            default.
         folder: gets the files.
         published: folder of results.csv; none if there is nothing to stand beside.
 
@@ -63,7 +66,9 @@ def write_report(jobs: Sequence[JobResult], layout: Mapping[str, Any], folder: P
     folder.mkdir(parents=True, exist_ok=True)
     entries = checked.entries or default_entries(jobs)
     tables = [TABLES[entry.kind](entry, jobs, numbers) for entry in entries if entry.kind in TABLES]
-    alone = [replace(table, title=checked.title) if table.title == TITLES["table"] else table for table in tables]
+    alone = [
+        replace(table, title=checked.title) if table.title == TITLES["table"] else table for table in tables
+    ]
     files = [
         _write(folder / "table.md", "\n".join(map(to_markdown, alone))),
         _write(folder / "table.csv", to_csv(for_csv(entries, jobs), numbers)),
@@ -83,8 +88,8 @@ def check_protocols(jobs: Sequence[JobResult]) -> None:
     """Refuse what cannot stand in one table.
 
     Raises:
-        ConfigError: results of one model were measured in different ways, or those of different models in ways that differ in
-            more than what their tokenizers decide.
+        ConfigError: results of one model were measured in different ways, or those of different models in
+            ways that differ in more than what their tokenizers decide.
     """
     done = finished(jobs)
     summaries = {f"job {job.number}": job.summary for job in done if job.summary is not None}
@@ -93,20 +98,35 @@ def check_protocols(jobs: Sequence[JobResult]) -> None:
         members = [f"job {job.number}" for job in done if factor(job, "model") == model]
         differences += compare_summaries({name: summaries[name] for name in members})
     if differences:
-        raise ConfigError(f"these results cannot stand in one table: {differences[0]}; report them in sweeps of their own")
+        raise ConfigError(
+            f"these results cannot stand in one table: {differences[0]}; report them in sweeps of their own"
+        )
 
 
-def _pictures(entry: Entry, jobs: Sequence[JobResult], numbers: Sequence[Number], folder: Path, used: dict[str, int]) -> list[Picture]:
-    """The figures of an entry, numbered from the second of a kind on; an empty one says that there is nothing to draw."""
+def _pictures(
+    entry: Entry, jobs: Sequence[JobResult], numbers: Sequence[Number], folder: Path, used: dict[str, int]
+) -> list[Picture]:
+    """The figures of an entry, numbered from the second of a kind on; an empty one says that there is nothing
+    to draw."""
     chosen = selected(jobs, entry.where)
     pictures = []
     with style():
-        for drawing in FIGURES[entry.kind](entry, jobs if entry.baseline else chosen, numbers):  # baselines may be others
+        # Baselines may be others.
+        for drawing in FIGURES[entry.kind](entry, jobs if entry.baseline else chosen, numbers):
             used[entry.kind] = used.get(entry.kind, 0) + 1
             stem = entry.kind if used[entry.kind] == 1 else f"{entry.kind}_{used[entry.kind]}"
             files = write_figure(drawing.figure, folder / stem)
-            pictures.append(Picture(entry, drawing.about, tuple(files), " ".join(filter(None, (_missing(chosen), drawing.missing)))))
-    return pictures or [Picture(entry, "", (), "Nothing to draw: no job of it left the numbers. " + _missing(chosen))]
+            pictures.append(
+                Picture(
+                    entry,
+                    drawing.about,
+                    tuple(files),
+                    " ".join(filter(None, (_missing(chosen), drawing.missing))),
+                )
+            )
+    return pictures or [
+        Picture(entry, "", (), "Nothing to draw: no job of it left the numbers. " + _missing(chosen))
+    ]
 
 
 def _missing(jobs: Sequence[JobResult]) -> str:
@@ -114,12 +134,18 @@ def _missing(jobs: Sequence[JobResult]) -> str:
     return f"Not drawn, because they failed: jobs {', '.join(missing)}." if missing else ""
 
 
-def _in_order(entries: Sequence[Entry], tables: Sequence[Table], pictures: Sequence[Picture]) -> list[Table | Picture]:
+def _in_order(
+    entries: Sequence[Entry], tables: Sequence[Table], pictures: Sequence[Picture]
+) -> list[Table | Picture]:
     """Tables and pictures as the layout orders them."""
     waiting = list(tables)
     ordered: list[Table | Picture] = []
     for entry in entries:
-        ordered += [waiting.pop(0)] if entry.kind in TABLES else [picture for picture in pictures if picture.entry is entry]
+        ordered += (
+            [waiting.pop(0)]
+            if entry.kind in TABLES
+            else [picture for picture in pictures if picture.entry is entry]
+        )
     return ordered
 
 

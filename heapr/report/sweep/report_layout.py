@@ -1,23 +1,27 @@
 """What a report shows: the `report` section of an experiment.
 
-In: a list of entries, or a mapping with the keys of `Layout` and the list under `entries`. Out: a checked `Layout`.
+In: a list of entries, or a mapping with the keys of `Layout` and the list under `entries`. Out: a checked
+`Layout`.
 
-    - {kind: table, title: ..., rows: [model, ratio, criterion], metrics: [perplexity/wikitext2], average_over: seed}
-    - {kind: ratio_curve, metrics: [perplexity/wikitext2], series: [criterion, scope]}
+    - {kind: table, title: ..., rows: [model, ratio, criterion], metrics: [perplexity/wikitext2],
+    average_over: seed} - {kind: ratio_curve, metrics: [perplexity/wikitext2], series: [criterion, scope]}
     - {kind: calibration_curve, metrics: [...], x: num_samples, series: [...], average_over: seed}
     - {kind: bars, metrics: [...], x: criterion, series: [ratio]}
     - {kind: layer_heatmap, order: sorted}
     - {kind: consistency, series: [criterion]}
-    - {kind: relative_table, rows: [model, ratio, method], metrics: [perplexity/wikitext2, pruning_time_ratio],
+    - {kind: relative_table, rows: [model, ratio, method], metrics: [perplexity/wikitext2,
+    pruning_time_ratio],
        baseline: {method: heapr}, average_over: seed}
-    - {kind: relative_curve, metrics: [perplexity/wikitext2], series: [method], baseline: {method: heapr}, average_over: seed}
+    - {kind: relative_curve, metrics: [perplexity/wikitext2], series: [method], baseline: {method: heapr},
+    average_over: seed}
 
 Every entry may have a `title` and a `where`: values of factors (or lists of them) that its jobs must have.
 
-The relative kinds show a metric's increase over the dense model's as a share of the increase of the baseline: of the job that has
-the values of factors named there and is equal to the row's in everything else. It is looked for among all jobs, whatever `where`
-says. Shares are formed first and averaged then; metrics that have no dense model's (costs, sizes) are shown as they are. A share is
-marked where the baseline's increase is below three of its standard errors (heapr.report.sweep.doubt): list kl_to_dense beside perplexity.
+The relative kinds show a metric's increase over the dense model's as a share of the increase of the baseline:
+of the job that has the values of factors named there and is equal to the row's in everything else. It is
+looked for among all jobs, whatever `where` says. Shares are formed first and averaged then; metrics that have
+no dense model's (costs, sizes) are shown as they are. A share is marked where the baseline's increase is
+below three of its standard errors (heapr.report.sweep.doubt): list kl_to_dense beside perplexity.
 """
 
 from __future__ import annotations
@@ -110,8 +114,13 @@ def read_layout(section: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None)
     """
     given: Mapping[str, Any] = section if isinstance(section, Mapping) else {"entries": section or []}
     _check_keys(given, [attribute.name for attribute in fields(Layout)], "report")
-    entries = tuple(_entry(entry, f"report.{number}") for number, entry in enumerate(given.get("entries") or []))
-    return Layout(**{name: str(value) for name, value in given.items() if name != "entries" and value is not None}, entries=entries)
+    entries = tuple(
+        _entry(entry, f"report.{number}") for number, entry in enumerate(given.get("entries") or [])
+    )
+    return Layout(
+        **{name: str(value) for name, value in given.items() if name != "entries" and value is not None},
+        entries=entries,
+    )
 
 
 def default_entries(jobs: Sequence[JobResult]) -> tuple[Entry, ...]:
@@ -120,8 +129,13 @@ def default_entries(jobs: Sequence[JobResult]) -> tuple[Entry, ...]:
     table = Entry(kind="table", title=TITLES["table"], metrics=tuple(names))
     if not varying(jobs, ["ratio"]) or not names:
         return (table,)
-    quality = [name for name in names if name.startswith("perplexity/")][:1] + [name for name in names if name == "accuracy/average"]
-    return (table, Entry(kind="ratio_curve", title=TITLES["ratio_curve"], metrics=tuple(quality or names[:1])))
+    quality = [name for name in names if name.startswith("perplexity/")][:1] + [
+        name for name in names if name == "accuracy/average"
+    ]
+    return (
+        table,
+        Entry(kind="ratio_curve", title=TITLES["ratio_curve"], metrics=tuple(quality or names[:1])),
+    )
 
 
 def _entry(given: Mapping[str, Any], place: str) -> Entry:
@@ -146,18 +160,34 @@ def _entry(given: Mapping[str, Any], place: str) -> Entry:
 
 
 def _check_values(entry: Entry, place: str) -> None:
-    used = {"rows": entry.rows, "series": entry.series, "where": tuple(entry.where), "baseline": tuple(entry.baseline)}
-    used |= {"x": (entry.x,) if entry.x else (), "average_over": (entry.average_over,) if entry.average_over else ()}
+    used = {
+        "rows": entry.rows,
+        "series": entry.series,
+        "where": tuple(entry.where),
+        "baseline": tuple(entry.baseline),
+    }
+    used |= {
+        "x": (entry.x,) if entry.x else (),
+        "average_over": (entry.average_over,) if entry.average_over else (),
+    }
     for key, names in used.items():
         for name in names:
             if not is_factor(name):
-                raise ConfigError(f"{place}.{key}: {_unknown(name, (*NAMES, METHOD))}, or a field of the configuration by its dotted path")
+                raise ConfigError(
+                    f"{place}.{key}: {_unknown(name, (*NAMES, METHOD))}, or a field of the configuration by"
+                    " its dotted path"
+                )
     if entry.order not in ORDERS:
         raise ConfigError(f"{place}.order={entry.order!r} is unknown; choose one of {', '.join(ORDERS)}")
     if not entry.metrics and entry.kind in {"ratio_curve", "calibration_curve", "bars", *RELATIVE_KINDS}:
-        raise ConfigError(f"{place} ({entry.kind}) has no metrics; give them, for example metrics: [perplexity/wikitext2]")
+        raise ConfigError(
+            f"{place} ({entry.kind}) has no metrics; give them, for example metrics: [perplexity/wikitext2]"
+        )
     if not entry.baseline and entry.kind in RELATIVE_KINDS:
-        raise ConfigError(f"{place} ({entry.kind}) has no baseline; give the factors it has, for example baseline: {{method: heapr}}")
+        raise ConfigError(
+            f"{place} ({entry.kind}) has no baseline; give the factors it has, for example baseline:"
+            " {method: heapr}"
+        )
 
 
 def _check_keys(given: Mapping[str, Any], known: Sequence[str], place: str) -> None:

@@ -1,4 +1,5 @@
-"""What a report is made from: the jobs of a sweep, those that failed too, and what the artifacts behind them hold.
+"""What a report is made from: the jobs of a sweep, those that failed too, and what the artifacts behind them
+hold.
 
 In: jobs. Out: numbers and details of their artifacts.
 Shape letters: E experts of a layer, F atomic experts of one.
@@ -43,7 +44,11 @@ class JobResult:
         if self.summary is not None:
             return dict(self.summary["config"])
         path = None if self.folder is None else self.folder / CONFIG
-        return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path is not None and path.is_file() else {}
+        return (
+            (yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+            if path is not None and path.is_file()
+            else {}
+        )
 
     @property
     def metrics(self) -> Mapping[str, Mapping[str, float]]:
@@ -71,7 +76,8 @@ def stage_entries(job: JobResult, stage: str) -> list[Mapping[str, Any]]:
 
 
 def stage_folder(job: JobResult, stage: str) -> Path | None:
-    """Where the artifact of a stage, or of an evaluation by its name, lies; none if it is not there (any more)."""
+    """Where the artifact of a stage, or of an evaluation by its name, lies; none if it is not there (any
+    more)."""
     folders = [artifact_folder(job, entry) for entry in stage_entries(job, stage)]
     return next((folder for folder in folders if folder.is_dir()), None)
 
@@ -97,14 +103,21 @@ def removed_by_layer(job: JobResult) -> list[LayerRemoval] | None:
     routing = details(job, "routing")
     if routing is not None:
         return [
-            LayerRemoval(layer["layer"], 1 - layer["layer_kept_ratio"], tuple(1 - ratio for ratio in layer["kept_ratio"]))
+            LayerRemoval(
+                layer["layer"],
+                1 - layer["layer_kept_ratio"],
+                tuple(1 - ratio for ratio in layer["kept_ratio"]),
+            )
             for layer in routing["layers"]
         ]
     folder = stage_folder(job, "prune")
     plan = None if folder is None else read_kept(folder)
     if plan is None:
         return None
-    return [LayerRemoval(i, float(1 - plan[i].mean()), tuple((1 - plan[i].mean(axis=1)).tolist())) for i in sorted(plan)]
+    return [
+        LayerRemoval(i, float(1 - plan[i].mean()), tuple((1 - plan[i].mean(axis=1)).tolist()))
+        for i in sorted(plan)
+    ]
 
 
 def stage_cost(job: JobResult, stage: str, quantity: str) -> float | None:
@@ -117,7 +130,8 @@ def stage_cost(job: JobResult, stage: str, quantity: str) -> float | None:
 
 
 def pruning_time_ratio(job: JobResult) -> float | None:
-    """Seconds of everything that made the plan (all rounds' calibrations, scores, plans and repairs), in units of the first calibration's.
+    """Seconds of everything that made the plan (all rounds' calibrations, scores, plans and repairs), in
+    units of the first calibration's.
 
     Of making them, whether or not this job found them made. None if that of any is not known.
     """
@@ -133,7 +147,12 @@ def pruning_peak_memory_bytes(job: JobResult) -> float | None:
 
 def _pruning_costs(job: JobResult, quantity: str) -> list[float]:
     """Of everything that made the plan and repaired the weights; none if one is not known."""
-    entries = [entry for stage in PRUNING_STAGES for entry in stage_entries(job, stage) if entry.get("part") != CHECKPOINT_PART]
+    entries = [
+        entry
+        for stage in PRUNING_STAGES
+        for entry in stage_entries(job, stage)
+        if entry.get("part") != CHECKPOINT_PART
+    ]
     costs = [_cost(job, entry, quantity) for entry in entries]
     known = [cost for cost in costs if cost is not None]
     return known if len(known) == len(costs) else []

@@ -1,4 +1,5 @@
-"""How figures look, and how they are written: readable at a column's width, colour-blind safe, the same bytes every time.
+"""How figures look, and how they are written: readable at a column's width, colour-blind safe, the same bytes
+every time.
 
 In: a drawn figure. Out: a PNG and an SVG. matplotlib is imported where it is needed: it takes a second.
 """
@@ -22,7 +23,8 @@ LEGEND_HANDLE, LEGEND_LETTER = 0.39, 0.058
 DPI = 200
 UNPRUNED, PUBLISHED = "unpruned", ", published"
 HOLLOW = "hollow: baseline's increase < 3 std. errors"  # such a share means nothing
-# Okabe and Ito's palette without yellow, which white paper swallows, and black, which is the unpruned model's.
+# Okabe and Ito's palette without yellow, which white paper swallows, and black, which is the unpruned
+# model's.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5F5F5F")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", ":")
@@ -83,7 +85,8 @@ def panels(number: int, *, height: float, sharex: bool = False) -> tuple[Figure,
 
 
 def look(number: int) -> dict[str, Any]:
-    """Colour, marker and line of the series of a number; after the seventh, colours return with another line and marker."""
+    """Colour, marker and line of the series of a number; after the seventh, colours return with another line
+    and marker."""
     turn = number // len(COLOURS)
     return {
         "color": COLOURS[number % len(COLOURS)],
@@ -93,21 +96,33 @@ def look(number: int) -> dict[str, Any]:
 
 
 def legend_above(figure: Figure, axes: Sequence[Axes], title: str = "") -> None:
-    """One legend for all panels, above them, every label once; its title, if there is one, is the figure's."""
+    """One legend for all panels, above them, every label once; its title, if there is one, is the
+    figure's."""
     found: dict[str, Any] = {}
     for panel in axes:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
     labels = sorted(found, key=lambda label: (label == HOLLOW, label == UNPRUNED, label.endswith(PUBLISHED)))
     if found:
-        columns = next(columns for columns in range(len(labels), 0, -1) if columns == 1 or _legend_width(labels, columns) <= WIDTH)
+        columns = next(
+            columns
+            for columns in range(len(labels), 0, -1)
+            if columns == 1 or _legend_width(labels, columns) <= WIDTH
+        )
         rows = math.ceil(len(labels) / columns) + bool(title)
         figure.set_figheight(figure.get_figheight() + LEGEND_ROW * rows)  # the panels keep their height
-        figure.legend([found[label] for label in labels], labels, loc="outside upper center", ncols=columns, title=title or None)
+        figure.legend(
+            [found[label] for label in labels],
+            labels,
+            loc="outside upper center",
+            ncols=columns,
+            title=title or None,
+        )
 
 
 def _legend_width(labels: Sequence[str], columns: int) -> float:
-    """Inches that a legend takes, which matplotlib fills column by column; the first columns are the longer ones."""
+    """Inches that a legend takes, which matplotlib fills column by column; the first columns are the longer
+    ones."""
     rows, longer = divmod(len(labels), columns)
     ends = [number * rows + min(number, longer) for number in range(columns + 1)]
     longest = [max(map(len, labels[start:end]), default=0) for start, end in pairwise(ends)]

@@ -1,6 +1,7 @@
 """A table of a sweep: the unpruned model first, ours, the published number beside it and the difference.
 
-In: jobs, an entry of the layout, published numbers. Out: a `Table` of finished text, which `heapr.report.sweep.render` writes.
+In: jobs, an entry of the layout, published numbers. Out: a `Table` of finished text, which
+`heapr.report.sweep.render` writes.
 """
 
 from __future__ import annotations
@@ -12,7 +13,19 @@ from dataclasses import dataclass, replace
 from heapr.errors import ConfigError
 from heapr.report.sweep import metrics
 from heapr.report.sweep.doubt import MARK, explanation, is_doubtful
-from heapr.report.sweep.factors import PATHS, RESULTLESS, UNKNOWN, describe, differing, factor, header, in_order, selected, show, varying
+from heapr.report.sweep.factors import (
+    PATHS,
+    RESULTLESS,
+    UNKNOWN,
+    describe,
+    differing,
+    factor,
+    header,
+    in_order,
+    selected,
+    show,
+    varying,
+)
 from heapr.report.sweep.published_results import Number, find, protocol_note
 from heapr.report.sweep.report_layout import Entry
 from heapr.report.sweep.results import JobResult, finished
@@ -34,7 +47,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """Labels, then one cell per metric. `starts_group` asks for a rule above; `is_ours` for what was measured here."""
+    """Labels, then one cell per metric. `starts_group` asks for a rule above; `is_ours` for what was measured
+    here."""
 
     labels: tuple[Cell, ...]
     cells: tuple[Cell, ...]
@@ -92,7 +106,9 @@ class Group:
         return [number for number in found if number is not None]
 
 
-def build_table(entry: Entry, jobs: Sequence[JobResult], published: Sequence[Number], remarks: Remarks | None = None) -> Table:
+def build_table(
+    entry: Entry, jobs: Sequence[JobResult], published: Sequence[Number], remarks: Remarks | None = None
+) -> Table:
     """The table of an entry; a row for every job or average, whether it succeeded or not.
 
     Args:
@@ -102,15 +118,23 @@ def build_table(entry: Entry, jobs: Sequence[JobResult], published: Sequence[Num
 
 
 class _Builder:
-    def __init__(self, entry: Entry, jobs: Sequence[JobResult], published: Sequence[Number], remarks: Remarks) -> None:
+    def __init__(
+        self, entry: Entry, jobs: Sequence[JobResult], published: Sequence[Number], remarks: Remarks
+    ) -> None:
         self.entry, self.jobs, self.published, self.remarks = entry, jobs, published, remarks
         self.names = entry.metrics or tuple(metrics.known(jobs))
         identifying = [name for name in entry.rows if name != entry.average_over]
-        shown = varying(jobs, identifying) or [name for name in identifying if name in {"ratio", "criterion"}] or identifying[:1]
+        shown = (
+            varying(jobs, identifying)
+            or [name for name in identifying if name in {"ratio", "criterion"}]
+            or identifying[:1]
+        )
         self.constant = [name for name in identifying if name not in shown]
         self.groups = grouped(jobs, identifying, entry.average_over)
         self.shown = [name for name in identifying if name in shown]
-        self.is_numbered = len({tuple(str(factor(g.first, name)) for name in identifying) for g in self.groups}) < len(self.groups)
+        self.is_numbered = len(
+            {tuple(str(factor(g.first, name)) for name in identifying) for g in self.groups}
+        ) < len(self.groups)
         self.notes = Notes()
 
     def build(self) -> Table:
@@ -119,29 +143,61 @@ class _Builder:
             of_model = [group for group in self.groups if factor(group.first, "model") == model]
             rows += self._dense_rows([job for group in of_model for job in group.done])
             ratios = sorted({factor(group.first, "ratio") for group in of_model}, key=in_order)
-            by_ratio = [self._ratio_rows([group for group in of_model if factor(group.first, "ratio") == ratio]) for ratio in ratios]
+            by_ratio = [
+                self._ratio_rows([group for group in of_model if factor(group.first, "ratio") == ratio])
+                for ratio in ratios
+            ]
             are_single = all(len(members) == 1 for members in by_ratio)
             for number, members in enumerate(by_ratio):
-                rows += [replace(row, starts_group=place == 0 and not (are_single and number)) for place, row in enumerate(members)]
-        columns = [*(["job"] if self.is_numbered else []), *map(header, self.shown), *map(metrics.column_label, self.names)]
-        return Table(self.entry.title, self._caption(rows), tuple(columns), tuple(rows), tuple(self.notes.texts))
+                rows += [
+                    replace(row, starts_group=place == 0 and not (are_single and number))
+                    for place, row in enumerate(members)
+                ]
+        columns = [
+            *(["job"] if self.is_numbered else []),
+            *map(header, self.shown),
+            *map(metrics.column_label, self.names),
+        ]
+        return Table(
+            self.entry.title, self._caption(rows), tuple(columns), tuple(rows), tuple(self.notes.texts)
+        )
 
     def _caption(self, rows: Sequence[Row]) -> str:
         parts = []
-        known = {name: value for name in self.constant for job in self.jobs if (value := factor(job, name)) != UNKNOWN}
+        known = {
+            name: value
+            for name in self.constant
+            for job in self.jobs
+            if (value := factor(job, name)) != UNKNOWN
+        }
         if known:
-            parts.append(f"In all rows: {', '.join(f'{header(name)} {show(name, value)}' for name, value in known.items())}.")
+            parts.append(
+                "In all rows:"
+                f" {', '.join(f'{header(name)} {show(name, value)}' for name, value in known.items())}."
+            )
         if self.entry.baseline:
-            baseline = ", ".join(f"{header(name)} {show(name, value)}" for name, value in self.entry.baseline.items())
-            parts.append(f"Share of increase: how far a metric is from the unpruned model's, divided by how far it is with {baseline}.")
+            baseline = ", ".join(
+                f"{header(name)} {show(name, value)}" for name, value in self.entry.baseline.items()
+            )
+            parts.append(
+                "Share of increase: how far a metric is from the unpruned model's, divided by how far it is"
+                f" with {baseline}."
+            )
             parts += filter(None, [explanation([group.jobs for group in self.groups], self.names)])
         if any(len(group.jobs) > 1 for group in self.groups):
             parts.append(f"Mean ± sample standard deviation over {header(self.entry.average_over or '')}.")
-        if any(metrics.standard_error(job, name) is not None for job in finished(self.jobs) for name in self.names):
+        if any(
+            metrics.standard_error(job, name) is not None
+            for job in finished(self.jobs)
+            for name in self.names
+        ):
             parts.append("In parentheses: standard error.")
         cells = [cell for row in rows for cell in row.cells]
         if any(cell.text == GAP for cell in cells):
-            parts.append(f"{GAP} stands for what {'there is no share of: see the notes' if self.entry.baseline else 'was not measured'}.")
+            parts.append(
+                f"{GAP} stands for what"
+                f" {'there is no share of: see the notes' if self.entry.baseline else 'was not measured'}."
+            )
         if any(cell.is_best for cell in cells):
             parts.append("Bold: the best of those with the same model and ratio.")
         if not all(row.is_ours for row in rows):
@@ -151,7 +207,10 @@ class _Builder:
     def _protocol(self) -> str:
         """How ours were measured: windows of corpora, and the harness' version and shots of tasks."""
         records = {
-            name: record for job in finished(self.jobs) if job.summary for name, record in job.summary["protocols"]["pruned"].items()
+            name: record
+            for job in finished(self.jobs)
+            if job.summary
+            for name, record in job.summary["protocols"]["pruned"].items()
         }
         texts = []
         for name, record in records.items():
@@ -162,7 +221,8 @@ class _Builder:
         return ", ".join(texts)
 
     def _dense_rows(self, jobs: Sequence[JobResult]) -> list[Row]:
-        """One row for the unpruned model, none if nothing of it was measured; more only if jobs of one model disagree about it."""
+        """One row for the unpruned model, none if nothing of it was measured; more only if jobs of one model
+        disagree about it."""
         if self.entry.baseline:
             return []  # its shares are zero
         rows: list[Row] = []
@@ -172,7 +232,10 @@ class _Builder:
             if found in seen:
                 continue
             seen.append(found)
-            cells = [Cell(self._dense_text(job, name, number)) for name, number in zip(self.names, found, strict=True)]
+            cells = [
+                Cell(self._dense_text(job, name, number))
+                for name, number in zip(self.names, found, strict=True)
+            ]
             labels = [show(name, factor(job, name)) if name == "model" else "" for name in self.shown]
             kind = UNPRUNED if len(seen) == 1 else f"{UNPRUNED} (job {job.number})"
             rows.append(Row(self._labels(labels, kind, job), tuple(cells), is_ours=True))
@@ -200,7 +263,9 @@ class _Builder:
             labels = [show(name, factor(group.first, name)) for name in self.shown]
             marks = () if group.done else notes
             rows.append(Row(self._labels(labels, "", group.first, marks), tuple(cells), is_ours=True))
-            means = [statistics.fmean(values) if (values := group.values(name)) else None for name in self.names]
+            means = [
+                statistics.fmean(values) if (values := group.values(name)) else None for name in self.names
+            ]
             rows += self._published_rows(group.first, means, dense=False)
         return rows
 
@@ -216,7 +281,9 @@ class _Builder:
         return f"{text}{MARK}" if is_doubtful(group.jobs, name) else text
 
     def _is_not_measured(self, group: Group, name: str) -> bool:
-        return bool(group.done) and all(self.remarks.get((job.number, name)) == NOT_MEASURED for job in group.done)
+        return bool(group.done) and all(
+            self.remarks.get((job.number, name)) == NOT_MEASURED for job in group.done
+        )
 
     def _failures(self, group: Group) -> tuple[int, ...]:
         """Notes that name the failed jobs behind a row and say why."""
@@ -226,12 +293,20 @@ class _Builder:
         """Notes that say why shares are missing, where the text of the cell does not."""
         if text == NOT_MEASURED:
             return ()
-        found = {job.number: self.remarks[job.number, name] for job in group.jobs if (job.number, name) in self.remarks}
-        notes = [f"Not measured in job {number}." if remark == NOT_MEASURED else remark for number, remark in found.items()]
+        found = {
+            job.number: self.remarks[job.number, name]
+            for job in group.jobs
+            if (job.number, name) in self.remarks
+        }
+        notes = [
+            f"Not measured in job {number}." if remark == NOT_MEASURED else remark
+            for number, remark in found.items()
+        ]
         return tuple(dict.fromkeys(map(self.notes.number, notes)))
 
     def _best(self, groups: Sequence[Group], number: int) -> list[Group]:
-        """The groups that print the best value, of those whose value means something; none where all are equal."""
+        """The groups that print the best value, of those whose value means something; none where all are
+        equal."""
         name = self.names[number]
         groups = [group for group in groups if not is_doubtful(group.jobs, name)]
         direction = metrics.better(name)
@@ -252,17 +327,28 @@ class _Builder:
         values, differences = [], []
         for name, number, mine in zip(self.names, found, ours, strict=True):
             notes = (marks[number.source],) if number is not None and len(sources) > 1 else ()
-            values.append(Cell("", notes) if number is None else Cell(metrics.text(name, number.value), notes))
+            values.append(
+                Cell("", notes) if number is None else Cell(metrics.text(name, number.value), notes)
+            )
             difference = None if number is None or mine is None else mine - number.value
-            differences.append(Cell("" if difference is None else metrics.signed(name, difference, mine or 0.0)))
+            differences.append(
+                Cell("" if difference is None else metrics.signed(name, difference, mine or 0.0))
+            )
         row_notes = tuple(marks.values()) if len(sources) == 1 else ()
         blank = [""] * len(self.shown)
         published = Row(self._labels(blank, PUBLISHED, None, row_notes), tuple(values), is_ours=False)
         return [published, Row(self._labels(blank, DIFFERENCE, None), tuple(differences), is_ours=False)]
 
-    def _labels(self, labels: Sequence[str], kind: str, job: JobResult | None, notes: tuple[int, ...] = ()) -> tuple[Cell, ...]:
-        """The cells before the metrics: job number where it is needed, and factors; the kind of a row stands where it says most."""
-        number = [Cell("" if job is None or kind.startswith(UNPRUNED) else str(job.number))] if self.is_numbered else []
+    def _labels(
+        self, labels: Sequence[str], kind: str, job: JobResult | None, notes: tuple[int, ...] = ()
+    ) -> tuple[Cell, ...]:
+        """The cells before the metrics: job number where it is needed, and factors; the kind of a row stands
+        where it says most."""
+        number = (
+            [Cell("" if job is None or kind.startswith(UNPRUNED) else str(job.number))]
+            if self.is_numbered
+            else []
+        )
         place = next((place for place, name in enumerate(self.shown) if name != "model"), 0)
         cells = [Cell(text) for text in labels]
         cells[place] = Cell(", ".join(text for text in (labels[place], kind) if text), notes)
@@ -270,7 +356,8 @@ class _Builder:
 
 
 def grouped(jobs: Sequence[JobResult], identifying: Sequence[str], average_over: str | None) -> list[Group]:
-    """Jobs that are averaged together: equal in everything that identifies a row. Without an average, one each."""
+    """Jobs that are averaged together: equal in everything that identifies a row. Without an average, one
+    each."""
     if average_over is None:
         return [Group((job,)) for job in jobs]
     groups: dict[tuple[str, ...], list[JobResult]] = {}
@@ -287,7 +374,10 @@ def _check_alike(jobs: Sequence[JobResult], average_over: str) -> None:
     for path in differing(jobs):
         if path.split(".")[0] not in RESULTLESS and not path.endswith(f".{last}") and PATHS.get(last) != path:
             numbers = ", ".join(str(job.number) for job in jobs)
-            raise ConfigError(f"jobs {numbers} would be averaged over {average_over}, but differ in {path}; add it to rows or series")
+            raise ConfigError(
+                f"jobs {numbers} would be averaged over {average_over}, but differ in {path}; add it to rows"
+                " or series"
+            )
 
 
 def failure(job: JobResult) -> str:
@@ -298,4 +388,8 @@ def failure(job: JobResult) -> str:
 
 
 def _with_error(name: str, number: float, error: float | None) -> str:
-    return metrics.text(name, number) if error is None else f"{metrics.text(name, number)} ({metrics.text(name, error)})"
+    return (
+        metrics.text(name, number)
+        if error is None
+        else f"{metrics.text(name, number)} ({metrics.text(name, error)})"
+    )

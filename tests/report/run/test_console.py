@@ -23,8 +23,18 @@ SUMMARY = {
             "parameters": 2000.0,
             "flops_per_token": 10.0,
         },
-        "pruned": {"perplexity/pydocs": 21.0, "accuracy/piqa": 0.7, "accuracy/average": 0.7, "parameters": 1500.0, "flops_per_token": 9.0},
-        "size": {"parameters_removed_ratio": 0.25, "flops_removed_ratio": 0.1, "atomic_experts_removed_ratio": 0.3},
+        "pruned": {
+            "perplexity/pydocs": 21.0,
+            "accuracy/piqa": 0.7,
+            "accuracy/average": 0.7,
+            "parameters": 1500.0,
+            "flops_per_token": 9.0,
+        },
+        "size": {
+            "parameters_removed_ratio": 0.25,
+            "flops_removed_ratio": 0.1,
+            "atomic_experts_removed_ratio": 0.3,
+        },
         "comparison": {
             "kl_to_dense/pydocs": 0.0312,
             "top1_agreement/pydocs": 0.9134,
@@ -78,7 +88,10 @@ def test_table_holds_metrics_change_seconds_memory_and_places() -> None:
 
 def test_a_masked_model_saves_nothing_and_its_zeros_are_named() -> None:
     console = Console(width=120, record=True, file=io.StringIO())
-    dense, pruned = {"parameters": 2000.0, "parameters_zero": 0.0}, {"parameters": 2000.0, "parameters_zero": 500.0}
+    dense, pruned = (
+        {"parameters": 2000.0, "parameters_zero": 0.0},
+        {"parameters": 2000.0, "parameters_zero": 500.0},
+    )
     metrics = {"dense": dense, "pruned": pruned, "size": {"parameters_removed_ratio": 0.0}, "comparison": {}}
     print_summary({**SUMMARY, "metrics": metrics}, "outputs/runs/now", console)
     lines = [line.split() for line in console.export_text().splitlines()]
@@ -101,13 +114,21 @@ def test_names_and_keys_are_whole_on_a_narrow_terminal() -> None:
     }
     console = Console(width=80, record=True, file=io.StringIO())
     print_summary({**SUMMARY, "stages": [long]}, "outputs/runs/now", console)
-    assert any("perplexity/numpydocs pruned" in line and "0123456789abcdef" in line for line in console.export_text().splitlines())
+    assert any(
+        "perplexity/numpydocs pruned" in line and "0123456789abcdef" in line
+        for line in console.export_text().splitlines()
+    )
 
 
 def test_paths_are_broken_nowhere() -> None:
     """On a narrow terminal it is the terminal that wraps, and what is copied from it is one line."""
-    console, folder = Console(width=40, record=True, file=io.StringIO()), "outputs/a folder with blanks/and_a_name_of_many_letters/now"
-    print_summary({**SUMMARY, "stages": [{**SUMMARY["stages"][0], "path": f"{folder}/calibrate/abc"}]}, folder, console)
+    console, folder = (
+        Console(width=40, record=True, file=io.StringIO()),
+        "outputs/a folder with blanks/and_a_name_of_many_letters/now",
+    )
+    print_summary(
+        {**SUMMARY, "stages": [{**SUMMARY["stages"][0], "path": f"{folder}/calibrate/abc"}]}, folder, console
+    )
     lines = console.export_text().splitlines()
     assert f"this run:   {folder}" in lines and f"artifacts:  {folder}/<stage>/<artifact>" in lines
 
@@ -116,11 +137,23 @@ def test_steps_have_names_of_their_own_and_a_checkpoint_is_named_once(tmp_path: 
     """Plan, repair and checkpoint lie in one folder."""
     (tmp_path / "checkpoint").mkdir()
     made = {"path": str(tmp_path), "key": "k", "cached": False, "seconds": 1.0, "peak_memory_bytes": 0}
-    names = [("calibrate", ""), ("calibrate", "round 2"), ("prune", "round 2"), ("prune", "round 2 repair"), ("prune", "checkpoint")]
+    names = [
+        ("calibrate", ""),
+        ("calibrate", "round 2"),
+        ("prune", "round 2"),
+        ("prune", "round 2 repair"),
+        ("prune", "checkpoint"),
+    ]
     stages = [{"stage": name, "what": what, **made} for name, what in names]
     console = Console(width=200, record=True, file=io.StringIO())
     print_summary({**SUMMARY, "stages": stages}, "runs/now", console)
     text = console.export_text()
     assert text.count(str(tmp_path / "checkpoint")) == 1
-    for name in ("calibrate  ", "calibrate round 2  ", "prune round 2  ", "prune round 2 repair", "prune checkpoint"):
+    for name in (
+        "calibrate  ",
+        "calibrate round 2  ",
+        "prune round 2  ",
+        "prune round 2 repair",
+        "prune checkpoint",
+    ):
         assert name in text

@@ -48,7 +48,9 @@ def test_every_number_is_there_and_nothing_is_cut() -> None:
 
 
 def test_a_masked_checkpoint_holds_everything() -> None:
-    assert "40,000  parameters: what is removed becomes zeros" in line_with("checkpoint", printed(form="masked"))
+    assert "40,000  parameters: what is removed becomes zeros" in line_with(
+        "checkpoint", printed(form="masked")
+    )
     assert not any("checkpoint" in line for line in printed())
 
 

@@ -12,25 +12,39 @@ PROTOCOL = {"task": "x", "window": 2048, "joiner": "\n\n", "num_tokens": 1000, "
 MODEL = {"name": "hf", "path": "Some/Mix-1.5-A2B", "dtype": "bfloat16"}
 
 
-def config(ratio: float = 0.25, criterion: str = "Heapr", scope: str = "global", **calibration: Any) -> dict[str, Any]:
+def config(
+    ratio: float = 0.25, criterion: str = "Heapr", scope: str = "global", **calibration: Any
+) -> dict[str, Any]:
     corpus = {"_target_": "heapr.text.published_corpora.WikiText2", "split": "train"}
     return {
         "model": MODEL,
-        "calibration": {"corpus": corpus, "num_samples": 128, "sequence_length": 2048, "seed": 0, **calibration},
+        "calibration": {
+            "corpus": corpus,
+            "num_samples": 128,
+            "sequence_length": 2048,
+            "seed": 0,
+            **calibration,
+        },
         "score": {"_target_": f"heapr.score.gradient.{criterion}"},
         "pruning": {"ratio": ratio, "scope": scope, "width_multiple": 1, "form": "ragged"},
         "paths": {"outputs": "outputs"},
     }
 
 
-def job(number: int, pruned: dict[str, float], settings: dict[str, Any] | None = None, **summary: Any) -> JobResult:
+def job(
+    number: int, pruned: dict[str, float], settings: dict[str, Any] | None = None, **summary: Any
+) -> JobResult:
     """A finished job with the pruned model's metrics; the unpruned model is the same in all of them."""
     settings = settings or config()
     ratio = settings["pruning"]["ratio"]
     metrics = {
         "dense": {"perplexity/wikitext2": 7.5, "accuracy/piqa": 0.75, "accuracy_stderr/piqa": 0.01},
         "pruned": pruned,
-        "size": {"atomic_experts_removed_ratio": ratio, "flops_removed_ratio": ratio / 2, "parameters_removed_ratio": 0.9 * ratio},
+        "size": {
+            "atomic_experts_removed_ratio": ratio,
+            "flops_removed_ratio": ratio / 2,
+            "parameters_removed_ratio": 0.9 * ratio,
+        },
         "comparison": {},
     }
     protocols = {variant: {"wikitext2": dict(PROTOCOL)} for variant in ("dense", "pruned")}

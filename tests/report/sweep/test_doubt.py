@@ -1,4 +1,5 @@
-"""Shares of what is near zero are marked, in every form of a table and in figures; verdicts computed by hand."""
+"""Shares of what is near zero are marked, in every form of a table and in figures; verdicts computed by
+hand."""
 
 from __future__ import annotations
 
@@ -27,9 +28,17 @@ def _style() -> Iterator[None]:
 
 
 def measured(
-    number: int, criterion: str, increase: float, error: float | None, *, seed: int = 0, ratio: float = 0.5, **more: float
+    number: int,
+    criterion: str,
+    increase: float,
+    error: float | None,
+    *,
+    seed: int = 0,
+    ratio: float = 0.5,
+    **more: float,
 ) -> JobResult:
-    """A job whose perplexity is so much above the unpruned model's 7.5; `kl` if its divergence was measured."""
+    """A job whose perplexity is so much above the unpruned model's 7.5; `kl` if its divergence was
+    measured."""
     pruned = {PERPLEXITY: 7.5 + increase}
     found = job(number, pruned, settings(ratio, criterion, seed=seed))
     comparison = {"perplexity_increase/wikitext2": increase}
@@ -72,19 +81,35 @@ def test_what_has_no_standard_error_is_not_marked_and_the_caption_says_so() -> N
     jobs = [measured(0, "Heapr", 0.01, None), measured(1, "Fisher", 0.1, 0.01)]
     table = table_of(jobs)
     assert texts(table)[1] == ["fisher", "10.00"] and "†" not in table.caption
-    assert "Not tested: these results do not hold standard errors of the baseline's increase." in table.caption
+    assert (
+        "Not tested: these results do not hold standard errors of the baseline's increase." in table.caption
+    )
     jobs += [measured(2, "Heapr", 0.1, 0.2, ratio=0.6), measured(3, "Fisher", 0.1, 0.2, ratio=0.6)]
     table = table_of(jobs)
     assert [text[-1] for text in texts(table)] == ["1.00", "10.00", "1.00†", "1.00†"]
-    assert f"{MEANING} Not tested, for want of the standard error of the baseline's increase: jobs 0, 1." in table.caption
+    assert (
+        f"{MEANING} Not tested, for want of the standard error of the baseline's increase: jobs 0, 1."
+        in table.caption
+    )
 
 
 def test_divergence_stands_beside_perplexity_and_says_where_it_was_not_measured() -> None:
-    jobs = [measured(0, "Heapr", 0.5, 0.3, kl=0.2), measured(1, "Fisher", 0.25, 0.3, kl=0.06), measured(2, "Random", 1.0, 0.3)]
+    jobs = [
+        measured(0, "Heapr", 0.5, 0.3, kl=0.2),
+        measured(1, "Fisher", 0.25, 0.3, kl=0.06),
+        measured(2, "Random", 1.0, 0.3),
+    ]
     table = table_of(jobs, PERPLEXITY, KL)
-    assert texts(table) == [["heapr", "1.00†", "1.00"], ["fisher", "0.50†", "0.30"], ["random", "2.00†", "not measured"]]
+    assert texts(table) == [
+        ["heapr", "1.00†", "1.00"],
+        ["fisher", "0.50†", "0.30"],
+        ["random", "2.00†", "not measured"],
+    ]
     assert not table.notes and table.rows[1].cells[1].is_best
-    other_seed = [measured(3, "Heapr", 0.5, 0.3, kl=0.2, seed=1), measured(4, "Random", 1.0, 0.3, kl=0.1, seed=1)]
+    other_seed = [
+        measured(3, "Heapr", 0.5, 0.3, kl=0.2, seed=1),
+        measured(4, "Random", 1.0, 0.3, kl=0.1, seed=1),
+    ]
     table = table_of([*jobs, *other_seed], KL)
     assert texts(table)[2] == ["random", "0.50"] and table.rows[2].cells[0].notes == (1,)
     assert table.notes == ("Not measured in job 2.",)
@@ -107,18 +132,32 @@ def test_a_figure_shows_doubtful_points_hollow() -> None:
     jobs += [measured(2, "Heapr", 0.2, 0.1), measured(3, "Fisher", 0.3, 0.1)]
     (drawing,) = relative_curve(entry("relative_curve"), jobs, [])
     (axis,) = drawing.figure.axes
-    hollow = [line for line in axis.get_lines() if line.get_markerfacecolor() == "white" and len(line.get_xdata())]
-    assert [list(line.get_xdata()) for line in hollow] == [[50.0]] and list(hollow[0].get_ydata()) == pytest.approx([1.5])
+    hollow = [
+        line for line in axis.get_lines() if line.get_markerfacecolor() == "white" and len(line.get_xdata())
+    ]
+    assert [list(line.get_xdata()) for line in hollow] == [[50.0]] and list(
+        hollow[0].get_ydata()
+    ) == pytest.approx([1.5])
     assert HOLLOW in [text.get_text() for text in drawing.figure.legends[0].get_texts()]
     assert drawing.missing == MEANING.replace("†", "Hollow")
     (drawing,) = relative_curve(entry("relative_curve"), jobs[:2], [])
-    assert HOLLOW not in [text.get_text() for text in drawing.figure.legends[0].get_texts()] and drawing.missing == ""
+    assert (
+        HOLLOW not in [text.get_text() for text in drawing.figure.legends[0].get_texts()]
+        and drawing.missing == ""
+    )
 
 
 def test_every_form_explains_the_mark(tmp_path: Path) -> None:
     jobs = [measured(0, "Heapr", 0.2, 0.1, kl=0.2), measured(1, "Fisher", 0.1, 0.1, kl=0.1)]
-    section = [{"kind": kind, "metrics": [PERPLEXITY, KL], "baseline": BASELINE} for kind in ("relative_table", "relative_curve")]
-    files = {path.name: path.read_text() for path in write_report(jobs, section, tmp_path, None) if path.suffix != ".png"}  # type: ignore[arg-type]
+    section = [
+        {"kind": kind, "metrics": [PERPLEXITY, KL], "baseline": BASELINE}
+        for kind in ("relative_table", "relative_curve")
+    ]
+    files = {
+        path.name: path.read_text()
+        for path in write_report(jobs, section, tmp_path, None)
+        if path.suffix != ".png"
+    }  # type: ignore[arg-type]
     assert "| fisher | 0.50† | **0.50** |" in files["table.md"] and MEANING in files["table.md"]
     assert r"fisher & 0.50$^{\dagger}$ & \textbf{0.50}" in files["table.tex"]
     assert MEANING.replace("†", r"$^{\dagger}$") in files["table.tex"]
@@ -126,4 +165,7 @@ def test_every_form_explains_the_mark(tmp_path: Path) -> None:
     assert MEANING.replace("†", "Hollow").replace("'", "&#x27;") in files["report.html"], "below the figure"
     (_, row) = csv.DictReader(files["table.csv"].splitlines())
     beside = "comparison/relative to method heapr/baseline_increase"
-    assert float(row[f"{beside}/{PERPLEXITY}"]) == pytest.approx(0.2) and float(row[f"{beside}_standard_error/{PERPLEXITY}"]) == 0.1
+    assert (
+        float(row[f"{beside}/{PERPLEXITY}"]) == pytest.approx(0.2)
+        and float(row[f"{beside}_standard_error/{PERPLEXITY}"]) == 0.1
+    )

@@ -39,7 +39,13 @@ def ratios() -> list[JobResult]:
     jobs = []
     for criterion, factor in (("Heapr", 4.0), ("Random", 8.0)):
         for ratio in (0.4, 0.2):
-            jobs.append(job(len(jobs), {PERPLEXITY: 7.5 + factor * ratio, ACCURACY: 0.75 - ratio / 4}, config(ratio, criterion)))
+            jobs.append(
+                job(
+                    len(jobs),
+                    {PERPLEXITY: 7.5 + factor * ratio, ACCURACY: 0.75 - ratio / 4},
+                    config(ratio, criterion),
+                )
+            )
     return jobs
 
 
@@ -52,9 +58,15 @@ def curve_data(axis: Any) -> dict[str, tuple[list[float], list[float]]]:
     return found
 
 
-def test_ratio_curve_draws_ours_the_published_the_unpruned_and_flops_on_a_panel_of_their_own(tmp_path: Path) -> None:
+def test_ratio_curve_draws_ours_the_published_the_unpruned_and_flops_on_a_panel_of_their_own(
+    tmp_path: Path,
+) -> None:
     published = read_published(
-        write_published(tmp_path, "Mix1.5-A2B,0.4,HEAPr-G,wikitext2_ppl,9.3,x", "Mix1.5-A2B,0.2,HEAPr-G,wikitext2_ppl,8.4,x")
+        write_published(
+            tmp_path,
+            "Mix1.5-A2B,0.4,HEAPr-G,wikitext2_ppl,9.3,x",
+            "Mix1.5-A2B,0.2,HEAPr-G,wikitext2_ppl,8.4,x",
+        )
     )
     (drawing,) = ratio_curve(Entry(kind="ratio_curve", title="", metrics=(PERPLEXITY,)), ratios(), published)
     quality, flops = drawing.figure.axes
@@ -67,18 +79,38 @@ def test_ratio_curve_draws_ours_the_published_the_unpruned_and_flops_on_a_panel_
     assert data["unpruned"][1] == [7.5, 7.5]
     assert curve_data(flops)["random"] == (pytest.approx([20, 40]), pytest.approx([10, 20]))
     (legend,) = drawing.figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == ["heapr", "random", "heapr, published", "unpruned"]
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "heapr",
+        "random",
+        "heapr, published",
+        "unpruned",
+    ]
 
 
 def test_a_line_has_one_point_for_every_ratio_and_a_bar_its_own_place() -> None:
     values = {("Heapr", "global"): 8.0, ("Camera", "global"): 9.0, ("Camera", "layer"): 10.0}
-    jobs = [job(n, {PERPLEXITY: value}, config(0.25, *what)) for n, (what, value) in enumerate(values.items())]
-    (drawing,) = ratio_curve(Entry(kind="ratio_curve", title="", metrics=(PERPLEXITY,), series=("criterion",)), jobs, [])
+    jobs = [
+        job(n, {PERPLEXITY: value}, config(0.25, *what)) for n, (what, value) in enumerate(values.items())
+    ]
+    (drawing,) = ratio_curve(
+        Entry(kind="ratio_curve", title="", metrics=(PERPLEXITY,), series=("criterion",)), jobs, []
+    )
     lines = {label: ys for label, (_, ys) in curve_data(drawing.figure.axes[0]).items()}
-    assert lines == {"heapr global": [8.0], "camera global": [9.0], "camera layer": [10.0], "unpruned": [7.5, 7.5]}
-    (drawing,) = bars(Entry(kind="bars", title="", metrics=(PERPLEXITY,), x="criterion", series=("ratio",)), jobs, [])
+    assert lines == {
+        "heapr global": [8.0],
+        "camera global": [9.0],
+        "camera layer": [10.0],
+        "unpruned": [7.5, 7.5],
+    }
+    (drawing,) = bars(
+        Entry(kind="bars", title="", metrics=(PERPLEXITY,), x="criterion", series=("ratio",)), jobs, []
+    )
     (axis,) = drawing.figure.axes
-    assert [label.get_text() for label in axis.get_yticklabels()] == ["heapr global", "camera global", "camera layer"]
+    assert [label.get_text() for label in axis.get_yticklabels()] == [
+        "heapr global",
+        "camera global",
+        "camera layer",
+    ]
     assert [bar.get_width() for bar in axis.patches] == [8.0, 9.0, 10.0]
 
 
@@ -90,8 +122,18 @@ def test_models_get_figures_of_their_own() -> None:
 
 def test_calibration_curve_has_means_and_deviations() -> None:
     values = {(8, 0): 9.0, (8, 1): 11.0, (32, 0): 8.0, (32, 1): 8.5}
-    jobs = [job(n, {PERPLEXITY: v}, config(num_samples=size, seed=seed)) for n, ((size, seed), v) in enumerate(values.items())]
-    entry = Entry(kind="calibration_curve", title="", metrics=(PERPLEXITY,), x="num_samples", series=("corpus",), average_over="seed")
+    jobs = [
+        job(n, {PERPLEXITY: v}, config(num_samples=size, seed=seed))
+        for n, ((size, seed), v) in enumerate(values.items())
+    ]
+    entry = Entry(
+        kind="calibration_curve",
+        title="",
+        metrics=(PERPLEXITY,),
+        x="num_samples",
+        series=("corpus",),
+        average_over="seed",
+    )
     (drawing,) = calibration_curve(entry, jobs, [])
     (axis,) = drawing.figure.axes
     assert curve_data(axis)["wikitext2"] == ([8.0, 32.0], [10.0, 8.25])
@@ -106,7 +148,9 @@ def test_calibration_curve_has_means_and_deviations() -> None:
 
 
 def test_bars_are_as_long_as_the_numbers_beside_them() -> None:
-    (drawing,) = bars(Entry(kind="bars", title="", metrics=(ACCURACY,), x="criterion", series=("ratio",)), ratios(), [])
+    (drawing,) = bars(
+        Entry(kind="bars", title="", metrics=(ACCURACY,), x="criterion", series=("ratio",)), ratios(), []
+    )
     (axis,) = drawing.figure.axes
     assert [[bar.get_width() for bar in container.patches] for container in axis.containers] == [
         pytest.approx([65, 65]),
@@ -129,11 +173,16 @@ def test_heat_map_shows_experts_by_index_or_sorted_and_layers_beside_them(tmp_pa
         heat, beside = drawing.figure.axes[:2]
         assert heat.images[0].get_array().tolist()[0] == pytest.approx(first)
         assert [bar.get_width() for bar in beside.patches] == pytest.approx([50, 10])
-        assert heat.get_ylabel() == "decoder layer" and [label.get_text() for label in heat.get_yticklabels()] == ["3", "7"]
+        assert heat.get_ylabel() == "decoder layer" and [
+            label.get_text() for label in heat.get_yticklabels()
+        ] == ["3", "7"]
 
 
 def test_consistency_draws_every_score_once_with_identity_line_and_correlations(tmp_path: Path) -> None:
-    groups = [{"score_sum": 1.0, "predicted_increase": 10.0**-power, "measured_increase": 3 * 10.0**-power} for power in (4, 3, 2)]
+    groups = [
+        {"score_sum": 1.0, "predicted_increase": 10.0**-power, "measured_increase": 3 * 10.0**-power}
+        for power in (4, 3, 2)
+    ]
     groups.append({"score_sum": 1.0, "predicted_increase": 1e-5, "measured_increase": -1e-6})
     truth = write_details(tmp_path / "t", "truth", {"groups": groups})
     jobs = [job(number, {}, config(ratio), stages=[truth]) for number, ratio in enumerate((0.2, 0.4))]
@@ -142,7 +191,10 @@ def test_consistency_draws_every_score_once_with_identity_line_and_correlations(
     (drawing,) = consistency(Entry(kind="consistency", title="", series=("criterion",)), jobs, [])
     (axis,) = drawing.figure.axes
     data = curve_data(axis)
-    assert data["heapr: Spearman −0.12, Pearson 0.99"] == ([1e-4, 1e-3, 1e-2], pytest.approx([3e-4, 3e-3, 3e-2]))
+    assert data["heapr: Spearman −0.12, Pearson 0.99"] == (
+        [1e-4, 1e-3, 1e-2],
+        pytest.approx([3e-4, 3e-3, 3e-2]),
+    )
     assert data["not above zero, at the edge"] == ([1e-5], pytest.approx([1.5e-4]))
     assert data["predicted = measured"][0] == data["predicted = measured"][1]
     assert (axis.get_xscale(), axis.get_yscale()) == ("log", "log") and axis.get_xlim() == axis.get_ylim()
@@ -152,15 +204,24 @@ def test_consistency_draws_every_score_once_with_identity_line_and_correlations(
 def test_models_and_jobs_of_several_figures_are_named_in_them(tmp_path: Path) -> None:
     other = job(4, {PERPLEXITY: 9.0}, {**config(), "model": {"name": "tiny", "path": "builtin:x"}})
     drawings = ratio_curve(Entry(kind="ratio_curve", title="", metrics=(PERPLEXITY,)), [*ratios(), other], [])
-    assert [drawing.figure.legends[0].get_title().get_text() for drawing in drawings] == ["Mix-1.5-A2B", "tiny"]
-    routing = write_details(tmp_path / "a", "routing", {"layers": [{"layer": 0, "layer_kept_ratio": 0.5, "kept_ratio": [0.5]}]})
+    assert [drawing.figure.legends[0].get_title().get_text() for drawing in drawings] == [
+        "Mix-1.5-A2B",
+        "tiny",
+    ]
+    routing = write_details(
+        tmp_path / "a", "routing", {"layers": [{"layer": 0, "layer_kept_ratio": 0.5, "kept_ratio": [0.5]}]}
+    )
     jobs = [job(number, {}, config(ratio), stages=[routing]) for number, ratio in enumerate((0.2, 0.4))]
     drawings = layer_heatmap(Entry(kind="layer_heatmap", title=""), jobs, [])
     assert [drawing.figure.get_suptitle() for drawing in drawings] == ["20 % removed", "40 % removed"]
 
 
-@pytest.mark.parametrize(("label", "columns"), [("20 %", 4), ("60 % left", 3), ("heapr: Spearman 0.88, Pearson 0.97", 1)])
-def test_a_legend_has_as_many_columns_as_fit_and_is_no_wider_than_the_figure(label: str, columns: int) -> None:
+@pytest.mark.parametrize(
+    ("label", "columns"), [("20 %", 4), ("60 % left", 3), ("heapr: Spearman 0.88, Pearson 0.97", 1)]
+)
+def test_a_legend_has_as_many_columns_as_fit_and_is_no_wider_than_the_figure(
+    label: str, columns: int
+) -> None:
     figure, (axis,) = panels(1, height=1.5)
     for number in range(4):
         axis.plot([0, 1], [0, number], label=f"{label}{number}")
@@ -197,9 +258,17 @@ def test_an_empty_layout_gives_a_table_of_everything_and_the_ratio_curve(tmp_pat
 
 
 def test_tables_that_stand_alone_have_the_reports_title(tmp_path: Path) -> None:
-    entries = [{"kind": "table", "metrics": [PERPLEXITY]}, {"kind": "table", "title": "Accuracy", "metrics": [ACCURACY]}]
-    markdown, _, tex, page = write_report(ratios(), {"title": "Two criteria", "entries": entries}, tmp_path, None)
-    assert [line for line in markdown.read_text().splitlines() if line.startswith("#")] == ["### Two criteria", "### Accuracy"]
+    entries = [
+        {"kind": "table", "metrics": [PERPLEXITY]},
+        {"kind": "table", "title": "Accuracy", "metrics": [ACCURACY]},
+    ]
+    markdown, _, tex, page = write_report(
+        ratios(), {"title": "Two criteria", "entries": entries}, tmp_path, None
+    )
+    assert [line for line in markdown.read_text().splitlines() if line.startswith("#")] == [
+        "### Two criteria",
+        "### Accuracy",
+    ]
     assert r"\caption{Two criteria}" in tex.read_text() and r"\caption{Accuracy}" in tex.read_text()
     assert page.read_text().count("Two criteria") == 2  # title and heading
 
@@ -249,7 +318,11 @@ def test_mixed_protocols_are_refused_with_the_difference(tmp_path: Path) -> None
     assert other is not None
     other["protocols"]["pruned"]["wikitext2"]["window"] = 512
     with pytest.raises(
-        ConfigError, match=r"wikitext2 was measured with different window: 2048 \(job 0 dense and 6 more\), 512 \(job 1 pruned\)"
+        ConfigError,
+        match=(
+            r"wikitext2 was measured with different window: 2048 \(job 0 dense and 6 more\), 512 \(job 1"
+            r" pruned\)"
+        ),
     ):
         write_report([jobs[0], JobResult(1, (), None, other, None), *jobs[2:]], {}, tmp_path, None)
 
@@ -279,7 +352,10 @@ def test_a_sweep_of_failures_is_a_table_of_gaps_and_an_empty_one_is_refused(tmp_
     [
         ({"kind": "pie"}, "report.0.kind='pie' is unknown; choose one of table"),
         ({"kind": "table", "metric": []}, "report.0: unknown 'metric'; did you mean metrics"),
-        ({"kind": "table", "rows": ["criterium"]}, "report.0.rows: unknown 'criterium'; did you mean criterion"),
+        (
+            {"kind": "table", "rows": ["criterium"]},
+            "report.0.rows: unknown 'criterium'; did you mean criterion",
+        ),
         ({"kind": "bars"}, r"report.0 \(bars\) has no metrics"),
         ({"kind": "layer_heatmap", "order": "random"}, "report.0.order='random' is unknown"),
     ],
