@@ -171,6 +171,7 @@ class Streamed:
         if self._holders[layer] == 0:
             self._release(layer)
 
+    @torch.no_grad()
     def _read(self, layer: int) -> None:
         changes = self._changes.get(layer, [])
         if changes:
