@@ -145,7 +145,7 @@ def test_a_gradient_that_is_lost_is_refused() -> None:
     model = deep("qwen3_moe")
     Keeps(model, by_batch=True)
     check(model, gradients=False)
-    with pytest.raises(ConfigError, match="the gradient behind layer 0 is another"):
+    with pytest.raises(ConfigError, match="the gradient behind layer 0 differs"):
         check(model)
 
 
