@@ -87,7 +87,8 @@ def prediction_heads(config: PretrainedConfig) -> int:
 def _language_model_field(wrapper: PretrainedConfig) -> str:
     """Name of the field in which a wrapper's configuration holds that of its language model."""
     language_model = wrapper.get_text_config()
-    return next(name for name in wrapper.sub_configs if getattr(wrapper, name) is language_model)
+    names = (name for name in wrapper.sub_configs if getattr(wrapper, name) is language_model)
+    return str(next(names))
 
 
 def _with_changes(
