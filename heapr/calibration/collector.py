@@ -44,7 +44,8 @@ class LayerObserver:
     def __call__(self, h_SF: Tensor, router_weight_S: Tensor, output_SD: Tensor, offsets: Tensor) -> None:
         if h_SF.requires_grad:
             seen = (h_SF.detach(), router_weight_S.detach(), output_SD.detach())
-            h_SF.register_hook(partial(self._add, offsets, seen))
+            add_batch = partial(self._add, offsets, seen)
+            h_SF.register_hook(add_batch)
 
     @torch.no_grad()
     def _add(self, offsets: Tensor, seen: tuple[Tensor, Tensor, Tensor], grad_SF: Tensor) -> None:
@@ -55,11 +56,13 @@ class LayerObserver:
             return
         # Expert by expert, because the rows of one expert fit into the CPU's cache.
         of_experts = [split_by_expert(rows, offsets) for rows in (*seen, grad_SF)]
-        for expert, (h_nF, p_n, output_nD, grad_nF) in enumerate(zip(*of_experts, strict=True)):
+        for expert, rows in enumerate(zip(*of_experts, strict=True)):
+            h_nF, p_n, output_nD, grad_nF = rows
+            if not len(p_n):
+                continue
             own = slice(self.widths[expert])
-            if len(p_n):
-                found = pair_statistics(h_nF[:, own], p_n, output_nD, grad_nF[:, own], OneExpert())
-                self._add_to(expert, own, found)
+            found = pair_statistics(h_nF[:, own], p_n, output_nD, grad_nF[:, own], OneExpert())
+            self._add_to(expert, own, found)
 
     def _add_to(self, experts: int | slice, atomic: slice, found: dict[str, Tensor]) -> None:
         """Add one batch's statistics to the sums of these experts and these of their atomic experts."""
@@ -142,7 +145,8 @@ def check_finite(batch: int, loss: Tensor, observers: Sequence[LayerObserver]) -
     def add(observer: LayerObserver, names: Sequence[str]) -> None:
         for name in names:
             places.append(f"statistic {name} of layer {observer.index}")
-            values.append(observer.sums[name].sum().to(loss.device, torch.float64))
+            total = observer.sums[name].sum()
+            values.append(total.to(loss.device, torch.float64))
 
     for observer in observers:
         add(observer, FORWARD)

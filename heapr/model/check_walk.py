@@ -83,11 +83,15 @@ class _Pass:
         self.embedded: list[Tensor] = []
         self.outputs: list[Output] = []
         self.inputs: Inputs = {}
+
+        def keep_output(_: nn.Module, __: object, output: Output) -> None:
+            self.outputs.append(output)
+
         with ExitStack() as stack:
             stack.enter_context(use_heapr_experts(model.model, partial(_record, self.inputs)))
             stack.enter_context(_embedded_tokens(model, self.embedded))
             for layer in model.decoder_layers:
-                hook = layer.register_forward_hook(lambda _, __, output: self.outputs.append(output))
+                hook = layer.register_forward_hook(keep_output)
                 stack.callback(hook.remove)
             final = model.hidden_states(input_ids=ids_NW)
         if torch.is_grad_enabled():
@@ -104,13 +108,13 @@ class _Pass:
                 outputs = run_span(self.model, self.tape.ids_NW, range(layer, layer + 1), answers)
         # Whatever it is, the plain pass did not raise it.
         except Exception as error:
-            return f"layer {layer} by itself raises {type(error).__name__}"
+            return f"layer {layer} run alone raises {type(error).__name__}"
         self.tape.put(outputs)
         for experts, tensors in inputs.items():
             if any(map(_differs, tensors, self.inputs[experts])):
-                return f"layer {layer} by itself gives its experts something else"
+                return f"layer {layer} run alone gives its experts different inputs"
         if _differs(hidden_of(outputs[0]), hidden_of(self.outputs[layer])):
-            return f"layer {layer} by itself puts out something else"
+            return f"layer {layer} run alone gives a different output"
         return None
 
     def backward_fault(self) -> str | None:
@@ -147,7 +151,9 @@ def _summed_gradients(tensors: Sequence[Tensor]) -> Tensor | None:
 
 
 def _record(inputs: Inputs, experts: Experts, hidden_TD: Tensor, *routing: Tensor) -> Tensor:
-    inputs[experts] = [tensor.detach() for tensor in (hidden_TD, *routing) if tensor.is_floating_point()]
+    """Run the experts and record their floating-point inputs."""
+    tensors = (hidden_TD, *routing)
+    inputs[experts] = [tensor.detach() for tensor in tensors if tensor.is_floating_point()]
     return run_experts(experts, hidden_TD, *routing)
 
 
@@ -159,4 +165,5 @@ def _differs(found: Tensor | None, expected: Tensor | None) -> bool:
     relative_tolerance = max(1e-4, 4 * torch.finfo(expected.dtype).eps)
     tolerance = relative_tolerance * expected.abs().max()
     difference = (found - expected).abs().max()
-    return bool(expected.isfinite().all()) and not bool(difference <= tolerance)
+    is_close = bool(difference <= tolerance)
+    return not is_close and bool(expected.isfinite().all())

@@ -80,12 +80,15 @@ def write_config(original: Path, folder: Path) -> None:
 def prediction_heads(config: PretrainedConfig) -> int:
     """The number of heads for further tokens that a configuration declares."""
     fields = config.get_text_config().to_dict()
-    numbers = [value for name, value in fields.items() if _is_number_of_heads(name, value)]
-    return max(numbers, default=0)
+    numbers = [0]
+    for name, value in fields.items():
+        if _is_number_of_heads(name, value):
+            numbers.append(value)
+    return max(numbers)
 
 
 def _language_model_field(wrapper: PretrainedConfig) -> str:
-    """Name of the field in which a wrapper's configuration holds that of its language model."""
+    """Name of the field of a wrapper's configuration that holds its language model's configuration."""
     language_model = wrapper.get_text_config()
     names = (name for name in wrapper.sub_configs if getattr(wrapper, name) is language_model)
     return str(next(names))
@@ -100,11 +103,12 @@ def _with_changes(
     for name, value in after.items():
         if name in NOT_COMPARED or (name in before and before[name] == value):
             continue
-        values = (value, before.get(name), fields.get(name))
-        if all(isinstance(one, dict) for one in values):
-            fields[name] = _with_changes(fields[name], before[name], value, {})
+        old, own = before.get(name), fields.get(name)
+        if isinstance(value, dict) and isinstance(old, dict) and isinstance(own, dict):
+            fields[name] = _with_changes(own, old, value, {})
             continue
-        names = [name] + [alias for alias, actual in aliases.items() if actual == name]
+        names = [name]
+        names += [alias for alias, actual in aliases.items() if actual == name]
         names_used = [known for known in names if known in described]
         for known in names_used or [name]:
             fields[known] = value
@@ -113,7 +117,11 @@ def _with_changes(
 
 def _with_older_names(fields: Fields, aliases: Mapping[str, str]) -> Fields:
     """The fields, and beside the names of transformers 5 those that older versions read."""
-    older = {name: fields[aliases[name]] for name in OLDER_NAMES if aliases.get(name) in fields}
+    older: Fields = {}
+    for name in OLDER_NAMES:
+        new_name = aliases.get(name)
+        if new_name in fields:
+            older[name] = fields[new_name]
     rope = fields.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope:
         for name in ("rope_theta", "partial_rotary_factor"):

@@ -1,4 +1,4 @@
-"""What a criterion is: statistics and weights in, one score per atomic expert out; higher means more important.
+"""What a criterion is: statistics and weights in, one score per atomic expert out; high scores are important.
 
 Shape letters: D model width, E experts, F atomic experts of an expert. Symbols: h the activation of an atomic
 expert, g = dloss/dh with loss the sum over N predicted tokens, n the number of tokens routed to the expert.
