@@ -82,8 +82,9 @@ def collect(
     spans: Sequence[Span] | None = None,
     on_batch: Callable[[int, float], None] = lambda num_tokens, loss: None,
 ) -> Statistics:
-    """Collect the statistics of all batches: one forward and one backward pass each, with all parameters
-    frozen, so that the backward pass ends at the input embeddings.
+    """Collect the statistics of all batches: one forward and one backward pass each.
+
+    All parameters are frozen, so the backward pass ends at the input embeddings.
 
     The loss is the *sum* of next-token cross-entropies, so batching sequences differently changes the
     statistics only by rounding (about 1e-6 in float32, docs/method.md). Router auxiliary losses are left out.

@@ -1,5 +1,6 @@
-"""Whether decoder layers can be run one at a time: on a few tokens, each layer run alone is compared with the
-same layer in one plain pass.
+"""Whether decoder layers can be run one at a time.
+
+On a few tokens, each layer run alone is compared with the same layer in one plain pass.
 
 In: a model. Out: nothing, or a ConfigError for a model whose layers pass something on outside their outputs,
 where the tape does not see it.
@@ -31,8 +32,8 @@ Inputs = dict[nn.Module, list[Tensor]]  # what flows into experts modules: hidde
 def check_walk(model: MoEModel, *, needed_by: str, instead: str, gradients: bool = False) -> None:
     """Refuse models whose layers, run one at a time, differ from one plain pass.
 
-    Compared are the hidden states behind every decoder layer and the inputs of all experts. Two batches take
-    turns, as in a walk, so that a layer that keeps something for the next one is found too.
+    The comparison covers the hidden states behind every decoder layer and the inputs of all experts. Two
+    batches take turns, as in a walk, so that a layer that keeps something for the next one is found too.
 
     Args:
         needed_by: the option that runs layers one at a time, for the message.
@@ -135,7 +136,7 @@ class _Pass:
 
 @contextmanager
 def _embedded_tokens(model: MoEModel, embedded: list[Tensor]) -> Iterator[None]:
-    """Append the embedded tokens, which the first layer starts from, to a list while open."""
+    """Inside the context, append the embedded tokens, from which the first layer starts, to a list."""
     embeddings = model.model.get_input_embeddings()
     handle = embeddings.register_forward_hook(lambda _, __, output: embedded.append(output))
     try:
@@ -158,8 +159,10 @@ def _record(inputs: Inputs, experts: Experts, hidden_TD: Tensor, *routing: Tenso
 
 
 def _differs(found: Tensor | None, expected: Tensor | None) -> bool:
-    """Whether two tensors differ by more than rounding of the largest value. Values that are not finite in
-    the plain pass either are left to calibration."""
+    """Whether two tensors differ by more than rounding of the largest value.
+
+    Values that are not finite in the plain pass either are left to calibration.
+    """
     if found is None or expected is None or found.shape != expected.shape:
         return found is not expected
     relative_tolerance = max(1e-4, 4 * torch.finfo(expected.dtype).eps)

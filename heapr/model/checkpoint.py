@@ -57,9 +57,10 @@ class Heapr$model_name($model_name):
 
 
 def save_checkpoint(model: MoEModel, original: Path, folder: Path, *, about: Mapping[str, Any]) -> None:
-    """Write a pruned model as a Hugging Face folder: sharded safetensors and the files that describe it. The
-    files for the tokenizer and the generation settings are copied from the original; the configuration is the
-    original's plus what pruning changed.
+    """Write a pruned model as a Hugging Face folder: sharded safetensors and the files that describe it.
+
+    The files for the tokenizer and the generation settings are copied from the original; the configuration is
+    the original's plus what pruning changed.
 
     Args:
         model: ragged, uniform or masked.
@@ -95,8 +96,7 @@ def check_form(config: PretrainedConfig, form: str) -> None:
 
 
 def _save_stock(model: PreTrainedModel, folder: Path, about: Mapping[str, Any]) -> None:
-    """Save a model in the family's own class. If that is one of heapr's classes, its file is put beside the
-    weights."""
+    """Save a model in the family's own class; the file of a class of heapr's is put beside the weights."""
     model.config.heapr = dict(about)
     own_module = type(model).__module__
     if not own_module.startswith(REMOTE_MODULES):

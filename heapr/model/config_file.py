@@ -1,5 +1,4 @@
-"""config.json of a pruned model: the original's own fields under their original names, plus what pruning
-changed.
+"""config.json of a pruned model: the original's fields under their original names, with pruning's changes.
 
 In: the folder of the original, and the one that transformers wrote for the pruned model. Out: a config.json
 in the latter that transformers 5 reads as the same configuration, and that older versions and other tools can
@@ -97,8 +96,10 @@ def _language_model_field(wrapper: PretrainedConfig) -> str:
 def _with_changes(
     described: Mapping[str, Any], before: Fields, after: Fields, aliases: Mapping[str, str]
 ) -> Fields:
-    """A description with each field whose value differs between `before` and `after` set to the latter, under
-    every name that the description already uses for it."""
+    """A description updated with every field that differs between `before` and `after`.
+
+    A field is changed under every name that the description already uses for it.
+    """
     fields = dict(described)
     for name, value in after.items():
         if name in NOT_COMPARED or (name in before and before[name] == value):

@@ -35,8 +35,9 @@ from heapr.model.moe import (
 
 
 def calibration_flops(model: MoEModel, length: int) -> int:
-    """FLOPs of one sequence's forward pass and its backward pass to the input embeddings. A batch of N
-    sequences takes N times as many.
+    """FLOPs of one sequence's forward pass and its backward pass to the input embeddings.
+
+    A batch of N sequences takes N times as many.
 
     torch counts them, with attention as plain matrix products, because its fused kernels are not counted on
     every device.
@@ -56,8 +57,10 @@ def calibration_flops(model: MoEModel, length: int) -> int:
 
 
 def activation_bytes(model: MoEModel, num_sequences: int, length: int) -> int:
-    """Bytes that one batch holds between forward and backward: distinct tensors that autograd saves or the
-    collector keeps, except parameters, and what one chunk of logits adds.
+    """Bytes that one batch holds between forward and backward.
+
+    This counts distinct tensors that autograd saves or the collector keeps, except parameters, and what one
+    chunk of logits adds.
 
     Attention counts as a fused kernel if the model uses torch's: it saves queries, keys, values, output and
     one float32 per query, never the (W, W) weights. Memory that an operation uses while it runs is not
@@ -80,7 +83,7 @@ def activation_bytes(model: MoEModel, num_sequences: int, length: int) -> int:
 
 @contextmanager
 def _calibrating(model: MoEModel, held: HeldTensors) -> Iterator[None]:
-    """Run the model as the collector does, on shapes alone."""
+    """Inside the context, the model runs as in the collector, on shapes alone."""
     run = partial(run_evenly, experts_per_token(model.model))
     watched = [(layer.experts, held.observe) for layer in model.layers]
     with (
@@ -93,8 +96,10 @@ def _calibrating(model: MoEModel, held: HeldTensors) -> Iterator[None]:
 
 
 def run_evenly(top_k: int, experts: Experts, hidden_TD: Tensor, *routing: Tensor) -> Tensor:
-    """Like `run_experts`, with an assumed number of tokens per expert: the same for all. If all experts have
-    one width, the first one stands for all of them, which costs the same."""
+    """Like `run_experts`, with the same assumed number of tokens for every expert.
+
+    If all experts have one width, the first one stands for all of them, which costs the same.
+    """
     expert_TK, router_weight_TK = routing_of(experts, hidden_TD, *routing)
     num_experts, num_rows = int(experts.num_experts), expert_TK.numel()
     num_pairs = num_rows
@@ -146,7 +151,7 @@ class HeldTensors:
 
 @contextmanager
 def eager_attention(model: MoEModel) -> Iterator[None]:
-    """Attention as plain matrix products while open; the previous implementation is restored."""
+    """Inside the context, attention is plain matrix products; the previous implementation is restored."""
     previous = model.model.config._attn_implementation
     model.model.set_attn_implementation("eager")
     try:
@@ -156,7 +161,7 @@ def eager_attention(model: MoEModel) -> Iterator[None]:
 
 
 class FusedAttention(TorchFunctionMode):
-    """While open, torch's attention saves on the meta device what its fused kernels save elsewhere."""
+    """Inside the context, attention on the meta device saves what torch's fused kernels save elsewhere."""
 
     def __torch_function__(
         self,
@@ -189,8 +194,7 @@ class _SavedByFusedAttention(torch.autograd.Function):
 
 
 class _SingleSequences(TorchDispatchMode):
-    """Answers the one question about values that transformers asks, whether a row's positions are those of a
-    single sequence: yes."""
+    """Answers transformers' one question about values, whether a row's positions are one sequence: yes."""
 
     def __torch_dispatch__(
         self,

@@ -44,8 +44,9 @@ MODEL_TYPE = "deepseek"
 
 
 class DeepseekMoeConfig(PreTrainedConfig):
-    """The fields of the original config.json, with the 16B model's values as defaults. `rope_theta` and
-    `rope_scaling` are read as well.
+    """The fields of the original config.json, with the 16B model's values as defaults.
+
+    `rope_theta` and `rope_scaling` are read as well.
 
     Attributes:
         intermediate_size: width of the MLP in dense layers.

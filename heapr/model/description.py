@@ -169,8 +169,10 @@ def read_tokenizer(
 
 
 def copy_tokenizer(original: Path, folder: Path) -> None:
-    """Copy the tokenizer's files unchanged. Other versions and other tools cannot read what transformers
-    writes for a tokenizer in memory."""
+    """Copy the tokenizer's files unchanged.
+
+    Other versions and other tools cannot read what transformers writes for a tokenizer in memory.
+    """
     paths = {path for pattern in TOKENIZER_FILES for path in original.glob(pattern)}
     for path in sorted(paths):
         copy = folder / path.relative_to(original)
@@ -181,8 +183,9 @@ def copy_tokenizer(original: Path, folder: Path) -> None:
 def _leave_out_tokens_without_embedding(
     tokenizer: PreTrainedTokenizerBase, folder: Path, num_embeddings: int
 ) -> None:
-    """Make the tokenizer forget added tokens, such as one for padding, whose ids are past the model's
-    embeddings. If they occur in a text they are then read as ordinary text.
+    """Make the tokenizer forget added tokens, such as one for padding, past the model's embeddings.
+
+    Where they occur in a text, they are then read as ordinary text.
 
     Raises:
         ConfigError: an ordinary token, or one that the tokenizer puts around every text, is past the

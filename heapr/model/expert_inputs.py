@@ -40,8 +40,7 @@ class ExpertInputs:
         assert len(self.expert_TK) == len(self.hidden_TD)
 
     def weighted(self, weight_T: Tensor) -> ExpertInputs:
-        """The same inputs with p multiplied by each token's weight, so that its squared error counts weight^2
-        times."""
+        """The same inputs with p times the token's weight: its squared error then counts weight^2 times."""
         weighted_TK = self.router_weight_TK.float() * weight_T.unsqueeze(1)
         return replace(self, router_weight_TK=weighted_TK)
 
@@ -94,8 +93,10 @@ def _run_layer(
 
 
 def _compact(experts: Experts, hidden_TD: Tensor, *routing: Tensor) -> ExpertInputs:
-    """Inputs with their routing. In families that weigh the input, only the rows that were routed, each as a
-    token of its own."""
+    """Inputs with their routing.
+
+    In families that weigh the input, only the rows that were routed are kept, each as one token.
+    """
     expert_TK, router_weight_TK = routing_of(experts, hidden_TD, *routing)
     if layout_of(experts).weighs_input:
         routed_T = expert_TK.squeeze(1) < experts.num_experts

@@ -24,8 +24,10 @@ from heapr.model.tape import Tape, hidden_of
 def walk_layers(
     model: MoEModel, batches: Sequence[Tensor], *, follow_stream: bool = False
 ) -> Iterator[tuple[MoELayer, ExpertInputs, StreamTarget | None]]:
-    """Yield every MoE layer in order, with the inputs of its experts. A layer runs with the experts that it
-    has when the next one is asked for, so later layers see a caller's changes.
+    """Yield every MoE layer in order, with the inputs of its experts.
+
+    A layer runs with the experts that it has when the next one is asked for, so later layers see a caller's
+    changes.
 
     Args:
         model: must pass `check_walk`.

@@ -98,8 +98,9 @@ class ModelSource:
 
     @cached_property
     def left_out(self) -> list[str]:
-        """Tensors in the folder that the model does not use, as the lines that were logged. Needs the weight
-        files, but loads no weights.
+        """Tensors in the folder that the model does not use, as the lines that were logged.
+
+        Needs the weight files, but loads no weights.
 
         Raises:
             ConfigError: the weights are quantised, or do not fit the configuration.
@@ -110,8 +111,7 @@ class ModelSource:
 
     @property
     def left_behind(self) -> dict[str, str | int]:
-        """What the configuration declares but a pruned model will not have: the rest of a wrapper, and
-        prediction heads."""
+        """What a pruned model loses of its configuration: the rest of a wrapper, and prediction heads."""
         left_behind: dict[str, str | int] = {}
         original = next(iter(self.config.architectures or ()), self.architecture)
         if original != self.architecture:
@@ -306,8 +306,10 @@ def _builtin(name: str) -> Path:
 
 
 def _download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
-    """Folder of a hub model with the files that match the patterns: from the hub if it can be reached, else
-    from the local cache."""
+    """Folder of a hub model with the files that match the patterns.
+
+    They come from the hub if it can be reached, else from the local cache.
+    """
     online = hub_is_reachable()
     try:
         folder = huggingface_hub.snapshot_download(
@@ -350,7 +352,7 @@ def _on_meta(
 
 @contextmanager
 def _bar_on_terminals_only() -> Iterator[None]:
-    """Show transformers' progress bar over the weights only on a terminal: in a log file it is noise."""
+    """Inside the context, transformers' progress bar is shown only on a terminal; it clutters log files."""
     shown = transformers_logging.is_progress_bar_enabled()
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()

@@ -26,8 +26,10 @@ Headers = Mapping[str, Mapping[str, Any]]
 
 
 def weight_files(folder: Path) -> list[str]:
-    """The weight files that are loaded, relative to the folder: those that the index names, wherever they
-    are, or the single file without an index. The list is empty if there is neither.
+    """The weight files that are loaded, relative to the folder.
+
+    They are those that the index names, wherever they are, or the single file without an index. The list is
+    empty if there is neither.
 
     Raises:
         ConfigError: both are there, or the index is damaged.
@@ -45,8 +47,7 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def check_weight_files(folder: Path) -> None:
-    """Check that every weight file is there and has the length that its header gives, and that no tensor is
-    in two files.
+    """Check that every weight file is there and complete, and that no tensor is in two files.
 
     Raises:
         ConfigError: a check failed; the message names the file.
@@ -101,8 +102,9 @@ def shards_of(index: Path) -> set[str]:
 
 
 def _read_header(path: Path) -> dict[str, Mapping[str, Any]]:
-    """The header of a safetensors file. The file is 8 bytes for the header's length, the header, and the data
-    that it describes.
+    """The header of a safetensors file.
+
+    The file is 8 bytes for the header's length, the header, and the data that it describes.
 
     Raises:
         ConfigError: the file is damaged, or its length does not match its header.
@@ -125,8 +127,9 @@ def _read_header(path: Path) -> dict[str, Mapping[str, Any]]:
 
 
 def hash_folder(folder: Path, digests: Path | None = None, *, has_code: bool = False) -> str:
-    """sha256 over the names and contents of the files that make up a model: configuration, tokenizer, the
-    weights that are loaded, and Python files if they may run.
+    """sha256 over the names and contents of the files that make up a model.
+
+    They are configuration, tokenizer, the weights that are loaded, and Python files if they may run.
 
     Args:
         digests: folder that caches the hashes of weights.

@@ -78,8 +78,7 @@ class MoELayer:
 
     @property
     def atomic_expert_parameters(self) -> int:
-        """Number of parameters of one atomic expert: its rows of the input projection, with their biases, and
-        its column w_k."""
+        """Number of parameters of an atomic expert: its input rows with their biases, and its column w_k."""
         layout = layout_of(self.experts)
         num_rows = 2 if layout.has_gate else 1
         return num_rows * (self.model_width + layout.has_bias) + self.model_width
@@ -147,14 +146,17 @@ class MoEModel:
         return list(container.children())
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
-        """Logits (T, V) of final hidden states in float32, by the model's own forward: scaling and capping
-        are included."""
+        """Logits (T, V) of final hidden states in float32, by the model's own forward.
+
+        Scaling and capping are included.
+        """
         logits: Tensor = self._head(inputs_embeds=hidden_TD.unsqueeze(0), use_cache=False).logits
         return logits.squeeze(0).to(hidden_TD.device, torch.float32)
 
     def check_head(self) -> None:
-        """Refuse models whose logits depend on more than the final hidden states: their losses would be wrong
-        when computed in chunks.
+        """Refuse models whose logits depend on more than the final hidden states.
+
+        Their losses would be wrong when computed in chunks.
 
         Raises:
             ConfigError: this model is one of them.
@@ -218,8 +220,10 @@ def experts_per_token(model: PreTrainedModel) -> int:
 
 
 def next_token_loss(model: MoEModel, hidden: Tensor, ids_NW: Tensor) -> Tensor:
-    """Cross-entropy in nats of every predicted token, float32 (N, W-1); holds the logits of one chunk at a
-    time."""
+    """Cross-entropy in nats of every predicted token, float32 (N, W-1).
+
+    Holds the logits of one chunk at a time.
+    """
     hidden_TD, target_T = hidden[:, :-1].flatten(0, 1), ids_NW[:, 1:].flatten()
     size = model.chunk_size()
     losses = []
@@ -229,8 +233,9 @@ def next_token_loss(model: MoEModel, hidden: Tensor, ids_NW: Tensor) -> Tensor:
 
 
 def summed_loss_backward(model: MoEModel, hidden: Tensor, ids_NW: Tensor) -> Tensor:
-    """Sum the next-token losses and send the gradient back through `hidden`; holds the logits of one chunk at
-    a time.
+    """Sum the next-token losses and send the gradient back through `hidden`.
+
+    Holds the logits of one chunk at a time.
 
     Returns:
         the summed loss in nats, a detached float32 scalar.
@@ -252,7 +257,7 @@ def summed_loss_backward(model: MoEModel, hidden: Tensor, ids_NW: Tensor) -> Ten
 
 @contextmanager
 def frozen_parameters(model: nn.Module) -> Iterator[None]:
-    """No parameter requires a gradient while open; each one's previous setting is restored."""
+    """Inside the context, no parameter requires a gradient; previous settings are restored."""
     needed = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     for parameter, _ in needed:
         parameter.requires_grad_(False)
@@ -295,8 +300,11 @@ def _body_name(model: PreTrainedModel) -> str:
 
 @contextmanager
 def gradient_from_embeddings(model: PreTrainedModel) -> Iterator[None]:
-    """Embedded tokens require a gradient while open: the backward pass needs a leaf when all parameters are
-    frozen. The model still gets token ids, because some families route by them."""
+    """Inside the context, embedded tokens require a gradient.
+
+    The backward pass needs a leaf when all parameters are frozen. The model still gets token ids, because
+    some families route by them.
+    """
     handle = model.get_input_embeddings().register_forward_hook(
         lambda _, __, embedded: embedded.detach().requires_grad_()
     )

@@ -63,9 +63,10 @@ def backward_by_spans(
 
 
 def span_backward(model: MoEModel, tape: Tape, span: Span) -> Tensor | None:
-    """Run a span with autograd and go backward through it, from the summed next-token loss if the span
-    reaches the last layer, else from the gradients on the tape. The gradients of earlier layers' outputs are
-    added to the tape.
+    """Run a span with autograd and go backward through it.
+
+    The backward pass starts from the summed next-token loss if the span reaches the last layer, else from the
+    gradients on the tape. The gradients of earlier layers' outputs are added to the tape.
 
     Returns:
         the summed loss in nats, a detached float32 scalar; None if the span does not reach the last layer.

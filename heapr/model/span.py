@@ -1,5 +1,6 @@
-"""Spans of decoder layers, run inside the model's own forward: earlier layers answer from a tape, later ones
-do not run.
+"""Spans of decoder layers, run inside the model's own forward.
+
+Earlier layers answer from a tape, later ones do not run.
 
 In: a model, a batch's token ids and the outputs of earlier layers. Out: the outputs of the span's layers. The
 family's own code thus still makes masks, positions and whatever else it does between layers. In a model with
@@ -66,7 +67,7 @@ def run_rest(model: MoEModel, ids_NW: Tensor, answers: Sequence[Output]) -> Tens
 
 
 def _answering(model: MoEModel, answers: Sequence[Output]) -> AbstractContextManager[None]:
-    """While open, the first layers return their answers instead of running."""
+    """Inside the context, the first layers return their answers instead of running."""
     layers = model.decoder_layers[: len(answers)]
     answer_of = dict(zip(layers, answers, strict=True))
 
@@ -100,8 +101,10 @@ class Reads:
 
 @torch.no_grad()
 def reads_of(model: MoEModel) -> Reads:
-    """Find out, on a few tokens, which earlier outputs each layer reads: in most families only those of the
-    layer before it."""
+    """Find out, on a few tokens, which earlier outputs each layer reads.
+
+    In most families a layer reads only those of the layer before it.
+    """
     num_layers = len(model.decoder_layers)
     tape = Tape(probe_tokens(model))
     of_layer = []
@@ -118,8 +121,9 @@ def reads_of(model: MoEModel) -> Reads:
 
 
 def advance(model: MoEModel, tape: Tape, upto: int, reads: Reads) -> list[Output]:
-    """Run the layers before `upto` that are not on the tape yet, and put their outputs on it. The tape then
-    keeps only what layers from `upto` on read.
+    """Run the layers before `upto` that are not on the tape yet, and put their outputs on it.
+
+    The tape then keeps only what layers from `upto` on read.
 
     Returns:
         the outputs of the layers that ran.

@@ -75,8 +75,9 @@ def check_stream(model: MoEModel) -> None:
 
 
 def scale_of(model: MoEModel, probe: Tape, layer: MoELayer, reads: Reads) -> float:
-    """The factor by which a layer multiplies its experts' output before adding it to the residual stream: 1
-    in most families.
+    """The factor by which a layer multiplies its experts' output before adding it to the residual stream.
+
+    It is 1 in most families.
 
     Args:
         probe: a tape of a few tokens that ends before the layer; it is advanced past the layer.
@@ -112,8 +113,9 @@ def scale_of(model: MoEModel, probe: Tape, layer: MoELayer, reads: Reads) -> flo
 def _scale_of_sum(
     experts: Experts, inputs: ExpertInputs, before_TD: Tensor, without_TD: Tensor, behind_TD: Tensor
 ) -> float | None:
-    """The scale of a layer with behind = without + scale * output, up to rounding of the largest stream; None
-    if no scale fits. It is the least-squares solution, weighted by 1 / rounding^2.
+    """The scale for which behind = without + scale * output, up to rounding of the largest stream.
+
+    It is the least-squares solution, weighted by 1 / rounding^2; None if no scale fits.
 
     Args:
         before_TD: the stream before the layer.

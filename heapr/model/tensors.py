@@ -102,8 +102,10 @@ def report_left_out(left_out: LeftOut, model_name: str) -> list[str]:
 
 
 def _takes_as_weights(model: PreTrainedModel, odd: Headers) -> bool:
-    """Whether any of these tensors of integers or of few bits would become a weight; in some families they
-    are tables of numbers instead."""
+    """Whether any of these tensors of integers or of few bits would become a weight.
+
+    In some families they are tables of numbers instead.
+    """
     loaded = _load(model, odd)
     if loaded.mismatched:
         return True
@@ -187,7 +189,7 @@ def _summary(names: Iterable[str]) -> str:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Hide transformers' progress bar and loading report while open; the previous settings are restored."""
+    """Inside the context, hide transformers' progress bar and loading report; settings are restored."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)
     transformers_logging.disable_progress_bar()

@@ -40,16 +40,15 @@ class Activation:
 
 
 class Camera:
-    """CAMERA-P's energy of an atomic expert (there: micro-expert), a weighted mean of its sum and its maximum
-    over tokens:
+    """CAMERA-P's energy of an atomic expert, a weighted mean of its sum and its maximum over tokens:
 
         s_k = [(1 - a) sum (p h_k)^2 + a max (p h_k)^2] ||w_k||^2                            (12)
 
     with a the weight of the maximum; sum and maximum are over the tokens routed to the expert. Xu et al.,
     "CAMERA: Multi-Matrix Joint Compression for MoE Models via Micro-Expert Redundancy Analysis" (arXiv
-    2508.02322, AAAI 2026). To rank inside each layer as the paper does, use pruning=layer. The paper also
-    ranks shared experts, and measures each layer with earlier ones already pruned; this class does neither.
-    Experts without tokens score -1.
+    2508.02322, AAAI 2026), where atomic experts are called micro-experts. To rank inside each layer as the
+    paper does, use pruning=layer. The paper also ranks shared experts, and measures each layer with earlier
+    ones already pruned; this class does neither. Experts without tokens score -1.
 
     Args:
         alpha: a, in [0, 1].

@@ -53,10 +53,9 @@ def unrouted_last(scores_EF: Tensor, layer: LayerStatistics) -> Tensor:
 
 
 def predicted_increase(scores: Scores, unit: Unit, statistics: Statistics) -> dict[int, Tensor] | None:
-    """The increase of the mean loss over the calibration tokens, in nats per token, that scores predict for
-    the removal of each atomic expert.
+    """The increase of the mean loss, in nats per token, that scores predict for removing each atomic expert.
 
-    A score s_k per routed token predicts
+    The mean is over the calibration tokens. A score s_k per routed token predicts
 
         n/N s_k
 

@@ -33,10 +33,11 @@ class Heapr:
 
 
 class HeaprSum:
-    """HEAPr's score times the number of routed tokens: the predicted increase of the mean loss, in nats per
-    token, if h^2 and g^2 were independent:
+    """HEAPr's score times the number of routed tokens:
 
         s_k = n/(2N) mean(h_k^2) mean(g_k^2)                                                 (7)
+
+    This is the predicted increase of the mean loss, in nats per token, if h^2 and g^2 were independent.
     """
 
     unit = Unit.NATS
@@ -52,10 +53,12 @@ class HeaprSum:
 
 
 class Fisher:
-    """Joint second moment of gradient and activation: the predicted increase of the mean loss, in nats per
-    token, without assuming that the two are independent:
+    """Joint second moment of gradient and activation:
 
         s_k = 1/(2N) sum (g_k h_k)^2                                                         (8)
+
+    This is the predicted increase of the mean loss, in nats per token, without assuming that the two are
+    independent.
     """
 
     unit = Unit.NATS

@@ -1,6 +1,6 @@
 """Which forward runs a layer's experts, and who observes it: the link to transformers' experts interface.
 
-While a context manager below is open, each module has its own forward, so uses nest and models share nothing.
+Inside a context manager below, each module has its own forward, so uses nest and models share nothing.
 Dense experts get it through transformers under the name "heapr", ragged ones directly.
 `use_comparable_experts` makes a dense and a pruned model round alike, to compare them.
 """
@@ -61,8 +61,9 @@ def run_chosen(experts: Experts, hidden_TD: Tensor, *routing: Tensor) -> Tensor:
 
 @contextmanager
 def use_heapr_experts(model: PreTrainedModel, run: ExpertsForward | None = None) -> Iterator[None]:
-    """Run every experts module of the model with `run`, or with `forward_for` the module, while open; the
-    previous forward is restored, whether ours or not.
+    """Inside the context, run every experts module of the model with `run`, or with its `forward_for`.
+
+    The previous forward is restored, whether it was ours or not.
 
     Raises:
         ConfigError: the experts implementation of the model cannot be chosen. transformers ignores the choice
@@ -96,8 +97,9 @@ def observe_experts(
     observers: Sequence[tuple[Experts, ExpertObserver]],
     run: ExpertsForward | None = None,
 ) -> Iterator[None]:
-    """Call each observer with what flows through its experts module while open; the model's outputs do not
-    change.
+    """Inside the context, call each observer with what flows through its experts module.
+
+    The model's outputs do not change.
 
     Args:
         run: see `use_heapr_experts`.
@@ -109,9 +111,10 @@ def observe_experts(
 
 @contextmanager
 def use_comparable_experts(model: PreTrainedModel) -> Iterator[None]:
-    """While open, experts run so that two models differ only if their weights do, however they are stored: a
-    plan that keeps everything changes no bit of any metric, in any dtype. Use it to measure quality; it may
-    copy each expert's weights once per batch.
+    """Inside the context, two models differ only if their weights do, however these are stored.
+
+    A plan that keeps everything thus changes no bit of any metric, in any dtype. Use it to measure quality;
+    it may copy each expert's weights once per batch.
 
     Raises:
         ConfigError: see `use_heapr_experts`.
@@ -121,8 +124,11 @@ def use_comparable_experts(model: PreTrainedModel) -> Iterator[None]:
 
 
 def run_comparable_experts(experts: Experts, hidden_TD: Tensor, *routing: Tensor) -> Tensor:
-    """Like `run_experts`, with every matrix in the same memory layout. Dense and ragged experts store W_down
-    transposed to each other, and matrix products round differently for the two."""
+    """Like `run_experts`, with every matrix in the same memory layout.
+
+    Dense and ragged experts store W_down transposed to each other, and matrix products round differently for
+    the two.
+    """
     expert_TK, router_weight_TK = routing_of(experts, hidden_TD, *routing)
     counts = counts_of(experts, expert_TK)
     return run_sorted(
@@ -137,23 +143,24 @@ def run_comparable_experts(experts: Experts, hidden_TD: Tensor, *routing: Tensor
 
 @contextmanager
 def skip_experts(model: PreTrainedModel) -> Iterator[None]:
-    """While open, routed experts return zeros without computing anything, to count what the rest of the model
-    costs."""
+    """Inside the context, routed experts return zeros and compute nothing: only the rest has a cost."""
     with use_heapr_experts(model, lambda _, hidden_TD, *__: torch.zeros_like(hidden_TD)):
         yield
 
 
 @contextmanager
 def forwards(modules: Sequence[nn.Module], make: Callable[[nn.Module], Callable[..., Any]]) -> Iterator[None]:
-    """Give each module its own forward while open; the previous one is restored, a device map's hook too."""
+    """Inside the context, give each module its own forward; a device map's hook is restored too."""
     with exchanged([(module, "forward", make(module)) for module in modules]):
         yield
 
 
 @contextmanager
 def exchanged(values: Sequence[tuple[nn.Module, str, Any]]) -> Iterator[None]:
-    """Set attributes of modules, given as (module, name, value), while open; previous values are restored and
-    attributes that did not exist are deleted."""
+    """Inside the context, set attributes of modules, given as (module, name, value).
+
+    Previous values are restored, and attributes that did not exist are deleted.
+    """
     previous = [(module, name, vars(module).get(name, ABSENT)) for module, name, _ in values]
     for module, name, value in values:
         setattr(module, name, value)
@@ -168,8 +175,10 @@ def exchanged(values: Sequence[tuple[nn.Module, str, Any]]) -> Iterator[None]:
 
 
 def _forward_name(module: nn.Module) -> str:
-    """The attribute that holds a module's own forward: with a device map, accelerate wraps it in one that
-    fetches the weights."""
+    """The attribute that holds a module's own forward.
+
+    With a device map, accelerate wraps it in one that fetches the weights.
+    """
     return "_old_forward" if "_old_forward" in vars(module) else "forward"
 
 

@@ -25,8 +25,9 @@ OUTSIDE_INTERFACE = "Llama4TextExperts"
 
 
 class ExpertObserver(Protocol):
-    """Called once per forward with the activations and outputs of a layer's experts for all their tokens; not
-    called if no token is routed.
+    """Called once per forward with the activations and outputs of a layer's experts for all their tokens.
+
+    It is not called if no token is routed.
 
     Args:
         h_SF: intermediate activations, part of the graph: one hook on it gets all gradients. Columns beyond
@@ -87,8 +88,11 @@ class Matrices(NamedTuple):
 
 
 def is_ragged(experts: nn.Module) -> bool:
-    """Whether experts are `RaggedExperts`. Compares names, because the copy of this file beside a checkpoint
-    is a different module with its own class."""
+    """Whether experts are `RaggedExperts`.
+
+    Compares names, because the copy of this file beside a checkpoint is a different module with its own
+    class.
+    """
     return type(experts).__name__ == RAGGED
 
 
@@ -113,8 +117,7 @@ def layout_of(experts: Experts) -> Layout:
 
 
 def activation_of(experts: Experts) -> Callable[[Tensor], Tensor]:
-    """The family's own function from the input projection (n, G) to h (n, F), without the experts'
-    parameters."""
+    """The family's own function from the input projection (n, G) to h (n, F), without parameters."""
     if is_ragged(experts):
         activation: Callable[[Tensor], Tensor] = experts.activation
         return activation

@@ -72,8 +72,9 @@ def run_sorted(
     counts: list[int],
     matrices_E: Iterable[Matrices] | None = None,
 ) -> Tensor:
-    """Run the experts on (token, expert) pairs sorted by expert: each expert's tokens are then one contiguous
-    segment.
+    """Run the experts on (token, expert) pairs sorted by expert.
+
+    Each expert's tokens are then one contiguous segment.
 
     Args:
         counts: number of pairs of each expert and, last, of pairs without an expert.
@@ -133,8 +134,7 @@ def _one_by_one(experts: Experts, visits: Iterable[Visit]) -> Iterator[tuple[Vis
 
 
 def _observed(experts: Experts, visits: Sequence[Visit], counts: list[int]) -> Iterator[tuple[Visit, Tensor]]:
-    """The same outputs, all computed first and shown to the layer's observer: activations and outputs are one
-    tensor each."""
+    """The same outputs, computed all at once and shown to the layer's observer as one tensor."""
     if not visits:
         return
     activation = activation_of(experts)
@@ -163,8 +163,10 @@ def _padded(h_nF: Tensor, width: int) -> Tensor:
 
 
 def _without_empty(order_S: Tensor, counts: list[int], widths: list[int]) -> tuple[Tensor, list[int]]:
-    """Drop the pairs of experts of width 0 and those without an expert, which contribute nothing: their
-    tokens need not even be gathered. Counts stay one per segment."""
+    """Drop the pairs of experts of width 0 and those without an expert, which contribute nothing.
+
+    Their tokens need not even be gathered. There is still one count per segment.
+    """
     kept = [order_S[:0]]
     kept_counts = []
     for segment_n, width in zip(order_S.split(counts), [*widths, 0], strict=True):
