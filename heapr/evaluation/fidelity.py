@@ -18,6 +18,7 @@ from heapr.evaluation.measurement import Material, Need
 from heapr.model.experts.dispatch import use_comparable_experts
 from heapr.model.load import ModelSource
 from heapr.model.moe import MoEModel
+from heapr.model.passes import final_hidden_states
 from heapr.progress import progress
 from heapr.text.corpora import Corpus
 from heapr.text.windows import batches, windows
@@ -71,9 +72,11 @@ class Fidelity:
         divergence, agreements = 0.0, 0
         num_batches = math.ceil(len(self._windows.ids_NW) / self.batch_size)
         bar = progress(batches(self._windows, self.batch_size), total=num_batches, description=self.name)
+        of_dense = final_hidden_states(dense, batches(self._windows, self.batch_size))
         with use_comparable_experts(dense.model), use_comparable_experts(pruned.model):
-            for number, ids_NW in enumerate(bar):
-                batch_divergence, batch_agreements = compare(dense, pruned, ids_NW.to(dense.device))
+            of_both = zip(of_dense, final_hidden_states(pruned, bar), strict=True)
+            for number, ((_, dense_hidden), (_, pruned_hidden)) in enumerate(of_both):
+                batch_divergence, batch_agreements = compare(dense, pruned, dense_hidden, pruned_hidden)
                 if not math.isfinite(batch_divergence):
                     raise FloatingPointError(
                         f"{self.name}: the divergence is NaN or infinite in batch {number}; use a wider"
@@ -89,14 +92,14 @@ class Fidelity:
         return Evaluation(metrics, details={"window": self.window, "num_windows": len(self._windows.ids_NW)})
 
 
-def compare(dense: MoEModel, pruned: MoEModel, ids_NW: Tensor) -> tuple[float, int]:
+def compare(
+    dense: MoEModel, pruned: MoEModel, dense_hidden: Tensor, pruned_hidden: Tensor
+) -> tuple[float, int]:
     """Summed KL(dense || pruned) in nats, and the number of equal most probable tokens, without logits of
-    more than a chunk."""
-    divergence = torch.zeros((), dtype=torch.float64, device=ids_NW.device)
-    agreements = torch.zeros((), dtype=torch.int64, device=ids_NW.device)
-    dense_TD, pruned_TD = (
-        model.hidden_states(input_ids=ids_NW)[:, :-1].flatten(0, 1) for model in (dense, pruned)
-    )
+    more than a chunk. Final hidden states are (N, W, D)."""
+    divergence = torch.zeros((), dtype=torch.float64, device=dense_hidden.device)
+    agreements = torch.zeros((), dtype=torch.int64, device=dense_hidden.device)
+    dense_TD, pruned_TD = dense_hidden[:, :-1].flatten(0, 1), pruned_hidden[:, :-1].flatten(0, 1)
     size = dense.chunk_size()
     for dense_chunk, pruned_chunk in zip(dense_TD.split(size), pruned_TD.split(size), strict=True):
         dense_TV, pruned_TV = dense.logits(dense_chunk), pruned.logits(pruned_chunk)

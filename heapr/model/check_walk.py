@@ -21,7 +21,7 @@ from heapr.model.experts.layout import Experts
 from heapr.model.experts.loop import run_experts
 from heapr.model.moe import MoEModel, frozen_parameters, gradient_from_embeddings, summed_loss_backward
 from heapr.model.passes import span_backward
-from heapr.model.span import probe_tokens, run_span
+from heapr.model.span import probe_tokens, reads_of, run_span
 from heapr.model.tape import Output, Tape, hidden_of
 
 # First token ids of the two probe batches. Lower ids are often special, and padding may embed as zero.
@@ -58,10 +58,11 @@ def check_walk(model: MoEModel, *, needed_by: str, instead: str, gradients: bool
 def _first_fault(model: MoEModel, passes: Sequence[_Pass], gradients: bool) -> str | None:
     """The first difference, layer after layer; None if there is none."""
     for layer in range(len(model.decoder_layers)):
-        for one_pass in passes:
-            fault = one_pass.forward_fault(layer)
-            if fault is not None:
-                return fault
+        with model.hold([layer]):
+            faults = [one_pass.forward_fault(layer) for one_pass in passes]
+        fault = next(filter(None, faults), None)
+        if fault is not None:
+            return fault
     if not gradients:
         return None
     for one_pass in passes:
@@ -121,9 +122,10 @@ class _Pass:
     def backward_fault(self) -> str | None:
         """Send the loss back layer by layer; returns what differs from the plain pass, if anything."""
         embedded: list[Tensor] = []
+        reads = reads_of(self.model)
         with use_heapr_experts(self.model.model), _embedded_tokens(self.model, embedded):
             for layer in reversed(range(len(self.outputs))):
-                span_backward(self.model, self.tape, range(layer, layer + 1))
+                span_backward(self.model, self.tape, range(layer, layer + 1), reads)
                 if layer == 0:
                     break
                 expected = hidden_of(self.outputs[layer - 1]).grad

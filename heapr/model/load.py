@@ -37,7 +37,9 @@ from heapr.model.model_files import (
     weight_files,
 )
 from heapr.model.moe import MoEModel, experts_per_token, find_moe_layers
+from heapr.model.residency import Streamed
 from heapr.model.tensors import check_tensors, report_left_out
+from heapr.model.weights import LayerWeights
 from heapr.words import first_line
 
 BUILTIN_PREFIX = "builtin:"
@@ -146,6 +148,23 @@ class ModelSource:
         model = MoEModel(self._load_weights(placement))
         model.check_head()
         return model
+
+    def stream(self, device: torch.device, *, tapes: Path | None = None) -> MoEModel:
+        """The model with one decoder layer in memory at a time.
+
+        Args:
+            device: where a layer goes.
+            tapes: folder for what layers put out while they are not in memory; None leaves it in the CPU's
+                memory.
+
+        Raises:
+            ConfigError: see `load`; or a layer's weights cannot be read by themselves.
+        """
+        self.fetch()
+        _ = self.left_out
+        model = self.on_meta()
+        weights = LayerWeights(model.model, model.layers_name, self.folder, device)
+        return MoEModel(model.model, Streamed(model.decoder_layers, model.layers, weights, tapes))
 
     def fetch(self) -> None:
         """Download the weights of a hub model, and check the weight files of any model.

@@ -7,7 +7,8 @@ Shape letters: D model width, E experts, F atomic experts of an expert, G rows o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from heapr.model.layerwise import walk_layers
 from heapr.model.moe import MoELayer, MoEModel
 from heapr.progress import progress
 from heapr.pruning.layer_repair import LayerRepair, Repair
-from heapr.types import Plan, RepairedWeights
+from heapr.types import Plan, RepairedWeights, TensorDict
 
 
 @torch.no_grad()
@@ -34,7 +35,12 @@ def remove(model: MoEModel, plan: Plan, repaired: RepairedWeights | None = None)
         repaired: the kept weights that repair changed. With None, all kept weights stay as they are.
     """
     for layer in model.layers:
-        layer.replace_experts(_cut(layer, plan, repaired))
+        model.change(layer, partial(_replace, layer, plan, repaired))
+
+
+def _replace(layer: MoELayer, plan: Plan, repaired: RepairedWeights | None) -> None:
+    """A layer's experts by what is kept of them."""
+    layer.replace_experts(_cut(layer, plan, repaired))
 
 
 @torch.no_grad()
@@ -43,6 +49,7 @@ def remove_and_repair(
     plan: Plan,
     repair: Repair,
     batches: Sequence[Tensor],
+    repaired: MutableMapping[int, TensorDict] | None = None,
 ) -> dict[int, LayerRepair]:
     """Remove and repair one layer after the other (docs/method.md, 18 to 23). Layers that lose nothing stay
     as they are.
@@ -52,6 +59,7 @@ def remove_and_repair(
         plan: for this model.
         repair: how.
         batches: int64 (N, W) token ids each, of the calibration.
+        repaired: gets the weights that the repair may change, by decoder layer index and name.
 
     Returns:
         what was found for each layer, by decoder layer index.
@@ -61,7 +69,8 @@ def remove_and_repair(
         FloatingPointError: NaN or infinity; the message names the layer.
     """
     found: dict[int, LayerRepair] = {}
-    cut_from_dense: list[tuple[MoELayer, RaggedExperts]] = []
+    repaired = {} if repaired is None else repaired
+    names = repaired_names(model, repair)
     walk = walk_layers(model, batches, follow_stream=repair.follows_stream)
     bar = progress(walk, total=len(model.layers), description="repair", unit="layer")
     for layer, inputs, target in bar:
@@ -70,14 +79,20 @@ def remove_and_repair(
             found[layer.index] = LayerRepair(error_before=0.0, error_after=0.0, num_repaired=0)
         else:
             found[layer.index] = repair(layer.experts, after, inputs, target=target)
+        repaired[layer.index] = {name: after.get_parameter(name).detach() for name in names}
         if repair.is_sequential:
             layer.replace_experts(after)
-        else:
-            cut_from_dense.append((layer, after))
-        del inputs, target  # before those of the next layer are made
-    for layer, after in cut_from_dense:
-        layer.replace_experts(after)
+            model.remember(layer, partial(_replace, layer, plan, repaired))
+        del inputs, target, after  # before those of the next layer are made
+    if not repair.is_sequential:
+        remove(model, plan, repaired)
     return found
+
+
+def repaired_names(model: MoEModel, repair: Repair) -> list[str]:
+    """The parameters of ragged experts that a repair may change."""
+    inputs = [layout_of(model.layers[0].experts).input_name] if repair.refits_inputs else []
+    return [*inputs, "down_proj"]
 
 
 @torch.no_grad()
@@ -85,20 +100,30 @@ def mask(model: MoEModel, plan: Plan, repaired: RepairedWeights | None = None) -
     """Set the same rows, biases and columns to zero instead: the same function in the old shape. Arguments as
     for `remove`."""
     for layer in model.layers:
-        kept_matrices = matrices_of(_cut(layer, plan, repaired))
-        for (matrices, kept_F, kept_G), left in zip(_with_masks(layer, plan), kept_matrices, strict=True):
-            matrices.down_DF[:, kept_F] = left.down_DF
-            matrices.inputs_GD[kept_G] = left.inputs_GD
-            matrices.down_DF[:, ~kept_F] = 0
-            matrices.inputs_GD[~kept_G] = 0
-            if matrices.inputs_bias_G is not None:
-                matrices.inputs_bias_G[~kept_G] = 0
+        model.change(layer, partial(_mask, layer, plan, repaired))
+
+
+def _mask(layer: MoELayer, plan: Plan, repaired: RepairedWeights | None) -> None:
+    """Zeros in a layer's experts for what is removed."""
+    if layer.experts.down_proj.is_meta:
+        return
+    kept_matrices = matrices_of(_cut(layer, plan, repaired))
+    for (matrices, kept_F, kept_G), left in zip(_with_masks(layer, plan), kept_matrices, strict=True):
+        matrices.down_DF[:, kept_F] = left.down_DF
+        matrices.inputs_GD[kept_G] = left.inputs_GD
+        matrices.down_DF[:, ~kept_F] = 0
+        matrices.inputs_GD[~kept_G] = 0
+        if matrices.inputs_bias_G is not None:
+            matrices.inputs_bias_G[~kept_G] = 0
 
 
 def _cut(layer: MoELayer, plan: Plan, repaired: RepairedWeights | None) -> RaggedExperts:
     """New experts with the kept weights of a layer's."""
     widths = plan.layers[layer.index].sum(dim=1).tolist()
-    experts = RaggedExperts(layer.experts, widths).fill(_kept_matrices(layer, plan))
+    experts = RaggedExperts(layer.experts, widths)
+    if layer.experts.down_proj.is_meta:  # the shape alone, of a layer that is not in memory
+        return experts
+    experts.fill(_kept_matrices(layer, plan))
     changed = {} if repaired is None else repaired[layer.index]
     for name, tensor in changed.items():
         experts.get_parameter(name).copy_(tensor)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from heapr.calibration.collector import collect
 from heapr.model.moe import MoEModel
+from heapr.model.passes import Way
 from heapr.pruning.surgery import remove
 from heapr.score.gradient import Heapr
 from heapr.types import Plan, Statistics
@@ -197,7 +198,7 @@ def test_statistics_by_spans_are_those_of_one_pass(ids_NW: Tensor, cut: bool) ->
         )
     told: list[list[tuple[int, float]]] = [[], []]
     whole = collect(model, ids_NW.split(3), on_batch=lambda *batch: told[0].append(batch))
-    parts = collect(model, ids_NW.split(3), spans=SPANS, on_batch=lambda *batch: told[1].append(batch))
+    parts = collect(model, ids_NW.split(3), way=Way(SPANS), on_batch=lambda *batch: told[1].append(batch))
     assert told[0] == told[1] and len(told[0]) == 3
     assert (whole.loss_sum, whole.num_tokens, whole.num_predicted_tokens) == (
         parts.loss_sum,
@@ -222,7 +223,7 @@ def test_not_a_number_by_spans_names_layer_and_batch(ids_NW: Tensor, parameter: 
     with torch.no_grad():
         causal_lm.get_parameter(parameter).fill_(float("nan"))
     with pytest.raises(FloatingPointError, match=f"{place} is NaN or infinite in batch 0"):
-        collect(MoEModel(causal_lm), ids_NW.split(4), spans=SPANS)
+        collect(MoEModel(causal_lm), ids_NW.split(4), way=Way(SPANS))
 
 
 def test_batches_of_one_span_are_asked_for_one_by_one(ids_NW: Tensor) -> None:

@@ -32,6 +32,7 @@ from heapr.model.layerwise import walk_layers
 from heapr.model.load import find_model
 from heapr.model.model_files import read_headers
 from heapr.model.moe import MoEModel, experts_per_token
+from heapr.model.passes import Way
 from heapr.model.span import advance, reads_of
 from heapr.model.stream import check_stream
 from heapr.model.tape import Tape, hidden_of
@@ -159,7 +160,7 @@ class FamilyContract:
         for layer, inputs, _ in walk_layers(deep, [IDS_NW]):
             assert torch.equal(inputs.hidden_TD, seen[layer.index])
         spans = [range(1), range(1, 3), range(3, len(streams))]
-        whole, parts = collect(deep, [IDS_NW]), collect(deep, [IDS_NW], spans=spans)
+        whole, parts = collect(deep, [IDS_NW]), collect(deep, [IDS_NW], way=Way(spans))
         assert whole.layers.keys() == parts.layers.keys() == seen.keys()
         tolerance = 1e-5 if self.family in ROUNDS_OTHERWISE else 0
         for index, statistics in whole.layers.items():
