@@ -14,8 +14,9 @@ from typing import Any
 
 from heapr.artifacts import CHECKPOINT_PART, REPAIR_PART
 from heapr.evaluation.measurement import Measurement, Need
+from heapr.origin import KEY_LENGTH, Origin
 from heapr.schema import CalibrationConfig, ExperimentConfig, PruningConfig
-from heapr.store import KEY_LENGTH, WHOLE, Origin
+from heapr.store import WHOLE
 from heapr.text.corpora import Corpus
 from heapr.text.mixture import Mixture
 
