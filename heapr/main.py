@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from heapr.artifacts import clear_error, write_error
 from heapr.errors import ConfigError
-from heapr.overrides import check_one_option, explain_comma, explain_option, explain_override
+from heapr.overrides import check_one_option, explain_comma, explain_option, explain_override, options_of
 from heapr.schema import ExperimentConfig, register, resolve
 from heapr.words import did_you_mean, first_line, unknown_key
 
@@ -201,7 +201,7 @@ def _explain_unmatched(path: str, text: str, config_folder: Path, overrides: Seq
 def _unknown_option(path: str, config_folder: Path) -> str:
     """The message for a misspelt option of a group."""
     group, _, option = path.rpartition("/")
-    known = sorted(file.stem for file in (config_folder / group).glob("*.yaml"))
+    known = options_of(group, config_folder)
     suggestion = did_you_mean(option, known)
     return f"unknown option '{path}'; {suggestion}known options of {group}: {', '.join(known)}"
 

@@ -116,9 +116,15 @@ def explain_option(arguments: Sequence[str], config_folder: Path) -> str:
             continue
         if not group:
             return explain_override(argument, arguments)
-        known = ", ".join(sorted(file.stem for file in (config_folder / group).glob("*.yaml")))
+        known = ", ".join(options_of(group, config_folder))
         return f"argument '{argument}': {value} is no name of an option; known options of {group}: {known}"
     return "a group's option is no name; see --help"
+
+
+def options_of(group: str, config_folder: Path) -> list[str]:
+    """Names of a group's options, sorted."""
+    names = [file.stem for file in (config_folder / group).glob("*.yaml")]
+    return sorted(names)
 
 
 def quoted_override(key: str, value: str, *, is_sweep: bool, always: bool = False) -> str | None:

@@ -137,7 +137,8 @@ class Pipeline:
     def __init__(self, experiment: Experiment, tracker: Tracker, tokens: TokenWindows | None) -> None:
         self.experiment, self.tracker = experiment, tracker
         self.stages: list[dict[str, Any]] = []
-        self.findings = Findings([measurement.name for measurement in experiment.plugins.measurements])
+        names = [measurement.name for measurement in experiment.plugins.measurements]
+        self.findings = Findings(names)
         self.models = ModelProvider(
             experiment.load_dense,
             repair=experiment.plugins.repair,

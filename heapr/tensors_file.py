@@ -38,12 +38,13 @@ def save_tensors(
     """
     rank = {dtype: number for number, dtype in enumerate(DTYPES)}
     order = sorted(tensors, key=lambda name: (-rank[tensors[name].dtype], name))
-    header = _header({name: tensors[name] for name in order}, metadata or {})
+    ordered = {name: tensors[name] for name in order}
+    header = _header(ordered, metadata or {})
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little"))
         file.write(header)
-        for name in order:
-            file.write(_bytes_of(tensors[name]))
+        for tensor in ordered.values():
+            file.write(_bytes_of(tensor))
 
 
 def _header(ordered: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:

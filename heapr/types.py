@@ -216,7 +216,7 @@ class Scores:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Scores:
-        return cls(layers={index: tensors[f"layers.{index}"] for index in _layer_indices(tensors)})
+        return cls(layers=_by_layer(tensors))
 
 
 class Granularity(Enum):
@@ -280,7 +280,7 @@ class Plan:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Plan:
-        return cls(layers={index: tensors[f"layers.{index}"] for index in _layer_indices(tensors)})
+        return cls(layers=_by_layer(tensors))
 
 
 # By decoder layer index and parameter name, in the form in which ragged experts hold them.
@@ -344,5 +344,11 @@ def _key_on_disk(index: int, statistic: str) -> str:
 
 
 def _layer_indices(tensors: Mapping[str, Tensor]) -> list[int]:
-    names = [name for name in tensors if name.startswith("layers.")]
-    return sorted({int(name.split(".")[1]) for name in names})
+    parts = [name.split(".") for name in tensors]
+    indices = {int(part[1]) for part in parts if part[0] == "layers"}
+    return sorted(indices)
+
+
+def _by_layer(tensors: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    """Tensors named "layers.{i}", by decoder layer index."""
+    return {index: tensors[f"layers.{index}"] for index in _layer_indices(tensors)}

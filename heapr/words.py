@@ -28,9 +28,11 @@ def did_you_mean(name: str, known: Iterable[str], *, before: str = "", most: int
 
 def unknown_key(path: str, known: Collection[str]) -> str:
     """The message for a misspelt key, with a suggestion and the known keys."""
-    parent, _, key = path.rpartition(".")
-    suggestion = did_you_mean(key, known, before=f"{parent}." if parent else "")
-    return f"unknown key '{path}'; {suggestion}known here: {', '.join(sorted(known)) or 'none'}"
+    key = path.rpartition(".")[2]
+    before = path.removesuffix(key)
+    suggestion = did_you_mean(key, known, before=before)
+    names = ", ".join(sorted(known)) or "none"
+    return f"unknown key '{path}'; {suggestion}known here: {names}"
 
 
 def class_name(target: str) -> str:

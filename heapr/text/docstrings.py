@@ -59,6 +59,7 @@ def _source_files(root: Path) -> list[Path]:
     """Python files below `root` in a fixed order, without tests, site-packages and caches."""
     found: list[Path] = []
     for folder, subfolders, names in os.walk(root):
+        # In place, so that os.walk does not enter the others.
         subfolders[:] = [name for name in subfolders if not _is_skipped(name)]
         found += [Path(folder, name) for name in names if _is_source(name)]
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
