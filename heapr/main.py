@@ -123,8 +123,8 @@ def one_line_errors(config_folder: Path | None = None) -> Iterator[None]:
         if not str(error).startswith(FIELD_OF_NOTHING):
             raise
         _stop(
-            "an override sets a field of what is null, such as pruning.repair.ridge; choose it first, for"
-            " example pruning/repair=joint"
+            "an override sets a field of something that is null, such as pruning.repair.ridge; choose it"
+            " first, for example pruning/repair=joint"
         )
     except OSError as error:
         if error.filename is None or _came_from_job(error):

@@ -66,7 +66,7 @@ def explain_override(override: str, arguments: Sequence[str]) -> str:
             " leave it out"
         )
     if not equals:
-        return f"argument '{override}' is no override; give key=value, or an option that --help lists"
+        return f"argument '{override}' is not an override; give key=value, or an option that --help lists"
     if not key.strip("+~") or not _is_read(f"{key}=1"):
         return (
             f"argument '{override}': '{key}' cannot be the name of a field; give key=value with a key that"
@@ -77,7 +77,7 @@ def explain_override(override: str, arguments: Sequence[str]) -> str:
         return f"argument '{override}' has one '=' too many; write {shlex.quote(with_one)}"
     marks = [letter for letter in _without_brackets(value) if not UNQUOTED.fullmatch(letter)]
     distinct = " ".join(dict.fromkeys(marks))
-    reason = f"{distinct} in a value must stand inside quotes" if marks else "its value cannot be read"
+    reason = f"{distinct} in a value must be inside quotes" if marks else "its value cannot be read"
     is_sweep = not SWEEP_OPTIONS.isdisjoint(arguments)
     written = quoted_override(key, value, is_sweep=is_sweep)
     if written is None:
@@ -117,8 +117,10 @@ def explain_option(arguments: Sequence[str], config_folder: Path) -> str:
         if not group:
             return explain_override(argument, arguments)
         known = ", ".join(options_of(group, config_folder))
-        return f"argument '{argument}': {value} is no name of an option; known options of {group}: {known}"
-    return "a group's option is no name; see --help"
+        return (
+            f"argument '{argument}': {value} is not the name of an option; known options of {group}: {known}"
+        )
+    return "an option of a group is not a name; see --help"
 
 
 def options_of(group: str, config_folder: Path) -> list[str]:

@@ -31,7 +31,9 @@ def main(overrides: Sequence[str]) -> None:
         missing = fetch_all(config)
         if missing:
             names = ", ".join(missing)
-            raise ConfigError(f"{len(missing)} of what this experiment needs could not be fetched: {names}")
+            raise ConfigError(
+                f"{len(missing)} items that this experiment needs could not be fetched: {names}"
+            )
 
 
 def fetch_all(config: ExperimentConfig) -> list[str]:

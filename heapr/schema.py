@@ -201,8 +201,8 @@ def _check_tracking(tracking: TrackingConfig) -> None:
     is_plain = set(tracking.project).isdisjoint("/\\#?%:")
     if not is_plain or not 1 <= len(tracking.project) <= 128:
         raise ConfigError(
-            f"tracking.project='{tracking.project}' is no wandb project; give 1 to 128 letters without"
-            r" / \ # ? % :"
+            f"tracking.project='{tracking.project}' is not the name of a wandb project; give 1 to 128 letters"
+            r" without / \ # ? % :"
         )
     if tracking.upload and tracking.mode == "none":
         raise ConfigError(

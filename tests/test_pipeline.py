@@ -457,7 +457,7 @@ BAD_INPUT = [
     (["runtime.device=tpu9"], "runtime.device='tpu9' is unknown"),
     (["runtime.device=cuda:7"], "torch sees [0-9] GPUs"),
     (["tracking.mode=maybe"], "tracking.mode='maybe' is unknown"),
-    (["tracking.project=a/b"], "tracking.project='a/b' is no wandb project"),
+    (["tracking.project=a/b"], "tracking.project='a/b' is not the name of a wandb project"),
     (["tracking.upload=true"], "tracking=none sends nothing"),
 ]  # fmt: skip
 

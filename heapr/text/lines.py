@@ -36,7 +36,9 @@ def lines(path: Path) -> Iterator[str]:
             if not is_utf8(line):
                 raise ConfigError(f"{where} is not UTF-8; convert the file, for example with iconv")
             if "\0" in line:
-                raise ConfigError(f"{where} holds a zero byte, which no text does; convert the file to UTF-8")
+                raise ConfigError(
+                    f"{where} holds a zero byte, which text never does; convert the file to UTF-8"
+                )
             # A mark stands at the beginning, and wherever files were concatenated.
             yield line.removeprefix(BYTE_ORDER_MARK)
 

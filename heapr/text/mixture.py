@@ -131,5 +131,5 @@ def _corpus(entry: Mapping[str, Any], where: str) -> Corpus:
     corpus = build(entry.get("corpus", {}), where)
     if not isinstance(corpus, Corpus):
         kind = type(corpus).__name__
-        raise ConfigError(f"{where} is a {kind}, which is no corpus; see docs/adding.md")
+        raise ConfigError(f"{where} is a {kind}, which is not a corpus; see docs/adding.md")
     return corpus

@@ -89,7 +89,7 @@ def kind_of(path: Path) -> str:
         if name.removesuffix(GZIP).endswith(ending):
             return ending
     forms = f"{', '.join(ENDINGS)}, which tell how it is read (text and JSON also with {GZIP})"
-    raise ConfigError(f"'{path}' ends in none of {forms}; rename or convert it")
+    raise ConfigError(f"'{path}' has none of the endings {forms}; rename or convert it")
 
 
 def is_readable(path: Path) -> bool:
@@ -122,6 +122,8 @@ def _lines_of_prose(path: Path) -> Iterator[str]:
     for number, line in enumerate(lines(path), start=1):
         if not has_begun and JSON_START.match(line):
             hint = f"let it end in one of {', '.join(JSON)}"
-            raise ConfigError(f"line {number} of '{path}' begins JSON, but the name says plain text; {hint}")
+            raise ConfigError(
+                f"line {number} of '{path}' begins like JSON, but the name says plain text; {hint}"
+            )
         has_begun = has_begun or bool(line.strip())
         yield line

@@ -54,7 +54,7 @@ class _Array:
             position = self._behind_comma(end)
         behind = self._skip_blanks(position + 1)
         if behind < len(self._text):
-            raise _not_json(self._line_of(behind), self._path, "something stands behind the array")
+            raise _not_json(self._line_of(behind), self._path, "there is more text after the array")
 
     def _element(self, position: int) -> tuple[Any, int]:
         """The value that begins at a position, and the position of its end."""
@@ -70,7 +70,7 @@ class _Array:
         if self._text.startswith(",", position):
             return self._skip_blanks(position + 1)
         if not self._text.startswith("]", position):
-            raise _not_json(self._line_of(position), self._path, "an array goes on with ',' or ends with ']'")
+            raise _not_json(self._line_of(position), self._path, "expected ',' or ']' after an element")
         return position
 
     def _skip_blanks(self, position: int) -> int:
@@ -126,16 +126,16 @@ def _problem(value: Any, field: str) -> str | None:
     """Why a JSON value has no text in a field, and what to do about it; None if it has text."""
     expected = f"is not a JSON object with text in the field '{field}'"
     if not isinstance(value, dict):
-        return f"{expected}, but a {type(value).__name__}; mend it"
+        return f"{expected}, but a {type(value).__name__}; fix it"
     is_chat = field in CHAT_FIELDS and isinstance(value.get(field), list)
     if field not in value or is_chat:
         return _no_such_field("field", field, value)
     text = value[field]
     if not isinstance(text, str):
-        return f"{expected}, which holds {json.dumps(text):.40}; mend it"
+        return f"{expected}, which holds {json.dumps(text):.40}; fix it"
     if not is_utf8(text):
         surrogate = "a lone surrogate, \\ud800 to \\udfff"
-        return f"holds half a character in the field '{field}' ({surrogate}); mend it or leave it out"
+        return f"has half a character in the field '{field}' ({surrogate}); fix it or leave it out"
     return None
 
 
@@ -154,7 +154,7 @@ def _no_such_field(what: str, field: str, known: Collection[str]) -> str:
         return f"has no {what} '{field}' but {names}; {hint}"
     target = "text" if field == chat[0] else field
     return (
-        f"is chat data ({what} '{chat[0]}'), which is not read as such, "
+        f"is chat data ({what} '{chat[0]}'), which cannot be used directly, "
         "because its text depends on the model's chat template; "
         f"write every conversation as one text into the {what} '{target}', for example with "
         "tokenizer.apply_chat_template(messages, tokenize=False)"
@@ -162,7 +162,7 @@ def _no_such_field(what: str, field: str, known: Collection[str]) -> str:
 
 
 def _not_json(number: int, path: Path, reason: str) -> ConfigError:
-    hint = "mend it, and give one array or one object a line"
+    hint = "fix it, and give one array or one object per line"
     return ConfigError(f"line {number} of '{path}' is not JSON ({reason}); {hint}")
 
 
