@@ -103,7 +103,7 @@ def one_line_errors(config_folder: Path | None = None) -> Iterator[None]:
     Every other error is a bug of ours and keeps its stack trace.
 
     Args:
-        config_folder: used to look up known keys when one is misspelt.
+        config_folder: used to look up known keys when one is misspelled.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # otherwise Hydra prints errors itself and exits with 1
     print_whatever_the_encoding()
@@ -156,7 +156,7 @@ def _came_from_job(error: BaseException) -> bool:
 
 
 def explain(error: Exception, config_folder: Path | None, overrides: Sequence[str]) -> str:
-    """Hydra's message, or a better one if a key is misspelt or a value has the wrong type.
+    """Hydra's message, or a better one if a key is misspelled or a value has the wrong type.
 
     Args:
         error: what Hydra raised when it composed the configuration.
@@ -199,7 +199,7 @@ def _explain_unmatched(path: str, text: str, config_folder: Path, overrides: Seq
 
 
 def _unknown_option(path: str, config_folder: Path) -> str:
-    """The message for a misspelt option of a group."""
+    """The message for a misspelled option of a group."""
     group, _, option = path.rpartition("/")
     known = options_of(group, config_folder)
     suggestion = did_you_mean(option, known)
@@ -207,7 +207,7 @@ def _unknown_option(path: str, config_folder: Path) -> str:
 
 
 def _explain_unknown_key(path: str, config_folder: Path, overrides: Sequence[str]) -> str:
-    """The message for a misspelt key, compared part by part with the configuration of the chosen options."""
+    """The message for a misspelled key, compared part by part with the configuration of the chosen options."""
     node = _compose_groups(overrides, config_folder)
     parts = path.split(".")
     for number, part in enumerate(parts, start=1):
@@ -238,5 +238,5 @@ def _compose_groups(overrides: Sequence[str], config_folder: Path) -> DictConfig
     with initialize_config_dir(str(config_folder), version_base="1.3"):
         try:
             return compose("config", overrides=choices)
-        except HydraException:  # one of them is misspelt itself
+        except HydraException:  # one of them is misspelled itself
             return compose("config")

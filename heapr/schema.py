@@ -49,10 +49,10 @@ class PruningConfig:
 
     ratio: float = MISSING  # share to remove of the routed atomic experts, or of `budget`, in [0, 1)
     scope: str = MISSING  # what is ranked together: global, layer or expert
-    rounds: int = 1  # prune in so many equal rounds, with statistics collected anew in each; at least 1
+    rounds: int = 1  # number of equal rounds, each with statistics of its own; at least 1
     # Plug-in (heapr/pruning/repair.py) that refits the kept weights; null leaves them unchanged.
     repair: dict[str, Any] | None = None
-    # Every expert keeps a multiple of so many atomic experts: 1, 8, 16, ...; null is 8 for uniform, else 1.
+    # Every expert keeps a multiple of this many atomic experts: 1, 8, 16, ...; null is 8 for uniform, else 1.
     width_multiple: int | None = None
     # Form of the checkpoint: ragged (exact widths), uniform (one width, scope expert) or masked (zeros).
     form: str = "ragged"

@@ -27,7 +27,7 @@ def did_you_mean(name: str, known: Iterable[str], *, before: str = "", most: int
 
 
 def unknown_key(path: str, known: Collection[str]) -> str:
-    """The message for a misspelt key, with a suggestion and the known keys."""
+    """The message for a misspelled key, with a suggestion and the known keys."""
     key = path.rpartition(".")[2]
     before = path.removesuffix(key)
     suggestion = did_you_mean(key, known, before=before)

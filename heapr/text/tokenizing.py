@@ -29,7 +29,7 @@ DOCUMENT_SEPARATOR = "\n\n"  # docs/method.md: documents are joined by blank lin
 PIECE = 16_384  # characters per piece, without the context on both sides
 CONTEXT = 1_024  # characters of context on each side, which belong to the neighboring pieces
 PIECES_AT_ONCE = 4  # pieces per call of the tokenizer
-MIN_AGREED = 16  # two pieces are joined if they agree on at least so many tokens
+MIN_AGREED = 16  # two pieces are joined if they agree on at least this many tokens
 
 
 @dataclass(frozen=True)
