@@ -207,7 +207,7 @@ def _unknown_option(path: str, config_folder: Path) -> str:
 
 
 def _explain_unknown_key(path: str, config_folder: Path, overrides: Sequence[str]) -> str:
-    """The message for a misspelled key, compared part by part with the configuration of the chosen options."""
+    """The message for a misspelled key, compared part by part with the options that were chosen."""
     node = _compose_groups(overrides, config_folder)
     parts = path.split(".")
     for number, part in enumerate(parts, start=1):

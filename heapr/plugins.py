@@ -74,7 +74,7 @@ def plug_in(entry: Any, where: str) -> Callable[..., Any]:
     """
     if not isinstance(entry, Mapping) or "_target_" not in entry:
         raise ConfigError(
-            f"{where} has no _target_, so it names no plug-in; look for a misspelled key, or see docs/adding.md"
+            f"{where} has no _target_, so it names no plug-in; is a key misspelled? See docs/adding.md"
         )
     try:
         target: Callable[..., Any] = hydra.utils.get_object(entry["_target_"])

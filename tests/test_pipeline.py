@@ -437,7 +437,7 @@ BAD_INPUT = [
     (["evaluation.truth.max_sequences=0"], "evaluation.truth.max_sequences=0 is below 1"),
     (["+evaluation.truth.num_group=3"], "unknown key 'evaluation.truth.num_group'; did you mean evaluation.truth.num_groups"),
     (["evaluation.perplexity=3"], "evaluation.perplexity has no _target_"),
-    (["+evaluation.perplexty.window=16"], "evaluation.perplexty has no _target_.* misspelt key"),
+    (["+evaluation.perplexty.window=16"], "evaluation.perplexty has no _target_.* misspelled"),
     (["calibration.corpus.paths={folder}/train.txt"], "calibration.corpus.paths=.* has the wrong type"),
     (["+evaluation.x={{_target_:heapr.text.corpora.PyDocs,split:all}}"], "is no measurement"),
     (["+evaluation.x={{_target_:heapr.evaluation.perplexity.Perplexity,window:16,batch_size:4}}"], "measures 'perplexity/text_files' 2"),
