@@ -1,13 +1,13 @@
-"""Files of safetensors, the same bytes for the same content.
+"""Writes safetensors files whose bytes depend on nothing but their content.
 
-The library's own writer puts several entries of metadata in another order from one process to the next, so
-that equal results have unequal hashes. In: tensors. Out: one file, which every reader of safetensors takes.
+The library's own writer orders several entries of metadata differently from one process to the next, so that
+equal results have different hashes. In: tensors. Out: one file that every reader of safetensors accepts.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -24,66 +24,72 @@ ALIGNMENT = 8  # bytes: where the data begins
 def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors and metadata; with at most one entry of metadata, the bytes are those of
-    `safetensors.torch.save_file`.
+    """Write tensors and metadata.
+
+    With at most one entry of metadata, the bytes are those of `safetensors.torch.save_file`.
 
     Args:
-        tensors: on any device, of any strides; one is copied to the CPU at a time.
-        metadata: strings.
+        path: the file.
+        tensors: on any device, with any strides; they are copied to the CPU one at a time.
+        metadata: strings by name.
     """
     file = TensorsFile(path, tensors, metadata)
-    for name in file:
+    for name in file.names:
         file.write(name, tensors[name])
 
 
 class TensorsFile:
-    """A file whose tensors are written one by one, in any order.
+    """A file of safetensors whose tensors are written one by one, in any order.
 
-    It is 8 bytes, little-endian, with the length of the header; the header, JSON, filled up with spaces; then
-    every tensor's bytes, those of the last dtype of `DTYPES` first and then by name, so that each is aligned.
-    Metadata is sorted by name.
+    It holds the length of the header (8 bytes, little-endian); the header, JSON, filled up with spaces; then
+    the bytes of every tensor, sorted by dtype (the last of `DTYPES` first, so that each is aligned) and then
+    by name. Metadata is sorted by name.
 
     Args:
-        path: made at once, in its full size.
+        path: the file; it is made at once in its full size.
         shapes: tensors of the shapes and dtypes that will be written; they may be on the meta device.
-        metadata: strings.
+        metadata: strings by name.
     """
 
     def __init__(
         self, path: Path, shapes: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
     ) -> None:
         rank = {dtype: number for number, dtype in enumerate(DTYPES)}
-        order = sorted(shapes, key=lambda name: (-rank[shapes[name].dtype], name))
-        header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-        self._path, self._ranges, end = path, dict[str, tuple[int, int]](), 0
-        for name in order:
-            shape, start = shapes[name], end
-            end += shape.numel() * shape.dtype.itemsize
-            header[name] = {
-                "dtype": DTYPES[shape.dtype],
-                "shape": list(shape.shape),
-                "data_offsets": [start, end],
-            }
-            self._ranges[name] = (start, end)
-        encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        encoded += b" " * (-len(encoded) % ALIGNMENT)
-        self._data = 8 + len(encoded)
+        self.names = sorted(shapes, key=lambda name: (-rank[shapes[name].dtype], name))
+        header = _header({name: shapes[name] for name in self.names}, metadata or {})
+        self._path = path
+        self._starts: dict[str, int] = {}
+        end = 8 + len(header)
+        for name in self.names:
+            self._starts[name] = end
+            end += shapes[name].nbytes
         with path.open("wb") as file:
-            file.write(len(encoded).to_bytes(8, "little") + encoded)
-            file.truncate(self._data + end)
-
-    def __iter__(self) -> Iterator[str]:
-        """The tensors' names in their order in the file."""
-        return iter(self._ranges)
+            file.write(len(header).to_bytes(8, "little"))
+            file.write(header)
+            file.truncate(end)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor."""
-        content = _bytes_of(tensor)
-        start, end = self._ranges[name]
-        assert len(content) == end - start, name
+        """Write one tensor, of the shape and dtype that were announced."""
         with self._path.open("r+b") as file:
-            file.seek(self._data + start)
-            file.write(content)
+            file.seek(self._starts[name])
+            file.write(_bytes_of(tensor))
+
+
+def _header(ordered: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Where each tensor is, with its dtype and shape."""
+    header: dict[str, object] = {}
+    if metadata:
+        header["__metadata__"] = dict(sorted(metadata.items()))
+    end = 0
+    for name, tensor in ordered.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return encoded + b" " * (-len(encoded) % ALIGNMENT)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
