@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from heapr.errors import ConfigError
-from heapr.model.model_files import _read_header, weight_files
+from heapr.model.model_files import read_header, weight_files
 
 DTYPES = {  # safetensors' names
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
@@ -131,7 +131,7 @@ class Shards:
 
 def _places_in(path: Path) -> dict[str, Place]:
     """The tensors of one file. Its data begin behind 8 bytes for the header's length and the header."""
-    header = _read_header(path)
+    header = read_header(path)
     with path.open("rb") as file:
         first = 8 + int.from_bytes(file.read(8), "little")
     places = {}

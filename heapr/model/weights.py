@@ -7,7 +7,6 @@ that `from_pretrained` uses.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from transformers.modeling_utils import LoadStateDictConfig, LoadStateDictInfo
 
 from heapr.errors import ConfigError
 from heapr.model.shards import Shards
-from heapr.model.tensors import _silent
+from heapr.model.tensors import silent, without_cpu
 
 BESIDE = -1  # the part of a model that is in no decoder layer
 CPU = torch.device("cpu")
@@ -147,7 +146,7 @@ class LayerWeights:
         `from_pretrained` does."""
         config = self._config(self.device)
         info = LoadStateDictInfo(set(self._absent), set(), set(), [], {}, set())
-        with _silent():
+        with silent():
             for group in self._sources[BESIDE]:
                 convert_and_load_state_dict_in_model(self._model, self._lazy(group), config)
             info = self._model._finalize_model_loading(self._model, config, info)
@@ -170,7 +169,7 @@ class LayerWeights:
         loaded: set[str] = set()
         for group in self._sources[part]:
             tensors = self._on_meta(group) if on_meta else self._lazy(group)
-            with _silent():
+            with silent():
                 info, _ = convert_and_load_state_dict_in_model(self._model, tensors, config)
             problems = [*map(str, info.mismatched_keys), *info.conversion_errors.values()]
             if problems:
@@ -182,11 +181,8 @@ class LayerWeights:
 
     def _config(self, device: torch.device) -> LoadStateDictConfig:
         conversions, dtype = self._conversions, self._model.dtype
-        if device.type == "meta":  # very large tensors would go through the CPU, where these cannot go
-            conversions = copy.deepcopy(conversions)
-            for conversion in conversions:
-                if isinstance(conversion, WeightConverter):
-                    conversion.force_cpu = False
+        if device.type == "meta":
+            conversions = without_cpu(conversions)
         return LoadStateDictConfig(
             device_map={"": device},
             dtype=dtype,

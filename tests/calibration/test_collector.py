@@ -17,21 +17,8 @@ from heapr.pruning.surgery import remove
 from heapr.score.gradient import Heapr
 from heapr.types import Plan, Statistics
 from tests.oracle import published_scores, visits_of
+from tests.same import assert_same_statistics
 from tests.tiny import no_weights, tiny_ids, tiny_qwen3_moe
-
-
-def assert_same_statistics(a: Statistics, b: Statistics, tolerance: float = 1e-5) -> None:
-    assert a.layers.keys() == b.layers.keys()
-    assert (a.num_tokens, a.num_predicted_tokens) == (b.num_tokens, b.num_predicted_tokens)
-    assert a.loss_sum == pytest.approx(b.loss_sum, rel=tolerance)
-    for index in a.layers:
-        for name, tensor in a.layers[index].items():
-            other = getattr(b.layers[index], name)
-            # a signed sum may cancel, so it is compared on the scale of what was summed
-            atol = tolerance * float(other.abs().max()) if name == "gh_sum_EF" else 0.0
-            torch.testing.assert_close(
-                tensor, other, rtol=tolerance, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
-            )
 
 
 def test_heapr_score_equals_published_two_stage_procedure(causal_lm: PreTrainedModel, ids_NW: Tensor) -> None:
