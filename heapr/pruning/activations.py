@@ -72,7 +72,7 @@ class Activations:
         return self.h(expert) @ down_DS.T
 
     def slopes(self, expert: int) -> Tensor:
-        """dh_k/da_r (n, G): a_r is row r of the input projection times x, and h_k the activation it enters."""
+        """dh_k/da_r (n, G), with a_r the product of row r and x, and h_k the activation that it enters."""
         token_n = self.tokens(expert)
         projected_nG = self._projected(expert, token_n)
         slope_nG = torch.zeros_like(projected_nG)

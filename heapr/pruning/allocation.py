@@ -12,12 +12,20 @@ import math
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from heapr.pruning.allocation_by_cost import allocate_by_cost
 from heapr.pruning.allocation_of_whole_experts import allocate_whole_experts
 from heapr.pruning.budget import Budget, Costs, Widths, round_half_up
-from heapr.pruning.ranking import highest, keep_best_of_each, keep_highest, only_existing, protect
+from heapr.pruning.ranking import (
+    highest,
+    keep_best_of_each,
+    keep_highest,
+    lowest_first,
+    only_existing,
+    protect,
+)
 from heapr.types import Granularity, Plan, Scores
 
 
@@ -42,7 +50,9 @@ def allocate(scores: Scores, widths: Widths, budget: Budget, costs: Costs | None
         ConfigError: see `Budget.check`; or the costs do not let the ratio be reached.
     """
     assert (costs is None) == (budget.unit == "atomic_experts"), budget.unit
-    layers = {index: only_existing(scores_EF, widths[index]) for index, scores_EF in scores.layers.items()}
+    layers = {}
+    for index, scores_EF in scores.layers.items():
+        layers[index] = only_existing(scores_EF, widths[index])
     if costs is not None:
         return allocate_by_cost(layers, widths, budget, costs)
     if budget.granularity is Granularity.EXPERT:
@@ -66,18 +76,21 @@ def _uniform(layers: Mapping[int, Tensor], width: int) -> Plan:
 
 def _exact(layers: Mapping[int, Tensor], widths: Widths, budget: Budget) -> Plan:
     """Remove exactly round(ratio * number of atomic experts), whatever the scope."""
-    protected = {index: protect(scores_EF, index, budget) for index, scores_EF in layers.items()}
-    of_layers = {index: widths[index] for index in layers}
+    protected = {}
+    of_layers = {}
+    for index, scores_EF in layers.items():
+        protected[index] = protect(scores_EF, index, budget)
+        of_layers[index] = widths[index]
     numbers = budget.numbers_removed(of_layers)
     if budget.scope == "global":
         return Plan(layers=_remove_lowest(protected, numbers[0]))
     kept: dict[int, Tensor] = {}
-    for index, number in zip(layers, numbers, strict=True):
-        scores_EF = protected[index]
+    for (index, scores_EF), number in zip(protected.items(), numbers, strict=True):
         if budget.scope == "layer":
             kept |= _remove_lowest({index: scores_EF}, number)
         else:
-            kept[index] = _remove_same_share(scores_EF, torch.tensor(widths[index]), number)
+            width_E = torch.tensor(widths[index])
+            kept[index] = _remove_same_share(scores_EF, width_E, number)
     return Plan(layers=kept)
 
 
@@ -107,11 +120,11 @@ def _remove_same_share(scores_EF: Tensor, width_E: Tensor, number: int) -> Tenso
     # j - 1, and negative for entries beyond the expert's width: these are -inf and sort first.
     rank_EF = torch.arange(widest) - (widest - width_E1)
     share_EF = (rank_EF.double() + 0.5) / width_E1.clamp(min=1)
-    share_EF = share_EF.masked_fill(sorted_EF == math.inf, math.inf)
+    share_EF[sorted_EF == math.inf] = math.inf
 
-    by_score_S = torch.sort(sorted_EF.flatten(), stable=True).indices
+    by_score_S = lowest_first(sorted_EF.flatten())
     share_S = share_EF.flatten()[by_score_S]
-    by_share_S = torch.sort(share_S, stable=True).indices
+    by_share_S = lowest_first(share_S)
     order_S = by_score_S[by_share_S]
 
     num_absent = int((rank_EF < 0).sum())
@@ -163,8 +176,9 @@ def _gain(scores_EF: Tensor, width_E: Tensor, multiple: int) -> Tensor:
     """Sum of the scores of each expert's next `multiple` atomic experts after its best `width_E`."""
     sorted_EF = torch.sort(scores_EF, dim=1, descending=True, stable=True).values
     # Sums of the best 0, 1, 2, ... scores.
-    total_EW = torch.nn.functional.pad(sorted_EF.cumsum(dim=1), (1, 0))
-    next_E = (width_E + multiple).clamp(max=scores_EF.shape[1])
-    total_E1 = total_EW.gather(1, width_E.unsqueeze(1))
-    next_total_E1 = total_EW.gather(1, next_E.unsqueeze(1))
-    return (next_total_E1 - total_E1).squeeze(1)
+    total_EW = F.pad(sorted_EF.cumsum(dim=1), (1, 0))
+    widest = scores_EF.shape[1]
+    width_E1 = width_E.unsqueeze(1)
+    next_E1 = (width_E1 + multiple).clamp(max=widest)
+    gain_E1 = total_EW.gather(1, next_E1) - total_EW.gather(1, width_E1)
+    return gain_E1.squeeze(1)

@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from heapr.pruning.budget import Budget, Costs, Widths, cost_of_layer
-from heapr.pruning.ranking import keep_best_of_each, protect
+from heapr.pruning.ranking import keep_best_of_each, lowest_first, protect
 from heapr.types import Plan
 
 # The least cost to divide by, as a share of the largest: experts that no token reached cost nothing.
@@ -107,14 +108,14 @@ def _remove(items: Sequence[_Items], budget: Budget) -> Sequence[Tensor]:
     """
     if budget.scope == "global":
         rates = [each.rate_S for each in items]
-        order_S = torch.sort(torch.cat(rates), stable=True).indices
+        order_S = lowest_first(torch.cat(rates))
     else:
         order_S = _order_by_share(items)
     costs = [each.cost_S for each in items]
     cost_S = torch.cat(costs)
     wanted = _cost_wanted(items, budget)
     # Cost of the first 0, 1, 2, ... items.
-    removed_S = torch.nn.functional.pad(cost_S[order_S].cumsum(0), (1, 0))
+    removed_S = F.pad(cost_S[order_S].cumsum(0), (1, 0))
     miss_S = (removed_S - wanted).abs()
     is_nearest_S = miss_S == miss_S.min()
     number = int(is_nearest_S.nonzero()[0])
@@ -140,14 +141,14 @@ def _order_by_share(items: Sequence[_Items]) -> Tensor:
     shares = []
     offset = 0
     for each in items:
-        order_S = torch.sort(each.rate_S, stable=True).indices
+        order_S = lowest_first(each.rate_S)
         cost_S = each.cost_S[order_S]
         middle_S = cost_S.cumsum(0) - cost_S / 2
         size = max(each.size, torch.finfo(torch.float64).tiny)
         orders.append(offset + order_S)
         shares.append(middle_S / size)
         offset += len(order_S)
-    by_share_S = torch.sort(torch.cat(shares), stable=True).indices
+    by_share_S = lowest_first(torch.cat(shares))
     return torch.cat(orders)[by_share_S]
 
 

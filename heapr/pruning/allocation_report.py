@@ -44,7 +44,8 @@ def report_allocation(
     }
     removal = f"removes {removed} of {total} atomic experts"
     if costs is None:
-        removal += f" (asked for {budget.ratio * total:.6g})"
+        asked = budget.ratio * total
+        removal += f" (asked for {asked:.6g})"
     summary = [removal]
     if budget.granularity is Granularity.EXPERT:
         summary.append(_about_experts(plan, widths))
@@ -53,10 +54,13 @@ def report_allocation(
     if costs is not None:
         removed_ratio = _cost_removed_ratio(plan, widths, costs)
         report[f"{budget.unit}_removed_ratio"] = removed_ratio
-        asked = f"asked for {budget.ratio:.3%}"
-        summary.append(f"these are {removed_ratio:.3%} of the routed experts' {budget.unit} ({asked})")
+        summary.append(
+            f"these are {removed_ratio:.3%} of the routed experts' {budget.unit} "
+            f"(asked for {budget.ratio:.3%})"
+        )
     if budget.protected_layers:
-        unprotected = allocate(scores, widths, replace(budget, protected_layers=()), costs)
+        without_protection = replace(budget, protected_layers=())
+        unprotected = allocate(scores, widths, without_protection, costs)
         report["atomic_experts_exchanged_by_protection"] = _exchanged(plan, unprotected)
         report["kept_score_without_protection"] = _kept_score(unprotected, scores)
         summary.append(_about_protection(report))
@@ -83,20 +87,18 @@ def _about_rounding(plan: Plan, exact: Plan, budget: Budget, report: Mapping[str
     form = f"multiples of {budget.width_multiple}"
     if budget.uniform_width is not None:
         form = f"one width of {budget.uniform_width}"
-    exchanged = report["atomic_experts_exchanged"]
-    scores = f"{report['kept_score_without_rounding']:.6g} -> {report['kept_score']:.6g}"
     return (
         f"rounding to {form}: {exact.num_kept} -> {plan.num_kept} kept, "
-        f"{exchanged} of them others than without; sum of kept scores {scores}"
+        f"{report['atomic_experts_exchanged']} of which would be removed without rounding; "
+        f"sum of kept scores {report['kept_score_without_rounding']:.6g} -> {report['kept_score']:.6g}"
     )
 
 
 def _about_protection(report: Mapping[str, Any]) -> str:
     exchanged = report["atomic_experts_exchanged_by_protection"]
-    scores = f"{report['kept_score_without_protection']:.6g} -> {report['kept_score']:.6g}"
     return (
         f"protected layers keep {exchanged} atomic experts that would go otherwise; "
-        f"sum of kept scores {scores}"
+        f"sum of kept scores {report['kept_score_without_protection']:.6g} -> {report['kept_score']:.6g}"
     )
 
 

@@ -84,7 +84,7 @@ def solve_by_steps(
         slope_D = new_slope_D
     above = min(1.0, excess / objective)
     logger.warning(
-        "repair: after max_steps=%d the error is up to %.2g of it above its minimum (tolerance %g)",
+        "repair: after max_steps=%d the error may be above its minimum by a share of %.2g (tolerance %g)",
         max_steps,
         above,
         tolerance,

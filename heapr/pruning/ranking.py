@@ -46,17 +46,22 @@ def highest(score_E: Tensor, number: int) -> list[int]:
     return indices
 
 
+def lowest_first(scores: Tensor) -> Tensor:
+    """Indices that sort the last dimension, lowest first. Equal scores keep their order."""
+    return torch.sort(scores, stable=True).indices
+
+
 def keep_highest(scores_S: Tensor, num_removed: int) -> Tensor:
     """Mask that drops the `num_removed` lowest scores. Of equal scores the first are dropped."""
-    order_S = torch.sort(scores_S, stable=True).indices
+    removed_S = lowest_first(scores_S)[:num_removed]
     kept_S = torch.ones(len(scores_S), dtype=torch.bool)
-    kept_S[order_S[:num_removed]] = False
+    kept_S[removed_S] = False
     return kept_S
 
 
 def keep_best_of_each(scores_EF: Tensor, width_E: Tensor) -> Tensor:
     """Mask of the `width_E` best atomic experts of each expert. Of equal scores the last stay."""
-    order_EF = torch.sort(scores_EF, dim=1, stable=True).indices
+    order_EF = lowest_first(scores_EF)
     widest = scores_EF.shape[1]
     num_removed_E1 = widest - width_E.unsqueeze(1)
     stays_EF = torch.arange(widest) >= num_removed_E1  # in sorted order

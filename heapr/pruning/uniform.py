@@ -89,8 +89,9 @@ def _nothing_removed(configuration: _Configuration, budget: Budget, itemsize: in
     if exact != old and _runs(exact, itemsize) and configuration.can_express(exact):
         advice.append(f"pruning.width_multiple=1 (width {exact})")
     advice.append("pruning.form=ragged")
+    options = " or ".join(advice)
     reason = f"the nearest multiple of {budget.width_multiple} leaves all as it is"
-    return ConfigError(f"{_asked(old, budget)}, and {reason}; choose {' or '.join(advice)}")
+    return ConfigError(f"{_asked(old, budget)}, and {reason}; choose {options}")
 
 
 def _asked(old: int, budget: Budget) -> str:
@@ -101,8 +102,10 @@ def _asked(old: int, budget: Budget) -> str:
 def describe_uniform_width(widths: Widths, ratio: float, width: int) -> str:
     """One line that compares the requested width with the chosen one."""
     old = the_width(widths)
-    asked = f"uniform width: ratio {ratio:.6g} asks for {old * (1 - ratio):.6g} of {old} atomic experts"
-    taken = f"{width} are kept, which is ratio {1 - width / old:.6g}"
+    exact = old * (1 - ratio)
+    reached = 1 - width / old
+    asked = f"uniform width: ratio {ratio:.6g} asks for {exact:.6g} of {old} atomic experts"
+    taken = f"{width} are kept, which is ratio {reached:.6g}"
     if width % 8 == 0 or width == old:
         return f"{asked}; {taken}"
     return f"{asked}; {taken}; transformers' default experts kernel (grouped_mm) runs it in float32 alone"
@@ -199,8 +202,11 @@ class _Configuration:
         nearest = sorted(runnable, key=lambda other: abs(other - width))
         divisors = list(filter(self._divides_a_shared_width, nearest))
         tried = {*divisors[:NUM_TRIED], *nearest[:NUM_TRIED]}
-        possible = filter(self.can_express, sorted(tried, reverse=True))
-        return [f"pruning.ratio={1 - other / self.width:.6g} (width {other})" for other in possible]
+        ratios = []
+        for other in filter(self.can_express, sorted(tried, reverse=True)):
+            ratio = 1 - other / self.width
+            ratios.append(f"pruning.ratio={ratio:.6g} (width {other})")
+        return ratios
 
     def _shared_widths(self) -> list[int]:
         """Total width of the shared experts, for each field that may be their number."""

@@ -174,7 +174,7 @@ def test_widths_that_are_multiples_stay_multiples() -> None:
             2: [2],
         }
     )
-    with pytest.raises(ConfigError, match="no multiple of it"):
+    with pytest.raises(ConfigError, match="not a multiple of it"):
         removed(TWO_LAYERS, 0.375, "global", width_multiple=16)
 
 
