@@ -79,8 +79,8 @@ class Activations:
         for rows in self.row_sets(expert):
             only_nG = torch.zeros_like(projected_nG)
             only_nG[:, rows] = 1
-            _, slope_nS = torch.func.jvp(self._activation, (projected_nG,), (only_nG,))
-            slope_nG[:, rows] = slope_nS
+            value_and_slope = torch.func.jvp(self._activation, (projected_nG,), (only_nG,))
+            slope_nG[:, rows] = value_and_slope[1]
         return slope_nG.float()
 
     def row_sets(self, expert: int) -> list[slice]:
