@@ -47,7 +47,8 @@ class Activations:
 
     def x(self, expert: int) -> Tensor:
         """The expert's inputs (n, D)."""
-        hidden_nD = self.inputs.hidden_TD.index_select(0, self.tokens(expert))
+        token_n = self.tokens(expert)
+        hidden_nD = self.inputs.hidden_TD.index_select(0, token_n)
         return hidden_nD.float()
 
     def down(self, expert: int) -> Tensor:
@@ -68,8 +69,9 @@ class Activations:
 
     def output(self, expert: int) -> Tensor:
         """E(x) (n, D) without the bias of W_down."""
+        h_nS = self.h(expert)
         down_DS = self.down(expert).float()
-        return self.h(expert) @ down_DS.T
+        return h_nS @ down_DS.T
 
     def slopes(self, expert: int) -> Tensor:
         """dh_k/da_r (n, G), with a_r the product of row r and x, and h_k the activation that it enters."""
@@ -99,9 +101,10 @@ class Activations:
         """Yield z of all experts (t, S), chunk by chunk, with the slice of tokens that each chunk covers."""
         hidden_TD = self.inputs.hidden_TD
         num_tokens = len(hidden_TD)
+        size = sum(self.widths)
         for start in range(0, num_tokens, CHUNK):
             stop = min(start + CHUNK, num_tokens)
-            z_tS = torch.zeros(stop - start, sum(self.widths), dtype=torch.float32, device=hidden_TD.device)
+            z_tS = torch.zeros(stop - start, size, dtype=torch.float32, device=hidden_TD.device)
             for expert, columns_tS in enumerate(z_tS.split(self.widths, dim=1)):
                 token_n = self.tokens(expert)
                 is_chosen_n = (token_n >= start) & (token_n < stop)
@@ -131,5 +134,6 @@ def layer_output(experts: Experts, inputs: ExpertInputs) -> Tensor:
     output_TD = torch.zeros_like(inputs.hidden_TD, dtype=torch.float32)
     for expert in range(len(activations.widths)):
         weighted_nD = activations.p(expert) * activations.output(expert)
-        output_TD.index_add_(0, activations.tokens(expert), weighted_nD)
+        token_n = activations.tokens(expert)
+        output_TD.index_add_(0, token_n, weighted_nD)
     return output_TD

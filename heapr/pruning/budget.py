@@ -52,7 +52,8 @@ class Budget:
     protected_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        assert 0 <= self.ratio < 1 and self.scope in {"global", "layer", "expert"}, (self.ratio, self.scope)
+        assert 0 <= self.ratio < 1, self.ratio
+        assert self.scope in {"global", "layer", "expert"}, self.scope
         assert self.uniform_width is None or (self.uniform_width > 0 and self.scope == "expert")
         assert self.granularity is Granularity.ATOMIC_EXPERT or self.scope != "expert"
         assert self.unit in {"atomic_experts", "flops"}, self.unit
@@ -111,14 +112,19 @@ class Budget:
         Raises:
             ConfigError: the layers would keep fewer atomic experts than must stay.
         """
-        sizes = _layer_sizes(widths)
-        number = round_half_up(self.ratio * sum(sizes.values()))
-        removable = [sizes[index] - self._least_kept(index, width_E) for index, width_E in widths.items()]
+        removable = []
+        free = []
+        for index, width_E in widths.items():
+            size = sum(width_E)
+            is_protected = index in self.protected_layers
+            removable.append(size - self._least_kept(index, width_E))
+            free.append(0 if is_protected else size)
+        total = sum(map(sum, widths.values()))
+        number = round_half_up(self.ratio * total)
         if self.scope == "global":
             numbers = [number]
             removable = [sum(removable)]
         else:
-            free = [0 if index in self.protected_layers else size for index, size in sizes.items()]
             numbers = equal_shares(free, number)
         self._check_removable(numbers, removable)
         return numbers
@@ -165,9 +171,12 @@ class Budget:
                 "pruning.budget and pruning.protected_layers are for criteria that remove atomic experts, "
                 "but this one removes whole experts; choose another score or leave them at their defaults"
             )
-        sizes = list(_layer_sizes(widths).values())
-        narrowest = [sorted(filter(None, width_E)) for width_E in widths.values()]
-        stay = [sum(width_E[: self.experts_per_token]) for width_E in narrowest]
+        sizes = []
+        stay = []
+        for width_E in widths.values():
+            narrowest = sorted(filter(None, width_E))
+            sizes.append(sum(width_E))
+            stay.append(sum(narrowest[: self.experts_per_token]))
         if self.scope == "global":
             sizes = [sum(sizes)]
             stay = [sum(stay)]
@@ -196,7 +205,9 @@ def the_width(widths: Widths) -> int:
     Raises:
         ConfigError: they have several widths.
     """
-    present = {width for width_E in widths.values() for width in width_E}
+    present: set[int] = set()
+    for width_E in widths.values():
+        present.update(width_E)
     if len(present) != 1:
         reason = f"pruning.form=uniform needs experts of one width, this model has {len(present)}"
         raise ConfigError(f"{reason}; use pruning.form=ragged")
@@ -212,8 +223,12 @@ def near_widths(width: int, ratio: float, multiple: int) -> list[int]:
     # Rounded, because 80 * (1 - 0.9) is 7.999999999999998.
     exact = round(width * (1 - ratio), 9)
     candidates = {*range(multiple, width + 1, multiple), width}
-    near = [each for each in candidates if abs(each - exact) < multiple]
-    return sorted(near, key=lambda each: (abs(each - exact), -each))
+
+    def distance(candidate: int) -> float:
+        return abs(candidate - exact)
+
+    near = [each for each in candidates if distance(each) < multiple]
+    return sorted(near, key=lambda each: (distance(each), -each))
 
 
 def equal_shares(sizes: Sequence[int], number: int) -> list[int]:
@@ -264,20 +279,16 @@ def costs_of(unit: str, statistics: Statistics, parameters: Mapping[int, int]) -
 
 def cost_of_layer(cost_E: Tensor, width_E: Sequence[int]) -> float:
     """Cost of all atomic experts of a layer."""
-    return float((cost_E * torch.tensor(width_E)).sum())
+    of_expert_E = cost_E * torch.tensor(width_E)
+    return float(of_expert_E.sum())
 
 
 def round_half_up(number: float) -> int:
     return math.floor(number + 0.5)
 
 
-def _layer_sizes(widths: Widths) -> dict[int, int]:
-    """Atomic experts of each layer."""
-    return {index: sum(width_E) for index, width_E in widths.items()}
-
-
 def _size(widths: Widths, costs: Costs | None) -> float:
     """Number of all atomic experts, or their cost."""
     if costs is None:
-        return sum(_layer_sizes(widths).values())
+        return sum(map(sum, widths.values()))
     return sum(cost_of_layer(costs[index], width_E) for index, width_E in widths.items())

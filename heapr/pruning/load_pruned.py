@@ -19,6 +19,7 @@ from heapr.model.load import ModelSource, find_model
 from heapr.pruning.surgery import remove
 from heapr.types import Plan, Pruning, TensorDict
 
+# Shape and dtype of each layer's tensor in a plan.
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
@@ -75,7 +76,9 @@ def find_pruning(path: Path, source: ModelSource) -> Pruning:
     for index, layer in repaired.items():
         if "down_proj" in layer:
             num_rows[index] = len(layer["down_proj"])
-    num_kept = {index: sum(width_E) for index, width_E in plan.widths.items()}
+    num_kept = {}
+    for index, width_E in plan.widths.items():
+        num_kept[index] = sum(width_E)
     if num_rows != num_kept:
         raise ConfigError(f"'{beside}' does not fit plan '{path}'; give the two files of one prune artifact")
     return Pruning(plan, repaired)
@@ -98,7 +101,9 @@ def _checked(path: Path, tensors: TensorDict, made_for: Mapping[str, str], sourc
     Raises:
         ConfigError: it does not.
     """
-    shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    shapes: Shapes = {}
+    for name, tensor in tensors.items():
+        shapes[name] = (tuple(tensor.shape), tensor.dtype)
     expected: Shapes = {}
     for index, width_E in source.widths.items():
         shape = (len(width_E), max(width_E))

@@ -84,7 +84,8 @@ class _Problem:
         self.penalty = ridge * float(scale_G.mean())
 
         hidden_TD = kept.inputs.hidden_TD.float()
-        self.moment_DD = hidden_TD.T @ hidden_TD / max(1, len(hidden_TD))
+        num_tokens = max(1, len(hidden_TD))
+        self.moment_DD = hidden_TD.T @ hidden_TD / num_tokens
         diagonal_D = self.moment_DD.diagonal()
         diagonal_D.add_(ridge * diagonal_D.mean())
         inverse_DD = torch.linalg.inv(self.moment_DD.double())
@@ -109,7 +110,8 @@ class _Problem:
             pulled_nG = torch.empty_like(slope_nG)
             for chosen in self.kept.row_sets(expert):
                 pulled_nG[:, chosen] = slope_nG[:, chosen] * pulled_nS
-            rows.append(pulled_nG.T @ self.kept.x(expert))
+            rows_GD = pulled_nG.T @ self.kept.x(expert)
+            rows.append(rows_GD)
         return rows
 
     def precondition(self, residual: Change) -> Change:

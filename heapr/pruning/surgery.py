@@ -99,8 +99,9 @@ def mask(model: MoEModel, plan: Plan, repaired: RepairedWeights | None = None) -
 
 def _cut(layer: MoELayer, plan: Plan, repaired: RepairedWeights | None) -> RaggedExperts:
     """New ragged experts with a layer's kept weights, repaired where repaired weights are given."""
-    widths = plan.layers[layer.index].sum(dim=1).tolist()
-    experts = RaggedExperts(layer.experts, widths).fill(_kept_matrices(layer, plan))
+    width_E = plan.layers[layer.index].sum(dim=1)
+    experts = RaggedExperts(layer.experts, width_E.tolist())
+    experts.fill(_kept_matrices(layer, plan))
     if repaired is not None:
         for name, tensor in repaired[layer.index].items():
             experts.get_parameter(name).copy_(tensor)
@@ -121,9 +122,11 @@ def _kept_matrices(layer: MoELayer, plan: Plan) -> Iterator[Matrices]:
 def _with_masks(layer: MoELayer, plan: Plan) -> Iterator[tuple[Matrices, Tensor, Tensor]]:
     """Yield each expert's weights, and masks of its kept atomic experts (F,) and rows of inputs (G,)."""
     kept_EF = plan.layers[layer.index]
-    assert kept_EF.shape == (layer.num_experts, layer.width), (layer.index, kept_EF.shape)
+    shape = (layer.num_experts, layer.width)
+    assert kept_EF.shape == shape, (layer.index, kept_EF.shape)
     rows = layout_of(layer.experts).rows
     for padded_F, matrices in zip(kept_EF, matrices_of(layer.experts), strict=True):
-        width = matrices.down_DF.shape[1]
-        kept_F = padded_F[:width].to(matrices.down_DF.device)
+        down_DF = matrices.down_DF
+        width = down_DF.shape[1]
+        kept_F = padded_F[:width].to(down_DF.device)
         yield matrices, kept_F, rows(kept_F)

@@ -21,7 +21,7 @@ from heapr.model.moe import MoEModel, find_moe_layers
 from heapr.pruning.budget import Budget, Widths, near_widths, the_width
 
 Settings = Mapping[str, int]
-Shapes = dict[str, torch.Size]
+Shapes = dict[str, tuple[int, ...]]
 
 # grouped_mm needs rows of the down projection that are a multiple of so many bytes.
 KERNEL_BYTES = 16
@@ -148,11 +148,13 @@ class _Configuration:
         self.width = next(iter(find_moe_layers(self.model))).width
         self.fields: dict[str, int] = {}
         self.shared: dict[str, int] = {}
-        for name, value in config.get_text_config().to_dict().items():
-            if type(value) is int:
-                self.fields[name] = value
-                if "shared" in name and 0 < value < self.width:
-                    self.shared[name] = value
+        text_config = config.get_text_config()
+        for name, value in text_config.to_dict().items():
+            if type(value) is not int:
+                continue
+            self.fields[name] = value
+            if "shared" in name and 0 < value < self.width:
+                self.shared[name] = value
 
     def can_express(self, width: int) -> bool:
         return self.settings(width) is not None
@@ -197,9 +199,13 @@ class _Configuration:
 
     def ratios_that_work(self, width: int, multiple: int, itemsize: int) -> list[str]:
         """Ratios whose widths are near the given one, that the kernel runs, and that were tried."""
+
+        def distance(other: int) -> int:
+            return abs(other - width)
+
         candidates = range(multiple, self.width, multiple)
         runnable = [other for other in candidates if _runs(other, itemsize)]
-        nearest = sorted(runnable, key=lambda other: abs(other - width))
+        nearest = sorted(runnable, key=distance)
         divisors = list(filter(self._divides_a_shared_width, nearest))
         tried = {*divisors[:NUM_TRIED], *nearest[:NUM_TRIED]}
         ratios = []
@@ -251,8 +257,9 @@ def _fill(dense: Experts, ragged: Experts) -> None:
         tensors[f"{layout.input_name}_bias"] = torch.stack(biases)
         tensors["down_proj_bias"] = ragged.down_proj_bias
     for name, parameter in dense.named_parameters():
-        assert parameter.shape == tensors[name].shape, name
-        setattr(dense, name, nn.Parameter(tensors[name]))
+        tensor = tensors[name]
+        assert parameter.shape == tensor.shape, name
+        setattr(dense, name, nn.Parameter(tensor))
 
 
 def _on_meta(config: PretrainedConfig, changes: Settings | None = None) -> PreTrainedModel:
@@ -279,7 +286,7 @@ def _resized_shapes(model: PreTrainedModel, width: int) -> Shapes:
     return shapes
 
 
-def _resized(experts: Experts, width: int) -> Iterator[tuple[str, torch.Size]]:
+def _resized(experts: Experts, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes of the experts' parameters if they had another width."""
     layout = layout_of(experts)
     num_experts = experts.num_experts
@@ -290,8 +297,8 @@ def _resized(experts: Experts, width: int) -> Iterator[tuple[str, torch.Size]]:
     if layout.is_transposed:
         inputs = inputs[::-1]
         down = down[::-1]
-    yield layout.input_name, torch.Size((num_experts, *inputs))
-    yield "down_proj", torch.Size((num_experts, *down))
+    yield layout.input_name, (num_experts, *inputs)
+    yield "down_proj", (num_experts, *down)
     if layout.has_bias:
-        yield f"{layout.input_name}_bias", torch.Size((num_experts, num_inputs))
-        yield "down_proj_bias", torch.Size((num_experts, model_width))
+        yield f"{layout.input_name}_bias", (num_experts, num_inputs)
+        yield "down_proj_bias", (num_experts, model_width)
