@@ -21,7 +21,7 @@ from heapr.model.moe import MoELayer, MoEModel
 from heapr.types import Evaluation, Metrics, Statistics
 
 FLOPS_PER_MULTIPLY_ADD = 2
-# Share removed: of which count.
+# Metric of the share removed, and the count that it refers to.
 REMOVED_RATIOS = {
     "parameters_removed_ratio": "parameters",
     "parameters_routed_removed_ratio": "parameters_routed",

@@ -223,7 +223,7 @@ def _protocol(name: str, task: Any, found: Mapping[str, Any], limit: int | None)
 # Cached, because the result depends only on the arguments: `content` is the hash of the folder.
 @functools.lru_cache(maxsize=4)
 def _task_manager(folder: Path | None, content: str, *, everything: bool) -> Any:
-    """lm-eval's task manager for the paper's tasks, or for everything it has, plus those of a folder."""
+    """lm-eval's task manager for the paper's tasks, or for all its tasks, with the tasks of a folder."""
     import lm_eval.tasks
 
     folders: list[Path] = []

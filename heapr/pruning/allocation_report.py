@@ -97,7 +97,7 @@ def _about_rounding(plan: Plan, exact: Plan, budget: Budget, report: Mapping[str
 def _about_protection(report: Mapping[str, Any]) -> str:
     exchanged = report["atomic_experts_exchanged_by_protection"]
     return (
-        f"protected layers keep {exchanged} atomic experts that would go otherwise; "
+        f"protected layers keep {exchanged} atomic experts that would otherwise be removed; "
         f"sum of kept scores {report['kept_score_without_protection']:.6g} -> {report['kept_score']:.6g}"
     )
 
@@ -126,7 +126,7 @@ def _not_reached(plan: Plan, widths: Widths, budget: Budget) -> list[str]:
 
 
 def _layers_not_reached(plan: Plan, widths: Widths, budget: Budget) -> list[str]:
-    """The same for each layer of which no more experts can be removed."""
+    """The same for each layer that has no more experts to remove."""
     lines = []
     for index, width_E in widths.items():
         size = sum(width_E)
@@ -145,8 +145,8 @@ def _missed(asked: float, removed: int, budget: Budget) -> str:
     if budget.granularity is Granularity.ATOMIC_EXPERT:
         stay = f"keep a width of at least {budget.width_multiple}"
     routing = f"every token is routed to {budget.experts_per_token} experts"
-    reason = f"because {routing}, so that many of each layer {stay}"
-    return f"{asked:.6g} atomic experts were to go and {removed} do: the rest must stay, {reason}"
+    reason = f"because {routing} and as many of each layer {stay}"
+    return f"{removed} atomic experts are removed instead of {asked:.6g}: the rest must stay, {reason}"
 
 
 def _cost_removed_ratio(plan: Plan, widths: Widths, costs: Costs) -> float:

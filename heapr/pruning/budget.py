@@ -145,7 +145,7 @@ class Budget:
         layers = ", ".join(map(str, widths))
         unknown = set(self.protected_layers) - set(widths)
         if unknown:
-            reason = f"layer {min(unknown)} is no MoE layer of this model"
+            reason = f"layer {min(unknown)} is not an MoE layer of this model"
             raise ConfigError(f"pruning.protected_layers: {reason}; choose from {layers}")
         if not set(widths) - set(self.protected_layers):
             reason = f"pruning.protected_layers protects every MoE layer ({layers})"

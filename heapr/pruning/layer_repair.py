@@ -35,7 +35,7 @@ def report_repair(found: Mapping[int, LayerRepair]) -> dict[str, Any]:
     """Report the error per token before and after, by decoder layer index. JSON types only."""
     before = sum(layer.error_before for layer in found.values())
     after = sum(layer.error_after for layer in found.values())
-    summary = "nothing was lost, nothing repaired"
+    summary = "nothing was lost, so nothing was repaired"
     if before > 0:
         summary = f"repair leaves {after / before:.1%} of the layers' squared error"
     layers = {str(index): asdict(layer) for index, layer in found.items()}

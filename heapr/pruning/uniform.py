@@ -71,7 +71,7 @@ def _check_kernel(width: int, old: int, budget: Budget, dtype: torch.dtype) -> N
     raise ConfigError(
         f"{_asked(old, budget)}, with pruning.width_multiple={budget.width_multiple} {width}, which "
         f"transformers' default experts kernel (grouped_mm) does not run in {name}: rows of {row} bytes "
-        f"are no multiple of {KERNEL_BYTES}; leave width_multiple out, which takes multiples of 8, "
+        f"are not a multiple of {KERNEL_BYTES}; leave width_multiple out for multiples of 8, "
         "or choose pruning.form=ragged"
     )
 
@@ -90,7 +90,7 @@ def _nothing_removed(configuration: _Configuration, budget: Budget, itemsize: in
         advice.append(f"pruning.width_multiple=1 (width {exact})")
     advice.append("pruning.form=ragged")
     options = " or ".join(advice)
-    reason = f"the nearest multiple of {budget.width_multiple} leaves all as it is"
+    reason = f"the nearest multiple of {budget.width_multiple} removes nothing"
     return ConfigError(f"{_asked(old, budget)}, and {reason}; choose {options}")
 
 
@@ -139,7 +139,7 @@ class _Configuration:
         model: its model on the meta device.
         width: atomic experts of an expert of the first MoE layer.
         fields: the configuration's integers.
-        shared: those of them that may be the number of shared experts.
+        shared: the fields that may be the number of shared experts.
     """
 
     def __init__(self, config: PretrainedConfig) -> None:
