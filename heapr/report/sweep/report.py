@@ -13,8 +13,9 @@ from typing import Any
 from heapr.errors import ConfigError
 from heapr.files import write_text
 from heapr.report.run.protocol import compare_models, compare_summaries
+from heapr.report.sweep.bars import bars
 from heapr.report.sweep.consistency import consistency
-from heapr.report.sweep.curves import Drawing, bars, calibration_curve, ratio_curve
+from heapr.report.sweep.curves import Drawing, calibration_curve, ratio_curve
 from heapr.report.sweep.factors import factor, selected
 from heapr.report.sweep.layers import layer_heatmap
 from heapr.report.sweep.page import Picture, page

@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 
 from heapr.errors import ConfigError
+from heapr.report.sweep.bars import bars
 from heapr.report.sweep.consistency import consistency
-from heapr.report.sweep.curves import bars, calibration_curve, ratio_curve
+from heapr.report.sweep.curves import calibration_curve, ratio_curve
 from heapr.report.sweep.layers import layer_heatmap
 from heapr.report.sweep.page import without_local_links
 from heapr.report.sweep.published_results import read_published
