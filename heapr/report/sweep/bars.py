@@ -6,7 +6,7 @@ In: an entry of the layout and its jobs. Out: drawings.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from heapr.report.sweep import metrics
 from heapr.report.sweep.curves import Drawing, Series, by_model, dense_line, lines_of, logarithmic
@@ -77,7 +77,7 @@ def _bar_panel(
             error_kw={"capsize": 1.5, "linewidth": 0.8},
         )
         # In a column beside the panel, where nothing crosses them.
-        beside = {"transform": axis.get_yaxis_transform(), "va": "center", "fontsize": 7}
+        beside: dict[str, Any] = {"transform": axis.get_yaxis_transform(), "va": "center", "fontsize": 7}
         for y, mean in zip(ys, means, strict=True):
             axis.text(1.02, y, metrics.printed(metric, mean), **beside)
     axis.set_yticks(range(len(categories)), categories)

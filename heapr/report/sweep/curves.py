@@ -237,14 +237,9 @@ def logarithmic(axis: Axes, span: float, which: str) -> None:
     """
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-    if which == "y":
-        axis.set_yscale("log")
-        scale = axis.yaxis
-        lowest, highest = axis.get_ylim()
-    else:
-        axis.set_xscale("log")
-        scale = axis.xaxis
-        lowest, highest = axis.get_xlim()
+    axis.set(**{f"{which}scale": "log"})
+    scale = axis.yaxis if which == "y" else axis.xaxis
+    lowest, highest = scale.get_view_interval()
     if max(span, highest / lowest) < 4:
         # Powers of ten, and their multiples, may all lie outside.
         scale.set_major_locator(MaxNLocator(4))

@@ -206,7 +206,7 @@ def _line(axis: Axes, series: Series, metric: str, number: int) -> None:
             doubtful_xs.append(x)
             doubtful_ys.append(point.mean)
     if doubtful_xs:
-        hollow = {"linestyle": "none", "markerfacecolor": "white"}
+        hollow: dict[str, Any] = {"linestyle": "none", "markerfacecolor": "white"}
         axis.plot(doubtful_xs, doubtful_ys, zorder=3, **(how | hollow))
         axis.plot([], [], color="grey", marker="o", label=HOLLOW, **hollow)
 
