@@ -134,7 +134,7 @@ def test_started_again_nothing_is_made(
 ) -> None:
     folder, overrides = material
     assert sweep("experiment=ratio_curve", *overrides, "pruning.ratio=0.4") == 0
-    assert "of which to make: none" in " ".join(capsys.readouterr().out.split())
+    assert "to make: none" in " ".join(capsys.readouterr().out.split())
     again = summaries(folder / "outputs")[-1]
     assert all(stage["cached"] for stage in again["stages"])
 
