@@ -292,7 +292,7 @@ def test_the_page_needs_nothing_else_and_tells_everything(tmp_path: Path) -> Non
     assert not re.search(r"https?:|<script|<link|@import|src=", page)
     assert "<title>A &amp; B</title>" in page and "python sweep.py" in page and "2026-11-22" in page
     assert "4 of 5 jobs finished, 1 failed" in page and "Job 4 failed (score=heapr): x &lt; y" in page
-    assert "Nothing to draw: no job of it left the numbers." in page
+    assert "Nothing to draw: no job has its numbers." in page
     assert "<th>pruning.ratio</th>" in page
     assert page.count("<a class=local ") == 1 and '<a class=local href="0">Job 0</a>' in page
     alone = without_local_links(page)
