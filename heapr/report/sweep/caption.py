@@ -53,8 +53,8 @@ def caption(
     if any(error is not None for error in errors):
         parts.append("In parentheses: standard error.")
     if any(cell.text == GAP for cell in cells):
-        meaning = "there is no share of: see the notes" if entry.baseline else "was not measured"
-        parts.append(f"{GAP} stands for what {meaning}.")
+        meaning = "no share, see the notes" if entry.baseline else "not measured"
+        parts.append(f"{GAP}: {meaning}.")
     if any(cell.is_best for cell in cells):
         parts.append("Bold: the best of those with the same model and ratio.")
     if not all(row.is_ours for row in rows):

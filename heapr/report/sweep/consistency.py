@@ -6,6 +6,7 @@ In: an entry of the layout and its jobs, whose `truth` evaluations are read. Out
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from heapr.report.sweep import metrics
@@ -23,7 +24,24 @@ if TYPE_CHECKING:
 PREDICTED, SCORE, MEASURED = "predicted_increase", "score_sum", "measured_increase"
 
 Groups = Sequence[Mapping[str, float]]  # one mapping per score quantile
-Measurement = tuple[JobResult, Groups]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The `truth` evaluation of a job.
+
+    Attributes:
+        job: the first with these scores.
+        groups: its score quantiles.
+    """
+
+    job: JobResult
+    groups: Groups
+
+    @property
+    def predicts(self) -> bool:
+        """Whether its criterion predicts increases in nats."""
+        return all(PREDICTED in group for group in self.groups)
 
 
 def consistency(entry: Entry, jobs: Sequence[JobResult], published: Sequence[Number]) -> list[Drawing]:
@@ -36,7 +54,7 @@ def consistency(entry: Entry, jobs: Sequence[JobResult], published: Sequence[Num
     drawings = []
     for model, jobs_of_model in by_model(jobs):
         measurements = _measurements(jobs_of_model)
-        in_nats = [measurement for measurement in measurements if _predicts(measurement)]
+        in_nats = [measurement for measurement in measurements if measurement.predicts]
         if in_nats:
             drawings.append(Drawing(_figure(in_nats, PREDICTED, entry, model), model))
         elif measurements:
@@ -49,13 +67,14 @@ def _figure(measurements: Sequence[Measurement], across: str, entry: Entry, mode
 
     figure = Figure(figsize=(WIDTH, WIDTH), layout="constrained")
     axis = figure.subplots()
-    jobs = [job for job, _ in measurements]
+    jobs = [measurement.job for measurement in measurements]
     names = varying(jobs, entry.series) or list(entry.series)
-    all_groups = [group for _, groups in measurements for group in groups]
+    all_groups = [group for measurement in measurements for group in measurement.groups]
     edge = (_edge(all_groups, across), _edge(all_groups, MEASURED))
-    for number, (job, groups) in enumerate(measurements):
-        how = look(number) | {"linestyle": "none", "label": _label(job, names)}
-        _scatter(axis, groups, across, edge, how)
+    for number, measurement in enumerate(measurements):
+        label = _label(measurement.job, names)
+        how = look(number) | {"linestyle": "none", "label": label}
+        _scatter(axis, measurement.groups, across, edge, how)
     _finish(axis, across)
     legend_above(figure, [axis], title=model)
     return figure
@@ -69,13 +88,8 @@ def _measurements(jobs: Sequence[JobResult]) -> list[Measurement]:
         truth = details(job, "truth")
         if entries and truth is not None:
             key = entries[0]["key"]
-            found.setdefault(key, (job, truth["groups"]))
+            found.setdefault(key, Measurement(job, truth["groups"]))
     return list(found.values())
-
-
-def _predicts(measurement: Measurement) -> bool:
-    _, groups = measurement
-    return all(PREDICTED in group for group in groups)
 
 
 def _edge(groups: Groups, name: str) -> float:

@@ -107,6 +107,6 @@ def explanation(groups: Iterable[Sequence[JobResult]], columns: Sequence[str], m
     elif untested:
         numbers = ", ".join(map(str, sorted(untested)))
         parts.append(
-            f"Not tested, for want of the standard error of the baseline's increase: jobs {numbers}."
+            f"Not tested, because the standard error of the baseline's increase is missing: jobs {numbers}."
         )
     return " ".join(parts)

@@ -35,7 +35,7 @@ from heapr.report.sweep.table import NOT_MEASURED, Remarks, Table, build_table
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Where zero and large numbers share an axis.
+# Of an axis with zero and large numbers.
 LARGE_TICKS = [digit * 10.0**power for power in range(6) for digit in (2, 5, 10)]
 TICKS = (0.0, 0.5, 1.0, *LARGE_TICKS)
 WITHOUT_INFLUENCE = {"pruning.save_checkpoint", "calibration.batch_size"}
@@ -58,7 +58,8 @@ def relative_curve(entry: Entry, jobs: Sequence[JobResult], published: Sequence[
     chosen = selected(shared, entry.where)
     baselines = {job.number for job in selected(chosen, entry.baseline)}
     drawings = []
-    for model, of_model in by_model([job for job in chosen if job.number not in baselines]):
+    others = [job for job in chosen if job.number not in baselines]
+    for model, of_model in by_model(others):
         figure, axes = panels(len(entry.metrics), height=1.75, sharex=True)
         all_series = list(enumerate(series_of(of_model, entry, x="ratio")))
         # The legend lists them from the highest to the lowest.
@@ -87,6 +88,11 @@ def with_shares(
     entry: Entry, jobs: Sequence[JobResult], prefix: str = SHARE
 ) -> tuple[list[JobResult], Remarks]:
     """Add shares of the entry's metrics to the jobs that have a baseline.
+
+    Args:
+        entry: its metrics and baseline.
+        jobs: of the sweep; every job's baseline is looked for among them.
+        prefix: of the shares' names.
 
     Returns:
         All jobs, with their shares in their comparison, and beside each share the baseline's increase and
@@ -123,7 +129,9 @@ def _missing(jobs: Sequence[JobResult], columns: Sequence[str], remarks: Remarks
     """Name the jobs that lack a share."""
     lacking = {number for number, column in remarks if column in columns}
     numbers = [str(job.number) for job in jobs if job.number in lacking]
-    return f"Not drawn, for want of a baseline or of a number: jobs {', '.join(numbers)}." if numbers else ""
+    if not numbers:
+        return ""
+    return f"Not drawn, because the baseline or a number is missing: jobs {', '.join(numbers)}."
 
 
 def _reason(job: JobResult, baseline: JobResult | None, name: str, described: str) -> str:

@@ -205,7 +205,9 @@ def test_curve_has_a_line_per_method_and_one_for_the_baseline() -> None:
         "WikiText-2 perplexity,\nshare of increase",
         "atomic experts removed (%)",
     )
-    assert drawing.missing.startswith("Not drawn, for want of a baseline or of a number: jobs 20. Not tested")
+    assert drawing.missing.startswith(
+        "Not drawn, because the baseline or a number is missing: jobs 20. Not tested"
+    )
 
 
 def test_large_shares_and_those_below_zero_share_an_axis() -> None:
