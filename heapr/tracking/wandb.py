@@ -246,7 +246,7 @@ def _stop_service() -> None:
     """End wandb's own process, so that the next run starts a new one."""
     import wandb
 
-    # Without a limit this may hang, if the process is dead already.
+    # The process may be dead already.
     within(PROBE_SECONDS, wandb.teardown)
 
 

@@ -117,7 +117,7 @@ def _table(metrics: Mapping[str, Mapping[str, float]], previous: str) -> str:
     """Return dense beside pruned, for every metric that was measured on both."""
     dense, pruned = metrics.get("dense", {}), metrics.get("pruned", {})
     rows = dict(ROW.findall(previous))
-    # A row of two zeros says nothing.
+    # A row of two zeros is left out.
     measured = [name for name in dense if name in pruned and (dense[name] or pruned[name])]
     rows |= {name: f"{_number(dense[name])} | {_number(pruned[name])}" for name in measured}
     lines = [f"| {name} | {numbers} |\n" for name, numbers in rows.items()]

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 def bars(entry: Entry, jobs: Sequence[JobResult], published: Sequence[Number]) -> list[Drawing]:
     """Draw one bar per job or average, a panel per metric.
 
-    What is compared stands down the side, and each series has a colour. Every model has a figure of its own.
+    The values of the entry's x are listed down the side, and each series has a colour. Every model has a figure
+    of its own.
     """
     drawings = []
     for model, of_model in by_model(jobs):

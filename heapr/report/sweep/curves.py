@@ -241,7 +241,7 @@ def logarithmic(axis: Axes, span: float, which: str) -> None:
     scale = axis.yaxis if which == "y" else axis.xaxis
     lowest, highest = scale.get_view_interval()
     if max(span, highest / lowest) < 4:
-        # Powers of ten, and their multiples, may all lie outside.
+        # A range this narrow may contain none of the round numbers of a logarithmic axis.
         scale.set_major_locator(MaxNLocator(4))
     elif span < 10:
         scale.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0, 7.0)))

@@ -26,7 +26,7 @@ PATHS = {
     "seed": "calibration.seed",
     "dtype": "model.dtype",
 }
-# From a factor's name to the group of options that it names one of.
+# From a factor's name to the group of options that contains its value.
 GROUPS = {
     "model": "model",
     "criterion": "score",

@@ -233,6 +233,6 @@ def _decimals(name: str, number: float) -> int:
     decimals = KINDS[group][3]
     if group not in {"perplexity", "relative"}:
         return decimals
-    # One decimal fewer for each digit before the point, from the third on.
+    # Each digit before the point, from the third on, costs a decimal.
     num_digits = len(str(int(abs(number))))
     return max(0, decimals - max(0, num_digits - 2))

@@ -1,4 +1,4 @@
-"""A sweep's report: tables, figures and one page, from summaries and artifacts alone.
+"""A sweep's report: tables, figures and one page, from summaries and artifacts only.
 
 In: jobs and a layout. Out: table.md, table.csv, table.tex, figures as SVG and PNG, report.html.
 """
@@ -67,15 +67,15 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     entries = checked.entries or default_entries(jobs)
     tables = [TABLES[entry.kind](entry, jobs, numbers) for entry in entries if entry.kind in TABLES]
-    # Outside the page, a table without a title of its own has the report's.
-    alone = []
+    # In these files, a table without a title of its own gets the title of the report.
+    titled = []
     for table in tables:
         is_untitled = table.title == TITLES["table"]
-        alone.append(replace(table, title=checked.title) if is_untitled else table)
+        titled.append(replace(table, title=checked.title) if is_untitled else table)
     files = [
-        _write(folder / "table.md", "\n".join(map(to_markdown, alone))),
+        _write(folder / "table.md", "\n".join(map(to_markdown, titled))),
         _write(folder / "table.csv", to_csv(for_csv(entries, jobs), numbers)),
-        _write(folder / "table.tex", TEX_HEAD + "\n".join(map(to_tex, alone))),
+        _write(folder / "table.tex", TEX_HEAD + "\n".join(map(to_tex, titled))),
     ]
     pictures: list[Picture] = []
     used: dict[str, int] = {}
