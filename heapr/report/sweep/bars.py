@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 def bars(entry: Entry, jobs: Sequence[JobResult], published: Sequence[Number]) -> list[Drawing]:
     """Draw one bar per job or average, a panel per metric.
 
-    The values of the entry's x are listed down the side, and each series has a colour. Every model has a figure
-    of its own.
+    The values of the entry's x are listed down the side; each series has a colour, each model a figure.
     """
     drawings = []
     for model, of_model in by_model(jobs):
