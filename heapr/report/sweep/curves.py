@@ -242,7 +242,7 @@ def logarithmic(axis: Axes, span: float, which: str) -> None:
     lowest, highest = scale.get_view_interval()
     if max(span, highest / lowest) < 4:
         # A range this narrow may contain none of the round numbers of a logarithmic axis.
-        scale.set_major_locator(MaxNLocator(4))
+        scale.set_major_locator(MaxNLocator(4, steps=[1, 2.5, 5, 10]))
     elif span < 10:
         scale.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0, 7.0)))
     elif span < 500:
