@@ -1,7 +1,7 @@
-"""Surgery: apply a plan to a model. Either remove rows and columns, or set them to zero.
+"""Surgery: apply a plan to a model by removing rows and columns, or by setting them to zero.
 
-In: a dense or ragged model, a plan and perhaps repaired weights. Out: the same model, changed in place, layer
-by layer.
+In: a dense or ragged model, a plan and optionally repaired weights. Out: the same model, changed in place,
+layer by layer.
 Shape letters: D model width, E experts, F atomic experts of an expert, G rows of the input projection.
 """
 
@@ -24,22 +24,21 @@ from heapr.types import Plan, RepairedWeights, TensorDict
 
 @torch.no_grad()
 def remove(model: MoEModel, plan: Plan, repaired: RepairedWeights | None = None) -> None:
-    """Remove rows of W_gate and W_up, their biases, and columns of W_down (docs/method.md, 1): experts become
-    ragged.
+    """Remove rows of W_gate and W_up, their biases, and columns of W_down (docs/method.md, 1).
 
-    Each layer's old experts are freed before the next one is cut.
+    The experts become ragged. Each layer's old experts are freed before the next layer is cut.
 
     Args:
         model: dense or ragged.
         plan: for this model.
-        repaired: the kept weights that repair changed. With None, all kept weights stay as they are.
+        repaired: the kept weights that repair changed. With None, all kept weights keep their values.
     """
     for layer in model.layers:
         model.change(layer, partial(_replace, layer, plan, repaired))
 
 
 def _replace(layer: MoELayer, plan: Plan, repaired: RepairedWeights | None) -> None:
-    """A layer's experts by what is kept of them."""
+    """Replace a layer's experts by ragged ones with the kept weights."""
     layer.replace_experts(_cut(layer, plan, repaired))
 
 
@@ -51,18 +50,17 @@ def remove_and_repair(
     batches: Sequence[Tensor],
     repaired: MutableMapping[int, TensorDict] | None = None,
 ) -> dict[int, LayerRepair]:
-    """Remove and repair one layer after the other (docs/method.md, 18 to 23). Layers that lose nothing stay
-    as they are.
+    """Remove and repair layer by layer (docs/method.md, 18 to 23). Layers that lose nothing are not changed.
 
     Args:
         model: dense or ragged.
         plan: for this model.
-        repair: how.
-        batches: int64 (N, W) token ids each, of the calibration.
-        repaired: gets the weights that the repair may change, by decoder layer index and name.
+        repair: the repair method.
+        batches: calibration tokens, int64 (N, W) each.
+        repaired: receives the weights that the repair may change, by decoder layer index and name.
 
     Returns:
-        what was found for each layer, by decoder layer index.
+        what the repair reports for each layer, by decoder layer index.
 
     Raises:
         ConfigError: the repair follows the residual stream, and the model does not pass `check_stream`.
@@ -83,32 +81,36 @@ def remove_and_repair(
         if repair.is_sequential:
             layer.replace_experts(after)
             model.remember(layer, partial(_replace, layer, plan, repaired))
-        del inputs, target, after  # before those of the next layer are made
+        # Free them before those of the next layer are computed.
+        del inputs, target, after
     if not repair.is_sequential:
         remove(model, plan, repaired)
     return found
 
 
 def repaired_names(model: MoEModel, repair: Repair) -> list[str]:
-    """The parameters of ragged experts that a repair may change."""
+    """Names of the ragged experts' parameters that a repair may change."""
     inputs = [layout_of(model.layers[0].experts).input_name] if repair.refits_inputs else []
     return [*inputs, "down_proj"]
 
 
 @torch.no_grad()
 def mask(model: MoEModel, plan: Plan, repaired: RepairedWeights | None = None) -> None:
-    """Set the same rows, biases and columns to zero instead: the same function in the old shape. Arguments as
-    for `remove`."""
+    """Set the rows, biases and columns that `remove` would remove to zero.
+
+    The model computes the same function as after `remove`, and keeps its shape. The arguments are the same.
+    """
     for layer in model.layers:
         model.change(layer, partial(_mask, layer, plan, repaired))
 
 
 def _mask(layer: MoELayer, plan: Plan, repaired: RepairedWeights | None) -> None:
-    """Zeros in a layer's experts for what is removed."""
+    """Set what is removed from a layer's experts to zero."""
     if layer.experts.down_proj.is_meta:
         return
+    masks = _with_masks(layer, plan)
     kept_matrices = matrices_of(_cut(layer, plan, repaired))
-    for (matrices, kept_F, kept_G), left in zip(_with_masks(layer, plan), kept_matrices, strict=True):
+    for (matrices, kept_F, kept_G), left in zip(masks, kept_matrices, strict=True):
         matrices.down_DF[:, kept_F] = left.down_DF
         matrices.inputs_GD[kept_G] = left.inputs_GD
         matrices.down_DF[:, ~kept_F] = 0
@@ -118,34 +120,37 @@ def _mask(layer: MoELayer, plan: Plan, repaired: RepairedWeights | None) -> None
 
 
 def _cut(layer: MoELayer, plan: Plan, repaired: RepairedWeights | None) -> RaggedExperts:
-    """New experts with the kept weights of a layer's."""
-    widths = plan.layers[layer.index].sum(dim=1).tolist()
-    experts = RaggedExperts(layer.experts, widths)
-    if layer.experts.down_proj.is_meta:  # the shape alone, of a layer that is not in memory
+    """New ragged experts with a layer's kept weights, repaired where repaired weights are given."""
+    width_E = plan.layers[layer.index].sum(dim=1)
+    experts = RaggedExperts(layer.experts, width_E.tolist())
+    if layer.experts.down_proj.is_meta:  # only the shape, of a layer that is not in memory
         return experts
     experts.fill(_kept_matrices(layer, plan))
-    changed = {} if repaired is None else repaired[layer.index]
-    for name, tensor in changed.items():
-        experts.get_parameter(name).copy_(tensor)
+    if repaired is not None:
+        for name, tensor in repaired[layer.index].items():
+            experts.get_parameter(name).copy_(tensor)
     return experts
 
 
 def _kept_matrices(layer: MoELayer, plan: Plan) -> Iterator[Matrices]:
     """The kept weights of each expert."""
     for matrices, kept_F, kept_G in _with_masks(layer, plan):
+        inputs_GD = matrices.inputs_GD[kept_G]
         bias_G = matrices.inputs_bias_G
         if bias_G is not None:
             bias_G = bias_G[kept_G]
-        yield Matrices(matrices.inputs_GD[kept_G], bias_G, matrices.down_DF[:, kept_F], matrices.down_bias_D)
+        down_DF = matrices.down_DF[:, kept_F]
+        yield Matrices(inputs_GD, bias_G, down_DF, matrices.down_bias_D)
 
 
 def _with_masks(layer: MoELayer, plan: Plan) -> Iterator[tuple[Matrices, Tensor, Tensor]]:
-    """Each expert's weights, with the masks of the kept atomic experts (F,) and of their rows of the input
-    projection (G,)."""
+    """Yield each expert's weights, and masks of its kept atomic experts (F,) and rows of inputs (G,)."""
     kept_EF = plan.layers[layer.index]
-    assert kept_EF.shape == (layer.num_experts, layer.width), (layer.index, kept_EF.shape)
+    shape = (layer.num_experts, layer.width)
+    assert kept_EF.shape == shape, (layer.index, kept_EF.shape)
     rows = layout_of(layer.experts).rows
     for padded_F, matrices in zip(kept_EF, matrices_of(layer.experts), strict=True):
-        width = matrices.down_DF.shape[1]
-        kept_F = padded_F[:width].to(matrices.down_DF.device)
+        down_DF = matrices.down_DF
+        width = down_DF.shape[1]
+        kept_F = padded_F[:width].to(down_DF.device)
         yield matrices, kept_F, rows(kept_F)
