@@ -8,14 +8,17 @@ where the tape does not see it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from heapr.errors import ConfigError
+from heapr.files import write_json
 from heapr.model.experts.dispatch import use_heapr_experts
 from heapr.model.experts.layout import Experts
 from heapr.model.experts.loop import run_experts
@@ -53,6 +56,28 @@ def check_walk(model: MoEModel, *, needed_by: str, instead: str, gradients: bool
             f"{needed_by}: {type(model.model).__name__} cannot be run layer by layer: {fault}, so its layers"
             f" share more than their outputs; give {instead}"
         )
+
+
+def check_streamed(model: MoEModel, remembered: Path) -> None:
+    """Refuse models that cannot be streamed, and find out which outputs each layer reads.
+
+    It takes reading the model five times, so the result is remembered. Gradients are not compared with those
+    of a plain pass, which would need the whole model in memory.
+
+    Args:
+        model: streamed.
+        remembered: file for the result; it belongs to this model alone.
+
+    Raises:
+        ConfigError: naming the layer and what differs.
+    """
+    if not remembered.is_file():
+        check_walk(model, needed_by="runtime.stream=true", instead="runtime.stream=false")
+        model.check_head()
+        reads_of(model)
+        remembered.parent.mkdir(parents=True, exist_ok=True)
+        write_json(remembered, {"reads": model.reads})
+    model.reads = json.loads(remembered.read_text(encoding="utf-8"))["reads"]
 
 
 def _first_fault(model: MoEModel, passes: Sequence[_Pass], gradients: bool) -> str | None:

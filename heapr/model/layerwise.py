@@ -17,7 +17,6 @@ from torch import Tensor
 
 from heapr.model.expert_inputs import ExpertInputs, expert_inputs, without_experts
 from heapr.model.moe import MoELayer, MoEModel
-from heapr.model.shelf import Shelf
 from heapr.model.span import advance, probe_tokens, reads_of
 from heapr.model.stream import StreamTarget, scale_of
 from heapr.model.tape import Tape, hidden_of
@@ -43,8 +42,8 @@ def walk_layers(
         ConfigError: `follow_stream` is set and the model does not pass `check_stream`.
         FloatingPointError: an input is NaN or infinite; the message names the layer.
     """
-    with model.shelf() as shelf, ExitStack() as held:
-        walk = _Walk(model, batches, shelf, follow_stream=follow_stream)
+    walk = _Walk(model, batches, follow_stream=follow_stream)
+    with ExitStack() as held:
         for layer in model.layers:
             walk.advance(layer.index, held)
             held.enter_context(model.hold([layer.index]))
@@ -60,11 +59,9 @@ class _Walk:
     the model as it was, and some tokens probe how a layer adds its experts' outputs to the stream.
     """
 
-    def __init__(
-        self, model: MoEModel, batches: Sequence[Tensor], shelf: Shelf, *, follow_stream: bool
-    ) -> None:
+    def __init__(self, model: MoEModel, batches: Sequence[Tensor], *, follow_stream: bool) -> None:
         self._model, self._reads = model, reads_of(model)
-        numbers = count()
+        shelf, numbers = model.shelf(), count()
         on_device = [ids_NW.to(model.device) for ids_NW in batches]
         self._tapes = [Tape(ids_NW, shelf, next(numbers)) for ids_NW in on_device]
         self._originals: list[Tape] = []

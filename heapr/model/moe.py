@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -165,8 +166,8 @@ class MoEModel:
         """A context in which these decoder layers are in memory."""
         return self.residency.hold(layers)
 
-    def shelf(self) -> AbstractContextManager[Shelf]:
-        """A place for what layers put out, as long as the context lasts."""
+    def shelf(self) -> Shelf:
+        """A new place for the outputs of layers."""
         return self.residency.shelf()
 
     def change(self, layer: MoELayer, change: Callable[[], None]) -> None:
@@ -194,9 +195,16 @@ class MoEModel:
             ConfigError: this model is one of them.
         """
         ids_NW = torch.arange(8, device=self.device).unsqueeze(0)
+        bodies: list[Any] = []
+        hook = self.body.register_forward_hook(lambda _, __, output: bodies.append(output))
+        try:
+            with torch.no_grad():
+                expected = self.model(input_ids=ids_NW, use_cache=False).logits.float()
+        finally:
+            hook.remove()
         with torch.no_grad():
-            expected = self.model(input_ids=ids_NW, use_cache=False).logits.float()
-            found = self.logits(self.hidden_states(input_ids=ids_NW)[0])
+            hidden_NWD = bodies[0].last_hidden_state.to(self.device)
+            found = self.logits(hidden_NWD[0])
             difference = (found - expected[0]).abs().max()
         # False for NaN, which calibration reports.
         if difference > 1e-2 * expected.abs().max():

@@ -219,16 +219,16 @@ def _layer_by_layer(
     reads = reads_of(model)
     num_layers = len(model.decoder_layers)
     on_device = [ids_NW.to(model.device) for ids_NW in batches]
-    with model.shelf() as shelf:
-        numbers = count()
-        tapes_of = [[Tape(ids_NW, shelf, next(numbers)) for ids_NW in on_device] for _ in variants]
-        for span in model.spans:
-            with model.hold(span):
-                _advance_variants(model, span, zip(variants, tapes_of, strict=True), reads)
-        for tape in chain.from_iterable(tapes_of):
-            answers = tape.answers(num_layers, reads.by(range(num_layers, num_layers)))
-            yield tape.ids_NW, run_rest(model, tape.ids_NW, answers)
-            tape.keep(())
+    shelf = model.shelf()
+    numbers = count()
+    tapes_of = [[Tape(ids_NW, shelf, next(numbers)) for ids_NW in on_device] for _ in variants]
+    for span in model.spans:
+        with model.hold(span):
+            _advance_variants(model, span, zip(variants, tapes_of, strict=True), reads)
+    for tape in chain.from_iterable(tapes_of):
+        answers = tape.answers(num_layers, reads.by(range(num_layers, num_layers)))
+        yield tape.ids_NW, run_rest(model, tape.ids_NW, answers)
+        tape.keep(())
 
 
 def _advance_variants(

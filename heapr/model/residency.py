@@ -7,7 +7,6 @@ nobody holds is read for its forward.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,7 +17,7 @@ import torch
 from torch import nn
 
 from heapr.model.experts.layout import Experts
-from heapr.model.shelf import Files, Memory, Shelf
+from heapr.model.shelf import Memory, Shelf, Spilled
 from heapr.model.weights import LayerWeights
 
 Change = Callable[[], None]  # of one layer's experts, in place or by others
@@ -48,9 +47,8 @@ class Residency(Protocol):
         """Inside, these layers are in memory."""
         ...
 
-    @contextmanager
-    def shelf(self) -> Iterator[Shelf]:
-        """A place for what layers put out, as long as the context lasts."""
+    def shelf(self) -> Shelf:
+        """A new place for the outputs of layers."""
         ...
 
     def change(self, place: ExpertsPlace, change: Change) -> None:
@@ -73,9 +71,8 @@ class InMemory:
     def hold(self, layers: Sequence[int]) -> Iterator[None]:
         yield
 
-    @contextmanager
-    def shelf(self) -> Iterator[Shelf]:
-        yield Memory()
+    def shelf(self) -> Shelf:
+        return Memory()
 
     def change(self, place: ExpertsPlace, change: Change) -> None:
         change()
@@ -129,14 +126,8 @@ class Streamed:
                 stack.callback(self._leave, layer)
             yield
 
-    @contextmanager
-    def shelf(self) -> Iterator[Shelf]:
-        if self.tapes is None:
-            yield Memory(torch.device("cpu"))
-            return
-        self.tapes.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self.tapes) as folder:
-            yield Files(Path(folder), about={})
+    def shelf(self) -> Shelf:
+        return Memory(torch.device("cpu")) if self.tapes is None else Spilled(self.tapes)
 
     def change(self, place: ExpertsPlace, change: Change) -> None:
         self.remember(place, change)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,6 +51,27 @@ class Memory:
         """Whoever holds it forgets it."""
 
 
+class Spilled:
+    """Tensors lie in files without a name, which the operating system frees when the tensors are gone or the
+    process ends.
+
+    Args:
+        folder: on the disk to use; it is made.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def put(self, name: str, tensor: Tensor) -> Tensor:
+        with tempfile.NamedTemporaryFile(dir=self._folder, buffering=0) as file:
+            _write(file.fileno(), _bytes_of(tensor))
+            return _mapped(file.name, tensor.dtype, tensor.shape)
+
+    def drop(self, name: str) -> None:
+        """The file goes with the tensor."""
+
+
 class Files:
     """Tensors lie in files of one folder, as plain bytes, each with a checksum.
 
@@ -80,8 +102,8 @@ class Files:
         """Write a tensor, once; return it mapped from its file."""
         assert name not in self._entries, name
         content = _bytes_of(tensor)
-        with (self.folder / name).open("wb") as file:
-            file.write(content)
+        with (self.folder / name).open("wb", buffering=0) as file:
+            _write(file.fileno(), content)
         self._entries[name] = {
             "dtype": str(tensor.dtype).removeprefix("torch."),
             "shape": list(tensor.shape),
@@ -93,11 +115,7 @@ class Files:
         """A tensor, mapped from its file; it must not be changed."""
         entry = self._entries[name]
         dtype: torch.dtype = getattr(torch, entry["dtype"])
-        shape = torch.Size(entry["shape"])
-        if not shape.numel():
-            return torch.empty(shape, dtype=dtype)
-        path = str(self.folder / name)
-        return torch.from_file(path, shared=True, size=shape.numel(), dtype=dtype).view(shape)
+        return _mapped(str(self.folder / name), dtype, torch.Size(entry["shape"]))
 
     def drop(self, name: str) -> None:
         """Forget a tensor. Its file goes with the next commit, because the record before still names it."""
@@ -158,7 +176,14 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return content
 
 
-def free_bytes(folder: Path) -> int:
-    """Of the disk that a folder is on."""
-    status = os.statvfs(folder)
-    return status.f_bavail * status.f_frsize
+def _write(descriptor: int, content: memoryview) -> None:
+    done = 0
+    while done < len(content):
+        done += os.write(descriptor, content[done:])
+
+
+def _mapped(path: str, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    """A file's content as a tensor, which must not be changed."""
+    if not shape.numel():
+        return torch.empty(shape, dtype=dtype)
+    return torch.from_file(path, shared=True, size=shape.numel(), dtype=dtype).view(shape)

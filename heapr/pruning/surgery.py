@@ -7,7 +7,7 @@ Shape letters: D model width, E experts, F atomic experts of an expert, G rows o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -19,7 +19,8 @@ from heapr.model.layerwise import walk_layers
 from heapr.model.moe import MoELayer, MoEModel
 from heapr.progress import progress
 from heapr.pruning.layer_repair import LayerRepair, Repair
-from heapr.types import Plan, RepairedWeights, TensorDict
+from heapr.pruning.repaired import RepairedLayers
+from heapr.types import Plan, RepairedWeights
 
 
 @torch.no_grad()
@@ -48,7 +49,7 @@ def remove_and_repair(
     plan: Plan,
     repair: Repair,
     batches: Sequence[Tensor],
-    repaired: MutableMapping[int, TensorDict] | None = None,
+    repaired: RepairedLayers | None = None,
 ) -> dict[int, LayerRepair]:
     """Remove and repair layer by layer (docs/method.md, 18 to 23). Layers that lose nothing are not changed.
 
@@ -57,7 +58,8 @@ def remove_and_repair(
         plan: for this model.
         repair: the repair method.
         batches: calibration tokens, int64 (N, W) each.
-        repaired: receives the weights that the repair may change, by decoder layer index and name.
+        repaired: receives the weights that the repair may change. Layers that it already holds are not
+            repaired again.
 
     Returns:
         what the repair reports for each layer, by decoder layer index.
@@ -66,18 +68,19 @@ def remove_and_repair(
         ConfigError: the repair follows the residual stream, and the model does not pass `check_stream`.
         FloatingPointError: NaN or infinity; the message names the layer.
     """
-    found: dict[int, LayerRepair] = {}
-    repaired = {} if repaired is None else repaired
-    names = repaired_names(model, repair)
+    repaired = RepairedLayers() if repaired is None else repaired
+    names = _repaired_names(model, repair)
     walk = walk_layers(model, batches, follow_stream=repair.follows_stream)
     bar = progress(walk, total=len(model.layers), description="repair", unit="layer")
     for layer, inputs, target in bar:
-        after = _cut(layer, plan, None)
-        if after.widths == tuple(layer.widths):
-            found[layer.index] = LayerRepair(error_before=0.0, error_after=0.0, num_repaired=0)
-        else:
-            found[layer.index] = repair(layer.experts, after, inputs, target=target)
-        repaired[layer.index] = {name: after.get_parameter(name).detach() for name in names}
+        is_done = layer.index in repaired
+        after = _cut(layer, plan, repaired if is_done else None)
+        if not is_done:
+            found = LayerRepair(error_before=0.0, error_after=0.0, num_repaired=0)
+            if after.widths != tuple(layer.widths):
+                found = repair(layer.experts, after, inputs, target=target)
+            tensors = {name: after.get_parameter(name).detach() for name in names}
+            repaired.add(layer.index, tensors, found)
         if repair.is_sequential:
             layer.replace_experts(after)
             model.remember(layer, partial(_replace, layer, plan, repaired))
@@ -85,10 +88,10 @@ def remove_and_repair(
         del inputs, target, after
     if not repair.is_sequential:
         remove(model, plan, repaired)
-    return found
+    return repaired.found
 
 
-def repaired_names(model: MoEModel, repair: Repair) -> list[str]:
+def _repaired_names(model: MoEModel, repair: Repair) -> list[str]:
     """Names of the ragged experts' parameters that a repair may change."""
     inputs = [layout_of(model.layers[0].experts).input_name] if repair.refits_inputs else []
     return [*inputs, "down_proj"]
