@@ -7,10 +7,11 @@ equal results have different hashes. In: tensors. Out: one file that every reade
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 DTYPES = {  # in the library's order, narrowest first
@@ -73,6 +74,46 @@ class TensorsFile:
         with self._path.open("r+b") as file:
             file.seek(self._starts[name])
             file.write(_bytes_of(tensor))
+
+
+def save_layers(path: Path, layers: Mapping[int, Mapping[str, Tensor]]) -> None:
+    """Write tensors as `layers.<index>.<name>`, with those of one layer in memory at a time.
+
+    Args:
+        path: the file.
+        layers: tensors by layer index and name; each layer is asked for twice.
+    """
+    shapes = {}
+    for index, tensors in layers.items():
+        for name, tensor in tensors.items():
+            shapes[f"layers.{index}.{name}"] = torch.empty_like(tensor, device="meta")
+    file = TensorsFile(path, shapes)
+    for index, tensors in layers.items():
+        for name, tensor in tensors.items():
+            file.write(f"layers.{index}.{name}", tensor)
+
+
+class LayersFile(Mapping[int, dict[str, Tensor]]):
+    """The tensors of a file that `save_layers` wrote, each layer's read when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._names: dict[int, list[str]] = {}
+        with safe_open(path, framework="pt") as file:
+            for key in sorted(file.keys()):
+                _, index, name = key.split(".", maxsplit=2)
+                self._names.setdefault(int(index), []).append(name)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        names = self._names[index]
+        with safe_open(self._path, framework="pt") as file:
+            return {name: file.get_tensor(f"layers.{index}.{name}") for name in names}
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(sorted(self._names))
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _header(ordered: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:

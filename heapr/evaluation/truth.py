@@ -126,7 +126,7 @@ class Truth:
         predicted_layers = predicted_increase(scores, material.unit, material.statistics())
         predicted = None if predicted_layers is None else _flat(predicted_layers)
         removed = [_removed_of_layers(group.removed, scores) for group in groups]
-        variants = [unchanged, *(partial(_without, model, of_group) for of_group in removed)]
+        variants: list[Variant] = [unchanged, *(partial(_without, model, of_group) for of_group in removed)]
         found = self._mean_losses(model, tokens, variants)
         bar = progress(found, total=len(variants), description=self.name, unit="group")
         loss = next(bar)

@@ -162,6 +162,11 @@ class MoEModel:
         """Decoder layers that are in memory together, from the first to the last."""
         return self.residency.spans(len(self.decoder_layers))
 
+    @property
+    def is_streamed(self) -> bool:
+        """Whether not all of its layers are in memory."""
+        return len(self.spans) > 1
+
     def hold(self, layers: Sequence[int]) -> AbstractContextManager[None]:
         """A context in which these decoder layers are in memory."""
         return self.residency.hold(layers)

@@ -74,8 +74,8 @@ def backward_by_spans(model: MoEModel, batches: Iterable[Tensor], way: Way) -> I
         yield from _Journey(model, list(tapes), way).passes()
         return
     for number, tape in enumerate(tapes):
-        for _, *passed in _Journey(model, [tape], way).passes():
-            yield (number, *passed)
+        for _, span, ids_NW, loss in _Journey(model, [tape], way).passes():
+            yield number, span, ids_NW, loss
 
 
 class _Journey:

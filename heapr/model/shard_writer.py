@@ -25,7 +25,7 @@ State = dict[str, Tensor]
 
 
 def write_weights(model: MoEModel, folder: Path, *, max_shard_size: str, by_family: bool) -> None:
-    """Write all weights.
+    """Write all weights but tied ones, which loading ties again.
 
     Args:
         folder: is there.
@@ -67,7 +67,7 @@ def _state_of(model: MoEModel, names: Sequence[str], *, in_memory: bool) -> Stat
     """Tensors, or what has their shapes without memory."""
     everything = model.model.state_dict()
     if in_memory:
-        return {name: everything[name] for name in names}
+        return {name: everything[name].cpu() for name in names}
     return {name: torch.empty_like(everything[name], device="meta") for name in names}
 
 
