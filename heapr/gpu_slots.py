@@ -1,7 +1,8 @@
 """One job per GPU: on a machine whose launcher does not assign GPUs, every process takes a free one.
 
 In: the GPUs that torch sees. Out: a context in which one of them, or all, belong to this process;
-others wait. The locks are per machine and per physical GPU (by its UUID, which CUDA_VISIBLE_DEVICES does not change).
+others wait. The locks are per machine and per physical
+GPU, known by its UUID, which CUDA_VISIBLE_DEVICES does not change.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A sweeper for Hydra that runs an explicit list of jobs, which need not be a grid.
 
-It uses the chosen launcher. In: a JSON file with the overrides of every job under "jobs" and, if they shall not all start at once, their
-numbers in groups under "waves". Out: one folder per job, named by its number. Hydra finds plug-ins in this
+It uses the chosen launcher. In: a JSON file with the overrides of every job under "jobs" and, if they shall
+not all start at once, their numbers in groups under "waves". Out: one folder per job, named by its number. Hydra finds plug-ins in this
 folder; conf/hydra/sweeper/jobs.yaml selects this one.
 
 It also registers the resolvers that conf/ uses, because Hydra makes a job's folder before any code of ours

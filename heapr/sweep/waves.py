@@ -1,7 +1,7 @@
 """The order in which a sweep's jobs start, so that no job waits on its GPU for what another one is making.
 
-In: what every job still has to make. Out: waves, which run one after the other: first one job for each
-calibration or evaluation of a dense model that several jobs need, then all others, which find it in the store.
+In: what every job still has to make. Out: waves, which run one after the other: first one job
+for each calibration or dense evaluation that several jobs need, then all others, which find it in the store.
 """
 
 from __future__ import annotations
