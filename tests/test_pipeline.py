@@ -437,7 +437,7 @@ BAD_INPUT = [
     (["evaluation.truth.max_sequences=0"], "evaluation.truth.max_sequences=0 is below 1"),
     (["+evaluation.truth.num_group=3"], "unknown key 'evaluation.truth.num_group'; did you mean evaluation.truth.num_groups"),
     (["evaluation.perplexity=3"], "evaluation.perplexity has no _target_"),
-    (["+evaluation.perplexty.window=16"], "evaluation.perplexty has no _target_.* misspelt key"),
+    (["+evaluation.perplexty.window=16"], "evaluation.perplexty has no _target_.* misspelled"),
     (["calibration.corpus.paths={folder}/train.txt"], "calibration.corpus.paths=.* has the wrong type"),
     (["+evaluation.x={{_target_:heapr.text.corpora.PyDocs,split:all}}"], "is no measurement"),
     (["+evaluation.x={{_target_:heapr.evaluation.perplexity.Perplexity,window:16,batch_size:4}}"], "measures 'perplexity/text_files' 2"),
@@ -457,7 +457,7 @@ BAD_INPUT = [
     (["runtime.device=tpu9"], "runtime.device='tpu9' is unknown"),
     (["runtime.device=cuda:7"], "torch sees [0-9] GPUs"),
     (["tracking.mode=maybe"], "tracking.mode='maybe' is unknown"),
-    (["tracking.project=a/b"], "tracking.project='a/b' is no wandb project"),
+    (["tracking.project=a/b"], "tracking.project='a/b' is not the name of a wandb project"),
     (["tracking.upload=true"], "tracking=none sends nothing"),
 ]  # fmt: skip
 

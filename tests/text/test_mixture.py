@@ -109,7 +109,7 @@ def test_mistakes_are_refused_in_one_line(tmp_path: Path) -> None:
         ({"x": {"weight": 1}}, "calibration.corpus.parts.x.corpus has no _target_"),
         (
             {"x": {"weight": 1, "corpus": {"_target_": "heapr.text.mixture.Mixture", "parts": {"x": a}}}},
-            "which is no corpus",
+            "which is not a corpus",
         ),
         ({"x": a, "y": a}, "two parts of the mixture are text of corpus 'a'"),
         ({"x": a, "y": b}, "asks for 8 sequences of corpus 'b', which holds 5 of 4 tokens"),
