@@ -129,7 +129,7 @@ def test_nothing_is_measured_on_a_mixture(tmp_path: Path) -> None:
     corpus = f"{{_target_:{TEXT_FILES},paths:[{tmp_path}/a.txt],split:all}}"
     entry = f"{{_target_:heapr.text.mixture.Mixture,parts:{{a:{{weight:1,corpus:{corpus}}}}}}}"
     with pytest.raises(
-        ConfigError, match="evaluation.corpora.mixed is a Mixture, which is no corpus to measure on"
+        ConfigError, match="evaluation.corpora.mixed is a Mixture, which cannot be measured on"
     ):
         run_in(tmp_path, f"+evaluation.corpora.mixed={entry}")
 
