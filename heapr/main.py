@@ -27,7 +27,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from heapr.artifacts import clear_error, write_error
 from heapr.errors import ConfigError
-from heapr.overrides import check_one_option, explain_comma, explain_option, explain_override, options_of
+from heapr.overrides import (
+    check_one_option,
+    explain_comma,
+    explain_launcher,
+    explain_option,
+    explain_override,
+    options_of,
+)
 from heapr.schema import ExperimentConfig, register, resolve
 from heapr.signals import one_line_ends
 from heapr.words import did_you_mean, first_line, unknown_key
@@ -88,6 +95,7 @@ def _run(config: DictConfig) -> None:
 FIELD_OF_NOTHING = "Unexpected type for root: NoneType"  # an override sets a field of null
 OPTION_WITHOUT_NAME = "Config group override must be a string or a list"  # score=3
 COMMA_OUTSIDE_SWEEP = "Ambiguous value for argument"  # a=1,2
+UNKNOWN_PLUGIN = "Unknown plugin class"  # a launcher whose package is not installed
 UNREADABLE_VALUE = "Error merging override"  # a value of the wrong type
 
 USED_WITH = {  # groups whose options are chosen inside other groups
@@ -121,6 +129,10 @@ def one_line_errors(config_folder: Path | None = None) -> Iterator[None]:
         if not str(error).startswith(OPTION_WITHOUT_NAME) or config_folder is None:
             raise
         _stop(explain_option(sys.argv[1:], config_folder))
+    except RuntimeError as error:
+        if not str(error).startswith(UNKNOWN_PLUGIN):
+            raise
+        _stop(explain_launcher(str(error)))
     except AssertionError as error:
         if not str(error).startswith(FIELD_OF_NOTHING):
             raise

@@ -177,3 +177,22 @@ def _read(override: str) -> Any:
         return OverridesParser.create().parse_override(override).value()
     except HydraException as error:
         return error
+
+
+LAUNCHER_EXTRAS = {  # what installs the package of a launcher, by its plug-in's module
+    "hydra_joblib_launcher": "heapr[joblib]",
+    "hydra_submitit_launcher": "heapr[slurm]",
+    "hydra_ray_launcher": "heapr[ray]",
+}
+
+
+def explain_launcher(text: str) -> str:
+    """The message for a launcher whose package is not installed.
+
+    Args:
+        text: holds the name of the launcher's class.
+    """
+    for module, extra in LAUNCHER_EXTRAS.items():
+        if module in text:
+            return f"hydra/launcher needs a package that is not installed; install it: pip install '{extra}'"
+    return f"{text}; choose hydra/launcher=joblib, submitit_local, submitit_slurm or ray"

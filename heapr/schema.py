@@ -8,6 +8,7 @@ once.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
@@ -119,6 +120,9 @@ TRACKING_MODES = ("auto", "online", "offline", "none")
 def register() -> None:
     """Register the schema with Hydra under the name that conf/config.yaml refers to."""
     ConfigStore.instance().store(name="schema", node=ExperimentConfig)
+    # conf/hydra/launcher/ gives the launchers' options other defaults; that Hydra checks them against the
+    # launchers' own schema is welcome.
+    warnings.filterwarnings("ignore", message="\\s*.hydra/launcher.*validated against ConfigStore schema")
 
 
 def resolve(config: DictConfig) -> ExperimentConfig:
