@@ -125,27 +125,31 @@ def one_line_errors(config_folder: Path | None = None) -> Iterator[None]:
         _stop(str(error), code=1)
     except (HydraException, OmegaConfBaseException) as error:
         _stop(explain(error, config_folder, sys.argv[1:]))
-    except ValueError as error:
-        if not str(error).startswith(OPTION_WITHOUT_NAME) or config_folder is None:
+    except (ValueError, RuntimeError, AssertionError) as error:
+        message = _explain_builtin(str(error), config_folder)
+        if message is None:
             raise
-        _stop(explain_option(sys.argv[1:], config_folder))
-    except RuntimeError as error:
-        if not str(error).startswith(UNKNOWN_PLUGIN):
-            raise
-        _stop(explain_launcher(str(error)))
-    except AssertionError as error:
-        if not str(error).startswith(FIELD_OF_NOTHING):
-            raise
-        _stop(
-            "an override sets a field of something that is null, such as pruning.repair.ridge; choose it"
-            " first, for example pruning/repair=joint"
-        )
+        _stop(message)
     except OSError as error:
         if error.filename is None or _came_from_job(error):
             raise
         _stop(
             f"cannot write '{error.filename}': {error.strerror}; choose another folder with paths.outputs=..."
         )
+
+
+def _explain_builtin(text: str, config_folder: Path | None) -> str | None:
+    """The message for a mistake that Hydra answers with an error of Python; None for any other error."""
+    if text.startswith(OPTION_WITHOUT_NAME) and config_folder is not None:
+        return explain_option(sys.argv[1:], config_folder)
+    if text.startswith(UNKNOWN_PLUGIN):
+        return explain_launcher(text)
+    if text.startswith(FIELD_OF_NOTHING):
+        return (
+            "an override sets a field of something that is null, such as pruning.repair.ridge; choose it"
+            " first, for example pruning/repair=joint"
+        )
+    return None
 
 
 def print_whatever_the_encoding() -> None:

@@ -224,6 +224,6 @@ def _choice(name: str, value: str | int, known: Collection[str | int]) -> None:
         raise ConfigError(f"{name}={value!r} is unknown; choose one of {', '.join(map(str, known))}")
 
 
-def _at_least(name: str, value: int, minimum: int) -> None:
+def _at_least(name: str, value: float, minimum: int) -> None:
     if value < minimum:
         raise ConfigError(f"{name}={value} is below {minimum}; give a whole number of at least {minimum}")

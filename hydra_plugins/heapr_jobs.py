@@ -1,8 +1,8 @@
 """A sweeper for Hydra that runs an explicit list of jobs, which need not be a grid.
 
 It uses the chosen launcher. In: a JSON file with the overrides of every job under "jobs" and, if they shall
-not all start at once, their numbers in groups under "waves". Out: one folder per job, named by its number. Hydra finds plug-ins in this
-folder; conf/hydra/sweeper/jobs.yaml selects this one.
+not all start at once, their numbers in groups under "waves". Out: one folder per job, named by its number.
+Hydra finds plug-ins in this folder; conf/hydra/sweeper/jobs.yaml selects this one.
 
 It also registers the resolvers that conf/ uses, because Hydra makes a job's folder before any code of ours
 runs, but imports its plug-ins first, in the processes of launchers too:
@@ -51,7 +51,8 @@ class JobsSweeper(Sweeper):
 
     Args:
         file: JSON, the overrides of every job under "jobs"; groups of their numbers under "waves".
-        at_once: the most jobs that are given to the launcher at a time; None gives it a whole wave.
+        at_once: the most jobs that are given to the launcher at a time; None gives it a whole wave, except
+            that submitit_local, which starts all jobs that it is given, gets `jobs_at_once`.
     """
 
     def __init__(self, file: str, at_once: int | None = None) -> None:
@@ -64,6 +65,8 @@ class JobsSweeper(Sweeper):
         self._launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
+        if self._at_once is None and type(self._launcher).__name__ == "LocalLauncher":
+            self._at_once = jobs_at_once()
 
     def sweep(self, arguments: list[str]) -> list[Sequence[JobReturn]]:
         """Run the jobs; `arguments` are overrides that all of them get, last."""

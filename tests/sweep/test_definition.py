@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from heapr.errors import ConfigError
-from heapr.sweep.command_line import read_request
+from heapr.sweep.request import read_request
 from heapr.sweep.definition import Definition, experiment_names, load_definition, make_jobs
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
