@@ -22,6 +22,7 @@ from heapr.signals import STARTED_BY
 from heapr.sweep.collect import RECORD, Record
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
+KILLED_BY = 128  # plus the signal's number: a shell's exit code for a process that a signal ended
 PATIENCE_SECONDS = 5.0  # between asking what is left of the jobs' processes to end, and killing it
 
 
@@ -57,7 +58,8 @@ def launch(root: Path, folder: Path, settings: Sequence[str]) -> int:
     with subprocess.Popen(command, env=environment, start_new_session=True) as process:
         try:
             with _passing_signals_on(process):
-                return process.wait()
+                code = process.wait()
+                return code if code >= 0 else KILLED_BY - code
         finally:
             _end_group(process.pid)
 
