@@ -6,12 +6,14 @@ Run:  python run.py                              the built-in model, offline
       python run.py --help                       groups and fields
 """
 
+import sys
 from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
 
 from heapr.main import one_line_errors, run_job
+from heapr.overrides import options_first
 from heapr.schema import register
 from heapr.signals import end_with_parent
 
@@ -25,4 +27,5 @@ if __name__ == "__main__":
     register()
     end_with_parent()
     with one_line_errors(Path(__file__).resolve().parent / "conf"):
+        sys.argv[1:] = options_first(sys.argv[1:])
         main()

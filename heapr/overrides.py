@@ -31,6 +31,39 @@ ONE_OPTION = {
     "paths",
 }
 SWEEP_OPTIONS = {"-m", "--multirun"}
+# Hydra's own options, without a value and followed by one.
+OPTIONS = {"--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m"}
+OPTIONS |= {"--info", "-i", "--shell-completion", "-sc"}
+OPTIONS_WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"}
+OPTIONS_WITH_VALUE |= {"--config-dir", "-cd", "--experimental-rerun"}
+
+
+def options_first(arguments: Sequence[str]) -> list[str]:
+    """Arguments of run.py in the order that Hydra wants: its options, then overrides.
+
+    Raises:
+        ConfigError: there is no such option.
+    """
+    options: list[str] = []
+    overrides: list[str] = []
+    takes_next = False
+    for argument in arguments:
+        name = argument.partition("=")[0]
+        if takes_next:
+            options.append(argument)
+            takes_next = False
+        elif not argument.startswith("-"):
+            overrides.append(argument)
+        elif name in OPTIONS | OPTIONS_WITH_VALUE:
+            options.append(argument)
+            takes_next = argument in OPTIONS_WITH_VALUE
+        else:
+            key = name.lstrip("-").replace("-", "_")
+            raise ConfigError(
+                f"unknown option '{argument}'; fields are set without dashes ({key}=...), for example"
+                " dry_run=true; python run.py --help lists them"
+            )
+    return options + overrides
 
 
 def check_one_option(overrides: Sequence[str]) -> None:

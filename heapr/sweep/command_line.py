@@ -23,7 +23,8 @@ from rich.console import Console
 
 from heapr.artifacts import SWEEPS
 from heapr.errors import ConfigError
-from heapr.main import compose_experiment, explain, one_line_errors, print_whatever_the_encoding
+from heapr.explain import explain
+from heapr.main import compose_experiment, one_line_errors, print_whatever_the_encoding
 from heapr.overrides import explain_launcher
 from heapr.schema import ExperimentConfig, register
 from heapr.sweep.definition import Definition, Job, experiment_names, load_definition, make_jobs

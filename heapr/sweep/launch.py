@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -52,7 +53,15 @@ def launch(root: Path, folder: Path, settings: Sequence[str]) -> int:
         f"hydra.sweeper.file={_quoted(folder / RECORD)}",
         f"hydra.sweep.dir={_quoted(folder)}",
     ]
-    command = [sys.executable, str(root / "run.py"), "--multirun", *chosen, *settings]
+    return run_and_end([sys.executable, str(root / "run.py"), "--multirun", *chosen, *settings])
+
+
+def run_and_end(command: Sequence[str]) -> int:
+    """Run a command, pass signals on to it, and end every process that it leaves behind.
+
+    Returns:
+        Its exit code; 128 plus the signal's number if a signal ended it.
+    """
     environment = os.environ | {STARTED_BY: str(os.getpid())}
     # A process group of its own: the terminal's Ctrl-C reaches it through us, once, and we can end all of it.
     with subprocess.Popen(command, env=environment, start_new_session=True) as process:
@@ -67,6 +76,9 @@ def launch(root: Path, folder: Path, settings: Sequence[str]) -> int:
 @contextmanager
 def _passing_signals_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
     """The first signal goes to the process; any further one kills its group."""
+    if threading.current_thread() is not threading.main_thread():  # where no signals arrive
+        yield
+        return
     received: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
