@@ -7,6 +7,7 @@ is refused here.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -130,7 +131,8 @@ class ModelSource:
 
     def on_meta(self) -> MoEModel:
         """The model on the meta device, in its dtype: shapes, no memory."""
-        return MoEModel(_on_meta(self.config, str(self.folder), self.trust_remote_code, self.dtype))
+        config = copy.deepcopy(self.config)  # the uniform form changes its model's
+        return MoEModel(_on_meta(config, str(self.folder), self.trust_remote_code, self.dtype))
 
     def load(self, device: torch.device, device_map: str | None = None) -> MoEModel:
         """Load the weights; those of a hub model are downloaded first.
