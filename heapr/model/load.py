@@ -27,6 +27,7 @@ from heapr.files import user_path
 from heapr.hub import hub_is_reachable
 from heapr.model.config_file import prediction_heads
 from heapr.model.description import CONFIG_FILE, UNUSABLE, read_config, read_tokenizer
+from heapr.model.heap import give_back_freed_memory
 from heapr.model.model_files import (
     DESCRIPTION_FILES,
     INDEX,
@@ -164,6 +165,7 @@ class ModelSource:
         """
         self.fetch()
         _ = self.left_out
+        give_back_freed_memory()
         model = self.on_meta()
         weights = LayerWeights(model.model, model.layers_name, self.folder, device)
         return MoEModel(model.model, Streamed(model.decoder_layers, model.layers, weights, tapes))

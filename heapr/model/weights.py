@@ -7,7 +7,7 @@ that `from_pretrained` uses.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,11 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig, LoadStateDictInfo
 
 from heapr.errors import ConfigError
+from heapr.model.heap import trim_heap
 from heapr.model.shards import Shards
 from heapr.model.tensors import silent, without_cpu
 
+SINGLE = ""  # the group of tensors that are not put together with others
 BESIDE = -1  # the part of a model that is in no decoder layer
 CPU = torch.device("cpu")
 
@@ -71,6 +73,7 @@ class LayerWeights:
         for module, name, empty in self._empty[layer]:
             if modules is None or module in modules:
                 setattr(module, name, empty)
+        trim_heap()
 
     def will_need(self, layer: int) -> None:
         """Say that a layer will be read soon."""
@@ -82,12 +85,12 @@ class LayerWeights:
 
     def _names(self, part: int) -> Iterator[str]:
         """A part's tensors in the files."""
-        for group in self._sources[part]:
-            yield from group
+        for names in self._sources[part].values():
+            yield from names
 
-    def _sources_by_part(self) -> dict[int, list[list[str]]]:
-        """The tensors in the files by the part that takes them; those that are put together are in one
-        group."""
+    def _sources_by_part(self) -> dict[int, dict[str, list[str]]]:
+        """The tensors in the files, by the part that takes them and by group: tensors that become one tensor
+        of the model are in a group of its name, all others in `SINGLE`."""
         known = self._model.state_dict()
         renamings = [each for each in self._conversions if isinstance(each, WeightRenaming)]
         converters = [each for each in self._conversions if isinstance(each, WeightConverter)]
@@ -99,9 +102,9 @@ class LayerWeights:
             if target not in known and source in known:
                 target, pattern = rename_source_key(source, [], [], prefix, known)
             if target in known:
-                group = "" if pattern is None else target
+                group = SINGLE if pattern is None else target
                 groups[self._part_of(target)].setdefault(group, []).append(source)
-        return {part: list(of_part.values()) for part, of_part in groups.items()}
+        return groups
 
     def _part_of(self, target: str) -> int:
         """The decoder layer of a tensor of the model, or `BESIDE`."""
@@ -147,8 +150,8 @@ class LayerWeights:
         config = self._config(self.device)
         info = LoadStateDictInfo(set(self._absent), set(), set(), [], {}, set())
         with silent():
-            for group in self._sources[BESIDE]:
-                convert_and_load_state_dict_in_model(self._model, self._lazy(group), config)
+            for group, names in self._sources[BESIDE].items():
+                convert_and_load_state_dict_in_model(self._model, self._read(group, names), config)
             info = self._model._finalize_model_loading(self._model, config, info)
         if info.missing_keys:
             missing = sorted(info.missing_keys)
@@ -167,10 +170,11 @@ class LayerWeights:
         """
         config = self._config(torch.device("meta") if on_meta else CPU)
         loaded: set[str] = set()
-        for group in self._sources[part]:
-            tensors = self._on_meta(group) if on_meta else self._lazy(group)
+        for group, names in self._sources[part].items():
+            tensors = self._on_meta(names) if on_meta else self._read(group, names)
             with silent():
                 info, _ = convert_and_load_state_dict_in_model(self._model, tensors, config)
+            del tensors
             problems = [*map(str, info.mismatched_keys), *info.conversion_errors.values()]
             if problems:
                 raise ConfigError(
@@ -190,8 +194,11 @@ class LayerWeights:
             weight_mapping=conversions,
         )
 
-    def _lazy(self, names: Iterable[str]) -> dict[str, Any]:
-        return {name: _Lazy(self.shards, name) for name in names}
+    def _read(self, group: str, names: Sequence[str]) -> dict[str, Any]:
+        """A group's tensors: those that are put together are read now, others when they are taken."""
+        if group == SINGLE:
+            return {name: _Lazy(self.shards, name) for name in names}
+        return dict(self.shards.read_together(names))
 
     def _on_meta(self, names: Iterable[str]) -> dict[str, Any]:
         tensors = {}
