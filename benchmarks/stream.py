@@ -71,7 +71,8 @@ def make_model(folder: Path, shape: Shape) -> None:
     config = Qwen3MoeConfig(
         vocab_size=8192, hidden_size=shape.model_width, num_hidden_layers=shape.layers,
         num_attention_heads=16, num_key_value_heads=4, head_dim=64, num_experts=shape.experts,
-        num_experts_per_tok=4, moe_intermediate_size=shape.width, max_position_embeddings=4096, dtype=torch.bfloat16,
+        num_experts_per_tok=4, moe_intermediate_size=shape.width, max_position_embeddings=4096,
+        dtype=torch.bfloat16,
     )  # fmt: skip
     Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(folder, max_shard_size="500MB")
 

@@ -15,8 +15,8 @@ LARGE_BLOCK = 2**22  # bytes
 def give_back_freed_memory() -> None:
     """Let the C library return large blocks to the operating system as soon as they are freed.
 
-    By default glibc soon keeps blocks of up to 32 MB for later, so a process that takes and frees layers grows.
-    Without glibc nothing is done.
+    By default glibc soon keeps blocks of up to 32 MB, so a process that takes and frees layers grows. Without
+    glibc nothing is done.
     """
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):
