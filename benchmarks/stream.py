@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from heapr.calibration.collector import collect
 from heapr.model.checkpoint import save_checkpoint
-from heapr.model.footprint import batch_bytes, footprint
+from heapr.model.footprint import batch_bytes, footprint, free_memory
 from heapr.model.load import ModelSource, find_model
 from heapr.model.moe import MoEModel, next_token_loss
 from heapr.model.passes import Way, final_hidden_states
@@ -155,6 +155,8 @@ def measure(arguments: argparse.Namespace, shape: Shape) -> dict[str, Any]:
     if arguments.limit:
         limit = before["VmData"] + arguments.limit
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+        placement = predicted(source, shape, is_streamed=arguments.streamed)
+        replace(placement, free=free_memory(CPU)).check(CPU)
     if arguments.cold:
         forget_files(arguments.folder)
     with tempfile.TemporaryDirectory(dir=arguments.folder.parent) as folder, PeakMeter() as meter:

@@ -140,9 +140,10 @@ def test_a_tape_of_other_batches_is_not_used(tmp_path: Path, monkeypatch: pytest
         commit(files, **state)
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(Files, "commit", stop)
-        run_in(tmp_path / "stopped", *options)
+        with pytest.raises(KeyboardInterrupt):
+            run_in(tmp_path / "stopped", *options)
     assert [*(tmp_path / "stopped").glob("outputs/artifacts/calibrate/.*.scratch-whole/files/output-*")]
     summary = run_in(tmp_path / "stopped", *options, "calibration.batch_size=3")
     expected = run_in(tmp_path / "whole", *options, "calibration.batch_size=3")

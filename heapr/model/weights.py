@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     convert_and_load_state_dict_in_model,
@@ -53,6 +55,7 @@ class LayerWeights:
         self.device, self.shards = device, Shards(folder)
         self._model, self._layers = model, layers
         self._conversions = get_model_conversion_mapping(model)
+        self._merges: dict[str, dict[str, list[str]]] = {}
         self._sources = self._sources_by_part()
         self._empty = self._check_parts()
         self._load_beside()
@@ -96,6 +99,7 @@ class LayerWeights:
         converters = [each for each in self._conversions if isinstance(each, WeightConverter)]
         prefix = self._model.base_model_prefix
         groups: dict[int, dict[str, list[str]]] = {part: {} for part in range(BESIDE, self.num_layers)}
+        converter_of = {pattern: each for each in converters for pattern in each.source_patterns}
         # In transformers' order, because some renamings depend on what came before.
         for source in sorted(self.shards, key=dot_natural_key):
             target, pattern = rename_source_key(source, renamings, converters, prefix, known)
@@ -104,6 +108,9 @@ class LayerWeights:
             if target in known:
                 group = SINGLE if pattern is None else target
                 groups[self._part_of(target)].setdefault(group, []).append(source)
+                if pattern is not None and _is_merge(converter_of[pattern]):
+                    order = converter_of[pattern].source_patterns
+                    self._merges.setdefault(target, {each: [] for each in order})[pattern].append(source)
         return groups
 
     def _part_of(self, target: str) -> int:
@@ -171,6 +178,9 @@ class LayerWeights:
         config = self._config(torch.device("meta") if on_meta else CPU)
         loaded: set[str] = set()
         for group, names in self._sources[part].items():
+            if group in self._merges and not on_meta:
+                self._merge(group)
+                continue
             tensors = self._on_meta(names) if on_meta else self._read(group, names)
             with silent():
                 info, _ = convert_and_load_state_dict_in_model(self._model, tensors, config)
@@ -182,6 +192,21 @@ class LayerWeights:
                 )
             loaded |= self._model.state_dict().keys() - info.missing_keys
         return loaded
+
+    def _merge(self, target: str) -> None:
+        """Read single experts' matrices into the tensor of all: each expert's [W_gate; W_up], or its W_down.
+
+        transformers' conversion does the same, and needs that tensor's memory three times.
+        """
+        module, name, empty = self._place_of(target)
+        merged = torch.empty(empty.shape, dtype=empty.dtype)
+        first = 0
+        for sources in self._merges[target].values():
+            for expert, source in enumerate(sources):
+                matrix = self.shards.read(source)
+                merged[expert, first : first + len(matrix)] = matrix
+            first += len(matrix)
+        setattr(module, name, nn.Parameter(merged, requires_grad=False))
 
     def _config(self, device: torch.device) -> LoadStateDictConfig:
         conversions, dtype = self._conversions, self._model.dtype
@@ -206,6 +231,13 @@ class LayerWeights:
             place = self.shards.place(name)
             tensors[name] = torch.empty(place.shape, dtype=place.dtype, device="meta")
         return tensors
+
+
+def _is_merge(converter: WeightConverter) -> bool:
+    """Whether a conversion is what `LayerWeights._merge` does."""
+    kinds = [(type(operation), getattr(operation, "dim", None)) for operation in converter.operations]
+    stack, join = (MergeModulelist, 0), (Concatenate, 1)
+    return kinds == [stack, join] or (kinds == [stack] and len(converter.source_patterns) == 1)
 
 
 class _Lazy:
