@@ -15,7 +15,7 @@ import torch
 
 from heapr.errors import ConfigError
 from heapr.model.check_walk import check_streamed, check_walk
-from heapr.model.footprint import CONVERSION, Footprint, batch_bytes, footprint, free_memory
+from heapr.model.footprint import BUFFERS, LOADING, Footprint, batch_bytes, footprint, free_memory
 from heapr.model.load import ModelSource
 from heapr.model.moe import MoEModel
 from heapr.model.passes import Way
@@ -70,15 +70,18 @@ class Placement:
         activations = self.activations or SURELY_BELOW // 4 * sizes.num_layers * sizes.hidden
         of_layers = max(0, activations - sizes.logits)
         of_layer = of_layers // sizes.num_layers
-        if not self.is_streamed:
-            held = of_layer + sizes.num_layers * sizes.hidden if self.by_layer else of_layers
-            parts = {"weights": sizes.weights, "activations": max(held, sizes.logits)}
-            return parts | {"statistics": self.statistics}
-        reading = int(CONVERSION * sizes.layer)
-        running = sizes.layer + max(of_layer, sizes.logits)
-        parts = {"beside the layers": sizes.beside, "one layer and a batch in it": max(reading, running)}
-        parts |= {"statistics": self.statistics}
-        return parts if self.on_disk else parts | {"between the layers": self.tape_bytes}
+        always = {"statistics": self.statistics, "buffers": BUFFERS}
+        if self.is_streamed:
+            parts = {"beside the layers": sizes.beside, "one layer": sizes.layer}
+            parts["a batch in it"] = max(of_layer, sizes.logits)
+            if not self.on_disk:
+                parts["between the layers"] = self.tape_bytes
+            return parts | always
+        held = of_layer + sizes.num_layers * sizes.hidden if self.by_layer else of_layers
+        computing = max(held, sizes.logits)
+        if (LOADING - 1) * sizes.weights > computing + self.statistics:
+            return {f"weights, {LOADING} times while they are loaded": LOADING * sizes.weights}
+        return {"weights": sizes.weights, "activations": computing} | always
 
     def load(
         self, source: ModelSource, device: torch.device, folder: Path, *, device_map: str | None = None

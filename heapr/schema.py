@@ -81,13 +81,13 @@ class RuntimeConfig:
     # "auto", "balanced" or "sequential" spread the weights over several GPUs; null puts all on `device`.
     device_map: str | None = None
     num_threads: int | None = None  # CPU threads, at least 1; null leaves the number to torch
+    # How long to wait for a free GPU, or for an artifact that another process is making; null has no limit.
+    wait_minutes: float | None = None
     # true: one decoder layer at a time is read from the files; auto: if the weights do not fit on the device.
     stream: Any = "auto"
     activations: str = "auto"  # of a streamed model, between layers: ram, disk, or auto, which is disk
     # true: activations inside a layer are computed again for the backward pass; auto: if they do not fit.
     gradient_checkpointing: Any = "auto"
-    # How long to wait for a free GPU, or for an artifact that another process is making; null has no limit.
-    wait_minutes: float | None = None
 
 
 @dataclass

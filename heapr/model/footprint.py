@@ -20,8 +20,8 @@ from heapr.model.moe import LOGITS_CHUNK, MoEModel
 MEMORY, STATUS = Path("/proc/meminfo"), Path("/proc/self/status")
 CGROUP = Path("/sys/fs/cgroup")
 FLOAT = 4  # bytes of a float32 value
-# A layer that is put together from tensors in the files is in memory as what was read and as what it becomes.
-CONVERSION = 2.0
+BUFFERS = 64 * 2**20  # of torch's libraries while they work
+LOADING = 2  # times the weights: transformers reads all tensors before it puts them together
 
 
 @dataclass(frozen=True)

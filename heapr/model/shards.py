@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -25,6 +25,7 @@ DTYPES = {  # safetensors' names
     "F64": torch.float64,
 }  # fmt: skip
 
+ALIGNMENT = 64  # bytes, as torch aligns memory
 Stamp = tuple[int, int, int]  # of a file: its number, size and time of change
 
 
@@ -81,8 +82,32 @@ class Shards:
             ConfigError: the file is not the one any more whose header was read.
         """
         place = self._places[name]
-        tensor = torch.empty(place.shape, dtype=place.dtype)
-        content: memoryview = tensor.view(-1).view(torch.uint8).numpy().data
+        memory = torch.empty(place.num_bytes, dtype=torch.uint8)
+        return self._read_into(place, memory)
+
+    def read_together(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Tensors that are needed at the same time, in one piece of memory: many small ones would not go back
+        to the operating system.
+
+        Raises:
+            ConfigError: see `read`.
+        """
+        places = {name: self._places[name] for name in names}
+        starts: dict[str, int] = {}
+        end = 0
+        for name, place in places.items():
+            starts[name] = end
+            end += place.num_bytes + -place.num_bytes % ALIGNMENT
+        memory = torch.empty(end, dtype=torch.uint8)
+        tensors = {}
+        for name in sorted(places, key=lambda name: (places[name].path, places[name].start)):
+            place, start = places[name], starts[name]
+            tensors[name] = self._read_into(place, memory[start : start + place.num_bytes])
+        return tensors
+
+    def _read_into(self, place: Place, memory: Tensor) -> Tensor:
+        """Fill memory with a tensor's bytes."""
+        content: memoryview = memory.numpy().data
         try:
             with place.path.open("rb", buffering=0) as file:
                 file.seek(place.start)
@@ -99,7 +124,7 @@ class Shards:
             )
         with self._lock:
             self.bytes_read += done
-        return tensor
+        return memory.view(place.dtype).view(place.shape)
 
     def will_need(self, names: Iterable[str]) -> None:
         """Ask the operating system, where it can be asked, to have tensors ready in its cache."""

@@ -7,7 +7,7 @@ that `from_pretrained` uses.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     convert_and_load_state_dict_in_model,
@@ -25,9 +27,11 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig, LoadStateDictInfo
 
 from heapr.errors import ConfigError
+from heapr.model.heap import trim_heap
 from heapr.model.shards import Shards
 from heapr.model.tensors import silent, without_cpu
 
+SINGLE = ""  # the group of tensors that are not put together with others
 BESIDE = -1  # the part of a model that is in no decoder layer
 CPU = torch.device("cpu")
 
@@ -51,6 +55,7 @@ class LayerWeights:
         self.device, self.shards = device, Shards(folder)
         self._model, self._layers = model, layers
         self._conversions = get_model_conversion_mapping(model)
+        self._merges: dict[str, dict[str, list[str]]] = {}
         self._sources = self._sources_by_part()
         self._empty = self._check_parts()
         self._load_beside()
@@ -71,6 +76,7 @@ class LayerWeights:
         for module, name, empty in self._empty[layer]:
             if modules is None or module in modules:
                 setattr(module, name, empty)
+        trim_heap()
 
     def will_need(self, layer: int) -> None:
         """Say that a layer will be read soon."""
@@ -82,26 +88,30 @@ class LayerWeights:
 
     def _names(self, part: int) -> Iterator[str]:
         """A part's tensors in the files."""
-        for group in self._sources[part]:
-            yield from group
+        for names in self._sources[part].values():
+            yield from names
 
-    def _sources_by_part(self) -> dict[int, list[list[str]]]:
-        """The tensors in the files by the part that takes them; those that are put together are in one
-        group."""
+    def _sources_by_part(self) -> dict[int, dict[str, list[str]]]:
+        """The tensors in the files, by the part that takes them and by group: tensors that become one tensor
+        of the model are in a group of its name, all others in `SINGLE`."""
         known = self._model.state_dict()
         renamings = [each for each in self._conversions if isinstance(each, WeightRenaming)]
         converters = [each for each in self._conversions if isinstance(each, WeightConverter)]
         prefix = self._model.base_model_prefix
         groups: dict[int, dict[str, list[str]]] = {part: {} for part in range(BESIDE, self.num_layers)}
+        converter_of = {pattern: each for each in converters for pattern in each.source_patterns}
         # In transformers' order, because some renamings depend on what came before.
         for source in sorted(self.shards, key=dot_natural_key):
             target, pattern = rename_source_key(source, renamings, converters, prefix, known)
             if target not in known and source in known:
                 target, pattern = rename_source_key(source, [], [], prefix, known)
             if target in known:
-                group = "" if pattern is None else target
+                group = SINGLE if pattern is None else target
                 groups[self._part_of(target)].setdefault(group, []).append(source)
-        return {part: list(of_part.values()) for part, of_part in groups.items()}
+                if pattern is not None and _is_merge(converter_of[pattern]):
+                    order = converter_of[pattern].source_patterns
+                    self._merges.setdefault(target, {each: [] for each in order})[pattern].append(source)
+        return groups
 
     def _part_of(self, target: str) -> int:
         """The decoder layer of a tensor of the model, or `BESIDE`."""
@@ -147,8 +157,8 @@ class LayerWeights:
         config = self._config(self.device)
         info = LoadStateDictInfo(set(self._absent), set(), set(), [], {}, set())
         with silent():
-            for group in self._sources[BESIDE]:
-                convert_and_load_state_dict_in_model(self._model, self._lazy(group), config)
+            for group, names in self._sources[BESIDE].items():
+                convert_and_load_state_dict_in_model(self._model, self._read(group, names), config)
             info = self._model._finalize_model_loading(self._model, config, info)
         if info.missing_keys:
             missing = sorted(info.missing_keys)
@@ -167,10 +177,14 @@ class LayerWeights:
         """
         config = self._config(torch.device("meta") if on_meta else CPU)
         loaded: set[str] = set()
-        for group in self._sources[part]:
-            tensors = self._on_meta(group) if on_meta else self._lazy(group)
+        for group, names in self._sources[part].items():
+            if group in self._merges and not on_meta:
+                self._merge(group)
+                continue
+            tensors = self._on_meta(names) if on_meta else self._read(group, names)
             with silent():
                 info, _ = convert_and_load_state_dict_in_model(self._model, tensors, config)
+            del tensors
             problems = [*map(str, info.mismatched_keys), *info.conversion_errors.values()]
             if problems:
                 raise ConfigError(
@@ -178,6 +192,21 @@ class LayerWeights:
                 )
             loaded |= self._model.state_dict().keys() - info.missing_keys
         return loaded
+
+    def _merge(self, target: str) -> None:
+        """Read single experts' matrices into the tensor of all: each expert's [W_gate; W_up], or its W_down.
+
+        transformers' conversion does the same, and needs that tensor's memory three times.
+        """
+        module, name, empty = self._place_of(target)
+        merged = torch.empty(empty.shape, dtype=empty.dtype)
+        first = 0
+        for sources in self._merges[target].values():
+            for expert, source in enumerate(sources):
+                matrix = self.shards.read(source)
+                merged[expert, first : first + len(matrix)] = matrix
+            first += len(matrix)
+        setattr(module, name, nn.Parameter(merged, requires_grad=False))
 
     def _config(self, device: torch.device) -> LoadStateDictConfig:
         conversions, dtype = self._conversions, self._model.dtype
@@ -190,8 +219,11 @@ class LayerWeights:
             weight_mapping=conversions,
         )
 
-    def _lazy(self, names: Iterable[str]) -> dict[str, Any]:
-        return {name: _Lazy(self.shards, name) for name in names}
+    def _read(self, group: str, names: Sequence[str]) -> dict[str, Any]:
+        """A group's tensors: those that are put together are read now, others when they are taken."""
+        if group == SINGLE:
+            return {name: _Lazy(self.shards, name) for name in names}
+        return dict(self.shards.read_together(names))
 
     def _on_meta(self, names: Iterable[str]) -> dict[str, Any]:
         tensors = {}
@@ -199,6 +231,13 @@ class LayerWeights:
             place = self.shards.place(name)
             tensors[name] = torch.empty(place.shape, dtype=place.dtype, device="meta")
         return tensors
+
+
+def _is_merge(converter: WeightConverter) -> bool:
+    """Whether a conversion is what `LayerWeights._merge` does."""
+    kinds = [(type(operation), getattr(operation, "dim", None)) for operation in converter.operations]
+    stack, join = (MergeModulelist, 0), (Concatenate, 1)
+    return kinds == [stack, join] or (kinds == [stack] and len(converter.source_patterns) == 1)
 
 
 class _Lazy:
