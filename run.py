@@ -4,6 +4,7 @@ Run:  python run.py                              the built-in model, offline
       python run.py pruning.ratio=0.4            change any field of conf/
       python run.py -m pruning.ratio=0.2,0.4     a sweep
       python run.py --help                       groups and fields
+      torchrun --nproc-per-node=2 run.py         several processes share the batches
 """
 
 import sys
@@ -12,20 +13,24 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from heapr.main import one_line_errors, run_job
+from heapr.main import one_line_errors, options_of_rank, run_job
 from heapr.overrides import options_first
+from heapr.ranks import Ranks, started_ranks
 from heapr.schema import register
 from heapr.signals import end_with_parent
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(config: DictConfig) -> None:
-    run_job(config)
+def main(ranks: Ranks) -> None:
+    @hydra.main(version_base="1.3", config_path="conf", config_name="config")
+    def job(config: DictConfig) -> None:
+        run_job(config, ranks)
+
+    job()
 
 
 if __name__ == "__main__":
     register()
     end_with_parent()
-    with one_line_errors(Path(__file__).resolve().parent / "conf"):
-        sys.argv[1:] = options_first(sys.argv[1:])
-        main()
+    with one_line_errors(Path(__file__).resolve().parent / "conf"), started_ranks() as ranks:
+        sys.argv[1:] = options_first(sys.argv[1:]) + options_of_rank(ranks, sys.argv[1:])
+        main(ranks)

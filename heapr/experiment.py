@@ -28,6 +28,7 @@ from heapr.plugins import build
 from heapr.pruning.budget import Budget, the_width
 from heapr.pruning.layer_repair import Repair
 from heapr.pruning.uniform import Settings, choose_uniform_width, describe_uniform_width, uniform_settings
+from heapr.ranks import ONE_PROCESS, Ranks
 from heapr.schema import ExperimentConfig, ModelConfig
 from heapr.score.criterion import Criterion
 from heapr.steps import Steps, experiment_steps
@@ -70,6 +71,7 @@ class Experiment:
         steps: what is made, in order; empty if a dry run did not find the text on this machine.
         placement: where weights and activations will be.
         left_out: measurements that mean nothing where the model is streamed.
+        ranks: the processes that share the work.
     """
 
     config: ExperimentConfig
@@ -81,6 +83,7 @@ class Experiment:
     steps: Steps
     placement: Placement
     left_out: Sequence[str] = ()
+    ranks: Ranks = ONE_PROCESS
 
     @property
     def name(self) -> str:
@@ -164,7 +167,9 @@ class Experiment:
         )
 
 
-def prepare(config: ExperimentConfig, notes: list[str] | None = None) -> Experiment:
+def prepare(
+    config: ExperimentConfig, notes: list[str] | None = None, ranks: Ranks = ONE_PROCESS
+) -> Experiment:
     """Check an experiment, except for what takes the model's tokenizer or weights (heapr/ready.py).
 
     Args:
@@ -172,30 +177,35 @@ def prepare(config: ExperimentConfig, notes: list[str] | None = None) -> Experim
         notes: for a dry run: receives a line for each text or device that is not on this machine, and the
             experiment goes on without it; of a hub model only the configuration is downloaded. None, for a
             run, refuses what is not here.
+        ranks: the processes that share the work, all of which call this.
 
     Raises:
         ConfigError: the experiment cannot be run; the message says why.
     """
     device = _or_note(notes, lambda: find_device(config.runtime.device)) or torch.device("cpu")
-    plugins = build_plugins(config, notes)
+    device = _device_of_rank(device, ranks, config.runtime.device_map)
     artifacts = Path(config.paths.outputs) / ARTIFACTS
-    store = Store(artifacts, device, wait_minutes=config.runtime.wait_minutes)
-    source = find_source(config.model, digests=store.digests, config_only=notes is not None)
+    store = Store(artifacts, device, ranks=ranks, wait_minutes=config.runtime.wait_minutes)
+    store.check_is_shared()
+    with ranks.in_turn():
+        plugins = build_plugins(config, notes)
+        source = find_source(config.model, digests=store.digests, config_only=notes is not None)
     _check_lengths(config, source)
     budget = _find_budget(config, source, plugins.criterion)
     if config.pruning.save_checkpoint:
         check_form(source.config, config.pruning.form)
-    placement = choose_placement(config, source, device)
+    placement = choose_placement(config, source, device, ranks)
     plugins, left_out = _without_timings(plugins) if placement.is_streamed else (plugins, [])
     steps = Steps()
     if plugins.text is not None:
-        here = _machine(config, device)
+        here = ranks.of_first(_machine(config, device))
         steps = experiment_steps(
             config, plugins.text, plugins.measurements, model=source.identity, machine=here
         )
     experiment = Experiment(
-        config, plugins, source, device, budget, store, steps, placement=placement, left_out=left_out
-    )
+        config, plugins, source, device, budget, store, steps, placement=placement, left_out=left_out,
+        ranks=ranks,
+    )  # fmt: skip
     _ = experiment.uniform_settings  # raises if the model cannot take the uniform form
     return experiment
 
@@ -246,6 +256,34 @@ def find_source(model: ModelConfig, *, digests: Path | None = None, config_only:
         digests=digests,
         config_only=config_only,
     )
+
+
+def _device_of_rank(device: torch.device, ranks: Ranks, device_map: str | None) -> torch.device:
+    """The device of one of several processes: each has a GPU of its own.
+
+    Raises:
+        ConfigError: two would have the same GPU, or one a GPU and another none.
+    """
+    if ranks.size == 1:
+        return device
+    if device_map is not None:
+        raise ConfigError(
+            f"runtime.device_map={device_map} spreads one model over all GPUs, and each of the {ranks.size}"
+            " processes has a model of its own; start one process, or leave it out"
+        )
+    ranks.check_same("kind of device", {"device": device.type})
+    if device.type == "cpu":
+        return device
+    if device.index is None:
+        device = torch.device(device.type, ranks.local_rank % torch.cuda.device_count())
+    gpus = ranks.gather(str(torch.cuda.get_device_properties(device).uuid))
+    doubled = [rank for rank, gpu in enumerate(gpus) if gpu in gpus[:rank]]
+    if doubled:
+        raise ConfigError(
+            f"rank {doubled[0]} would use the GPU of rank {gpus.index(gpus[doubled[0]])}; start as many"
+            " processes as there are GPUs, with runtime.device=cuda"
+        )
+    return device
 
 
 def _machine(config: ExperimentConfig, device: torch.device) -> dict[str, Any]:

@@ -11,10 +11,11 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
@@ -24,9 +25,10 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from heapr.artifacts import clear_error, write_error
-from heapr.errors import ConfigError
+from heapr.errors import ConfigError, RankEnded
 from heapr.explain import explain, explain_builtin
 from heapr.overrides import check_one_option
+from heapr.ranks import Ranks
 from heapr.schema import ExperimentConfig, register, resolve
 from heapr.signals import one_line_ends
 from heapr.words import first_line
@@ -34,16 +36,31 @@ from heapr.words import first_line
 logger = logging.getLogger(__name__)
 
 EXIT_CODE = 2
+OPTIONS_OF_OTHERS = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=rank"]
 
 
-def run_job(config: DictConfig) -> None:
+def options_of_rank(ranks: Ranks, arguments: Sequence[str]) -> list[str]:
+    """What the command line of a rank is given besides what it has: ranks but the first have no folder.
+
+    Raises:
+        ConfigError: several processes would run a sweep.
+    """
+    if ranks.size > 1 and not {"-m", "--multirun"}.isdisjoint(arguments):
+        raise ConfigError(
+            f"{ranks.size} processes cannot share the jobs of run.py -m; start one process, and give it a"
+            " launcher (docs/cluster.md), or several processes for a single job"
+        )
+    return [] if ranks.is_first else OPTIONS_OF_OTHERS
+
+
+def run_job(config: DictConfig, ranks: Ranks) -> None:
     """Run one job. In a sweep, a mistake fails only its own job, and Hydra continues with the others."""
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         with _recorded_failure(Path(HydraConfig.get().runtime.output_dir)):
-            _run(config)
+            _run(config, ranks)
         return
-    with one_line_errors():  # here, because Hydra would add a line of its own
-        _run(config)
+    with one_line_errors(), ranks.together():  # here, because Hydra would add a line of its own
+        _run(config, ranks)
 
 
 @contextmanager
@@ -63,11 +80,14 @@ def _recorded_failure(folder: Path) -> Iterator[None]:
         raise
 
 
-def _run(config: DictConfig) -> None:
+def _run(config: DictConfig, ranks: Ranks) -> None:
     """Check the configuration; then run the pipeline, or predict what it would do, and print the tables."""
     check_one_option(list(HydraConfig.get().overrides.task))
     typed = resolve(config)  # before torch is imported, so that a mistake is answered at once
+    ranks.check_same("configuration", flat(asdict(typed)))
     if typed.dry_run:
+        if not ranks.is_first:
+            return
         from heapr.dry_run import dry_run
         from heapr.report.run.dry_run_table import print_dry_run
 
@@ -79,8 +99,20 @@ def _run(config: DictConfig) -> None:
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
     sweep = Path(hydra.sweep.dir).resolve().name if hydra.mode == RunMode.MULTIRUN else None
-    summary = run(typed, folder, sweep=sweep)
-    print_summary(asdict(summary), str(folder))
+    summary = run(typed, folder, sweep=sweep, ranks=ranks)
+    if ranks.is_first:
+        print_summary(asdict(summary), str(folder))
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested mappings by their full names, as on the command line."""
+    found = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
 
 
 @contextmanager
@@ -97,6 +129,8 @@ def one_line_errors(config_folder: Path | None = None) -> Iterator[None]:
     try:
         with one_line_ends():
             yield
+    except RankEnded as end:
+        _stop(end.line, code=end.code)
     except ConfigError as error:
         _stop(str(error))
     except FloatingPointError as error:
@@ -127,7 +161,10 @@ def print_whatever_the_encoding() -> None:
 
 
 def _stop(message: str, code: int = EXIT_CODE) -> None:
-    sys.stderr.write(f"error: {message}\n")
+    """End the process; an empty message has been told by another one."""
+    if message:
+        sys.stderr.write(f"error: {message}\n")
+        sys.stderr.flush()
     sys.exit(code)
 
 

@@ -8,7 +8,6 @@ already has.
 from __future__ import annotations
 
 import logging
-import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -25,7 +24,7 @@ from heapr import artifacts
 from heapr.artifacts import CARD, CHECKPOINT, CHECKPOINT_PART, REPAIR_PART, Report
 from heapr.calibration.collector import collect
 from heapr.calibration.coverage import report_coverage
-from heapr.evaluation.measurement import Material, measure
+from heapr.evaluation.measurement import Material, Need, measure
 from heapr.evaluation.routing import layer_routing
 from heapr.experiment import Experiment, prepare
 from heapr.findings import Findings
@@ -39,6 +38,7 @@ from heapr.pruning.allocation import allocate
 from heapr.pruning.allocation_report import report_allocation
 from heapr.pruning.budget import costs_of
 from heapr.pruning.layer_repair import report_repair
+from heapr.ranks import ONE_PROCESS, Ranks
 from heapr.ready import make_ready
 from heapr.report.run.card import model_card
 from heapr.report.run.protocol import protocol_differences
@@ -49,7 +49,7 @@ from heapr.store import Artifact
 from heapr.text.windows import batches
 from heapr.tracking import values
 from heapr.tracking.open_tracker import open_tracker
-from heapr.tracking.tracker import NUM_TOKENS, RATIO, Run, Tracker
+from heapr.tracking.tracker import NUM_TOKENS, RATIO, Run, Several, Tracker
 from heapr.types import (
     Evaluation,
     ExpertWeights,
@@ -87,28 +87,28 @@ class Summary:
     config: dict[str, Any]
 
 
-def run(config: ExperimentConfig, folder: Path, *, sweep: str | None = None) -> Summary:
+def run(
+    config: ExperimentConfig, folder: Path, *, sweep: str | None = None, ranks: Ranks = ONE_PROCESS
+) -> Summary:
     """Run one experiment.
 
     Args:
         config: checked by `heapr.schema.resolve`.
-        folder: the run's own; receives `summary.json` and the tracker's file.
+        folder: the run's own; receives `summary.json` and the tracker's file. Of several processes only that
+            of rank 0 is used.
         sweep: name of the sweep that this run is a job of; None for a single run.
+        ranks: the processes that share the work, all of which call this.
 
     Raises:
         ConfigError: the user's mistake, found before the first expensive step.
         FloatingPointError: NaN or infinity; the message says where.
     """
-    experiment = prepare(config)
+    experiment = prepare(config, ranks=ranks)
     tokens = make_ready(experiment)
     logger.info("%-9s %s, results in %s", "run", experiment.name, folder)
     resolved = asdict(config)
     tracked = _tracked_run(experiment, sweep, resolved)
-    outputs = Path(config.paths.outputs)
-    with (
-        _own_gpu(experiment),
-        open_tracker(config.tracking, tracked, folder=folder, outputs=outputs) as tracker,
-    ):
+    with _own_gpu(experiment), _tracker(experiment, tracked, folder) as tracker:
         pipeline = Pipeline(experiment, tracker, tokens)
         pipeline.take(experiment.steps.dense)  # first, because pruning changes the model in place
         dense = pipeline.findings.measured("dense")
@@ -123,8 +123,17 @@ def run(config: ExperimentConfig, folder: Path, *, sweep: str | None = None) -> 
     for difference in protocol_differences(protocols):
         logger.warning("dense and pruned cannot be compared: %s", difference)
     summary = Summary(metrics=metrics, protocols=protocols, stages=pipeline.stages, config=resolved)
-    artifacts.write_summary(folder, asdict(summary))
+    if experiment.ranks.is_first:
+        artifacts.write_summary(folder, asdict(summary))
     return summary
+
+
+def _tracker(experiment: Experiment, tracked: Run, folder: Path) -> AbstractContextManager[Tracker]:
+    """The run's tracker; one that does nothing for ranks but the first."""
+    if not experiment.ranks.is_first:
+        return nullcontext(Several())
+    config = experiment.config
+    return open_tracker(config.tracking, tracked, folder=folder, outputs=Path(config.paths.outputs))
 
 
 def _own_gpu(experiment: Experiment) -> AbstractContextManager[None]:
@@ -160,6 +169,7 @@ class Pipeline:
         self.models = ModelProvider(
             experiment.load_dense,
             repair=experiment.plugins.repair,
+            ranks=experiment.ranks,
             form=experiment.config.pruning.form,
             uniform_settings=experiment.uniform_settings,
         )
@@ -185,12 +195,13 @@ class Pipeline:
         def compute() -> tuple[TokenWindows, Statistics]:
             tokens = self.results.tokens(step)
             batch_size = self.experiment.config.calibration.batch_size
-            num_batches = math.ceil(len(tokens.ids_NW) / batch_size)
-            bar = progress(batches(tokens, batch_size), total=num_batches, description="calibrate")
+            ranks = self.experiment.ranks
+            shared = ranks.share(batches(tokens, batch_size))
+            bar = progress(shared, total=len(shared), description="calibrate")
             on_batch = values.CalibrationProgress(self.tracker)
             model = self._model(step)
             way = self.experiment.placement.way(model, partial(self._files, step, tokens))
-            return tokens, collect(model, bar, way=way, on_batch=on_batch)
+            return tokens, collect(model, bar, way=way, on_batch=on_batch, ranks=ranks)
 
         self._get(step, compute, artifacts.write_calibration)
         statistics: Statistics = self.results.of(step)
@@ -270,6 +281,9 @@ class Pipeline:
 
         def compute() -> Evaluation:
             assert step.measurement is not None
+            is_timing = Need.MACHINE in step.measurement.needs
+            if is_timing and not self.experiment.ranks.is_first:
+                return Evaluation({})  # rank 0 measures while the others wait
             return measure(step.measurement, self._material(step))
 
         artifact = self._get(step, compute, artifacts.write_evaluation)
@@ -283,7 +297,8 @@ class Pipeline:
         if experiment.config.pruning.save_checkpoint:
             card = partial(model_card, experiment.about, metrics)
             checkpoint = experiment.steps.last(CHECKPOINT_PART)
-            experiment.store.rewrite(checkpoint.origin, checkpoint.part, f"{CHECKPOINT}/{CARD}", card)
+            if experiment.ranks.is_first:
+                experiment.store.rewrite(checkpoint.origin, checkpoint.part, f"{CHECKPOINT}/{CARD}", card)
         return metrics
 
     def log_layers_and_artifacts(self) -> None:
@@ -332,6 +347,7 @@ class Pipeline:
             "tokens": tokens.sha256,
             "batch_size": batch_size,
             "device": self.experiment.device.type,
+            "ranks": self.experiment.ranks.size,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
@@ -360,6 +376,7 @@ class Pipeline:
             tokens=partial(results.tokens, step),
             unit=self.experiment.plugins.criterion.unit,
             widths=self.experiment.source.widths,
+            ranks=self.experiment.ranks,
         )
 
 

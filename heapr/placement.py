@@ -7,6 +7,7 @@ In: the configuration, a model and a device. Out: a `Placement`, with the number
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from heapr.model.moe import MoEModel
 from heapr.model.passes import Way
 from heapr.model.shelf import Files, Memory
 from heapr.origin import KEY_LENGTH, canonical_json
+from heapr.ranks import Ranks
 from heapr.schema import ExperimentConfig
 from heapr.types import LayerStatistics
 
@@ -43,7 +45,7 @@ class Placement:
         sizes: of model and batch.
         activations: bytes that a batch holds between forward and backward in memory; None if not known.
         statistics: bytes of the calibration statistics.
-        num_batches: of the calibration.
+        num_batches: of the calibration, of one of several processes.
         free: bytes free on the device.
         why: one line, or None if nothing is to be said.
     """
@@ -154,14 +156,17 @@ class Placement:
             )
 
 
-def choose_placement(config: ExperimentConfig, source: ModelSource, device: torch.device) -> Placement:
-    """Decide where weights and activations will be: as the configuration says, or by what fits."""
+def choose_placement(
+    config: ExperimentConfig, source: ModelSource, device: torch.device, ranks: Ranks
+) -> Placement:
+    """Decide where weights and activations will be: as the configuration says, or by what fits each rank."""
     runtime, calibration = config.runtime, config.calibration
     model = source.on_meta()
     batch_size = min(calibration.batch_size, calibration.num_samples)
     sizes = footprint(model, batch_size, calibration.sequence_length)
     statistics = _statistics_bytes(model)
-    free = free_memory(device)
+    num_sharing = ranks.num_local if device.type == "cpu" else 1
+    free = min(ranks.gather(free_memory(device) // num_sharing))
     is_streamed = runtime.stream is True
     why = None
     if runtime.stream == AUTO and runtime.device_map is None and sizes.weights + statistics > free:
@@ -191,7 +196,7 @@ def choose_placement(config: ExperimentConfig, source: ModelSource, device: torc
         sizes=sizes,
         activations=activations,
         statistics=statistics,
-        num_batches=-(-calibration.num_samples // batch_size),
+        num_batches=math.ceil(calibration.num_samples / (batch_size * ranks.size)),
         free=free,
         why=why,
     )

@@ -21,6 +21,7 @@ from heapr.pruning.layer_repair import LayerRepair, Repair
 from heapr.pruning.repaired import RepairedLayers
 from heapr.pruning.surgery import mask, remove, remove_and_repair
 from heapr.pruning.uniform import Settings, make_uniform
+from heapr.ranks import ONE_PROCESS, Ranks
 from heapr.types import Plan, Pruning
 
 
@@ -40,11 +41,19 @@ class ModelProvider:
         repair: refits the kept weights; None leaves them unchanged.
         form: the final model's form: ragged, uniform or masked.
         uniform_settings: what the uniform form changes in the model's configuration; empty for other forms.
+        ranks: the processes that repair together.
     """
 
     def __init__(
-        self, load: Callable[[], MoEModel], *, repair: Repair | None, form: str, uniform_settings: Settings
+        self,
+        load: Callable[[], MoEModel],
+        *,
+        repair: Repair | None,
+        form: str,
+        uniform_settings: Settings,
+        ranks: Ranks = ONE_PROCESS,
     ) -> None:
+        self._ranks = ranks
         self._load, self._repair, self._form, self._uniform_settings = load, repair, form, uniform_settings
         self._dense: MoEModel | None = None
         self._pruned: _Held | None = None
@@ -96,7 +105,9 @@ class ModelProvider:
             self.pruned(earlier)
         model, relative = self._next(plan)
         repaired = RepairedLayers(files)
-        found = remove_and_repair(model, relative, self._repair, batches(), repaired)
+        found = remove_and_repair(
+            model, relative, self._repair, batches(), repaired=repaired, ranks=self._ranks
+        )
         if not model.is_streamed:  # else it would go on reading files that are removed now
             self._pruned = _Held(model, plan)
         return Pruning(plan, repaired), found

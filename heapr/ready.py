@@ -31,25 +31,30 @@ def make_ready(experiment: Experiment) -> TokenWindows | None:
     Raises:
         ConfigError: a step cannot be made as asked; the message says why.
     """
+    ranks = experiment.ranks
     if experiment.config.runtime.num_threads is not None:
         torch.set_num_threads(experiment.config.runtime.num_threads)
+    missing = [step for step in experiment.steps if not experiment.store.has(step.origin, step.part)]
+    is_calibrated = experiment.store.has(experiment.steps.first("calibrate").origin)
+    if ranks.size > 1 and missing and not ranks.of_first(experiment.source.has_weights):
+        with ranks.in_turn():
+            experiment.source.fetch()
     if experiment.source.has_weights:  # otherwise they are fetched, and checked, when the model is loaded
         _ = experiment.source.left_out
     for note in experiment.notes_on_budget:
         logger.info("%-9s %s", "prune", note)
-    missing = [step for step in experiment.steps if not experiment.store.has(step.origin, step.part)]
     _check_placement(missing, experiment)
     _check_space(missing, experiment)
     _warn_of_overlap(experiment.steps)
     measurements = [step.measurement for step in missing if step.measurement is not None]
     # One measurement may belong to several steps.
     distinct = {id(measurement): measurement for measurement in measurements}
-    for measurement in distinct.values():
-        measurement.prepare(experiment.source)
-        if experiment.placement.is_streamed and isinstance(measurement, ZeroShot):
-            measurement.refuse_generation()
-    is_calibrated = experiment.store.has(experiment.steps.first("calibrate").origin)
-    return None if is_calibrated else _calibration_tokens(experiment)
+    with ranks.in_turn():
+        for measurement in distinct.values():
+            measurement.prepare(experiment.source)
+            if experiment.placement.is_streamed and isinstance(measurement, ZeroShot):
+                measurement.refuse_generation()
+        return None if is_calibrated else _calibration_tokens(experiment)
 
 
 def _check_placement(missing: Sequence[Step], experiment: Experiment) -> None:
@@ -70,7 +75,8 @@ def _check_placement(missing: Sequence[Step], experiment: Experiment) -> None:
     is_calibrated = all(step.kind != "calibrate" for step in missing)
     if placement.is_streamed and placement.on_disk and not is_calibrated:
         instead = "keep them in memory with runtime.activations=ram"
-        experiment.store.check_space(placement.tape_bytes, "activations between the layers", instead)
+        num_bytes = placement.tape_bytes * experiment.ranks.size
+        experiment.store.check_space(num_bytes, "activations between the layers", instead)
 
 
 def _check_space(missing: Sequence[Step], experiment: Experiment) -> None:

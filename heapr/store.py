@@ -3,7 +3,8 @@
 In: an `Origin` (stage, version, resolved configuration, keys of upstream artifacts), a function that computes
 the result, and one that writes it into an empty folder. Out: an `Artifact`. Each result is made once: under a
 lock, in a temporary folder, published by one rename, and verified when it is read. A killed process leaves a
-temporary folder, which the next one removes, and its scratch, from which the next one continues.
+temporary folder, which the next one removes, and its scratch, from which the next one continues. Several
+processes of one run compute a result together; rank 0 holds the lock, decides and writes.
 
 What is made from one artifact alone and may be left out, or fail, is a *part* of it: more files in the same
 folder, which are made, verified and described separately, so that their failure loses nothing that was
@@ -16,11 +17,13 @@ import errno
 import json
 import logging
 import os
+import secrets
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,6 +40,7 @@ from heapr.manifest import describe, entry_of, provenance
 from heapr.measure import StageMeter
 from heapr.origin import Origin, canonical
 from heapr.publishing import add_part, empty_folder, publish
+from heapr.ranks import ONE_PROCESS, Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +48,8 @@ SCRATCH_DAYS = 14  # scratch that is unchanged for longer counts as abandoned
 LARGE_FILE = 64 * 2**20  # bytes; smaller files are hashed each time, which takes little time
 WHOLE = ""  # in place of a part's name: the artifact itself
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+LOOK_SECONDS = 20.0  # for a folder of rank 0
+SEEN_SECONDS = 120.0  # in which a shared file system shows one machine what another one has written
 
 T = TypeVar("T")
 
@@ -88,13 +94,23 @@ class Store:
     Args:
         root: the folder; created if it does not exist.
         device: its peak memory is measured while an artifact is made.
+        ranks: the processes that make artifacts together. All of them call `has` and `get`, in one order.
+        wait_minutes: for an artifact that another run is making; None waits as long as it takes.
 
     Raises:
         ConfigError: the folder is not writable.
     """
 
-    def __init__(self, root: Path, device: torch.device, *, wait_minutes: float | None = None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        device: torch.device,
+        *,
+        ranks: Ranks = ONE_PROCESS,
+        wait_minutes: float | None = None,
+    ) -> None:
         self.root, self.device, self._wait_minutes = root, device, wait_minutes
+        self._ranks = ranks
         try:
             root.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=root):
@@ -116,7 +132,30 @@ class Store:
     def has(self, origin: Origin, part: str = WHOLE) -> bool:
         """Whether an artifact, or a part of it, is in the store, complete and undamaged."""
         with _one_line_about_permissions(self.root):
-            return self._is_intact(self.path(origin), part)
+            return self._first_finds_intact(self.path(origin), part)
+
+    def check_is_shared(self) -> None:
+        """Check that all ranks see the folder of rank 0.
+
+        Raises:
+            ConfigError: one does not; the message names it.
+        """
+        if self._ranks.size == 1:
+            return
+        token = self.root / f".seen-by-all-{self._ranks.of_first(secrets.token_hex(8))}"
+        if self._ranks.is_first:
+            token.touch()
+        self._ranks.barrier()
+        is_seen = _appears(token.is_file, LOOK_SECONDS)
+        seen = self._ranks.gather([socket.gethostname(), is_seen])
+        if self._ranks.is_first:
+            token.unlink()
+        blind = [f"rank {rank} on {host}" for rank, (host, sees) in enumerate(seen) if not sees]
+        if blind:
+            raise ConfigError(
+                f"{', '.join(blind)} cannot see '{self.root}' of rank 0; give a folder that all machines"
+                " share, with paths.outputs=..."
+            )
 
     def get(
         self, origin: Origin, compute: Callable[[], T], write: Callable[[Path, T], None], part: str = WHOLE
@@ -135,12 +174,13 @@ class Store:
         """
         path = self.path(origin)
         with _one_line_about_permissions(self.root), StageMeter(self.device) as meter:
-            cached = self._is_intact(path, part) or not self._make_once(origin, compute, write, part)
+            cached = self._first_finds_intact(path, part) or not self._make_once(origin, compute, write, part)
         peak = 0 if cached else meter.peak_memory_bytes
         return Artifact(origin.stage, origin.key, part, path, cached, meter.seconds, peak)
 
     def scratch(self, origin: Origin, part: str = WHOLE) -> Path:
-        """A folder for the intermediate results of a computation, which outlives the process.
+        """A folder for the intermediate results of a computation, which outlives the process; one for each
+        rank.
 
         The next process that computes the same artifact or part finds what a killed one left. The folder is
         removed when the artifact is finished, or `SCRATCH_DAYS` after its last change.
@@ -152,7 +192,11 @@ class Store:
         folder = _scratch_of(self.path(origin), part)
         folder.mkdir(parents=True, exist_ok=True)
         os.utime(folder)
-        return folder
+        if self._ranks.size == 1:
+            return folder
+        of_rank = folder / f"rank-{self._ranks.rank}-of-{self._ranks.size}"
+        of_rank.mkdir(exist_ok=True)
+        return of_rank
 
     def rewrite(self, origin: Origin, part: str, name: str, change: Callable[[str], str]) -> None:
         """Change one text file of a part, to add what is known only later.
@@ -198,22 +242,54 @@ class Store:
             False if another process made it while this one waited for the lock.
         """
         path = self.path(origin)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with self._locked(path):
-            if self._is_intact(path, part):
+        with ExitStack() as stack:
+            if self._ranks.is_first:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(self._locked(path))
+            if self._first_finds_intact(path, part):
                 return False
-            _remove_old_scratch(self.root)
-            with empty_folder(path) as temporary:
-                meter = StageMeter(self.device)
-                with _one_line_about_space(self.root), meter:
-                    write(temporary, compute())
-                described = provenance(temporary, meter)
-                if part:
-                    add_part(part, temporary, path, described)
-                else:
-                    publish(temporary, path, _manifest(origin, described))
-            shutil.rmtree(_scratch_of(path, part), ignore_errors=True)
-            return True
+            if self._ranks.is_first:
+                _remove_old_scratch(self.root)
+                self._make(origin, compute, write, part)
+            else:
+                compute()
+            self._ranks.barrier()
+            if self._ranks.is_first:
+                shutil.rmtree(_scratch_of(path, part), ignore_errors=True)
+        self._wait_to_see(path, part)
+        return True
+
+    def _make(
+        self, origin: Origin, compute: Callable[[], T], write: Callable[[Path, T], None], part: str
+    ) -> None:
+        """Compute, write and publish the artifact, or a part of it."""
+        path = self.path(origin)
+        with empty_folder(path) as temporary:
+            meter = StageMeter(self.device)
+            with _one_line_about_space(self.root), meter:
+                write(temporary, compute())
+            described = provenance(temporary, meter)
+            if part:
+                add_part(part, temporary, path, described)
+            else:
+                publish(temporary, path, _manifest(origin, described))
+
+    def _first_finds_intact(self, path: Path, part: str) -> bool:
+        """Whether rank 0 finds an artifact complete and undamaged; all ranks go by that."""
+        return self._ranks.of_first(self._ranks.is_first and self._is_intact(path, part))
+
+    def _wait_to_see(self, path: Path, part: str) -> None:
+        """Wait until the file system shows other ranks what rank 0 has written.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        if self._ranks.is_first or _appears(lambda: _is_listed(path, part), SEEN_SECONDS):
+            return
+        raise ConfigError(
+            f"rank {self._ranks.rank} on {socket.gethostname()} does not see '{path}', which rank 0 wrote"
+            f" {SEEN_SECONDS:.0f} s ago; give a folder that all machines share, with paths.outputs=..."
+        )
 
     def _locked(self, path: Path) -> AbstractContextManager[None]:
         """Hold the lock of the artifact in a folder."""
@@ -275,6 +351,25 @@ def _one_line_about_space(root: Path) -> Iterator[None]:
                 " choose another folder with paths.outputs=..."
             ) from error
         raise
+
+
+def _appears(is_there: Callable[[], bool], seconds: float) -> bool:
+    """Whether something becomes true within so many seconds."""
+    limit = time.monotonic() + seconds
+    while not is_there():
+        if time.monotonic() > limit:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+def _is_listed(path: Path, part: str) -> bool:
+    """Whether an artifact has a manifest, with an entry for the part."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return False
+    return not part or part in manifest["parts"]
 
 
 def _manifest(origin: Origin, described: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from heapr.model.moe import MoELayer, MoEModel, frozen_parameters, gradient_from
 from heapr.model.passes import Way, backward_by_spans
 from heapr.model.shelf import Files
 from heapr.model.span import Span
+from heapr.ranks import ONE_PROCESS, Ranks
 from heapr.types import MAXIMA, LayerStatistics, Statistics
 
 
@@ -83,6 +84,7 @@ def collect(
     *,
     way: Way | None = None,
     on_batch: Callable[[int, float], None] = lambda num_tokens, loss: None,
+    ranks: Ranks = ONE_PROCESS,
 ) -> Statistics:
     """Collect the statistics of all batches: one forward and one backward pass each.
 
@@ -99,12 +101,15 @@ def collect(
         way: how the batches go through the layers. None takes one batch after the other through all of them.
         on_batch: called after each batch's loss is known, with the number of tokens so far and their mean
             loss in nats per predicted token.
+        ranks: the processes that collect together, each with its share of the batches, and all with the
+            statistics of all batches in the end.
 
     Raises:
         FloatingPointError: a loss or statistic is NaN or infinite; the message names layer and batch.
     """
     if way is None:
         way = Way([range(len(model.decoder_layers))])
+    way = replace(way, ranks=ranks)
     observers = [LayerObserver(layer, _device_of(layer, model)) for layer in model.layers]
     if isinstance(way.shelf, Files):
         _recover(observers, way.shelf)
@@ -117,7 +122,8 @@ def collect(
         observe_experts(model.model, watched),
     ):
         for number, span, ids_NW, loss in backward_by_spans(model, batches, way):
-            check_finite(number, loss, [observer for observer in observers if observer.index in span])
+            in_span = [observer for observer in observers if observer.index in span]
+            check_finite(ranks.number(number), loss, in_span)
             # The last span comes first and gives the loss; earlier spans visit the same batches again.
             if number < num_batches:
                 continue
@@ -126,6 +132,11 @@ def collect(
             num_tokens += ids_NW.numel()
             num_predicted_tokens += ids_NW[:, 1:].numel()
             on_batch(num_tokens, loss_sum / num_predicted_tokens)
+    for observer in observers:
+        ranks.sum(sums for name, sums in observer.sums.items() if name not in MAXIMA)
+        ranks.maximum(sums for name, sums in observer.sums.items() if name in MAXIMA)
+    loss_sum, num_tokens = ranks.total(loss_sum), ranks.total(num_tokens)
+    num_predicted_tokens = ranks.total(num_predicted_tokens)
     layers = {observer.index: observer.statistics() for observer in observers}
     return Statistics(
         layers=layers, num_tokens=num_tokens, num_predicted_tokens=num_predicted_tokens, loss_sum=loss_sum

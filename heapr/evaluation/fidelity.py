@@ -77,27 +77,26 @@ class Fidelity:
     def __call__(self, material: Material) -> Evaluation:
         assert self._windows is not None, "prepare() comes first"
         dense, pruned = material.dense_and_pruned()
-        divergence = 0.0
-        agreements = 0
-        num_windows = len(self._windows.ids_NW)
-        num_batches = math.ceil(num_windows / self.batch_size)
-        bar = progress(batches(self._windows, self.batch_size), total=num_batches, description=self.name)
-        of_dense = final_hidden_states(dense, batches(self._windows, self.batch_size))
+        ranks = material.ranks
+        shared = ranks.share(batches(self._windows, self.batch_size))
+        of_batches: list[tuple[float, int]] = []
+        bar = progress(shared, total=len(shared), description=self.name)
+        of_dense = final_hidden_states(dense, shared)
         with use_comparable_experts(dense.model), use_comparable_experts(pruned.model):
             of_both = zip(of_dense, final_hidden_states(pruned, bar), strict=True)
             for number, ((_, dense_hidden), (_, pruned_hidden)) in enumerate(of_both):
-                batch_divergence, batch_agreements = compare(dense, pruned, dense_hidden, pruned_hidden)
-                if not math.isfinite(batch_divergence):
-                    problem = f"the divergence is NaN or infinite in batch {number}"
+                found = compare(dense, pruned, dense_hidden, pruned_hidden)
+                if not math.isfinite(found[0]):
+                    problem = f"the divergence is NaN or infinite in batch {ranks.number(number)}"
                     raise FloatingPointError(f"{self.name}: {problem}; use a wider model.dtype")
-                divergence += batch_divergence
-                agreements += batch_agreements
+                of_batches.append(found)
+        divergences, agreements = zip(*ranks.in_order(of_batches), strict=True)
         num_tokens = self._windows.num_predicted_tokens
         metrics = {
-            f"kl_to_dense/{self.corpus.name}": divergence / num_tokens,
-            f"top1_agreement/{self.corpus.name}": agreements / num_tokens,
+            f"kl_to_dense/{self.corpus.name}": sum(divergences) / num_tokens,
+            f"top1_agreement/{self.corpus.name}": sum(agreements) / num_tokens,
         }
-        return Evaluation(metrics, details={"window": self.window, "num_windows": num_windows})
+        return Evaluation(metrics, details={"window": self.window, "num_windows": len(self._windows.ids_NW)})
 
 
 def compare(

@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 from heapr.model.experts.dispatch import use_comparable_experts
 from heapr.model.load import ModelSource
 from heapr.model.moe import MoEModel
+from heapr.ranks import ONE_PROCESS, Ranks
 from heapr.score.criterion import Unit
 from heapr.types import Evaluation, Plan, Scores, Statistics, TokenWindows
 
@@ -43,6 +44,8 @@ class Material:
         statistics, scores, plan, tokens: return what `Need` says.
         unit: of the scores.
         widths: atomic experts of every expert before pruning, by decoder layer index.
+        ranks: the processes that measure together. All return the same metrics, except with `Need.MACHINE`,
+            which only rank 0 measures.
     """
 
     model: Callable[[], MoEModel]
@@ -53,6 +56,7 @@ class Material:
     tokens: Callable[[], TokenWindows]
     unit: Unit
     widths: Mapping[int, Sequence[int]]
+    ranks: Ranks = ONE_PROCESS
 
 
 @runtime_checkable

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from statistics import stdev
 from typing import Annotated, Any
 
@@ -72,16 +73,19 @@ class Perplexity:
     def __call__(self, material: Material) -> Evaluation:
         assert self._windows is not None, "prepare() comes first"
         model = material.model()
-        num_batches = math.ceil(len(self._windows.ids_NW) / self.batch_size)
-        losses: list[float] = []
-        bar = progress(batches(self._windows, self.batch_size), total=num_batches, description=self.name)
+        ranks = material.ranks
+        shared = ranks.share(batches(self._windows, self.batch_size))
+        of_batches: list[list[float]] = []
+        bar = progress(shared, total=len(shared), description=self.name)
         for number, (ids_NW, hidden) in enumerate(final_hidden_states(model, bar)):
             loss_N = next_token_loss(model, hidden, ids_NW).double().mean(dim=1)
             if not loss_N.isfinite().all():
+                batch = ranks.number(number)
                 raise FloatingPointError(
-                    f"{self.name}: the loss is NaN or infinite in batch {number}; use a wider model.dtype"
+                    f"{self.name}: the loss is NaN or infinite in batch {batch}; use a wider model.dtype"
                 )
-            losses += loss_N.tolist()
+            of_batches.append(loss_N.tolist())
+        losses = list(chain.from_iterable(ranks.in_order(of_batches)))
         metrics = {
             self.name: perplexity_of(losses),
             f"num_tokens/{self.corpus.name}": self._windows.ids_NW.numel(),

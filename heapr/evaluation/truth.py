@@ -29,6 +29,7 @@ from heapr.model.passes import Variant, final_hidden_states, unchanged
 from heapr.model.span import Span
 from heapr.progress import progress
 from heapr.pruning.masking import masked
+from heapr.ranks import Ranks
 from heapr.score.criterion import predicted_increase
 from heapr.text.windows import batches
 from heapr.types import Evaluation, Metrics, Scores, TokenWindows
@@ -127,7 +128,7 @@ class Truth:
         predicted = None if predicted_layers is None else _flat(predicted_layers)
         removed = [_removed_of_layers(group.removed, scores) for group in groups]
         variants: list[Variant] = [unchanged, *(partial(_without, model, of_group) for of_group in removed)]
-        found = self._mean_losses(model, tokens, variants)
+        found = self._mean_losses(model, tokens, variants, material.ranks)
         bar = progress(found, total=len(variants), description=self.name, unit="group")
         loss = next(bar)
         rows = []
@@ -156,20 +157,21 @@ class Truth:
         )
 
     def _mean_losses(
-        self, model: MoEModel, tokens: TokenWindows, variants: Sequence[Variant]
+        self, model: MoEModel, tokens: TokenWindows, variants: Sequence[Variant], ranks: Ranks
     ) -> Iterator[float]:
         """Mean next-token loss of each variant of the model, in nats per predicted token.
 
         Raises:
             FloatingPointError: NaN or infinite.
         """
-        all_batches = list(batches(tokens, self.batch_size))
+        shared = ranks.share(batches(tokens, self.batch_size))
         with use_comparable_experts(model.model):
-            passed = final_hidden_states(model, all_batches, variants)
+            passed = final_hidden_states(model, shared, variants)
             for _ in variants:
-                total = 0.0
-                for ids_NW, hidden in islice(passed, len(all_batches)):
-                    total += next_token_loss(model, hidden, ids_NW).double().sum().item()
+                of_batches = []
+                for ids_NW, hidden in islice(passed, len(shared)):
+                    of_batches.append(next_token_loss(model, hidden, ids_NW).double().sum().item())
+                total = sum(ranks.in_order(of_batches))
                 if not math.isfinite(total):
                     raise FloatingPointError(
                         f"{self.name}: the loss is NaN or infinite; use a wider model.dtype"

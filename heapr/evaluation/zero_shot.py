@@ -138,6 +138,7 @@ class ZeroShot:
             batch_size=self.batch_size,
             num_fewshot=self.num_fewshot,
             limit=self.limit,
+            ranks=material.ranks,
         )
 
     @property

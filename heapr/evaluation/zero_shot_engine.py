@@ -33,6 +33,7 @@ from heapr.evaluation.zero_shot_local import NAME as LOCAL_TASK
 from heapr.hub import hub_is_reachable, no_network
 from heapr.model.moe import MoEModel
 from heapr.progress import bar_settings
+from heapr.ranks import Ranks
 from heapr.types import Evaluation, Metrics, ProtocolRecord
 from heapr.words import did_you_mean, first_line
 
@@ -135,7 +136,7 @@ def check_end_token(task: LoadedTask, tokenizer: PreTrainedTokenizerBase) -> Non
     )
 
 
-def evaluate_task(
+def evaluate_task(  # noqa: PLR0913 - the options of lm-eval, and the ranks
     task: LoadedTask,
     model: MoEModel,
     *,
@@ -143,8 +144,9 @@ def evaluate_task(
     batch_size: int | str,
     num_fewshot: int | None,
     limit: int | None,
+    ranks: Ranks,
 ) -> Evaluation:
-    """Evaluate a task, or all tasks of a group.
+    """Evaluate a task, or all tasks of a group. Several processes share its requests.
 
     Args:
         task: from `load_task`.
@@ -153,6 +155,7 @@ def evaluate_task(
         batch_size: requests per pass, or "auto".
         num_fewshot: examples before each question. None uses the task's default.
         limit: number of questions of each task, from the first on. None asks all.
+        ranks: the processes; the metrics of all are the same.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -164,6 +167,7 @@ def evaluate_task(
             pretrained=model.model, backend="causal", tokenizer=copy.deepcopy(tokenizer),
             batch_size=batch_size, max_batch_size=MAX_BATCH_SIZE,
         )  # fmt: skip
+        _share_requests(engine, ranks)
         found = simple_evaluate(
             model=engine, tasks=task.roots, task_manager=task.manager, num_fewshot=num_fewshot, limit=limit,
             bootstrap_iters=BOOTSTRAP_DRAWS, log_samples=False, fewshot_random_seed=SEED,
@@ -177,6 +181,30 @@ def evaluate_task(
         )
     protocols = {name: _protocol(name, single, found, limit) for name, single in task.tasks.items()}
     return Evaluation(_metrics(found["results"]), details={"protocols": protocols})
+
+
+def _share_requests(engine: Any, ranks: Ranks) -> None:
+    """Let each rank answer its share of the requests, and give all answers to all of them.
+
+    lm-eval's own ranks need a model that lm-eval loads.
+
+    Args:
+        engine: lm-eval's model; its methods are replaced.
+        ranks: the processes.
+    """
+    if ranks.size == 1:
+        return
+    for name in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+        setattr(engine, name, functools.partial(_answer_share, getattr(engine, name), ranks))
+
+
+def _answer_share(
+    answer: Callable[..., list[Any]], ranks: Ranks, requests: list[Any], **options: Any
+) -> list[Any]:
+    shared = ranks.share(requests)
+    answers = ranks.in_order(answer(shared, **options) if shared else [])
+    # A log-likelihood and whether the answer is the most likely one; JSON has no tuples.
+    return [tuple(found) if isinstance(found, list) else found for found in answers]
 
 
 def _metrics(results: Mapping[str, Mapping[str, Any]]) -> Metrics:

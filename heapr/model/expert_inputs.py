@@ -44,6 +44,10 @@ class ExpertInputs:
         weighted_TK = self.router_weight_TK.float() * weight_T.unsqueeze(1)
         return replace(self, router_weight_TK=weighted_TK)
 
+    def first(self, number: int) -> ExpertInputs:
+        """The inputs of the first tokens."""
+        return ExpertInputs(self.hidden_TD[:number], self.expert_TK[:number], self.router_weight_TK[:number])
+
     def pairs(self, expert: int) -> tuple[Tensor, Tensor]:
         """Indices of the n tokens of an expert, and their router weights."""
         token_n, choice_n = torch.where(self.expert_TK == expert)

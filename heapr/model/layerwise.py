@@ -20,11 +20,16 @@ from heapr.model.moe import MoELayer, MoEModel
 from heapr.model.span import advance, probe_tokens, reads_of
 from heapr.model.stream import StreamTarget, scale_of
 from heapr.model.tape import Tape, hidden_of
+from heapr.ranks import ONE_PROCESS, Ranks
 
 
 @torch.no_grad()
 def walk_layers(
-    model: MoEModel, batches: Sequence[Tensor], *, follow_stream: bool = False
+    model: MoEModel,
+    batches: Sequence[Tensor],
+    *,
+    follow_stream: bool = False,
+    ranks: Ranks = ONE_PROCESS,
 ) -> Iterator[tuple[MoELayer, ExpertInputs, StreamTarget | None]]:
     """Yield every MoE layer in order, with the inputs of its experts.
 
@@ -37,17 +42,24 @@ def walk_layers(
         follow_stream: also yield what the layer's experts must put out to restore the residual stream behind
             it: the stream of the model as the walk found it, minus the current one without the layer's
             experts (docs/method.md, 21). Every layer then runs three times, and each batch has a second tape.
+        ranks: the processes that walk together, each with its share of the batches.
 
     Raises:
         ConfigError: `follow_stream` is set and the model does not pass `check_stream`.
         FloatingPointError: an input is NaN or infinite; the message names the layer.
     """
-    walk = _Walk(model, batches, follow_stream=follow_stream)
+    shared = ranks.share(batches)
+    # A rank without a batch walks with the first one, of which it takes no tokens.
+    is_idle = not shared
+    walk = _Walk(model, shared or batches[:1], follow_stream=follow_stream)
     with ExitStack() as held:
         for layer in model.layers:
             walk.advance(layer.index, held)
             held.enter_context(model.hold([layer.index]))
             inputs, target = walk.inputs_and_target(layer)
+            if is_idle:
+                inputs = inputs.first(0)
+                target = None if target is None else target.first(0)
             yield layer, inputs, target
             del inputs, target
 

@@ -20,6 +20,7 @@ from heapr.model.moe import MoEModel, summed_loss_backward
 from heapr.model.shelf import Files, Memory, Shelf
 from heapr.model.span import NO_READS, Reads, Span, reads_of, run_rest, run_span
 from heapr.model.tape import Tape, hidden_of
+from heapr.ranks import ONE_PROCESS, Ranks
 
 Passed = tuple[int, Span, Tensor, Tensor]  # see `backward_by_spans`
 
@@ -39,12 +40,14 @@ class Way:
             however many batches there are. Otherwise each batch goes all the way before the next one starts.
         on_span: called after the backward passes of all batches through a span, before that is recorded on a
             shelf of files.
+        ranks: the processes that share the batches, for messages that number a batch.
     """
 
     spans: Sequence[Span]
     shelf: Shelf = field(default_factory=Memory)
     together: bool = True
     on_span: Callable[[Span], None] = _do_nothing
+    ranks: Ranks = ONE_PROCESS
 
 
 def backward_by_spans(model: MoEModel, batches: Iterable[Tensor], way: Way) -> Iterator[Passed]:
@@ -115,8 +118,9 @@ class _Journey:
         outputs = run_span(self._model, tape.ids_NW, span, answers)
         for layer, output in enumerate(outputs, start=span.start):
             if not hidden_of(output).isfinite().all():
+                batch = self._way.ranks.number(number)
                 raise FloatingPointError(
-                    f"calibration: the output of decoder layer {layer} is NaN or infinite in batch {number};"
+                    f"calibration: the output of decoder layer {layer} is NaN or infinite in batch {batch};"
                     " use a wider model.dtype, or look at weights and text"
                 )
         tape.put(outputs)

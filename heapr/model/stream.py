@@ -54,6 +54,10 @@ class StreamTarget:
         weight_T = stream_TD.square().mean(1).clamp(min=NORM_EPS).rsqrt()
         return cls((stream_TD - without_TD) / scale, weight_T)
 
+    def first(self, number: int) -> StreamTarget:
+        """The target of the first tokens."""
+        return StreamTarget(self.output_TD[:number], self.weight_T[:number])
+
     @classmethod
     def joined(cls, targets: Sequence[StreamTarget]) -> StreamTarget:
         """The targets of all batches in one."""

@@ -14,6 +14,7 @@ from heapr.model.expert_inputs import ExpertInputs
 from heapr.model.experts.layout import Experts
 from heapr.model.experts.ragged import RaggedExperts
 from heapr.model.stream import StreamTarget
+from heapr.ranks import ONE_PROCESS, Ranks
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Repair(Protocol):
         inputs: ExpertInputs,
         *,
         target: StreamTarget | None = None,
+        ranks: Ranks = ONE_PROCESS,
     ) -> LayerRepair:
         """Change the kept weights of one layer's experts, in place.
 
@@ -71,5 +73,7 @@ class Repair(Protocol):
             inputs: the layer's.
             target: what the experts' outputs should sum to. With None, the target is their sum before
                 surgery.
+            ranks: the processes that repair together, each with inputs of its own. Sums over tokens are added
+                over all of them, so that all find the same weights.
         """
         ...

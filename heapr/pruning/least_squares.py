@@ -16,6 +16,7 @@ from torch import Tensor
 
 from heapr.errors import ConfigError
 from heapr.pruning.activations import Activations
+from heapr.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ def solve_by_steps(
     ridge: float,
     tolerance: float,
     max_steps: int,
+    ranks: Ranks,
 ) -> Tensor:
     """Return the change V of the columns, float64 (S, D), that minimizes
 
@@ -54,28 +56,29 @@ def solve_by_steps(
         ridge: r as a share of the mean diagonal of A.
         tolerance: in (0, 1).
         max_steps: at least 1.
+        ranks: the processes that solve together; sums are over the tokens of all.
 
     Raises:
         ConfigError: see `solve`.
     """
-    factors, r = _factored_blocks(kept, ridge)
+    factors, r = _factored_blocks(kept, ridge, ranks)
     residual_TD = lost_TD.clone()
-    gradient_SD = _pulled_back(kept, residual_TD)
+    gradient_SD = _pulled_back(kept, residual_TD, ranks)
     change_SD = torch.zeros_like(gradient_SD)
     direction_SD = _preconditioned(gradient_SD, factors)
     slope_D = (gradient_SD * direction_SD).sum(0)
     excess = objective = math.inf
     for _ in range(max_steps):
         image_TD = _applied(kept, direction_SD)
-        product_SD = _pulled_back(kept, image_TD).add_(direction_SD, alpha=r)
+        product_SD = _pulled_back(kept, image_TD, ranks).add_(direction_SD, alpha=r)
         curvature_D = (direction_SD * product_SD).sum(0)
         step_D = slope_D / curvature_D.clamp(min=_TINY)
         change_SD.addcmul_(direction_SD, step_D)
         gradient_SD.addcmul_(product_SD, step_D, value=-1)
         residual_TD.addcmul_(image_TD, step_D.float(), value=-1)
-        objective = squared(residual_TD) + r * squared(change_SD)
+        objective = ranks.total(squared(residual_TD)) + r * squared(change_SD)
         excess = squared(gradient_SD) / max(r, _TINY)
-        if excess <= tolerance * objective:
+        if ranks.of_first(excess <= tolerance * objective):
             return change_SD
         product_SD = _preconditioned(gradient_SD, factors)
         new_slope_D = (gradient_SD * product_SD).sum(0)
@@ -92,12 +95,13 @@ def solve_by_steps(
     return change_SD
 
 
-def _factored_blocks(kept: Activations, ridge: float) -> tuple[list[Tensor], float]:
+def _factored_blocks(kept: Activations, ridge: float, ranks: Ranks) -> tuple[list[Tensor], float]:
     """Cholesky factors of C + r I of every expert, and r."""
     factors = []
     for expert in range(len(kept.widths)):
         z_nS = kept.z(expert)
         factors.append((z_nS.T @ z_nS).double())
+    ranks.sum(factors)
     diagonals = [C_SS.diagonal() for C_SS in factors]
     r = ridge * mean_of(diagonals)
     # In place, because only the factors are needed from here on.
@@ -123,13 +127,15 @@ def _applied(kept: Activations, change_SD: Tensor) -> Tensor:
     return image_TD
 
 
-def _pulled_back(kept: Activations, image_TD: Tensor) -> Tensor:
-    """sum z d^T (S, D), float64."""
+def _pulled_back(kept: Activations, image_TD: Tensor, ranks: Ranks) -> Tensor:
+    """sum z d^T (S, D) over the tokens of all ranks, float64."""
     rows = []
     for expert in range(len(kept.widths)):
         image_nD = image_TD.index_select(0, kept.tokens(expert))
         rows.append(kept.z(expert).T @ image_nD)
-    return torch.cat(rows).double()
+    pulled_SD = torch.cat(rows).double()
+    ranks.sum([pulled_SD])
+    return pulled_SD
 
 
 def _factored(C_SS: Tensor, ridge: float) -> Tensor:

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from heapr.pruning.activations import Activations
+from heapr.ranks import ONE_PROCESS, Ranks
 
 Change = list[Tensor]  # (G, D) for each expert
 
 
-def refit_inputs(kept: Activations, lost_TD: Tensor, *, ridge: float, num_steps: int) -> Change:
+def refit_inputs(kept: Activations, lost_TD: Tensor, *, ridge: float, num_steps: int, ranks: Ranks) -> Change:
     """Return the change v of the rows of W_gate and W_up that restores what was lost, to first order:
 
         min over v of  sum over tokens of ||J v - d||^2 + q sum_r v_r^T M v_r
@@ -37,11 +38,12 @@ def refit_inputs(kept: Activations, lost_TD: Tensor, *, ridge: float, num_steps:
         lost_TD: d, what the layer's output lost.
         ridge: above 0.
         num_steps: at least 1.
+        ranks: the processes that refit together; sums are over the tokens of all.
 
     Returns:
         v: (G, D) for each expert, float32.
     """
-    problem = _Problem(kept, ridge)
+    problem = _Problem(kept, ridge, ranks)
     residual = problem.transposed(lost_TD)
     change = [torch.zeros_like(rows_GD) for rows_GD in residual]
     direction = problem.precondition(residual)
@@ -49,7 +51,7 @@ def refit_inputs(kept: Activations, lost_TD: Tensor, *, ridge: float, num_steps:
     # Updates are in place, because each of these is as large as W_gate and W_up together.
     for _ in range(num_steps):
         # Nothing was lost, or the solution is exact.
-        if size <= 0:
+        if ranks.of_first(size <= 0):
             break
         image = problem.normal(direction)
         step = size / _dot(direction, image)
@@ -75,17 +77,19 @@ class _Problem:
         penalty: q.
     """
 
-    def __init__(self, kept: Activations, ridge: float) -> None:
+    def __init__(self, kept: Activations, ridge: float, ranks: Ranks) -> None:
         experts = range(len(kept.widths))
-        self.kept = kept
+        self.kept, self._ranks = kept, ranks
         self.slopes = [kept.p(expert) * kept.slopes(expert) for expert in experts]
         self.scales = [self._scale(expert) for expert in experts]
+        ranks.sum(self.scales)
         scale_G = torch.cat(self.scales)
         self.penalty = ridge * float(scale_G.mean())
 
         hidden_TD = kept.inputs.hidden_TD.float()
-        num_tokens = max(1, len(hidden_TD))
+        num_tokens = max(1, ranks.total(len(hidden_TD)))
         self.moment_DD = hidden_TD.T @ hidden_TD / num_tokens
+        ranks.sum([self.moment_DD])
         diagonal_D = self.moment_DD.diagonal()
         diagonal_D.add_(ridge * diagonal_D.mean())
         inverse_DD = torch.linalg.inv(self.moment_DD.double())
@@ -112,6 +116,7 @@ class _Problem:
                 pulled_nG[:, chosen] = slope_nG[:, chosen] * pulled_nS
             rows_GD = pulled_nG.T @ self.kept.x(expert)
             rows.append(rows_GD)
+        self._ranks.sum(rows)
         return rows
 
     def precondition(self, residual: Change) -> Change:

@@ -24,6 +24,7 @@ from heapr.pruning.activations import Activations, layer_output
 from heapr.pruning.layer_repair import LayerRepair
 from heapr.pruning.least_squares import mean_of, solve, solve_by_steps, squared
 from heapr.pruning.refit import refit_inputs
+from heapr.ranks import ONE_PROCESS, Ranks
 
 STEP_SIZES = (1.0, 0.5, 0.25)  # of a Gauss-Newton step, tried in this order
 ROWS = 128  # rows of the layer's normal equations that are computed at once
@@ -67,6 +68,7 @@ class ExpertRepair:
         inputs: ExpertInputs,
         *,
         target: StreamTarget | None = None,
+        ranks: Ranks = ONE_PROCESS,
     ) -> LayerRepair:
         assert target is None, "each expert is refit to its own output"
         old = Activations(before, inputs)
@@ -80,7 +82,7 @@ class ExpertRepair:
             lost_sq_nD = u_n1 * lost_nD.square()
             error += float(lost_sq_nD.sum(dtype=torch.float64))
             down_DS = new.down(expert)
-            repaired_DS, expert_change = self._solve(new.h(expert), down_DS, lost_nD, u_n1)
+            repaired_DS, expert_change = self._solve(new.h(expert), down_DS, lost_nD, u_n1, ranks=ranks)
             if expert_change < 0:
                 change += expert_change
                 num_repaired += 1
@@ -88,7 +90,8 @@ class ExpertRepair:
             columns.append(down_DS)
         repaired_SD = torch.cat(columns, dim=1).T
         after.down_proj.copy_(repaired_SD)
-        num_tokens = len(inputs.hidden_TD)
+        num_tokens = ranks.total(len(inputs.hidden_TD))
+        error = ranks.total(error)
         error_after = max(0.0, error + change)
         return LayerRepair(error / num_tokens, error_after / num_tokens, num_repaired)
 
@@ -99,15 +102,19 @@ class ExpertRepair:
             return p_n1.square()
         return torch.ones_like(p_n1)
 
-    def _solve(self, h_nS: Tensor, down_DS: Tensor, lost_nD: Tensor, u_n1: Tensor) -> tuple[Tensor, float]:
+    def _solve(
+        self, h_nS: Tensor, down_DS: Tensor, lost_nD: Tensor, u_n1: Tensor, *, ranks: Ranks
+    ) -> tuple[Tensor, float]:
         """Return new columns of one expert in the model's dtype, and the change of its squared error:
 
         sum u ||d - V^T h||^2 - sum u ||d||^2 = tr(V^T C V) - 2 tr(V^T B),   V = (W' - W)^T
         """
         C_SS = (h_nS.T @ (u_n1 * h_nS)).double()
         B_SD = (h_nS.T @ (u_n1 * lost_nD)).double()
-        num_tokens, width = h_nS.shape
-        ridge = self.ridge * (1 + width / max(1, num_tokens)) * mean_of([C_SS.diagonal()])
+        num_tokens = torch.tensor(len(h_nS), dtype=torch.float64)
+        ranks.sum([C_SS, B_SD, num_tokens])
+        width = h_nS.shape[1]
+        ridge = self.ridge * (1 + width / max(1.0, float(num_tokens))) * mean_of([C_SS.diagonal()])
         repaired_DS = (down_DS.double() + solve(C_SS, B_SD, ridge).T).to(down_DS.dtype)  # (18)
         change_SD = (repaired_DS.double() - down_DS.double()).T
         error_change = (change_SD * (C_SS @ change_SD - 2 * B_SD)).sum()
@@ -185,21 +192,22 @@ class JointRepair:
         inputs: ExpertInputs,
         *,
         target: StreamTarget | None = None,
+        ranks: Ranks = ONE_PROCESS,
     ) -> LayerRepair:
         old = _weights(after)
-        num_tokens = len(inputs.hidden_TD)
+        num_tokens = ranks.total(len(inputs.hidden_TD))
         if target is None:
             wanted_TD = layer_output(before, inputs)
         else:
             inputs = inputs.weighted(target.weight_T)
             wanted_TD = target.output_TD * target.weight_T.unsqueeze(1)
         lost_TD = wanted_TD - layer_output(after, inputs)
-        error_before = squared(lost_TD)
-        lost_TD = self._solve_columns(after, inputs, wanted_TD, lost_TD)
+        error_before = ranks.total(squared(lost_TD))
+        lost_TD = self._solve_columns(after, inputs, wanted_TD, lost_TD, ranks=ranks)
         for _ in range(self.refits if error_before > 0 else 0):
-            lost_TD = self._refit_inputs(after, inputs, wanted_TD, lost_TD)
-            lost_TD = self._solve_columns(after, inputs, wanted_TD, lost_TD)
-        error_after = squared(lost_TD)
+            lost_TD = self._refit_inputs(after, inputs, wanted_TD, lost_TD, ranks=ranks)
+            lost_TD = self._solve_columns(after, inputs, wanted_TD, lost_TD, ranks=ranks)
+        error_after = ranks.total(squared(lost_TD))
         return LayerRepair(error_before / num_tokens, error_after / num_tokens, _num_changed(after, old))
 
     def _solve_columns(
@@ -208,6 +216,8 @@ class JointRepair:
         inputs: ExpertInputs,
         wanted_TD: Tensor,
         lost_TD: Tensor,
+        *,
+        ranks: Ranks,
     ) -> Tensor:
         """Solve for new columns, and keep them if they lower the error in the model's dtype.
 
@@ -217,14 +227,14 @@ class JointRepair:
         kept = Activations(after, inputs)
         old_SD = after.down_proj.detach().clone()
         if sum(after.widths) <= self.direct_up_to:
-            change_SD = self._direct(kept, lost_TD)
+            change_SD = self._direct(kept, lost_TD, ranks)
         else:
-            change_SD = self._stepwise(kept, lost_TD)
+            change_SD = self._stepwise(kept, lost_TD, ranks)
         # In float64, and in place because it is the layer's largest tensor.
         new_SD = change_SD.add_(old_SD)
         after.down_proj.copy_(new_SD)
         new_lost_TD = wanted_TD - layer_output(after, inputs)
-        return _accept(after.down_proj, old_SD, new_lost_TD, lost_TD)
+        return _accept(after.down_proj, old_SD, new_lost_TD, lost_TD, ranks=ranks)
 
     def _refit_inputs(
         self,
@@ -232,6 +242,8 @@ class JointRepair:
         inputs: ExpertInputs,
         wanted_TD: Tensor,
         lost_TD: Tensor,
+        *,
+        ranks: Ranks,
     ) -> Tensor:
         """Change the rows of W_gate and W_up by one Gauss-Newton step, if a step size lowers the error.
 
@@ -241,18 +253,18 @@ class JointRepair:
         projection = after.get_parameter(after.layout.input_name)
         old_GD = projection.detach().clone()
         kept = Activations(after, inputs)
-        changes = refit_inputs(kept, lost_TD, ridge=self.ridge, num_steps=self.refit_steps)
+        changes = refit_inputs(kept, lost_TD, ridge=self.ridge, num_steps=self.refit_steps, ranks=ranks)
         change_GD = torch.cat(changes)
         del changes
         for step_size in STEP_SIZES:
             projection.copy_(old_GD.double().add_(change_GD, alpha=step_size))
             new_lost_TD = wanted_TD - layer_output(after, inputs)
-            reached_TD = _accept(projection, old_GD, new_lost_TD, lost_TD)
+            reached_TD = _accept(projection, old_GD, new_lost_TD, lost_TD, ranks=ranks)
             if reached_TD is not lost_TD:
                 return reached_TD
         return lost_TD
 
-    def _direct(self, kept: Activations, lost_TD: Tensor) -> Tensor:
+    def _direct(self, kept: Activations, lost_TD: Tensor, ranks: Ranks) -> Tensor:
         """Change of the columns (S, D), from the normal equations of the whole layer."""
         size = sum(kept.widths)
         A_SS = torch.zeros(size, size, dtype=torch.float64, device=lost_TD.device)
@@ -264,9 +276,10 @@ class JointRepair:
                 last = min(first + ROWS, size)
                 A_SS[first:last, :last] += z_tS[:, first:last].T @ z_tS[:, :last]
             B_SD += z_tS.T @ lost_TD[chunk]
+        ranks.sum([A_SS, B_SD])
         return solve(A_SS, B_SD, self.ridge * mean_of([A_SS.diagonal()]))
 
-    def _stepwise(self, kept: Activations, lost_TD: Tensor) -> Tensor:
+    def _stepwise(self, kept: Activations, lost_TD: Tensor, ranks: Ranks) -> Tensor:
         """The same by conjugate gradients, without forming these equations."""
         return solve_by_steps(
             kept,
@@ -274,10 +287,11 @@ class JointRepair:
             ridge=self.ridge,
             tolerance=self.tolerance,
             max_steps=self.max_steps,
+            ranks=ranks,
         )
 
 
-def _accept(parameter: Tensor, old: Tensor, reached_TD: Tensor, lost_TD: Tensor) -> Tensor:
+def _accept(parameter: Tensor, old: Tensor, reached_TD: Tensor, lost_TD: Tensor, *, ranks: Ranks) -> Tensor:
     """Undo a change of a parameter unless it lowers the error.
 
     Args:
@@ -289,7 +303,7 @@ def _accept(parameter: Tensor, old: Tensor, reached_TD: Tensor, lost_TD: Tensor)
     Returns:
         one of the latter two.
     """
-    if squared(reached_TD) < squared(lost_TD):
+    if ranks.total(squared(reached_TD)) < ranks.total(squared(lost_TD)):
         return reached_TD
     parameter.copy_(old)
     return lost_TD

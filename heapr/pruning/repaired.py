@@ -5,7 +5,7 @@ In: each layer's changed weights and its `LayerRepair`. Out: both, by decoder la
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
 
 from heapr.model.shelf import Files, Memory
@@ -42,6 +42,13 @@ class RepairedLayers(Mapping[int, TensorDict]):
 
     def __len__(self) -> int:
         return len(self._layers)
+
+    def forget_all_but(self, layers: Collection[int]) -> None:
+        """Keep these layers; the others will be added again."""
+        for index in set(self._layers) - set(layers):
+            for name in self._layers.pop(index):
+                self._shelf.drop(f"{index}-{name}")
+            del self.found[index]
 
     def add(self, index: int, tensors: TensorDict, found: LayerRepair) -> None:
         """Keep a layer's weights; in files, they are there after a crash too."""

@@ -20,6 +20,7 @@ from heapr.model.moe import MoELayer, MoEModel
 from heapr.progress import progress
 from heapr.pruning.layer_repair import LayerRepair, Repair
 from heapr.pruning.repaired import RepairedLayers
+from heapr.ranks import ONE_PROCESS, Ranks
 from heapr.types import Plan, RepairedWeights
 
 
@@ -50,6 +51,8 @@ def remove_and_repair(
     repair: Repair,
     batches: Sequence[Tensor],
     repaired: RepairedLayers | None = None,
+    *,
+    ranks: Ranks = ONE_PROCESS,
 ) -> dict[int, LayerRepair]:
     """Remove and repair layer by layer (docs/method.md, 18 to 23). Layers that lose nothing are not changed.
 
@@ -60,6 +63,7 @@ def remove_and_repair(
         batches: calibration tokens, int64 (N, W) each.
         repaired: receives the weights that the repair may change. Layers that it already holds are not
             repaired again.
+        ranks: the processes that repair together; all end with the same weights.
 
     Returns:
         what the repair reports for each layer, by decoder layer index.
@@ -70,7 +74,10 @@ def remove_and_repair(
     """
     repaired = RepairedLayers() if repaired is None else repaired
     names = _repaired_names(model, repair)
-    walk = walk_layers(model, batches, follow_stream=repair.follows_stream)
+    # After a crash, ranks may have finished different layers.
+    by_all = set.intersection(*map(set, ranks.gather(list(repaired))))
+    repaired.forget_all_but(by_all)
+    walk = walk_layers(model, batches, follow_stream=repair.follows_stream, ranks=ranks)
     bar = progress(walk, total=len(model.layers), description="repair", unit="layer")
     for layer, inputs, target in bar:
         is_done = layer.index in repaired
@@ -78,8 +85,9 @@ def remove_and_repair(
         if not is_done:
             found = LayerRepair(error_before=0.0, error_after=0.0, num_repaired=0)
             if after.widths != tuple(layer.widths):
-                found = repair(layer.experts, after, inputs, target=target)
+                found = repair(layer.experts, after, inputs, target=target, ranks=ranks)
             tensors = {name: after.get_parameter(name).detach() for name in names}
+            ranks.copy_first(tensors.values())  # processors may round differently
             repaired.add(layer.index, tensors, found)
         if repair.is_sequential:
             layer.replace_experts(after)
