@@ -44,8 +44,8 @@ class Material:
         statistics, scores, plan, tokens: return what `Need` says.
         unit: of the scores.
         widths: atomic experts of every expert before pruning, by decoder layer index.
-        ranks: the processes that measure together. All return the same metrics, except with `Need.MACHINE`,
-            which only rank 0 measures.
+        ranks: the processes that measure together; what rank 0 returns counts. It alone measures with
+            `Need.MACHINE`.
     """
 
     model: Callable[[], MoEModel]

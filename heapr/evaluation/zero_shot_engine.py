@@ -155,7 +155,7 @@ def evaluate_task(  # noqa: PLR0913 - the options of lm-eval, and the ranks
         batch_size: requests per pass, or "auto".
         num_fewshot: examples before each question. None uses the task's default.
         limit: number of questions of each task, from the first on. None asks all.
-        ranks: the processes; the metrics of all are the same.
+        ranks: the processes, of which rank 0 returns the metrics.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -172,6 +172,9 @@ def evaluate_task(  # noqa: PLR0913 - the options of lm-eval, and the ranks
             model=engine, tasks=task.roots, task_manager=task.manager, num_fewshot=num_fewshot, limit=limit,
             bootstrap_iters=BOOTSTRAP_DRAWS, log_samples=False, fewshot_random_seed=SEED,
         )  # fmt: skip
+    if found is None:  # lm-eval gives results to the first process of a machine alone
+        assert not ranks.is_first
+        return Evaluation({})
     if cut:
         logger.warning(
             "%-9s %s: %d inputs are longer than the model accepts and lost their beginning",
