@@ -135,8 +135,10 @@ class Lifelines:
     def line(self) -> str:
         """What this rank says about another's end; empty if it is for another one to say."""
         assert self.end is not None
-        speaker = 1 if self.end.rank == 0 else 0
-        return str(self.end) if self.rank == speaker else ""
+        # Rank 0 speaks for all, also of itself unless it is gone.
+        speaker = 0 if self.end.rank > 0 else 1
+        is_told_already = self.end.rank == 0 and self.end.kind != LOST
+        return str(self.end) if self.rank == speaker and not is_told_already else ""
 
 
 def end_hard_after(seconds: float, code: int, line: Callable[[], str]) -> None:

@@ -106,7 +106,7 @@ def _run(config: DictConfig, ranks: Ranks) -> None:
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """The values of nested mappings by their full names, as on the command line."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
             found |= flat(value, f"{prefix}{name}.")

@@ -31,11 +31,15 @@ from heapr.signals import INTERRUPTED, TERMINATED, Terminated
 from heapr.words import first_line
 
 T = TypeVar("T")
+Number = TypeVar("Number", int, float)
 
 MEETING_SECONDS = 180.0  # from the first rank's start to the last one's
 # A rank may wait for an artifact that another job makes. Ranks that are gone are noticed otherwise.
 COLLECTIVE = timedelta(days=30)
 CAUSE_SECONDS = 5.0  # until the end of another rank is known that made a collective or torchrun end this one
+# For rank 0 to find the same mistake, which is then told as by one process.
+SAME_ERROR_SECONDS = 2.0
+FORESEEN = (ConfigError, FloatingPointError)
 BUCKET = 2**24  # elements that are added in one message
 LIBRARIES = ("torch", "transformers")
 
@@ -67,7 +71,7 @@ class ProcessGroup(Ranks):
     def maximum(self, tensors: Iterable[Tensor]) -> None:
         self._reduce(tensors, dist.ReduceOp.MAX)
 
-    def total(self, number: float) -> float:
+    def total(self, number: Number) -> Number:
         tensor = torch.tensor(number, dtype=torch.float64)
         self.sum([tensor])
         return type(number)(tensor.item())
@@ -147,8 +151,12 @@ class ProcessGroup(Ranks):
         if self._has_ended:
             return error
         self._has_ended = True
-        is_from_outside = isinstance(error, _PeerLostError | KeyboardInterrupt)
-        end = self._lifelines.wait_for_end(CAUSE_SECONDS if is_from_outside else 0)
+        seconds = 0.0
+        if isinstance(error, _PeerLostError | KeyboardInterrupt):
+            seconds = CAUSE_SECONDS
+        elif isinstance(error, FORESEEN) and not self.is_first:
+            seconds = SAME_ERROR_SECONDS
+        end = self._lifelines.wait_for_end(seconds)
         code = 1 if end is None else end.code
         end_hard_after(3 * CAUSE_SECONDS, code, str)  # libraries may wait for lost ranks at exit
         if end is not None:
@@ -162,7 +170,7 @@ class ProcessGroup(Ranks):
             code = TERMINATED if is_term else INTERRUPTED
             self._lifelines.tell(SIGNALLED, "terminated" if is_term else "interrupted", code)
             return error if self.is_first else RankEnded("", code)
-        is_foreseen = isinstance(error, ConfigError | FloatingPointError)
+        is_foreseen = isinstance(error, FORESEEN)
         text = first_line(error) if is_foreseen else f"{type(error).__name__}: {first_line(error)}"
         code = 2 if isinstance(error, ConfigError) else 1
         self._lifelines.tell(FAILED, text, code)
@@ -220,7 +228,7 @@ def _collective(function: Callable[..., Any], *arguments: Any, **options: Any) -
         raise _PeerLostError(first_line(error)) from error
 
 
-def _meeting_point(place: Place) -> dist.Store:
+def _meeting_point(place: Place) -> Any:
     """torch's key-value store, which rank 0 or torchrun serves.
 
     Raises:
@@ -229,7 +237,7 @@ def _meeting_point(place: Place) -> dist.Store:
     is_server = place.rank == 0 and not place.has_listener
     where = f"port {place.port} of {place.host}"
     try:
-        store = dist.TCPStore(
+        store = dist.TCPStore(  # type: ignore[attr-defined]
             place.host,
             place.port,
             world_size=place.size,
@@ -247,10 +255,10 @@ def _meeting_point(place: Place) -> dist.Store:
             f"rank {place.rank} on {socket.gethostname()} finds no rank 0 at {where}"
             f" ({first_line(error)}); check that rank 0 runs, and MASTER_ADDR and MASTER_PORT"
         ) from error
-    return dist.PrefixStore(f"heapr/{place.attempt}", store)
+    return dist.PrefixStore(f"heapr/{place.attempt}", store)  # type: ignore[attr-defined]
 
 
-def _met(place: Place, store: dist.Store) -> ProcessGroup:
+def _met(place: Place, store: Any) -> ProcessGroup:
     """The group, once all ranks have come.
 
     Raises:
@@ -279,7 +287,7 @@ def _met(place: Place, store: dist.Store) -> ProcessGroup:
     return ranks
 
 
-def _connected(place: Place, store: dist.Store) -> dict[int, socket.socket]:
+def _connected(place: Place, store: Any) -> dict[int, socket.socket]:
     """Lifelines' sockets."""
     if place.rank == 0:
         server, word = listen()

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
+Number = TypeVar("Number", int, float)
 
 RANK_IN_LOG = "HEAPR_RANK"  # environment variable for conf/hydra/job_logging/rank.yaml
 
@@ -65,7 +66,7 @@ class Ranks:
     def maximum(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor by its elementwise maximum over all ranks."""
 
-    def total(self, number: float) -> float:
+    def total(self, number: Number) -> Number:
         """Sum of a number over all ranks; exact for integers below 2^53."""
         return number
 

@@ -48,7 +48,7 @@ SCRATCH_DAYS = 14  # scratch that is unchanged for longer counts as abandoned
 LARGE_FILE = 64 * 2**20  # bytes; smaller files are hashed each time, which takes little time
 WHOLE = ""  # in place of a part's name: the artifact itself
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-LOOK_SECONDS = 20.0  # for a folder of rank 0
+LOOK_SECONDS = 5.0  # for a folder of rank 0
 SEEN_SECONDS = 120.0  # in which a shared file system shows one machine what another one has written
 
 T = TypeVar("T")

@@ -19,7 +19,9 @@ from heapr.ranks import ONE_PROCESS, Ranks
 Change = list[Tensor]  # (G, D) for each expert
 
 
-def refit_inputs(kept: Activations, lost_TD: Tensor, *, ridge: float, num_steps: int, ranks: Ranks) -> Change:
+def refit_inputs(
+    kept: Activations, lost_TD: Tensor, *, ridge: float, num_steps: int, ranks: Ranks = ONE_PROCESS
+) -> Change:
     """Return the change v of the rows of W_gate and W_up that restores what was lost, to first order:
 
         min over v of  sum over tokens of ||J v - d||^2 + q sum_r v_r^T M v_r

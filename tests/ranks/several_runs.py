@@ -18,7 +18,9 @@ def main(folder: Path, experiments: dict[str, list[str]]) -> None:
         for name, options in experiments.items():
             run_folder = folder / name / f"run-{ranks.rank}"
             run_folder.mkdir(parents=True)
-            config = compose_experiment("tracking=none", f"paths.outputs={folder / name / 'outputs'}", *options)
+            config = compose_experiment(
+                "tracking=none", f"paths.outputs={folder / name / 'outputs'}", *options
+            )
             summary = run(config, run_folder, ranks=ranks)
             (folder / name / f"rank-{ranks.rank}.json").write_text(json.dumps(asdict(summary)["metrics"]))
 

@@ -1,0 +1,48 @@
+"""Ranks of which one fails: python tests/ranks/failing.py FOLDER HOW, with everybody else at work meanwhile."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from heapr.main import one_line_errors
+from heapr.origin import Origin
+from heapr.ranks import Ranks, started_ranks
+from heapr.store import Store
+
+
+def compute(ranks: Ranks, how: str) -> str:
+    if how != "nobody" and ranks.rank == 1:
+        time.sleep(0.5)
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise ValueError("this rank has had enough")
+    if how != "nobody" and ranks.rank == 2:
+        time.sleep(120)  # computes, and looks at nothing
+    total = ranks.total(ranks.rank)  # rank 0 waits in a collective
+    return f"{total} {ranks.gather([ranks.rank, 0.1])} {ranks.in_order(ranks.share('abcde'))}"
+
+
+def main(folder: Path, how: str) -> None:
+    with one_line_errors(), started_ranks() as ranks:
+        ranks.check_same(
+            "configuration", {"pruning.ratio": 0.25 if how != "other" or ranks.rank < 2 else 0.5}
+        )
+        root = folder / str(ranks.rank) if how == "blind" else folder
+        store = Store(root, torch.device("cpu"), ranks=ranks)
+        store.check_is_shared()
+        origin = Origin(stage="score", version=1, config={}, upstream={})
+        artifact = store.get(
+            origin, lambda: compute(ranks, how), lambda path, text: (path / "found.txt").write_text(text)
+        )
+        assert (artifact.path / "found.txt").is_file()
+        ranks.barrier()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
