@@ -15,9 +15,10 @@ from omegaconf import DictConfig
 
 from heapr.main import one_line_errors, options_of_rank, run_job
 from heapr.overrides import options_first
-from heapr.ranks import Ranks, started_ranks
+from heapr.ranks import Ranks
 from heapr.schema import register
 from heapr.signals import end_with_parent
+from heapr.start_ranks import started_ranks
 
 
 def main(ranks: Ranks) -> None:

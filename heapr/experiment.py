@@ -31,6 +31,7 @@ from heapr.pruning.uniform import Settings, choose_uniform_width, describe_unifo
 from heapr.ranks import ONE_PROCESS, Ranks
 from heapr.schema import ExperimentConfig, ModelConfig
 from heapr.score.criterion import Criterion
+from heapr.shared_folder import check_is_shared
 from heapr.steps import Steps, experiment_steps
 from heapr.store import Store
 from heapr.text.corpora import Corpus
@@ -186,7 +187,7 @@ def prepare(
     device = _device_of_rank(device, ranks, config.runtime.device_map)
     artifacts = Path(config.paths.outputs) / ARTIFACTS
     store = Store(artifacts, device, ranks=ranks, wait_minutes=config.runtime.wait_minutes)
-    store.check_is_shared()
+    check_is_shared(store.root, ranks)
     with ranks.in_turn():
         plugins = build_plugins(config, notes)
         source = find_source(config.model, digests=store.digests, config_only=notes is not None)

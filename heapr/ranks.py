@@ -1,8 +1,8 @@
 """The processes that work on one experiment together: who does what, and how results come together.
 
-In: the environment that torchrun, accelerate or srun made. Out: `Ranks`, which are passed down to whoever
-shares work out. A process that works alone is rank 0 of 1; for it everything here does nothing, and
-torch.distributed is not imported (heapr/process_group.py has the rest).
+In: items, numbers and tensors of one rank. Out: its share, or what all ranks have together. `Ranks` are
+passed down to whoever shares work out. A process that works alone is rank 0 of 1; for it everything here does
+nothing, and torch.distributed is not imported. Several processes are in heapr/process_group.py.
 
 What is shared out are batches. Every batch is thus computed as one process computes it, and sums differ by
 the order of additions alone.
@@ -10,20 +10,15 @@ the order of additions alone.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
-
-from heapr.rank_environment import place_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
 Number = TypeVar("Number", int, float)
-
-RANK_IN_LOG = "HEAPR_RANK"  # environment variable for conf/hydra/job_logging/rank.yaml
 
 
 class Ranks:
@@ -111,26 +106,3 @@ class Ranks:
 
 
 ONE_PROCESS = Ranks()
-
-
-@contextmanager
-def started_ranks() -> Iterator[Ranks]:
-    """The ranks that this process is one of, for as long as the context lasts.
-
-    Raises:
-        ConfigError: the processes cannot meet, or run different versions of the code.
-        RankEnded: see `Ranks.together`.
-    """
-    place = place_of(os.environ)
-    if place is None:
-        yield ONE_PROCESS
-        return
-    if place.rank > 0:
-        # Read when tqdm and the hub's library are imported. Otherwise bars of all libraries come out often.
-        os.environ["TQDM_DISABLE"] = "1"
-        os.environ[RANK_IN_LOG] = str(place.rank)
-        os.environ["HF_HUB_OFFLINE"] = "1"  # rank 0 asks the hub
-    from heapr.process_group import process_group  # imports torch
-
-    with process_group(place) as ranks:
-        yield ranks

@@ -17,14 +17,13 @@ import errno
 import json
 import logging
 import os
-import secrets
 import shutil
-import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,6 +40,7 @@ from heapr.measure import StageMeter
 from heapr.origin import Origin, canonical
 from heapr.publishing import add_part, empty_folder, publish
 from heapr.ranks import ONE_PROCESS, Ranks
+from heapr.shared_folder import wait_to_see
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +48,6 @@ SCRATCH_DAYS = 14  # scratch that is unchanged for longer counts as abandoned
 LARGE_FILE = 64 * 2**20  # bytes; smaller files are hashed each time, which takes little time
 WHOLE = ""  # in place of a part's name: the artifact itself
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-LOOK_SECONDS = 5.0  # for a folder of rank 0
-SEEN_SECONDS = 120.0  # in which a shared file system shows one machine what another one has written
 
 T = TypeVar("T")
 
@@ -133,29 +131,6 @@ class Store:
         """Whether an artifact, or a part of it, is in the store, complete and undamaged."""
         with _one_line_about_permissions(self.root):
             return self._first_finds_intact(self.path(origin), part)
-
-    def check_is_shared(self) -> None:
-        """Check that all ranks see the folder of rank 0.
-
-        Raises:
-            ConfigError: one does not; the message names it.
-        """
-        if self._ranks.size == 1:
-            return
-        token = self.root / f".seen-by-all-{self._ranks.of_first(secrets.token_hex(8))}"
-        if self._ranks.is_first:
-            token.touch()
-        self._ranks.barrier()
-        is_seen = _appears(token.is_file, LOOK_SECONDS)
-        seen = self._ranks.gather([socket.gethostname(), is_seen])
-        if self._ranks.is_first:
-            token.unlink()
-        blind = [f"rank {rank} on {host}" for rank, (host, sees) in enumerate(seen) if not sees]
-        if blind:
-            raise ConfigError(
-                f"{', '.join(blind)} cannot see '{self.root}' of rank 0; give a folder that all machines"
-                " share, with paths.outputs=..."
-            )
 
     def get(
         self, origin: Origin, compute: Callable[[], T], write: Callable[[Path, T], None], part: str = WHOLE
@@ -256,7 +231,7 @@ class Store:
             self._ranks.barrier()
             if self._ranks.is_first:
                 shutil.rmtree(_scratch_of(path, part), ignore_errors=True)
-        self._wait_to_see(path, part)
+        wait_to_see(path, partial(_is_listed, path, part), self._ranks)
         return True
 
     def _make(
@@ -277,19 +252,6 @@ class Store:
     def _first_finds_intact(self, path: Path, part: str) -> bool:
         """Whether rank 0 finds an artifact complete and undamaged; all ranks go by that."""
         return self._ranks.of_first(self._ranks.is_first and self._is_intact(path, part))
-
-    def _wait_to_see(self, path: Path, part: str) -> None:
-        """Wait until the file system shows other ranks what rank 0 has written.
-
-        Raises:
-            ConfigError: it does not.
-        """
-        if self._ranks.is_first or _appears(lambda: _is_listed(path, part), SEEN_SECONDS):
-            return
-        raise ConfigError(
-            f"rank {self._ranks.rank} on {socket.gethostname()} does not see '{path}', which rank 0 wrote"
-            f" {SEEN_SECONDS:.0f} s ago; give a folder that all machines share, with paths.outputs=..."
-        )
 
     def _locked(self, path: Path) -> AbstractContextManager[None]:
         """Hold the lock of the artifact in a folder."""
@@ -351,16 +313,6 @@ def _one_line_about_space(root: Path) -> Iterator[None]:
                 " choose another folder with paths.outputs=..."
             ) from error
         raise
-
-
-def _appears(is_there: Callable[[], bool], seconds: float) -> bool:
-    """Whether something becomes true within so many seconds."""
-    limit = time.monotonic() + seconds
-    while not is_there():
-        if time.monotonic() > limit:
-            return False
-        time.sleep(0.2)
-    return True
 
 
 def _is_listed(path: Path, part: str) -> bool:

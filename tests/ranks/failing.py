@@ -12,7 +12,9 @@ import torch
 
 from heapr.main import one_line_errors
 from heapr.origin import Origin
-from heapr.ranks import Ranks, started_ranks
+from heapr.ranks import Ranks
+from heapr.shared_folder import check_is_shared
+from heapr.start_ranks import started_ranks
 from heapr.store import Store
 
 
@@ -35,7 +37,7 @@ def main(folder: Path, how: str) -> None:
         )
         root = folder / str(ranks.rank) if how == "blind" else folder
         store = Store(root, torch.device("cpu"), ranks=ranks)
-        store.check_is_shared()
+        check_is_shared(root, ranks)
         origin = Origin(stage="score", version=1, config={}, upstream={})
         artifact = store.get(
             origin, lambda: compute(ranks, how), lambda path, text: (path / "found.txt").write_text(text)

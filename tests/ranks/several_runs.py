@@ -9,7 +9,7 @@ from pathlib import Path
 
 from heapr.main import one_line_errors
 from heapr.pipeline import run
-from heapr.ranks import started_ranks
+from heapr.start_ranks import started_ranks
 from tests.experiment import compose_experiment
 
 

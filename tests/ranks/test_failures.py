@@ -11,7 +11,7 @@ import pytest
 from heapr import rank_environment
 from heapr.errors import ConfigError
 from heapr.rank_environment import Place, first_host, place_of
-from heapr.ranks import started_ranks
+from heapr.start_ranks import started_ranks
 from tests.ranks.processes import finish, start
 
 
