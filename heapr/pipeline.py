@@ -186,11 +186,13 @@ class Pipeline:
             tokens = self.results.tokens(step)
             batch_size = self.experiment.config.calibration.batch_size
             num_batches = math.ceil(len(tokens.ids_NW) / batch_size)
-            bar = progress(batches(tokens, batch_size), total=num_batches, description="calibrate")
+            all_batches = batches(tokens, batch_size)
             on_batch = values.CalibrationProgress(self.tracker)
             model = self._model(step)
             way = self.experiment.placement.way(model, partial(self._files, step, tokens))
-            return tokens, collect(model, bar, way=way, on_batch=on_batch)
+            if not model.is_streamed:  # which shows its progress through the layers
+                all_batches = progress(all_batches, total=num_batches, description="calibrate")
+            return tokens, collect(model, all_batches, way=way, on_batch=on_batch)
 
         self._get(step, compute, artifacts.write_calibration)
         statistics: Statistics = self.results.of(step)
