@@ -3,8 +3,8 @@
 Run:  make gpu, or: python -m benchmarks.gpu --wheels FOLDER
       in the repository; needs torch, transformers and pytest, and Triton for the kernel. It installs nothing:
       what else is missing is taken from a folder of wheels of pure Python.
-Out:  one table, measured beside predicted (PREDICTIONS.md), and benchmarks/results/gpu_<card>.json. Without a
-      GPU everything runs with toy shapes, which show that nothing breaks and mean nothing; no file is written.
+Out:  one table, measured beside predicted (PREDICTIONS.md), and benchmarks/results/gpu_<card>.json. Without
+      a GPU everything runs with toy shapes, which show that nothing breaks; no file is written then.
 
 Each part is a process of its own with a time limit, so that one failure does not cost the rest.
 """
@@ -38,7 +38,9 @@ ROWS = "rows: "  # before a part's result, which is its last line
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--parts", default=",".join(PARTS), help="some of: %(default)s")
     parser.add_argument("--toy", action="store_true", help="toy shapes on the CPU, even if there is a GPU")
     parser.add_argument("--wheels", type=Path, help="folder of wheels whose packages are missing here")
@@ -51,7 +53,9 @@ def main() -> int:
 
     toy = arguments.toy or not torch.cuda.is_available()
     card = "toy" if toy else torch.cuda.get_device_name()
-    print(f"{card}, torch {torch.__version__}{', toy shapes: figures mean nothing' if toy else ''}", flush=True)
+    print(
+        f"{card}, torch {torch.__version__}{', toy shapes: figures mean nothing' if toy else ''}", flush=True
+    )
     found = {}
     for part in arguments.parts.split(","):
         found[part] = run_part(_command(part, toy=toy), limit=PARTS[part], wheels=arguments.wheels)

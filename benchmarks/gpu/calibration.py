@@ -1,7 +1,7 @@
 """Calibration of DeepSeekMoE-16B at full size, random weights made on the device.
 
-(a) the bare model's forward and input-gradient backward, experts by transformers' grouped_mm; (b) the same with
-all statistics. Out: seconds, their ratio at the largest batch that both have memory for, peak memory.
+(a) the bare model's forward and input-gradient backward, experts by transformers' grouped_mm; (b) the same
+with all statistics. Out: seconds, their ratio at the largest batch that both have memory for, peak memory.
 """
 
 from __future__ import annotations

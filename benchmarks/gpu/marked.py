@@ -15,7 +15,11 @@ from benchmarks.gpu.rows import Row
 from benchmarks.gpu.shapes import Shapes
 
 ROOT = Path(__file__).parents[2]
-FILES = ("tests/model/test_grouped.py", "tests/calibration/test_kernel.py", "tests/calibration/test_collector.py")
+FILES = (
+    "tests/model/test_grouped.py",
+    "tests/calibration/test_kernel.py",
+    "tests/calibration/test_collector.py",
+)
 OUTCOMES = ("passed", "failed", "skipped")
 
 

@@ -43,7 +43,9 @@ def measure(shapes: Shapes, device: torch.device) -> list[Row]:
             seconds = seconds_in_turns(procedures, device, repeats=shapes.repeats, inner=3)
             saved = saved_factor(widths, shapes.width, tokens[1], phase)
             name = f"ragged {ratio}, {phase}"
-            rows.append(Row(f"{name}: dense, ours / transformers'", seconds["dense, ours"] / seconds["dense"], ""))
+            ours = seconds["dense, ours"] / seconds["dense"]
+            rows.append(Row(f"{name}: dense, ours / transformers'", ours, ""))
+
             for way in ("grouped", "loop"):
                 speed_up = seconds["dense"] / seconds[way]
                 rows.append(Row(f"{name}: {way}, speed-up / saved", speed_up / saved, ""))

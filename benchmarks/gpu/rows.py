@@ -41,7 +41,9 @@ def table(rows: Sequence[Row]) -> str:
     lines = [("", "measured", "predicted", "aim")]
     predicted = predictions()
     for row in rows:
-        lines.append((row.name, f"{row.value:.4g} {row.unit}".strip(), *predicted.get(row.name, ("", ""))))
+        measured = f"{row.value:.4g} {row.unit}".strip()
+        line = (row.name, measured, *predicted.get(row.name, ("", "")))
+        lines.append(line)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
     return "\n".join("  ".join(cells).rstrip() for cells in padded)

@@ -56,7 +56,8 @@ TOY = Shapes(
     vocabulary_size=64,
     deepseek=(
         ("vocab_size", 64), ("hidden_size", 32), ("intermediate_size", 32), ("moe_intermediate_size", 16),
-        ("num_hidden_layers", 3), ("num_attention_heads", 2), ("n_routed_experts", 4), ("num_experts_per_tok", 2),
+        ("num_hidden_layers", 3), ("num_attention_heads", 2), ("n_routed_experts", 4),
+        ("num_experts_per_tok", 2),
     ),
     num_sequences=4, window=16, batch_size=2, batches_of_layers=2, prefill=64, decode=4, repair_tokens=256,
     repeats=1,
