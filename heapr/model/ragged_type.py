@@ -1,7 +1,6 @@
-"""The model type of ragged checkpoints, "heapr_<type>": the family's configuration and class, whose experts
-get individual widths.
+"""The model type of ragged checkpoints, "heapr_<type>": a family's classes with experts of individual widths.
 
-In: a family's configuration class, or a folder. Out: two classes, known to transformers.
+In: a family's configuration class, or a folder. Out: two classes that transformers can load.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ RAGGED_PREFIX = "heapr_"
 
 
 def register_ragged(folder: Path) -> None:
-    """Make transformers know the model type of a ragged checkpoint; does nothing for other folders.
+    """Register the model type of a ragged checkpoint with transformers; does nothing for other folders.
 
     Raises:
         ConfigError: the folder has no config.json, or its family is unknown.
@@ -29,7 +28,8 @@ def register_ragged(folder: Path) -> None:
             f"folder '{folder}' has no config.json, so it is not a checkpoint; give the folder that prune"
             " wrote"
         )
-    model_type = str(PretrainedConfig.get_config_dict(folder, local_files_only=True)[0].get("model_type", ""))
+    fields, _ = PretrainedConfig.get_config_dict(folder, local_files_only=True)
+    model_type = str(fields.get("model_type", ""))
     if not model_type.startswith(RAGGED_PREFIX) or model_type in CONFIG_MAPPING:
         return
     family = model_type.removeprefix(RAGGED_PREFIX)
@@ -46,17 +46,19 @@ def register_ragged(folder: Path) -> None:
 def ragged_classes(
     config_class: type[PretrainedConfig],
 ) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
-    """The same two classes as in the modelling file beside a checkpoint."""
+    """The ragged configuration and model class, as the modelling file beside a checkpoint defines them."""
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
-    ragged_config = type(
-        f"Heapr{config_class.__name__}",
-        (config_class,),
-        {"model_type": RAGGED_PREFIX + config_class.model_type},
-    )
+    members = {"model_type": RAGGED_PREFIX + config_class.model_type}
+    ragged_config = type(f"Heapr{config_class.__name__}", (config_class,), members)
 
     def initialise(self: PreTrainedModel, config: PretrainedConfig) -> None:
         model_class.__init__(self, config)
         make_ragged(self, config.expert_widths)
 
-    members = {"config_class": ragged_config, "__init__": initialise, "__module__": model_class.__module__}
-    return ragged_config, type(f"Heapr{model_class.__name__}", (model_class,), members)
+    model_members = {
+        "config_class": ragged_config,
+        "__init__": initialise,
+        "__module__": model_class.__module__,
+    }
+    ragged_model = type(f"Heapr{model_class.__name__}", (model_class,), model_members)
+    return ragged_config, ragged_model
