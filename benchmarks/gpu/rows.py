@@ -15,7 +15,7 @@ import torch
 from heapr.measure import wait_for
 
 PREDICTIONS = Path(__file__).parent / "PREDICTIONS.md"
-PREDICTION = re.compile(r"^\| `(?P<name>[^`]+)` \| (?P<predicted>[^|]*) \| (?P<aim>[^|]*) \|", re.MULTILINE)
+PREDICTION = re.compile(r"^\| `(?P<name>[^`]+)` \|(?P<predicted>[^|]*)\|(?P<aim>[^|]*)\|", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -50,21 +50,27 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def seconds_in_turns(
-    procedures: Mapping[str, Callable[[], object]], device: torch.device, *, repeats: int, inner: int = 1
+    procedures: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    repeats: int,
+    inner: int = 1,
+    warm: bool = True,
 ) -> dict[str, float]:
-    """Median seconds of each; all take turns, after a turn that warms up.
+    """Median seconds of each; all take turns.
 
     Args:
         inner: how often a procedure runs between two looks at the clock.
+        warm: whether a turn that does not count comes first.
     """
     times: dict[str, list[float]] = {name: [] for name in procedures}
-    for turn in range(repeats + 1):
+    for turn in range(repeats + warm):
         for name, procedure in procedures.items():
             wait_for(device)
             started = time.perf_counter()
             for _ in range(inner):
                 procedure()
             wait_for(device)
-            if turn:
+            if turn >= warm:
                 times[name].append((time.perf_counter() - started) / inner)
     return {name: statistics.median(values) for name, values in times.items()}

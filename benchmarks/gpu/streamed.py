@@ -1,6 +1,6 @@
 """Calibration span by span against one pass, DeepSeekMoE-16B at full size: what the memory of a span costs.
 
-Out: peak memory beside the weights of both, and the time of the former over the latter's.
+Out: peak memory of both, weights included, and the time of the former over the latter's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ LAYERS_OF_SPAN = 4
 def measure(shapes: Shapes, device: torch.device) -> list[Row]:
     model = deepseek_model(shapes, device)
     view = MoEModel(model)
-    batches = token_batches(model, shapes, 2 * shapes.batch_size)
+    ids_NW = torch.cat(token_batches(model, shapes, 2 * shapes.batch_size))
+    batches = list(ids_NW.split(max(1, shapes.batch_size // 4)))  # one pass has memory for it
     num_layers = len(view.decoder_layers)
     starts = range(0, num_layers, LAYERS_OF_SPAN)
     spans = [range(start, min(start + LAYERS_OF_SPAN, num_layers)) for start in starts]

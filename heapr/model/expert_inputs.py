@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from heapr.model.experts.dispatch import use_heapr_experts
+from heapr.model.experts.grouped import run_fastest
 from heapr.model.experts.layout import Experts, layout_of, routing_of
-from heapr.model.experts.loop import run_experts
 from heapr.model.experts.ragged import RaggedExperts
 from heapr.model.moe import MoELayer, MoEModel
 from heapr.model.span import Reached, run_span
@@ -82,7 +82,7 @@ def _run_layer(
         inputs.append(_compact(experts, hidden_TD, *routing))
         if not beyond:
             raise Reached
-        return run_experts(without_atomic_experts(experts), hidden_TD, *routing)
+        return run_fastest(without_atomic_experts(experts), hidden_TD, *routing)
 
     span = range(layer.index, layer.index + 1)
     with use_heapr_experts(model.model, take_inputs):

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from torch import Tensor
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
 from heapr.calibration import kernel
 from heapr.calibration.kernel import MAXIMUM, SUMS, tile_statistics
 from heapr.calibration.segments import Segments, pair_statistics
 
+pytestmark = pytest.mark.kernel
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COUNTS = [3, 0, 300, 1, 0, 256, 0]  # no rows, more than a tile, exactly one
 TAIL = 2  # rows of no expert
+
+
+def fresh_on_a_gpu(seed: int) -> None:
+    """Seeded in the interpreter."""
+    if torch.cuda.is_available():
+        torch.seed()
+    else:
+        torch.manual_seed(seed)
 
 
 def rows_of(counts: list[int], width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -59,17 +64,17 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 130), (torch.bfloat16, 24)])
 def test_tiles_add_up_to_the_definitions(dtype: torch.dtype, width: int) -> None:
-    torch.manual_seed(0)
+    fresh_on_a_gpu(0)
     h_SF, grad_SF, p_S, offsets = rows_of(COUNTS, width, dtype)
     found = tile_statistics(h_SF, grad_SF, p_S, offsets)
     for name, expected_EF in expected_of(h_SF, grad_SF, p_S, COUNTS).items():
         assert found[name].dtype == torch.float64 and found[name].shape == expected_EF.shape
-        assert (found[name] - expected_EF).norm() <= 1e-6 * expected_EF.norm(), name
+        assert (found[name] - expected_EF).norm() <= 1e-5 * expected_EF.norm(), name
         assert not found[name][torch.tensor(COUNTS) == 0].any(), name
 
 
 def test_without_triton_the_result_is_the_same() -> None:
-    torch.manual_seed(1)
+    fresh_on_a_gpu(1)
     h_SF, grad_SF, p_S, offsets = rows_of(COUNTS, 24, torch.bfloat16)
     there = slice(0, sum(COUNTS))
     found = tile_statistics(h_SF, grad_SF, p_S, offsets)

@@ -31,6 +31,13 @@ class Bucket(NamedTuple):
     down_BDF: Tensor
 
 
+class Packed(NamedTuple):
+    """Copies of ragged experts' weights, and the state of the weights that they were made of."""
+
+    state: list[Any]
+    buckets: list[Bucket]
+
+
 def buckets_of(experts: Experts) -> list[Bucket]:
     """Dense experts are one bucket, which is their own memory. Ragged ones are copied, filled up with zeros,
     and the copy is kept in the module's attribute `packed` until a weight changes: it takes the memory of the
@@ -41,11 +48,10 @@ def buckets_of(experts: Experts) -> list[Bucket]:
         stored = (inputs.mT, down.mT) if layout.is_transposed else (inputs, down)
         return [Bucket(slice(None), stored[0].detach(), stored[1].detach())]
     state = _state_of(experts)
-    packed = getattr(experts, "packed", None)
-    if packed is None or packed[0] != state:
-        packed = experts.packed = (state, pack(experts))
-    buckets: list[Bucket] = packed[1]
-    return buckets
+    packed: Packed | None = experts.packed
+    if packed is None or packed.state != state:
+        packed = experts.packed = Packed(state, pack(experts))
+    return packed.buckets
 
 
 @torch.no_grad()
