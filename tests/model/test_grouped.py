@@ -12,13 +12,17 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from heapr.model.experts import grouped
+from heapr.model.experts.dispatch import use_heapr_experts
 from heapr.model.experts.grouped import Pairs, is_grouped, run_grouped
-from heapr.model.experts.layout import Experts
+from heapr.model.experts.layout import Experts, matrices_of
 from heapr.model.experts.loop import run_experts
 from heapr.model.experts.packed import packed_bytes, width_buckets
 from heapr.model.experts.ragged import RaggedExperts
 from heapr.model.moe import MoEModel
-from tests.tiny import tiny_model
+from heapr.pruning.surgery import remove
+from heapr.types import Plan
+from tests.same import logits
+from tests.tiny import tiny_ids, tiny_model
 
 NUM_TOKENS, TOP_K = 40, 3
 SERVED = ("qwen3_moe", "qwen2_moe", "deepseek", "aria", "nemotron_h")
@@ -280,3 +284,21 @@ def outputs_and_gradients_on_gpu(run: object, experts: Experts, inputs: list[Ten
     weight_TD = torch.linspace(-1, 1, output_TD.numel(), device="cuda").view_as(output_TD)
     grads = torch.autograd.grad(output_TD, [leaves[0], leaves[2]], weight_TD.to(output_TD.dtype))
     return [output_TD.detach(), *grads]
+
+
+def test_a_plan_that_keeps_everything_changes_no_bit() -> None:
+    """As `use_comparable_experts` needs on a GPU: the same products, of matrices in the same layout."""
+    dense = qwen_experts(width=72)
+    ragged = RaggedExperts(dense, [72] * 6).requires_grad_(False).fill(matrices_of(dense))
+    inputs = routed(dense)
+    assert torch.equal(run_grouped(ragged, *inputs), run_grouped(dense, *inputs))
+
+
+def test_packed_weights_are_freed_with_the_context() -> None:
+    model = MoEModel(tiny_model("qwen3_moe"))
+    kept_EF = torch.arange(8).expand(4, 8) < 5
+    remove(model, Plan(layers={layer.index: kept_EF for layer in model.layers}))
+    with torch.no_grad(), use_heapr_experts(model.model, run_grouped):
+        logits(model.model, tiny_ids(1, 4))
+        assert all(layer.experts.packed is not None for layer in model.layers)
+    assert all(layer.experts.packed is None for layer in model.layers)

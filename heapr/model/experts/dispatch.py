@@ -75,8 +75,8 @@ def use_heapr_experts(model: PreTrainedModel, run: ExpertsForward | None = None)
     values: list[tuple[nn.Module, str, Any]] = []
     for module in modules:
         values.append((module, "run", run or forward_for(module)))
-        if is_ragged(module):  # copies of its weights live as long as this context
-            values.append((module, "packed", None))
+        if is_ragged(module):  # copies of its weights made inside are freed at the end
+            values.append((module, "packed", module.packed))
         if is_outside_interface(module):
             values.append((module, _forward_name(module), partial(run_chosen, module)))
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, run_chosen)
