@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
+from heapr.calibration.collector import LayerObserver
+from heapr.model.checkpoint import save_checkpoint
 from heapr.model.experts import grouped
 from heapr.model.experts.dispatch import use_heapr_experts
-from heapr.model.experts.grouped import Pairs, is_grouped, run_grouped
+from heapr.model.experts.grouped import Pairs, is_grouped, run_fastest, run_grouped
 from heapr.model.experts.layout import Experts, matrices_of
 from heapr.model.experts.loop import run_experts
 from heapr.model.experts.packed import packed_bytes, width_buckets
@@ -22,7 +26,7 @@ from heapr.model.moe import MoEModel
 from heapr.pruning.surgery import remove
 from heapr.types import Plan
 from tests.same import logits
-from tests.tiny import tiny_ids, tiny_model
+from tests.tiny import tiny_ids, tiny_model, write_description
 
 NUM_TOKENS, TOP_K = 40, 3
 SERVED = ("qwen3_moe", "qwen2_moe", "deepseek", "aria", "nemotron_h")
@@ -302,3 +306,38 @@ def test_packed_weights_are_freed_with_the_context() -> None:
         logits(model.model, tiny_ids(1, 4))
         assert all(layer.experts.packed is not None for layer in model.layers)
     assert all(layer.experts.packed is None for layer in model.layers)
+
+
+def test_a_checkpoint_brings_the_grouped_way_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files beside it are modules of their own, with classes of their own."""
+    model = MoEModel(tiny_model("qwen3_moe"))
+    original = write_description(tmp_path / "original", model.model)
+    kept_EF = torch.arange(8).expand(4, 8) < torch.tensor([[3], [8], [0], [5]])
+    remove(model, Plan(layers={layer.index: kept_EF for layer in model.layers}))
+    save_checkpoint(model, original, tmp_path / "beside_checkpoint", about={})
+    monkeypatch.syspath_prepend(tmp_path)
+    ragged, beside = (import_module(f"beside_checkpoint.{name}") for name in ("ragged", "grouped"))
+    ours = model.layers[0].experts.requires_grad_(False)
+    theirs = ragged.RaggedExperts(ours, ours.widths).requires_grad_(False).fill(matrices_of(ours))
+    inputs = routed(ours, model_width=16)
+    assert beside.is_grouped(theirs, inputs[0]) and theirs.run is beside.run_fastest
+    expected = outputs_and_gradients(run_experts, ours, inputs)
+    assert_close(outputs_and_gradients(beside.run_grouped, theirs, inputs), expected, 1e-5)
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_never_waited_for() -> None:
+    """By dense experts under observation, in bfloat16: other dtypes have a grouped_mm that waits."""
+    layer = MoEModel(tiny_model("qwen3_moe").cuda().bfloat16().requires_grad_(False)).layers[0]
+    hidden_TD, expert_TK, p_TK = (
+        tensor.detach().cuda() for tensor in routed(layer.experts, torch.bfloat16, 16)
+    )
+    layer.experts.observer = LayerObserver(layer)
+    for mode in ("default", "error"):  # the first round compiles the kernel
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            leaves = [hidden_TD.requires_grad_(), expert_TK, p_TK.requires_grad_()]
+            run_fastest(layer.experts, *leaves).sum().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert layer.experts.observer.sums["count_E"].sum() == 2 * expert_TK.numel()
