@@ -20,6 +20,7 @@ FILES = (
     "tests/model/test_grouped.py",
     "tests/calibration/test_kernel.py",
     "tests/calibration/test_collector.py",
+    "tests/test_ragged_kernel.py",
 )
 OUTCOMES = ("passed", "failed", "skipped")
 

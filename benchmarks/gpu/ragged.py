@@ -2,12 +2,14 @@
 
 Widths are those of a real plan of a built-in model (`widths.json`, HEAPr's score, ranked globally), scaled.
 Out: the speed-up over transformers' dense grouped_mm, over what was saved: FLOPs in prefill, bytes of the
-experts that tokens go to in decode. Beside it the loop, and what packing costs in memory.
+experts that tokens go to in decode. Beside it the loop, the candidate kernel, and what packing costs in
+memory.
 """
 
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -40,13 +42,17 @@ def measure(shapes: Shapes, device: torch.device) -> list[Row]:
                 "grouped": lambda tokens=tokens, ragged=ragged: run_grouped(ragged, *tokens),
                 "loop": lambda tokens=tokens, ragged=ragged: run_experts(ragged, *tokens),
             }
+            if device.type == "cuda" and find_spec("triton") is not None:
+                from benchmarks.gpu.ragged_kernel import run_persistent
+
+                procedures["kernel"] = lambda tokens=tokens, ragged=ragged: run_persistent(ragged, *tokens)
             seconds = seconds_in_turns(procedures, device, repeats=shapes.repeats, inner=3)
             saved = saved_factor(widths, shapes.width, tokens[1], phase)
             name = f"ragged {ratio}, {phase}"
             ours = seconds["dense, ours"] / seconds["dense"]
             rows.append(Row(f"{name}: dense, ours / transformers'", ours, ""))
 
-            for way in ("grouped", "loop"):
+            for way in list(procedures)[2:]:
                 speed_up = seconds["dense"] / seconds[way]
                 rows.append(Row(f"{name}: {way}, speed-up / saved", speed_up / saved, ""))
     return rows
