@@ -1,7 +1,7 @@
 """Text for the medium model, from documentation packages of Debian: one JSON-lines file for each package.
 
 Run:  apt-get install (or download, and unpack with dpkg-deb) the packages named below, then
-      python experiments/medium/text.py --output outputs/medium/text
+      python -m experiments.medium.text --output outputs/medium/text
 Out:  <package>.jsonl, a page of documentation a line, and sources.json with names, licences and sizes.
 
 Only what is text on a page is kept: no navigation, no scripts, no page that was seen before.

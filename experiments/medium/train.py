@@ -1,9 +1,9 @@
 """Train a Qwen3-MoE-like model of about 130 million parameters on documentation, to be pruned.
 
-Run:  python experiments/medium/train.py --text outputs/medium/text --minutes 6      (the text: text.py)
-Out:  outputs/medium/model: state.safetensors (for resuming), final/ (bfloat16 model, tokenizer, card), and
-      heldout.jsonl, kept_out.jsonl: what was held out of the trained-on packages, and of which nothing was
-      trained on, for measuring.
+Run:  python -m experiments.medium.train --text outputs/medium/text --prepare         (the text: text.py)
+      python -m experiments.medium.train --minutes 6                                  on a GPU
+Out:  outputs/medium/model: tokens.safetensors and tokenizer/, all that the second command reads (tokens.py);
+      state.safetensors (for resuming), final/ (bfloat16 model, tokenizer, card).
 
 Seeded and resumable: the order of the text depends on (seed, step) alone. Matrix products are in bfloat16;
 the weights that the optimizer changes are float32. A run whose minutes are over saves its state, and goes on
@@ -19,7 +19,6 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +26,13 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
-END_OF_TEXT = "<|endoftext|>"
-HELD_OUT_SHARE = 20  # one document in so many
+from experiments.medium.tokens import TOKENS, prepare
+
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
-TOKENIZER_CHARACTERS = 20_000_000  # that the vocabulary is learned from
 
 
 @dataclass(frozen=True)
@@ -67,52 +64,6 @@ TOY = Schedule(
     num_layers=2, num_experts=8, experts_per_token=2, width=16, model_width=32, num_heads=2,
     vocabulary_size=300, num_steps=6, batch_size=2, window=16, num_warmup_steps=2,
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Text:
-    """Documents to train on, held out of the same packages, and of packages that nothing is trained on."""
-
-    train: list[str]
-    heldout: list[str]
-    kept_out: list[str]
-
-    @classmethod
-    def read(cls, folder: Path) -> Text:
-        """From what text.py wrote. Which document is held out is decided by its hash."""
-        about = json.loads((folder / "sources.json").read_text())
-        parts: dict[str, list[str]] = {"train": [], "heldout": [], "kept_out": []}
-        for package, facts in about.items():
-            for line in (folder / f"{package}.jsonl").read_text().splitlines():
-                document = json.loads(line)["text"]
-                is_held_out = int(sha256(document.encode()).hexdigest(), 16) % HELD_OUT_SHARE == 0
-                part = "kept_out" if facts["kept_out"] else "heldout" if is_held_out else "train"
-                parts[part].append(document)
-        return cls(**parts)
-
-
-def train_tokenizer(documents: Sequence[str], vocabulary_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE; no token is ever unknown."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=alphabet,
-        show_progress=False,
-    )
-    share = max(1, sum(map(len, documents)) // TOKENIZER_CHARACTERS)
-    tokenizer.train_from_iterator(documents[::share], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
-
-
-def encode(tokenizer: PreTrainedTokenizerFast, documents: Sequence[str]) -> Tensor:
-    """All documents as one row of token ids, int64, an end-of-text behind each."""
-    end = [tokenizer.eos_token_id]
-    encoded = tokenizer(list(documents), verbose=False)["input_ids"]
-    return torch.cat([torch.tensor(ids + end) for ids in encoded])
 
 
 def build_model(schedule: Schedule) -> Qwen3MoeForCausalLM:
@@ -245,7 +196,7 @@ def sample_batch(tokens_T: Tensor, schedule: Schedule, step: int) -> Tensor:
     last = len(tokens_T) - schedule.window
     start_N = torch.randint(last + 1, (schedule.batch_size, 1), generator=generator)
     place_NW = start_N + torch.arange(schedule.window)
-    return tokens_T[place_NW.to(tokens_T.device)]
+    return tokens_T[place_NW.to(tokens_T.device)].long()
 
 
 @torch.no_grad()
@@ -254,7 +205,8 @@ def mean_loss(model: Qwen3MoeForCausalLM, tokens_T: Tensor, schedule: Schedule) 
     num_windows = max(1, len(tokens_T) // schedule.window)
     windows_NW = tokens_T[: num_windows * schedule.window].view(num_windows, -1)
     total = torch.zeros((), dtype=torch.float64, device=tokens_T.device)
-    for ids_NW in windows_NW.split(schedule.batch_size):
+    for held_NW in windows_NW.split(schedule.batch_size):
+        ids_NW = held_NW.long()
         logits = model(input_ids=ids_NW, use_cache=False).logits[:, :-1].flatten(0, 1).float()
         total += F.cross_entropy(logits, ids_NW[:, 1:].flatten(), reduction="sum")
     return total.item() / windows_NW[:, 1:].numel()
@@ -307,19 +259,13 @@ Perplexity in windows of {schedule.window} tokens: {heldout:.2f} on documents he
     )
 
 
-def write_texts(text: Text, folder: Path) -> None:
-    """What to measure on, for heapr's `text_files` corpus."""
-    for name in ("heldout", "kept_out"):
-        lines = [json.dumps({"text": document}) for document in getattr(text, name)]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--text", type=Path, default=Path("outputs/medium/text"))
     parser.add_argument("--output", type=Path, default=Path("outputs/medium/model"))
+    parser.add_argument("--prepare", action="store_true", help="only make tokens and tokenizer of the text")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long, to go on later")
     parser.add_argument("--evaluate-every", type=int, default=1000)
@@ -335,16 +281,16 @@ def main() -> None:
         schedule = replace(schedule, num_steps=arguments.steps)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     arguments.output.mkdir(parents=True, exist_ok=True)
-    text = Text.read(arguments.text)
-    write_texts(text, arguments.output)
-    tokenizer = train_tokenizer(text.train, schedule.vocabulary_size)
-    tokens = {name: encode(tokenizer, getattr(text, name)).to(device) for name in vars(text)}
+    text = prepare(schedule.vocabulary_size, arguments.text, arguments.output)
+    tokens = load_file(arguments.output / TOKENS, device=str(device))
     print({name: len(tokens_T) for name, tokens_T in tokens.items()}, flush=True)
-    digest = sha256("\0".join(text.train).encode()).hexdigest()
+    if arguments.prepare:
+        return
     compiled = device.type == "cuda" and not arguments.no_compile
-    training = Training(schedule, digest, device, compiled=compiled)
+    training = Training(schedule, text, device, compiled=compiled)
     training.load(arguments.output)
     options: dict[str, Any] = {"seconds": 60 * arguments.minutes, "every": arguments.evaluate_every}
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(arguments.output / "tokenizer")
     if train(training, tokens, arguments.output, **options):
         finish(training, tokenizer, tokens, arguments.output / "final")
 
