@@ -1,6 +1,6 @@
 """The medium model's tokenizer and tokens, made once of the text: all that training reads.
 
-In: what text.py wrote. Out, in the model's folder: tokens.safetensors, tokenizer/, and the texts to measure on.
+In: what text.py wrote. Out, in the model's folder: tokens.safetensors, tokenizer/, and texts to measure on.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 
 from experiments.medium.tokens import TOKENS, prepare
 
+MAX_WINDOWS = 4096  # that a loss is measured on
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
 
@@ -201,8 +202,8 @@ def sample_batch(tokens_T: Tensor, schedule: Schedule, step: int) -> Tensor:
 
 @torch.no_grad()
 def mean_loss(model: Qwen3MoeForCausalLM, tokens_T: Tensor, schedule: Schedule) -> float:
-    """Mean next-token cross-entropy in nats over non-overlapping windows."""
-    num_windows = max(1, len(tokens_T) // schedule.window)
+    """Mean next-token cross-entropy in nats over non-overlapping windows, the first ones if there are many."""
+    num_windows = min(len(tokens_T) // schedule.window, MAX_WINDOWS)
     windows_NW = tokens_T[: num_windows * schedule.window].view(num_windows, -1)
     total = torch.zeros((), dtype=torch.float64, device=tokens_T.device)
     for held_NW in windows_NW.split(schedule.batch_size):
