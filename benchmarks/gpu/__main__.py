@@ -26,12 +26,12 @@ from typing import Any
 # In order, with the most seconds each may take.
 PARTS = {
     "marked": 90,
-    "scores": 30,
+    "scores": 45,
     "calibration": 120,
     "layers": 70,
     "ragged": 40,
     "repair": 70,
-    "streamed": 55,
+    "streamed": 40,
 }
 RESULTS = Path(__file__).parents[1] / "results"
 ROWS = "rows: "  # before a part's result, which is its last line

@@ -2,10 +2,14 @@
 
 In: both built-in models and docstrings of the running Python's standard library. Out: Spearman's correlation
 of all scores, and the share of the lowest quarter that both have.
-Shape letters: A atomic experts of a model.
+Shape letters: A atomic experts of a model, N sequences, W window.
 """
 
 from __future__ import annotations
+
+import sysconfig
+from itertools import islice
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,10 +20,9 @@ from heapr.calibration.collector import collect
 from heapr.evaluation.correlation import spearman
 from heapr.model.load import ModelSource, find_model
 from heapr.score.gradient import Heapr
-from heapr.text.corpora import PyDocs
-from heapr.text.windows import windows
+from heapr.text.docstrings import docstrings
 
-WINDOW, MAX_CHARACTERS = 256, 40_000
+WINDOW, NUM_DOCUMENTS = 256, 1000
 MODELS = ("qwen3_moe_tiny", "deepseek_moe_tiny")
 
 
@@ -46,6 +49,9 @@ def _scores(name: str, dtype: str, device: torch.device, shapes: Shapes) -> Tens
 
 
 def _text(source: ModelSource, shapes: Shapes) -> Tensor:
-    corpus = PyDocs("train")
-    found = windows(corpus, source.tokenizer, length=WINDOW, max_characters=MAX_CHARACTERS)
-    return found.ids_NW.long()[: shapes.num_sequences]
+    """Docstrings as windows of tokens (N, W)."""
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    text = "\n\n".join(islice(docstrings(stdlib), NUM_DOCUMENTS))
+    tokens_T = torch.tensor(source.tokenizer(text, verbose=False)["input_ids"])
+    num_windows = min(len(tokens_T) // WINDOW, shapes.num_sequences)
+    return tokens_T[: num_windows * WINDOW].view(num_windows, WINDOW)

@@ -202,7 +202,7 @@ def sample_batch(tokens_T: Tensor, schedule: Schedule, step: int) -> Tensor:
 
 @torch.no_grad()
 def mean_loss(model: Qwen3MoeForCausalLM, tokens_T: Tensor, schedule: Schedule) -> float:
-    """Mean next-token cross-entropy in nats over non-overlapping windows, the first ones if there are many."""
+    """Mean next-token cross-entropy in nats over non-overlapping windows, the first if there are many."""
     num_windows = min(len(tokens_T) // schedule.window, MAX_WINDOWS)
     windows_NW = tokens_T[: num_windows * schedule.window].view(num_windows, -1)
     total = torch.zeros((), dtype=torch.float64, device=tokens_T.device)
