@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -341,3 +342,17 @@ def test_a_gpu_is_never_waited_for() -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert layer.experts.observer.sums["count_E"].sum() == 2 * expert_TK.numel()
+
+
+@pytest.mark.parametrize(
+    ("device", "is_served", "expected"),
+    [("cpu", True, "loop"), ("cuda", False, "loop"), ("cuda", True, "grouped")],
+)
+def test_a_gpu_takes_grouped_products_where_they_serve(
+    monkeypatch: pytest.MonkeyPatch, device: str, is_served: bool, expected: str
+) -> None:
+    monkeypatch.setattr(grouped, "is_grouped", lambda *_: is_served)
+    monkeypatch.setattr(grouped, "run_experts", lambda *_: "loop")
+    monkeypatch.setattr(grouped, "run_grouped", lambda *_: "grouped")
+    tokens = SimpleNamespace(device=torch.device(device))
+    assert run_fastest(None, tokens) == expected

@@ -71,8 +71,7 @@ class Layer(NamedTuple):
 
 
 def run_fastest(experts: Experts, hidden_TD: Tensor, *routing: Tensor) -> Tensor:
-    """Grouped on a GPU, where it serves these experts, and one expert after the other everywhere else. As
-    `run_experts`."""
+    """Like `run_experts`, by grouped products on a GPU where these serve the experts, else by the loop."""
     if hidden_TD.device.type == "cuda" and is_grouped(experts, hidden_TD):
         return run_grouped(experts, hidden_TD, *routing)
     return run_experts(experts, hidden_TD, *routing)
@@ -102,8 +101,11 @@ def is_grouped(experts: Experts, hidden_TD: Tensor) -> bool:
 
 @functools.cache
 def grouped_mm_works(device: str, dtype: torch.dtype) -> bool:
-    """Whether this build's grouped_mm gives what single products give, in both orders of memory, with groups
-    that are empty at the beginning, in the middle and at the end. Waits for the device, once a process."""
+    """Whether this build's grouped_mm gives what single products give.
+
+    Asked in both memory layouts, with groups that are empty at the beginning, in the middle and at the end.
+    Waits for the device, once per process.
+    """
     if not hasattr(F, "grouped_mm"):
         return False
     counts = [0, 5, 0, 11, 0]
@@ -125,11 +127,10 @@ def grouped_mm_works(device: str, dtype: torch.dtype) -> bool:
 
 
 def run_grouped(experts: Experts, hidden_TD: Tensor, *routing: Tensor) -> Tensor:
-    """Sum over each token's experts of p * E(x), as `run_experts`; gradients go to tokens and router weights,
-    not to the experts' weights.
+    """Sum over each token's experts of p * E(x), like `run_experts`.
 
-    An observer's `add` is called in the backward pass. One tensor (S, G) is kept until then: what the
-    activation function sees.
+    Gradients reach tokens and router weights, not the experts' weights. An observer's `add` is called in the
+    backward pass. One tensor (S, G) is kept until then: the inputs of the activation function.
 
     Args:
         experts: that `is_grouped` accepts.
@@ -227,8 +228,11 @@ def _of_buckets(routed: Routed, layer: Layer) -> list[tuple[Bucket, slice, Tenso
 
 
 def _ends(offsets: Tensor, rows: slice) -> Tensor:
-    """Where each expert's rows end, for grouped_mm. The last expert's group takes the rows of no expert as
-    well: grouped_mm would leave them as they are in memory, where anything may be."""
+    """Where each expert's rows end, for grouped_mm.
+
+    The last expert also gets the rows of no expert: grouped_mm would leave their results as they are in
+    memory, where anything may be.
+    """
     ends = offsets[1:].to(torch.int32, copy=True)
     ends[-1:] = rows.stop - rows.start
     return ends
@@ -263,8 +267,7 @@ def _summed(rows_SD: Tensor, routed: Routed, weight_TK: Tensor) -> Tensor:
 
 
 def _is_aligned(tensor: Tensor) -> bool:
-    """Whether grouped_mm takes a tensor: addresses and strides are multiples of 16 bytes, all but one that is
-    a single element."""
+    """Whether grouped_mm takes a tensor: its address and all strides but a 1 are multiples of 16 bytes."""
     item = tensor.element_size()
     strides = sorted(tensor.stride())
     return (

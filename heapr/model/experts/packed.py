@@ -39,9 +39,12 @@ class Packed(NamedTuple):
 
 
 def buckets_of(experts: Experts) -> list[Bucket]:
-    """Dense experts are one bucket, which is their own memory. Ragged ones are copied, filled up with zeros,
-    and the copy is kept in the module's attribute `packed` until a weight changes: it takes the memory of the
-    experts once more, and what rounding widths up to multiples of 64 adds."""
+    """The weights of an experts module, for grouped products.
+
+    Dense experts are one bucket of their own memory. Ragged ones are copied and filled up with zeros. The
+    copy is kept in the module's attribute `packed` until a weight changes. It takes as much memory as the
+    experts themselves, and what rounding widths up to multiples of 64 adds.
+    """
     if not is_ragged(experts):
         layout = layout_of(experts)
         inputs, down = getattr(experts, layout.input_name), experts.down_proj
@@ -56,7 +59,7 @@ def buckets_of(experts: Experts) -> list[Bucket]:
 
 @torch.no_grad()
 def pack(experts: Experts) -> list[Bucket]:
-    """Copies of ragged experts' weights, by width; experts of width 0 come last, in a bucket of width 0."""
+    """Copy ragged experts' weights, by width; experts of width 0 come last, in a bucket of width 0."""
     layout, widths, matrices_E = layout_of(experts), widths_of(experts), list(matrices_of(experts))
     buckets = []
     for width, members in width_buckets(widths).items():
@@ -65,16 +68,20 @@ def pack(experts: Experts) -> list[Bucket]:
         inputs_BGD = like.new_zeros(len(members), num_rows, model_width)
         down_BDF = like.new_zeros(len(members), model_width, width)
         for place, expert in enumerate(members):
-            own_F = torch.arange(width, device=like.device) < widths[expert]
-            inputs_BGD[place, layout.rows(own_F)] = matrices_E[expert].inputs_GD
+            own_F = torch.arange(width, device="cpu") < widths[expert]
+            # An index, because a GPU would have to be asked how many rows a mask has.
+            row_G = layout.rows(own_F).nonzero().squeeze(1).to(like.device)
+            inputs_BGD[place].index_copy_(0, row_G, matrices_E[expert].inputs_GD)
             down_BDF[place, :, : widths[expert]] = matrices_E[expert].down_DF
         buckets.append(Bucket(torch.tensor(members, device=like.device), inputs_BGD, down_BDF))
     return buckets
 
 
 def width_buckets(widths: Sequence[int], step: int = WIDTH_STEP) -> dict[int, list[int]]:
-    """Which experts have which width once it is rounded up to a multiple of `step`, the largest width first.
-    Nothing is rounded beyond the widest expert, where its own width is aligned."""
+    """Experts by width, rounded up to a multiple of `step`, the largest width first.
+
+    No width is rounded beyond that of the widest expert, if that one is aligned.
+    """
     widest = max(widths)
     limit = widest if widest % ALIGNED_WIDTH == 0 else widest + step
     buckets: dict[int, list[int]] = {}
