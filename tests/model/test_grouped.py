@@ -356,3 +356,16 @@ def test_a_gpu_takes_grouped_products_where_they_serve(
     monkeypatch.setattr(grouped, "run_grouped", lambda *_: "grouped")
     tokens = SimpleNamespace(device=torch.device(device))
     assert run_fastest(None, tokens) == expected
+
+
+@pytest.mark.parametrize("widths", [RAGGED_WIDTHS["uneven"], None], ids=["ragged", "dense"])
+def test_inference_mode_changes_nothing(widths: list[int] | None) -> None:
+    experts = qwen_experts() if widths is None else ragged_experts(widths)
+    inputs = [tensor.detach() for tensor in routed(experts)]
+    expected = run_grouped(experts, *inputs)
+    experts.packed = None
+    with torch.inference_mode():
+        assert torch.equal(run_grouped(experts, *inputs), expected)
+    leaves = [tensor.requires_grad_() if tensor.is_floating_point() else tensor for tensor in inputs]
+    run_grouped(experts, *leaves).sum().backward()  # with what was packed in inference mode
+    assert leaves[0].grad.isfinite().all()
