@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from heapr.errors import ConfigError
 from heapr.model.config_file import write_config
 from heapr.model.description import GENERATION_FILE, copy_tokenizer
-from heapr.model.experts import layout, loop, ragged
+from heapr.model.experts import grouped, layout, loop, packed, ragged
 from heapr.model.moe import MoEModel
 from heapr.model.ragged_type import RAGGED_PREFIX, ragged_classes
 from heapr.model.shard_writer import write_weights
@@ -29,7 +29,7 @@ from heapr.model.shard_writer import write_weights
 REMOTE_MODULES = "transformers_modules."  # where transformers imports Python code beside weights from
 MAX_SHARD_SIZE = "5GB"
 MODELING_FILE = "modeling_heapr.py"
-PORTABLE = (layout, loop, ragged)  # copied beside it; transformers follows relative imports
+PORTABLE = (layout, loop, packed, grouped, ragged)  # copied beside it; transformers follows relative imports
 MODELING_TEMPLATE = Template(
     '''"""$model_name whose experts have individual widths, pruned by heapr.
 
