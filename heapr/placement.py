@@ -65,7 +65,7 @@ class Placement:
 
     @property
     def bytes_read(self) -> int:
-        """What streamed calibration reads: every layer but the last twice. Files are taken to have the dtype."""
+        """What streamed calibration reads from files of the model's dtype: layers twice, but for the last."""
         sizes = self.sizes
         in_layers = sizes.weights - sizes.beside
         return sizes.beside + 2 * in_layers - in_layers // sizes.num_layers
