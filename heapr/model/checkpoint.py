@@ -14,8 +14,6 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-import huggingface_hub
-from torch import Size, Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -26,6 +24,7 @@ from heapr.model.description import GENERATION_FILE, copy_tokenizer
 from heapr.model.experts import grouped, layout, loop, packed, ragged
 from heapr.model.moe import MoEModel
 from heapr.model.ragged_type import RAGGED_PREFIX, ragged_classes
+from heapr.model.shard_writer import write_weights
 
 REMOTE_MODULES = "transformers_modules."  # where transformers imports Python code beside weights from
 MAX_SHARD_SIZE = "5GB"
@@ -73,6 +72,7 @@ def save_checkpoint(model: MoEModel, original: Path, folder: Path, *, about: Map
         _save_ragged(model, folder, about)
     else:
         _save_stock(model.model, folder, about)
+    write_weights(model, folder, max_shard_size=MAX_SHARD_SIZE, by_family=not model.is_ragged)
     if not type(model.model.config).__module__.startswith(REMOTE_MODULES):
         write_config(original, folder)
     (folder / GENERATION_FILE).unlink(missing_ok=True)
@@ -108,13 +108,7 @@ def _save_stock(model: PreTrainedModel, folder: Path, about: Mapping[str, Any]) 
                 "AutoConfig": f"{beside}.{type(model.config).__name__}",
                 "AutoModelForCausalLM": f"{beside}.{type(model).__name__}",
             }
-    # transformers copies weights to save them, which may not fit on the GPU. Tied weights stay one tensor.
-    on_cpu: dict[tuple[int, Size], Tensor] = {}
-    state = {}
-    for name, tensor in model.state_dict().items():
-        key = (tensor.data_ptr(), tensor.shape)
-        state[name] = on_cpu.setdefault(key, tensor.cpu())
-    model.save_pretrained(folder, state_dict=state, max_shard_size=MAX_SHARD_SIZE)
+    model.save_pretrained(folder, state_dict={})  # all but the weights
 
 
 def _save_ragged(model: MoEModel, folder: Path, about: Mapping[str, Any]) -> None:
@@ -148,11 +142,6 @@ def _save_ragged(model: MoEModel, folder: Path, about: Mapping[str, Any]) -> Non
     (folder / MODELING_FILE).write_text(code)
     for module in PORTABLE:
         shutil.copy(inspect.getfile(module), folder)
-    is_tied = getattr(source.config.get_text_config(), "tie_word_embeddings", False)
-    tied = set(source._tied_weights_keys or []) if is_tied else set()
-    # Tied weights are left out here: the writer would list them in the metadata, in no reproducible order.
-    state = {name: tensor for name, tensor in source.state_dict().items() if name not in tied}
-    huggingface_hub.save_torch_state_dict(state, folder, max_shard_size=MAX_SHARD_SIZE)
 
 
 def _beside(family_class: type, folder: Path) -> str:
