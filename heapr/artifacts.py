@@ -41,6 +41,8 @@ CHECKPOINT, CARD = (
     "checkpoint",
     "README.md",
 )
+# In it, the plan: among the weights, vLLM would read it as some.
+PLANS = "heapr"
 METRICS, DETAILS = "metrics.json", "details.json"  # evaluate
 
 # Of a run; error.txt if it failed, as a job of a sweep.

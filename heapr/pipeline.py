@@ -226,7 +226,9 @@ class Pipeline:
         def write(folder: Path, model: MoEModel) -> None:
             save_checkpoint(model, experiment.source.folder, folder / CHECKPOINT, about=experiment.about)
             (folder / CHECKPOINT / CARD).write_text(model_card(experiment.about, {}), encoding="utf-8")
-            shutil.copy(self.results.folder(step) / artifacts.PLAN, folder / CHECKPOINT)
+            plans = folder / CHECKPOINT / artifacts.PLANS
+            plans.mkdir()
+            shutil.copy(self.results.folder(step) / artifacts.PLAN, plans)
 
         self._get(step, lambda: self._final_model(step), write)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .layout import ExpertObserver, Experts, Matrices, activation_of, layout_of, matrices_of, model_width_of
 from .loop import run_experts
+from .traced import run_traced
 
 
 class RaggedExperts(nn.Module):
@@ -34,6 +35,8 @@ class RaggedExperts(nn.Module):
         widths: of every expert.
     """
 
+    has_individual_widths = True  # what `is_ragged` looks for
+
     def __init__(self, template: Experts, widths: Sequence[int]) -> None:
         super().__init__()
         self.widths = tuple(widths)
@@ -52,8 +55,9 @@ class RaggedExperts(nn.Module):
             )
             self.down_proj_bias = nn.Parameter(like.new_empty(self.num_experts, model_width))
 
-    @torch.compiler.disable(reason="the number of tokens of an expert is data")  # type: ignore[untyped-decorator]
     def forward(self, hidden_TD: Tensor, *routing: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return run_traced(self, hidden_TD, *routing)
         return self.run(self, hidden_TD, *routing)
 
     @torch.no_grad()

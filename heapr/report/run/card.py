@@ -22,8 +22,8 @@ Calibrated on $num_samples sequences of $sequence_length tokens of $text, seed $
 
 $metrics
 $loading
-`plan.safetensors` holds which atomic experts were kept (bool, experts x atomic experts, by decoder layer);
-`heapr` in `config.json` says what was done and to which weights.
+`heapr/plan.safetensors` holds which atomic experts were kept (bool, experts x atomic experts, by decoder
+layer); `heapr` in `config.json` says what was done and to which weights.
 """)
 ROW = re.compile(r"^\| ([^|\s]+) \| ([^|]+ \| [^|]+) \|$", re.MULTILINE)
 UNITS = {"atomic_experts": "atomic experts", "flops": "experts' FLOPs"}  # what the ratio is a share of
