@@ -1,7 +1,7 @@
 """Prune one Mixture-of-Experts model: calibrate -> score -> prune -> evaluate.
 
 Run:  python run.py                              the built-in model, offline
-      python run.py pruning.ratio=0.4            any field of conf/
+      python run.py pruning.ratio=0.4            change any field of conf/
       python run.py -m pruning.ratio=0.2,0.4     a sweep
       python run.py --help                       groups and fields
 """

@@ -1,12 +1,11 @@
-"""Reproduce one table or figure: what is to be made -> every job of an experiment -> tables, figures and one
-HTML page.
+"""Reproduce one table or figure: run every job of an experiment, then make tables, figures and an HTML page.
 
-Run:  python sweep.py experiment=main_table model=tiny                the built-in model, offline
-      python sweep.py experiment=main_table                           the paper's models
-      python sweep.py experiment=main_table --dry-run                 what would be made, and no more
-      python sweep.py experiment=main_table report_only=true          tables and figures of its newest sweep
-      python sweep.py report_dir=outputs/sweeps/<folder>              the same of any sweep, python run.py -m
-      ... too python sweep.py --help                                          all experiments
+Run:  python sweep.py experiment=main_table model=tiny         the built-in model, offline
+      python sweep.py experiment=main_table                    the paper's models
+      python sweep.py experiment=main_table --dry-run          print what would be made, and stop
+      python sweep.py experiment=main_table report_only=true   tables and figures of its newest sweep
+      python sweep.py report_dir=outputs/sweeps/<folder>       the same for any sweep, also of python run.py -m
+      python sweep.py --help                                   all experiments
 """
 
 import sys

@@ -6,7 +6,8 @@ Pruned: ragged experts after global pruning by heapr's score, so that widths dif
 Run:  python benchmarks/throughput.py
       (the model of benchmarks/calibration.py: 218 million parameters, float32)
 Out:  medians; throughput of pruned over dense, beside the ratio of their FLOPs on this very batch.
-      All take turns, so that a noisy machine disturbs all alike. The efficiency, the first over the second, should be at least 0.9.
+      All take turns, so that a noisy machine disturbs all alike. The efficiency, the first over the second,
+      should be at least 0.9.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """heapr prunes Mixture-of-Experts language models one atomic expert at a time.
 
-For library users: `heapr.load_pruned`, imported only when it is asked for, because torch and transformers
-take seconds.
+For library users: `heapr.load_pruned`. It is imported on first use, because torch and transformers take
+seconds to import.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""The files of every artifact and of every run: their names, and how they are written and read. Nobody else
-names one.
+"""The files of every artifact and run: their names, and how to write and read them.
 
-In and out: typed results (heapr/types.py) and folders. torch is imported only where tensors are read or
-written, so that reports and sweeps, which need names and JSON, start at once.
+No other module names one. In and out: typed results (heapr/types.py) and folders. torch is imported only
+where tensors are read or written, so that reports and sweeps, which need only names and JSON, start at once.
 """
 
 from __future__ import annotations
@@ -28,37 +27,36 @@ if TYPE_CHECKING:
         TokenWindows,
     )
 
-ARTIFACTS, SWEEPS = "artifacts", "sweeps"  # below the folder of outputs
+ARTIFACTS, SWEEPS = "artifacts", "sweeps"  # folders in the folder of outputs
 
-MANIFEST = "manifest.json"  # of every artifact: what it is, and size and hash of each file
+# Every artifact: what it is, and size and hash of each file.
+MANIFEST = "manifest.json"
 
-TOKENS, STATISTICS = "tokens.safetensors", "statistics.safetensors"  # calibrate
-SCORES = "scores.safetensors"  # score
-PLAN, ALLOCATION = "plan.safetensors", "allocation.json"  # prune
-REPAIRED, REPAIR = "repaired.safetensors", "repair.json"  # prune, its part "repair"
-# Prune, its part "checkpoint": a folder, and the file written last in it.
-CHECKPOINT, CARD = (
-    "checkpoint",
-    "README.md",
-)
-# In it, the plan: among the weights, vLLM would read it as some.
+# calibrate
+TOKENS, STATISTICS = "tokens.safetensors", "statistics.safetensors"
+# score
+SCORES = "scores.safetensors"
+# prune
+PLAN, ALLOCATION = "plan.safetensors", "allocation.json"
+# prune, part "repair"
+REPAIRED, REPAIR = "repaired.safetensors", "repair.json"
+# prune, part "checkpoint": a folder, and the file in it that is written last
+CHECKPOINT, CARD = "checkpoint", "README.md"
+# and a folder in it for the plan: vLLM would read it as weights among them
 PLANS = "heapr"
-METRICS, DETAILS = "metrics.json", "details.json"  # evaluate
+# evaluate
+METRICS, DETAILS = "metrics.json", "details.json"
 
-# Of a run; error.txt if it failed, as a job of a sweep.
-SUMMARY, ERROR, LOG = (
-    "summary.json",
-    "error.txt",
-    "run.log",
-)
+# A run; a job of a sweep that failed has an error.txt.
+SUMMARY, ERROR, LOG = "summary.json", "error.txt", "run.log"
 
-REPAIR_PART, CHECKPOINT_PART = "repair", "checkpoint"  # of a prune artifact, heapr/store.py
+REPAIR_PART, CHECKPOINT_PART = "repair", "checkpoint"  # parts of a prune artifact (heapr/store.py)
 
 Report = dict[str, Any]  # JSON types only; "summary" and "not_reached" are lines to read
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """What an artifact says of itself; None if the folder holds no artifact."""
+    """The manifest of an artifact; None if the folder holds no artifact."""
     return _read_json(folder / MANIFEST)
 
 
@@ -93,15 +91,15 @@ def read_scores(folder: Path) -> Scores:
 def write_plan(
     folder: Path, made: tuple[Plan, Report], *, model: Mapping[str, str], is_repaired: bool
 ) -> None:
-    """The plan with what it belongs to, so that `heapr.load_pruned` can check it; and the report of the
-    allocation.
+    """Write the plan and the report of the allocation.
+
+    The plan's metadata say which model it belongs to, so that `heapr.load_pruned` can check it.
 
     Args:
-        folder: gets the files.
+        folder: receives the files.
         made: the plan for the dense model, and the report.
         model: identity of the dense model.
-        is_repaired: whether repaired weights will lie beside the plan, without which it is not the pruned
-            model.
+        is_repaired: whether the pruned model also needs the repaired weights, a later part of the artifact.
     """
     plan, report = made
     belongs_to = {"model": json.dumps(dict(model))}
@@ -118,12 +116,13 @@ def read_plan(folder: Path) -> Plan:
 
 
 def read_kept(folder: Path) -> dict[int, NDArray[Any]] | None:
-    """The plan as numpy arrays (E, F) by decoder layer index, for reports; None if it is not there."""
+    """The plan as numpy arrays (E, F) by decoder layer index, for reports; None if there is no plan."""
     from safetensors.numpy import load_file
 
-    if not (folder / PLAN).is_file():
+    path = folder / PLAN
+    if not path.is_file():
         return None
-    return {int(name.removeprefix("layers.")): kept_EF for name, kept_EF in load_file(folder / PLAN).items()}
+    return {int(name.removeprefix("layers.")): kept_EF for name, kept_EF in load_file(path).items()}
 
 
 def read_allocation(folder: Path) -> Report:
@@ -131,7 +130,7 @@ def read_allocation(folder: Path) -> Report:
 
 
 def write_repair(folder: Path, made: tuple[Pruning, Report]) -> None:
-    """The weights that repair changed, and its report."""
+    """Write the weights that repair changed, and its report."""
     pruning, report = made
     _save(folder / REPAIRED, pruning.repaired_tensors())
     write_json(folder / REPAIR, report)
@@ -148,7 +147,7 @@ def read_repair(folder: Path) -> Report:
 
 
 def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
-    """Metrics, and details where there are any."""
+    """Write the metrics, and the details if there are any."""
     write_json(folder / METRICS, evaluation.metrics)
     if evaluation.details:
         write_json(folder / DETAILS, evaluation.details)
@@ -157,11 +156,12 @@ def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
 def read_evaluation(folder: Path) -> Evaluation:
     from heapr.types import Evaluation
 
-    return Evaluation(_must_read_json(folder / METRICS), read_details(folder) or {})
+    metrics, details = _must_read_json(folder / METRICS), read_details(folder)
+    return Evaluation(metrics, details or {})
 
 
 def read_details(folder: Path) -> dict[str, Any] | None:
-    """Of an evaluation; None if it has none."""
+    """The details of an evaluation; None if it has none."""
     return _read_json(folder / DETAILS)
 
 
@@ -170,7 +170,7 @@ def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
-    """Of a run; None if it did not finish."""
+    """The summary of a run; None if it did not finish."""
     return _read_json(folder / SUMMARY)
 
 
@@ -183,7 +183,7 @@ def clear_error(folder: Path) -> None:
 
 
 def read_error(folder: Path) -> str | None:
-    """Why a run failed, in one line; None if it did not say so."""
+    """Why a run failed, in one line; None if there is no error.txt."""
     path = folder / ERROR
     return path.read_text(encoding="utf-8").strip() if path.is_file() else None
 

@@ -1,7 +1,6 @@
-"""What a run would do, need and take, without weights, tokenizer or text: from the model's config.json, on
-the meta device.
+"""Predicts what a run would do and need from the model's config.json alone, on the meta device.
 
-In: an experiment's configuration. Out: `DryRun`, numbers. What is not on this machine (text, a device)
+In: an experiment's configuration. Out: `DryRun`, numbers. A text or device that is not on this machine
 becomes a note; every other mistake is refused as in a run.
 """
 
@@ -26,11 +25,10 @@ MATRIX_ELEMENT_BYTES = 4  # the published procedure's D x D matrices are float32
 
 @dataclass(frozen=True)
 class StepState:
-    """A step as it stands, in JSON types.
+    """One step and whether it is done, in JSON types.
 
     Attributes:
-        stage, part, what, key: as a run's summary tells them; a part is made by itself and kept with the
-            whole.
+        stage, part, what, key: as in a run's summary; an empty part is the artifact itself.
         cached: whether it is in the store already.
         config: resolved configuration of the stage.
     """
@@ -44,34 +42,35 @@ class StepState:
 
     @property
     def id(self) -> str:
-        """Of the artifact or part, different from all others."""
+        """A name that no other artifact or part has."""
         return f"{self.key}/{self.part}"
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """The numbers of a run that is not made.
+    """The predicted numbers of a run.
 
     Attributes:
-        name: readable: model, criterion, scope, ratio.
-        path, architecture, dtype: the model, its class, and its weights' dtype.
-        ratio, budget, form: share to remove, of what, and how the checkpoint holds what is left.
-        num_layers, num_moe_layers: decoder layers, and those with routed experts.
-        num_experts, width: experts of a layer, atomic experts of an expert: the fewest and the most.
+        name: a readable name: model, criterion, scope, ratio.
+        path, architecture, dtype: the model, its class, and the dtype of its weights.
+        ratio, budget, form: share to remove, what it is a share of, and the form of the checkpoint.
+        num_layers, num_moe_layers: number of decoder layers, and of those with routed experts.
+        num_experts, width: experts per layer and atomic experts per expert, each as (fewest, most).
         experts_per_token: K.
-        atomic_experts, parameters, expert_parameters: of the dense model; the last in routed experts.
-        atomic_experts_removed, parameters_removed: by the ratio, before widths are rounded to multiples; none
-            where the budget is not of atomic experts, so that scores and routing decide.
+        atomic_experts, parameters: counts of the dense model.
+        expert_parameters: how many of its parameters are in routed experts.
+        atomic_experts_removed, parameters_removed: by the ratio, before widths are rounded to multiples; None
+            if they depend on scores and routing, because the budget does not count atomic experts.
         weight_bytes: all parameters in `dtype`.
-        statistics_bytes: of the calibration statistics, float64; exact.
-        matrix_bytes: of the D x D matrices that the published procedure holds instead, one per expert,
+        statistics_bytes: size of the calibration statistics, float64; exact.
+        matrix_bytes: size of the D x D matrices that the published procedure holds instead, one per expert,
             float32.
-        num_samples, batch_size, sequence_length: of the calibration.
-        activation_bytes: held between forward and backward of a batch (`heapr.model.costs`); none if not
+        num_samples, batch_size, sequence_length: the calibration's.
+        activation_bytes: held between forward and backward of a batch (`heapr.model.costs`); None if not
             known for this family.
-        calibration_flops: forward and backward over all samples; none if not known for this family.
-        stages: in the order of a run; empty if a corpus is missing on which keys depend.
-        notes: one line each: what is not on this machine, and what a uniform width makes of the ratio.
+        calibration_flops: forward and backward over all samples; None if not known for this family.
+        stages: in the order of a run; empty if a corpus is missing that keys depend on.
+        notes: one line for each thing that is not on this machine, and how a uniform width rounds the ratio.
     """
 
     name: str
@@ -104,23 +103,24 @@ class DryRun:
 
 
 def dry_run(config: ExperimentConfig) -> DryRun:
-    """Tell a run; nothing is loaded, tokenised or made.
+    """Predict a run without loading, tokenizing or making anything.
 
     Args:
         config: checked by `heapr.schema.resolve`.
 
     Raises:
-        ConfigError: the user's mistake.
+        ConfigError: the experiment cannot be run; the message says why.
     """
     notes: list[str] = []
     experiment = prepare(config, notes)
     source, budget = experiment.source, experiment.budget
     notes += experiment.notes_on_budget
     model = source.on_meta()
-    notes += source.left_out if source.has_weights else []
+    if source.has_weights:
+        notes += source.left_out
     if "hub" not in source.identity and not source.has_weights:
         notes.append(
-            f"'{source.folder}' holds no weights; with them the keys will be others, because weights"
+            f"'{source.folder}' holds no weights; the keys will change when they are there, because weights"
             " determine results"
         )
     return DryRun(
@@ -143,19 +143,13 @@ def dry_run(config: ExperimentConfig) -> DryRun:
 
 
 def step_states(experiment: Experiment) -> list[StepState]:
-    """Every step in the order of a run; none if a text is missing on which keys depend."""
-    store = experiment.store
-    return [
-        StepState(
-            step.origin.stage,
-            step.part,
-            step.what,
-            step.origin.key,
-            store.has(step.origin, step.part),
-            step.origin.config,
-        )
-        for step in experiment.steps
-    ]
+    """Every step in the order of a run; empty if a text is missing that keys depend on."""
+    states = []
+    for step in experiment.steps:
+        origin = step.origin
+        is_cached = experiment.store.has(origin, step.part)
+        states.append(StepState(origin.stage, step.part, step.what, origin.key, is_cached, origin.config))
+    return states
 
 
 def _sizes(model: MoEModel, source: ModelSource, budget: Budget) -> dict[str, Any]:
@@ -163,14 +157,16 @@ def _sizes(model: MoEModel, source: ModelSource, budget: Budget) -> dict[str, An
     layers = model.layers
     parameters = sum(parameter.numel() for parameter in model.model.parameters())
     removed = _num_removed(source, budget)
-    statistics = [
-        LayerStatistics.zeros(layer.num_experts, layer.width, torch.device("meta")) for layer in layers
-    ]
+    nowhere = torch.device("meta")
+    statistics = [LayerStatistics.zeros(layer.num_experts, layer.width, nowhere) for layer in layers]
+    num_elements = sum(layer.num_experts * layer.model_width**2 for layer in layers)
+    nums_experts = [layer.num_experts for layer in layers]
+    widths = [width for layer in layers for width in layer.widths]
     return {
         "architecture": type(model.model).__name__,
         "num_moe_layers": len(layers),
-        "num_experts": _range_of([layer.num_experts for layer in layers]),
-        "width": _range_of([width for layer in layers for width in layer.widths]),
+        "num_experts": (min(nums_experts), max(nums_experts)),
+        "width": (min(widths), max(widths)),
         "atomic_experts": source.num_atomic_experts,
         "atomic_experts_removed": removed,
         "parameters": parameters,
@@ -178,41 +174,36 @@ def _sizes(model: MoEModel, source: ModelSource, budget: Budget) -> dict[str, An
         "parameters_removed": None if removed is None else removed * layers[0].atomic_expert_parameters,
         "weight_bytes": parameters * source.dtype.itemsize,
         "statistics_bytes": sum(layer.num_bytes for layer in statistics),
-        "matrix_bytes": sum(
-            layer.num_experts * layer.model_width**2 * MATRIX_ELEMENT_BYTES for layer in layers
-        ),
+        "matrix_bytes": num_elements * MATRIX_ELEMENT_BYTES,
     }
 
 
 def _num_removed(source: ModelSource, budget: Budget) -> int | None:
-    """Atomic experts that go; none where only scores and statistics can tell."""
-    if (width := budget.uniform_width) is not None:
+    """Number of atomic experts that are removed; None if that depends on scores and statistics."""
+    width = budget.uniform_width
+    if width is not None:
         return sum(old - width for width_E in source.widths.values() for old in width_E)
     return sum(budget.numbers_removed(source.widths)) if budget.unit == "atomic_experts" else None
 
 
 def sequence_flops(model: MoEModel, length: int) -> int | None:
-    """Of calibrating on one sequence; none where the family's layers do not run on the meta device.
+    """FLOPs of calibrating on one sequence; None if the family's layers do not run on the meta device.
 
     Args:
         model: on the meta device.
-        length: of the sequence, in tokens.
+        length: tokens of the sequence.
     """
     try:
         return calibration_flops(model, length)
-    except RuntimeError:  # torch's answer to a layer that wants to read values, which are not there
+    except RuntimeError:  # a layer reads values, which the meta device does not have
         return None
 
 
 def _costs(model: MoEModel, calibration: CalibrationConfig) -> dict[str, Any]:
-    """FLOPs of the calibration and bytes of a batch, where they are known."""
+    """FLOPs of the calibration and bytes of a batch; None where they are not known."""
     batch_size = min(calibration.batch_size, calibration.num_samples)
     flops = sequence_flops(model, calibration.sequence_length)
     if flops is None:
         return {"calibration_flops": None, "activation_bytes": None}
     held = activation_bytes(model, batch_size, calibration.sequence_length)
     return {"calibration_flops": calibration.num_samples * flops, "activation_bytes": held}
-
-
-def _range_of(numbers: list[int]) -> tuple[int, int]:
-    return min(numbers), max(numbers)

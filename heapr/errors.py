@@ -1,4 +1,4 @@
-"""The one error for mistakes that a user can mend."""
+"""The one error for mistakes that a user can fix."""
 
 from __future__ import annotations
 
@@ -12,4 +12,4 @@ class TooLargeError(ConfigError):
 
 
 class NotHereError(ConfigError):
-    """What was asked for is not on this machine, though it may be on another: text, or a device."""
+    """A text or device that was asked for is not on this machine."""

@@ -1,14 +1,14 @@
-"""What a configuration means: plug-ins built, the model found, every mistake found that can be found before
-the first expensive step.
+"""Builds an experiment's plug-ins, finds its model, and checks all that can be checked cheaply.
 
-In: an experiment's configuration. Out: an `Experiment`, for a run, a dry run or a sweep. Nothing is loaded or
-made.
+In: an experiment's configuration. Out: an `Experiment`, for a run, a dry run or a sweep. No weights are
+loaded and nothing is computed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,13 +41,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Plugins:
-    """What the configuration names by `_target_`.
+    """The objects that the configuration names by `_target_`.
 
     Attributes:
-        text: calibrated on; None if it is not on this machine and that was forgiven.
-        criterion: the score.
-        repair: how what is left makes up for what is removed; None leaves it as it is.
-        measurements: of the evaluation, in the order of the configuration.
+        text: the calibration text; None if a dry run did not find it on this machine.
+        criterion: computes the scores.
+        repair: refits the kept weights; None leaves them unchanged.
+        measurements: in the order of the configuration.
     """
 
     text: Corpus | Mixture | None
@@ -61,12 +61,12 @@ class Experiment:
     """A checked experiment.
 
     Attributes:
-        config: what is asked.
-        plugins: what that names.
-        source, device: the model, and where it will be.
-        budget: how much is removed of it.
-        store: where results are.
-        steps: what is made, in its order; none if the text is not on this machine.
+        config: its configuration.
+        plugins: the objects that the configuration names.
+        source, device: the model, and where it will be placed.
+        budget: how much of it is removed.
+        store: holds the results.
+        steps: what is made, in order; empty if a dry run did not find the text on this machine.
     """
 
     config: ExperimentConfig
@@ -79,7 +79,7 @@ class Experiment:
 
     @property
     def name(self) -> str:
-        """Readable: model, criterion, scope, ratio and of what, and what goes beyond the paper."""
+        """A readable name: model, criterion, scope and ratio, then budget, repair and rounds if unusual."""
         pruning = self.config.pruning
         words = [
             self.config.model.name,
@@ -87,14 +87,17 @@ class Experiment:
             pruning.scope,
             f"{100 * pruning.ratio:.4g}%",
         ]
-        words += [] if pruning.budget == "atomic_experts" else [f"of {pruning.budget}"]
-        words += [option_name(pruning.repair["_target_"])] if pruning.repair else []
-        words += [f"{pruning.rounds} rounds"] if pruning.rounds > 1 else []
+        if pruning.budget != "atomic_experts":
+            words.append(f"of {pruning.budget}")
+        if pruning.repair:
+            words.append(option_name(pruning.repair["_target_"]))
+        if pruning.rounds > 1:
+            words.append(f"{pruning.rounds} rounds")
         return " ".join(words)
 
     @property
     def labels(self) -> dict[str, str]:
-        """What it is one of: model, criterion, scope, calibration corpus."""
+        """What trackers group runs by: model, criterion, scope, calibration corpus."""
         assert self.plugins.text is not None
         return {
             "model": self.config.model.name,
@@ -105,56 +108,48 @@ class Experiment:
 
     @property
     def uniform_settings(self) -> Settings:
-        """What the uniform form changes in the model's configuration; nothing for the other forms.
+        """What the uniform form changes in the model's configuration; empty for the other forms.
 
         Raises:
-            ConfigError: the configuration cannot say it.
+            ConfigError: the model's configuration has no field for the width.
         """
-        return (
-            {}
-            if self.budget.uniform_width is None
-            else uniform_settings(self.source.config, self.budget.uniform_width)
-        )
+        width = self.budget.uniform_width
+        return {} if width is None else uniform_settings(self.source.config, width)
 
     @property
     def notes_on_budget(self) -> list[str]:
-        """What is made of the ratio, as far as that is known before there are scores, a line each."""
+        """Lines on how the ratio is rounded, as far as it is known before there are scores."""
         width = self.budget.uniform_width
         return [] if width is None else [describe_uniform_width(self.source.widths, self.budget.ratio, width)]
 
     @property
     def about(self) -> dict[str, Any]:
-        """What is done to the model, in JSON types: for the checkpoint's config.json and card."""
-        calibrate, score, prune = (
-            self.steps.first("calibrate"),
-            self.steps.first("score"),
-            self.steps.last("prune"),
-        )
+        """What is done to the model, in JSON types, for the checkpoint's config.json and card."""
+        calibrate = self.steps.first("calibrate").origin
+        score = self.steps.first("score").origin
+        prune = self.steps.last("prune").origin
+        calibration = {name: value for name, value in calibrate.config.items() if name != "model"}
         return {
             "model": self.config.model.name,
             "pruned_from": self.source.identity,
-            "criterion": dict(score.origin.config["criterion"]),
-            "calibration": {
-                name: value for name, value in calibrate.origin.config.items() if name != "model"
-            },
-            **prune.origin.config,
+            "criterion": dict(score.config["criterion"]),
+            "calibration": calibration,
+            **prune.config,
             **self._about_width(),
             "rounds": self.config.pruning.rounds,
             **self.source.left_behind,
-            "keys": {step.origin.stage: step.origin.key for step in (calibrate, score, prune)},
+            "keys": {origin.stage: origin.key for origin in (calibrate, score, prune)},
         }
 
     def _about_width(self) -> dict[str, Any]:
-        """The uniform width, and the ratio that it comes to."""
+        """The uniform width, and the ratio that results from it."""
         width = self.budget.uniform_width
-        return (
-            {}
-            if width is None
-            else {"width": width, "ratio_reached": 1 - width / the_width(self.source.widths)}
-        )
+        if width is None:
+            return {}
+        return {"width": width, "ratio_reached": 1 - width / the_width(self.source.widths)}
 
     def load_dense(self) -> MoEModel:
-        """The dense model.
+        """Load the dense model.
 
         Raises:
             ConfigError: it cannot be loaded.
@@ -163,15 +158,16 @@ class Experiment:
 
 
 def prepare(config: ExperimentConfig, notes: list[str] | None = None) -> Experiment:
-    """Check an experiment; what takes the model's tokenizer or weights comes later (heapr/ready.py).
+    """Check an experiment, except for what takes the model's tokenizer or weights (heapr/ready.py).
 
     Args:
         config: checked by `heapr.schema.resolve`.
-        notes: gets a line for each thing that is not on this machine, which then is left out, and of a hub
-            model the configuration alone is asked for: so a dry run wants it. None refuses what is not here.
+        notes: for a dry run: receives a line for each text or device that is not on this machine, and the
+            experiment goes on without it; of a hub model only the configuration is downloaded. None, for a
+            run, refuses what is not here.
 
     Raises:
-        ConfigError: the user's mistake.
+        ConfigError: the experiment cannot be run; the message says why.
     """
     device = _or_note(notes, lambda: find_device(config.runtime.device)) or torch.device("cpu")
     plugins = build_plugins(config, notes)
@@ -188,33 +184,33 @@ def prepare(config: ExperimentConfig, notes: list[str] | None = None) -> Experim
             config, plugins.text, plugins.measurements, model=source.identity, machine=here
         )
     experiment = Experiment(config, plugins, source, device, budget, store, steps)
-    _ = experiment.uniform_settings  # its mistakes
+    _ = experiment.uniform_settings  # raises if the model cannot take the uniform form
     return experiment
 
 
 def build_plugins(config: ExperimentConfig, notes: list[str] | None = None) -> Plugins:
-    """Build what a configuration names.
+    """Build the objects that a configuration names.
 
     Args:
         config: checked by `heapr.schema.resolve`.
         notes: as in `prepare`.
 
     Raises:
-        ConfigError: something cannot be built, or does not go with the rest.
+        ConfigError: something cannot be built, or does not fit the rest.
     """
-    text = _or_note(
-        notes, lambda: _build_text(config.calibration.corpus, "calibration.corpus", is_read=notes is not None)
-    )
+    is_dry_run = notes is not None
+    corpus = config.calibration.corpus
+    text = _or_note(notes, lambda: _build_text(corpus, "calibration.corpus", is_read=is_dry_run))
     criterion = _build_criterion(config)
-    repair: Repair | None = (
-        None if config.pruning.repair is None else build(config.pruning.repair, "pruning.repair")
-    )
+    repair: Repair | None = None
+    if config.pruning.repair is not None:
+        repair = build(config.pruning.repair, "pruning.repair")
     evaluation = config.evaluation if notes is None else _what_is_here(config.evaluation, notes)
     return Plugins(text, criterion, repair, build_measurements(evaluation))
 
 
 def find_source(model: ModelConfig, *, digests: Path | None = None, config_only: bool = False) -> ModelSource:
-    """The model that is pruned.
+    """Find the model that is to be pruned.
 
     Raises:
         ConfigError: see `find_model`.
@@ -230,9 +226,11 @@ def find_source(model: ModelConfig, *, digests: Path | None = None, config_only:
 
 
 def _machine(config: ExperimentConfig, device: torch.device) -> dict[str, Any]:
-    """What timings depend on, with the threads that the run will have."""
+    """What timings depend on, with the number of threads that the run will use."""
     here = machine(device)
-    return here if config.runtime.num_threads is None else here | {"threads": config.runtime.num_threads}
+    if config.runtime.num_threads is not None:
+        here["threads"] = config.runtime.num_threads
+    return here
 
 
 def _build_criterion(config: ExperimentConfig) -> Criterion:
@@ -246,7 +244,7 @@ def _build_criterion(config: ExperimentConfig) -> Criterion:
 
 
 def _build_text(entry: Mapping[str, Any], where: str, *, is_read: bool) -> Corpus | Mixture:
-    """A corpus or mixture; one that is read says at once if it is not here."""
+    """Build a corpus or mixture; `is_read` also reads it, to find out whether it is on this machine."""
     text: Corpus | Mixture = build(entry, where)
     if is_read:
         text.identity()
@@ -254,17 +252,21 @@ def _build_text(entry: Mapping[str, Any], where: str, *, is_read: bool) -> Corpu
 
 
 def _what_is_here(evaluation: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
-    """The evaluation without the corpora whose text is missing."""
+    """The evaluation without the corpora whose text is not on this machine."""
     here = {}
     for name, entry in evaluation.get("corpora", {}).items():
-        where = f"evaluation.corpora.{name}"
-        if _or_note(notes, lambda entry=entry, where=where: _build_text(entry, where, is_read=True)):  # type: ignore[misc]
+        read = partial(_build_text, entry, f"evaluation.corpora.{name}", is_read=True)
+        if _or_note(notes, read) is not None:
             here[name] = entry
     return {**evaluation, "corpora": here}
 
 
 def _or_note(notes: list[str] | None, find: Callable[[], T]) -> T | None:
-    """What is found; None and a note if it is not on this machine, where notes are taken."""
+    """Call `find`; if what it finds is not on this machine, add a note and return None.
+
+    Raises:
+        NotHereError: `notes` is None, and it is not on this machine.
+    """
     try:
         return find()
     except NotHereError as error:
@@ -278,7 +280,7 @@ def _find_budget(config: ExperimentConfig, source: ModelSource, criterion: Crite
     """How much of the model is removed, and in which pieces.
 
     Raises:
-        ConfigError: more than it can lose.
+        ConfigError: that is more than the model can lose.
     """
     budget = Budget(
         ratio=config.pruning.ratio,
@@ -297,10 +299,10 @@ def _find_budget(config: ExperimentConfig, source: ModelSource, criterion: Crite
 
 
 def _check_lengths(config: ExperimentConfig, source: ModelSource) -> None:
-    """No sequence may be longer than the model takes.
+    """Check that no sequence is longer than the model accepts.
 
     Raises:
-        ConfigError: one is.
+        ConfigError: one is longer.
     """
     lengths = {"calibration.sequence_length": config.calibration.sequence_length}
     for name, entry in config.evaluation.items():

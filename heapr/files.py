@@ -1,4 +1,4 @@
-"""Small things about files that several modules need: hashes, and writes that survive a crash."""
+"""Hashes of files, and writes that survive a crash."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from typing import Any
 
 
 def user_path(path: str) -> Path:
-    """A path as the user wrote it, with ~ for the home folder; ~name of a user who is unknown stays as it
-    is."""
+    """A path with ~ and ~name expanded; a ~name that does not exist stays as it is."""
     return Path(os.path.expanduser(path))  # Path.expanduser raises where the user is unknown
 
 
@@ -29,9 +28,9 @@ def hash_files(folder: Path, paths: Iterable[Path], hash_one: Callable[[Path], s
     """sha256 over names and contents of files below a folder, in the order of their paths.
 
     Args:
-        folder: what names count from.
-        paths: of the files.
-        hash_one: gives the hash of a file.
+        folder: names are relative to it.
+        paths: the files.
+        hash_one: computes the hash of one file.
     """
     digest = hashlib.sha256()
     for path in sorted(paths):
@@ -40,23 +39,24 @@ def hash_files(folder: Path, paths: Iterable[Path], hash_one: Callable[[Path], s
 
 
 def hash_file_once(path: Path, memory: Path) -> str:
-    """As `hash_file`, but remembered in a folder by place, size and times of change: large weights are read
-    once. The second time is the system's own, which no copying tool sets back to that of another file."""
-    stat = path.stat()
-    place = hashlib.sha256(
-        f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ctime_ns}".encode()
-    ).hexdigest()
-    remembered = memory / f"{place}.json"
+    """As `hash_file`, but remembers the hash in a folder, so that large weights are read only once.
+
+    A file is recognized by path, size, time of modification and ctime; no copying tool can set the last.
+    """
+    stat, place = path.stat(), path.resolve()
+    state = f"{place}\0{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ctime_ns}"
+    name = hashlib.sha256(state.encode()).hexdigest()
+    remembered = memory / f"{name}.json"
     if remembered.is_file():
         return str(json.loads(remembered.read_text())["sha256"])
     digest = hash_file(path)
     memory.mkdir(parents=True, exist_ok=True)
-    write_json(remembered, {"file": str(path.resolve()), "sha256": digest})
+    write_json(remembered, {"file": str(place), "sha256": digest})
     return digest
 
 
 def readable_by_umask(mode: int) -> int:
-    """A mode less what the process' umask takes away."""
+    """A mode without the bits that the process's umask removes."""
     umask = os.umask(0)
     os.umask(umask)
     return mode & ~umask

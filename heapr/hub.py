@@ -1,7 +1,7 @@
-"""The Hugging Face hub: whether it answers, and single files of data sets, from the local cache or
-downloaded.
+"""The Hugging Face hub: whether it answers, and single files of data sets from its cache or downloaded.
 
-In: names. Out: paths. Without a network nothing waits: the hub is asked once, for a few seconds at most.
+In: names. Out: paths. Without a network little time is lost: the hub is asked once, for a few seconds at
+most.
 """
 
 from __future__ import annotations
@@ -25,36 +25,35 @@ def hub_is_reachable() -> bool:
     return _answers(huggingface_hub.constants.ENDPOINT)
 
 
-# Asked once a process: where packets are dropped, every question takes the whole time.
+# Asked once per process: on a network that drops packets, every attempt takes the whole time.
 @functools.lru_cache(maxsize=2)
 def _answers(endpoint: str) -> bool:
     return answers(endpoint)
 
 
 def data_file(repository: str, revision: str, name: str) -> Path | None:
-    """A data set's file below `snapshots/<commit>/` of the local hub cache, downloaded if it is not there
-    yet.
+    """Find a data set's file in the local hub cache, or download it.
 
     Returns:
-        none if it is not there and the hub cannot be reached.
+        its path below `snapshots/<commit>/` of the cache; None if it is not there and the hub cannot be
+        reached.
 
     Raises:
         HfHubHTTPError: the hub has no such data set, revision or file, or refuses it.
     """
+    find = functools.partial(hf_hub_download, repository, name, repo_type="dataset", revision=revision)
     try:
-        return Path(
-            hf_hub_download(repository, name, repo_type="dataset", revision=revision, local_files_only=True)
-        )
+        return Path(find(local_files_only=True))
     except LocalEntryNotFoundError:
         if not hub_is_reachable():
             return None
-    return Path(hf_hub_download(repository, name, repo_type="dataset", revision=revision))
+    return Path(find())
 
 
 @contextmanager
 def no_network() -> Iterator[None]:
-    """The hub's libraries look into their caches only, without asking and retrying; restores."""
-    import datasets  # a second to import: only where data sets are loaded through it
+    """Make the hub's libraries use their caches only, without network and retries; restores the state."""
+    import datasets  # takes a second to import, and only zero-shot tasks need it
 
     previous = huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
     huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True

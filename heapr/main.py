@@ -1,7 +1,6 @@
-"""What stands between the command line and the pipeline: one line for the user's mistakes, and the final
-table.
+"""Connects the command line to the pipeline: one line for the user's mistakes, and the final table.
 
-In: the configuration that Hydra composed, or the error that it met. Out: a run, or one line on stderr and
+In: the configuration that Hydra composed, or the error that it raised. Out: a run, or one line on stderr and
 exit code 2.
 """
 
@@ -28,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from heapr.artifacts import clear_error, write_error
 from heapr.errors import ConfigError
-from heapr.overrides import check_one_option, explain_comma, explain_option, explain_override
+from heapr.overrides import check_one_option, explain_comma, explain_option, explain_override, options_of
 from heapr.schema import ExperimentConfig, register, resolve
 from heapr.words import did_you_mean, first_line, unknown_key
 
@@ -38,33 +37,36 @@ EXIT_CODE = 2
 
 
 def run_job(config: DictConfig) -> None:
-    """One job of Hydra's. In a sweep a mistake fails its job and Hydra goes on with the others."""
+    """Run one job. In a sweep, a mistake fails only its own job, and Hydra continues with the others."""
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         with _recorded_failure(Path(HydraConfig.get().runtime.output_dir)):
             _run(config)
         return
-    with one_line_errors():  # before Hydra adds a line of its own
+    with one_line_errors():  # here, because Hydra would add a line of its own
         _run(config)
 
 
 @contextmanager
 def _recorded_failure(folder: Path) -> Iterator[None]:
-    """Leave one line in the job's folder, and for what is not the user's mistake a stack trace in its log."""
+    """Write why a job failed into its folder; log the stack trace unless it was the user's mistake."""
     clear_error(folder)
     try:
         yield
     except Exception as error:
-        expected = isinstance(error, ConfigError | FloatingPointError)
-        line = first_line(error) if expected else f"{type(error).__name__}: {first_line(error)}"
-        logger.error("this job failed: %s", line, exc_info=None if expected else error)
+        line = first_line(error)
+        if isinstance(error, ConfigError | FloatingPointError):
+            logger.error("this job failed: %s", line)
+        else:
+            line = f"{type(error).__name__}: {line}"
+            logger.error("this job failed: %s", line, exc_info=error)
         write_error(folder, line)
         raise
 
 
 def _run(config: DictConfig) -> None:
-    """Check the configuration, then run the pipeline or only say what it would do, and print the tables."""
+    """Check the configuration; then run the pipeline, or predict what it would do, and print the tables."""
     check_one_option(list(HydraConfig.get().overrides.task))
-    typed = resolve(config)  # before torch is imported: a mistake is answered at once
+    typed = resolve(config)  # before torch is imported, so that a mistake is answered at once
     if typed.dry_run:
         from heapr.dry_run import dry_run
         from heapr.report.run.dry_run_table import print_dry_run
@@ -77,26 +79,31 @@ def _run(config: DictConfig) -> None:
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
     sweep = Path(hydra.sweep.dir).resolve().name if hydra.mode == RunMode.MULTIRUN else None
-    print_summary(asdict(run(typed, folder, sweep=sweep)), str(folder))
+    summary = run(typed, folder, sweep=sweep)
+    print_summary(asdict(summary), str(folder))
 
 
-FIELD_OF_NOTHING = "Unexpected type for root: NoneType"  # omegaconf's answer to a field of null
-OPTION_WITHOUT_NAME = "Config group override must be a string or a list"  # Hydra's to score=3
-USED_WITH = {  # groups whose options have no place of their own in a configuration
+# How messages of omegaconf and Hydra begin:
+FIELD_OF_NOTHING = "Unexpected type for root: NoneType"  # an override sets a field of null
+OPTION_WITHOUT_NAME = "Config group override must be a string or a list"  # score=3
+COMMA_OUTSIDE_SWEEP = "Ambiguous value for argument"  # a=1,2
+UNREADABLE_VALUE = "Error merging override"  # a value of the wrong type
+
+USED_WITH = {  # groups whose options are chosen inside other groups
     "corpus": "calibration=<name> to calibrate on one, evaluation/corpora=[<name>,...] to measure on some",
     "calibration/parts": "calibration=mixture 'calibration/parts@calibration.corpus.parts=[<name>,...]'",
     "evaluation/evaluators": "'evaluation/evaluators@evaluation=[<name>,...]'",
 }
-COMMA_OUTSIDE_SWEEP = "Ambiguous value for argument"  # Hydra's to a=1,2
 
 
 @contextmanager
 def one_line_errors(config_folder: Path | None = None) -> Iterator[None]:
-    """Turn a user's mistake into one line and exit code 2; anything else is our bug and keeps its stack
-    trace.
+    """Turn a user's mistake into one line and exit code 2.
+
+    Every other error is a bug of ours and keeps its stack trace.
 
     Args:
-        config_folder: where known keys are looked up when one is misspelt.
+        config_folder: used to look up known keys when one is misspelled.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # otherwise Hydra prints errors itself and exits with 1
     print_whatever_the_encoding()
@@ -116,8 +123,8 @@ def one_line_errors(config_folder: Path | None = None) -> Iterator[None]:
         if not str(error).startswith(FIELD_OF_NOTHING):
             raise
         _stop(
-            "an override sets a field of what is null, such as pruning.repair.ridge; choose it first, for"
-            " example pruning/repair=joint"
+            "an override sets a field of something that is null, such as pruning.repair.ridge; choose it"
+            " first, for example pruning/repair=joint"
         )
     except OSError as error:
         if error.filename is None or _came_from_job(error):
@@ -128,8 +135,10 @@ def one_line_errors(config_folder: Path | None = None) -> Iterator[None]:
 
 
 def print_whatever_the_encoding() -> None:
-    """Write what the console's encoding lacks as an escape: a letter in a path must not end a run that has
-    finished."""
+    """Let the console print an escape for every letter that its encoding lacks.
+
+    Otherwise an unusual letter in a path would fail a run that has just finished.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -141,66 +150,64 @@ def _stop(message: str, code: int = EXIT_CODE) -> None:
 
 
 def _came_from_job(error: BaseException) -> bool:
-    """Whether the error was raised in the job; if not, Hydra could not make the run's folder."""
-    return any(frame.f_code is _run.__code__ for frame, _ in traceback.walk_tb(error.__traceback__))
+    """Whether the error was raised in the job. If not, Hydra could not make the run's folder."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_code is _run.__code__ for frame, _ in frames)
 
 
 def explain(error: Exception, config_folder: Path | None, overrides: Sequence[str]) -> str:
-    """Hydra's message, or a better one where a key is misspelt or a value has the wrong type.
+    """Hydra's message, or a better one if a key is misspelled or a value has the wrong type.
 
     Args:
-        error: what was raised on composing.
-        config_folder: where known keys are looked up.
-        overrides: that were composed.
+        error: what Hydra raised when it composed the configuration.
+        config_folder: used to look up known keys.
+        overrides: arguments of the command line.
     """
     text = str(error).strip()
     if isinstance(error, OverrideParseException):
-        # Of a function, such as int(x)
-        evaluated = [line for line in text.splitlines() if "while evaluating" in line]
-        return (
-            f"argument '{error.override}': {evaluated[0]}"
-            if evaluated
-            else explain_override(error.override, overrides)
-        )
+        return _explain_unparsed(error.override, text, overrides)
     if text.startswith(COMMA_OUTSIDE_SWEEP):
-        return explain_comma(text.splitlines()[0].removeprefix(COMMA_OUTSIDE_SWEEP).strip()[1:-1])
+        quoted = text.splitlines()[0].removeprefix(COMMA_OUTSIDE_SWEEP).strip()
+        return explain_comma(quoted[1:-1])
     match = re.match(r"Could not override '([^']+)'", text)
     if match and config_folder is not None:
         return _explain_unmatched(match[1], text, config_folder, overrides)
     match = re.search(r"Could not (?:find|load) '([^']+)'", text)
     if match and config_folder is not None and (config_folder / match[1]).parent.is_dir():
         return _unknown_option(match[1], config_folder)
-    if text.startswith("Error merging override") and error.__cause__ is not None:
+    if text.startswith(UNREADABLE_VALUE) and error.__cause__ is not None:
+        which = text.removeprefix(UNREADABLE_VALUE).removeprefix(" ")
         reason = first_line(error.__cause__)
-        return (
-            f"{text.removeprefix('Error merging override ')}: {reason}; give a value of the field's type"
-            " (heapr/schema.py)"
-        )
+        return f"{which}: {reason}; give a value of the field's type (heapr/schema.py)"
     return text
 
 
+def _explain_unparsed(override: str, text: str, overrides: Sequence[str]) -> str:
+    """The message for an override that Hydra cannot parse, or whose function, such as int(x), fails."""
+    evaluated = [line for line in text.splitlines() if "while evaluating" in line]
+    if evaluated:
+        return f"argument '{override}': {evaluated[0]}"
+    return explain_override(override, overrides)
+
+
 def _explain_unmatched(path: str, text: str, config_folder: Path, overrides: Sequence[str]) -> str:
-    """The message for an override of what the configuration does not hold: a group that is used inside
-    others, or a key."""
+    """The message for a key that is not in the configuration, or a group that is used inside others."""
     if path in USED_WITH:
         return f"options of '{path}' are chosen where they are used; write {USED_WITH[path]}"
-    return (
-        _explain_unknown_key(path, config_folder, overrides) if "To append to your config" in text else text
-    )
+    is_unknown_key = "To append to your config" in text
+    return _explain_unknown_key(path, config_folder, overrides) if is_unknown_key else text
 
 
 def _unknown_option(path: str, config_folder: Path) -> str:
-    """The message for a misspelt option of a group."""
+    """The message for a misspelled option of a group."""
     group, _, option = path.rpartition("/")
-    known = sorted(file.stem for file in (config_folder / group).glob("*.yaml"))
-    return (
-        f"unknown option '{path}'; {did_you_mean(option, known)}known options of {group}: {', '.join(known)}"
-    )
+    known = options_of(group, config_folder)
+    suggestion = did_you_mean(option, known)
+    return f"unknown option '{path}'; {suggestion}known options of {group}: {', '.join(known)}"
 
 
 def _explain_unknown_key(path: str, config_folder: Path, overrides: Sequence[str]) -> str:
-    """Compare a misspelt key, part by part, with the configuration of the groups' options that were
-    chosen."""
+    """The message for a misspelled key, compared part by part with the options that were chosen."""
     node = _compose_groups(overrides, config_folder)
     parts = path.split(".")
     for number, part in enumerate(parts, start=1):
@@ -212,10 +219,10 @@ def _explain_unknown_key(path: str, config_folder: Path, overrides: Sequence[str
 
 
 def compose_experiment(overrides: Sequence[str], config_folder: Path) -> ExperimentConfig:
-    """What `python run.py <overrides>` would run, checked.
+    """The checked configuration of `python run.py <overrides>`.
 
     Raises:
-        ConfigError, HydraException: the user's mistake.
+        ConfigError, HydraException: the overrides are wrong.
     """
     register()
     check_one_option(overrides)
@@ -224,12 +231,12 @@ def compose_experiment(overrides: Sequence[str], config_folder: Path) -> Experim
 
 
 def _compose_groups(overrides: Sequence[str], config_folder: Path) -> DictConfig:
-    """The configuration with the first of the options chosen for each group and no other override."""
+    """The configuration with the first option chosen for each group, and no other override."""
     matches = [re.fullmatch(r"([a-z_/]+)=([a-z_0-9]+)(,.*)?", override) for override in overrides]
     choices = [f"{match[1]}={match[2]}" for match in matches if match]
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_folder), version_base="1.3"):
         try:
             return compose("config", overrides=choices)
-        except HydraException:  # one of them is misspelt itself
+        except HydraException:  # one of them is misspelled itself
             return compose("config")

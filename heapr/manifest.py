@@ -1,4 +1,4 @@
-"""What an artifact's manifest says of its files: what they are, and with what, when and how they were made.
+"""What an artifact's manifest says about its files: their hashes, and when and with what they were made.
 
 In: a folder of finished files, or a manifest. Out: JSON types.
 """
@@ -19,18 +19,21 @@ RECORDED_LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "num
 
 
 def entry_of(manifest: Mapping[str, Any], part: str) -> Mapping[str, Any]:
-    """What a manifest says of an artifact, or of a part of it: its files, seconds and peak memory."""
+    """The manifest's entry for a part, or for the artifact itself: files, seconds and peak memory."""
     entry: Mapping[str, Any] = manifest["parts"][part] if part else manifest
     return entry
 
 
 def provenance(folder: Path, meter: StageMeter) -> dict[str, Any]:
-    """With what, when and how files were made, and what they are; they are readable for whom the umask says,
-    and on disk."""
+    """Describe the files in a folder: when and with what they were made, their sizes and hashes.
+
+    Also forces them to disk, and gives them the permissions of the umask, because safetensors writes files
+    that only their owner can read.
+    """
     files = {}
     for path in sorted(folder.rglob("*")):
-        # Safetensors writes files that only their owner can read.
-        path.chmod(readable_by_umask(0o777 if path.is_dir() else 0o666))
+        mode = 0o777 if path.is_dir() else 0o666
+        path.chmod(readable_by_umask(mode))
         if path.is_file():
             files[path.relative_to(folder).as_posix()] = describe(path)
         fsync(path)

@@ -1,8 +1,8 @@
-"""Seconds and peak memory of a stage or of a piece of work, and what machine they were measured on.
+"""Measures seconds and peak memory of a stage or another piece of work, and describes the machine.
 
 On a GPU the peak is torch's count of allocated bytes. On a CPU it is the process's peak resident memory,
-reset at the start of the stage where the operating system lets us (Linux); elsewhere it is the peak since the
-process started.
+which is reset at the start of the stage where the operating system allows it (Linux); elsewhere it is the
+peak since the process started.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ CLEAR_REFS, STATUS, CPUINFO = Path("/proc/self/clear_refs"), Path("/proc/self/st
 
 
 class StageMeter:
-    """Context manager; after it, `seconds` and `peak_memory_bytes` hold what the block took.
+    """Context manager that measures its block: `seconds` and `peak_memory_bytes` are set at the end.
 
     Args:
-        device: where the work is done, and so whose memory is meant.
+        device: where the work is done; its memory is measured.
     """
 
     seconds: float = 0.0
@@ -50,16 +50,18 @@ class StageMeter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.seconds = time.perf_counter() - self._started
-        on_gpu = self._device.type == "cuda"
-        self.peak_memory_bytes = torch.cuda.max_memory_allocated(self._device) if on_gpu else _resident_peak()
+        if self._device.type == "cuda":
+            self.peak_memory_bytes = torch.cuda.max_memory_allocated(self._device)
+        else:
+            self.peak_memory_bytes = _resident_peak()
 
 
 class WorkingMemory:
-    """Context manager: the most bytes that torch held at once inside, beyond what was there before.
+    """Context manager that measures the most bytes that torch held at once, beyond what was there before.
 
-    On a GPU it is the allocator's count, whose peak is reset. On a CPU it is the storage of the tensors alive
-    between two operations: what a kernel borrows while it runs is not seen, the process's other memory does
-    not disturb, and it costs time, so it must not be measured together with seconds.
+    On a GPU this is the allocator's peak, which is reset. On a CPU it is the storage of all tensors that are
+    alive between two operations; a kernel's own workspace and the rest of the process do not count. Counting
+    takes time on a CPU, so do not measure seconds in the same block.
 
     Args:
         device: where the work is done.
@@ -94,7 +96,7 @@ class WorkingMemory:
 
 
 class _LiveTensors(TorchDispatchMode):
-    """Counts the bytes of storages that operations make, until they are freed."""
+    """Counts the bytes of the storages that operations create, until they are freed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,7 +111,7 @@ class _LiveTensors(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         for tensor in _tensors((args, kwargs)):
-            self._add(tensor, num_bytes=0)  # what was there before is not ours
+            self._add(tensor, num_bytes=0)  # what was there before does not count
         result = func(*args, **(kwargs or {}))
         for tensor in _tensors(result):
             self._add(tensor, num_bytes=tensor.untyped_storage().nbytes())
@@ -134,14 +136,13 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What timings depend on beside the work: kind and name of the device, and the threads that torch uses on
-    the CPU."""
+    """What timings depend on: kind and name of the device, and torch's number of CPU threads."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {"device": device.type, "name": name, "threads": torch.get_num_threads()}
 
 
 def wait_for(device: torch.device) -> None:
-    """Return when the device has done what it was given."""
+    """Wait until the device has finished all work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

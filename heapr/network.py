@@ -1,4 +1,4 @@
-"""Whether somebody answers at an address, without waiting for long.
+"""Whether a server answers, without a long wait.
 
 In: a URL. Out: yes or no, within seconds.
 """
@@ -12,12 +12,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from urllib.parse import urlparse
 
-PROBE_SECONDS = 3.0  # is anybody there?
+PROBE_SECONDS = 3.0  # how long to wait for a connection
 PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
 
 
 def answers(url: str) -> bool:
-    """Whether somebody answers at a URL; yes behind a proxy, which alone can tell."""
+    """Whether a server answers at a URL. True behind a proxy, because only the proxy could tell."""
     if any(os.environ.get(name) for name in PROXIES):
         return True
     parts = urlparse(url)
@@ -26,8 +26,10 @@ def answers(url: str) -> bool:
 
 
 def within(seconds: float, call: Callable[[], None]) -> bool:
-    """Whether a call ends well within some time; in a thread, since looking up a name or ending a process
-    knows no limit."""
+    """Whether a call succeeds within some time.
+
+    It runs in a thread, because looking up a name or ending a process cannot be given a time limit.
+    """
     done = threading.Event()
 
     def attempt() -> None:

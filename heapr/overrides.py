@@ -1,7 +1,7 @@
-"""What is wrong with an override that Hydra cannot read, and how a shell wants it written.
+"""Explains what is wrong with an override that Hydra cannot read, and how to write it in a shell.
 
-In: an argument of the command line, such as `paths.outputs=/tmp/é`. Out: one line that names it and what to
-type instead.
+In: an argument of the command line, such as `paths.outputs=/tmp/é`. Out: one line that names it and says what
+to type instead.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 
 from heapr.errors import ConfigError
 
-UNQUOTED = re.compile(r"[\w /\-\\+.$%*@?|:,]", re.ASCII)  # what Hydra reads in a value without quotes
+UNQUOTED = re.compile(r"[\w /\-\\+.$%*@?|:,]", re.ASCII)  # what a value may contain without quotes
 ONE_OPTION = {
     "model",
     "calibration",
@@ -34,13 +34,13 @@ SWEEP_OPTIONS = {"-m", "--multirun"}
 
 
 def check_one_option(overrides: Sequence[str]) -> None:
-    """Refuse several options of a group that takes one: Hydra would mix them, and the last one would count.
+    """Refuse several options of a group that takes one, which Hydra would merge, the last one winning.
 
     Args:
-        overrides: of the command line, such as `score=[heapr,fisher]`.
+        overrides: arguments of the command line, such as `score=[heapr,fisher]`.
 
     Raises:
-        ConfigError: naming the argument.
+        ConfigError: one of them is such a list; the message names it.
     """
     for override in overrides:
         group, _, value = override.partition("=")
@@ -56,8 +56,8 @@ def explain_override(override: str, arguments: Sequence[str]) -> str:
     """One line for an argument that Hydra cannot read.
 
     Args:
-        override: the argument, as Hydra got it: without the shell's quotes.
-        arguments: all of them, which say whether a comma separates values to sweep over.
+        override: the argument as Hydra received it, without the shell's quotes.
+        arguments: all arguments; they show whether a comma separates values of a sweep.
     """
     key, equals, value = override.partition("=")
     if not override.isprintable():
@@ -66,7 +66,7 @@ def explain_override(override: str, arguments: Sequence[str]) -> str:
             " leave it out"
         )
     if not equals:
-        return f"argument '{override}' is no override; give key=value, or an option that --help lists"
+        return f"argument '{override}' is not an override; give key=value, or an option that --help lists"
     if not key.strip("+~") or not _is_read(f"{key}=1"):
         return (
             f"argument '{override}': '{key}' cannot be the name of a field; give key=value with a key that"
@@ -75,11 +75,11 @@ def explain_override(override: str, arguments: Sequence[str]) -> str:
     with_one = f"{key}={value.lstrip('=')}"
     if value.startswith("=") and _is_read(with_one):
         return f"argument '{override}' has one '=' too many; write {shlex.quote(with_one)}"
-    marks = "".join(
-        dict.fromkeys(letter for letter in _without_brackets(value) if not UNQUOTED.fullmatch(letter))
-    )
-    reason = f"{' '.join(marks)} in a value must stand inside quotes" if marks else "its value cannot be read"
-    written = quoted_override(key, value, is_sweep=bool(SWEEP_OPTIONS & set(arguments)))
+    marks = [letter for letter in _without_brackets(value) if not UNQUOTED.fullmatch(letter)]
+    distinct = " ".join(dict.fromkeys(marks))
+    reason = f"{distinct} in a value must be inside quotes" if marks else "its value cannot be read"
+    is_sweep = not SWEEP_OPTIONS.isdisjoint(arguments)
+    written = quoted_override(key, value, is_sweep=is_sweep)
     if written is None:
         return (
             f"argument '{override}': {reason}; put \"...\" around that part of the value, and '...' around"
@@ -95,17 +95,18 @@ def explain_comma(override: str) -> str:
     """One line for a value with a comma outside a sweep."""
     key, _, value = override.partition("=")
     one = quoted_override(key, value, is_sweep=False, always=True)
+    several = shlex.quote(f"{key}=[{value}]")
     return (
-        f"argument '{override}' has a comma; write {one} for one value, {shlex.quote(f'{key}=[{value}]')} for"
-        " a list, or add -m to run once for each"
+        f"argument '{override}' has a comma; write {one} for one value, {several} for a list, or add -m to"
+        " run once for each"
     )
 
 
 def explain_option(arguments: Sequence[str], config_folder: Path) -> str:
-    """One line for a group's option that is a number, a truth value or null where a name is wanted.
+    """One line for a group's option that is a number, true, false or null instead of a name.
 
     Args:
-        arguments: one of them is at fault.
+        arguments: all arguments; one of them is at fault.
         config_folder: its folders are the groups.
     """
     for argument in arguments:
@@ -115,52 +116,63 @@ def explain_option(arguments: Sequence[str], config_folder: Path) -> str:
             continue
         if not group:
             return explain_override(argument, arguments)
-        known = ", ".join(sorted(file.stem for file in (config_folder / group).glob("*.yaml")))
-        return f"argument '{argument}': {value} is no name of an option; known options of {group}: {known}"
-    return "a group's option is no name; see --help"
+        known = ", ".join(options_of(group, config_folder))
+        return (
+            f"argument '{argument}': {value} is not the name of an option; known options of {group}: {known}"
+        )
+    return "an option of a group is not a name; see --help"
+
+
+def options_of(group: str, config_folder: Path) -> list[str]:
+    """Names of a group's options, sorted."""
+    names = [file.stem for file in (config_folder / group).glob("*.yaml")]
+    return sorted(names)
 
 
 def quoted_override(key: str, value: str, *, is_sweep: bool, always: bool = False) -> str | None:
-    """The argument as a shell takes it, with quotes inside where Hydra needs them; None if no quotes make it
-    readable.
+    """The override with Hydra's quotes where it needs them, quoted once more for the shell.
 
     Args:
-        key, value: of the override.
-        is_sweep: a comma separates values to sweep over.
-        always: quote the value even if it could be read without.
+        key, value: the two sides of the override.
+        is_sweep: a comma separates values of a sweep.
+        always: quote the value even if Hydra could read it without quotes.
+
+    Returns:
+        None if no quotes make it readable.
     """
     if value.startswith("{") and value.endswith("}"):
-        return None  # whether it is a mapping, and where its values begin, is not guessed
+        return None  # it may be a mapping, and where its values begin would be a guess
     is_list = value.startswith("[") and value.endswith("]")
     if is_list or (is_sweep and "," in value):
         inner = value[1:-1] if is_list else value
-        items = ",".join(item if _is_read(f"{key}={item}") else _in_quotes(item) for item in inner.split(","))
-        written = f"{key}=[{items}]" if is_list else f"{key}={items}"
+        quoted = [item if _is_read(f"{key}={item}") else _in_quotes(item) for item in inner.split(",")]
+        joined = ",".join(quoted)
+        written = f"{key}=[{joined}]" if is_list else f"{key}={joined}"
+    elif always or not _is_read(f"{key}={value}"):
+        written = f"{key}={_in_quotes(value)}"
     else:
-        written = (
-            f"{key}={value}" if _is_read(f"{key}={value}") and not always else f"{key}={_in_quotes(value)}"
-        )
+        written = f"{key}={value}"
     return shlex.quote(written) if _is_read(written) else None
 
 
 def _in_quotes(text: str) -> str:
-    """Text between double quotes as Hydra unescapes it: backslashes count only before a quote."""
+    """Text between double quotes, escaped as Hydra expects: a backslash is special only before a quote."""
     escaped = re.sub(r'(\\*)"', r'\1\1\\"', text)
     return '"' + re.sub(r"(\\+)$", r"\1\1", escaped) + '"'
 
 
 def _without_brackets(value: str) -> str:
-    """A list's or mapping's content."""
+    """A value without the brackets of a list or mapping."""
     return value[1:-1] if (value[:1], value[-1:]) in {("[", "]"), ("{", "}")} else value
 
 
 def _is_read(override: str) -> bool:
-    """Whether Hydra reads it; what is not in quotes may not hold a comma that separates values."""
+    """Whether Hydra can read an override."""
     return not isinstance(_read(override), HydraException)
 
 
 def _read(override: str) -> Any:
-    """The value as Hydra reads it, or the error that it raises."""
+    """The value that Hydra reads from an override, or the error that it raises."""
     try:
         return OverridesParser.create().parse_override(override).value()
     except HydraException as error:

@@ -1,6 +1,6 @@
-"""Plug-ins: what a `_target_` names, built from its entry in the configuration.
+"""Builds plug-ins, the objects that a `_target_` in the configuration names.
 
-In: an entry and its place in the configuration. Out: the object, its arguments checked against the
+In: an entry and its place in the configuration. Out: the object. Its arguments are checked against the
 annotations of its `__init__`: types and ranges, such as `window: Annotated[int, Ge(2)]`.
 """
 
@@ -20,7 +20,7 @@ from heapr.errors import ConfigError
 from heapr.words import unknown_key
 
 RULES = pydantic.ConfigDict(strict=True, allow_inf_nan=False)
-COMPLAINTS = {  # by pydantic's name of an error; anything else is a wrong type
+COMPLAINTS = {  # by pydantic's name for the error; every other error is a wrong type
     "greater_than_equal": "is below {ge:g}",
     "greater_than": "is not above {gt:g}",
     "less_than_equal": "is above {le:g}",
@@ -43,44 +43,42 @@ def build(entry: Mapping[str, Any], where: str, **injected: Any) -> Any:
     Args:
         entry: a plug-in's configuration.
         where: its place in the configuration, for messages.
-        injected: further arguments, not from the configuration and not checked.
+        injected: further arguments, which do not come from the configuration and are not checked.
 
     Raises:
-        ConfigError: unknown target, or arguments that it does not take, lacks, or that have another type or
-            are out of range; and what the plug-in itself raises.
+        ConfigError: the target is unknown, or an argument is unknown, missing, of the wrong type or out of
+            range; and whatever the plug-in itself raises.
     """
     target = plug_in(entry, where)
     arguments = {key: value for key, value in entry.items() if key != "_target_"}
     parameters = inspect.signature(target).parameters
     known = {name: parameter for name, parameter in parameters.items() if name not in injected}
-    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
+    annotated = target.__init__ if inspect.isclass(target) else target
+    hints = typing.get_type_hints(annotated, include_extras=True)
     for key, value in arguments.items():
         if key not in known:
             raise ConfigError(unknown_key(f"{where}.{key}", known))
         _check(f"{where}.{key}", value, hints.get(key, Any))
-    absent = [
-        name
-        for name, parameter in known.items()
-        if parameter.default is parameter.empty and name not in arguments
-    ]
+    required = [name for name, parameter in known.items() if parameter.default is parameter.empty]
+    absent = [name for name in required if name not in arguments]
     if absent:
         raise ConfigError(f"{where} lacks {', '.join(absent)}; give it, for example {where}.{absent[0]}=...")
     return target(**arguments, **injected)
 
 
 def plug_in(entry: Any, where: str) -> Callable[..., Any]:
-    """What an entry's `_target_` names.
+    """Import what an entry's `_target_` names.
 
     Raises:
-        ConfigError: it names nothing.
+        ConfigError: there is no `_target_`, or it cannot be imported.
     """
     if not isinstance(entry, Mapping) or "_target_" not in entry:
         raise ConfigError(
-            f"{where} has no _target_, so it names no plug-in; look for a misspelt key, or see docs/adding.md"
+            f"{where} has no _target_, so it names no plug-in; is a key misspelled? See docs/adding.md"
         )
     try:
         target: Callable[..., Any] = hydra.utils.get_object(entry["_target_"])
-    except Exception as error:  # whatever importing a wrongly named module raises
+    except Exception as error:  # importing a wrongly named module may raise anything
         raise ConfigError(
             f"{where}._target_='{entry['_target_']}' cannot be imported; see docs/adding.md"
         ) from error
@@ -88,10 +86,10 @@ def plug_in(entry: Any, where: str) -> Callable[..., Any]:
 
 
 def _check(name: str, value: Any, hint: Any) -> None:
-    """Type and range of one argument.
+    """Check type and range of one argument.
 
     Raises:
-        ConfigError: what was given, why it cannot be, what to give.
+        ConfigError: it does not fit; the message says what was given, why it cannot be, and what to give.
     """
     try:
         pydantic.TypeAdapter(hint, config=RULES).validate_python(value)
@@ -100,7 +98,7 @@ def _check(name: str, value: Any, hint: Any) -> None:
 
 
 def _complaint(error: pydantic.ValidationError) -> str:
-    """Of a union's complaints, the one of the type that fits."""
+    """What is wrong with a value. For a union, the complaint of the member whose type fits."""
     for detail in error.errors():
         form = COMPLAINTS.get(detail["type"])
         if form is not None:
@@ -109,8 +107,10 @@ def _complaint(error: pydantic.ValidationError) -> str:
 
 
 def describe(hint: Any) -> str:
-    """What an annotation admits, in words: `Annotated[int, Ge(1)] | None` is "a whole number of at least 1 or
-    null"."""
+    """Say in words what an annotation allows.
+
+    `Annotated[int, Ge(1)] | None` is "a whole number of at least 1 or null".
+    """
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         return f"{describe(parts[0])} {_range(parts[1:])}".strip()

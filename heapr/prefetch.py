@@ -1,10 +1,9 @@
-"""Fetch what an experiment needs from the hub: model, corpora and tasks, on a machine with a network, for one
-without.
+"""Downloads the model, corpora and tasks of an experiment, for a machine without a network.
 
 Run:  python -m heapr.prefetch <the same overrides as for run.py>
 
-In: an experiment's configuration. Out: filled caches (HF_HOME says where), one line for every item, exit code
-2 if one is missing.
+In: an experiment's configuration. Out: filled caches (HF_HOME says where), one line per item, and exit code 2
+if one is missing.
 """
 
 from __future__ import annotations
@@ -24,19 +23,21 @@ CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "conf"
 
 
 def main(overrides: Sequence[str]) -> None:
-    """Fetch and say so; a mistake in the overrides costs one line."""
+    """Fetch everything and log it; a mistake in the overrides ends in one line."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logger.setLevel(logging.INFO)
     with one_line_errors(CONFIG_FOLDER):
         config = compose_experiment(overrides, CONFIG_FOLDER)
-        if missing := fetch_all(config):
+        missing = fetch_all(config)
+        if missing:
+            names = ", ".join(missing)
             raise ConfigError(
-                f"{len(missing)} of what this experiment needs could not be fetched: {', '.join(missing)}"
+                f"{len(missing)} items that this experiment needs could not be fetched: {names}"
             )
 
 
 def fetch_all(config: ExperimentConfig) -> list[str]:
-    """Fetch every item that is not in a local cache yet; one line each.
+    """Fetch every item that is not in a local cache yet; log a line for each.
 
     Returns:
         names of the items that could not be fetched.
@@ -48,7 +49,7 @@ def fetch_all(config: ExperimentConfig) -> list[str]:
 
 
 def _items(config: ExperimentConfig) -> dict[str, Callable[[], None]]:
-    """What the experiment needs, and how each is had; text and tasks that are made here need nothing."""
+    """How to fetch each thing that the experiment needs from the hub."""
     from heapr.evaluation.build import build_corpora
     from heapr.evaluation.measurement import Need
     from heapr.evaluation.zero_shot import ZeroShot
@@ -57,18 +58,18 @@ def _items(config: ExperimentConfig) -> dict[str, Callable[[], None]]:
     from heapr.text.published_corpora import PublishedText
 
     plugins = build_plugins(config)
-    assert plugins.text is not None, "only a dry run goes on without the text"
+    assert plugins.text is not None, "only a dry run continues without the text"
     corpora = [corpus for corpus, _ in parts_of(plugins.text)]
     if any(Need.CORPUS in measurement.needs for measurement in plugins.measurements):
         corpora += build_corpora(config.evaluation)
-    tasks = [measurement for measurement in plugins.measurements if isinstance(measurement, ZeroShot)]
     items: dict[str, Callable[[], None]] = {f"model {config.model.path}": lambda: _fetch_model(config)}
-    items |= {
-        f"corpus {corpus.name} ({corpus.split})": corpus.fetch
-        for corpus in corpora
-        if isinstance(corpus, PublishedText)
-    }
-    return items | {f"task {task.task}": task.fetch for task in tasks}
+    for corpus in corpora:
+        if isinstance(corpus, PublishedText):
+            items[f"corpus {corpus.name} ({corpus.split})"] = corpus.fetch
+    for measurement in plugins.measurements:
+        if isinstance(measurement, ZeroShot):
+            items[f"task {measurement.task}"] = measurement.fetch
+    return items
 
 
 def _fetch_model(config: ExperimentConfig) -> None:
@@ -84,7 +85,7 @@ def _fetch_model(config: ExperimentConfig) -> None:
 
 
 def _fetch(name: str, fetch: Callable[[], None]) -> bool:
-    """Look into the caches first, then ask the hub."""
+    """Look in the caches first, then ask the hub; log the outcome and return whether the item is here."""
     from heapr.hub import hub_is_reachable, no_network
 
     try:

@@ -1,4 +1,4 @@
-"""The one progress bar: rate and time left, on a terminal live, in a log file a line now and then."""
+"""The one progress bar: rate and time left, live on a terminal, now and then as a line in a log file."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ LOG_INTERVAL_SECONDS = 30.0
 
 
 def progress(items: Iterable[Item], *, total: int, description: str, unit: str = "batch") -> Iterator[Item]:
-    """Yield the items and show how far we are."""
+    """Yield the items and show the progress."""
     with tqdm(items, total=total, desc=description, unit=unit, **bar_settings()) as bar:
         yield from bar
 
 
 def bar_settings() -> dict[str, Any]:
-    """tqdm's arguments that make a bar ours."""
-    live = sys.stderr.isatty()
-    interval = 0.1 if live else LOG_INTERVAL_SECONDS
-    return {"mininterval": interval, "leave": False, "delay": 0 if live else interval}
+    """Arguments of tqdm that all bars share."""
+    is_terminal = sys.stderr.isatty()
+    interval = 0.1 if is_terminal else LOG_INTERVAL_SECONDS
+    delay = 0 if is_terminal else LOG_INTERVAL_SECONDS
+    return {"mininterval": interval, "leave": False, "delay": delay}

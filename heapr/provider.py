@@ -1,8 +1,8 @@
-"""Gives the models of an experiment: the dense one, what pruning made of it, or both. Loaded when first asked
-for, cut in place.
+"""Provides the models of an experiment: the dense one, the pruned one, or both.
 
-In: how the dense model is had, and what is done to it. Out: `MoEModel`s. Whoever asks keeps no model beyond
-its own step: the next one may cut it further, or need its memory.
+In: how to load the dense model, and what is done to it. Out: `MoEModel`s. A model is loaded when it is first
+asked for, and cut in place. A caller keeps no model beyond its own step: the next step may cut it further, or
+need its memory.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from heapr.types import Plan, Pruning
 
 @dataclass(frozen=True)
 class _Held:
-    """A pruned model, and the plan that led to it from the dense one."""
+    """A pruned model, and the plan that made it from the dense one."""
 
     model: MoEModel
     plan: Plan
 
 
 class ModelProvider:
-    """Gives dense and pruned models with as few loads as it takes.
+    """Provides dense and pruned models with as few loads as possible.
 
     Args:
-        load: gives the dense model anew.
-        repair: how the rest makes up for what is removed; None leaves it as it is.
-        form: of the final model: ragged, uniform or masked.
-        uniform_settings: what the uniform form changes in the model's configuration.
+        load: loads the dense model anew.
+        repair: refits the kept weights; None leaves them unchanged.
+        form: the final model's form: ragged, uniform or masked.
+        uniform_settings: what the uniform form changes in the model's configuration; empty for other forms.
     """
 
     def __init__(
@@ -50,10 +50,10 @@ class ModelProvider:
         self._masked: MoEModel | None = None
 
     def dense(self) -> MoEModel:
-        """The model as it was; loaded once more if it has been cut since.
+        """The dense model; loaded again if it has been cut since.
 
         Raises:
-            ConfigError: it cannot be loaded, or not repaired as asked.
+            ConfigError: it cannot be loaded, or its family does not support the repair.
         """
         if self._dense is None:
             self._dense = self._load()
@@ -64,7 +64,7 @@ class ModelProvider:
         return self._dense
 
     def pruned(self, pruning: Pruning) -> MoEModel:
-        """The model cut to what is kept: further, if a model of an earlier round is there."""
+        """The pruned model, cut from the model of an earlier round if that is in memory."""
         if self._pruned is None or not _same(self._pruned.plan, pruning.plan):
             model, plan = self._next(pruning.plan)
             remove(model, plan, pruning.repaired)
@@ -74,13 +74,15 @@ class ModelProvider:
     def repaired(
         self, plan: Plan, earlier: Pruning | None, batches: Callable[[], Sequence[Tensor]]
     ) -> tuple[Pruning, dict[int, LayerRepair]]:
-        """Cut and repair the model of the round before; what became of it, and what was found for each layer.
+        """Cut and repair the model that the round before left.
 
         Args:
             plan: for the dense model.
-            earlier: what the round before made, now or in a run whose results are in the store; None for the
-                first.
-            batches: gives those of the calibration.
+            earlier: the result of the round before, made now or read from the store; None in the first round.
+            batches: returns the calibration batches, int64 (N, W) each.
+
+        Returns:
+            the plan with the repaired weights, and what repair found, by decoder layer index.
         """
         assert self._repair is not None
         if earlier is not None:
@@ -88,16 +90,19 @@ class ModelProvider:
         model, relative = self._next(plan)
         found = remove_and_repair(model, relative, self._repair, batches())
         self._pruned = _Held(model, plan)
-        names = [layout_of(model.layers[0].experts).input_name] if self._repair.refits_inputs else []
-        tensors = {
-            layer.index: {name: layer.experts.get_parameter(name).detach() for name in [*names, "down_proj"]}
-            for layer in model.layers
-        }
-        return Pruning(plan, tensors), found
+        names = ["down_proj"]
+        if self._repair.refits_inputs:
+            names.insert(0, layout_of(model.layers[0].experts).input_name)
+        repaired = {}
+        for layer in model.layers:
+            repaired[layer.index] = {name: layer.experts.get_parameter(name).detach() for name in names}
+        return Pruning(plan, repaired), found
 
     def final(self, pruning: Pruning) -> MoEModel:
-        """The pruned model after the last round, as its checkpoint holds it: ragged, in the family's own
-        class, or with zeros. What is measured is what is written."""
+        """The pruned model after the last round, in the form in which it is measured and saved.
+
+        That is ragged, uniform (in the family's own class) or masked (zeros in the old shape).
+        """
         if self._form == "masked":
             return self._masked_by(pruning)
         model = self.pruned(pruning)
@@ -106,12 +111,12 @@ class ModelProvider:
         return model
 
     def both(self, pruning: Pruning) -> tuple[MoEModel, MoEModel]:
-        """The dense and the final model at once.
+        """The dense and the final model at the same time.
 
         Raises:
-            TooLargeError: they do not fit on the device.
+            TooLargeError: they do not fit on the device together.
         """
-        pruned = self.final(pruning)  # first: it takes the dense model, if there is one
+        pruned = self.final(pruning)  # first, because it cuts the dense model if that is in memory
         try:
             return self.dense(), pruned
         except TooLargeError as error:
@@ -122,19 +127,20 @@ class ModelProvider:
             ) from error
 
     def _masked_by(self, pruning: Pruning) -> MoEModel:
-        """The dense model with zeros for what the last round removed; the ragged one is given up for it."""
+        """The dense model with zeros for what the last round removed; replaces the ragged one in memory."""
         if self._masked is None:
-            self._masked, self._dense, self._pruned = self.dense(), None, None
+            self._masked = self.dense()
+            self._dense = self._pruned = None
             mask(self._masked, pruning.plan, pruning.repaired)
         return self._masked
 
     def _next(self, plan: Plan) -> tuple[MoEModel, Plan]:
-        """The model to cut next, and the plan for it. It is given away: whoever needs a dense model
-        afterwards loads it anew."""
+        """Hand over the model to cut next, and the plan relative to it."""
         if self._pruned is not None:
             held, self._pruned = self._pruned, None
             return held.model, plan.after(held.plan)
-        model, self._dense = self.dense(), None
+        model = self.dense()
+        self._dense = None
         return model, plan
 
 

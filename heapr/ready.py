@@ -1,7 +1,6 @@
-"""The last checks before a run: whatever can still fail through a user's mistake, and takes text, tokenizer
-or the disk to find.
+"""The last checks before a run, for mistakes that only the text, the tokenizer or the disk can reveal.
 
-In: a prepared experiment. Out: its calibration tokens, if they are still to be calibrated on.
+In: a prepared experiment. Out: its calibration tokens, unless the calibration is in the store.
 """
 
 from __future__ import annotations
@@ -23,69 +22,64 @@ logger = logging.getLogger(__name__)
 
 
 def make_ready(experiment: Experiment) -> TokenWindows | None:
-    """Set the number of threads, and check weights, disk, text and tasks of the steps that are still to be
-    made.
+    """Set the number of threads, and check weights, disk, text and tasks of the steps yet to be made.
 
     Returns:
         the calibration tokens; None if the calibration is in the store.
 
     Raises:
-        ConfigError: the user's mistake.
+        ConfigError: a step cannot be made as asked; the message says why.
     """
     if experiment.config.runtime.num_threads is not None:
         torch.set_num_threads(experiment.config.runtime.num_threads)
-    if experiment.source.has_weights:  # else they are fetched when the model is loaded, and looked at then
+    if experiment.source.has_weights:  # otherwise they are fetched, and checked, when the model is loaded
         _ = experiment.source.left_out
     for note in experiment.notes_on_budget:
         logger.info("%-9s %s", "prune", note)
     missing = [step for step in experiment.steps if not experiment.store.has(step.origin, step.part)]
     _check_space(missing, experiment)
     _warn_of_overlap(experiment.steps)
-    prepared = {id(step.measurement): step.measurement for step in missing if step.measurement is not None}
-    for measurement in prepared.values():
+    measurements = [step.measurement for step in missing if step.measurement is not None]
+    # One measurement may belong to several steps.
+    distinct = {id(measurement): measurement for measurement in measurements}
+    for measurement in distinct.values():
         measurement.prepare(experiment.source)
     is_calibrated = experiment.store.has(experiment.steps.first("calibrate").origin)
     return None if is_calibrated else _calibration_tokens(experiment)
 
 
 def _check_space(missing: Sequence[Step], experiment: Experiment) -> None:
-    """The disk has room for what is still to be made of repaired weights (at least the columns of W_down) and
-    of the checkpoint.
+    """Check that the disk has room for repaired weights (at least the columns of W_down) and checkpoint.
 
     Raises:
-        ConfigError: it has not.
+        ConfigError: it does not.
     """
     source = experiment.source
-    routed = sum(
-        sum(width_E) * source.atomic_expert_parameters[index] for index, width_E in source.widths.items()
-    )
+    routed = 0
+    for index, width_E in source.widths.items():
+        routed += sum(width_E) * source.atomic_expert_parameters[index]
     num_parameters = 0
     for step in missing:
+        if step.kind not in {REPAIR_PART, CHECKPOINT_PART}:
+            continue
+        kept = round((1 - step.origin.config["ratio"]) * routed)
         if step.kind == REPAIR_PART:
-            num_parameters += _num_kept(step, routed) // 3
-        if step.kind == CHECKPOINT_PART:
+            num_parameters += kept // 3
+        else:
             total = sum(parameter.numel() for parameter in source.on_meta().model.parameters())
             is_masked = experiment.config.pruning.form == "masked"
-            num_parameters += total if is_masked else total - routed + _num_kept(step, routed)
+            num_parameters += total if is_masked else total - routed + kept
     instead = "leave the checkpoint out with pruning.save_checkpoint=false"
     experiment.store.check_space(num_parameters * source.dtype.itemsize, "the pruned weights", instead)
 
 
-def _num_kept(step: Step, num_parameters: int) -> int:
-    """What a plan leaves of so many parameters."""
-    ratio: float = step.origin.config["ratio"]
-    return round((1 - ratio) * num_parameters)
-
-
 def _warn_of_overlap(steps: Steps) -> None:
-    """Calibration and evaluation text are apart if they are other texts, or parts of one that have no
-    document in common."""
-    calibrated = [
-        corpus for corpus, _ in identities_of_parts(steps.first("calibrate").origin.config["corpus"])
-    ]
+    """Warn if a text that is measured on has documents in common with the calibration text."""
+    calibration = steps.first("calibrate").origin.config["corpus"]
+    calibrated = [corpus for corpus, _ in identities_of_parts(calibration)]
     evaluations = [step.origin.config["evaluator"] for step in steps if step.kind == "evaluate"]
     measured = [evaluation["corpus"] for evaluation in evaluations if evaluation.get("corpus")]
-    shared = [corpus["corpus"] for corpus in measured if any(share_text(part, corpus) for part in calibrated)]
+    shared = [corpus["corpus"] for corpus in measured for part in calibrated if share_text(part, corpus)]
     for name in dict.fromkeys(shared):
         logger.warning(
             "%s is measured on text that is calibrated on; choose another split for one of them, such as"
@@ -96,7 +90,7 @@ def _warn_of_overlap(steps: Steps) -> None:
 
 def _calibration_tokens(experiment: Experiment) -> TokenWindows:
     settings, text = experiment.config.calibration, experiment.plugins.text
-    assert text is not None, "only a dry run goes on without the text"
+    assert text is not None, "only a dry run continues without the text"
     return draw(
         text,
         experiment.source.tokenizer,

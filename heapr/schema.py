@@ -1,8 +1,8 @@
 """The typed configuration: every field with its meaning, unit and range.
 
-In: what Hydra composed from conf/. Out: `ExperimentConfig`, checked; what its `_target_` entries name is
-built elsewhere (heapr/plugins.py).
-Light on purpose: no torch, so that a mistyped command line is answered at once.
+In: the configuration that Hydra composed from conf/. Out: a checked `ExperimentConfig`, whose `_target_`
+entries are built elsewhere (heapr/plugins.py). No torch here, so that a mistyped command line is answered at
+once.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ class ModelConfig:
 
     name: str = MISSING  # short name, for tables
     path: str = MISSING  # "builtin:<name>", a local Hugging Face folder, or a hub id "owner/name"
-    revision: str | None = None  # branch, tag or commit of a hub id; none is the hub's default
+    revision: str | None = None  # branch, tag or commit of a hub id; null is the hub's default
     dtype: str = MISSING  # float32, bfloat16 or float16
-    trust_remote_code: bool = False  # whether Python files that lie beside the weights may run
+    trust_remote_code: bool = False  # whether Python files beside the weights may be executed
 
 
 @dataclass
 class CalibrationConfig:
-    """Which tokens the statistics are taken from."""
+    """Which tokens the statistics are collected on."""
 
     corpus: dict[str, Any] = MISSING  # plug-in: heapr/text/corpora.py
     num_samples: int = MISSING  # sequences, at least 1
-    sequence_length: int = MISSING  # tokens of a sequence, at least 2, at most the model's limit
-    seed: int = MISSING  # of the choice of sequences, at least 0
-    batch_size: int = MISSING  # sequences per pass, at least 1; changes memory, speed and the last digits
-    # Of a corpus with more, documents are drawn by the seed; at least 1; None takes all.
+    sequence_length: int = MISSING  # tokens per sequence, at least 2, at most the model's limit
+    seed: int = MISSING  # chooses the sequences, at least 0
+    batch_size: int = MISSING  # sequences per pass, at least 1; affects memory, speed and the last digits
+    # From a longer corpus, documents are drawn at random with the seed. At least 1; null uses all.
     max_characters: int | None = 20_000_000
 
 
@@ -47,29 +47,29 @@ class CalibrationConfig:
 class PruningConfig:
     """How much is removed, and what is ranked together."""
 
-    ratio: float = MISSING  # share of routed atomic experts to remove, or of what `budget` says, in [0, 1)
-    scope: str = MISSING  # global, layer or expert
-    rounds: int = 1  # steps of equal size, each measured on the model that the one before left; at least 1
-    # Plug-in: heapr/pruning/repair.py; null leaves what is kept as it was.
+    ratio: float = MISSING  # share to remove of the routed atomic experts, or of `budget`, in [0, 1)
+    scope: str = MISSING  # what is ranked together: global, layer or expert
+    rounds: int = 1  # number of equal rounds, each with statistics of its own; at least 1
+    # Plug-in (heapr/pruning/repair.py) that refits the kept weights; null leaves them unchanged.
     repair: dict[str, Any] | None = None
-    # Every expert's width becomes a multiple of it: 1, 8, 16, ...; null: 8 for uniform, else 1.
+    # Every expert keeps a multiple of this many atomic experts: 1, 8, 16, ...; null is 8 for uniform, else 1.
     width_multiple: int | None = None
-    # Of the checkpoint: ragged (exact widths), uniform (one width, scope expert), masked (zeros).
+    # Form of the checkpoint: ragged (exact widths), uniform (one width, scope expert) or masked (zeros).
     form: str = "ragged"
-    save_checkpoint: bool = True  # off keeps only the plan, which re-creates the pruned model in memory
-    # What the ratio is a share of: atomic_experts, or flops of the routed experts.
+    save_checkpoint: bool = True  # false keeps only the plan, which re-creates the pruned model in memory
+    # What the ratio is a share of: atomic_experts, or the flops of the routed experts.
     budget: str = "atomic_experts"
-    # Decoder layer indices of which nothing is removed.
+    # Indices of decoder layers that lose nothing.
     protected_layers: list[int] = field(default_factory=list)
 
 
 @dataclass
 class TrackingConfig:
-    """Where metrics go beside the JSON-lines file of the run."""
+    """Where metrics are sent, besides the JSON-lines file of the run."""
 
     mode: str = MISSING  # auto (online if a key is found, else offline), online, offline, none
     project: str = MISSING  # wandb project
-    upload: bool = False  # send the files of artifacts to wandb; off tells it where they are
+    upload: bool = False  # true uploads the files of artifacts to wandb; false logs only their paths
 
 
 @dataclass
@@ -77,16 +77,16 @@ class RuntimeConfig:
     """Where and how things are computed; changes no result."""
 
     device: str = MISSING  # auto (a GPU if there is one), cpu, cuda, cuda:<number>
-    # Auto, balanced or sequential: spread the weights over several GPUs; none puts all on `device`.
+    # "auto", "balanced" or "sequential" spread the weights over several GPUs; null puts all on `device`.
     device_map: str | None = None
-    num_threads: int | None = None  # CPU threads, at least 1; none leaves it to torch
+    num_threads: int | None = None  # CPU threads, at least 1; null leaves the number to torch
 
 
 @dataclass
 class PathsConfig:
     """Where results go; changes no result."""
 
-    outputs: str = MISSING  # holds artifacts/, runs/ and sweeps/
+    outputs: str = MISSING  # the folder of artifacts/, runs/ and sweeps/
 
 
 @dataclass
@@ -101,7 +101,7 @@ class ExperimentConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
-    dry_run: bool = False  # print what would be done, from the model's config.json alone
+    dry_run: bool = False  # print what a run would do, from the model's config.json alone
 
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -109,21 +109,23 @@ SCOPES = ("global", "layer", "expert")
 FORMS = ("ragged", "uniform", "masked")
 BUDGETS = ("atomic_experts", "flops")
 WIDTH_MULTIPLES = (1, 8, 16, 32, 64, 128, 256)
-UNIFORM_MULTIPLE = 8  # of widths that transformers' default experts kernel runs in every dtype
+UNIFORM_MULTIPLE = 8  # transformers' default kernel for experts runs multiples of it in every dtype
 DEVICE_MAPS = ("auto", "balanced", "sequential")
 TRACKING_MODES = ("auto", "online", "offline", "none")
 
 
 def register() -> None:
-    """Make the schema known to Hydra under the name that conf/config.yaml starts from."""
+    """Register the schema with Hydra under the name that conf/config.yaml refers to."""
     ConfigStore.instance().store(name="schema", node=ExperimentConfig)
 
 
 def resolve(config: DictConfig) -> ExperimentConfig:
-    """The typed, checked configuration; `pruning.width_multiple` is a number in it.
+    """Convert a composed configuration to the typed one and check it.
+
+    `pruning.width_multiple` gets its default, and ~ is expanded in `paths.outputs`.
 
     Raises:
-        ConfigError: a value is missing, out of range, or does not go with another.
+        ConfigError: a value is missing, out of range, or contradicts another.
     """
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
@@ -141,10 +143,10 @@ def resolve(config: DictConfig) -> ExperimentConfig:
 
 
 def check(config: ExperimentConfig) -> None:
-    """Ranges and choices.
+    """Check ranges and choices.
 
     Raises:
-        ConfigError: naming the field, what was given and what it may be.
+        ConfigError: a value is not allowed; the message names the field, the value and what is allowed.
     """
     _check_pruning(config.pruning)
     if config.runtime.device_map is not None:
@@ -179,9 +181,15 @@ def _check_pruning(pruning: PruningConfig) -> None:
     if pruning.width_multiple is not None:
         _choice("pruning.width_multiple", pruning.width_multiple, WIDTH_MULTIPLES)
     _choice("pruning.budget", pruning.budget, BUDGETS)
-    for name in ("budget", "protected_layers") if pruning.scope == "expert" else ():
+    if pruning.scope == "expert":
+        _check_scope_expert(pruning)
+
+
+def _check_scope_expert(pruning: PruningConfig) -> None:
+    default = PruningConfig()
+    for name in ("budget", "protected_layers"):
         value = getattr(pruning, name)
-        if value != getattr(PruningConfig(), name):
+        if value != getattr(default, name):
             raise ConfigError(
                 f"pruning.{name}={value} has no effect with scope 'expert', where every expert loses the same"
                 " share by itself; use pruning=global or leave it out"
@@ -190,10 +198,11 @@ def _check_pruning(pruning: PruningConfig) -> None:
 
 def _check_tracking(tracking: TrackingConfig) -> None:
     _choice("tracking.mode", tracking.mode, TRACKING_MODES)
-    if not tracking.project or set(tracking.project) & set("/\\#?%:") or len(tracking.project) > 128:
+    is_plain = set(tracking.project).isdisjoint("/\\#?%:")
+    if not is_plain or not 1 <= len(tracking.project) <= 128:
         raise ConfigError(
-            f"tracking.project='{tracking.project}' is no wandb project; give 1 to 128 letters without / \\ #"
-            " ? % :"
+            f"tracking.project='{tracking.project}' is not the name of a wandb project; give 1 to 128 letters"
+            r" without / \ # ? % :"
         )
     if tracking.upload and tracking.mode == "none":
         raise ConfigError(

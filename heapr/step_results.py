@@ -1,7 +1,7 @@
-"""What earlier steps made, for those that need it.
+"""Gives a step the results of earlier steps.
 
-In: a step. Out: typed results, read from the files of the steps that it needs; kept in memory only as long as
-a later step needs them.
+In: a step. Out: typed results, read from the files of the steps that it needs. They stay in memory only as
+long as a later step needs them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class StepResults:
     Args:
         store: where the files are.
         steps: of the experiment.
-        tokens: to calibrate on; None if the calibration is in the store.
+        tokens: the calibration tokens; None if the calibration is in the store.
     """
 
     def __init__(self, store: Store, steps: Steps, tokens: TokenWindows | None) -> None:
@@ -37,6 +37,7 @@ class StepResults:
         self._read: dict[str, Any] = {}  # by id of the step that made it
 
     def folder(self, step: Step) -> Path:
+        """Folder of the artifact that a step makes or adds a part to."""
         return self._store.path(step.origin)
 
     def of(self, step: Step) -> Any:
@@ -58,7 +59,7 @@ class StepResults:
         return found
 
     def pruning(self, step: Step) -> Pruning | None:
-        """What was done so far to the model that a step works on; None if it is the dense one."""
+        """What was done to the model that a step works on; None if that is the dense model."""
         finished = step.needs.get("pruning")
         if finished is None:
             return None
@@ -67,14 +68,14 @@ class StepResults:
         return Pruning(self.of(finished))
 
     def tokens(self, step: Step) -> TokenWindows:
-        """Of the first calibration; everything later is done on the same ones."""
+        """Tokens of the first calibration, which all later steps use too."""
         if "tokens" in step.needs:
             return artifacts.read_tokens(self.folder(step.needs["tokens"]))
         assert self._drawn_tokens is not None, "the calibration was in the store and is not any more"
         return self._drawn_tokens
 
     def forget(self, step: Step) -> None:
-        """Let go of what no step behind this one needs."""
+        """Free the results that no later step needs."""
         later_steps = self._steps.after(step)
         needed = {earlier.id for later in later_steps for earlier in later.needs.values()}
         self._read = {name: result for name, result in self._read.items() if name in needed}

@@ -1,8 +1,8 @@
-"""What an experiment does, as data: its steps in their order, and what determines the result of each.
+"""What an experiment does, as data: its steps in order, and what determines the result of each.
 
-In: an experiment's configuration, and what its model, text and measurements are. Out: `Steps`, before
-anything is computed. A run executes them, a dry run and a sweep print them. What changes no result (batch
-sizes, device, paths, tracking) is in no `Origin`.
+In: an experiment's configuration, and the identities of its model, text and measurements. Out: `Steps`,
+before anything is computed. A run executes them; a dry run and a sweep print them. Settings that change no
+result (batch sizes, device, paths, tracking) enter no `Origin`.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ from typing import Any
 
 from heapr.artifacts import CHECKPOINT_PART, REPAIR_PART
 from heapr.evaluation.measurement import Measurement, Need
+from heapr.origin import KEY_LENGTH, Origin
 from heapr.schema import CalibrationConfig, ExperimentConfig, PruningConfig
-from heapr.store import KEY_LENGTH, WHOLE, Origin
+from heapr.store import WHOLE
 from heapr.text.corpora import Corpus
 from heapr.text.mixture import Mixture
 
-# Raised when the code of a stage gives other results than before: older artifacts are then made again.
+# Raise a number when a change of the stage's code changes results: older artifacts are then made again.
 STAGE_VERSIONS = {"calibrate": 2, "score": 1, "prune": 3, "evaluate": 3}
 
-# Fields of `PruningConfig`: those that were in the first keys, and those that change no plan.
-ALWAYS_IN_KEY, WITHOUT_INFLUENCE = ("ratio", "scope", "width_multiple", "form"), ("save_checkpoint", "rounds")
+# Fields of `PruningConfig` that enter every key, and those that change no plan.
+ALWAYS_IN_KEY = ("ratio", "scope", "width_multiple", "form")
+WITHOUT_INFLUENCE = ("save_checkpoint", "rounds")
 
 
 @dataclass(frozen=True)
@@ -31,15 +33,15 @@ class Step:
     """One thing that an experiment makes: an artifact, or a part of one.
 
     Attributes:
-        origin: what determines it; a part has that of its artifact.
+        origin: what determines it; a part has the origin of its artifact.
         part: its name in the artifact; WHOLE is the artifact itself.
-        what: its name beside the stage in logs, tables and summary.json: the round, the part, or what is
-            measured on which model.
+        what: its name beside the stage in logs, tables and summary.json: the round, the part, or the
+            measurement and the model.
         needs: the steps whose files it reads, by what it takes from them: "statistics", "tokens", "scores",
-            "plan", or the "pruning" that was finished last (a plan, or the repair of what it kept). Without a
-            "pruning", its model is the dense one. Those of an evaluation follow from what its measurement
-            needs.
-        measurement: of an evaluation.
+            "plan", or "pruning", the step that last changed the model (a plan, or the repair of what it
+            kept). A step without "pruning" works on the dense model. For an evaluation they follow from the
+            needs of its measurement.
+        measurement: what an evaluation measures; None for all other steps.
     """
 
     origin: Origin
@@ -50,18 +52,17 @@ class Step:
 
     @property
     def kind(self) -> str:
-        """calibrate, score, prune, repair, checkpoint or evaluate."""
+        """One of calibrate, score, prune, repair, checkpoint and evaluate."""
         return self.part or self.origin.stage
 
     @property
     def id(self) -> str:
-        """Different from that of all other artifacts and parts."""
+        """A name that no other artifact or part has."""
         return f"{self.origin.key}/{self.part}"
 
     @property
     def variant(self) -> str:
-        """Of an evaluation: whose metrics it gives, those of the "dense" or the "pruned" model, or of the
-        "comparison"."""
+        """What an evaluation measures: the "dense" model, the "pruned" model, or the "comparison" of both."""
         assert self.measurement is not None
         if Need.MODEL not in self.measurement.needs:
             return "comparison"
@@ -70,14 +71,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Steps:
-    """All steps of one experiment; iterating gives them in their order.
+    """All steps of one experiment; iteration gives them in order.
 
     Attributes:
-        dense: calibration and scores of the dense model, and what is measured on it: before pruning changes
-            it in place.
-        pruning: plan, repair and checkpoint; from the second round on, calibration and scores of the model
-            that the round before left.
-        pruned: what is measured on the pruned model.
+        dense: calibration, scores and measurements of the dense model, which pruning then changes in place.
+        pruning: plan, repair and checkpoint; from the second round on, also calibration and scores of the
+            model that the round before left.
+        pruned: measurements of the pruned model, and comparisons.
     """
 
     dense: Sequence[Step] = ()
@@ -94,17 +94,17 @@ class Steps:
         return next(step for step in reversed(list(self)) if step.kind == kind)
 
     def after(self, step: Step) -> list[Step]:
-        """The steps behind one."""
+        """The steps that follow one."""
         steps = list(self)
         number = next(number for number, other in enumerate(steps) if other is step)
         return steps[number + 1 :]
 
     @property
     def key(self) -> str:
-        """Of the whole experiment: the same whenever all results are, whatever the paths, device or
-        tracking."""
-        ends = [self.last("prune"), *(step for step in self if step.kind == "evaluate")]
-        return hashlib.sha256(" ".join(step.origin.key for step in ends).encode()).hexdigest()[:KEY_LENGTH]
+        """Key of the whole experiment; it depends on results only, not on paths, device or tracking."""
+        evaluations = [step for step in self if step.kind == "evaluate"]
+        keys = [step.origin.key for step in (self.last("prune"), *evaluations)]
+        return hashlib.sha256(" ".join(keys).encode()).hexdigest()[:KEY_LENGTH]
 
 
 def experiment_steps(
@@ -115,15 +115,14 @@ def experiment_steps(
     model: Mapping[str, str],
     machine: Mapping[str, Any],
 ) -> Steps:
-    """The steps of an experiment.
+    """List the steps of an experiment.
 
     Args:
-        config: what is asked.
-        text: calibrated on.
-        measurements: in the order of the configuration; those of one model are made before those that
-            compare.
-        model: what it is.
-        machine: what timings are made on.
+        config: the experiment's configuration.
+        text: the calibration text.
+        measurements: in the order of the configuration; those of one model come before comparisons.
+        model: identity of the dense model.
+        machine: description of the machine, which enters the origin of timings.
     """
     calibrate, score, *pruning = _rounds(config, _settings_of_tokens(config.calibration, model, text))
     plan = next(step for step in reversed(pruning) if step.kind == "prune")
@@ -131,45 +130,47 @@ def experiment_steps(
     made = {"statistics": calibrate, "tokens": calibrate, "scores": score, "plan": plan, "pruning": finished}
     dense: list[Step] = [calibrate, score]
     pruned: list[Step] = []
-    for measurement in sorted(measurements, key=lambda measurement: Need.MODEL not in measurement.needs):
+    of_one_model = [measurement for measurement in measurements if Need.MODEL in measurement.needs]
+    others = [measurement for measurement in measurements if Need.MODEL not in measurement.needs]
+    for measurement in [*of_one_model, *others]:
         variants = ("dense", "pruned") if Need.MODEL in measurement.needs else ("",)
         for variant in variants:
             step = _evaluate(measurement, variant, made, model=model, machine=machine)
             is_before_pruning = step.needs.keys().isdisjoint({"plan", "pruning"})
-            (dense if is_before_pruning else pruned).append(step)
+            place = dense if is_before_pruning else pruned
+            place.append(step)
     return Steps(dense, pruning, pruned)
 
 
 def _rounds(config: ExperimentConfig, tokens: Mapping[str, Any]) -> list[Step]:
-    """Calibration, scores and pruning, once for each round. Every round removes the same number of atomic
-    experts. A round's key does not tell how many follow, so that experiments which begin alike share their
-    beginning."""
+    """Calibration, scores, plan and repair of each round, then the checkpoint.
+
+    Every round removes the same number of atomic experts. A round's key does not depend on how many rounds
+    follow, so that experiments which begin alike share their beginning.
+    """
     pruning = config.pruning
     steps: list[Step] = []
-    earlier: dict[str, Step] = {}  # from the second round on: what was finished in the one before
+    earlier: dict[str, Step] = {}  # from the second round on: "pruning" of the round before
     for number in range(1, pruning.rounds + 1):
         what = f"round {number}" if number > 1 else ""
         upstream = [step.origin for step in earlier.values()]
         reused = {"tokens": steps[0]} if steps else {}
-        calibrate = Step(_origin("calibrate", tokens, *upstream), what=what, needs={**reused, **earlier})
-        scored = _origin("score", {"criterion": dict(config.score)}, calibrate.origin)
+        calibrated = _origin("calibrate", tokens, *upstream)
+        calibrate = Step(calibrated, what=what, needs={**reused, **earlier})
+        scored = _origin("score", {"criterion": dict(config.score)}, calibrated)
         score = Step(scored, what=what, needs={"statistics": calibrate, **earlier})
-        settings = _settings_of_plan(pruning) | {"ratio": pruning.ratio * number / pruning.rounds}
         first = steps[0] if steps else calibrate
-        plan = Step(
-            _origin("prune", settings, score.origin),
-            what=what,
-            needs={"scores": score, "statistics": first, **earlier},
-        )
+        settings = _settings_of_plan(pruning) | {"ratio": pruning.ratio * number / pruning.rounds}
+        planned = _origin("prune", settings, scored)
+        plan = Step(planned, what=what, needs={"scores": score, "statistics": first, **earlier})
         steps += [calibrate, score, plan]
         if pruning.repair:
             what_repair = f"{what} {REPAIR_PART}".strip()
-            steps.append(
-                Step(plan.origin, REPAIR_PART, what_repair, needs={"plan": plan, "tokens": first, **earlier})
-            )
+            needs = {"plan": plan, "tokens": first, **earlier}
+            steps.append(Step(planned, REPAIR_PART, what_repair, needs))
         earlier = {"pruning": steps[-1]}
     if pruning.save_checkpoint:
-        steps.append(Step(plan.origin, CHECKPOINT_PART, CHECKPOINT_PART, needs={"plan": plan, **earlier}))
+        steps.append(Step(planned, CHECKPOINT_PART, CHECKPOINT_PART, {"plan": plan, **earlier}))
     return steps
 
 
@@ -188,15 +189,18 @@ def _settings_of_tokens(
 
 
 def _settings_of_plan(pruning: PruningConfig) -> dict[str, Any]:
-    """What determines the plan. Options enter where they are not at their defaults, so that a new one changes
-    no key."""
+    """What determines the plan.
+
+    Other options than those of `ALWAYS_IN_KEY` enter only if they differ from their defaults, so that adding
+    an option changes no key.
+    """
     default = PruningConfig()
-    settings = {name: value for name, value in asdict(pruning).items() if name not in WITHOUT_INFLUENCE}
-    return {
-        name: value
-        for name, value in settings.items()
-        if name in ALWAYS_IN_KEY or value != getattr(default, name)
-    }
+    settings = {}
+    for name, value in asdict(pruning).items():
+        is_changed = name not in WITHOUT_INFLUENCE and value != getattr(default, name)
+        if name in ALWAYS_IN_KEY or is_changed:
+            settings[name] = value
+    return settings
 
 
 def _evaluate(
@@ -207,19 +211,19 @@ def _evaluate(
     model: Mapping[str, str],
     machine: Mapping[str, Any],
 ) -> Step:
-    """One measurement on the "dense" or the "pruned" model; of one that compares, the variant is empty.
+    """The step of one measurement.
 
-    It depends on what it needs and nothing else, so that what the dense model alone decides is made once per
-    model, whatever is pruned.
+    Its origin contains what the measurement needs and nothing else, so that a measurement of the dense model
+    is made once per model, whatever is pruned.
 
     Args:
-        measurement, variant: see above.
-        made: the steps that there are, by what may be taken from them.
+        measurement: what is measured.
+        variant: "dense" or "pruned" for a measurement of one model; otherwise empty.
+        made: the steps so far, by what may be taken from them.
         model, machine: as in `experiment_steps`.
     """
-    needs = {
-        need.value: made[need.value] for need in Need if need in measurement.needs and need.value in made
-    }
+    names = [need.value for need in Need if need in measurement.needs]
+    needs = {name: made[name] for name in names if name in made}
     if variant == "pruned" or Need.DENSE_AND_PRUNED in measurement.needs:
         needs["pruning"] = made["pruning"]
     config: dict[str, Any] = {"evaluator": measurement.identity()}
@@ -227,7 +231,8 @@ def _evaluate(
         config["model"] = dict(model)
     if Need.MACHINE in measurement.needs:
         config["machine"] = dict(machine)
-    origin = _origin("evaluate", config, *(step.origin for step in needs.values()))
+    upstream = [step.origin for step in needs.values()]
+    origin = _origin("evaluate", config, *upstream)
     return Step(origin, what=f"{measurement.name} {variant}".strip(), needs=needs, measurement=measurement)
 
 

@@ -1,17 +1,18 @@
-"""The artifact store: every stage's result on disk, by the hash of everything that determines it.
+"""The artifact store: every stage's result on disk, under the hash of everything that determines it.
 
-In: stage, version, resolved configuration, keys of upstream artifacts, a function that computes the result,
-and one that writes it into an empty folder. Out: an `Artifact`. A result is made once, whatever happens:
-under a lock, in a temporary folder, verified when read, published by one rename. A process that is killed
-leaves a temporary folder, which the next one sweeps, and its scratch, with which the next one goes on.
-What is made from an artifact alone and may be left out, or fail, is a *part* of it: other files in the same
-folder, made, verified and described by themselves, so that nothing that was finished is lost with them.
+In: an `Origin` (stage, version, resolved configuration, keys of upstream artifacts), a function that computes
+the result, and one that writes it into an empty folder. Out: an `Artifact`. Each result is made once: under a
+lock, in a temporary folder, published by one rename, and verified when it is read. A killed process leaves a
+temporary folder, which the next one removes, and its scratch, from which the next one continues.
+
+What is made from one artifact alone and may be left out, or fail, is a *part* of it: more files in the same
+folder, which are made, verified and described separately, so that their failure loses nothing that was
+finished.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -25,22 +26,24 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from safetensors import SafetensorError
 
 from heapr.artifacts import MANIFEST
 from heapr.errors import ConfigError
-from heapr.files import fsync, hash_file, hash_file_once, readable_by_umask, write_json, write_text
+from heapr.files import hash_file, hash_file_once, write_json, write_text
+from heapr.locks import lock_of, locked
 from heapr.manifest import describe, entry_of, provenance
 from heapr.measure import StageMeter
+from heapr.origin import Origin, canonical
+from heapr.publishing import add_part, empty_folder, publish
 
 logger = logging.getLogger(__name__)
 
-SCRATCH_DAYS = 14  # after which unfinished work is taken for given up
-LARGE_FILE = 64 * 2**20  # bytes; hashing less takes no time to speak of
-WHOLE = ""  # the artifact itself, not a part of it
+SCRATCH_DAYS = 14  # scratch that is unchanged for longer counts as abandoned
+LARGE_FILE = 64 * 2**20  # bytes; smaller files are hashed each time, which takes little time
+WHOLE = ""  # in place of a part's name: the artifact itself
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-KEY_LENGTH = 16  # hexadecimal digits: 64 bits
 
 T = TypeVar("T")
 
@@ -50,11 +53,11 @@ class Artifact:
     """A finished result.
 
     Attributes:
-        stage, key, part: what it is.
-        path: its folder; read-only by convention. A part is in the folder of the whole.
+        stage, key, part: which result it is.
+        path: its folder; read-only by convention. A part lies in the folder of its artifact.
         cached: whether it was found rather than made.
-        seconds: time spent on finding or making it.
-        peak_memory_bytes: peak memory of the process (or of the GPU, if one is used) while it was made; 0 if
+        seconds: time that finding or making it took.
+        peak_memory_bytes: peak memory of the process (of the GPU, if one is used) while it was made; 0 if
             cached.
     """
 
@@ -67,6 +70,7 @@ class Artifact:
     peak_memory_bytes: int
 
     def summary(self) -> dict[str, Any]:
+        """Its entry in `summary.json`."""
         return {
             "stage": self.stage,
             "key": self.key,
@@ -78,41 +82,15 @@ class Artifact:
         }
 
 
-@dataclass(frozen=True)
-class Origin:
-    """Everything that determines a result.
-
-    Attributes:
-        stage, version: which code makes it; the version is raised when the code's results change.
-        config: resolved configuration of the stage, JSON types only.
-        upstream: keys of the artifacts it is made from, by stage.
-    """
-
-    stage: str
-    version: int
-    config: Mapping[str, Any]
-    upstream: Mapping[str, str]
-
-    @property
-    def key(self) -> str:
-        content = {
-            "stage": self.stage,
-            "version": self.version,
-            "config": self.config,
-            "upstream": self.upstream,
-        }
-        return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:KEY_LENGTH]
-
-
 class Store:
     """Artifacts below one folder, `<root>/<stage>/<key>/`.
 
     Args:
-        root: made if it is not there.
-        device: whose peak memory is measured while an artifact is made.
+        root: the folder; created if it does not exist.
+        device: its peak memory is measured while an artifact is made.
 
     Raises:
-        ConfigError: the folder cannot be written.
+        ConfigError: the folder is not writable.
     """
 
     def __init__(self, root: Path, device: torch.device) -> None:
@@ -128,32 +106,31 @@ class Store:
 
     @property
     def digests(self) -> Path:
-        """Where hashes of large files are remembered."""
+        """Folder that remembers the hashes of large files."""
         return self.root / ".digests"
 
     def path(self, origin: Origin) -> Path:
+        """Folder of an artifact, whether or not it has been made."""
         return self.root / origin.stage / origin.key
 
     def has(self, origin: Origin, part: str = WHOLE) -> bool:
-        """Whether an artifact, or a part of it, is there, complete and undamaged."""
+        """Whether an artifact, or a part of it, is in the store, complete and undamaged."""
         with _one_line_about_permissions(self.root):
             return self._is_intact(self.path(origin), part)
 
     def get(
         self, origin: Origin, compute: Callable[[], T], write: Callable[[Path, T], None], part: str = WHOLE
     ) -> Artifact:
-        """The artifact of an origin, or a part of one that is there. What is missing is computed, then
-        written.
+        """Return an artifact, or a part of one that is in the store; compute and write it if it is missing.
 
         Args:
-            origin: what is wanted.
-            compute: gives the value; touches no file of the artifact.
-            write: fills an empty folder with the files of the value; the same origin always gives the same
-                files.
-            part: a name; the files are added to the artifact under it.
+            origin: which artifact.
+            compute: returns the value; touches no file of the artifact.
+            write: fills an empty folder with the value's files; the same origin always gives the same files.
+            part: name under which the files are added to the artifact.
 
         Raises:
-            ConfigError: no permission to read or write here, or no space left; nothing that was finished
+            ConfigError: no permission to read or write here, or no space left. Nothing that was finished
                 before is lost.
         """
         path = self.path(origin)
@@ -163,12 +140,14 @@ class Store:
         return Artifact(origin.stage, origin.key, part, path, cached, meter.seconds, peak)
 
     def scratch(self, origin: Origin, part: str = WHOLE) -> Path:
-        """A folder for what the computation of an artifact or part has done so far. It outlives the process:
-        who computes the same next finds what a killed one left. It is removed when the artifact is there, and
-        `SCRATCH_DAYS` after its last change.
+        """A folder for the intermediate results of a computation, which outlives the process.
 
-        To be asked for inside `compute`, which runs under the artifact's lock: nobody else uses it meanwhile.
-        What is left in it may be half a file; write with `heapr.files.write_text` or rename what is whole.
+        The next process that computes the same artifact or part finds what a killed one left. The folder is
+        removed when the artifact is finished, or `SCRATCH_DAYS` after its last change.
+
+        Call it only inside `compute`, which runs under the artifact's lock, so that nobody else uses the
+        folder. A killed process may leave half a file: write with `heapr.files.write_text`, or rename a file
+        once it is whole.
         """
         folder = _scratch_of(self.path(origin), part)
         folder.mkdir(parents=True, exist_ok=True)
@@ -176,10 +155,12 @@ class Store:
         return folder
 
     def rewrite(self, origin: Origin, part: str, name: str, change: Callable[[str], str]) -> None:
-        """Change one text file of a part, for what is known only later. Killed in between, that part is made
-        again."""
+        """Change one text file of a part, to add what is known only later.
+
+        A process that is killed in between leaves a damaged part, which is then made again.
+        """
         path = self.path(origin)
-        with _one_line_about_permissions(self.root), _locked(path):
+        with _one_line_about_permissions(self.root), locked(path):
             file = path / name
             before = file.read_text(encoding="utf-8")
             text = change(before)
@@ -191,15 +172,15 @@ class Store:
             write_json(path / MANIFEST, manifest)
 
     def check_space(self, num_bytes: int, what: str, instead: str) -> None:
-        """Refuse what will not fit.
+        """Check that there is room on the disk.
 
         Args:
-            num_bytes: that will be written, at least.
-            what: is written.
-            instead: what to do without the space.
+            num_bytes: how much will be written, at least.
+            what: what will be written, for the message.
+            instead: what to do if there is no space, for the message.
 
         Raises:
-            ConfigError: less is free.
+            ConfigError: less than that is free.
         """
         free = shutil.disk_usage(self.root).free
         if num_bytes > free:
@@ -211,28 +192,34 @@ class Store:
     def _make_once(
         self, origin: Origin, compute: Callable[[], T], write: Callable[[Path, T], None], part: str
     ) -> bool:
-        """Make the artifact or a part of it under its lock. False if another process made it while this one
-        waited."""
+        """Make the artifact, or a part of it, under its lock.
+
+        Returns:
+            False if another process made it while this one waited for the lock.
+        """
         path = self.path(origin)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path):
+        with locked(path):
             if self._is_intact(path, part):
                 return False
-            _sweep_old_scratch(self.root)
-            with _empty_folder(path) as temporary:
+            _remove_old_scratch(self.root)
+            with empty_folder(path) as temporary:
                 meter = StageMeter(self.device)
                 with _one_line_about_space(self.root), meter:
                     write(temporary, compute())
+                described = provenance(temporary, meter)
                 if part:
-                    _add_part(part, temporary, path, meter)
+                    add_part(part, temporary, path, described)
                 else:
-                    _publish(origin, temporary, path, meter)
+                    publish(temporary, path, _manifest(origin, described))
             shutil.rmtree(_scratch_of(path, part), ignore_errors=True)
             return True
 
     def _is_intact(self, path: Path, part: str) -> bool:
-        """Whether the folder has a manifest that knows the part, and every file has the size and hash that it
-        had when it was made. The hash of a large file is remembered until the file changes."""
+        """Whether the manifest has an entry for the part, and every file the size and hash recorded there.
+
+        The hash of a large file is remembered until the file changes.
+        """
         if not (path / MANIFEST).is_file():
             return False
         try:
@@ -244,62 +231,23 @@ class Store:
             files = {"": {"size": -1, "sha256": ""}}
         for name, expected in files.items():
             if not self._is_as_made(path / name, expected):
-                logger.warning(
-                    "%s %s is damaged (%s); it will be made again",
-                    path.parent.name,
-                    path.name,
-                    name or MANIFEST,
-                )
+                stage, key, where = path.parent.name, path.name, name or MANIFEST
+                logger.warning("%s %s is damaged (%s); it will be made again", stage, key, where)
                 return False
         return True
 
     def _is_as_made(self, file: Path, expected: Mapping[str, Any]) -> bool:
+        """Whether a file has the size and hash that its manifest recorded."""
         if not file.is_file() or file.stat().st_size != expected["size"]:
             return False
-        digest = hash_file_once(file, self.digests) if file.stat().st_size > LARGE_FILE else hash_file(file)
+        is_large = file.stat().st_size > LARGE_FILE
+        digest = hash_file_once(file, self.digests) if is_large else hash_file(file)
         return bool(digest == expected["sha256"])
-
-
-def canonical_json(value: Any) -> str:
-    """One text for equal values: sorted keys, and floats without the noise of their last digits
-    (0.6000000000000001)."""
-    return json.dumps(_canonical(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-def _canonical(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.12g}")
-    if isinstance(value, Mapping):
-        return {str(key): _canonical(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_canonical(item) for item in value]
-    return value
-
-
-def _lock_of(path: Path) -> FileLock:
-    """Of one artifact; the operating system frees it when its holder dies. A lock holds nothing, so whoever
-    shares the folder's group may take it, whatever the umask of the one who made it."""
-    return FileLock(path.parent / f".{path.name}.lock", mode=readable_by_umask(0o666) | 0o660)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock of one artifact, and say so if that takes waiting."""
-    lock = _lock_of(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        logger.info("%s %s: another process is making it, waiting", path.parent.name, path.name)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @contextmanager
 def _one_line_about_permissions(root: Path) -> Iterator[None]:
-    """A store that another user made, whose umask kept it to himself."""
+    """Turn missing permissions into one clear line: another user's umask kept the store private."""
     try:
         yield
     except PermissionError as error:
@@ -311,12 +259,12 @@ def _one_line_about_permissions(root: Path) -> Iterator[None]:
 
 @contextmanager
 def _one_line_about_space(root: Path) -> Iterator[None]:
-    """A disk that is full; safetensors says so in words alone."""
+    """Turn a full disk into one clear line; safetensors reports it only in its message."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        number = getattr(error, "errno", None)
-        if number in NO_SPACE or any(f"os error {code}" in str(error) for code in NO_SPACE):
+        is_named = any(f"os error {code}" in str(error) for code in NO_SPACE)
+        if is_named or getattr(error, "errno", None) in NO_SPACE:
             raise ConfigError(
                 f"no space left in '{root}'; what was finished is kept: free some space and start again, or"
                 " choose another folder with paths.outputs=..."
@@ -324,72 +272,32 @@ def _one_line_about_space(root: Path) -> Iterator[None]:
         raise
 
 
-@contextmanager
-def _empty_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside an artifact's, and no other left. Called under the lock."""
-    for leftover in path.parent.glob(f".{path.name}.tmp-*"):
-        shutil.rmtree(leftover)
-    temporary = path.parent / f".{path.name}.tmp-{os.getpid()}"
-    temporary.mkdir()
-    try:
-        yield temporary
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def _manifest(origin: Origin, described: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "stage": origin.stage,
+        "stage_version": origin.version,
+        "key": origin.key,
+        "upstream": dict(origin.upstream),
+        "config": canonical(origin.config),
+        **described,
+        "parts": {},
+    }
 
 
 def _scratch_of(path: Path, part: str) -> Path:
     return path.parent / f".{path.name}.scratch-{part or 'whole'}"
 
 
-def _sweep_old_scratch(root: Path) -> None:
-    """Remove scratch that nothing has changed for `SCRATCH_DAYS` and nobody uses: of a computation that was
-    given up."""
+def _remove_old_scratch(root: Path) -> None:
+    """Remove scratch that nobody uses and nothing has changed for `SCRATCH_DAYS`."""
     limit = time.time() - SCRATCH_DAYS * 24 * 3600
     for folder in root.glob("*/.*.scratch-*"):
-        lock = _lock_of(folder.parent / folder.name.split(".")[1])
-        with suppress(OSError, Timeout), lock.acquire(timeout=0):  # another user's, in use, or gone by now
+        lock = lock_of(folder.parent / folder.name.split(".")[1])
+        # Skip what is in use, belongs to another user or is gone by now.
+        with suppress(OSError, Timeout), lock.acquire(timeout=0):
             if _last_change(folder) < limit:
                 shutil.rmtree(folder)
 
 
 def _last_change(folder: Path) -> float:
     return max(entry.stat().st_mtime for entry in [folder, *folder.rglob("*")])
-
-
-def _publish(origin: Origin, temporary: Path, path: Path, meter: StageMeter) -> None:
-    """Describe the files in a temporary folder and rename it into place. Called under the lock."""
-    manifest = {
-        "stage": origin.stage,
-        "stage_version": origin.version,
-        "key": origin.key,
-        "upstream": dict(origin.upstream),
-        "config": _canonical(origin.config),
-        **provenance(temporary, meter),
-        "parts": {},
-    }
-    write_json(temporary / MANIFEST, manifest)
-    fsync(temporary)
-    aside = path.parent / f".{path.name}.tmp-{os.getpid()}-old"
-    if path.exists():  # damaged; who reads it meanwhile misses it for a moment at most
-        os.rename(path, aside)
-    os.rename(temporary, path)
-    fsync(path.parent)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _add_part(part: str, temporary: Path, path: Path, meter: StageMeter) -> None:
-    """Move the files in a temporary folder into an artifact's; they count once the manifest knows them.
-    Called under the lock."""
-    described = provenance(temporary, meter)
-    manifest = json.loads((path / MANIFEST).read_text())
-    if manifest["parts"].pop(part, None):  # damaged
-        write_json(path / MANIFEST, manifest)
-    for entry in sorted(temporary.iterdir()):
-        place = path / entry.name
-        if place.is_dir():
-            shutil.rmtree(place)
-        os.replace(entry, place)
-    fsync(path)
-    manifest["parts"][part] = described
-    write_json(path / MANIFEST, manifest)
-    fsync(path)

@@ -1,7 +1,7 @@
-"""Files of safetensors, the same bytes for the same content.
+"""Writes safetensors files whose bytes depend on nothing but their content.
 
-The library's own writer puts several entries of metadata in another order from one process to the next, so
-that equal results have unequal hashes. In: tensors. Out: one file, which every reader of safetensors takes.
+The library's own writer orders several entries of metadata differently from one process to the next, so that
+equal results have different hashes. In: tensors. Out: one file that every reader of safetensors accepts.
 """
 
 from __future__ import annotations
@@ -24,35 +24,44 @@ ALIGNMENT = 8  # bytes: where the data begins
 def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors and metadata; with at most one entry of metadata, the bytes are those of
-    `safetensors.torch.save_file`.
+    """Write tensors and metadata.
 
-    The file is 8 bytes, little-endian, with the length of the header; the header, JSON, filled up with
-    spaces; then every tensor's bytes, those of the last dtype of `DTYPES` first and then by name, so that
-    each is aligned. Metadata is sorted by name.
+    With at most one entry of metadata, the bytes are those of `safetensors.torch.save_file`: the length of
+    the header (8 bytes, little-endian); the header, JSON, filled up with spaces; then the bytes of every
+    tensor, sorted by dtype (the last of `DTYPES` first, so that each is aligned) and then by name. Metadata
+    is sorted by name.
 
     Args:
-        tensors: on any device, of any strides; one is copied to the CPU at a time.
-        metadata: strings.
+        path: the file.
+        tensors: on any device, with any strides; they are copied to the CPU one at a time.
+        metadata: strings by name.
     """
     rank = {dtype: number for number, dtype in enumerate(DTYPES)}
     order = sorted(tensors, key=lambda name: (-rank[tensors[name].dtype], name))
-    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    ordered = {name: tensors[name] for name in order}
+    header = _header(ordered, metadata or {})
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little"))
+        file.write(header)
+        for tensor in ordered.values():
+            file.write(_bytes_of(tensor))
+
+
+def _header(ordered: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Where each tensor is, with its dtype and shape."""
+    header: dict[str, object] = {}
+    if metadata:
+        header["__metadata__"] = dict(sorted(metadata.items()))
     end = 0
-    for name in order:
-        tensor, start = tensors[name], end
-        end += tensor.numel() * tensor.dtype.itemsize
+    for name, tensor in ordered.items():
+        start, end = end, end + tensor.nbytes
         header[name] = {
             "dtype": DTYPES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }
     encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    encoded += b" " * (-len(encoded) % ALIGNMENT)
-    with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for name in order:
-            file.write(_bytes_of(tensors[name]))
+    return encoded + b" " * (-len(encoded) % ALIGNMENT)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

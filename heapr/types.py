@@ -1,4 +1,4 @@
-"""What the stages hand to each other: frozen, shape-checked containers of tensors, and their form on disk.
+"""What the stages pass to each other: frozen, shape-checked containers of tensors, and their form on disk.
 
 Shape letters: L MoE layers, T tokens, D model width, E routed experts of a layer, F atomic experts of one
 expert, N sequences, W window length. Layers are keyed by decoder layer index.
@@ -25,7 +25,7 @@ class TokenWindows:
     """Token ids cut into sequences of equal length.
 
     Attributes:
-        ids_NW: int64 (N, W) token ids; int32 while they are only held, as those of a whole corpus are.
+        ids_NW: token ids (N, W), int64; int32 for a whole corpus, which is only stored.
     """
 
     ids_NW: Tensor
@@ -35,15 +35,18 @@ class TokenWindows:
 
     @property
     def num_predicted_tokens(self) -> int:
-        """Tokens with a prediction: the first of each window has none."""
-        return self.ids_NW.shape[0] * (self.ids_NW.shape[1] - 1)
+        """N (W - 1): every token but the first of each window is predicted."""
+        num_windows, length = self.ids_NW.shape
+        return num_windows * (length - 1)
 
     @property
     def sha256(self) -> str:
         """Fingerprint of the shape and of every token id."""
-        digest = hashlib.sha256(f"{tuple(self.ids_NW.shape)}\0".encode())
+        shape = tuple(self.ids_NW.shape)
+        digest = hashlib.sha256(f"{shape}\0".encode())
         for rows_NW in self.ids_NW.split(1024):
-            digest.update(rows_NW.cpu().contiguous().numpy().astype("<i8").tobytes())
+            content = rows_NW.cpu().contiguous().numpy().astype("<i8")
+            digest.update(content.tobytes())
         return digest.hexdigest()
 
     def to_tensors(self) -> TensorDict:
@@ -58,9 +61,9 @@ class TokenWindows:
 class LayerStatistics:
     """Running statistics of one MoE layer over calibration tokens (docs/method.md), float64.
 
-    h is the intermediate activation of an atomic expert, g = dloss/dh with loss the *sum* over predicted
-    tokens, p the router weight, y = E(x) the expert's output before p multiplies it. All are sums over the
-    tokens routed to the expert, except the maximum. Statistics of disjoint token sets merge by `merge`.
+    h is the intermediate activation of an atomic expert, g = dloss/dh with the loss *summed* over predicted
+    tokens, p the router weight, y = E(x) the expert's output before it is multiplied by p. Each is a sum over
+    the tokens routed to the expert, except for the one maximum.
 
     Attributes:
         count_E: number of routed tokens.
@@ -85,11 +88,8 @@ class LayerStatistics:
     def __post_init__(self) -> None:
         for name, tensor in self.items():
             expected = self.shape if name.endswith("_EF") else self.shape[:1]
-            assert tensor.shape == expected and tensor.dtype == torch.float64, (
-                name,
-                tensor.shape,
-                tensor.dtype,
-            )
+            assert tensor.shape == expected, (name, tensor.shape)
+            assert tensor.dtype == torch.float64, (name, tensor.dtype)
 
     @property
     def shape(self) -> torch.Size:
@@ -98,14 +98,21 @@ class LayerStatistics:
 
     @classmethod
     def zeros(cls, num_experts: int, width: int, device: torch.device) -> LayerStatistics:
-        def zeros(name: str) -> Tensor:
+        """Statistics of no tokens, to which others are added."""
+        tensors = {}
+        for name in cls.names():
             shape = (num_experts, width) if name.endswith("_EF") else (num_experts,)
-            return torch.zeros(shape, dtype=torch.float64, device=device)
+            tensors[name] = torch.zeros(shape, dtype=torch.float64, device=device)
+        return cls(**tensors)
 
-        return cls(**{field.name: zeros(field.name) for field in fields(cls)})
+    @classmethod
+    def names(cls) -> list[str]:
+        """The names of all statistics."""
+        return [field.name for field in fields(cls)]
 
     def items(self) -> list[tuple[str, Tensor]]:
-        return [(field.name, getattr(self, field.name)) for field in fields(self)]
+        """Names and tensors."""
+        return [(name, getattr(self, name)) for name in self.names()]
 
     @property
     def num_bytes(self) -> int:
@@ -114,12 +121,11 @@ class LayerStatistics:
     def merge(self, other: LayerStatistics) -> LayerStatistics:
         """Statistics of the union of two disjoint token sets."""
         assert self.shape == other.shape
-
-        def merged(name: str, mine: Tensor) -> Tensor:
+        merged = {}
+        for name, mine in self.items():
             theirs = getattr(other, name)
-            return torch.maximum(mine, theirs) if name in MAXIMA else mine + theirs
-
-        return LayerStatistics(**{name: merged(name, tensor) for name, tensor in self.items()})
+            merged[name] = torch.maximum(mine, theirs) if name in MAXIMA else mine + theirs
+        return LayerStatistics(**merged)
 
 
 @dataclass(frozen=True)
@@ -129,8 +135,8 @@ class Statistics:
     Attributes:
         layers: statistics by decoder layer index.
         num_tokens: tokens that went through the model.
-        num_predicted_tokens: those with a prediction; N.
-        loss_sum: cross-entropy in nats summed over the predicted tokens.
+        num_predicted_tokens: how many of them were predicted; the N of docs/method.md.
+        loss_sum: cross-entropy in nats, summed over the predicted tokens.
     """
 
     layers: Mapping[int, LayerStatistics]
@@ -141,8 +147,9 @@ class Statistics:
     def merge(self, other: Statistics) -> Statistics:
         """Statistics of the union of two disjoint sets of sequences."""
         assert self.layers.keys() == other.layers.keys()
+        layers = {index: layer.merge(other.layers[index]) for index, layer in self.layers.items()}
         return Statistics(
-            layers={index: layer.merge(other.layers[index]) for index, layer in self.layers.items()},
+            layers=layers,
             num_tokens=self.num_tokens + other.num_tokens,
             num_predicted_tokens=self.num_predicted_tokens + other.num_predicted_tokens,
             loss_sum=self.loss_sum + other.loss_sum,
@@ -155,21 +162,18 @@ class Statistics:
             "loss_sum": torch.tensor(self.loss_sum, dtype=torch.float64),
         }
         for index, layer in self.layers.items():
-            tensors |= {
-                f"layers.{index}.{_without_shape(name)}": tensor.cpu() for name, tensor in layer.items()
-            }
+            for name, tensor in layer.items():
+                tensors[_key_on_disk(index, name)] = tensor.cpu()
         return tensors
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Statistics:
-        names = [field.name for field in fields(LayerStatistics)]
+        layers = {}
+        for index in _layer_indices(tensors):
+            of_layer = {name: tensors[_key_on_disk(index, name)] for name in LayerStatistics.names()}
+            layers[index] = LayerStatistics(**of_layer)
         return cls(
-            layers={
-                index: LayerStatistics(
-                    **{name: tensors[f"layers.{index}.{_without_shape(name)}"] for name in names}
-                )
-                for index in _layer_indices(tensors)
-            },
+            layers=layers,
             num_tokens=int(tensors["num_tokens"]),
             num_predicted_tokens=int(tensors["num_predicted_tokens"]),
             loss_sum=float(tensors["loss_sum"]),
@@ -178,10 +182,10 @@ class Statistics:
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """Weights of one layer's routed experts, zeros where an expert is narrower than F.
+    """Weights of one layer's routed experts, filled up with zeros where an expert is narrower than F.
 
     Attributes:
-        gate_EFD, up_EFD: rows k produce h_k (docs/method.md, 1); no gate in families that have none.
+        gate_EFD, up_EFD: rows k produce h_k (docs/method.md, 1); gate is None in families without one.
         down_EDF: column k is w_k.
     """
 
@@ -203,11 +207,8 @@ class Scores:
 
     def __post_init__(self) -> None:
         for index, scores_EF in self.layers.items():
-            assert scores_EF.dim() == 2 and scores_EF.dtype == torch.float32, (
-                index,
-                scores_EF.shape,
-                scores_EF.dtype,
-            )
+            assert scores_EF.dim() == 2, (index, scores_EF.shape)
+            assert scores_EF.dtype == torch.float32, (index, scores_EF.dtype)
             assert scores_EF.isfinite().all(), f"scores of layer {index} are not finite"
 
     def to_tensors(self) -> TensorDict:
@@ -215,11 +216,11 @@ class Scores:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Scores:
-        return cls(layers={index: tensors[f"layers.{index}"] for index in _layer_indices(tensors)})
+        return cls(layers=_by_layer(tensors))
 
 
 class Granularity(Enum):
-    """What is removed as one piece; it belongs to the criterion, and allocation follows it."""
+    """What is removed as one piece. The criterion determines it, and allocation follows."""
 
     ATOMIC_EXPERT = "atomic expert"
     EXPERT = "expert"
@@ -227,14 +228,17 @@ class Granularity(Enum):
 
 @dataclass(frozen=True)
 class Plan:
-    """Which atomic experts are kept: bool (E, F) by decoder layer index, true = kept. False too where an
-    expert of individual width has no atomic expert."""
+    """Which atomic experts are kept: bool (E, F) by decoder layer index, true = kept.
+
+    Places beyond the width of an expert that is narrower than F are false.
+    """
 
     layers: Mapping[int, Tensor]
 
     def __post_init__(self) -> None:
         for index, kept_EF in self.layers.items():
-            assert kept_EF.dim() == 2 and kept_EF.dtype == torch.bool, (index, kept_EF.shape, kept_EF.dtype)
+            assert kept_EF.dim() == 2, (index, kept_EF.shape)
+            assert kept_EF.dtype == torch.bool, (index, kept_EF.dtype)
             assert kept_EF.any(), f"layer {index} would lose all its experts"
 
     @property
@@ -243,27 +247,30 @@ class Plan:
 
     @property
     def widths(self) -> dict[int, list[int]]:
-        """Kept atomic experts of every expert, by decoder layer index."""
+        """Number of kept atomic experts of every expert, by decoder layer index."""
         return {index: kept_EF.sum(dim=1).tolist() for index, kept_EF in self.layers.items()}
 
     def then(self, later: Plan) -> Plan:
-        """This plan followed by one for the model that it leaves, as one plan."""
-        layers = {index: kept_EF.clone() for index, kept_EF in self.layers.items()}
-        for index, kept_EF in layers.items():
+        """Combine this plan with a later one, which is for the model that this one leaves."""
+        layers = {}
+        for index, earlier_EF in self.layers.items():
+            kept_EF = earlier_EF.clone()
             for kept_F, later_F in zip(kept_EF, later.layers[index], strict=True):
                 atomic_S = kept_F.nonzero().flatten()
                 kept_F[atomic_S] = later_F[: len(atomic_S)]
+            layers[index] = kept_EF
         return Plan(layers=layers)
 
     def after(self, earlier: Plan) -> Plan:
-        """This plan for the model that an earlier one leaves, of which it keeps a part:
-        `earlier.then(plan.after(earlier))` is `plan`."""
+        """Restrict this plan to the model that an earlier one leaves: the inverse of `then`.
+
+        `earlier.then(plan.after(earlier))` is `plan`, which must keep only what the earlier one kept.
+        """
         layers = {}
         for index, kept_EF in self.layers.items():
             earlier_EF = earlier.layers[index]
-            assert not (kept_EF & ~earlier_EF).any(), (
-                f"layer {index} would get back atomic experts that it lost"
-            )
+            is_back = (kept_EF & ~earlier_EF).any()
+            assert not is_back, f"layer {index} would get back atomic experts that it lost"
             rows = [kept_F[earlier_F] for kept_F, earlier_F in zip(kept_EF, earlier_EF, strict=True)]
             layers[index] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         return Plan(layers=layers)
@@ -273,10 +280,10 @@ class Plan:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Plan:
-        return cls(layers={index: tensors[f"layers.{index}"] for index in _layer_indices(tensors)})
+        return cls(layers=_by_layer(tensors))
 
 
-# By decoder layer index and parameter name, as ragged experts hold them.
+# By decoder layer index and parameter name, in the form in which ragged experts hold them.
 RepairedWeights = Mapping[int, TensorDict]
 
 
@@ -286,7 +293,7 @@ class Pruning:
 
     Attributes:
         plan: which of the dense model's atomic experts are kept.
-        repaired: the weights that repair changed; none where all stay as they were.
+        repaired: the weights that repair changed; None if there was no repair.
     """
 
     plan: Plan
@@ -297,11 +304,11 @@ class Pruning:
             assert len(tensors["down_proj"]) == int(self.plan.layers[index].sum()), index
 
     def repaired_tensors(self) -> TensorDict:
-        return {
-            f"layers.{index}.{name}": tensor
-            for index, layer in (self.repaired or {}).items()
-            for name, tensor in layer.items()
-        }
+        tensors = {}
+        for index, layer in (self.repaired or {}).items():
+            for name, tensor in layer.items():
+                tensors[f"layers.{index}.{name}"] = tensor
+        return tensors
 
     @staticmethod
     def repaired_from_tensors(tensors: Mapping[str, Tensor]) -> RepairedWeights:
@@ -318,21 +325,30 @@ ProtocolRecord = dict[str, Any]  # how a result was measured, JSON types only
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluator found.
+    """What a measurement found.
 
     Attributes:
-        metrics: numbers by contract name; metrics.json, tables and trackers.
-        details: whatever else is worth keeping (lists, matrices; "protocols", a `ProtocolRecord` by corpus or
-            task), JSON types only; details.json, where there are any.
+        metrics: numbers by contract name, for metrics.json, tables and trackers.
+        details: whatever else is worth keeping, such as lists, matrices, and "protocols", a `ProtocolRecord`
+            for each corpus or task. JSON types only; written to details.json unless empty.
     """
 
     metrics: Metrics
     details: dict[str, Any] = field(default_factory=dict)
 
 
-def _without_shape(name: str) -> str:
-    return name.rsplit("_", 1)[0]
+def _key_on_disk(index: int, statistic: str) -> str:
+    """Name of a layer's statistic in a file, without the letters of its shape."""
+    name, _, _ = statistic.rpartition("_")
+    return f"layers.{index}.{name}"
 
 
 def _layer_indices(tensors: Mapping[str, Tensor]) -> list[int]:
-    return sorted({int(name.split(".")[1]) for name in tensors if name.startswith("layers.")})
+    parts = [name.split(".") for name in tensors]
+    indices = {int(part[1]) for part in parts if part[0] == "layers"}
+    return sorted(indices)
+
+
+def _by_layer(tensors: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    """Tensors named "layers.{i}", by decoder layer index."""
+    return {index: tensors[f"layers.{index}"] for index in _layer_indices(tensors)}

@@ -1,4 +1,4 @@
-"""Small things about words that several modules need for their messages and names."""
+"""Words for messages and names that several modules need."""
 
 from __future__ import annotations
 
@@ -8,46 +8,53 @@ from collections.abc import Collection, Iterable
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first; the name of its kind if it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of an error's message, or the name of its class if it has none."""
+    message = str(error).strip() or type(error).__name__
+    return message.splitlines()[0]
 
 
 def did_you_mean(name: str, known: Iterable[str], *, before: str = "", most: int = 1) -> str:
-    """A suggestion to put into a message, with a blank behind it; nothing where no known name is near.
+    """A suggestion for a message, followed by a blank; empty if no known name is similar.
 
     Args:
-        name: that is not known.
-        known: names.
-        before: put before each name, such as the path of a key.
-        most: suggestions.
+        name: the unknown name.
+        known: the known names.
+        before: put before each suggested name, such as the path of a key.
+        most: the largest number of suggestions.
     """
-    near = difflib.get_close_matches(name, list(known), n=most)
-    return f"did you mean {' or '.join(before + name for name in near)}? " if near else ""
+    near = [before + match for match in difflib.get_close_matches(name, list(known), n=most)]
+    return f"did you mean {' or '.join(near)}? " if near else ""
 
 
 def unknown_key(path: str, known: Collection[str]) -> str:
-    """The message for a misspelt key: what is known, and the nearest."""
-    parent, _, key = path.rpartition(".")
-    suggestion = did_you_mean(key, known, before=f"{parent}." if parent else "")
-    return f"unknown key '{path}'; {suggestion}known here: {', '.join(sorted(known)) or 'none'}"
+    """The message for a misspelled key, with a suggestion and the known keys."""
+    key = path.rpartition(".")[2]
+    before = path.removesuffix(key)
+    suggestion = did_you_mean(key, known, before=before)
+    names = ", ".join(sorted(known)) or "none"
+    return f"unknown key '{path}'; {suggestion}known here: {names}"
 
 
 def class_name(target: str) -> str:
-    """Of a plug-in, from its `_target_`: the last part."""
+    """Name of a plug-in's class: the last part of its `_target_`."""
     return target.rpartition(".")[2]
 
 
 def option_name(target: str, between: str = "_") -> str:
-    """The name of a plug-in's option, from its `_target_`: heapr.score.gradient.HeaprSum is heapr_sum.
+    """Name of a plug-in's option, from its `_target_`: heapr.score.gradient.HeaprSum is heapr_sum.
 
     Args:
-        target: full name of a class, or its name alone.
-        between: put between words.
+        target: name of a class, with or without its module.
+        between: separates the words.
     """
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", between, class_name(target)).lower()
 
 
 def step_title(stage: str, what: str) -> str:
-    """What tables call a step, given its stage and its name beside it: "calibrate round 2", "prune repair",
-    "routing"."""
+    """What tables call a step: "calibrate round 2", "prune repair", "routing".
+
+    Args:
+        stage: the step's stage.
+        what: the step's name beside the stage; may be empty.
+    """
     return what if stage == "evaluate" else f"{stage} {what}".strip()

@@ -79,10 +79,10 @@ def test_the_ragged_checkpoint_is_the_dense_model_without_what_the_plan_removes(
         model, heapr.load_pruned(run.model_folder, plan=artifact(summary) / "plan.safetensors"), IDS_NW
     )
     assert not torch.equal(logits(model, IDS_NW), logits(heapr.load_pruned(run.model_folder), IDS_NW))
-    assert (folder / "plan.safetensors").read_bytes() == (artifact(summary) / "plan.safetensors").read_bytes()
+    assert (folder / "heapr" / "plan.safetensors").read_bytes() == (artifact(summary) / "plan.safetensors").read_bytes()
     assert AutoTokenizer.from_pretrained(folder)("abc").input_ids == byte_tokenizer()("abc").input_ids
     widths = json.loads((folder / "config.json").read_text())["expert_widths"]
-    kept = load_file(folder / "plan.safetensors")
+    kept = load_file(folder / "heapr" / "plan.safetensors")
     assert list(widths.values()) == [kept[f"layers.{index}"].sum(dim=1).tolist() for index in (0, 1)]
     size = sum(entry.numel() for entry in load_file(folder / "model.safetensors").values())
     assert size == summary.metrics["pruned"]["parameters"]

@@ -21,6 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "files": set(),
     "measure": set(),
+    "origin": set(),
     "network": set(),
     "overrides": {"errors"},
     "progress": set(),
@@ -34,7 +35,9 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"artifacts", "errors", "files", "words"},
     "tracking": {"errors", "network", "schema", "words"},
     "manifest": {"files", "measure"},
-    "store": {"artifacts", "errors", "files", "manifest", "measure"},
+    "locks": {"files"},
+    "publishing": {"artifacts", "files"},
+    "store": {"artifacts", "errors", "files", "locks", "manifest", "measure", "origin", "publishing"},
     "text": {"errors", "files", "hub", "plugins", "progress", "types", "words"},
     "score": {"errors", "types"},
     "model": {"errors", "files", "hub", "types", "words"},
@@ -43,7 +46,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": {
         "errors", "files", "hub", "measure", "plugins", "progress", "types", "words", "text", "score", "model", "calibration", "pruning",
     },
-    "steps": {"artifacts", "schema", "store", "text", "evaluation"},
+    "steps": {"artifacts", "origin", "schema", "store", "text", "evaluation"},
     "step_results": {"artifacts", "steps", "store", "types"},
     "experiment": {
         "artifacts", "errors", "measure", "plugins", "schema", "steps", "store", "types", "words", "text", "score", "model", "pruning",
@@ -51,13 +54,14 @@ ALLOWED: dict[str, set[str]] = {
     },
     "ready": {"artifacts", "experiment", "steps", "types", "text"},
     "provider": {"errors", "types", "model", "pruning"},
+    "findings": {"types", "evaluation"},
     "pipeline": {
-        "artifacts", "experiment", "progress", "provider", "ready", "report", "schema", "step_results", "steps", "store", "tracking",
-        "types", "text", "model", "calibration", "pruning", "evaluation",
+        "artifacts", "experiment", "findings", "progress", "provider", "ready", "report", "schema", "step_results", "steps", "store",
+        "tracking", "types", "text", "model", "calibration", "pruning", "evaluation",
     },
     "dry_run": {"experiment", "schema", "types", "model", "pruning"},
     "main": {"artifacts", "errors", "overrides", "schema", "words", "pipeline", "dry_run", "report"},
-    "sweep": {"artifacts", "errors", "experiment", "files", "report", "schema", "store", "words", "tracking", "model", "dry_run", "main"},
+    "sweep": {"artifacts", "errors", "experiment", "files", "origin", "report", "schema", "store", "words", "tracking", "model", "dry_run", "main"},
     "prefetch": {"errors", "experiment", "hub", "schema", "main", "text", "evaluation"},
 }  # fmt: skip
 

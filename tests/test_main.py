@@ -63,7 +63,7 @@ def assert_refused(result: Completed, message: str) -> None:
         ("score=random score.sede=3", "did you mean score.seed?"),
         (
             "pruning.repair.ridge=0.1",
-            "an override sets a field of what is null, such as pruning.repair.ridge",
+            "an override sets a field of something that is null, such as pruning.repair.ridge",
         ),
         ("pruning/repair=joint pruning.repair.ridge=-1", "pruning.repair.ridge=-1 is not above 0"),
         ("calibration=text_files calibration.corpus.path=x", "did you mean calibration.corpus.paths?"),
@@ -71,12 +71,12 @@ def assert_refused(result: Completed, message: str) -> None:
         ("paths.outputs=/proc/outputs", "cannot write '/proc/outputs"),
         (
             "paths.outputs=/tmp/é",
-            """argument 'paths.outputs=/tmp/é': é in a value must stand inside quotes; write 'paths.outputs="/tmp/é"'""",
+            """argument 'paths.outputs=/tmp/é': é in a value must be inside quotes; write 'paths.outputs="/tmp/é"'""",
         ),
         (
             "hydra.run.dir=a(b",
             (
-                "argument 'hydra.run.dir=a(b': ( in a value must stand inside quotes; write"
+                "argument 'hydra.run.dir=a(b': ( in a value must be inside quotes; write"
                 " 'hydra.run.dir=\"a(b\"'"
             ),
         ),
@@ -88,7 +88,7 @@ def assert_refused(result: Completed, message: str) -> None:
         ("pruning.ratio=int(x)", "argument 'pruning.ratio=int(x)': ValueError while evaluating 'int(x)'"),
         (
             "score=null",
-            "argument 'score=null': null is no name of an option; known options of score: activation,",
+            "argument 'score=null': null is not the name of an option; known options of score: activation,",
         ),
         ("=3", "argument '=3': '' cannot be the name of a field"),
     ],

@@ -45,12 +45,12 @@ def test_what_is_proposed_gives_the_value_that_was_meant(value: str) -> None:
 @pytest.mark.parametrize(
     ("override", "arguments", "message"),
     [
-        ("a=/tmp/é", [], """argument 'a=/tmp/é': é in a value must stand inside quotes; write 'a="/tmp/é"' (the outer"""),
+        ("a=/tmp/é", [], """argument 'a=/tmp/é': é in a value must be inside quotes; write 'a="/tmp/é"' (the outer"""),
         ("a=[/tmp/é.txt,b.txt]", [], """write 'a=["/tmp/é.txt",b.txt]' (the outer"""),
         ("a=b,é", ["-m"], """write 'a=b,"é"' (the outer"""),
         ("a={b: é}", [], "put \"...\" around that part of the value"),
         ("pruning.ratio==0.3", [], "argument 'pruning.ratio==0.3' has one '=' too many; write pruning.ratio=0.3"),
-        ("paths.outputs", [], "argument 'paths.outputs' is no override; give key=value"),
+        ("paths.outputs", [], "argument 'paths.outputs' is not an override; give key=value"),
         ("é=3", [], "argument 'é=3': 'é' cannot be the name of a field"),
         ("=3", [], "argument '=3': '' cannot be the name of a field"),
         ("a=x\ny", [], r"argument 'a=x\ny' holds a character that cannot be printed"),
@@ -69,9 +69,7 @@ def test_a_comma_outside_a_sweep() -> None:
 
 
 def test_an_option_that_is_no_name() -> None:
-    message = (
-        "argument 'pruning=0.4': 0.4 is no name of an option; known options of pruning: expert, global, layer"
-    )
+    message = "argument 'pruning=0.4': 0.4 is not the name of an option; known options of pruning: expert, global, layer"
     assert explain_option(["score=fisher", "pruning.ratio=0.4", "pruning=0.4"], CONF) == message
 
 

@@ -60,7 +60,7 @@ def test_what_is_missing_without_a_network_costs_a_line_each_and_exit_code_2(
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert (
         line
-        == "error: 2 of what this experiment needs could not be fetched: corpus wikitext2 (test), task piqa"
+        == "error: 2 items that this experiment needs could not be fetched: corpus wikitext2 (test), task piqa"
     )
 
 

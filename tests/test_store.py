@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 
 from heapr.errors import ConfigError
 from heapr.files import write_text
-from heapr.store import SCRATCH_DAYS, Origin, Store, canonical_json
+from heapr.origin import Origin, canonical_json
+from heapr.store import SCRATCH_DAYS, Store
 
 CPU = torch.device("cpu")
 ORIGIN = Origin(stage="score", version=1, config={"ratio": 0.5}, upstream={"calibrate": "abc"})

@@ -1,8 +1,8 @@
-"""The collector: watches every routed expert during one forward and backward pass and keeps running sums.
+"""The collector: observes every routed expert during one forward and backward pass and keeps running sums.
 
-In: a model and its batches of token ids. Out: `Statistics` (docs/method.md). The identity that makes one pass
-enough (docs/method.md, 5): E(x) = W_down h(x), so dloss/dh_k = w_k . g, and the D x D matrices of the
-published procedure are never needed.
+In: a model and its batches of token ids. Out: `Statistics` (docs/method.md). One pass is enough because of an
+identity (docs/method.md, 5): with g = dloss/dE, E(x) = W_down h(x) gives dloss/dh_k = w_k . g, so the D x D
+matrices of the published procedure are never needed.
 Shape letters: D model width, E experts, F atomic experts of an expert, S (token, expert) pairs sorted by
 expert, n tokens of one expert, N sequences, W window.
 """
@@ -25,47 +25,54 @@ from heapr.types import MAXIMA, LayerStatistics, Statistics
 
 
 class LayerObserver:
-    """Running sums of one layer, updated once for each batch, when the gradient of its activations arrives.
+    """Running sums of one layer, updated once per batch, when the gradient of its activations arrives.
 
     Args:
-        layer: what is observed; the sums are kept on its device.
+        layer: the observed layer; the sums are kept on its device.
     """
 
     def __init__(self, layer: MoELayer) -> None:
         self.index, self.widths = layer.index, layer.widths
-        zeros = LayerStatistics.zeros(layer.num_experts, layer.width, layer.experts.down_proj.device)
+        device = layer.experts.down_proj.device
+        zeros = LayerStatistics.zeros(layer.num_experts, layer.width, device)
         self.sums = dict(zeros.items())
 
     def statistics(self) -> LayerStatistics:
+        """The sums so far."""
         return LayerStatistics(**self.sums)
 
     def __call__(self, h_SF: Tensor, router_weight_S: Tensor, output_SD: Tensor, offsets: Tensor) -> None:
         if h_SF.requires_grad:
             seen = (h_SF.detach(), router_weight_S.detach(), output_SD.detach())
-            h_SF.register_hook(partial(self._add, offsets, seen))
+            add_batch = partial(self._add, offsets, seen)
+            h_SF.register_hook(add_batch)
 
     @torch.no_grad()
     def _add(self, offsets: Tensor, seen: tuple[Tensor, Tensor, Tensor], grad_SF: Tensor) -> None:
-        """Add one batch. Its own sums are taken in float32, sums over batches in float64."""
+        """Add one batch: sums within the batch are in float32, sums over batches in float64."""
         if not offsets.is_cpu:
-            self._add_to(slice(None), slice(None), pair_statistics(*seen, grad_SF, Segments(offsets)))
+            found = pair_statistics(*seen, grad_SF, Segments(offsets))
+            self._add_to(slice(None), slice(None), found)
             return
+        # Expert by expert, because the rows of one expert fit into the CPU's cache.
         of_experts = [split_by_expert(rows, offsets) for rows in (*seen, grad_SF)]
-        # One's rows stay in the CPU's cache.
-        for expert, (h_nF, p_n, output_nD, grad_nF) in enumerate(zip(*of_experts, strict=True)):
+        for expert, rows in enumerate(zip(*of_experts, strict=True)):
+            h_nF, p_n, output_nD, grad_nF = rows
+            if not len(p_n):
+                continue
             own = slice(self.widths[expert])
-            if len(p_n):
-                self._add_to(
-                    expert, own, pair_statistics(h_nF[:, own], p_n, output_nD, grad_nF[:, own], OneExpert())
-                )
+            found = pair_statistics(h_nF[:, own], p_n, output_nD, grad_nF[:, own], OneExpert())
+            self._add_to(expert, own, found)
 
     def _add_to(self, experts: int | slice, atomic: slice, found: dict[str, Tensor]) -> None:
+        """Add one batch's statistics to the sums of these experts and these of their atomic experts."""
         for name, value in found.items():
             where = (experts, atomic) if name.endswith("_EF") else experts
+            sums = self.sums[name]
             if name in MAXIMA:
-                self.sums[name][where] = torch.maximum(self.sums[name][where], value.double())
+                sums[where] = torch.maximum(sums[where], value.double())
             else:
-                self.sums[name][where] += value
+                sums[where] += value
 
 
 def collect(
@@ -75,25 +82,27 @@ def collect(
     spans: Sequence[Span] | None = None,
     on_batch: Callable[[int, float], None] = lambda num_tokens, loss: None,
 ) -> Statistics:
-    """Statistics of the batches: one forward and one backward each, parameters frozen, gradient from the
-    input embeddings.
+    """Collect the statistics of all batches: one forward and one backward pass each.
 
-    The loss is the *sum* of next-token cross-entropies, so how sequences are batched changes the statistics
-    by rounding alone (about 1e-6 in float32, docs/method.md); router auxiliary losses play no part. Several
-    spans need the memory of one span at a time and give the same statistics, in some families up to rounding
-    (`backward_by_spans`).
+    All parameters are frozen, so the backward pass ends at the input embeddings.
+
+    The loss is the *sum* of next-token cross-entropies, so batching sequences differently changes the
+    statistics only by rounding (about 1e-6 in float32, docs/method.md). Router auxiliary losses are left out.
+    Several spans need the memory of one span at a time and give the same statistics, in some families up to
+    rounding (`backward_by_spans`).
 
     Args:
-        model: dense or pruned; for several spans one that passes `check_walk`.
+        model: dense or pruned; must pass `check_walk` if there are several spans.
         batches: int64 (N, W) token ids each.
-        spans: of decoder layers, one behind the other from the first layer to the last; None is one span.
-        on_batch: told, after each batch has reached the loss, the number of tokens so far and their mean
-            loss, in nats per predicted token.
+        spans: consecutive spans of decoder layers, from the first layer to the last; None is a single span.
+        on_batch: called after each batch's loss is known, with the number of tokens so far and their mean
+            loss in nats per predicted token.
 
     Raises:
         FloatingPointError: a loss or statistic is NaN or infinite; the message names layer and batch.
     """
-    spans = [range(len(model.decoder_layers))] if spans is None else spans
+    if spans is None:
+        spans = [range(len(model.decoder_layers))]
     observers = [LayerObserver(layer) for layer in model.layers]
     watched = [(layer.experts, observer) for layer, observer in zip(model.layers, observers, strict=True)]
     loss_sum, num_batches, num_tokens, num_predicted_tokens = 0.0, 0, 0, 0
@@ -104,7 +113,8 @@ def collect(
     ):
         for number, ids_NW, loss in backward_by_spans(model, batches, spans):
             check_finite(number, loss, observers)
-            if number < num_batches:  # in an earlier span than the last, where the loss is
+            # The last span comes first and gives the loss; earlier spans visit the same batches again.
+            if number < num_batches:
                 continue
             loss_sum += loss.item()
             num_batches += 1
@@ -117,38 +127,38 @@ def collect(
     )
 
 
-# In order of computation.
-FORWARD = (
-    "router_weight_sum_E",
-    "h_abs_sum_EF",
-    "h_sq_sum_EF",
-    "output_norm_sum_E",
-    "ph_sq_sum_EF",
-)
+# Statistics of the forward and of the backward pass, in order of computation.
+FORWARD = ("router_weight_sum_E", "h_abs_sum_EF", "h_sq_sum_EF", "output_norm_sum_E", "ph_sq_sum_EF")
 BACKWARD = ("g_sq_sum_EF", "gh_sum_EF", "gh_sq_sum_EF")
 
 
 def check_finite(batch: int, loss: Tensor, observers: Sequence[LayerObserver]) -> None:
-    """Stop at the first batch that is not finite and name where it began: forward statistics from the first
-    layer on, then the loss, then backward statistics from the last layer on.
+    """Stop at the first batch whose loss or statistics are not finite.
+
+    Values are checked in the order in which a batch passes them, so that the first bad one is where it began:
+    forward statistics from the first layer on, the loss, backward statistics from the last layer on.
 
     Raises:
-        FloatingPointError: naming layer and batch.
+        FloatingPointError: a value is NaN or infinite; the message names layer and batch.
     """
-    forward = [(observer, name) for observer in observers for name in FORWARD]
-    backward = [(observer, name) for observer in reversed(observers) for name in BACKWARD]
-    sums = (
-        [observer.sums[name].sum() for observer, name in forward]
-        + [loss]
-        + [observer.sums[name].sum() for observer, name in backward]
-    )
-    # One synchronisation.
-    finite = torch.stack([value.to(loss.device, torch.float64) for value in sums]).isfinite().tolist()
+    places, values = [], []
+
+    def add(observer: LayerObserver, names: Sequence[str]) -> None:
+        for name in names:
+            places.append(f"statistic {name} of layer {observer.index}")
+            total = observer.sums[name].sum()
+            values.append(total.to(loss.device, torch.float64))
+
+    for observer in observers:
+        add(observer, FORWARD)
+    places.append("the loss, behind the last layer,")
+    values.append(loss.to(torch.float64))
+    for observer in reversed(observers):
+        add(observer, BACKWARD)
+    # Read all at once, so that a GPU is waited for only once.
+    finite = torch.stack(values).isfinite().tolist()
     if all(finite):
         return
-    places = [f"statistic {name} of layer {observer.index}" for observer, name in forward]
-    places += ["the loss, behind the last layer,"]
-    places += [f"statistic {name} of layer {observer.index}" for observer, name in backward]
     first = places[finite.index(False)]
     raise FloatingPointError(
         f"calibration: {first} is NaN or infinite in batch {batch}; use a wider model.dtype, or look at"

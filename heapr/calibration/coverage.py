@@ -1,8 +1,7 @@
-"""How well the calibration covers the experts: tokens of the least and the median one, and how many were not
-reached.
+"""How well the calibration covers the experts: least and median number of tokens, and how many got none.
 
-In: statistics. Out: one line in the log, and a warning where half of the experts saw fewer tokens than scores
-can be told from.
+In: statistics. Out: one line in the log, and a warning if half of the experts saw too few tokens for reliable
+scores.
 Shape letters: E experts.
 """
 
@@ -17,28 +16,25 @@ from heapr.types import Statistics
 
 logger = logging.getLogger(__name__)
 
-FEW_TOKENS = 32  # of the median expert; scores are means over the tokens of an expert
+FEW_TOKENS = 32  # for the median expert; scores are means over an expert's tokens
 
 
 def report_coverage(statistics: Statistics, widths: Mapping[int, Sequence[int]]) -> None:
-    """Say how many tokens were routed to an expert, over the experts of all layers.
+    """Log how many tokens were routed to an expert, over the experts of all layers.
 
     Args:
-        statistics: of the calibration.
-        widths: atomic experts of every expert, by decoder layer; one that has none cannot be scored and does
-            not count.
+        statistics: the calibration's statistics.
+        widths: atomic experts of every expert, by decoder layer; experts without any are not counted.
     """
-    counts = {
-        index: layer.count_E.cpu()[torch.tensor(widths[index]) > 0]
-        for index, layer in statistics.layers.items()
-    }
+    counts = {}
+    missed = {}
+    for index, layer in statistics.layers.items():
+        has_atomic_E = torch.tensor(widths[index]) > 0
+        counts[index] = layer.count_E.cpu()[has_atomic_E]
+        missed[index] = int((counts[index] == 0).sum())
     count_E = torch.cat(list(counts.values()))
-    # Of an even number, the mean of the two in the middle.
-    least, median = (
-        count_E.min().item(),
-        count_E.quantile(0.5).item(),
-    )
-    missed = {index: int((layer_E == 0).sum()) for index, layer_E in counts.items()}
+    least = count_E.min().item()
+    median = count_E.quantile(0.5).item()
     worst = max(missed, key=lambda index: missed[index])
     place = f", most of them in layer {worst} ({missed[worst]})" if missed[worst] else ""
     logger.info(
@@ -47,7 +43,7 @@ def report_coverage(statistics: Statistics, widths: Mapping[int, Sequence[int]])
     )  # fmt: skip
     if median < FEW_TOKENS:
         logger.warning(
-            "half of the experts saw at most %g of the %d calibration tokens: below %d, scores say little; "
-            "raise calibration.num_samples or calibration.sequence_length",
+            "half of the experts saw at most %g of the %d calibration tokens: below %d, scores are"
+            " unreliable; raise calibration.num_samples or calibration.sequence_length",
             median, statistics.num_tokens, FEW_TOKENS,
         )  # fmt: skip

@@ -1,5 +1,4 @@
-"""What the collector sums over (token, expert) pairs, for one expert's rows or for all experts' segments at
-once.
+"""The collector's sums over (token, expert) pairs, for the rows of one expert or the segments of all experts.
 
 In: h, dloss/dh, router weights and outputs. Out: one batch's part of each statistic of `LayerStatistics`, in
 float32.
@@ -16,7 +15,7 @@ from torch import Tensor
 
 
 class Reduction(Protocol):
-    """Takes rows (S, ...) to one result for each expert."""
+    """Reduces rows (S, ...) to one result per expert."""
 
     def sum(self, rows: Tensor) -> Tensor: ...
 
@@ -26,7 +25,7 @@ class Reduction(Protocol):
 
 
 class OneExpert:
-    """All rows are one expert's, at least one: (...)."""
+    """All rows (at least one) belong to one expert; results are (...)."""
 
     def sum(self, rows: Tensor) -> Tensor:
         return rows.sum(0)
@@ -39,7 +38,7 @@ class OneExpert:
 
 
 class Segments:
-    """Rows are sorted by expert: (E, ...). Without waiting for a device.
+    """Rows are sorted by expert; results are (E, ...). Does not wait for a device.
 
     Args:
         offsets: int64 (E+1,), on the device of the rows.
@@ -52,17 +51,18 @@ class Segments:
         return torch.segment_reduce(rows, "sum", offsets=self.offsets, unsafe=True)
 
     def weighted_sum(self, weight_S: Tensor, rows: Tensor) -> Tensor:
-        return self.sum(weight_S.unsqueeze(1) * rows if rows.dim() > 1 else weight_S * rows)
+        weight = weight_S.unsqueeze(1) if rows.dim() > 1 else weight_S
+        return self.sum(weight * rows)
 
     def largest(self, rows: Tensor) -> Tensor:
-        """At least 0, which is what an expert without rows gets."""
+        """The largest row, at least 0; 0 for an expert without rows."""
         return torch.segment_reduce(rows, "max", offsets=self.offsets, unsafe=True, initial=0)
 
 
 def pair_statistics(
     h_SF: Tensor, router_weight_S: Tensor, output_SD: Tensor, grad_SF: Tensor, over: Reduction
 ) -> dict[str, Tensor]:
-    """Every statistic of `LayerStatistics` by name."""
+    """Every statistic of `LayerStatistics`, by name."""
     h_SF, g_SF, p_S = h_SF.float(), grad_SF.float(), router_weight_S.float()
     norm_S = torch.linalg.vector_norm(output_SD, dim=1, dtype=torch.float32)
     gh_SF, h_sq_SF, h_abs_SF = g_SF * h_SF, h_SF.square(), h_SF.abs()

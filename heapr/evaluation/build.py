@@ -1,4 +1,4 @@
-"""From the evaluation group's configuration to measurements."""
+"""Build measurements from the configuration of the evaluation group."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from heapr.text.corpora import Corpus
 
 
 def build_measurements(evaluation: Mapping[str, Any]) -> list[Measurement]:
-    """Every entry but `corpora` is a measurement; one that needs a corpus or a task is built once for each.
+    """Build a measurement from every entry but `corpora`.
+
+    Measurements that need a corpus or a task are built once for each.
 
     Args:
         evaluation: the group's configuration.
 
     Raises:
-        ConfigError: a misspelt key, a bad corpus, something else than a measurement, or two measurements of
-            one name.
+        ConfigError: a misspelt key, a bad corpus, an entry that is not a measurement, or two measurements of
+            the same name.
     """
     corpora = build_corpora(evaluation)
     measurements: list[Measurement] = []
@@ -31,17 +33,17 @@ def build_measurements(evaluation: Mapping[str, Any]) -> list[Measurement]:
     for name, number in numbers.items():
         if number > 1:
             raise ConfigError(
-                f"evaluation measures '{name}' {number} times; one would overwrite the other, keep one or"
-                " give a corpus another name"
+                f"evaluation measures '{name}' {number} times, and one would overwrite the other; keep one, "
+                "or give a corpus another name"
             )
     return measurements
 
 
 def build_corpora(evaluation: Mapping[str, Any]) -> list[Corpus]:
-    """What `evaluation.corpora` names.
+    """Build the corpora of `evaluation.corpora`.
 
     Raises:
-        ConfigError: it is not there, or no corpus.
+        ConfigError: an entry cannot be built, or is not a corpus.
     """
     corpora = []
     for name, entry in evaluation.get("corpora", {}).items():
@@ -49,15 +51,15 @@ def build_corpora(evaluation: Mapping[str, Any]) -> list[Corpus]:
         corpus = build(entry, where)
         if not isinstance(corpus, Corpus):
             raise ConfigError(
-                f"{where} is a {type(corpus).__name__}, which is no corpus to measure on; name corpora one"
-                " by one"
+                f"{where} is a {type(corpus).__name__}, which cannot be measured on; list its corpora one by"
+                " one"
             )
         corpora.append(corpus)
     return corpora
 
 
 def _build_each(entry: Mapping[str, Any], where: str, corpora: Sequence[Corpus]) -> list[Measurement]:
-    """One entry's measurements."""
+    """Build one entry's measurements."""
     needs: frozenset[Need] = getattr(plug_in(entry, where), "needs", frozenset())
     if Need.CORPUS in needs:
         built = [build(entry, where, corpus=corpus) for corpus in corpora]
@@ -68,7 +70,8 @@ def _build_each(entry: Mapping[str, Any], where: str, corpora: Sequence[Corpus])
         built = [build(entry, where)]
     for measurement in built:
         if not isinstance(measurement, Measurement):
-            raise ConfigError(f"{where}._target_='{entry['_target_']}' is no measurement; see docs/adding.md")
+            target = entry["_target_"]
+            raise ConfigError(f"{where}._target_='{target}' is not a measurement; see docs/adding.md")
     return built
 
 

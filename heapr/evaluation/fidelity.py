@@ -1,4 +1,4 @@
-"""How close the pruned model stays to the dense one on held-out text of one corpus.
+"""Fidelity: how close the pruned model stays to the dense model on held-out text of one corpus.
 
 In: both models and a corpus. Out: `kl_to_dense/<corpus>` and `top1_agreement/<corpus>`, over the same windows
 and tokens as perplexity (docs/method.md).
@@ -25,21 +25,19 @@ from heapr.types import Evaluation, TokenWindows
 
 
 class Fidelity:
-    """Means over the predicted tokens of a corpus, p the dense and q the pruned model's distribution of the
-    next token:
+    """Compares next-token distributions, p of the dense and q of the pruned model:
 
         kl_to_dense    = mean of KL(p || q) = mean of sum over v of p_v (log p_v - log q_v), in nats per token
-        top1_agreement = share of tokens at which p and q have the same most probable token, in [0, 1]
+        top1_agreement = share of tokens for which p and q have the same most probable token, in [0, 1]
 
-    Both models run the same forward of the experts, so that only pruning makes a difference. Logits are
-    compared in float32.
+    Means are over the predicted tokens of the corpus. Both models use the same forward of the experts, so
+    that only pruning makes a difference. Logits are compared in float32.
 
     Args:
         corpus: the text.
-        window: tokens of a window, at least 2.
-        batch_size: windows per forward pass, at least 1; changes the result by rounding alone.
-        max_windows: compare on so many windows, at least 1, evenly spread over the corpus; none compares on
-            all.
+        window: tokens per window, at least 2.
+        batch_size: windows per forward pass, at least 1. Changes the result only by rounding.
+        max_windows: number of windows, at least 1, evenly spread over the corpus. None uses all windows.
     """
 
     needs = frozenset({Need.DENSE_AND_PRUNED, Need.CORPUS})
@@ -51,34 +49,44 @@ class Fidelity:
         batch_size: Annotated[int, Ge(1)],
         max_windows: Annotated[int, Ge(1)] | None,
     ) -> None:
-        self.corpus, self.window, self.batch_size, self.max_windows = corpus, window, batch_size, max_windows
+        self.corpus = corpus
+        self.window = window
+        self.batch_size = batch_size
+        self.max_windows = max_windows
         self.name = f"fidelity/{corpus.name}"
         self._windows: TokenWindows | None = None
 
     def identity(self) -> dict[str, Any]:
-        sizes = {"window": self.window, "max_windows": self.max_windows}
-        return {"evaluator": "fidelity", "name": self.name, "corpus": self.corpus.identity(), **sizes}
+        return {
+            "evaluator": "fidelity",
+            "name": self.name,
+            "corpus": self.corpus.identity(),
+            "window": self.window,
+            "max_windows": self.max_windows,
+        }
 
     def prepare(self, source: ModelSource) -> None:
         ids_NW = windows(self.corpus, source.tokenizer, length=self.window).ids_NW
-        number = min(len(ids_NW), self.max_windows or len(ids_NW))
-        self._windows = TokenWindows(ids_NW=ids_NW[torch.arange(number) * len(ids_NW) // number])
+        available = len(ids_NW)
+        number = min(available, self.max_windows or available)
+        chosen_N = torch.arange(number) * available // number
+        self._windows = TokenWindows(ids_NW=ids_NW[chosen_N])
 
     @torch.no_grad()
     def __call__(self, material: Material) -> Evaluation:
         assert self._windows is not None, "prepare() comes first"
         dense, pruned = material.dense_and_pruned()
-        divergence, agreements = 0.0, 0
-        num_batches = math.ceil(len(self._windows.ids_NW) / self.batch_size)
+        divergence = 0.0
+        agreements = 0
+        num_windows = len(self._windows.ids_NW)
+        num_batches = math.ceil(num_windows / self.batch_size)
         bar = progress(batches(self._windows, self.batch_size), total=num_batches, description=self.name)
         with use_comparable_experts(dense.model), use_comparable_experts(pruned.model):
             for number, ids_NW in enumerate(bar):
                 batch_divergence, batch_agreements = compare(dense, pruned, ids_NW.to(dense.device))
                 if not math.isfinite(batch_divergence):
-                    raise FloatingPointError(
-                        f"{self.name}: the divergence is NaN or infinite in batch {number}; use a wider"
-                        " model.dtype"
-                    )
+                    problem = f"the divergence is NaN or infinite in batch {number}"
+                    raise FloatingPointError(f"{self.name}: {problem}; use a wider model.dtype")
                 divergence += batch_divergence
                 agreements += batch_agreements
         num_tokens = self._windows.num_predicted_tokens
@@ -86,21 +94,33 @@ class Fidelity:
             f"kl_to_dense/{self.corpus.name}": divergence / num_tokens,
             f"top1_agreement/{self.corpus.name}": agreements / num_tokens,
         }
-        return Evaluation(metrics, details={"window": self.window, "num_windows": len(self._windows.ids_NW)})
+        return Evaluation(metrics, details={"window": self.window, "num_windows": num_windows})
 
 
 def compare(dense: MoEModel, pruned: MoEModel, ids_NW: Tensor) -> tuple[float, int]:
-    """Summed KL(dense || pruned) in nats, and the number of equal most probable tokens, without logits of
-    more than a chunk."""
+    """Sum of KL(dense || pruned) in nats over tokens, and the number of equal most probable tokens.
+
+    Logits are computed chunk by chunk.
+    """
     divergence = torch.zeros((), dtype=torch.float64, device=ids_NW.device)
     agreements = torch.zeros((), dtype=torch.int64, device=ids_NW.device)
-    dense_TD, pruned_TD = (
-        model.hidden_states(input_ids=ids_NW)[:, :-1].flatten(0, 1) for model in (dense, pruned)
-    )
     size = dense.chunk_size()
-    for dense_chunk, pruned_chunk in zip(dense_TD.split(size), pruned_TD.split(size), strict=True):
-        dense_TV, pruned_TV = dense.logits(dense_chunk), pruned.logits(pruned_chunk)
-        agreements += (dense_TV.argmax(dim=-1) == pruned_TV.argmax(dim=-1)).sum()
-        log_p_TV, log_q_TV = dense_TV.log_softmax(dim=-1), pruned_TV.log_softmax(dim=-1)
-        divergence += (log_p_TV.exp() * (log_p_TV - log_q_TV)).sum(dim=-1).double().sum()
+    dense_chunks = _predicting_states(dense, ids_NW).split(size)
+    pruned_chunks = _predicting_states(pruned, ids_NW).split(size)
+    for dense_TD, pruned_TD in zip(dense_chunks, pruned_chunks, strict=True):
+        dense_TV = dense.logits(dense_TD)
+        pruned_TV = pruned.logits(pruned_TD)
+        is_same_T = dense_TV.argmax(dim=-1) == pruned_TV.argmax(dim=-1)
+        agreements += is_same_T.sum()
+        log_p_TV = dense_TV.log_softmax(dim=-1)
+        log_q_TV = pruned_TV.log_softmax(dim=-1)
+        summand_TV = log_p_TV.exp() * (log_p_TV - log_q_TV)
+        divergence_T = summand_TV.sum(dim=-1)
+        divergence += divergence_T.double().sum()
     return divergence.item(), int(agreements)
+
+
+def _predicting_states(model: MoEModel, ids_NW: Tensor) -> Tensor:
+    """Hidden states (T, D) of all tokens but the last of each sequence, which predict the next token."""
+    hidden_NWD = model.hidden_states(input_ids=ids_NW)
+    return hidden_NWD[:, :-1].flatten(0, 1)

@@ -1,8 +1,7 @@
-"""What a measurement is: models and results of earlier steps in, metrics out. What each one finds is an
-artifact of its own.
+"""The interface of measurements: models and results of earlier steps in, metrics out.
 
-A measurement declares what it `needs`. From that follow how often it is built, on which models it is made,
-and which steps come before it.
+A measurement declares what it `needs`. This determines how often it is built, on which models it is made, and
+which steps run before it. The result of each measurement is an artifact of its own.
 """
 
 from __future__ import annotations
@@ -20,30 +19,29 @@ from heapr.types import Evaluation, Plan, Scores, Statistics, TokenWindows
 
 
 class Need(Enum):
-    """What a measurement looks at."""
+    """What a measurement needs."""
 
-    MODEL = "model"  # any one model: measured once on the dense and once on the pruned one
-    DENSE = "dense"  # the dense model alone
-    DENSE_AND_PRUNED = "dense_and_pruned"  # both, in memory at once
+    MODEL = "model"  # one model; measured once on the dense and once on the pruned model
+    DENSE = "dense"  # the dense model only
+    DENSE_AND_PRUNED = "dense_and_pruned"  # both models, in memory at once
     STATISTICS = "statistics"  # of the dense model on the calibration tokens
-    TOKENS = "tokens"  # that were calibrated on
-    SCORES = "scores"  # what the criterion said
-    PLAN = "plan"  # what was removed
-    MACHINE = "machine"  # timings: they are made again on another machine
-    CORPUS = "corpus"  # built once for every corpus of `evaluation.corpora`, its argument `corpus`
-    TASK = "task"  # built once for each of its entry's `tasks`, its argument `task`
+    TOKENS = "tokens"  # the calibration tokens
+    SCORES = "scores"  # the criterion's scores
+    PLAN = "plan"  # which atomic experts were removed
+    MACHINE = "machine"  # timings, which are measured again on another machine
+    CORPUS = "corpus"  # an argument `corpus`; built once for each corpus of `evaluation.corpora`
+    TASK = "task"  # an argument `task`; built once for each of its entry's `tasks`
 
 
 @dataclass(frozen=True)
 class Material:
-    """What a measurement may look at; each is loaded when it is asked for, and there is only what the
-    measurement `needs`.
+    """What a measurement may use. Only what it `needs` is available, loaded on first use.
 
     Attributes:
-        model: gives the model that is measured: dense or pruned for `Need.MODEL`, dense for `Need.DENSE`.
-        dense_and_pruned: gives both, which then are in memory at once.
-        statistics, scores, plan, tokens: give what `Need` says.
-        unit: what the scores' numbers are.
+        model: returns the model to measure: dense or pruned for `Need.MODEL`, dense for `Need.DENSE`.
+        dense_and_pruned: returns both models, which are then in memory at once.
+        statistics, scores, plan, tokens: return what `Need` says.
+        unit: of the scores.
         widths: atomic experts of every expert before pruning, by decoder layer index.
     """
 
@@ -59,17 +57,22 @@ class Material:
 
 @runtime_checkable
 class Measurement(Protocol):
-    """Measures a model, compares two, or looks at what the steps before it found."""
+    """Measures one model, compares two, or evaluates results of earlier steps.
+
+    Attributes:
+        name: unique among the measurements of an experiment.
+        needs: the same for all instances of a class.
+    """
 
     name: str
-    needs: frozenset[Need]  # the same for all of a class
+    needs: frozenset[Need]
 
     def identity(self) -> dict[str, Any]:
-        """Everything that determines the metrics beside what it needs; JSON types only."""
+        """Everything that determines the metrics besides what it needs. JSON types only."""
         ...
 
     def prepare(self, source: ModelSource) -> None:
-        """Whatever can fail through a user's mistake; called before any expensive work.
+        """Do everything that a user's mistake can break. Called before any expensive work.
 
         Raises:
             ConfigError: it cannot be measured as asked.
@@ -77,16 +80,23 @@ class Measurement(Protocol):
         ...
 
     def __call__(self, material: Material) -> Evaluation:
-        """Metrics by contract name, and details, of which "protocols" says by corpus or task how they were
-        measured."""
+        """Return metrics by contract name, and details.
+
+        In the details, "protocols" says for each corpus or task how it was measured.
+        """
         ...
 
 
-def measure(measurement: Measurement, material: Material) -> Evaluation:
-    """What a measurement finds.
+def weight_bytes(model: MoEModel) -> int:
+    """Bytes of all parameters."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.model.parameters())
 
-    Where the dense and the pruned model are measured one after the other, their experts run by one and the
-    same forward: transformers' own ones round differently, in bfloat16 by more than a light pruning changes.
+
+def measure(measurement: Measurement, material: Material) -> Evaluation:
+    """Run a measurement.
+
+    If the dense and the pruned model are measured one after the other, both use the same forward of the
+    experts. Forwards of transformers differ in rounding, in bfloat16 by more than light pruning changes.
     """
     if Need.MODEL not in measurement.needs:
         return measurement(material)

@@ -1,9 +1,9 @@
 """Perplexity on one corpus.
 
-In: a model and a corpus. Out: `perplexity/<corpus>`, the mean loss of every window, and how exactly it was
-measured; from the windows of two models, how sure the increase is. Protocol (docs/method.md): documents
-joined by blank lines, non-overlapping windows, remainder dropped, the first token of each window not
-predicted. Losses are float32, whatever the model's dtype, and their sum float64.
+In: a model and a corpus. Out: `perplexity/<corpus>`, the mean loss of every window, and the exact protocol.
+From the windows of two models: the increase and its standard error. Protocol (docs/method.md): documents are
+joined by blank lines and cut into non-overlapping windows, the remainder is dropped, and the first token of
+each window is not predicted. Losses are float32 for any dtype of the model, and their sum is float64.
 Shape letters: N windows, W tokens of a window.
 """
 
@@ -27,21 +27,21 @@ from heapr.text.tokenizing import DOCUMENT_SEPARATOR
 from heapr.text.windows import batches, special_tokens, windows
 from heapr.types import Evaluation, Metrics, ProtocolRecord, TokenWindows
 
-MAX_MEAN_LOSS = 700.0  # exp() of more is not a number; a model that bad has no perplexity to speak of
-WINDOW_LOSSES = "window_losses"  # in the details of the evaluation
+MAX_MEAN_LOSS = 700.0  # exp() of more than 709 overflows
+WINDOW_LOSSES = "window_losses"  # key in the details of the evaluation
 
 
 class Perplexity:
-    """exp of the mean next-token cross-entropy.
+    """Measures exp(mean next-token cross-entropy).
 
-    Memory beside the weights: hidden states of one batch, batch_size * window * D elements a layer, and never
-    more logits than `LOGITS_CHUNK` elements (heapr/model/moe.py; 256 MiB in float32, and their softmax),
-    however large batch and vocabulary.
+    Beside the weights, memory holds the hidden states of one batch, batch_size * window * D elements per
+    layer, and at most `LOGITS_CHUNK` logits at once (heapr/model/moe.py; 256 MiB in float32, and the same for
+    their softmax), for any batch size and vocabulary.
 
     Args:
         corpus: the text.
-        window: tokens of a window, at least 2.
-        batch_size: windows per forward pass, at least 1; changes the result by rounding alone.
+        window: tokens per window, at least 2.
+        batch_size: windows per forward pass, at least 1. Changes the result only by rounding.
     """
 
     needs = frozenset({Need.MODEL, Need.CORPUS})
@@ -49,7 +49,9 @@ class Perplexity:
     def __init__(
         self, corpus: Corpus, window: Annotated[int, Ge(2)], batch_size: Annotated[int, Ge(1)]
     ) -> None:
-        self.corpus, self.window, self.batch_size = corpus, window, batch_size
+        self.corpus = corpus
+        self.window = window
+        self.batch_size = batch_size
         self.name = f"perplexity/{corpus.name}"
         self._windows: TokenWindows | None = None
         self._special_tokens: list[str] = []
@@ -84,13 +86,14 @@ class Perplexity:
             self.name: perplexity_of(losses),
             f"num_tokens/{self.corpus.name}": self._windows.ids_NW.numel(),
         }
-        protocols = {self.corpus.name: self._protocol(self._windows)}
-        return Evaluation(
-            metrics, details={"protocols": protocols, WINDOW_LOSSES: {self.corpus.name: losses}}
-        )
+        details = {
+            "protocols": {self.corpus.name: self._protocol(self._windows)},
+            WINDOW_LOSSES: {self.corpus.name: losses},
+        }
+        return Evaluation(metrics, details)
 
     def _protocol(self, token_windows: TokenWindows) -> ProtocolRecord:
-        """What decides whether two perplexities may be compared."""
+        """What must be equal for two perplexities to be comparable."""
         return {
             "corpus": self.corpus.identity(),
             "split": self.corpus.split,
@@ -105,44 +108,47 @@ class Perplexity:
 
 
 def perplexity_of(window_losses: Sequence[float]) -> float:
-    """exp of the mean loss. Every window predicts the same number of tokens, so their mean is that of the
-    tokens.
+    """exp(mean loss).
+
+    All windows predict the same number of tokens, so the mean over windows is the mean over tokens.
 
     Args:
         window_losses: mean next-token cross-entropy of each window, in nats per token.
     """
-    return math.exp(min(math.fsum(window_losses) / len(window_losses), MAX_MEAN_LOSS))
+    mean = math.fsum(window_losses) / len(window_losses)
+    return math.exp(min(mean, MAX_MEAN_LOSS))
 
 
 def perplexity_increases(
     dense: Mapping[str, Sequence[float]], pruned: Mapping[str, Sequence[float]]
 ) -> Metrics:
-    """How much pruning raises each corpus' perplexity, and the standard error of that.
-
-    With a_i and b_i the mean losses of window i under the dense and the pruned model, A and B their
-    perplexities, the increase B - A has by the delta method, its windows paired, the standard error
+    """Increase of perplexity B - A on each corpus, and its standard error by the delta method:
 
         sqrt(sum over i of (z_i - mean z)^2 / (N (N - 1))),   z_i = B b_i - A a_i
 
+    with a_i and b_i the mean losses of window i under the dense and the pruned model, and A and B their
+    perplexities. The windows are paired.
+
     Args:
-        dense, pruned: mean loss of each window in nats per token, by corpus; of the same windows.
+        dense, pruned: mean loss of each window in nats per token, by corpus, for the same windows.
 
     Returns:
-        `perplexity_increase/<corpus>`, and of two windows or more
+        `perplexity_increase/<corpus>` and, for two or more windows,
         `perplexity_increase_standard_error/<corpus>`.
     """
     metrics: Metrics = {}
     for corpus in dense.keys() & pruned.keys():
-        before, after = perplexity_of(dense[corpus]), perplexity_of(pruned[corpus])
+        before = perplexity_of(dense[corpus])
+        after = perplexity_of(pruned[corpus])
         metrics[f"perplexity_increase/{corpus}"] = after - before
-        weighted = [after * b - before * a for a, b in zip(dense[corpus], pruned[corpus], strict=True)]
-        if len(weighted) > 1:
-            metrics[f"perplexity_increase_standard_error/{corpus}"] = stdev(weighted) / math.sqrt(
-                len(weighted)
-            )
+        z = [after * b - before * a for a, b in zip(dense[corpus], pruned[corpus], strict=True)]
+        if len(z) > 1:
+            error = stdev(z) / math.sqrt(len(z))
+            metrics[f"perplexity_increase_standard_error/{corpus}"] = error
     return dict(sorted(metrics.items()))
 
 
 def _window_losses(model: MoEModel, ids_NW: Tensor) -> Tensor:
     """Mean next-token cross-entropy of each window in nats per token, float64 (N,)."""
-    return next_token_loss(model, model.hidden_states(input_ids=ids_NW), ids_NW).double().mean(dim=1)
+    loss_NW = next_token_loss(model, model.hidden_states(input_ids=ids_NW), ids_NW)
+    return loss_NW.double().mean(dim=1)

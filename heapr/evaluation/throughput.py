@@ -1,9 +1,8 @@
-"""Speed and memory of the dense and the pruned model on this machine, measured in turns.
+"""Speed and peak memory of the dense and the pruned model on this machine, measured in turns.
 
-In: both models, in memory at once, and the calibration tokens as text to read. Out: tokens per second,
-seconds and peak memory of prefill and decode. Timings are of one machine, which is part of the artifact's
-identity.
-Shape letters: N sequences, W prompt and new tokens.
+In: both models, in memory at once, and calibration tokens as input. Out: tokens per second, seconds and peak
+memory of prefill and decode. Timings hold for one machine, which is part of the artifact's identity.
+Shape letters: N sequences, W prompt tokens and new tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from annotated_types import Ge
 from torch import Tensor
 
 from heapr.errors import ConfigError
-from heapr.evaluation.measurement import Material, Need
+from heapr.evaluation.measurement import Material, Need, weight_bytes
 from heapr.measure import WorkingMemory, machine, wait_for
 from heapr.model.experts.dispatch import use_heapr_experts
 from heapr.model.load import ModelSource
@@ -34,7 +33,7 @@ PHASES = ("prefill", "decode")
 
 @dataclass(frozen=True)
 class Contestant:
-    """A model and the forward of its experts."""
+    """A model and the forward that its experts run."""
 
     name: str
     model: MoEModel
@@ -42,26 +41,30 @@ class Contestant:
 
 
 class Throughput:
-    """Prefill reads a batch of prompts and fills the cache; decode then reads one token of each sequence
-    after the other.
+    """Times prefill and decode. Prefill reads a batch of prompts; decode then reads token by token.
 
-    Every turn measures all contestants, forwards in even turns and backwards in odd ones, so that the
-    machine's moods meet all alike. Contestants: `dense` and `pruned` run the same forward of the experts,
-    heapr's loop, so that only pruning makes a difference; `dense_default` and `pruned_default` run as
-    transformers runs them, each its own best way. A ragged model's own way is the loop: there `pruned` stands
-    for both.
+    Contestants: `dense` and `pruned` use the same forward of the experts, heapr's loop, so that only pruning
+    makes a difference. `dense_default` and `pruned_default` use the forward that transformers chooses. A
+    ragged model can only use the loop, so there is no `pruned_default`, and `pruned` takes its place.
 
-    Metrics for each phase and contestant, medians over turns: `<phase>_tokens_per_second/<contestant>`,
-    `<phase>_seconds/<contestant>` (of the batch's prefill; of one step of decode),
-    `<phase>_seconds_iqr/<contestant>` (the distance between the quartiles) and
-    `<phase>_peak_memory_bytes/<contestant>` (weights, cache and what `WorkingMemory` sees); and, as medians
-    over turns, `<phase>_speedup`, seconds of `dense` over seconds of `pruned`, and `<phase>_speedup_default`,
-    the same of both models' own ways. Which forward each ran is in the details. The text is that of the
-    calibration, repeated where it does not suffice; both models read the same tokens.
+    Every turn times all contestants. Odd turns run in reverse order, so that drifts of the machine's speed
+    affect all contestants alike. All contestants read the same tokens, those of the calibration, repeated if
+    there are too few.
+
+    Metrics (medians are over turns):
+
+    - `<phase>_tokens_per_second/<contestant>`: from the median seconds.
+    - `<phase>_seconds/<contestant>`: median seconds of the batch's prefill, or of one decode step.
+    - `<phase>_seconds_iqr/<contestant>`: interquartile range of the seconds.
+    - `<phase>_peak_memory_bytes/<contestant>`: weights, cache and working memory (see `WorkingMemory`).
+    - `<phase>_speedup`: median of the seconds of `dense` divided by those of `pruned`.
+    - `<phase>_speedup_default`: the same for `dense_default` and `pruned_default`.
+
+    The details say which forward each contestant used.
 
     Args:
-        prompt_length: tokens of a prompt, at least 1.
-        new_tokens: steps of decode, at least 1.
+        prompt_length: tokens per prompt, at least 1.
+        new_tokens: decode steps, at least 1.
         batch_size: sequences, at least 1.
         repeats: turns, at least 1.
     """
@@ -83,12 +86,11 @@ class Throughput:
             "batch_size": batch_size,
             "repeats": repeats,
         }
-        self.length, self.new_tokens, self.batch_size, self.repeats = (
-            prompt_length + new_tokens,
-            new_tokens,
-            batch_size,
-            repeats,
-        )
+        self.prompt_length = prompt_length
+        self.new_tokens = new_tokens
+        self.length = prompt_length + new_tokens
+        self.batch_size = batch_size
+        self.repeats = repeats
 
     def identity(self) -> dict[str, Any]:
         return {"evaluator": self.name, **self.sizes}
@@ -97,8 +99,8 @@ class Throughput:
         limit = source.max_sequence_length
         if limit is not None and self.length > limit:
             raise ConfigError(
-                f"evaluation.throughput.prompt_length + new_tokens = {self.length} is above the {limit}"
-                " tokens that the model takes; make one of them smaller"
+                f"evaluation.throughput.prompt_length + new_tokens = {self.length} is above the model's "
+                f"limit of {limit} tokens; make one of them smaller"
             )
 
     @torch.no_grad()
@@ -106,17 +108,18 @@ class Throughput:
         dense, pruned = material.dense_and_pruned()
         ids_NW = self._text(material).to(dense.device)
         contestants = _contestants(dense, pruned)
-        # Warms up, too.
+        # These runs also warm up.
         peaks = {contestant.name: self._peaks(contestant, ids_NW) for contestant in contestants}
         seconds = self._turns(contestants, ids_NW)
-        num_tokens = {"prefill": self.batch_size * (self.length - self.new_tokens), "decode": self.batch_size}
+        num_tokens = {"prefill": self.batch_size * self.prompt_length, "decode": self.batch_size}
         metrics: Metrics = {}
         for phase in PHASES:
-            of_phase = {
-                name: torch.tensor(phases[phase], dtype=torch.float64) for name, phases in seconds.items()
-            }
+            of_phase = {}
+            for name, phases in seconds.items():
+                of_phase[name] = torch.tensor(phases[phase], dtype=torch.float64)
             metrics |= _timings(phase, num_tokens[phase], of_phase)
-            metrics |= {f"{phase}_peak_memory_bytes/{name}": peak[phase] for name, peak in peaks.items()}
+            for name, peak in peaks.items():
+                metrics[f"{phase}_peak_memory_bytes/{name}"] = peak[phase]
         details = {
             **self.identity(),
             "machine": machine(dense.device),
@@ -126,46 +129,49 @@ class Throughput:
         return Evaluation(metrics, details)
 
     def _turns(self, contestants: Sequence[Contestant], ids_NW: Tensor) -> dict[str, dict[str, list[float]]]:
-        """Seconds of each contestant's phases, of every turn: of the batch's prefill, and of one step of
-        decode."""
-        seconds: dict[str, dict[str, list[float]]] = {
-            contestant.name: {phase: [] for phase in PHASES} for contestant in contestants
-        }
+        """Seconds of every turn, by contestant and phase: of the batch's prefill, and of one decode step."""
+        seconds: dict[str, dict[str, list[float]]] = {}
+        for contestant in contestants:
+            seconds[contestant.name] = {phase: [] for phase in PHASES}
         for turn in progress(range(self.repeats), total=self.repeats, description=self.name, unit="turn"):
-            for contestant in contestants if turn % 2 == 0 else contestants[::-1]:
+            order = list(contestants)
+            if turn % 2 == 1:
+                order.reverse()
+            for contestant in order:
                 prefill, decode = self._seconds(contestant, ids_NW)
                 seconds[contestant.name]["prefill"].append(prefill)
                 seconds[contestant.name]["decode"].append(decode)
         return seconds
 
     def _text(self, material: Material) -> Tensor:
-        """(N, W) calibration tokens, from the start again where they do not suffice."""
+        """Calibration tokens (N, W), repeated from the start if there are too few."""
         tokens_T = material.tokens().ids_NW.flatten()
         needed = self.batch_size * self.length
-        return tokens_T.repeat(math.ceil(needed / len(tokens_T)))[:needed].view(self.batch_size, self.length)
+        times = math.ceil(needed / len(tokens_T))
+        repeated_T = tokens_T.repeat(times)
+        return repeated_T[:needed].view(self.batch_size, self.length)
 
     def _seconds(self, contestant: Contestant, ids_NW: Tensor) -> tuple[float, float]:
-        """Of the prefill, and of one step of decode."""
+        """Seconds of the prefill and of one decode step."""
         with contestant.forward():
             wait_for(ids_NW.device)
             times = [time.perf_counter()]
             for _ in self._run(contestant.model, ids_NW):
                 wait_for(ids_NW.device)
                 times.append(time.perf_counter())
-        return times[1] - times[0], (times[2] - times[1]) / self.new_tokens
+        start, prefilled, decoded = times
+        return prefilled - start, (decoded - prefilled) / self.new_tokens
 
     def _peaks(self, contestant: Contestant, ids_NW: Tensor) -> dict[str, int]:
-        """Peak bytes of each phase: the model's own weights and what is allocated while it works."""
-        weights = sum(
-            parameter.numel() * parameter.element_size() for parameter in contestant.model.model.parameters()
-        )
+        """Peak bytes of each phase: the model's weights plus what is allocated while it runs."""
+        weights = weight_bytes(contestant.model)
         with contestant.forward(), WorkingMemory(ids_NW.device) as memory:
             peaks = [weights + memory.take_peak() for _ in self._run(contestant.model, ids_NW)]
         return dict(zip(PHASES, peaks, strict=True))
 
     def _run(self, model: MoEModel, ids_NW: Tensor) -> Iterator[None]:
-        """Prefill, then decode; comes back after each."""
-        prompt_NW, new_NW = ids_NW.split([self.length - self.new_tokens, self.new_tokens], dim=1)
+        """Run prefill, then decode, and yield after each."""
+        prompt_NW, new_NW = ids_NW.split([self.prompt_length, self.new_tokens], dim=1)
         cache = _read(model, prompt_NW)
         yield
         for token_N1 in new_NW.split(1, dim=1):
@@ -185,35 +191,36 @@ def _contestants(dense: MoEModel, pruned: MoEModel) -> list[Contestant]:
 
 
 def _protocol(contestants: Sequence[Contestant]) -> dict[str, Any]:
-    """Weights' dtype, and which forward of the experts each contestant ran: its name among transformers'
-    implementations."""
+    """The dtype of the weights, and transformers' name of the experts' forward that each contestant uses."""
     forwards: dict[str, Any] = {}
     for contestant in contestants:
         with contestant.forward():
             forwards[contestant.name] = contestant.model.model.get_experts_implementation()
-    return {
-        "dtype": str(contestants[0].model.model.dtype).removeprefix("torch."),
-        "experts_forward": forwards,
-    }
+    dtype = str(contestants[0].model.model.dtype).removeprefix("torch.")
+    return {"dtype": dtype, "experts_forward": forwards}
 
 
 def _timings(phase: str, num_tokens: int, seconds: Mapping[str, Tensor]) -> Metrics:
-    """Medians and quartile distances of each contestant's seconds for `num_tokens` tokens, and the speed-up
-    turn by turn."""
-    own_way = seconds.get("pruned_default", seconds["pruned"])
+    """Metrics of a phase that reads `num_tokens` tokens, from each contestant's seconds of every turn."""
+    pruned_default = seconds.get("pruned_default", seconds["pruned"])
+    speedups = seconds["dense"] / seconds["pruned"]
+    default_speedups = seconds["dense_default"] / pruned_default
     metrics: Metrics = {
-        f"{phase}_speedup": float((seconds["dense"] / seconds["pruned"]).quantile(0.5)),
-        f"{phase}_speedup_default": float((seconds["dense_default"] / own_way).quantile(0.5)),
+        f"{phase}_speedup": float(speedups.quantile(0.5)),
+        f"{phase}_speedup_default": float(default_speedups.quantile(0.5)),
     }
     for name, turns in seconds.items():
-        metrics[f"{phase}_tokens_per_second/{name}"] = float(num_tokens / turns.quantile(0.5))
-        metrics[f"{phase}_seconds/{name}"] = float(turns.quantile(0.5))
-        metrics[f"{phase}_seconds_iqr/{name}"] = float(turns.quantile(0.75) - turns.quantile(0.25))
+        median = turns.quantile(0.5)
+        iqr = turns.quantile(0.75) - turns.quantile(0.25)
+        metrics[f"{phase}_tokens_per_second/{name}"] = float(num_tokens / median)
+        metrics[f"{phase}_seconds/{name}"] = float(median)
+        metrics[f"{phase}_seconds_iqr/{name}"] = float(iqr)
     return metrics
 
 
 def _read(model: MoEModel, ids_NW: Tensor, cache: Any = None) -> Any:
-    """The cache after reading tokens and computing the logits of the next one."""
+    """Read tokens, compute the logits of the next one, and return the cache."""
     outputs = model.body(input_ids=ids_NW, past_key_values=cache, use_cache=True)
-    model.logits(outputs.last_hidden_state[:, -1])
+    last_ND = outputs.last_hidden_state[:, -1]
+    model.logits(last_ND)
     return outputs.past_key_values

@@ -1,9 +1,8 @@
-"""Score against truth: what the scores predict for a group of atomic experts, and what their removal really
-does.
+"""Scores against truth: compares the predicted with the measured increase of the loss.
 
-In: the dense model, scores and calibration tokens. Out: how prediction and measured increase of the mean loss
-correlate over groups; both for every group in `details.json`. Nothing of the plan matters, so it is made once
-per score.
+In: the dense model, scores and calibration tokens. Out: the correlation of predicted and measured increase
+over groups of atomic experts; both values for every group are in `details.json`. The plan plays no part, so
+it is computed once per score.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ class Group:
     """Atomic experts of one score quantile.
 
     Attributes:
-        size: atomic experts in the quantile.
+        size: number of atomic experts in the quantile.
         removed: flat positions (layer, expert, atomic expert) of those that are removed together.
     """
 
@@ -44,28 +43,36 @@ class Group:
 
 
 class Truth:
-    """All atomic experts, of all layers, are ranked by score and cut into groups of equal size (up to one).
-    Of each group a seeded random sample is removed at once, nothing else with it, and the mean next-token
-    loss is measured on calibration sequences: those that the scores were taken from and that they predict.
+    """Removes groups of atomic experts and compares the increase of the loss with what the scores predict.
 
-    The prediction for a group is the sum over what was removed, as if atomic experts did not act together; in
-    nats where the criterion has a unit (`heapr_sum` and `fisher` as they are, `heapr` times n/N,
-    docs/method.md (7)), otherwise the bare sum of scores, of which only the order means something. Nats too
-    are predicted too low, by `fisher` at about half of what is measured in the highest decile (built-in
-    model), also where each is removed alone: squared gradients are less than the curvature, and the first
-    order is left out (docs/method.md, Evaluation). Trust ranks before values.
+    All atomic experts of all layers are ranked by score and cut into groups of equal size (to within one).
+    For each group, a seeded random sample is removed, alone, and the mean next-token loss is measured on the
+    calibration sequences, from which the scores were also computed.
 
-    Metrics: `truth/spearman`, the rank correlation of sum and measured increase over the groups;
-    `truth/pearson`, that of the values, for criteria with a unit (each left out where one side is constant);
-    `truth/loss`, the dense model's mean loss on the sequences; `truth/num_tokens`.
+    The prediction for a group is the sum over the removed atomic experts, which ignores interactions. It is
+    in nats if the criterion has a unit (`heapr_sum` and `fisher` as they are, `heapr` times n/N,
+    docs/method.md (7)). Otherwise it is the plain sum of scores, and only its order is meaningful.
+
+    Predictions in nats are too low: those of `fisher` are about half of the measured values in the highest
+    decile (built-in model), even if atomic experts are removed one at a time. Squared gradients underestimate
+    the curvature, and the first-order term is left out (docs/method.md, Evaluation). Trust ranks more than
+    values.
+
+    Metrics:
+
+    - `truth/spearman`: rank correlation of prediction and measured increase over the groups.
+    - `truth/pearson`: correlation of the values, for criteria with a unit.
+    - `truth/loss`: mean loss of the dense model on the sequences.
+    - `truth/num_tokens`: tokens of the sequences.
+
+    A correlation is left out if one side is constant.
 
     Args:
         num_groups: quantile groups, at least 2.
-        sample_size: atomic experts removed of each group, at least 1; none removes whole groups.
-        max_sequences: calibration sequences to measure on, the first of them, at least 1; none measures on
-            all.
+        sample_size: atomic experts removed from each group, at least 1. None removes whole groups.
+        max_sequences: how many calibration sequences to use, from the first on; at least 1. None uses all.
         seed: of the samples, at least 0.
-        batch_size: sequences per forward pass, at least 1; changes the result by rounding alone.
+        batch_size: sequences per forward pass, at least 1. Changes the result only by rounding.
     """
 
     name = "truth"
@@ -80,29 +87,34 @@ class Truth:
         seed: Annotated[int, Ge(0)],
         batch_size: Annotated[int, Ge(1)],
     ) -> None:
-        self.num_groups, self.sample_size, self.max_sequences = num_groups, sample_size, max_sequences
-        self.seed, self.batch_size = seed, batch_size
+        self.num_groups = num_groups
+        self.sample_size = sample_size
+        self.max_sequences = max_sequences
+        self.seed = seed
+        self.batch_size = batch_size
 
     def identity(self) -> dict[str, Any]:
-        sizes = {
+        return {
+            "evaluator": self.name,
             "num_groups": self.num_groups,
             "sample_size": self.sample_size,
             "max_sequences": self.max_sequences,
+            "seed": self.seed,
         }
-        return {"evaluator": self.name, **sizes, "seed": self.seed}
 
     def prepare(self, source: ModelSource) -> None:
         smallest = source.num_atomic_experts // self.num_groups
         if smallest < (self.sample_size or 1):
             wanted = f"evaluation.truth.num_groups={self.num_groups} with sample_size={self.sample_size}"
             raise ConfigError(
-                f"{wanted} does not fit the model's {source.num_atomic_experts} atomic experts: groups of"
-                f" {smallest}; lower one of them"
+                f"{wanted} does not fit the model's {source.num_atomic_experts} atomic experts: each "
+                f"group would hold {smallest}; lower one of them"
             )
 
     @torch.no_grad()
     def __call__(self, material: Material) -> Evaluation:
-        model, scores = material.model(), material.scores()
+        model = material.model()
+        scores = material.scores()
         tokens = TokenWindows(ids_NW=material.tokens().ids_NW[: self.max_sequences])
         groups = self._groups(scores, material.widths)
         score = _flat(scores.layers)
@@ -126,6 +138,7 @@ class Truth:
         return Evaluation(metrics, details={"unit": material.unit.value, "groups": rows})
 
     def _groups(self, scores: Scores, widths: Mapping[int, Sequence[int]]) -> list[Group]:
+        """The groups of a model whose experts have these widths."""
         exists = {}
         for index, scores_EF in scores.layers.items():
             width_E1 = torch.tensor(widths[index]).unsqueeze(1)
@@ -135,7 +148,7 @@ class Truth:
         )
 
     def _mean_loss(self, model: MoEModel, tokens: TokenWindows) -> float:
-        """Nats per predicted token.
+        """Mean next-token loss in nats per predicted token.
 
         Raises:
             FloatingPointError: NaN or infinite.
@@ -154,12 +167,13 @@ class Truth:
 def quantile_groups(
     scores: Scores, exists: Mapping[int, Tensor], *, num_groups: int, sample_size: int | None, seed: int
 ) -> list[Group]:
-    """Groups of equal size (up to one), lowest scores first, ties in order of layer, expert and atomic
-    expert.
+    """Cut all atomic experts into groups of equal size (to within one), lowest scores first.
+
+    Equal scores are in order of layer, expert and atomic expert.
 
     Args:
         scores: of all atomic experts.
-        exists: bool (E, F) by decoder layer index, false where an expert of individual width has none.
+        exists: bool (E, F) by decoder layer index, False beyond an expert's width.
         num_groups, sample_size, seed: as in `Truth`.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -176,11 +190,13 @@ def quantile_groups(
 
 
 def _flat(layers: Mapping[int, Tensor]) -> Tensor:
-    return torch.cat([values_EF.flatten().double() for values_EF in layers.values()])
+    """All layers' values in one float64 vector."""
+    values = [values_EF.flatten().double() for values_EF in layers.values()]
+    return torch.cat(values)
 
 
 def _removed_of_layers(removed: Tensor, scores: Scores) -> dict[int, Tensor]:
-    """Masks (E, F) by decoder layer index from flat positions."""
+    """Masks (E, F) by decoder layer index, True at the given flat positions."""
     sizes = [scores_EF.numel() for scores_EF in scores.layers.values()]
     mask = torch.zeros(sum(sizes), dtype=torch.bool)
     mask[removed] = True
@@ -192,13 +208,12 @@ def _correlations(rows: list[dict[str, float]]) -> Metrics:
     def column(name: str) -> Tensor:
         return torch.tensor([row[name] for row in rows], dtype=torch.float64)
 
-    has_unit = "predicted_increase" in rows[0]
-    expected, measured = (
-        column("predicted_increase" if has_unit else "score_sum"),
-        column("measured_increase"),
-    )
-    found = {
-        "truth/spearman": spearman(expected, measured),
-        "truth/pearson": pearson(expected, measured) if has_unit else None,
-    }
+    measured = column("measured_increase")
+    found: dict[str, float | None] = {}
+    if "predicted_increase" in rows[0]:
+        predicted = column("predicted_increase")
+        found["truth/spearman"] = spearman(predicted, measured)
+        found["truth/pearson"] = pearson(predicted, measured)
+    else:
+        found["truth/spearman"] = spearman(column("score_sum"), measured)
     return {name: value for name, value in found.items() if value is not None}

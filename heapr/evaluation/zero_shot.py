@@ -1,8 +1,8 @@
 """Zero-shot accuracy on one task, through lm-eval.
 
-In: a model and the name of a task. Out: `accuracy/<task>`, `accuracy_norm/<task>`, their standard errors as
+In: a model and the name of a task. Out: `accuracy/<task>`, `accuracy_norm/<task>`, their standard errors
 `accuracy_stderr/<task>` and `accuracy_norm_stderr/<task>`, any other metric of the task as `<metric>/<task>`,
-and how exactly it was measured.
+and the exact protocol.
 """
 
 from __future__ import annotations
@@ -31,18 +31,19 @@ PREFIX = "accuracy/"
 
 
 class ZeroShot:
-    """One task of lm-eval, one of your own, or the one that is made here (zero_shot_local.py).
+    """Evaluates a task of lm-eval, a task of your own, or the built-in task (zero_shot_local.py).
 
     Args:
         task: name of a task, group or tag.
-        num_fewshot: examples before each question, at least 0; none leaves it to the task: 0 for the paper's.
-        limit: only the first questions of each task, at least 1; none takes all.
-        batch_size: requests per pass, at least 1, or "auto": the largest that fits a GPU; changes the result
-            by rounding alone.
-        include_path: folder with tasks of your own: lm-eval's YAML files, and the code and data beside them.
+        num_fewshot: examples before each question, at least 0. None uses the task's default, which is 0 for
+            the paper's tasks.
+        limit: number of questions of each task to ask, from the first on; at least 1. None asks all.
+        batch_size: requests per pass, at least 1, or "auto" for the largest that fits a GPU. Changes the
+            result only by rounding.
+        include_path: folder with tasks of your own: lm-eval's YAML files, with their code and data.
 
     Raises:
-        ConfigError: there is no such folder.
+        ConfigError: the folder does not exist.
     """
 
     needs = frozenset({Need.MODEL, Need.TASK})
@@ -56,19 +57,25 @@ class ZeroShot:
         batch_size: Annotated[int, Ge(1)] | Literal["auto"] = "auto",
         include_path: str | None = None,
     ) -> None:
-        self.task, self.num_fewshot, self.limit, self.batch_size = task, num_fewshot, limit, batch_size
+        self.task = task
+        self.num_fewshot = num_fewshot
+        self.limit = limit
+        self.batch_size = batch_size
         self.name = f"{PREFIX}{task}"
         self._folder = None if include_path is None else user_path(include_path)
         if self._folder is not None and not self._folder.is_dir():
             raise ConfigError(
-                f"evaluation.zero_shot.include_path='{include_path}' is no folder; give one with lm-eval's"
-                " YAML files"
+                f"evaluation.zero_shot.include_path='{include_path}' is not a folder; give a folder with"
+                " lm-eval's YAML files"
             )
         self._loaded: LoadedTask | None = None
 
     def identity(self) -> dict[str, Any]:
-        """lm-eval's version stands for its own tasks; the content of your folder, or of the text, for those
-        made here."""
+        """What determines the metrics.
+
+        lm-eval's own tasks are identified by its version, your tasks by the content of your folder, and the
+        built-in task by its text.
+        """
         what = {
             "evaluator": "zero_shot",
             "task": self.task,
@@ -78,7 +85,9 @@ class ZeroShot:
         }
         if self._is_local:
             return what | zero_shot_local.identity()
-        return what if self._folder is None else what | {"include_sha256": _hash_folder(self._folder)}
+        if self._folder is not None:
+            what["include_sha256"] = _hash_folder(self._folder)
+        return what
 
     def prepare(self, source: ModelSource) -> None:
         self._tokenizer = source.tokenizer
@@ -87,17 +96,19 @@ class ZeroShot:
         check_end_token(self._loaded, self._tokenizer)
 
     def fetch(self) -> None:
-        """Load the task and its data: from the local cache, or from the hub.
+        """Load the task and its data from the local cache or the hub.
 
         Raises:
-            ConfigError: unknown task, or its data cannot be had.
+            ConfigError: the task is unknown, or its data cannot be loaded.
         """
         folder = self._folder
         if self._is_local:
-            self._made = tempfile.TemporaryDirectory(prefix="heapr-")  # goes with this object
+            # Deleted together with this object.
+            self._made = tempfile.TemporaryDirectory(prefix="heapr-")
             folder = Path(self._made.name)
             zero_shot_local.write_task(folder)
-        self._loaded = load_task(self.task, folder, "" if folder is None else _hash_folder(folder))
+        content = "" if folder is None else _hash_folder(folder)
+        self._loaded = load_task(self.task, folder, content)
 
     def __call__(self, material: Material) -> Evaluation:
         assert self._loaded is not None, "prepare() comes first"
@@ -116,17 +127,18 @@ class ZeroShot:
 
 
 def average_accuracy(measurements: Sequence[str], metrics: Metrics) -> Metrics:
-    """Plain means over the tasks and their standard errors: `accuracy/average` of `acc`, as the paper's main
-    table takes it, and `accuracy_norm/average` of `acc_norm`, as its comparison of scopes does, with `acc` of
-    tasks that have no other (winogrande).
+    """Unweighted means over tasks, with standard errors.
+
+    `accuracy/average` is the mean of `acc`, as in the paper's main table. `accuracy_norm/average` is the mean
+    of `acc_norm`, as in its comparison of scopes, with `acc` for tasks without `acc_norm` (winogrande).
 
     Args:
-        measurements: names of all; those of tasks begin with "accuracy/".
-        metrics: what they measured.
+        measurements: names of all measurements; names of tasks begin with "accuracy/".
+        metrics: their metrics.
 
     Returns:
-        nothing if there is no task, or one that has no accuracy; no `accuracy_norm/average` if no task has
-        `acc_norm`.
+        the means. Empty if there are no tasks or one has no accuracy; without `accuracy_norm/average` if no
+        task has `acc_norm`.
     """
     tasks = [name.removeprefix(PREFIX) for name in measurements if name.startswith(PREFIX)]
     without = [task for task in tasks if f"accuracy/{task}" not in metrics]
@@ -134,23 +146,33 @@ def average_accuracy(measurements: Sequence[str], metrics: Metrics) -> Metrics:
         if without:
             logger.info("%-9s no average accuracy: %s has none", "evaluate", ", ".join(without))
         return {}
-    average = _average(dict.fromkeys(tasks, "accuracy"), "accuracy", metrics)
-    kinds = {task: "accuracy_norm" if f"accuracy_norm/{task}" in metrics else "accuracy" for task in tasks}
-    return average | (_average(kinds, "accuracy_norm", metrics) if "accuracy_norm" in kinds.values() else {})
+    kinds = dict.fromkeys(tasks, "accuracy")
+    averages = _average(kinds, "accuracy", metrics)
+    with_norm = [task for task in tasks if f"accuracy_norm/{task}" in metrics]
+    if with_norm:
+        kinds |= dict.fromkeys(with_norm, "accuracy_norm")
+        averages |= _average(kinds, "accuracy_norm", metrics)
+    return averages
 
 
 def _average(kinds: Mapping[str, str], name: str, metrics: Metrics) -> Metrics:
-    """Mean over tasks of the kind of accuracy that each has; its standard error is that of independent
-    tasks."""
-    average = {f"{name}/average": sum(metrics[f"{kind}/{task}"] for task, kind in kinds.items()) / len(kinds)}
-    error = math.hypot(
-        *(metrics.get(f"{kind}_stderr/{task}", math.nan) for task, kind in kinds.items())
-    ) / len(kinds)
-    return average | ({f"{name}_stderr/average": error} if math.isfinite(error) else {})
+    """Mean accuracy over tasks, and its standard error for independent tasks.
+
+    Args:
+        kinds: "accuracy" or "accuracy_norm" by task.
+        name: "accuracy" or "accuracy_norm", of the mean.
+        metrics: of all tasks.
+    """
+    values = [metrics[f"{kind}/{task}"] for task, kind in kinds.items()]
+    errors = [metrics.get(f"{kind}_stderr/{task}", math.nan) for task, kind in kinds.items()]
+    averages = {f"{name}/average": sum(values) / len(kinds)}
+    error = math.hypot(*errors) / len(kinds)
+    if math.isfinite(error):
+        averages[f"{name}_stderr/average"] = error
+    return averages
 
 
 def _hash_folder(folder: Path) -> str:
-    """sha256 over names and contents of all files below the folder but Python's caches."""
-    return hash_files(
-        folder, (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    )
+    """sha256 over names and contents of all files in a folder and its subfolders, without Python's caches."""
+    paths = (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    return hash_files(folder, paths)

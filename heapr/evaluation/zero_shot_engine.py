@@ -1,8 +1,8 @@
-"""lm-eval's own engine on a model in memory, quiet and without side effects.
+"""Run lm-eval on a model in memory, without its output and without side effects.
 
-In: the name of a task, few-shot and limit options, a model. Out: metrics under our names, and how they were
-measured. lm-eval is imported where it is needed: it takes seconds. Its cache of results is never used: its
-key leaves the model out.
+In: the name of a task, few-shot and limit options, a model. Out: metrics under heapr's names, and the
+protocol. lm-eval is imported inside functions because its import takes seconds. Its cache of results is never
+used, because the cache key does not contain the model.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from heapr.words import did_you_mean, first_line
 
 logger = logging.getLogger(__name__)
 
-# Where lm-eval keeps the paper's tasks. Reading the files of all 14 000 tasks takes a quarter of a minute.
+# lm-eval's folders of the paper's tasks. To read the files of all 14,000 tasks takes about 15 seconds.
 PAPER_FOLDERS = ("openbookqa", "arc", "winogrande", "hellaswag", "piqa", "mathqa")
 METRIC_NAMES = {
     "acc": "accuracy",
@@ -46,12 +46,11 @@ METRIC_NAMES = {
     "acc_stderr": "accuracy_stderr",
     "acc_norm_stderr": "accuracy_norm_stderr",
 }
-BOOTSTRAP_DRAWS = (
-    1000  # for metrics whose standard error has no closed form; those of acc and acc_norm have one
-)
-BATCH_SIZE_ON_CPU = 32  # the largest that fits is not the fastest there
+# For metrics whose standard error has no closed form. acc and acc_norm have one.
+BOOTSTRAP_DRAWS = 1000
+BATCH_SIZE_ON_CPU = 32  # on a CPU, the largest batch that fits is not the fastest
 MAX_BATCH_SIZE = 64
-SEED = 1234  # of the choice of few-shot examples, and of tasks that draw; lm-eval's own default
+SEED = 1234  # of few-shot examples and of tasks that draw random numbers; lm-eval's default
 
 
 @dataclass(frozen=True)
@@ -59,10 +58,10 @@ class LoadedTask:
     """A task, group or tag of lm-eval with its data.
 
     Attributes:
-        name: as asked for.
-        manager: lm-eval's, which knows the task.
-        tasks: the single tasks by name.
-        roots: what is given to lm-eval: groups, and tasks that belong to none.
+        name: as requested.
+        manager: lm-eval's task manager, which knows the task.
+        tasks: single tasks by name.
+        roots: what lm-eval is given: groups, and tasks that belong to no group.
     """
 
     name: str
@@ -72,15 +71,15 @@ class LoadedTask:
 
 
 def load_task(name: str, folder: Path | None, content: str) -> LoadedTask:
-    """Find a task and load its data, from the local cache or the hub.
+    """Find a task and load its data from the local cache or the hub.
 
     Args:
         name: of a task, group or tag.
-        folder: of further tasks, which come before lm-eval's own.
+        folder: with further tasks, which take precedence over lm-eval's own.
         content: hash of the folder.
 
     Raises:
-        ConfigError: unknown task, or its data cannot be had.
+        ConfigError: the task is unknown, or its data cannot be loaded.
     """
     network = contextlib.nullcontext() if hub_is_reachable() else no_network()
     with _quiet(name), _seeded(), network:
@@ -97,7 +96,7 @@ def load_task(name: str, folder: Path | None, content: str) -> LoadedTask:
             loaded = manager.load([name])
         except OSError as error:
             raise ConfigError(
-                f"the data of zero-shot task '{name}' are not here: {first_line(error)}; "
+                f"the data of zero-shot task '{name}' are not on this machine: {first_line(error)}; "
                 "run python -m heapr.prefetch with the same overrides where there is a network"
             ) from error
         except (ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -106,24 +105,28 @@ def load_task(name: str, folder: Path | None, content: str) -> LoadedTask:
                 " task"
             ) from error
     members = {member for names in loaded["group_map"].values() for member in names}
-    roots = [item for key, item in {**loaded["tasks"], **loaded["groups"]}.items() if key not in members]
+    everything = {**loaded["tasks"], **loaded["groups"]}
+    roots = [item for key, item in everything.items() if key not in members]
     return LoadedTask(name, manager, loaded["tasks"], roots)
 
 
 def check_end_token(task: LoadedTask, tokenizer: PreTrainedTokenizerBase) -> None:
-    """lm-eval puts the token for the beginning, or else that for the end, before a text without context, and
-    ends generated text at the latter.
+    """Check that the tokenizer has the special token that a task needs.
+
+    Before a text without context, lm-eval puts the tokenizer's beginning-of-text token, or its end-of-text
+    token if there is no other. Generated text ends at the end-of-text token.
 
     Raises:
-        ConfigError: the tokenizer has none that the task needs.
+        ConfigError: the tokenizer has no such token.
     """
     generates = any(single.OUTPUT_TYPE == "generate_until" for single in task.tasks.values())
-    if tokenizer.eos_token_id is not None or (tokenizer.bos_token_id is not None and not generates):
+    has_beginning = tokenizer.bos_token_id is not None
+    if tokenizer.eos_token_id is not None or (has_beginning and not generates):
         return
     missing = "token for the end of a text" if generates else "token for the beginning or the end of a text"
     raise ConfigError(
-        f"zero-shot task '{task.name}' needs a {missing}, and the model's tokenizer names none; name it as"
-        " `eos_token` in its tokenizer_config.json, or leave zero-shot out with evaluation.zero_shot=null"
+        f"zero-shot task '{task.name}' needs a {missing}, which the model's tokenizer does not define; set"
+        " `eos_token` in its tokenizer_config.json, or skip zero-shot with evaluation.zero_shot=null"
     )
 
 
@@ -136,15 +139,15 @@ def evaluate_task(
     num_fewshot: int | None,
     limit: int | None,
 ) -> Evaluation:
-    """Metrics of a task, and of the tasks in it if it is a group.
+    """Evaluate a task, or all tasks of a group.
 
     Args:
         task: from `load_task`.
         model: dense or pruned.
-        tokenizer: the model's own; not changed.
+        tokenizer: the model's; not changed.
         batch_size: requests per pass, or "auto".
-        num_fewshot: examples before each question; none leaves it to the task.
-        limit: only the first questions of each task.
+        num_fewshot: examples before each question. None uses the task's default.
+        limit: number of questions of each task, from the first on. None asks all.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -162,7 +165,7 @@ def evaluate_task(
         )  # fmt: skip
     if cut:
         logger.warning(
-            "%-9s %s: %d inputs are longer than the model takes and lost their beginning",
+            "%-9s %s: %d inputs are longer than the model accepts and lost their beginning",
             "evaluate",
             task.name,
             len(cut),
@@ -172,32 +175,43 @@ def evaluate_task(
 
 
 def _metrics(results: Mapping[str, Mapping[str, Any]]) -> Metrics:
-    """lm-eval's numbers, `{task: {"<metric>,<filter>": value}}`, as `<metric>/<task>` or
-    `<metric>.<filter>/<task>`."""
+    """Rename lm-eval's metrics from `{task: {"<metric>,<filter>": value}}` to `{"<metric>/<task>": value}`.
+
+    Where answers are filtered, the name is `<metric>.<filter>/<task>`. Values that are not finite numbers are
+    dropped; lm-eval writes "N/A" for an unknown standard error.
+    """
     metrics: Metrics = {}
     for task, values in results.items():
         for key, value in values.items():
-            metric, comma, answer_filter = key.partition(",")
-            if comma and isinstance(value, int | float) and math.isfinite(value):  # not "N/A"
-                name = METRIC_NAMES.get(metric, metric)
-                metrics[f"{name}/{task}" if answer_filter == "none" else f"{name}.{answer_filter}/{task}"] = (
-                    float(value)
-                )
+            is_number = isinstance(value, int | float) and math.isfinite(value)
+            if "," in key and is_number:
+                name = _metric_name(key)
+                metrics[f"{name}/{task}"] = float(value)
     return metrics
 
 
+def _metric_name(key: str) -> str:
+    """Our name of lm-eval's `<metric>,<filter>`."""
+    metric, _, answer_filter = key.partition(",")
+    name = METRIC_NAMES.get(metric, metric)
+    return name if answer_filter == "none" else f"{name}.{answer_filter}"
+
+
 def _protocol(name: str, task: Any, found: Mapping[str, Any], limit: int | None) -> ProtocolRecord:
-    """What decides whether two results of a task may be compared; the hash is over every context and answer,
-    few-shot examples too."""
+    """What must be equal for two results of a task to be comparable.
+
+    The hash is over every context and answer, including few-shot examples.
+    """
     settings = found["configs"][name]
     digest = hashlib.sha256()
     for instance in task.instances:
         digest.update(json.dumps(instance.args, default=str).encode())
+    data = [str(settings[key]) for key in ("dataset_path", "dataset_name") if settings.get(key)]
     return {
         "task": name,
         "version": found["versions"][name],
         "lm_eval": version("lm_eval"),
-        "data": "/".join(str(settings[key]) for key in ("dataset_path", "dataset_name") if settings.get(key)),
+        "data": "/".join(data),
         "split": settings.get("test_split") or settings.get("validation_split"),
         "num_fewshot": found["n-shot"][name],
         "limit": limit,
@@ -206,21 +220,28 @@ def _protocol(name: str, task: Any, found: Mapping[str, Any], limit: int | None)
     }
 
 
-@functools.lru_cache(maxsize=4)  # a pure function of the folder's content
+# Cached, because the result depends only on the arguments: `content` is the hash of the folder.
+@functools.lru_cache(maxsize=4)
 def _task_manager(folder: Path | None, content: str, *, everything: bool) -> Any:
+    """lm-eval's task manager for the paper's tasks, or for all its tasks, with the tasks of a folder."""
     import lm_eval.tasks
 
-    lm_evals = Path(lm_eval.tasks.__file__).parent
-    folders = [] if everything else [lm_evals / name for name in PAPER_FOLDERS if (lm_evals / name).is_dir()]
-    return lm_eval.tasks.TaskManager(
-        include_path=[*folders, *([folder] if folder else [])], include_defaults=everything
-    )
+    folders: list[Path] = []
+    if not everything:
+        lm_evals = Path(lm_eval.tasks.__file__).parent
+        folders += [lm_evals / name for name in PAPER_FOLDERS if (lm_evals / name).is_dir()]
+    if folder is not None:
+        folders.append(folder)
+    return lm_eval.tasks.TaskManager(include_path=folders, include_defaults=everything)
 
 
 @contextmanager
 def _quiet(description: str) -> Iterator[list[str]]:
-    """One bar of ours in place of lm-eval's bars and messages; yields what it says of requests that it cut.
-    Restores."""
+    """Replace lm-eval's progress bars and messages with one progress bar, and restore them afterwards.
+
+    Yields:
+        lm-eval's messages about requests that it cut, a list that grows.
+    """
     import datasets
     import lm_eval.api.model
     import lm_eval.api.task
@@ -233,35 +254,33 @@ def _quiet(description: str) -> Iterator[list[str]]:
         lm_eval.models.huggingface: _bar(desc=description, **bar_settings()),
     }
     previous = {module: module.tqdm for module in bars}
-    says, hidden, listener = (
-        logging.getLogger("lm_eval"),
-        datasets.are_progress_bars_disabled(),
-        _Truncations(),
-    )
+    lm_eval_logger = logging.getLogger("lm_eval")
+    was_hidden = datasets.are_progress_bars_disabled()
+    listener = _Truncations()
     for module, bar in bars.items():
         module.tqdm = bar
     datasets.disable_progress_bars()
-    says.addHandler(listener)
-    says.propagate = False
+    lm_eval_logger.addHandler(listener)
+    lm_eval_logger.propagate = False
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield listener.messages
     finally:
-        says.propagate = True
-        says.removeHandler(listener)
+        lm_eval_logger.propagate = True
+        lm_eval_logger.removeHandler(listener)
         for module, bar in previous.items():
             module.tqdm = bar
-        if not hidden:
+        if not was_hidden:
             datasets.enable_progress_bars()
 
 
 def _bar(**settings: Any) -> Callable[..., Any]:
-    """tqdm with settings that its caller cannot change."""
+    """tqdm with settings that override those of its caller."""
     return lambda *args, **kwargs: tqdm(*args, **{**kwargs, **settings})
 
 
 class _Truncations(logging.Handler):
-    """Collects lm-eval's warnings of requests that are longer than the model takes."""
+    """Collects lm-eval's warnings about requests that are longer than the model accepts."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -274,8 +293,9 @@ class _Truncations(logging.Handler):
 
 @contextmanager
 def _seeded() -> Iterator[None]:
-    """Seed the global generators that tasks draw from; restores them."""
-    states = random.getstate(), np.random.get_state()
+    """Seed the global random generators that tasks use, and restore them afterwards."""
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         random.seed(SEED)
         np.random.seed(SEED)
@@ -283,5 +303,5 @@ def _seeded() -> Iterator[None]:
         try:
             yield
         finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)

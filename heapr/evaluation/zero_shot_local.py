@@ -1,7 +1,7 @@
-"""A multiple-choice task that needs no network: which of four continuations is the docstring's own.
+"""A multiple-choice task that needs no network: which of four continuations belongs to a docstring.
 
 In: the held-out documents of `pydocs`. Out: a folder with a task in lm-eval's YAML and its items as JSON
-lines. Equal documents give equal items.
+lines. The same documents give the same items.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ from typing import Any
 from heapr.text.corpora import PyDocs
 
 NAME = "pydocs_continuation"
-VERSION = 1  # raised when the same documents give other items
-# Of a long continuation, how common its words are says more than whether it fits.
-CONTEXT_WORDS, CONTINUATION_WORDS = (
-    24,
-    4,
-)
-MAX_PIECES = 8  # of one document, so that no long one dominates
+VERSION = 1  # increased when the same documents give other items
+CONTEXT_WORDS = 24
+# Short, because the likelihood of a long continuation depends more on how common its words are than on
+# whether it fits.
+CONTINUATION_WORDS = 4
+MAX_PIECES = 8  # per document, so that no long document dominates
 NUM_CHOICES = 4
-NEIGHBOURS = 24  # distractors come from this many continuations, those nearest in length
+NEIGHBOURS = 24  # distractors are drawn from this many continuations, those nearest in length
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,8 @@ class Item:
 
     Attributes:
         context: beginning of a piece of a docstring.
-        choices: its continuation and those of other documents, of similar length.
-        label: index of its own.
+        choices: its continuation, and continuations of similar length from other documents.
+        label: index of the right choice.
     """
 
     context: str
@@ -51,23 +50,24 @@ class _Piece:
 
     @property
     def digest(self) -> int:
-        """A number that looks random and depends on the text alone."""
-        return int.from_bytes(
-            hashlib.sha256(f"{self.context}\0{self.continuation}".encode()).digest()[:8], "big"
-        )
+        """A pseudorandom number that depends only on the text."""
+        text = f"{self.context}\0{self.continuation}"
+        digest = hashlib.sha256(text.encode()).digest()
+        return int.from_bytes(digest[:8], "big")
 
 
 def identity() -> dict[str, Any]:
-    """What determines the items; `corpus` as for a measurement that needs one."""
+    """What determines the items. `corpus` is the same key as for measurements that need a corpus."""
     return {"corpus": PyDocs("heldout").identity(), "items_version": VERSION}
 
 
 def write_task(folder: Path) -> None:
-    """Write the task of the running Python's docstrings into an empty folder."""
+    """Write the task for the docstrings of the running Python into an empty folder."""
+    items = make_items(PyDocs("heldout").documents())
+    lines = [json.dumps(asdict(item)) + "\n" for item in items]
     data = folder / f"{NAME}.jsonl"
-    data.write_text(
-        "".join(json.dumps(asdict(item)) + "\n" for item in make_items(PyDocs("heldout").documents()))
-    )
+    data.write_text("".join(lines))
+    mean = {"aggregation": "mean", "higher_is_better": True}
     task = {
         "task": NAME,
         "dataset_path": "json",
@@ -77,48 +77,55 @@ def write_task(folder: Path) -> None:
         "doc_to_text": "{{context}}",
         "doc_to_choice": "{{choices}}",
         "doc_to_target": "label",
-        "metric_list": [
-            {"metric": metric, "aggregation": "mean", "higher_is_better": True}
-            for metric in ("acc", "acc_norm")
-        ],
+        "metric_list": [{"metric": "acc", **mean}, {"metric": "acc_norm", **mean}],
         "metadata": {"version": VERSION},
     }
     (folder / f"{NAME}.yaml").write_text(json.dumps(task, indent=2))  # JSON is YAML
 
 
 def make_items(documents: Sequence[str]) -> list[Item]:
-    """Every piece of every document as a question, in an order that depends on the texts alone."""
-    pieces = [piece for number, document in enumerate(documents) for piece in _pieces(number, document)]
+    """Turn every piece of every document into a question, in an order that depends only on the texts."""
+    pieces: list[_Piece] = []
+    for number, document in enumerate(documents):
+        pieces += _pieces(number, document)
     by_length = sorted(pieces, key=lambda piece: (len(piece.continuation), piece.digest))
     reach = NEIGHBOURS // 2
-    found = (
-        _item(piece, by_length[max(0, place - reach) : place + reach + 1])
-        for place, piece in enumerate(by_length)
-    )
-    return [item for item in found if item is not None]
+    items = []
+    for place, piece in enumerate(by_length):
+        first = max(0, place - reach)
+        item = _item(piece, by_length[first : place + reach + 1])
+        if item is not None:
+            items.append(item)
+    return items
 
 
 def _item(piece: _Piece, neighbours: Sequence[_Piece]) -> Item | None:
-    """A question, or none if too few of the neighbours belong to other documents."""
+    """A question, or None if too few of the neighbours belong to other documents."""
     others = {other.continuation: other for other in neighbours if other.document != piece.document}
     others.pop(piece.continuation, None)
-    chosen = sorted(others.values(), key=lambda other: other.digest ^ piece.digest)[: NUM_CHOICES - 1]
-    if len(chosen) < NUM_CHOICES - 1:
+    num_distractors = NUM_CHOICES - 1
+    if len(others) < num_distractors:
         return None
+    shuffled = sorted(others.values(), key=lambda other: other.digest ^ piece.digest)
     label = piece.digest % NUM_CHOICES
-    choices = [other.continuation for other in chosen]
+    choices = [other.continuation for other in shuffled[:num_distractors]]
     choices.insert(label, piece.continuation)
     return Item(context=piece.context, choices=choices, label=label)
 
 
 def _pieces(number: int, document: str) -> list[_Piece]:
-    """The first pieces of a document, one after the other, white space inside kept."""
+    """The first pieces of a document in order, with the white space inside them."""
     words = list(re.finditer(r"\S+", document))
     length = CONTEXT_WORDS + CONTINUATION_WORDS
     starts = range(0, len(words) - length + 1, length)[:MAX_PIECES]
     pieces = []
     for start in starts:
-        middle, end = start + CONTEXT_WORDS, start + length
-        context = document[words[start].start() : words[middle - 1].end()]
-        pieces.append(_Piece(number, context, document[words[middle].start() : words[end - 1].end()]))
+        context = _text_of(document, words[start : start + CONTEXT_WORDS])
+        continuation = _text_of(document, words[start + CONTEXT_WORDS : start + length])
+        pieces.append(_Piece(number, context, continuation))
     return pieces
+
+
+def _text_of(document: str, words: Sequence[re.Match[str]]) -> str:
+    """The part of a document from the first to the last of some words."""
+    return document[words[0].start() : words[-1].end()]

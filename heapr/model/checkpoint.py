@@ -1,8 +1,8 @@
 """Checkpoints of pruned models: Hugging Face folders that load with and without heapr.
 
-In: a pruned model in memory, the folder that describes the original, what was done to it. Out: a folder.
-Ragged models get a model type of their own, "heapr_<type>", with a modelling file beside the weights that
-imports torch and transformers alone; uniform and masked ones are the family's own class.
+In: a pruned model in memory, the original's folder, and what was done to it. Out: a folder. Ragged models get
+their own model type, "heapr_<type>", and a modelling file beside the weights that imports torch and
+transformers alone; uniform and masked models use the family's own class.
 """
 
 from __future__ import annotations
@@ -31,20 +31,21 @@ from heapr.model.modelling_file import (
 from heapr.model.moe import MoEModel
 from heapr.model.ragged_type import family_config_class, ragged_classes
 
-REMOTE_MODULES = "transformers_modules."  # where transformers puts Python code from beside weights
+REMOTE_MODULES = "transformers_modules."  # where transformers imports Python code beside weights from
 MAX_SHARD_SIZE = "5GB"
 
 
 def save_checkpoint(model: MoEModel, original: Path, folder: Path, *, about: Mapping[str, Any]) -> None:
-    """Write a pruned model as a Hugging Face folder: sharded safetensors, and what describes it. Tokenizer
-    and generation settings are the original's files as they are; the configuration is the original's with
-    what pruning changed.
+    """Write a pruned model as a Hugging Face folder: sharded safetensors and the files that describe it.
+
+    The files for the tokenizer and the generation settings are copied from the original; the configuration is
+    the original's plus what pruning changed.
 
     Args:
         model: ragged, uniform or masked.
-        original: folder with the configuration and the tokenizer of the model that was pruned.
-        folder: is made.
-        about: what was done; becomes `heapr` in config.json. JSON types only.
+        original: folder with the configuration and the tokenizer of the model before pruning.
+        folder: the new folder; it must not exist.
+        about: what was done to the model; becomes `heapr` in config.json. JSON types only.
     """
     folder.mkdir(parents=True)
     if model.is_ragged:
@@ -61,7 +62,7 @@ def save_checkpoint(model: MoEModel, original: Path, folder: Path, *, about: Map
 
 
 def check_form(config: PretrainedConfig, form: str) -> None:
-    """Whether a pruned model of this configuration can be saved in a form.
+    """Check that a pruned model of this configuration can be saved in a form.
 
     Raises:
         ConfigError: it cannot.
@@ -70,36 +71,37 @@ def check_form(config: PretrainedConfig, form: str) -> None:
         raise ConfigError(
             f"pruning.form=ragged builds on a class of transformers, but {type(config).__name__} comes from"
             " the Python code beside the weights; use pruning.form=masked, or pruning.save_checkpoint=false"
-            " for the plan alone"
+            " to save the plan alone"
         )
 
 
 def _save_stock(model: PreTrainedModel, folder: Path, about: Mapping[str, Any]) -> None:
-    """In the family's own class; of a class of ours, with its file beside the weights."""
+    """Save a model in the family's own class; the file of a class of heapr's is put beside the weights."""
     model.config.heapr = dict(about)
-    own = type(model).__module__
-    # A name in config.json of remote code that was not used would mislead.
-    if not own.startswith(REMOTE_MODULES):
-        beside = (
-            "" if own.startswith("transformers.") else module_beside(type(model), folder).removeprefix(".")
-        )
-        classes = {"AutoConfig": type(model.config).__name__, "AutoModelForCausalLM": type(model).__name__}
+    own_module = type(model).__module__
+    if not own_module.startswith(REMOTE_MODULES):
+        # The original may name remote code that was not used.
         vars(model.config).pop("auto_map", None)
-        if beside:
-            model.config.auto_map = {name: f"{beside}.{value}" for name, value in classes.items()}
-    # Transformers copies weights to save them: not on a full GPU; tied ones stay one.
+        if not own_module.startswith("transformers."):
+            beside = module_beside(type(model), folder).removeprefix(".")
+            model.config.auto_map = {
+                "AutoConfig": f"{beside}.{type(model.config).__name__}",
+                "AutoModelForCausalLM": f"{beside}.{type(model).__name__}",
+            }
+    # transformers copies weights to save them, which may not fit on the GPU. Tied weights stay one tensor.
     on_cpu: dict[tuple[int, Size], Tensor] = {}
-    state = {
-        name: on_cpu.setdefault((tensor.data_ptr(), tensor.shape), tensor.cpu())
-        for name, tensor in model.state_dict().items()
-    }
-    if not own.startswith("transformers."):
-        # Other tools have a class of their own for such a family, and vLLM's does not tie.
-        state |= {name: state[name].clone() for name in _tied(model)}
+    state = {}
+    for name, tensor in model.state_dict().items():
+        key = (tensor.data_ptr(), tensor.shape)
+        state[name] = on_cpu.setdefault(key, tensor.cpu())
+    if not own_module.startswith("transformers."):
+        # Other tools have a class of their own for such a family, and vLLM's does not tie weights.
+        state |= {name: state[name].clone() for name in _tied(model) & state.keys()}
     model.save_pretrained(folder, state_dict=state, max_shard_size=MAX_SHARD_SIZE)
 
 
 def _save_ragged(model: MoEModel, folder: Path, about: Mapping[str, Any]) -> None:
+    """Save a model in a class of its own, whose modelling file is written beside the weights."""
     source = model.model
     config_class = family_config_class(source.config)
     model_class = family_classes(config_class)[CAUSAL_LM]
@@ -114,7 +116,7 @@ def _save_ragged(model: MoEModel, folder: Path, about: Mapping[str, Any]) -> Non
     ragged_classes(config_class).config.from_dict(settings).save_pretrained(folder)
     write_modelling_files(config_class, folder)
     tied = _tied(source)
-    # Left out here, because the writer would note them in the metadata, whose order is not reproducible.
+    # Tied weights are left out here: the writer would list them in the metadata, in no reproducible order.
     state = {name: tensor for name, tensor in source.state_dict().items() if name not in tied}
     huggingface_hub.save_torch_state_dict(state, folder, max_shard_size=MAX_SHARD_SIZE)
 

@@ -1,8 +1,8 @@
 """What a pass over the model costs, found on the meta device: the model's own code runs, on shapes alone.
 
-In: a model on the meta device, sequences and their length. Out: FLOPs, and bytes held for the backward pass.
-Routing is data, so tokens are assumed to spread evenly over the experts; with experts of one width both
-numbers do not depend on it.
+In: a model on the meta device, a number of sequences and their length. Out: FLOPs, and bytes held for the
+backward pass. Routing depends on data, so tokens are assumed to spread evenly over the experts; if all
+experts have one width, neither number depends on routing.
 Shape letters: T tokens, D model width, E experts, F atomic experts of an expert, K experts per token, n
 tokens of one expert, S = T*K (token, expert) pairs, N sequences, W window.
 """
@@ -35,10 +35,12 @@ from heapr.model.moe import (
 
 
 def calibration_flops(model: MoEModel, length: int) -> int:
-    """FLOPs of one sequence: forward, and backward to the input embeddings. A batch of N sequences takes N
-    times as many.
+    """FLOPs of one sequence's forward pass and its backward pass to the input embeddings.
 
-    Counted by torch, attention as plain matrix products (its fused kernels are not counted on every device).
+    A batch of N sequences takes N times as many.
+
+    torch counts them, with attention as plain matrix products, because its fused kernels are not counted on
+    every device.
 
     Raises:
         RuntimeError: the family's layers do not run on the meta device.
@@ -49,17 +51,20 @@ def calibration_flops(model: MoEModel, length: int) -> int:
         eager_attention(model),
         FlopCounterMode(display=False) as counter,
     ):
-        summed_loss_backward(model, model.hidden_states(input_ids=ids_NW), ids_NW)
+        hidden_NWD = model.hidden_states(input_ids=ids_NW)
+        summed_loss_backward(model, hidden_NWD, ids_NW)
     return int(counter.get_total_flops())
 
 
 def activation_bytes(model: MoEModel, num_sequences: int, length: int) -> int:
-    """Bytes that one batch holds between forward and backward: distinct tensors that autograd saves or the
-    collector keeps, parameters left out; and those of one chunk of logits.
+    """Bytes that one batch holds between forward and backward.
 
-    Attention counts as a fused kernel if the model runs through torch's: it saves queries, keys, values,
-    output and one float32 a query, never the (W, W) weights. Memory that an operation uses while it runs is
-    not counted.
+    This counts distinct tensors that autograd saves or the collector keeps, except parameters, and what one
+    chunk of logits adds.
+
+    Attention counts as a fused kernel if the model uses torch's: it saves queries, keys, values, output and
+    one float32 per query, never the (W, W) weights. Memory that an operation uses while it runs is not
+    counted.
 
     Raises:
         RuntimeError: the family's layers do not run on the meta device.
@@ -68,14 +73,17 @@ def activation_bytes(model: MoEModel, num_sequences: int, length: int) -> int:
     held = HeldTensors(model)
     with _calibrating(model, held), FusedAttention(), held:
         hidden_NWD = model.hidden_states(input_ids=ids_NW)
-        chunk_1TD = hidden_NWD.detach().flatten(0, 1)[: model.chunk_size() + 1].unsqueeze(0).requires_grad_()
-        summed_loss_backward(model, chunk_1TD, ids_NW.flatten()[: chunk_1TD.shape[1]].unsqueeze(0))
+        # One token more than a chunk, because the last one predicts nothing.
+        size = model.chunk_size() + 1
+        chunk_TD = hidden_NWD.detach().flatten(0, 1)[:size]
+        chunk_ids_T = ids_NW.flatten()[:size]
+        summed_loss_backward(model, chunk_TD.unsqueeze(0).requires_grad_(), chunk_ids_T.unsqueeze(0))
     return held.num_bytes
 
 
 @contextmanager
 def _calibrating(model: MoEModel, held: HeldTensors) -> Iterator[None]:
-    """The model as the collector runs it, on shapes alone."""
+    """Inside the context, the model runs as in the collector, on shapes alone."""
     run = partial(run_evenly, experts_per_token(model.model))
     watched = [(layer.experts, held.observe) for layer in model.layers]
     with (
@@ -88,25 +96,30 @@ def _calibrating(model: MoEModel, held: HeldTensors) -> Iterator[None]:
 
 
 def run_evenly(top_k: int, experts: Experts, hidden_TD: Tensor, *routing: Tensor) -> Tensor:
-    """As `run_experts`, with numbers of tokens per expert that are assumed. If all experts have one width,
-    the first one stands for all of them, which comes to the same; else every expert gets as many."""
+    """Like `run_experts`, with the same assumed number of tokens for every expert.
+
+    If all experts have one width, the first one stands for all of them, which costs the same.
+    """
     expert_TK, router_weight_TK = routing_of(experts, hidden_TD, *routing)
     num_experts, num_rows = int(experts.num_experts), expert_TK.numel()
-    num_pairs = num_rows // num_experts * top_k if layout_of(experts).weighs_input else num_rows
+    num_pairs = num_rows
+    if layout_of(experts).weighs_input:
+        num_tokens = num_rows // num_experts
+        num_pairs = num_tokens * top_k
     if len(set(widths_of(experts))) == 1:
         counts = [num_pairs] + [0] * (num_experts - 1)
     else:
-        counts = [
-            num_pairs // num_experts + (expert < num_pairs % num_experts) for expert in range(num_experts)
-        ]
-    return run_sorted(experts, hidden_TD, expert_TK, router_weight_TK, counts=[*counts, num_rows - num_pairs])
+        each, num_larger = divmod(num_pairs, num_experts)
+        counts = [each + 1] * num_larger + [each] * (num_experts - num_larger)
+    counts.append(num_rows - num_pairs)
+    return run_sorted(experts, hidden_TD, expert_TK, router_weight_TK, counts=counts)
 
 
 class HeldTensors:
-    """Counts the memory that is held for a backward pass: a context manager, and an observer of experts.
+    """Counts the memory held for a backward pass; a context manager, and an observer of experts.
 
     Args:
-        model: whose parameters do not count.
+        model: its parameters are not counted.
     """
 
     def __init__(self, model: MoEModel) -> None:
@@ -125,7 +138,7 @@ class HeldTensors:
         self._hooks.__exit__(*error)
 
     def observe(self, h_SF: Tensor, router_weight_S: Tensor, output_SD: Tensor, offsets: Tensor) -> None:
-        """What the collector keeps until the gradient arrives (heapr/calibration/collector.py)."""
+        """Count what the collector keeps until the gradient arrives (heapr/calibration/collector.py)."""
         for tensor in (h_SF, router_weight_S, output_SD):
             self._pack(tensor)
 
@@ -138,7 +151,7 @@ class HeldTensors:
 
 @contextmanager
 def eager_attention(model: MoEModel) -> Iterator[None]:
-    """Attention as plain matrix products; restores."""
+    """Inside the context, attention is plain matrix products; the previous implementation is restored."""
     previous = model.model.config._attn_implementation
     model.model.set_attn_implementation("eager")
     try:
@@ -148,7 +161,7 @@ def eager_attention(model: MoEModel) -> Iterator[None]:
 
 
 class FusedAttention(TorchFunctionMode):
-    """Inside, torch's attention saves on the meta device what its fused kernels save elsewhere."""
+    """Inside the context, attention on the meta device saves what torch's fused kernels save elsewhere."""
 
     def __torch_function__(
         self,
@@ -157,21 +170,21 @@ class FusedAttention(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             query, key, value = args
-            return _SavedByFusedAttention.apply(query, key, value, (kwargs or {}).get("attn_mask"))
-        return func(*args, **(kwargs or {}))
+            return _SavedByFusedAttention.apply(query, key, value, kwargs.get("attn_mask"))
+        return func(*args, **kwargs)
 
 
 class _SavedByFusedAttention(torch.autograd.Function):
-    """Shapes and saved tensors of fused attention; no values."""
+    """Shapes and saved tensors of fused attention, without values."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         output = query.new_empty((*query.shape[:-1], value.shape[-1]))
-        ctx.save_for_backward(
-            query, key, value, mask, output, query.new_empty(query.shape[:-1], dtype=torch.float32)
-        )
+        log_sum_exp = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, mask, output, log_sum_exp)
         return output
 
     @staticmethod
@@ -181,8 +194,7 @@ class _SavedByFusedAttention(torch.autograd.Function):
 
 
 class _SingleSequences(TorchDispatchMode):
-    """Answers the one question that transformers asks of values: whether a row's positions are those of a
-    single sequence. They are."""
+    """Answers transformers' one question about values, whether a row's positions are one sequence: yes."""
 
     def __torch_dispatch__(
         self,
@@ -191,10 +203,7 @@ class _SingleSequences(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if (
-            func is torch.ops.aten._local_scalar_dense.default
-            and args[0].dtype == torch.bool
-            and args[0].is_meta
-        ):
+        is_question = func is torch.ops.aten._local_scalar_dense.default
+        if is_question and args[0].dtype == torch.bool and args[0].is_meta:
             return True
         return func(*args, **(kwargs or {}))

@@ -1,8 +1,8 @@
 """DeepSeekMoE (`model_type: deepseek`, for example DeepSeekMoE-16B) on transformers' building blocks.
 
-In: a folder in the hub's original format, of which only config.json and safetensors are read, never its
-remote code. Out: the usual config, model and causal language model, after `register()`. Imports only torch
-and transformers, so that it works as a custom model file beside a checkpoint. Source: Dai et al.,
+In: a folder in the hub's original format; only its config.json and safetensors are read, never its remote
+code. Out: after `register()`, the usual config, model and causal language model. This file imports torch and
+transformers alone, so that it works as a custom model file beside a checkpoint. Source: Dai et al.,
 DeepSeekMoE, arXiv 2401.06066, equations 9 to 11.
 Shape letters: N sequences, W positions, T = N*W tokens, D model width, E routed experts, F atomic experts of
 an expert, K experts per token, n tokens of one expert, V vocabulary.
@@ -44,19 +44,20 @@ MODEL_TYPE = "deepseek"
 
 
 class DeepseekMoeConfig(PreTrainedConfig):
-    """Field names of the original config.json; the defaults are the 16B's. `rope_theta` and `rope_scaling`
-    are read as well.
+    """The fields of the original config.json, with the 16B model's values as defaults.
+
+    `rope_theta` and `rope_scaling` are read as well.
 
     Attributes:
         intermediate_size: width of the MLP in dense layers.
-        moe_intermediate_size: atomic experts of a routed expert; the shared MLP has n_shared_experts times as
-            many.
-        first_k_dense_replace: the first layers, all dense.
-        moe_layer_freq: of the others, those whose index it divides have experts.
+        moe_intermediate_size: atomic experts of a routed expert; the shared MLP is n_shared_experts times as
+            wide.
+        first_k_dense_replace: number of layers at the start that are all dense.
+        moe_layer_freq: a later layer has experts if this divides its index.
         norm_topk_prob: divide the chosen experts' router weights by their sum.
 
     Raises:
-        ValueError: a scoring function that is not softmax.
+        ValueError: the scoring function is not softmax.
     """
 
     model_type = MODEL_TYPE
@@ -97,7 +98,7 @@ class DeepseekMoeConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.scoring_func != "softmax":
             raise ValueError(
-                f"scoring_func='{self.scoring_func}' is not known to this model; it can be softmax"
+                f"scoring_func='{self.scoring_func}' is not known to this model; only softmax is supported"
             )
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
@@ -105,17 +106,21 @@ class DeepseekMoeConfig(PreTrainedConfig):
 
     def has_experts(self, layer_index: int) -> bool:
         """Whether a decoder layer is an MoE layer; the others are dense."""
-        return layer_index >= self.first_k_dense_replace and layer_index % self.moe_layer_freq == 0
+        is_behind_dense = layer_index >= self.first_k_dense_replace
+        return is_behind_dense and layer_index % self.moe_layer_freq == 0
 
 
 class DeepseekMoeRouter(nn.Module):
-    """Softmax over all routed experts in the logits' dtype, as in the original: in bfloat16 experts tie that
-    would not in float32. The K largest are the router weights."""
+    """Router weights are the K largest values of a softmax over all routed experts.
+
+    The softmax is taken in the logits' dtype, as in the original: in bfloat16, experts tie that would not in
+    float32.
+    """
 
     def __init__(self, config: DeepseekMoeConfig) -> None:
         super().__init__()
         self.top_k = config.num_experts_per_tok
-        # a single expert keeps its probability: dividing by itself would make every router weight 1
+        # With K = 1 the chosen expert keeps its probability; dividing it by itself would give 1.
         self.renormalise = config.norm_topk_prob and self.top_k > 1
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
 
@@ -130,22 +135,18 @@ class DeepseekMoeRouter(nn.Module):
 
 @use_experts_implementation
 class DeepseekMoeExperts(nn.Module):
-    """The routed experts: gate_up_proj (E, 2F, D) holds [W_gate; W_up] of each, down_proj (E, D, F) its
-    W_down.
+    """The routed experts: gate_up_proj (E, 2F, D) holds [W_gate; W_up], down_proj (E, D, F) holds W_down.
 
-    transformers lets a model's experts implementation be chosen only if the decorator stands in the model's
-    own file.
+    transformers lets users choose a model's experts implementation only if the decorator is applied in the
+    model's own file.
     """
 
     def __init__(self, config: DeepseekMoeConfig) -> None:
         super().__init__()
         self.num_experts = config.n_routed_experts
-        self.gate_up_proj = nn.Parameter(
-            torch.empty(self.num_experts, 2 * config.moe_intermediate_size, config.hidden_size)
-        )
-        self.down_proj = nn.Parameter(
-            torch.empty(self.num_experts, config.hidden_size, config.moe_intermediate_size)
-        )
+        model_width, width = config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * width, model_width))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, model_width, width))
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
@@ -155,15 +156,13 @@ class DeepseekMoeExperts(nn.Module):
             token_n, choice_n = torch.where(expert_TK == expert)
             gate_nF, up_nF = F.linear(hidden_TD[token_n], self.gate_up_proj[expert]).chunk(2, dim=-1)
             output_nD = F.linear(self.act_fn(gate_nF) * up_nF, self.down_proj[expert])
-            total_TD.index_add_(
-                0, token_n, (weight_TK[token_n, choice_n, None] * output_nD).to(total_TD.dtype)
-            )
+            weighted_nD = weight_TK[token_n, choice_n, None] * output_nD
+            total_TD.index_add_(0, token_n, weighted_nD.to(total_TD.dtype))
         return total_TD
 
 
 class DeepseekMoeBlock(nn.Module):
-    """Weighted sum of the chosen routed experts, plus one ungated shared MLP that every token goes
-    through."""
+    """Weighted sum of the chosen routed experts, plus one ungated shared MLP for every token."""
 
     def __init__(self, config: DeepseekMoeConfig) -> None:
         super().__init__()
@@ -182,7 +181,7 @@ class DeepseekMoeBlock(nn.Module):
 
 
 class DeepseekMoeDecoderLayer(GradientCheckpointingLayer):
-    """Attention, then a dense MLP or an MoE block, each behind a norm and beside a residual connection."""
+    """Attention, then a dense MLP or an MoE block, each with a norm before it and a residual connection."""
 
     def __init__(self, config: DeepseekMoeConfig, layer_index: int) -> None:
         super().__init__()
@@ -219,7 +218,7 @@ class DeepseekMoePreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: DeepseekMoeConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        # Before weights are read: as a custom model file this one is never registered otherwise.
+        # Before weights are read: a custom model file has no other place to register from.
         _register_conversion()
 
     @torch.no_grad()
@@ -265,9 +264,8 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             num_seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = (torch.arange(hidden_NWD.shape[1], device=hidden_NWD.device) + num_seen).unsqueeze(
-                0
-            )
+            positions_W = torch.arange(hidden_NWD.shape[1], device=hidden_NWD.device) + num_seen
+            position_ids = positions_W.unsqueeze(0)
         shared = {"position_ids": position_ids, "past_key_values": past_key_values}
         mask = create_causal_mask(
             config=self.config, inputs_embeds=hidden_NWD, attention_mask=attention_mask, **shared
@@ -288,7 +286,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
 
 
 class DeepseekForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
-    """Token ids to logits (N, W, V), and with labels to the next-token loss; no auxiliary loss enters it."""
+    """Token ids to logits (N, W, V) and, given labels, the next-token loss without auxiliary losses."""
 
     _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012  transformers' convention
@@ -339,10 +337,9 @@ class DeepseekForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
 
 
 def register() -> None:
-    """Make transformers' auto classes serve `model_type: deepseek`, and its checkpoints hold one tensor per
-    expert and matrix.
+    """Make transformers' auto classes serve `model_type: deepseek` from checkpoints in the original format.
 
-    A folder's own remote code is then neither asked for nor run. Calling it again changes nothing.
+    A folder's own remote code is then neither asked for nor run. Calling this again changes nothing.
     """
     AutoConfig.register(MODEL_TYPE, DeepseekMoeConfig, exist_ok=True)
     AutoModel.register(DeepseekMoeConfig, DeepseekMoeModel, exist_ok=True)
@@ -351,7 +348,7 @@ def register() -> None:
 
 
 def _register_conversion() -> None:
-    """Checkpoints hold one tensor per expert and matrix, as Qwen2-MoE's do."""
+    """Read and write checkpoints with one tensor per expert and matrix, as Qwen2-MoE's have."""
     register_checkpoint_conversion_mapping(
         MODEL_TYPE, get_checkpoint_conversion_mapping("qwen2_moe"), overwrite=True
     )

@@ -1,4 +1,4 @@
-"""What describes a model in its folder, beside the weights: configuration, generation settings, tokenizer.
+"""The files in a model's folder that describe it: configuration, generation settings, tokenizer.
 
 In: a folder. Out: transformers' configuration and tokenizer. Every mistake that can be seen in them is
 refused here.
@@ -35,7 +35,7 @@ TOKENIZER_FILES = [
     "additional_chat_templates/*", "tokenization_*.py",
 ]  # fmt: skip
 CONFIG_FILE, GENERATION_FILE, ADAPTER_FILE = "config.json", "generation_config.json", "adapter_config.json"
-# What transformers raises over a config.json with values that cannot be
+# What transformers raises for a config.json with impossible values.
 UNUSABLE = (
     OSError,
     ValueError,
@@ -49,20 +49,21 @@ UNUSABLE = (
 
 
 def read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
-    """The configuration of a model whose weights are whole and the folder's own.
+    """The configuration of a model whose weights are unquantised and in the folder itself.
 
     Raises:
-        ConfigError: there is none, or it describes something else.
+        ConfigError: there is no such configuration, or it cannot be used.
     """
     if (folder / ADAPTER_FILE).is_file():
         raise ConfigError(
-            f"folder '{folder}' holds an adapter ({ADAPTER_FILE}), which is put on a model or not, depending"
+            f"folder '{folder}' holds an adapter ({ADAPTER_FILE}), which may or may not be applied, depending"
             " on what is installed; merge it into the model's weights and give the result, or remove its"
             " files"
         )
     if not (folder / CONFIG_FILE).is_file():
         raise ConfigError(
-            f"folder '{folder}' has no config.json, so it is not a Hugging Face model; give one that has"
+            f"folder '{folder}' has no config.json, so it is not a Hugging Face model; give a folder that has"
+            " one"
         )
     deepseek_moe.register()
     try:
@@ -75,8 +76,8 @@ def read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     except UNUSABLE as error:
         if "trust_remote_code" in str(error) and not trust_remote_code:
             raise ConfigError(
-                f"the model in '{folder}' needs the Python code beside its weights, which is not run unasked;"
-                " read it, and if you trust it, give model.trust_remote_code=true"
+                f"the model in '{folder}' needs the Python code beside its weights, which is not run by"
+                " default; read it, and if you trust it, give model.trust_remote_code=true"
             ) from error
         raise ConfigError(f"config.json in '{folder}' cannot be used: {first_line(error)}") from error
     _check_fields(config, folder, trust_remote_code)
@@ -85,46 +86,53 @@ def read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
 
 
 def _check_fields(config: PretrainedConfig, folder: Path, trust_remote_code: bool) -> None:
-    """Fields that make other weights or other code than the folder's, or that no gradient goes through.
+    """Refuse fields that point to weights or code outside the folder, or that say the weights are quantised.
 
     Raises:
-        ConfigError: there is one.
+        ConfigError: there is such a field.
     """
-    parts = (getattr(part, "quantization_config", None) for part in (config, config.get_text_config()))
-    quantization = next((part for part in parts if part is not None), None)
-    if quantization is not None and not quantization:
-        raise ConfigError(
-            f"config.json in '{folder}' has a quantization_config that says nothing; remove this field"
-        )
-    if quantization is not None:
-        method = (
-            quantization.get("quant_method", "unknown")
-            if isinstance(quantization, dict)
-            else type(quantization).__name__
-        )
-        raise ConfigError(
-            f"the weights in '{folder}' are quantised ({method}), and gradients need them whole; give a"
-            " bfloat16 or float32 copy"
-        )
+    _check_quantization(config, folder)
     if getattr(config, "transformers_weights", None):
         raise ConfigError(
             f"config.json in '{folder}' names its weights in `transformers_weights`, which other tools do not"
             f" read; name that file {WEIGHTS} or {INDEX} and remove this field"
         )
-    elsewhere = [name for name in (getattr(config, "auto_map", None) or {}).values() if "--" in str(name)]
+    auto_map = getattr(config, "auto_map", None) or {}
+    elsewhere = [name for name in auto_map.values() if "--" in str(name)]
     if trust_remote_code and elsewhere:
         raise ConfigError(
             f"config.json in '{folder}' takes its Python code from elsewhere ({elsewhere[0]}), where it may"
-            " change; copy the code beside the weights and name it in auto_map without what stands before"
-            " `--`"
+            " change; copy the code beside the weights and remove everything up to `--` from auto_map"
         )
 
 
-def _check_generation(folder: Path) -> None:
-    """transformers reads the generation settings with the weights, and refuses some only then.
+def _check_quantization(config: PretrainedConfig, folder: Path) -> None:
+    """Refuse a quantization_config, because gradients need unquantised weights.
 
     Raises:
-        ConfigError: it refuses them.
+        ConfigError: there is one.
+    """
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        quantization = getattr(config.get_text_config(), "quantization_config", None)
+    if quantization is None:
+        return
+    if not quantization:
+        raise ConfigError(f"config.json in '{folder}' has an empty quantization_config; remove this field")
+    method = type(quantization).__name__
+    if isinstance(quantization, dict):
+        method = quantization.get("quant_method", "unknown")
+    raise ConfigError(
+        f"the weights in '{folder}' are quantised ({method}), and gradients need them whole; give a bfloat16"
+        " or float32 copy"
+    )
+
+
+def _check_generation(folder: Path) -> None:
+    """Refuse generation settings that transformers would refuse only later, with the weights.
+
+    Raises:
+        ConfigError: transformers cannot use them.
     """
     if not (folder / GENERATION_FILE).is_file():
         return
@@ -139,7 +147,12 @@ def _check_generation(folder: Path) -> None:
 def read_tokenizer(
     folder: Path, config: PretrainedConfig, trust_remote_code: bool
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer; transformers answers a missing one with an empty one, which is refused here."""
+    """The tokenizer in a folder.
+
+    Raises:
+        ConfigError: it cannot be used, belongs to another model, or is missing, in which case transformers
+            returns an empty one.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code
@@ -156,9 +169,12 @@ def read_tokenizer(
 
 
 def copy_tokenizer(original: Path, folder: Path) -> None:
-    """The tokenizer's files as they are: what transformers writes of a tokenizer in memory, other versions
-    and other tools do not read."""
-    for path in sorted({path for pattern in TOKENIZER_FILES for path in original.glob(pattern)}):
+    """Copy the tokenizer's files unchanged.
+
+    Other versions and other tools cannot read what transformers writes for a tokenizer in memory.
+    """
+    paths = {path for pattern in TOKENIZER_FILES for path in original.glob(pattern)}
+    for path in sorted(paths):
         copy = folder / path.relative_to(original)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, copy)
@@ -167,19 +183,24 @@ def copy_tokenizer(original: Path, folder: Path) -> None:
 def _leave_out_tokens_without_embedding(
     tokenizer: PreTrainedTokenizerBase, folder: Path, num_embeddings: int
 ) -> None:
-    """Added tokens whose ids are past the model's embeddings, such as one for padding: the tokenizer forgets
-    them, so that a text in which they stand is read as ordinary text. Nothing else may be past the
-    embeddings.
+    """Make the tokenizer forget added tokens, such as one for padding, past the model's embeddings.
+
+    Where they occur in a text, they are then read as ordinary text.
 
     Raises:
-        ConfigError: ordinary tokens are, or one that the tokenizer puts around every text.
+        ConfigError: an ordinary token, or one that the tokenizer puts around every text, is past the
+            embeddings.
     """
     past = {token: number for token, number in tokenizer.get_vocab().items() if number >= num_embeddings}
     if not past:
         return
     first = min(past, key=past.__getitem__)
-    what = f"'{first}' with id {past[first]}" + (f" and {len(past) - 1} more" if len(past) > 1 else "")
-    what = f"the tokenizer in '{folder}' has tokens past the model's {num_embeddings} embeddings: {what}"
+    what = (
+        f"the tokenizer in '{folder}' has tokens past the model's {num_embeddings} embeddings: '{first}' with"
+        f" id {past[first]}"
+    )
+    if len(past) > 1:
+        what += f" and {len(past) - 1} more"
     added = {token.content for token in tokenizer.added_tokens_decoder.values()}
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not past.keys() <= added or backend is None:
@@ -196,5 +217,5 @@ def _leave_out_tokens_without_embedding(
         if isinstance(token, str) and token in past:
             setattr(tokenizer, role, None)
     logger.info(
-        "%-9s %s; they are added ones and not used: in a text they are read as ordinary text", "model", what
+        "%-9s %s; they are added tokens and not used: in a text they are read as ordinary text", "model", what
     )

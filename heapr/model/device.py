@@ -1,4 +1,4 @@
-"""Where a model goes. In: a device's name. Out: torch's device, or a refusal."""
+"""The device for a model. In: a device's name. Out: a torch device, or a refusal."""
 
 from __future__ import annotations
 
@@ -8,27 +8,30 @@ from heapr.errors import ConfigError, NotHereError
 
 
 def find_device(name: str, option: str = "runtime.device") -> torch.device:
-    """The device of a name, or of "auto".
+    """The device with this name; "auto" is the GPU if torch sees one, else the CPU.
 
     Args:
-        option: what the user gave the name for.
+        option: the option that holds the name, for messages.
 
     Raises:
-        NotHereError: torch does not see it.
-        ConfigError: no device has this name, or it is of a kind that is not served.
+        NotHereError: torch does not see the device.
+        ConfigError: no device has this name, or heapr does not support its kind.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        found = "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.device(found)
     choices = "choose auto, cpu, cuda or cuda:<number>"
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError) as error:
         raise ConfigError(f"{option}='{name}' is unknown; {choices}") from error
-    if device.type not in {"cpu", "cuda"} or (device.type == "cpu" and device.index is not None):
-        reason = "there is one CPU" if device.type == "cpu" else f"{device.type} devices are not served"
-        raise ConfigError(f"{option}='{name}' cannot be used, because {reason}; {choices}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise NotHereError(
-            f"{option}='{name}', but torch sees {torch.cuda.device_count()} GPUs; choose auto or cpu"
+    if device.type not in {"cpu", "cuda"}:
+        raise ConfigError(
+            f"{option}='{name}' cannot be used: {device.type} devices are not supported; {choices}"
         )
+    if device.type == "cpu" and device.index is not None:
+        raise ConfigError(f"{option}='{name}' cannot be used: CPUs have no number; {choices}")
+    num_gpus = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= num_gpus:
+        raise NotHereError(f"{option}='{name}', but torch sees {num_gpus} GPUs; choose auto or cpu")
     return device

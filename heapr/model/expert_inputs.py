@@ -1,4 +1,4 @@
-"""What flows into the experts of one layer, and what its decoder layer puts out without them.
+"""The inputs of one layer's experts, and the output of its decoder layer without them.
 
 In: a model and a batch whose tape has reached the layer. Out: `ExpertInputs`, and hidden states.
 Shape letters: T tokens, D model width, K experts per token.
@@ -22,12 +22,12 @@ from heapr.model.tape import Tape, hidden_of
 
 @dataclass(frozen=True)
 class ExpertInputs:
-    """What flows into a layer's experts.
+    """The inputs of a layer's experts.
 
     Attributes:
-        hidden_TD: the tokens. Of a family that weighs the input: one row for each pair of a token and an
-            expert, weighted.
-        expert_TK: experts of each token; expert number E means none.
+        hidden_TD: the tokens. In families that weigh the input: one weighted row for each (token, expert)
+            pair.
+        expert_TK: experts of each token; expert number E stands for no expert.
         router_weight_TK: their router weights p.
     """
 
@@ -40,31 +40,31 @@ class ExpertInputs:
         assert len(self.expert_TK) == len(self.hidden_TD)
 
     def weighted(self, weight_T: Tensor) -> ExpertInputs:
-        """The same where each token's errors count weight^2 times: whatever experts put out goes with p."""
-        return replace(self, router_weight_TK=self.router_weight_TK.float() * weight_T.unsqueeze(1))
+        """The same inputs with p times the token's weight: its squared error then counts weight^2 times."""
+        weighted_TK = self.router_weight_TK.float() * weight_T.unsqueeze(1)
+        return replace(self, router_weight_TK=weighted_TK)
 
     def pairs(self, expert: int) -> tuple[Tensor, Tensor]:
-        """The n tokens of an expert, and their router weights."""
+        """Indices of the n tokens of an expert, and their router weights."""
         token_n, choice_n = torch.where(self.expert_TK == expert)
         return token_n, self.router_weight_TK[token_n, choice_n]
 
 
 def expert_inputs(model: MoEModel, tape: Tape, layer: MoELayer) -> ExpertInputs:
-    """The inputs of a layer's experts; neither they nor anything behind them is run."""
+    """The inputs of a layer's experts; neither the experts nor anything behind them runs."""
     inputs, _ = _run_layer(model, tape, layer, beyond=False)
     return inputs
 
 
 def without_experts(model: MoEModel, tape: Tape, layer: MoELayer) -> tuple[ExpertInputs, Tensor]:
-    """The inputs of a layer's experts, and the hidden states that its decoder layer puts out without them."""
+    """The inputs of a layer's experts, and the hidden states behind its decoder layer without the experts."""
     inputs, without = _run_layer(model, tape, layer, beyond=True)
     assert without is not None
     return inputs, without
 
 
 def without_atomic_experts(experts: Experts) -> RaggedExperts:
-    """The same experts without atomic experts: what they put out is the biases of W_down, where a family has
-    them."""
+    """The same experts with no atomic experts left: they put out the biases of W_down, if there are any."""
     empty = RaggedExperts(experts, [0] * experts.num_experts)
     if layout_of(experts).has_bias:
         empty.down_proj_bias.copy_(experts.down_proj_bias)
@@ -74,7 +74,7 @@ def without_atomic_experts(experts: Experts) -> RaggedExperts:
 def _run_layer(
     model: MoEModel, tape: Tape, layer: MoELayer, *, beyond: bool
 ) -> tuple[ExpertInputs, Tensor | None]:
-    """Inputs of the experts and, `beyond`, the hidden states behind the decoder layer without them."""
+    """Inputs of the experts and, if `beyond`, the hidden states behind the decoder layer without them."""
     inputs: list[ExpertInputs] = []
 
     def take_inputs(experts: Experts, hidden_TD: Tensor, *routing: Tensor) -> Tensor:
@@ -88,12 +88,15 @@ def _run_layer(
     with use_heapr_experts(model.model, take_inputs):
         outputs = run_span(model, tape.ids_NW, span, tape.answers(layer.index))
     assert len(inputs) == 1, f"the experts of layer {layer.index} ran {len(inputs)} times"
-    return inputs[0], hidden_of(outputs[0]) if beyond else None
+    without = hidden_of(outputs[0]) if beyond else None
+    return inputs[0], without
 
 
 def _compact(experts: Experts, hidden_TD: Tensor, *routing: Tensor) -> ExpertInputs:
-    """Inputs with their routing; of a family that weighs the input only the rows that were routed, one token
-    each."""
+    """Inputs with their routing.
+
+    In families that weigh the input, only the rows that were routed are kept, each as one token.
+    """
     expert_TK, router_weight_TK = routing_of(experts, hidden_TD, *routing)
     if layout_of(experts).weighs_input:
         routed_T = expert_TK.squeeze(1) < experts.num_experts

@@ -1,8 +1,8 @@
-"""Repair's way through a model: MoE layers one after the other, with what flows into the experts of each.
+"""Repair's walk through a model: MoE layers one after the other, with the inputs of each layer's experts.
 
-In: a model and its batches of token ids. Out: for each MoE layer its `ExpertInputs` and, if asked for, a
-`StreamTarget`. Of a batch only what later layers read is kept: in most families the hidden states before one
-decoder layer.
+In: a model and its batches of token ids. Out: for each MoE layer its `ExpertInputs` and, on request, a
+`StreamTarget`. For each batch only what later layers read is kept, which in most families is the hidden
+states before one decoder layer.
 Shape letters: T tokens of all batches, D model width, K experts per token.
 """
 
@@ -24,24 +24,26 @@ from heapr.model.tape import Tape, hidden_of
 def walk_layers(
     model: MoEModel, batches: Sequence[Tensor], *, follow_stream: bool = False
 ) -> Iterator[tuple[MoELayer, ExpertInputs, StreamTarget | None]]:
-    """Every MoE layer in order, with what flows into its experts. A layer runs with the experts that it has
-    when the next one is asked for, so all later layers see what a caller changed.
+    """Yield every MoE layer in order, with the inputs of its experts.
+
+    A layer runs with the experts that it has when the next one is asked for, so later layers see a caller's
+    changes.
 
     Args:
-        model: one that passes `check_walk`.
+        model: must pass `check_walk`.
         batches: int64 (N, W) token ids each.
-        follow_stream: also yield what brings the stream behind the layer to where it is in the model that the
-            walk began with: that stream, walked through every layer before a caller changes it, less the
-            present one without the layer's experts (docs/method.md, 21). Every layer then runs three times,
-            and a second tape of every batch is held.
+        follow_stream: also yield what the layer's experts must put out to restore the residual stream behind
+            it: the stream of the model as the walk found it, minus the current one without the layer's
+            experts (docs/method.md, 21). Every layer then runs three times, and each batch has a second tape.
 
     Raises:
-        ConfigError: the stream is asked for, and the model does not pass `check_stream`.
+        ConfigError: `follow_stream` is set and the model does not pass `check_stream`.
         FloatingPointError: an input is NaN or infinite; the message names the layer.
     """
     reads = reads_of(model)
     on_device = [ids_NW.to(model.device) for ids_NW in batches]
-    tapes, originals = list(map(Tape, on_device)), list(map(Tape, on_device))
+    tapes = [Tape(ids_NW) for ids_NW in on_device]
+    originals = [Tape(ids_NW) for ids_NW in on_device]
     probe = Tape(probe_tokens(model))
     for layer in model.layers:
         for tape in tapes:
@@ -60,16 +62,16 @@ def walk_layers(
         else:
             parts = [expert_inputs(model, tape, layer) for tape in tapes]
         inputs = _joined(layer, parts)
-        del parts  # a generator holds its variables while the caller is at work
+        del parts  # a generator would hold it while the caller works
         yield layer, inputs, target
         del inputs, target
 
 
 def _joined(layer: MoELayer, inputs: Sequence[ExpertInputs]) -> ExpertInputs:
-    """The inputs of all batches as one.
+    """The inputs of all batches in one `ExpertInputs`.
 
     Raises:
-        FloatingPointError: NaN or infinity.
+        FloatingPointError: an input is NaN or infinite.
     """
     hidden_TD = torch.cat([part.hidden_TD for part in inputs])
     if not hidden_TD.isfinite().all():

@@ -1,8 +1,8 @@
 """Find, check, identify and load a model and its tokenizer.
 
-In: a built-in name, a local folder or a hub id. Out: `ModelSource` (cheap: no weights are loaded, and none
-downloaded) and from it a `MoEModel`. Every mistake that can be seen in configuration and tokenizer is refused
-here.
+In: a built-in name, a local folder or a hub id. Out: a `ModelSource`, which is cheap (no weights are loaded
+or downloaded), and from it a `MoEModel`. Every mistake that can be seen in the configuration or the tokenizer
+is refused here.
 """
 
 from __future__ import annotations
@@ -41,23 +41,23 @@ from heapr.model.tensors import check_tensors, report_left_out
 from heapr.words import first_line
 
 BUILTIN_PREFIX = "builtin:"
-DTYPES = ("float32", "bfloat16", "float16", "float64")  # in which weights may be
+DTYPES = ("float32", "bfloat16", "float16", "float64")  # that weights may have
 BUILTIN_FOLDER = Path(__file__).parent / "builtin"
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model that was found and checked, not yet loaded.
+    """A model that was found and checked but not loaded yet.
 
     Attributes:
-        folder: local folder with configuration and tokenizer; of a hub model, the cache's.
-        identity: what the model is: hub id and commit, or a hash of the folder's content; and the dtype.
+        folder: local folder with configuration and tokenizer; for a hub model, its folder in the cache.
+        identity: identifies the model: hub id and commit, or a hash of the folder's content; and the dtype.
         dtype: of the loaded weights.
         config: transformers' configuration.
-        architecture: name of the model's class; of a wrapper with vision and the like, that of its language
-            model.
+        architecture: name of the model's class; for a wrapper, such as one with vision, the class of its
+            language model.
         widths: atomic experts of every expert, by decoder layer index.
-        atomic_expert_parameters: parameters that go with one atomic expert, by decoder layer index.
+        atomic_expert_parameters: parameters removed with one atomic expert, by decoder layer index.
         experts_per_token: K.
         trust_remote_code: whether Python files in the folder may run.
     """
@@ -74,10 +74,10 @@ class ModelSource:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's own.
+        """The model's own tokenizer.
 
         Raises:
-            ConfigError: there is none, or it is another model's.
+            ConfigError: there is none, or it belongs to another model.
         """
         return read_tokenizer(self.folder, self.config, self.trust_remote_code)
 
@@ -87,83 +87,82 @@ class ModelSource:
 
     @property
     def max_sequence_length(self) -> int | None:
-        """Most tokens in a sequence, where the configuration names a limit."""
+        """The longest sequence in tokens; None if the configuration sets no limit."""
         return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
     @property
     def has_weights(self) -> bool:
-        """Whether every file of weights is in the folder."""
+        """Whether all weight files are in the folder."""
         names = weight_files(self.folder)
         return bool(names) and all((self.folder / name).is_file() for name in names)
 
     @cached_property
     def left_out(self) -> list[str]:
-        """What of the weights in the folder the model does not take, in lines that were logged. Needs the
-        weights' files, loads none.
+        """Tensors in the folder that the model does not use, as the lines that were logged.
+
+        Needs the weight files, but loads no weights.
 
         Raises:
-            ConfigError: they are quantised, or do not fit the configuration.
+            ConfigError: the weights are quantised, or do not fit the configuration.
         """
         model = self.on_meta().model
-        return report_left_out(
-            check_tensors(model, read_headers(self.folder), self.folder), type(model).__name__
-        )
+        left_out = check_tensors(model, read_headers(self.folder), self.folder)
+        return report_left_out(left_out, type(model).__name__)
 
     @property
     def left_behind(self) -> dict[str, str | int]:
-        """What the configuration promises and a pruned model will not have: the rest of a wrapper, prediction
-        heads."""
+        """What a pruned model loses of its configuration: the rest of a wrapper, and prediction heads."""
+        left_behind: dict[str, str | int] = {}
         original = next(iter(self.config.architectures or ()), self.architecture)
+        if original != self.architecture:
+            left_behind["language_model_of"] = original
         heads = prediction_heads(self.config)
-        wrapper: dict[str, str | int] = (
-            {} if original == self.architecture else {"language_model_of": original}
-        )
-        return wrapper | ({"prediction_heads_left_out": heads} if heads else {})
+        if heads:
+            left_behind["prediction_heads_left_out"] = heads
+        return left_behind
 
     @property
     def num_layers(self) -> int:
-        """Decoder layers, with and without experts."""
+        """Number of decoder layers, with and without experts."""
         return int(self.config.get_text_config().num_hidden_layers)
 
     def on_meta(self) -> MoEModel:
-        """The model without memory, in its dtype: shapes alone."""
+        """The model on the meta device, in its dtype: shapes, no memory."""
         return MoEModel(_on_meta(self.config, str(self.folder), self.trust_remote_code, self.dtype))
 
     def load(self, device: torch.device, device_map: str | None = None) -> MoEModel:
-        """Load the weights; of a hub model, download them first.
+        """Load the weights; those of a hub model are downloaded first.
 
         Args:
-            device: where they go.
-            device_map: spread them over all GPUs instead, as transformers does under this name.
+            device: where the weights go.
+            device_map: spread them over all GPUs instead; a device map of transformers.
 
         Raises:
             ConfigError: weights are missing, damaged, too large, or do not fit the configuration.
         """
         self.fetch()
-        _ = self.left_out  # refuses what would load as something else
-        model = MoEModel(self._load_weights(device if device_map is None else device_map))
+        _ = self.left_out  # refuses weights that would silently load as something else
+        placement = device if device_map is None else device_map
+        model = MoEModel(self._load_weights(placement))
         model.check_head()
         return model
 
     def fetch(self) -> None:
-        """Download the weights of a hub model; a local one has them.
+        """Download the weights of a hub model, and check the weight files of any model.
 
         Raises:
-            ConfigError: they cannot be downloaded, or are damaged.
+            ConfigError: the weights cannot be downloaded, or are missing or damaged.
         """
-        if "hub" in self.identity:
+        hub_id = self.identity.get("hub")
+        if hub_id is not None:
             index = self.folder / INDEX
-            _download(
-                self.identity["hub"],
-                self.identity["commit"],
-                [WEIGHTS, *(shards_of(index) if index.is_file() else ())],
-            )
-        if "hub" in self.identity and not self.has_weights and not hub_is_reachable():
-            raise ConfigError(
-                f"the weights of model.path='{self.identity['hub']}' are not all in '{self.folder}', and the"
-                " hub cannot be reached; download them where there is a network (hf download) or give a"
-                " local folder"
-            )
+            shards = shards_of(index) if index.is_file() else ()
+            _download(hub_id, self.identity["commit"], [WEIGHTS, *shards])
+            if not self.has_weights and not hub_is_reachable():
+                raise ConfigError(
+                    f"the weights of model.path='{hub_id}' are not all in '{self.folder}', and the hub cannot"
+                    " be reached; download them where there is a network (hf download) or give a local folder"
+                )
         check_weight_files(self.folder)
 
     def _load_weights(self, placement: torch.device | str) -> PreTrainedModel:
@@ -212,24 +211,25 @@ def find_model(
     digests: Path | None = None,
     config_only: bool = False,
 ) -> ModelSource:
-    """Find a model and check all that can be checked without its weights.
+    """Find a model and check everything that can be checked without its weights.
 
     Args:
         path: "builtin:<name>", a local folder, or a hub id.
-        dtype: name of a torch dtype; none is that of the weights, as config.json says.
+        dtype: name of a torch dtype; None takes the dtype that config.json gives for the weights.
         revision: branch, tag or commit of a hub id; its commit enters the identity.
         trust_remote_code: whether Python files in the folder may run.
-        digests: folder in which hashes of large local weights are remembered.
-        config_only: ask for no weights, and of a hub id download no more than its config.json.
+        digests: folder that caches the hashes of large local weights.
+        config_only: do not require weights, and download nothing but config.json of a hub model.
 
     Raises:
-        ConfigError: no such model, not a Mixture-of-Experts model, a missing capability, damaged weights.
+        ConfigError: there is no such model, it is not a Mixture-of-Experts model, it needs a missing
+            capability, or its weights are damaged.
     """
-    folder = _find_folder(
-        path, revision, [CONFIG_FILE] if config_only else DESCRIPTION_FILES, has_code=trust_remote_code
-    )
+    description = [CONFIG_FILE] if config_only else DESCRIPTION_FILES
+    folder = _find_folder(path, revision, description, has_code=trust_remote_code)
     config = read_config(folder, trust_remote_code)
-    dtype = dtype or _dtype_of(config, folder)  # now: building a model sets it
+    # Before a model is built, which sets the configuration's dtype.
+    dtype = dtype or _dtype_of(config, folder)
     model = _on_meta(config, path, trust_remote_code)
     layers = find_moe_layers(model)
     if _is_on_hub(path):
@@ -238,9 +238,12 @@ def find_model(
         if weight_files(folder) or not config_only:
             check_weight_files(folder)
         identity = {"sha256": hash_folder(folder, digests, has_code=trust_remote_code)}
+    identity["dtype"] = dtype
+    if trust_remote_code:
+        identity["remote_code"] = "trusted"
     return ModelSource(
         folder=folder,
-        identity={**identity, "dtype": dtype, **({"remote_code": "trusted"} if trust_remote_code else {})},
+        identity=identity,
         dtype=getattr(torch, dtype),
         config=config,
         architecture=type(model).__name__,
@@ -252,11 +255,12 @@ def find_model(
 
 
 def _find_folder(path: str, revision: str | None, description: list[str], *, has_code: bool) -> Path:
-    """Where a model's description is; of a hub model, it is downloaded there."""
+    """Folder with a model's configuration and tokenizer; those of a hub model are downloaded first."""
     if path.startswith(BUILTIN_PREFIX):
         return _builtin(path.removeprefix(BUILTIN_PREFIX))
     if _is_on_hub(path):
-        return _download(path, revision, description + (["*.py"] if has_code else []))
+        patterns = [*description, "*.py"] if has_code else description
+        return _download(path, revision, patterns)
     folder = user_path(path)
     if not folder.is_dir():
         raise ConfigError(
@@ -267,7 +271,7 @@ def _find_folder(path: str, revision: str | None, description: list[str], *, has
 
 
 def _is_on_hub(path: str) -> bool:
-    """Whether it is a hub id, and no folder of that name is here."""
+    """Whether a path is a hub id and no local folder has that name."""
     return (
         path.count("/") == 1
         and not path.startswith((BUILTIN_PREFIX, "/", ".", "~"))
@@ -276,12 +280,13 @@ def _is_on_hub(path: str) -> bool:
 
 
 def _dtype_of(config: PretrainedConfig, folder: Path) -> str:
-    """That of the weights, as the configuration says; float32 if it does not.
+    """Name of the weights' dtype as the configuration gives it, else float32.
 
     Raises:
-        ConfigError: it is one that no gradient goes through.
+        ConfigError: gradients cannot be computed in this dtype.
     """
-    dtype = str(config.dtype or config.get_text_config().dtype or torch.float32).removeprefix("torch.")
+    declared = config.dtype or config.get_text_config().dtype or torch.float32
+    dtype = str(declared).removeprefix("torch.")
     if dtype not in DTYPES:
         raise ConfigError(
             f"config.json in '{folder}' says dtype {dtype}; give model.dtype as one of {', '.join(DTYPES)}"
@@ -290,18 +295,21 @@ def _dtype_of(config: PretrainedConfig, folder: Path) -> str:
 
 
 def _builtin(name: str) -> Path:
+    """Folder of a built-in model."""
     known = sorted(entry.name for entry in BUILTIN_FOLDER.iterdir() if entry.is_dir())
     if name not in known:
+        paths = [BUILTIN_PREFIX + known_name for known_name in known]
         raise ConfigError(
-            f"model.path='{BUILTIN_PREFIX}{name}': no such built-in model; known:"
-            f" {', '.join(BUILTIN_PREFIX + n for n in known)}"
+            f"model.path='{BUILTIN_PREFIX}{name}': no such built-in model; known: {', '.join(paths)}"
         )
     return BUILTIN_FOLDER / name
 
 
 def _download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
-    """Folder of a hub model with the wanted files: the hub is asked if it can be reached, else the local
-    cache."""
+    """Folder of a hub model with the files that match the patterns.
+
+    They come from the hub if it can be reached, else from the local cache.
+    """
     online = hub_is_reachable()
     try:
         folder = huggingface_hub.snapshot_download(
@@ -320,7 +328,11 @@ def _download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
 def _on_meta(
     config: PretrainedConfig, path: str, trust_remote_code: bool, dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
-    """The model without memory: refuses what has no MoE layer or needs a missing capability."""
+    """The model of a configuration on the meta device.
+
+    Raises:
+        ConfigError: the configuration describes no causal language model.
+    """
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
@@ -340,7 +352,7 @@ def _on_meta(
 
 @contextmanager
 def _bar_on_terminals_only() -> Iterator[None]:
-    """transformers' bar over the weights is noise in a log file."""
+    """Inside the context, transformers' progress bar is shown only on a terminal; it clutters log files."""
     shown = transformers_logging.is_progress_bar_enabled()
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()

@@ -1,5 +1,4 @@
-"""The files of a model's folder: which of them hold the weights that are loaded, what is in them, and a hash
-of all that makes it what it is.
+"""The files of a model's folder: which ones hold the weights, what is in them, and a hash of them all.
 
 In: a local folder. Out: names, headers, a refusal, or a hash. No weights are loaded.
 """
@@ -16,30 +15,24 @@ from heapr.files import hash_file, hash_file_once, hash_files, write_json
 
 DESCRIPTION_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 # What transformers looks for, in this order.
-WEIGHTS, INDEX = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-)
-# Variants, shards without an index, other tools'.
-OTHER_WEIGHTS = [
-    "*.safetensors",
-    "*.safetensors.index.*",
-    "*.pt",
-    "*.pth",
-    "*.gguf",
-]
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# Variants, shards without an index, and files of other tools.
+OTHER_WEIGHTS = ["*.safetensors", "*.safetensors.index.*", "*.pt", "*.pth", "*.gguf"]
 MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 
-# By tensor: its "dtype" as safetensors names it, its "shape" and "data_offsets".
+# For each tensor its "dtype" as safetensors names it, its "shape" and its "data_offsets".
 Headers = Mapping[str, Mapping[str, Any]]
 
 
 def weight_files(folder: Path) -> list[str]:
-    """The files of weights that are loaded, relative to the folder: those that the index names, wherever they
-    lie, or the one without an index; none if there is neither.
+    """The weight files that are loaded, relative to the folder.
+
+    They are those that the index names, wherever they are, or the single file without an index. The list is
+    empty if there is neither.
 
     Raises:
-        ConfigError: there are two candidates, or the index is damaged.
+        ConfigError: both are there, or the index is damaged.
     """
     index = folder / INDEX
     if not index.is_file():
@@ -48,17 +41,16 @@ def weight_files(folder: Path) -> list[str]:
     if (folder / WEIGHTS).is_file() and shards != [WEIGHTS]:
         raise ConfigError(
             f"the weights in '{folder}' are there twice: {WEIGHTS}, and the {len(shards)} files that {INDEX}"
-            " names; only the first would be loaded, so remove whichever is not meant"
+            " names; only the first would be loaded, so remove whichever is not wanted"
         )
     return shards
 
 
 def check_weight_files(folder: Path) -> None:
-    """Every file of weights that is loaded is there, has the length that its header says, and no tensor is in
-    two of them.
+    """Check that every weight file is there and complete, and that no tensor is in two files.
 
     Raises:
-        ConfigError: naming the file.
+        ConfigError: a check failed; the message names the file.
     """
     names = weight_files(folder)
     if not names and any(folder.glob("*.bin")):
@@ -67,7 +59,7 @@ def check_weight_files(folder: Path) -> None:
         )
     if not names:
         others = sorted(path.name for pattern in OTHER_WEIGHTS for path in folder.glob(pattern))
-        why = f"{others[0]} is not what is read" if others else "there are none"
+        why = f"{others[0]} is not a file that is read" if others else "there are none"
         raise ConfigError(
             f"the weights in '{folder}' cannot be loaded: {why}; put them there as {WEIGHTS}, or as shards"
             f" with {INDEX}"
@@ -87,7 +79,7 @@ def check_weight_files(folder: Path) -> None:
 
 
 def read_headers(folder: Path) -> Headers:
-    """What every tensor of the weights is, by its name in the files."""
+    """dtype, shape and offsets of every tensor, by its name in the files."""
     headers: dict[str, Mapping[str, Any]] = {}
     for name in weight_files(folder):
         headers |= _read_header(folder / name)
@@ -95,13 +87,14 @@ def read_headers(folder: Path) -> Headers:
 
 
 def shards_of(index: Path) -> set[str]:
-    """Files that an index of weights names.
+    """The files that an index of weights names.
 
     Raises:
-        ConfigError: it is damaged.
+        ConfigError: the index is damaged.
     """
     try:
-        return {str(name) for name in json.loads(index.read_text())["weight_map"].values()}
+        weight_map = json.loads(index.read_text())["weight_map"]
+        return {str(name) for name in weight_map.values()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"the weights in '{index.parent}' cannot be loaded: {index.name} is damaged; get it again"
@@ -120,18 +113,20 @@ def write_index(folder: Path) -> None:
 
 
 def _read_header(path: Path) -> dict[str, Mapping[str, Any]]:
-    """The header of a safetensors file, which is 8 bytes for the header's length, the header, and the data
-    that it describes.
+    """The header of a safetensors file.
+
+    The file is 8 bytes for the header's length, the header, and the data that it describes.
 
     Raises:
-        ConfigError: the file is damaged, or has another length.
+        ConfigError: the file is damaged, or its length does not match its header.
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         try:
             header = json.loads(file.read(min(length, MAX_HEADER)))
             header.pop("__metadata__", None)
-            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            ends = [entry["data_offsets"][1] for entry in header.values()]
+            end = max(ends, default=0)
         except (ValueError, KeyError, TypeError, AttributeError):
             end = -1
     if end < 0 or path.stat().st_size != 8 + length + int(end):
@@ -143,18 +138,21 @@ def _read_header(path: Path) -> dict[str, Mapping[str, Any]]:
 
 
 def hash_folder(folder: Path, digests: Path | None = None, *, has_code: bool = False) -> str:
-    """sha256 over names and contents of the files that make a model: configuration, tokenizer, the weights
-    that are loaded and no others, and the Python files where they may run.
+    """sha256 over the names and contents of the files that make up a model.
+
+    They are configuration, tokenizer, the weights that are loaded, and Python files if they may run.
 
     Args:
-        digests: folder in which hashes of weights are remembered.
+        digests: folder that caches the hashes of weights.
         has_code: whether Python files in the folder may run.
     """
     weights = {folder / name for name in weight_files(folder)}
     described = {path for pattern in DESCRIPTION_FILES for path in folder.glob(pattern)}
     code = set(folder.rglob("*.py")) if has_code else set()
-    return hash_files(
-        folder,
-        weights | described | code,
-        lambda path: hash_file_once(path, digests) if digests and path in weights else hash_file(path),
-    )
+
+    def hash_one(path: Path) -> str:
+        if digests and path in weights:
+            return hash_file_once(path, digests)
+        return hash_file(path)
+
+    return hash_files(folder, weights | described | code, hash_one)

@@ -1,8 +1,7 @@
-"""The view of a causal language model that the rest of heapr works with: its MoE layers, its layers' weights,
-its loss.
+"""The view of a causal language model that the rest of heapr works with: MoE layers, their weights, the loss.
 
-In: a transformers model. Out: `MoEModel`. Knowledge of architectures ends here; what a family needs and we
-lack is refused by the name of the missing capability.
+In: a transformers model. Out: `MoEModel`. Knowledge of architectures ends here; a model that needs something
+heapr lacks is refused, and the message names the missing capability.
 """
 
 from __future__ import annotations
@@ -25,13 +24,8 @@ from heapr.model.experts.layout import Experts, is_ragged, layout_of, matrices_o
 from heapr.model.experts.ragged import RaggedExperts
 from heapr.types import ExpertWeights
 
-# K in the families' configurations.
-TOP_K_FIELDS = (
-    "num_experts_per_tok",
-    "top_k_experts",
-    "moe_topk",
-    "moe_k",
-)
+# Names of K in the families' configurations.
+TOP_K_FIELDS = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k")
 DECODER_LAYER = re.compile(r"\.(\d+)\.")  # in a module's name, such as `model.layers.3.mlp.experts`
 LOGITS_CHUNK = 2**26  # logits held at once: 2^26 elements are 256 MiB in float32
 
@@ -43,8 +37,8 @@ class MoELayer:
     Attributes:
         index: decoder layer index.
         name: the experts' module name in the model.
-        block: the module that owns the experts; they are looked up in it anew each time, because surgery
-            replaces them.
+        block: the module that owns the experts; they are looked up in it each time, because surgery replaces
+            them.
     """
 
     index: int
@@ -64,17 +58,17 @@ class MoELayer:
 
     @property
     def widths(self) -> list[int]:
-        """Atomic experts of each expert."""
+        """Number of atomic experts of each expert."""
         return widths_of(self.experts)
 
     @property
     def width(self) -> int:
-        """Atomic experts of the widest expert."""
+        """Number of atomic experts of the widest expert."""
         return max(self.widths)
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of all routed experts of the layer."""
+        """Number of parameters of all routed experts of the layer."""
         return sum(parameter.numel() for parameter in self.experts.parameters())
 
     @property
@@ -84,27 +78,23 @@ class MoELayer:
 
     @property
     def atomic_expert_parameters(self) -> int:
-        """Parameters that go with one atomic expert: its rows of the input projection, with their biases, and
-        its column w_k."""
+        """Number of parameters of an atomic expert: its input rows with their biases, and its column w_k."""
         layout = layout_of(self.experts)
         num_rows = 2 if layout.has_gate else 1
         return num_rows * (self.model_width + layout.has_bias) + self.model_width
 
     def weights(self) -> ExpertWeights:
-        """A copy of the experts' weights; experts narrower than the widest are filled up with zeros."""
+        """A copy of the experts' weights; experts narrower than the widest are padded with zeros."""
         layout, width = layout_of(self.experts), self.width
         gates, ups, downs = [], [], []
         for matrices in matrices_of(self.experts):
             inputs_GD, down_DF = matrices.inputs_GD.detach(), matrices.down_DF.detach()
             missing = width - down_DF.shape[1]
+            up_FD = inputs_GD
             if layout.has_gate:
-                gate_FD, up_FD = (
-                    inputs_GD.chunk(2) if layout.is_concatenated else (inputs_GD[::2], inputs_GD[1::2])
-                )
+                gate_FD, up_FD = layout.gate_and_up(inputs_GD)
                 gates.append(F.pad(gate_FD, (0, 0, 0, missing)))
-                ups.append(F.pad(up_FD, (0, 0, 0, missing)))
-            else:
-                ups.append(F.pad(inputs_GD, (0, 0, 0, missing)))
+            ups.append(F.pad(up_FD, (0, 0, 0, missing)))
             downs.append(F.pad(down_DF, (0, missing)))
         return ExpertWeights(
             gate_EFD=torch.stack(gates) if gates else None,
@@ -117,10 +107,10 @@ class MoEModel:
     """A causal language model with MoE layers.
 
     Args:
-        model: any transformers causal language model whose experts go through `use_experts_implementation`.
+        model: any transformers causal language model whose experts use `use_experts_implementation`.
 
     Raises:
-        ConfigError: the model has no MoE layer, or needs a capability that is missing; the message names it.
+        ConfigError: the model has no MoE layer, or needs a missing capability, which the message names.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -134,8 +124,7 @@ class MoEModel:
         return device
 
     def hidden_states(self, **inputs: Tensor) -> Tensor:
-        """Final hidden states (N, W, D), those that the output head turns into logits; on the model's first
-        device."""
+        """Final hidden states (N, W, D), the input of the output head, on the model's first device."""
         hidden: Tensor = self.body(use_cache=False, **inputs).last_hidden_state
         return hidden.to(self.device)
 
@@ -147,7 +136,7 @@ class MoEModel:
 
     @property
     def is_ragged(self) -> bool:
-        """Whether its experts have individual widths."""
+        """Whether the experts have individual widths."""
         return is_ragged(self.layers[0].experts)
 
     @property
@@ -157,30 +146,35 @@ class MoEModel:
         return list(container.children())
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
-        """Logits of final hidden states, in float32: what the model's own forward makes of them, scaling and
-        capping included."""
+        """Logits (T, V) of final hidden states in float32, by the model's own forward.
+
+        Scaling and capping are included.
+        """
         logits: Tensor = self._head(inputs_embeds=hidden_TD.unsqueeze(0), use_cache=False).logits
         return logits.squeeze(0).to(hidden_TD.device, torch.float32)
 
     def check_head(self) -> None:
-        """Refuse models whose logits do not follow from the final hidden states: losses computed in chunks
-        would be wrong.
+        """Refuse models whose logits depend on more than the final hidden states.
+
+        Their losses would be wrong when computed in chunks.
 
         Raises:
-            ConfigError: naming the capability.
+            ConfigError: this model is one of them.
         """
         ids_NW = torch.arange(8, device=self.device).unsqueeze(0)
         with torch.no_grad():
             expected = self.model(input_ids=ids_NW, use_cache=False).logits.float()
-            difference = (self.logits(self.hidden_states(input_ids=ids_NW)[0]) - expected[0]).abs().max()
-        if difference > 1e-2 * expected.abs().max():  # false for NaN, which calibration will name
+            found = self.logits(self.hidden_states(input_ids=ids_NW)[0])
+            difference = (found - expected[0]).abs().max()
+        # False for NaN, which calibration reports.
+        if difference > 1e-2 * expected.abs().max():
             raise ConfigError(
                 f"{type(self.model).__name__} needs a missing capability: logits that depend on more than the"
                 " final hidden states"
             )
 
     def chunk_size(self) -> int:
-        """Tokens whose logits are held at once."""
+        """Number of tokens whose logits are held at once."""
         vocabulary_size: int = self.model.get_output_embeddings().weight.shape[0]
         return max(1, LOGITS_CHUNK // vocabulary_size)
 
@@ -189,7 +183,7 @@ def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
     """All MoE layers in order of decoder layer index.
 
     Raises:
-        ConfigError: none is there, or one needs a missing capability.
+        ConfigError: there is none, or one needs a missing capability.
     """
     layers = []
     for name, module in model.named_modules():
@@ -209,10 +203,10 @@ def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
 
 
 def experts_per_token(model: PreTrainedModel) -> int:
-    """K, the number of experts that every token is routed to; the largest where layers differ.
+    """K, the number of experts that every token is routed to; the largest one if layers differ.
 
     Raises:
-        ConfigError: no field of the configuration says it.
+        ConfigError: no known field of the configuration gives it.
     """
     config = model.config.get_text_config()
     for name in TOP_K_FIELDS:
@@ -220,26 +214,28 @@ def experts_per_token(model: PreTrainedModel) -> int:
         if value is not None:
             return int(max(value)) if isinstance(value, list | tuple) else int(value)
     raise ConfigError(
-        f"{type(model).__name__} needs a missing capability: a number of experts per token under a name that"
-        " is not known"
+        f"{type(model).__name__} needs a missing capability: its configuration gives the number of experts"
+        f" per token under none of the known names {', '.join(TOP_K_FIELDS)}"
     )
 
 
 def next_token_loss(model: MoEModel, hidden: Tensor, ids_NW: Tensor) -> Tensor:
-    """Cross-entropy in nats of every predicted token, float32 (N, W-1), without the logits of more than a
-    chunk."""
+    """Cross-entropy in nats of every predicted token, float32 (N, W-1).
+
+    Holds the logits of one chunk at a time.
+    """
     hidden_TD, target_T = hidden[:, :-1].flatten(0, 1), ids_NW[:, 1:].flatten()
     size = model.chunk_size()
-    losses = [
-        F.cross_entropy(model.logits(chunk), target, reduction="none")
-        for chunk, target in zip(hidden_TD.split(size), target_T.split(size), strict=True)
-    ]
+    losses = []
+    for chunk, target in zip(hidden_TD.split(size), target_T.split(size), strict=True):
+        losses.append(F.cross_entropy(model.logits(chunk), target, reduction="none"))
     return torch.cat(losses).view(ids_NW.shape[0], -1)
 
 
 def summed_loss_backward(model: MoEModel, hidden: Tensor, ids_NW: Tensor) -> Tensor:
-    """Sum of the next-token losses, and its gradient sent back through `hidden`, without the logits of more
-    than a chunk.
+    """Sum the next-token losses and send the gradient back through `hidden`.
+
+    Holds the logits of one chunk at a time.
 
     Returns:
         the summed loss in nats, a detached float32 scalar.
@@ -261,7 +257,7 @@ def summed_loss_backward(model: MoEModel, hidden: Tensor, ids_NW: Tensor) -> Ten
 
 @contextmanager
 def frozen_parameters(model: nn.Module) -> Iterator[None]:
-    """No parameter needs a gradient inside; restores what each needed before."""
+    """Inside the context, no parameter requires a gradient; previous settings are restored."""
     needed = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     for parameter, _ in needed:
         parameter.requires_grad_(False)
@@ -273,8 +269,7 @@ def frozen_parameters(model: nn.Module) -> Iterator[None]:
 
 
 class _FinalHiddenStates(MoeModelOutputWithPast):  # type: ignore[misc]
-    """A body's output of which only the final hidden states are there; whatever else a family returns is
-    None."""
+    """A body's output that has only the final hidden states; whatever else a family returns is None."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
@@ -282,31 +277,34 @@ class _FinalHiddenStates(MoeModelOutputWithPast):  # type: ignore[misc]
 
 
 class _PassThrough(nn.Module):
-    """A body that returns its input as final hidden states."""
+    """A body that returns its input as the final hidden states."""
 
     def forward(self, inputs_embeds: Tensor, **_: object) -> MoeModelOutputWithPast:
         return _FinalHiddenStates(last_hidden_state=inputs_embeds)
 
 
 def _without_body(model: PreTrainedModel) -> PreTrainedModel:
-    """The same model, its parameters shared, whose forward starts at the final hidden states."""
+    """A model that shares all parameters and whose forward starts at the final hidden states."""
     head = copy.copy(model)
-    head.__dict__.pop("forward", None)  # with a device map, accelerate's, which is bound to the whole model
+    # With a device map, accelerate sets a forward that is bound to the whole model.
+    head.__dict__.pop("forward", None)
     head._modules = {**model._modules, _body_name(model): _PassThrough()}
     return head
 
 
 def _body_name(model: PreTrainedModel) -> str:
-    """Name of the child that computes the final hidden states: base_model_prefix is not its name in every
-    family."""
-    names: list[str] = [name for name, child in model.named_children() if isinstance(child, PreTrainedModel)]
-    return names[0]
+    """Name of the child that computes the final hidden states; not base_model_prefix in every family."""
+    names = (name for name, child in model.named_children() if isinstance(child, PreTrainedModel))
+    return str(next(names))
 
 
 @contextmanager
 def gradient_from_embeddings(model: PreTrainedModel) -> Iterator[None]:
-    """Embedded tokens need a gradient inside, so that a backward pass through frozen parameters has where to
-    go. The model still sees token ids: some families route by them."""
+    """Inside the context, embedded tokens require a gradient.
+
+    The backward pass needs a leaf when all parameters are frozen. The model still gets token ids, because
+    some families route by them.
+    """
     handle = model.get_input_embeddings().register_forward_hook(
         lambda _, __, embedded: embedded.detach().requires_grad_()
     )

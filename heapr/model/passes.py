@@ -1,8 +1,8 @@
-"""Batches on their way through spans of decoder layers: forwards, then backwards.
+"""Forward and backward passes of batches through spans of decoder layers.
 
 In: a model, its batches and the spans. Out: gradients of the summed next-token loss, for whoever observes the
-layers. A span runs in the backward direction as a whole, so memory is that of one span of one batch, and of
-what layers put out that other spans read.
+layers. The backward pass takes one span of one batch at a time, so memory holds the graph of that, and the
+layer outputs that other spans read.
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ from heapr.model.tape import Tape, hidden_of
 def backward_by_spans(
     model: MoEModel, batches: Iterable[Tensor], spans: Sequence[Span]
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Send every batch's summed next-token loss back to where the model starts from. Several spans: all
-    batches go forwards through one before any goes through the next, then backwards in the reverse order, so
-    that each span but the last runs twice.
+    """Send every batch's summed next-token loss back to the model's embedded tokens.
+
+    With several spans, all batches go forward through a span before any enters the next one, and then
+    backward in reverse order. Each span but the last thus runs twice.
 
     Args:
-        model: for several spans one that passes `check_walk`.
+        model: must pass `check_walk` if there are several spans.
         batches: int64 (N, W) token ids each.
-        spans: of decoder layers, one behind the other from the first layer to the last.
+        spans: consecutive spans of decoder layers, from the first layer to the last.
 
     Yields:
         after each backward pass of a batch through a span: the batch's number, its token ids on the model's
         device, and its summed loss in nats, a detached float32 scalar.
 
     Raises:
-        FloatingPointError: what a layer puts out is NaN or infinite; seen before the last span only.
+        FloatingPointError: a layer's output is NaN or infinite; not checked in the last span.
     """
     num_layers = len(model.decoder_layers)
     assert [layer for span in spans for layer in span] == list(range(num_layers)), spans
@@ -45,7 +46,9 @@ def backward_by_spans(
             assert loss is not None
             yield number, tape.ids_NW, loss
         return
-    held, reads, losses = list(tapes), reads_of(model), {}
+    held = list(tapes)
+    reads = reads_of(model)
+    losses = {}
     for span in spans[:-1]:
         for number, tape in enumerate(held):
             _forward(model, tape, span, number)
@@ -60,30 +63,34 @@ def backward_by_spans(
 
 
 def span_backward(model: MoEModel, tape: Tape, span: Span) -> Tensor | None:
-    """Run a span once more, where autograd records, and send back through it what came back to it: the summed
-    next-token loss of a span that reaches the last layer, else the gradients on the tape. Those of the
-    answers that it read are added to the tape.
+    """Run a span with autograd and go backward through it.
+
+    The backward pass starts from the summed next-token loss if the span reaches the last layer, else from the
+    gradients on the tape. The gradients of earlier layers' outputs are added to the tape.
 
     Returns:
-        the summed loss in nats, a detached float32 scalar, of a span that reaches the last layer.
+        the summed loss in nats, a detached float32 scalar; None if the span does not reach the last layer.
     """
-    answers, loss = tape.answers(span.start), None
+    answers = tape.answers(span.start)
+    loss = None
     if span.stop < len(model.decoder_layers):
-        tape.backward(span.start, run_span(model, tape.ids_NW, span, answers))
+        outputs = run_span(model, tape.ids_NW, span, answers)
+        tape.backward(span.start, outputs)
     else:
-        loss = summed_loss_backward(model, run_rest(model, tape.ids_NW, answers), tape.ids_NW)
+        hidden = run_rest(model, tape.ids_NW, answers)
+        loss = summed_loss_backward(model, hidden, tape.ids_NW)
     tape.add_gradients(answers)
     return loss
 
 
 @torch.no_grad()
 def _forward(model: MoEModel, tape: Tape, span: Span, number: int) -> None:
-    """Run a span onto the tape of a batch."""
+    """Run a span and put its outputs on the tape of batch `number`."""
     outputs = run_span(model, tape.ids_NW, span, tape.answers(span.start))
     for layer, output in enumerate(outputs, start=span.start):
         if not hidden_of(output).isfinite().all():
             raise FloatingPointError(
-                f"calibration: what decoder layer {layer} puts out is NaN or infinite in batch {number}; "
-                "use a wider model.dtype, or look at weights and text"
+                f"calibration: the output of decoder layer {layer} is NaN or infinite in batch {number}; use"
+                " a wider model.dtype, or look at weights and text"
             )
     tape.put(outputs)

@@ -1,7 +1,6 @@
-"""The model type of ragged checkpoints, "heapr_<type>": the family's configuration and class, whose experts
-get individual widths.
+"""The model type of ragged checkpoints, "heapr_<type>": a family's classes with experts of individual widths.
 
-In: a family's configuration class, or a folder. Out: two classes, known to transformers.
+In: a family's configuration class, or a folder. Out: two classes that transformers can load.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ class SavesModellingFile(RaggedModel):
 
 
 def register_ragged(folder: Path) -> None:
-    """Make transformers know the model type of a ragged checkpoint; does nothing for other folders.
+    """Register the model type of a ragged checkpoint with transformers; does nothing for other folders.
 
     Raises:
         ConfigError: the folder has no config.json, or its family is unknown.
@@ -58,7 +57,8 @@ def register_ragged(folder: Path) -> None:
             f"folder '{folder}' has no config.json, so it is not a checkpoint; give the folder that prune"
             " wrote"
         )
-    model_type = str(PretrainedConfig.get_config_dict(folder, local_files_only=True)[0].get("model_type", ""))
+    fields, _ = PretrainedConfig.get_config_dict(folder, local_files_only=True)
+    model_type = str(fields.get("model_type", ""))
     if not model_type.startswith(RAGGED_PREFIX) or model_type in CONFIG_MAPPING:
         return
     family = model_type.removeprefix(RAGGED_PREFIX)

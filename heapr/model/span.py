@@ -1,9 +1,10 @@
-"""Spans of decoder layers, run inside the model's own forward: the layers before answer from a tape, nothing
-behind is run.
+"""Spans of decoder layers, run inside the model's own forward.
 
-In: a model, a batch's token ids and what earlier layers put out. Out: what the layers of a span put out. So
-masks, positions and whatever a family does between layers stay the family's own. Layer number L of a model
-with L decoder layers is what follows the last one: the end of the body, which makes the final hidden states.
+Earlier layers answer from a tape, later ones do not run.
+
+In: a model, a batch's token ids and the outputs of earlier layers. Out: the outputs of the span's layers. The
+family's own code thus still makes masks, positions and whatever else it does between layers. In a model with
+L decoder layers, layer number L stands for the end of the body, which makes the final hidden states.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ Span = range  # decoder layers [start, stop)
 
 
 class Reached(Exception):  # noqa: N818 - not an error
-    """What a pass was made for is there; nothing behind it is run."""
+    """Ends a pass as soon as it has what it was made for."""
 
 
 def run_span(model: MoEModel, ids_NW: Tensor, span: Span, answers: Sequence[Output]) -> list[Output]:
-    """Run the layers of a span, at least one, and nothing behind them.
+    """Run the layers of a span (at least one), and no later layer.
 
     Args:
         ids_NW: token ids, on the model's device.
-        answers: what the layers before the span put out.
+        answers: the outputs of the layers before the span.
 
     Returns:
-        what each layer of the span put out; fewer if a hook or the experts raised `Reached` before.
+        the output of each layer of the span; fewer if a hook or the experts raised `Reached` earlier.
     """
     outputs: list[Output] = []
 
@@ -51,19 +52,22 @@ def run_span(model: MoEModel, ids_NW: Tensor, span: Span, answers: Sequence[Outp
             stack.callback(layer.register_forward_hook(record).remove)
         stack.enter_context(suppress(Reached))
         model.hidden_states(input_ids=ids_NW)
-        raise AssertionError(f"of decoder layers {span} only {len(outputs)} were run")
+        raise AssertionError(f"only {len(outputs)} of decoder layers {span} were run")
     return outputs
 
 
 def run_rest(model: MoEModel, ids_NW: Tensor, answers: Sequence[Output]) -> Tensor:
-    """Run the layers behind those that answer, and the end of the body: the final hidden states (N, W, D), on
-    the model's first device."""
+    """Run the layers that follow those that answer, and the end of the body.
+
+    Returns:
+        the final hidden states (N, W, D), on the model's first device.
+    """
     with _answering(model, answers):
         return model.hidden_states(input_ids=ids_NW)
 
 
 def _answering(model: MoEModel, answers: Sequence[Output]) -> AbstractContextManager[None]:
-    """The first layers answer without being run."""
+    """Inside the context, the first layers return their answers instead of running."""
     layers = model.decoder_layers[: len(answers)]
     answer_of = dict(zip(layers, answers, strict=True))
 
@@ -75,17 +79,17 @@ def _answering(model: MoEModel, answers: Sequence[Output]) -> AbstractContextMan
 
 @dataclass(frozen=True)
 class Reads:
-    """Whose outputs are read again.
+    """Which layers read the outputs of which earlier layers.
 
     Attributes:
-        of_layer: for each decoder layer, and for the end of the body, the earlier layers whose outputs are
-            needed to run it.
+        of_layer: for each decoder layer, and for the end of the body, the earlier layers whose outputs it
+            needs.
     """
 
     of_layer: tuple[frozenset[int], ...]
 
     def by(self, *spans: Span) -> set[int]:
-        """The layers whose outputs are needed to run the spans by themselves."""
+        """The layers whose outputs are needed to run each of the spans alone."""
         num_layers = len(self.of_layer) - 1
         read: set[int] = set()
         for span in spans:
@@ -97,9 +101,13 @@ class Reads:
 
 @torch.no_grad()
 def reads_of(model: MoEModel) -> Reads:
-    """Which layers read what which earlier layers put out, seen on a few tokens: in most families, each that
-    of the layer before."""
-    num_layers, tape, of_layer = len(model.decoder_layers), Tape(probe_tokens(model)), []
+    """Find out, on a few tokens, which earlier outputs each layer reads.
+
+    In most families a layer reads only those of the layer before it.
+    """
+    num_layers = len(model.decoder_layers)
+    tape = Tape(probe_tokens(model))
+    of_layer = []
     for layer in range(num_layers + 1):
         answers = tape.answers(layer)
         with use_heapr_experts(model.model), _Watch(answers) as watch:
@@ -107,13 +115,19 @@ def reads_of(model: MoEModel) -> Reads:
                 tape.put(run_span(model, tape.ids_NW, range(layer, layer + 1), answers))
             else:
                 run_rest(model, tape.ids_NW, answers)
-        of_layer.append(frozenset(watch.read | set(range(layer)[-1:])))
+        layer_before = set(range(layer)[-1:])
+        of_layer.append(frozenset(watch.read | layer_before))
     return Reads(tuple(of_layer))
 
 
 def advance(model: MoEModel, tape: Tape, upto: int, reads: Reads) -> list[Output]:
-    """Run layers up to and without `upto` onto the tape, which then keeps what layers from there on read;
-    what those that ran put out."""
+    """Run the layers before `upto` that are not on the tape yet, and put their outputs on it.
+
+    The tape then keeps only what layers from `upto` on read.
+
+    Returns:
+        the outputs of the layers that ran.
+    """
     span = range(len(tape), upto)
     if not span:
         return []
@@ -125,25 +139,28 @@ def advance(model: MoEModel, tape: Tape, upto: int, reads: Reads) -> list[Output
 
 
 def probe_tokens(model: MoEModel, first: int = 0) -> Tensor:
-    """A sequence of 8 tokens, for asking a model how it works: (1, 8)."""
+    """A sequence of 8 token ids (1, 8), `first` and those that follow it, for probing how a model works."""
     return torch.arange(first, first + 8, device=model.device).unsqueeze(0)
 
 
 class _Watch(TorchFunctionMode):  # type: ignore[misc]
-    """Sees whose answers any function of torch is given, the reading of a shape included."""
+    """Records which layers' answers are passed to any torch function; reading a shape counts."""
 
     def __init__(self, answers: Sequence[Output]) -> None:
         super().__init__()
         self.read: set[int] = set()
-        self._answers = answers  # alive, so that no other tensor gets one of these ids
+        self._answers = answers  # kept alive, so that no other tensor gets one of these ids
         self._layer_of: dict[int, int] = {}
         for layer, answer in enumerate(answers):
-            self._layer_of |= {id(part): layer for part in parts_of(answer) if isinstance(part, Tensor)}
+            for part in parts_of(answer):
+                if isinstance(part, Tensor):
+                    self._layer_of[id(part)] = layer
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         self._look(args)
-        self._look((kwargs or {}).values())
-        return function(*args, **(kwargs or {}))
+        self._look(kwargs.values())
+        return function(*args, **kwargs)
 
     def _look(self, values: Any) -> None:
         for value in values:

@@ -1,8 +1,7 @@
-"""The residual stream: what a layer's experts have to put out to bring it back to where it was, and which
-models let them.
+"""The residual stream: what a layer's experts must put out to restore it, and which models allow that.
 
-In: hidden states behind a decoder layer, in the model as it was and now without the layer's experts. Out: a
-`StreamTarget` (docs/method.md, 21).
+In: hidden states behind a decoder layer, of the original model and of the current one without the layer's
+experts. Out: a `StreamTarget` (docs/method.md, 21).
 Shape letters: T tokens, D model width.
 """
 
@@ -25,18 +24,17 @@ from heapr.model.moe import MoELayer, MoEModel
 from heapr.model.span import Reads, advance, probe_tokens, reads_of
 from heapr.model.tape import Tape, hidden_of
 
-NORM_EPS = 1e-6  # what families' norms add before they divide by the root of a mean square
+NORM_EPS = 1e-6  # the epsilon that families' norms add to a mean square
 
 
 @dataclass(frozen=True)
 class StreamTarget:
-    """What brings the residual stream behind a layer to where it was.
+    """What restores the residual stream behind a layer.
 
     Attributes:
-        output_TD: what the layer's experts have to put out, before the layer scales it, biases of W_down
-            aside; float32.
-        weight_T: 1 over the root mean square of the stream, by which later layers divide it before they read
-            it; float32.
+        output_TD: the output that the layer's experts must give, without biases of W_down and before the
+            layer scales it; float32.
+        weight_T: 1 / RMS of the stream, the factor that later layers' norms apply to it; float32.
     """
 
     output_TD: Tensor
@@ -44,15 +42,21 @@ class StreamTarget:
 
     @classmethod
     def between(cls, stream: Tensor, without: Tensor, scale: float) -> StreamTarget:
-        """From the stream as it was, the present one without the layer's experts (both ..., D), and
-        `scale_of` the layer."""
-        stream_TD, without_TD = (hidden.float().flatten(0, -2) for hidden in (stream, without))
+        """output = (stream - without) / scale.
+
+        Args:
+            stream: the original stream (..., D).
+            without: the current stream without the layer's experts (..., D).
+            scale: `scale_of` the layer.
+        """
+        stream_TD = stream.float().flatten(0, -2)
+        without_TD = without.float().flatten(0, -2)
         weight_T = stream_TD.square().mean(1).clamp(min=NORM_EPS).rsqrt()
         return cls((stream_TD - without_TD) / scale, weight_T)
 
     @classmethod
     def joined(cls, targets: Sequence[StreamTarget]) -> StreamTarget:
-        """Those of all batches as one."""
+        """The targets of all batches in one."""
         output_TD = torch.cat([target.output_TD for target in targets])
         weight_T = torch.cat([target.weight_T for target in targets])
         return cls(output_TD, weight_T)
@@ -60,10 +64,10 @@ class StreamTarget:
 
 @torch.no_grad()
 def check_stream(model: MoEModel) -> None:
-    """Refuse models of which `walk_layers` could not say what the residual stream lacks.
+    """Refuse models in which `walk_layers` cannot find out what the residual stream lacks.
 
     Raises:
-        ConfigError: naming the layer and why.
+        ConfigError: the message names the layer and the reason.
     """
     probe, reads = Tape(probe_tokens(model)), reads_of(model)
     for layer in model.layers:
@@ -71,14 +75,15 @@ def check_stream(model: MoEModel) -> None:
 
 
 def scale_of(model: MoEModel, probe: Tape, layer: MoELayer, reads: Reads) -> float:
-    """By what a layer multiplies its experts' output when it adds it to the residual stream: 1 in most
-    families.
+    """The factor by which a layer multiplies its experts' output before adding it to the residual stream.
+
+    It is 1 in most families.
 
     Args:
-        probe: some tokens before the layer in the model as it was; they go behind it.
+        probe: a tape of a few tokens that ends before the layer; it is advanced past the layer.
 
     Raises:
-        ConfigError: the output goes into the stream in another way.
+        ConfigError: the layer does not simply add the scaled output to the stream.
     """
     advance(model, probe, layer.index, reads)
     inputs, without = without_experts(model, probe, layer)
@@ -90,7 +95,7 @@ def scale_of(model: MoEModel, probe: Tape, layer: MoELayer, reads: Reads) -> flo
         behind = hidden_of(advance(model, probe, layer.index + 1, reads)[-1])
     scale = None
     if layout_of(layer.experts).weighs_input:
-        why = "weighs its experts' inputs in place of their outputs"
+        why = "weighs its experts' inputs instead of their outputs"
     elif behind.flatten(0, -2).shape != inputs.hidden_TD.shape:
         why = "has several residual streams"
     else:
@@ -100,7 +105,7 @@ def scale_of(model: MoEModel, probe: Tape, layer: MoELayer, reads: Reads) -> flo
     if scale is None:
         raise ConfigError(
             f"pruning.repair.target=residual_stream: layer {layer.index} of {type(model.model).__name__}"
-            f" {why}, so it cannot bring the stream back; give pruning.repair.target=layer_output"
+            f" {why}, so repair cannot restore the stream; give pruning.repair.target=layer_output"
         )
     return scale
 
@@ -108,24 +113,34 @@ def scale_of(model: MoEModel, probe: Tape, layer: MoELayer, reads: Reads) -> flo
 def _scale_of_sum(
     experts: Experts, inputs: ExpertInputs, before_TD: Tensor, without_TD: Tensor, behind_TD: Tensor
 ) -> float | None:
-    """The number that makes the stream behind a layer the one without its experts and so many times their
-    output, up to rounding where the streams are largest; None if there is none."""
+    """The scale for which behind = without + scale * output, up to rounding of the largest stream.
+
+    It is the least-squares solution, weighted by 1 / rounding^2; None if no scale fits.
+
+    Args:
+        before_TD: the stream before the layer.
+        without_TD: the stream behind the layer without its experts.
+        behind_TD: the stream behind the layer.
+    """
     routed = (inputs.hidden_TD, inputs.expert_TK, inputs.router_weight_TK)
-    output_TD = (
-        run_experts(experts, *routed).float() - run_experts(without_atomic_experts(experts), *routed).float()
-    )
-    added_TD, largest_TD = (
-        behind_TD - without_TD,
-        torch.stack([before_TD, without_TD, behind_TD]).abs().amax(0),
-    )
-    rounding_TD = 4 * torch.finfo(inputs.hidden_TD.dtype).eps * largest_TD + 1e-2 * added_TD.abs().mean()
+    biases_TD = run_experts(without_atomic_experts(experts), *routed).float()
+    output_TD = run_experts(experts, *routed).float() - biases_TD
+    added_TD = behind_TD - without_TD
+    largest_TD = torch.stack([before_TD, without_TD, behind_TD]).abs().amax(0)
+    eps = torch.finfo(inputs.hidden_TD.dtype).eps
+    rounding_TD = 4 * eps * largest_TD + 1e-2 * added_TD.abs().mean()
     weighted_TD = output_TD / rounding_TD.clamp(min=1e-12).square()
-    together, alone = (float((weighted_TD * other_TD).sum()) for other_TD in (added_TD, output_TD))
-    scale = 1.0 if abs(together - alone) <= 0.01 * alone else together / alone  # 1 where all of it is zero
+    numerator = float((weighted_TD * added_TD).sum())
+    denominator = float((weighted_TD * output_TD).sum())
+    # Also where both are zero.
+    is_one = abs(numerator - denominator) <= 0.01 * denominator
+    scale = 1.0 if is_one else numerator / denominator
     error_TD = (added_TD - scale * output_TD).abs()
-    # NaN passes, calibration will name it.
-    return None if (error_TD > rounding_TD + 1e-2 * added_TD.abs().max()).any() else scale
+    # False for NaN, which calibration reports.
+    is_off = (error_TD > rounding_TD + 1e-2 * added_TD.abs().max()).any()
+    return None if is_off else scale
 
 
 def _record(before: list[Tensor], _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Append the hidden states that a decoder layer is called with."""
     before.append(args[0] if args else kwargs["hidden_states"])

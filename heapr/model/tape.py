@@ -1,7 +1,7 @@
-"""The tape: what decoder layers put out for one batch, so that they can answer again without being run.
+"""The tape: the outputs of decoder layers for one batch, from which layers answer instead of running again.
 
 In: outputs of decoder layers, in order: hidden states, alone or first in a tuple with whatever else a family
-returns. Out: answers, and the gradients that came back to them.
+returns. Out: those outputs as answers, and the gradients sent back to them.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Output = Any  # of a decoder layer: hidden states, or a tuple of which they are the first
+Output = Any  # of a decoder layer: hidden states, or a tuple that starts with them
 
 
 class Tape:
-    """One batch and what decoder layers 0, 1, ... put out for it.
+    """One batch and the outputs of decoder layers 0, 1, ... for it.
 
     Args:
         ids_NW: token ids, on the model's device.
@@ -28,39 +28,46 @@ class Tape:
         self._grads: dict[tuple[int, int], Tensor] = {}  # by layer and by place in its output
 
     def __len__(self) -> int:
-        """Decoder layers that have put out something."""
+        """Number of decoder layers whose outputs are on the tape."""
         return len(self._outputs)
 
     def put(self, outputs: Sequence[Output]) -> None:
-        """What the next layers put out."""
-        self._outputs += [_each(_detached, output) for output in outputs]
+        """Append the outputs of the next layers, detached."""
+        for output in outputs:
+            self._outputs.append(_each(_detached, output))
 
     def answers(self, num_layers: int) -> list[Output]:
-        """What the first layers put out: tensors of their own that share memory with the tape; where autograd
-        records, floating-point ones need a gradient."""
+        """The outputs of the first `num_layers` layers: new tensors that share memory with the tape.
+        Floating-point ones require a gradient if autograd records."""
         return [_each(_leaf, output) for output in self._outputs[:num_layers]]
 
     def keep(self, layers: Collection[int]) -> None:
-        """Forget what all other layers put out, and no gradient."""
+        """Keep the outputs of these layers and forget all others; gradients stay."""
         for layer, output in enumerate(self._outputs):
             if layer not in layers:
                 self._outputs[layer] = _each(_forgotten, output)
 
     def add_gradients(self, answers: Sequence[Output]) -> None:
-        """Add the gradients that came to some answers to those that came before."""
+        """Add the gradients of these answers to those collected so far."""
         for layer, answer in enumerate(answers):
             for place, part in enumerate(parts_of(answer)):
-                if isinstance(part, Tensor) and part.grad is not None:
-                    before = self._grads.get((layer, place))
-                    self._grads[layer, place] = part.grad if before is None else before + part.grad
+                grad = part.grad if isinstance(part, Tensor) else None
+                if grad is None:
+                    continue
+                before = self._grads.get((layer, place))
+                self._grads[layer, place] = grad if before is None else before + grad
 
     def gradient(self, layer: int) -> Tensor | None:
-        """What has come back to the hidden states behind a layer."""
+        """The gradient collected for a layer's hidden states; None if there is none."""
         return self._grads.get((layer, 0))
 
     def backward(self, first_layer: int, outputs: Sequence[Output]) -> None:
-        """Send the gradients of what some layers put out, run once more from `first_layer` on, back through
-        them, and forget them."""
+        """Send the collected gradients back through layers that were run again, and forget these gradients.
+
+        Args:
+            first_layer: the first of the layers.
+            outputs: one per layer, part of the graph.
+        """
         tensors, grads = [], []
         for layer, output in enumerate(outputs, start=first_layer):
             for place, part in enumerate(parts_of(output)):
@@ -72,23 +79,25 @@ class Tape:
 
 
 def parts_of(output: Output) -> tuple[Any, ...]:
+    """A decoder layer's output as a tuple."""
     return tuple(output) if isinstance(output, tuple) else (output,)
 
 
 def hidden_of(output: Output) -> Tensor:
-    """The hidden states."""
+    """The hidden states in a decoder layer's output."""
     hidden: Tensor = parts_of(output)[0]
     return hidden
 
 
 class _Forgotten:
-    """Stands for what nobody reads again: whoever does so all the same must not take it for None."""
+    """Stands for an output that no later layer should read: using it raises, where None might pass."""
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"{name} of a decoder layer's output that the tape has forgotten")
 
 
 def _each(function: Callable[[Any], Any], output: Output) -> Output:
+    """The output with a function applied to each of its parts."""
     return tuple(map(function, output)) if isinstance(output, tuple) else function(output)
 
 
@@ -99,7 +108,8 @@ def _detached(part: Any) -> Any:
 def _leaf(part: Any) -> Any:
     if not isinstance(part, Tensor):
         return part
-    return part.detach().requires_grad_(part.is_floating_point() and torch.is_grad_enabled())
+    needs_grad = part.is_floating_point() and torch.is_grad_enabled()
+    return part.detach().requires_grad_(needs_grad)
 
 
 def _forgotten(_: Any) -> _Forgotten:

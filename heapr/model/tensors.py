@@ -1,7 +1,8 @@
-"""What a model takes of the tensors in its files, by transformers' own rules and before anything is loaded.
+"""Which tensors in a model's files the model uses, by transformers' own rules and before anything is loaded.
 
-In: a model on the meta device, and the headers of its files. Out: what it leaves out; or a refusal of weights
-that are quantised, do not fit or are not all there. transformers' own loading runs, on shapes alone.
+In: a model on the meta device, and the headers of its files. Out: the tensors that it leaves out, or a
+refusal of weights that are quantised, do not fit or are incomplete. transformers' own loading runs, on shapes
+alone.
 """
 
 from __future__ import annotations
@@ -25,29 +26,25 @@ from heapr.model.model_files import Headers
 
 logger = logging.getLogger(__name__)
 
-# Safetensors' names.
-FLOATS = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-SCALES = re.compile(  # what tools that quantise put beside a weight, or in its place
+# By the names that safetensors uses.
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# What quantisation tools put beside a weight, or in its place.
+SCALES = re.compile(
     r"((weight|input|output|act|proj|bias|qweight)_scales?(_inv|_2)?|weight_(packed|shape|zero_point|g_idx)|\.(scale|scales|scale_inv)"
     r"|qscale_\w+|qweight|qzeros|g_idx|_blocks|\.SCB|absmax|quant_map|quant_state\.\w+)$"
 )
-# A decoder layer, or a part beside them.
+# A decoder layer, or another part of a model.
 PLACE = re.compile(r"(\w+\.)?layers\.\d+(?=\.)|model\.\w+(?=\.)|\w+(?=\.)|.+")
-BUFFERS = re.compile(r"(inv_freq|position_ids)$")  # of older versions of transformers; computed now
+BUFFERS = re.compile(r"(inv_freq|position_ids)$")  # stored by older versions of transformers, computed now
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Tensors in the files that a model does not take.
+    """Tensors in the files that a model does not use.
 
     Attributes:
-        known: those that transformers drops on purpose, such as prediction heads and vision towers.
-        unknown: others.
+        known: tensors that transformers drops on purpose, such as prediction heads and vision towers.
+        unknown: all others.
     """
 
     known: tuple[str, ...]
@@ -55,16 +52,15 @@ class LeftOut:
 
 
 def check_tensors(model: PreTrainedModel, headers: Headers, folder: Path) -> LeftOut:
-    """What of the tensors in a model's files it leaves out.
+    """Return the tensors in a model's files that it leaves out, and refuse weights that do not fit.
 
     Args:
         model: on the meta device.
-        headers: of its files.
-        folder: where they are, for messages.
+        headers: the headers of its files.
+        folder: the folder of the files, for messages.
 
     Raises:
-        ConfigError: the weights are quantised, or tensors are missing or have other shapes than the
-            configuration says.
+        ConfigError: the weights are quantised, tensors are missing, or shapes differ from the configuration.
     """
     odd = {name: header for name, header in headers.items() if header["dtype"] not in FLOATS}
     if odd and _takes_as_weights(model, odd):
@@ -82,37 +78,45 @@ def check_tensors(model: PreTrainedModel, headers: Headers, folder: Path) -> Lef
 
 
 def report_left_out(left_out: LeftOut, model_name: str) -> list[str]:
-    """One line for what is dropped on purpose, and a warning for what is not known; logged, and returned for
-    a dry run."""
+    """Log one line about tensors dropped on purpose and a warning about unknown ones.
+
+    Returns:
+        the lines, for a dry run.
+    """
     lines = []
     if left_out.known:
-        lines.append(
+        line = (
             f"{model_name} leaves out what it has no part for: {_summary(left_out.known)}; the pruned model"
             " will not have it"
         )
-        logger.info("%-9s %s", "model", lines[-1])
+        logger.info("%-9s %s", "model", line)
+        lines.append(line)
     if left_out.unknown:
-        lines.append(
+        line = (
             f"{len(left_out.unknown)} tensors in the files are unknown to {model_name} and not used:"
             f" {_summary(left_out.unknown)}"
         )
-        logger.warning("%s", lines[-1])
+        logger.warning("%s", line)
+        lines.append(line)
     return lines
 
 
 def _takes_as_weights(model: PreTrainedModel, odd: Headers) -> bool:
-    """Whether any of these tensors of whole numbers, or of few bits, would become a weight: some families
-    have tables of numbers."""
-    kinds = model.state_dict()
+    """Whether any of these tensors of integers or of few bits would become a weight.
+
+    In some families they are tables of numbers instead.
+    """
     loaded = _load(model, odd)
-    return bool(loaded.mismatched) or any(
-        kinds[name].is_floating_point() for name in kinds.keys() - set(loaded.missing)
-    )
+    if loaded.mismatched:
+        return True
+    tensors = model.state_dict()
+    taken = tensors.keys() - set(loaded.missing)
+    return any(tensors[name].is_floating_point() for name in taken)
 
 
 @dataclass(frozen=True)
 class _Loaded:
-    """Names in the model of what is missing and of what has another shape, and what was left out."""
+    """Names of the model's tensors that are missing or have another shape, and what was left out."""
 
     missing: list[str]
     mismatched: list[str]
@@ -120,7 +124,7 @@ class _Loaded:
 
 
 def _load(model: PreTrainedModel, headers: Headers) -> _Loaded:
-    """Let transformers load tensors without memory into a model without memory."""
+    """Let transformers load tensors on the meta device into a model on the meta device."""
     reports: list[Any] = []
     dropped: set[str] = set()
     model_class: Any = type(model)
@@ -131,7 +135,7 @@ def _load(model: PreTrainedModel, headers: Headers) -> _Loaded:
         dropped.update(before - set(report.unexpected_keys))
         reports.append(report)
 
-    # name and module, because transformers finds conversions by them
+    # The same name and module, because transformers finds conversions by them.
     members = {"_adjust_missing_and_unexpected_keys": adjust, "__module__": model_class.__module__}
     watched: Any = type(model_class.__name__, (model_class,), members)
     tensors = dict(_without_memory(headers))
@@ -140,30 +144,27 @@ def _load(model: PreTrainedModel, headers: Headers) -> _Loaded:
             watched.from_pretrained(
                 None, config=model.config, state_dict=tensors, device_map="meta", ignore_mismatched_sizes=True
             )
-    except RuntimeError:  # over parts that cannot be put together, which the report names
+    except RuntimeError:
+        # Raised over parts that cannot be put together, which the report names.
         if not reports:
             raise
     (report,) = reports
-    mismatched = [
-        f"{name} of shape {tuple(found)}, not {tuple(wanted)}"
-        for name, found, wanted in report.mismatched_keys
-    ]
+    mismatched = []
+    for name, found, wanted in report.mismatched_keys:
+        mismatched.append(f"{name} of shape {tuple(found)}, not {tuple(wanted)}")
+    known = [name for name in dropped if not BUFFERS.search(name)]
     return _Loaded(
         missing=sorted(report.missing_keys),
         mismatched=sorted(mismatched) + sorted(report.conversion_errors),
-        left_out=LeftOut(
-            known=tuple(sorted(name for name in dropped if not BUFFERS.search(name))),
-            unknown=tuple(sorted(report.unexpected_keys)),
-        ),
+        left_out=LeftOut(known=tuple(sorted(known)), unknown=tuple(sorted(report.unexpected_keys))),
     )
 
 
 def _without_memory(headers: Headers) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors on the meta device, as the headers describe them."""
     for name, header in headers.items():
-        yield (
-            name,
-            torch.empty(header["shape"], dtype=FLOATS.get(header["dtype"], torch.uint8), device="meta"),
-        )
+        dtype = FLOATS.get(header["dtype"], torch.uint8)
+        yield name, torch.empty(header["shape"], dtype=dtype, device="meta")
 
 
 def _quantised(folder: Path, what: str) -> str:
@@ -174,15 +175,21 @@ def _quantised(folder: Path, what: str) -> str:
 
 
 def _summary(names: Iterable[str]) -> str:
-    """How many tensors there are below each part of a model."""
-    counts = Counter(match[0] for name in names if (match := PLACE.match(name)))
+    """How many tensors there are below each part of a model: the four largest parts."""
+    counts: Counter[str] = Counter()
+    for name in names:
+        match = PLACE.match(name)
+        if match:
+            counts[match[0]] += 1
     shown = [f"{number} below {place}" for place, number in counts.most_common(4)]
-    return ", ".join(shown) + (f", and {len(counts) - 4} more places" if len(counts) > 4 else "")
+    if len(counts) > 4:
+        shown.append(f"and {len(counts) - 4} more places")
+    return ", ".join(shown)
 
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """transformers' bar and its report of a loading that is none; restores."""
+    """Inside the context, hide transformers' progress bar and loading report; settings are restored."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)
     transformers_logging.disable_progress_bar()

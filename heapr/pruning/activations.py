@@ -1,15 +1,14 @@
-"""What the experts of a layer make of its inputs: activations, outputs, slopes. For repair.
+"""Activations, outputs and slopes of a layer's experts, for repair.
 
-In: experts and `ExpertInputs`. Out: float32 tensors, computed anew at each call, because together they are
-larger than anything else. Shape letters: T tokens, D model width, E experts, n tokens of one expert, t tokens
-of a chunk, S atomic experts of one expert or of the layer, G rows of an expert's input projection (those of
-W_gate and W_up).
+In: experts and `ExpertInputs`. Out: float32 tensors. They are recomputed at each call, because holding all of
+them would take more memory than anything else.
+Shape letters: T tokens, D model width, E experts, n tokens of one expert, t tokens of a chunk, S atomic
+experts of one expert or of the layer, G rows of an expert's input projection (those of W_gate and W_up).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,7 @@ from torch import Tensor
 from heapr.model.expert_inputs import ExpertInputs
 from heapr.model.experts.layout import Experts, activation_of, layout_of, matrices_of, widths_of
 
-CHUNK = 8192  # tokens whose activations of all experts are held at once
+CHUNK = 8192  # tokens for which the activations of all experts are held at once
 
 
 class Activations:
@@ -26,7 +25,7 @@ class Activations:
 
     Args:
         experts: dense or ragged.
-        inputs: of the layer.
+        inputs: the layer's.
     """
 
     def __init__(self, experts: Experts, inputs: ExpertInputs) -> None:
@@ -38,7 +37,7 @@ class Activations:
         self._pairs = [inputs.pairs(expert) for expert in range(len(self.widths))]
 
     def tokens(self, expert: int) -> Tensor:
-        """Indices (n,) of the tokens of an expert."""
+        """Indices (n,) of the tokens routed to an expert."""
         return self._pairs[expert][0]
 
     def p(self, expert: int) -> Tensor:
@@ -48,32 +47,36 @@ class Activations:
 
     def x(self, expert: int) -> Tensor:
         """The expert's inputs (n, D)."""
-        hidden_nD = self.inputs.hidden_TD.index_select(0, self.tokens(expert))
+        token_n = self.tokens(expert)
+        hidden_nD = self.inputs.hidden_TD.index_select(0, token_n)
         return hidden_nD.float()
 
     def down(self, expert: int) -> Tensor:
         """Columns w_k (D, S), in the model's dtype."""
-        return self._matrices[expert].down_DF.detach()
+        matrices = self._matrices[expert]
+        return matrices.down_DF.detach()
 
     def h(self, expert: int, token_n: Tensor | None = None) -> Tensor:
-        """Activations (n, S) of the given tokens. None means all tokens of the expert."""
+        """Activations h (n, S) of the given tokens, or of all tokens of the expert."""
         if token_n is None:
             token_n = self.tokens(expert)
         projected_nG = self._projected(expert, token_n)
         return self._activation(projected_nG).float()
 
     def z(self, expert: int) -> Tensor:
-        """p h (n, S)."""
+        """Activations times router weights, p h (n, S)."""
         return self.p(expert) * self.h(expert)
 
     def output(self, expert: int) -> Tensor:
-        """E(x) without its bias (n, D)."""
+        """E(x) (n, D) without the bias of W_down."""
+        h_nS = self.h(expert)
         down_DS = self.down(expert).float()
-        return self.h(expert) @ down_DS.T
+        return h_nS @ down_DS.T
 
     def slopes(self, expert: int) -> Tensor:
-        """dh_k/da for the one or two rows a of the input projection that make h_k: (n, G)."""
-        projected_nG = self._projected(expert, self.tokens(expert))
+        """dh_k/da_r (n, G), with a_r the product of row r and x, and h_k the activation that it enters."""
+        token_n = self.tokens(expert)
+        projected_nG = self._projected(expert, token_n)
         slope_nG = torch.zeros_like(projected_nG)
         for rows in self.row_sets(expert):
             only_nG = torch.zeros_like(projected_nG)
@@ -83,8 +86,10 @@ class Activations:
         return slope_nG.float()
 
     def row_sets(self, expert: int) -> list[slice]:
-        """Rows of the input projection, in the order of atomic experts: those of W_gate, if there is one, and
-        of W_up."""
+        """Slices of the input projection: the rows of W_gate (if the experts have one) and those of W_up.
+
+        Each slice is in the order of atomic experts.
+        """
         width = self.widths[expert]
         if not self._layout.has_gate:
             return [slice(0, width)]
@@ -93,36 +98,42 @@ class Activations:
         return [slice(0, None, 2), slice(1, None, 2)]
 
     def chunks_of_z(self) -> Iterator[tuple[slice, Tensor]]:
-        """z of all experts (t, S), for one chunk of tokens after another."""
+        """Yield z of all experts (t, S), chunk by chunk, with the slice of tokens that each chunk covers."""
         hidden_TD = self.inputs.hidden_TD
-        ends = list(accumulate(self.widths, initial=0))
-        for start in range(0, len(hidden_TD), CHUNK):
-            stop = min(start + CHUNK, len(hidden_TD))
-            z_tS = torch.zeros(stop - start, ends[-1], dtype=torch.float32, device=hidden_TD.device)
-            for expert, (first, last) in enumerate(pairwise(ends)):
+        num_tokens = len(hidden_TD)
+        size = sum(self.widths)
+        for start in range(0, num_tokens, CHUNK):
+            stop = min(start + CHUNK, num_tokens)
+            z_tS = torch.zeros(stop - start, size, dtype=torch.float32, device=hidden_TD.device)
+            for expert, columns_tS in enumerate(z_tS.split(self.widths, dim=1)):
                 token_n = self.tokens(expert)
                 is_chosen_n = (token_n >= start) & (token_n < stop)
                 chosen_n = token_n[is_chosen_n]
-                z_nS = self.p(expert)[is_chosen_n] * self.h(expert, chosen_n)
-                z_tS[:, first:last].index_add_(0, chosen_n - start, z_nS)
+                p_n1 = self.p(expert)[is_chosen_n]
+                z_nS = p_n1 * self.h(expert, chosen_n)
+                columns_tS.index_add_(0, chosen_n - start, z_nS)
             yield slice(start, stop), z_tS
 
     def _projected(self, expert: int, token_n: Tensor) -> Tensor:
-        """What the activation function sees (n, G)."""
+        """Inputs of the activation function (n, G)."""
         matrices = self._matrices[expert]
         bias_G = matrices.inputs_bias_G
         if bias_G is not None:
             bias_G = bias_G.detach()
+        inputs_GD = matrices.inputs_GD.detach()
         hidden_nD = self.inputs.hidden_TD.index_select(0, token_n)
-        return F.linear(hidden_nD, matrices.inputs_GD.detach(), bias_G)
+        return F.linear(hidden_nD, inputs_GD, bias_G)
 
 
 def layer_output(experts: Experts, inputs: ExpertInputs) -> Tensor:
-    """Sum over each token's experts of p E(x), without biases of W_down, which repair leaves alone: (T, D),
-    float32."""
+    """Output of a layer's routed experts: the sum of p E(x) over each token's experts, float32 (T, D).
+
+    Biases of W_down are left out, because repair does not change them.
+    """
     activations = Activations(experts, inputs)
     output_TD = torch.zeros_like(inputs.hidden_TD, dtype=torch.float32)
     for expert in range(len(activations.widths)):
         weighted_nD = activations.p(expert) * activations.output(expert)
-        output_TD.index_add_(0, activations.tokens(expert), weighted_nD)
+        token_n = activations.tokens(expert)
+        output_TD.index_add_(0, token_n, weighted_nD)
     return output_TD

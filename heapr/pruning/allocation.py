@@ -1,8 +1,9 @@
-"""Allocation: from scores to a plan. How many atomic or whole experts go, and where; nothing about models.
+"""Allocation: from scores to a plan. Decides how many atomic or whole experts are removed, and where.
 
-In: scores, the widths of the experts they belong to, a budget, and costs where it is not counted in atomic
-experts. Out: a `Plan`. Shape letters: E experts, F atomic experts of the widest expert, K experts per token,
-S scores of several experts.
+In: scores, the widths of the scored experts, a budget, and costs if the budget is not counted in atomic
+experts. Out: a `Plan`. Needs no model.
+Shape letters: E experts, F atomic experts of the widest expert, K experts per token, S scores of several
+experts, W = F + 1.
 """
 
 from __future__ import annotations
@@ -11,39 +12,47 @@ import math
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from heapr.pruning.allocation_by_cost import allocate_by_cost
 from heapr.pruning.allocation_of_whole_experts import allocate_whole_experts
 from heapr.pruning.budget import Budget, Costs, Widths, round_half_up
-from heapr.pruning.ranking import highest, keep_best_of_each, keep_highest, only_existing, protect
+from heapr.pruning.ranking import (
+    highest,
+    keep_best_of_each,
+    keep_highest,
+    lowest_first,
+    only_existing,
+    protect,
+)
 from heapr.types import Granularity, Plan, Scores
 
 
 def allocate(scores: Scores, widths: Widths, budget: Budget, costs: Costs | None = None) -> Plan:
-    """Remove the atomic experts with the lowest scores, with the lowest scores for what they cost, or the
-    whole experts with the lowest scores.
+    """Return the plan that removes the lowest scores, or the lowest scores per cost.
 
-    Equal scores are removed in order of layer, expert and atomic expert. The best atomic expert of each
-    layer's K best experts always stays, as do each layer's K best whole experts, and everything in protected
-    layers.
+    Whole experts are removed if the budget's granularity says so. Equal scores are removed in order of layer,
+    expert and atomic expert. The best atomic expert of each layer's K best experts always stays (with whole
+    experts: the K best experts of each layer), as does everything in protected layers.
 
-    What a ratio removes, every higher one removes too: there is one order in which things go, and a ratio
-    says how far. The exception is widths rounded to multiples, unless there are costs: an expert is rounded
-    up when it wins the multiple that its layer has left over, and when more is removed elsewhere it may win
-    it.
+    Plans are nested: what one ratio removes, every higher ratio removes too. The one exception is widths
+    rounded to multiples without costs. There, a layer's leftover multiples go to the experts that gain most
+    from them, and an expert may win one only at the higher ratio.
 
     Args:
-        scores: bigger is more important. What lies beyond an expert's width is ignored.
+        scores: bigger is more important. Entries beyond an expert's width are ignored.
         widths: of the scored experts.
-        budget: how much.
+        budget: how much to remove.
         costs: `costs_of` the budget's unit.
 
     Raises:
-        ConfigError: see `Budget.check`; or costs are such that the ratio cannot be reached.
+        ConfigError: see `Budget.check`; or the costs do not let the ratio be reached.
     """
     assert (costs is None) == (budget.unit == "atomic_experts"), budget.unit
-    layers = {index: only_existing(scores_EF, widths[index]) for index, scores_EF in scores.layers.items()}
+    layers = {}
+    for index, scores_EF in scores.layers.items():
+        layers[index] = only_existing(scores_EF, widths[index])
     if costs is not None:
         return allocate_by_cost(layers, widths, budget, costs)
     if budget.granularity is Granularity.EXPERT:
@@ -51,11 +60,13 @@ def allocate(scores: Scores, widths: Widths, budget: Budget, costs: Costs | None
     if budget.uniform_width is not None:
         return _uniform(layers, budget.uniform_width)
     exact = _exact(layers, widths, budget)
-    return exact if budget.width_multiple == 1 else _round_widths(exact, layers, budget)
+    if budget.width_multiple == 1:
+        return exact
+    return _round_widths(exact, layers, budget)
 
 
 def _uniform(layers: Mapping[int, Tensor], width: int) -> Plan:
-    """A plan that keeps the best atomic experts of every expert, `width` of each."""
+    """Keep the `width` best atomic experts of every expert."""
     kept = {}
     for index, scores_EF in layers.items():
         width_E = torch.full((len(scores_EF),), width)
@@ -64,9 +75,13 @@ def _uniform(layers: Mapping[int, Tensor], width: int) -> Plan:
 
 
 def _exact(layers: Mapping[int, Tensor], widths: Widths, budget: Budget) -> Plan:
-    """A plan that removes exactly round(ratio * number of atomic experts), whatever the scope."""
-    protected = {index: protect(scores_EF, index, budget) for index, scores_EF in layers.items()}
-    numbers = budget.numbers_removed({index: widths[index] for index in layers})
+    """Remove exactly round(ratio * number of atomic experts), whatever the scope."""
+    protected = {}
+    of_layers = {}
+    for index, scores_EF in layers.items():
+        protected[index] = protect(scores_EF, index, budget)
+        of_layers[index] = widths[index]
+    numbers = budget.numbers_removed(of_layers)
     if budget.scope == "global":
         return Plan(layers=_remove_lowest(protected, numbers[0]))
     kept: dict[int, Tensor] = {}
@@ -74,63 +89,81 @@ def _exact(layers: Mapping[int, Tensor], widths: Widths, budget: Budget) -> Plan
         if budget.scope == "layer":
             kept |= _remove_lowest({index: scores_EF}, number)
         else:
-            kept[index] = _remove_same_share(scores_EF, torch.tensor(widths[index]), number)
+            width_E = torch.tensor(widths[index])
+            kept[index] = _remove_same_share(scores_EF, width_E, number)
     return Plan(layers=kept)
 
 
 def _remove_lowest(layers: Mapping[int, Tensor], number: int) -> dict[int, Tensor]:
-    """Masks of some layers without the lowest `number` of their atomic experts, all ranked together."""
-    scores_S = torch.cat([scores_EF.flatten() for scores_EF in layers.values()])
-    num_absent = int((scores_S == -math.inf).sum())  # beyond their expert's width: these sort first
+    """Rank all given layers together and return their masks without the `number` lowest atomic experts."""
+    flat = [scores_EF.flatten() for scores_EF in layers.values()]
+    scores_S = torch.cat(flat)
+    # Entries beyond an expert's width are -inf and sort first.
+    num_absent = int((scores_S == -math.inf).sum())
     kept_S = keep_highest(scores_S, num_absent + number)
-    parts = kept_S.split([scores_EF.numel() for scores_EF in layers.values()])
-    return {index: part_S.view_as(layers[index]) for index, part_S in zip(layers, parts, strict=True)}
+    parts = kept_S.split([len(part_S) for part_S in flat])
+    kept = {}
+    for (index, scores_EF), part_S in zip(layers.items(), parts, strict=True):
+        kept[index] = part_S.view_as(scores_EF)
+    return kept
 
 
 def _remove_same_share(scores_EF: Tensor, width_E: Tensor, number: int) -> Tensor:
-    """Mask of a layer without the first `number` of its atomic experts, if the j-th lowest of an expert of
-    width w comes at the share (j - 1/2) / w; of equal shares the lowest score first, and what must stay
-    last."""
+    """Mask of a layer in which all experts lose the same share, `number` atomic experts in total.
+
+    The j-th lowest atomic expert of an expert of width w is placed at the share (j - 1/2) / w, and those that
+    must stay at infinity. The first `number` are removed; of equal shares, the lowest score first.
+    """
     num_experts, widest = scores_EF.shape
     width_E1 = width_E.unsqueeze(1)
     sorted_EF = torch.sort(scores_EF, dim=1, stable=True).values
-    rank_EF = torch.arange(widest) - (widest - width_E1)  # j - 1; absent ones, -inf, come first
+    # j - 1, and negative for entries beyond the expert's width: these are -inf and sort first.
+    rank_EF = torch.arange(widest) - (widest - width_E1)
     share_EF = (rank_EF.double() + 0.5) / width_E1.clamp(min=1)
-    share_EF = share_EF.masked_fill(sorted_EF == math.inf, math.inf)
+    share_EF[sorted_EF == math.inf] = math.inf
 
-    by_score_S = torch.sort(sorted_EF.flatten(), stable=True).indices
+    by_score_S = lowest_first(sorted_EF.flatten())
     share_S = share_EF.flatten()[by_score_S]
-    by_share_S = by_score_S[torch.sort(share_S, stable=True).indices]
+    by_share_S = lowest_first(share_S)
+    order_S = by_score_S[by_share_S]
+
     num_absent = int((rank_EF < 0).sum())
-    expert_S = by_share_S[: num_absent + number] // widest
+    expert_S = order_S[: num_absent + number] // widest
     num_removed_E = torch.bincount(expert_S, minlength=num_experts)
     return keep_best_of_each(scores_EF, widest - num_removed_E)
 
 
 def _round_widths(plan: Plan, layers: Mapping[int, Tensor], budget: Budget) -> Plan:
-    """Round every expert's width down or up to a multiple, and keep its best."""
+    """Round every expert's width to a multiple and keep its best atomic experts."""
     kept = {}
     for index, kept_EF in plan.layers.items():
-        width_E = _rounded_widths(layers[index], kept_EF.sum(dim=1), budget)
-        kept[index] = keep_best_of_each(layers[index], width_E)
+        scores_EF = layers[index]
+        width_E = _rounded_widths(scores_EF, kept_EF.sum(dim=1), budget)
+        kept[index] = keep_best_of_each(scores_EF, width_E)
     return Plan(layers=kept)
 
 
 def _rounded_widths(scores_EF: Tensor, width_E: Tensor, budget: Budget) -> Tensor:
-    """Multiples below or above the widths, so that a layer's total changes by at most one multiple (more only
-    where K experts would not be left). The experts whose next atomic experts score highest in sum are rounded
-    up."""
+    """Round the widths of a layer down or up to multiples.
+
+    The layer's total changes by at most one multiple, unless fewer than K experts would be left. The experts
+    whose next atomic experts have the highest total score are rounded up.
+    """
     multiple = budget.width_multiple
     lower_E = width_E // multiple * multiple
     is_between_E = lower_E < width_E
     would_be_empty_E = is_between_E & (lower_E == 0)
-    gain_E = _gain(scores_EF, lower_E, multiple).masked_fill(~is_between_E, -math.inf)
+    gain_E = _gain(scores_EF, lower_E, multiple)
+    gain_E = gain_E.masked_fill(~is_between_E, -math.inf)
+    forced_gain_E = gain_E.masked_fill(~would_be_empty_E, -math.inf)
 
-    num_up = round_half_up(int((width_E - lower_E).sum()) / multiple)
+    num_left_over = int((width_E - lower_E).sum())
+    num_up = round_half_up(num_left_over / multiple)
     num_present = int((width_E > 0).sum())
     num_needed = min(budget.experts_per_token, num_present)
-    num_forced = max(0, num_needed - int((lower_E > 0).sum()))
-    forced = highest(gain_E.masked_fill(~would_be_empty_E, -math.inf), num_forced)
+    num_not_empty = int((lower_E > 0).sum())
+    num_forced = max(0, num_needed - num_not_empty)
+    forced = highest(forced_gain_E, num_forced)
     others = [expert for expert in highest(gain_E, num_up) if expert not in forced]
     num_others = max(0, num_up - num_forced)
 
@@ -142,8 +175,10 @@ def _rounded_widths(scores_EF: Tensor, width_E: Tensor, budget: Budget) -> Tenso
 def _gain(scores_EF: Tensor, width_E: Tensor, multiple: int) -> Tensor:
     """Sum of the scores of each expert's next `multiple` atomic experts after its best `width_E`."""
     sorted_EF = torch.sort(scores_EF, dim=1, descending=True, stable=True).values
-    total_EW = torch.nn.functional.pad(sorted_EF.cumsum(dim=1), (1, 0))  # of the best 0, 1, 2, ...
-    next_E = (width_E + multiple).clamp(max=scores_EF.shape[1])
-    total_E1 = total_EW.gather(1, width_E.unsqueeze(1))
-    next_total_E1 = total_EW.gather(1, next_E.unsqueeze(1))
-    return (next_total_E1 - total_E1).squeeze(1)
+    # Sums of the best 0, 1, 2, ... scores.
+    total_EW = F.pad(sorted_EF.cumsum(dim=1), (1, 0))
+    widest = scores_EF.shape[1]
+    width_E1 = width_E.unsqueeze(1)
+    next_E1 = (width_E1 + multiple).clamp(max=widest)
+    gain_E1 = total_EW.gather(1, next_E1) - total_EW.gather(1, width_E1)
+    return gain_E1.squeeze(1)

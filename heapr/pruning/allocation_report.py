@@ -1,7 +1,6 @@
-"""What an allocation did, beside what was asked for and what it would do without rounding and protected
-layers.
+"""Report of an allocation: what was requested, what was removed, and what rounding and protected layers cost.
 
-In: a plan and what it was made from. Out: JSON types, and lines to read.
+In: a plan and what it was made from. Out: JSON types, with lines to read.
 """
 
 from __future__ import annotations
@@ -24,10 +23,17 @@ def report_allocation(
     budget: Budget,
     costs: Costs | None = None,
 ) -> dict[str, Any]:
-    """What was asked for and what was done; a rounded plan compared with the exact one, and one with
-    protected layers with the one without. JSON types only."""
-    exact = allocate(scores, widths, replace(budget, width_multiple=1, uniform_width=None), costs)
-    total = sum(sum(width_E) for width_E in widths.values())
+    """Compare a plan with its budget.
+
+    A rounded plan is compared with the exact one, and a plan with protected layers with the one without them.
+
+    Returns:
+        numbers by key; "summary", lines to read; "not_reached", a line for each target that was missed. JSON
+        types only.
+    """
+    without_rounding = replace(budget, width_multiple=1, uniform_width=None)
+    exact = allocate(scores, widths, without_rounding, costs)
+    total = sum(map(sum, widths.values()))
     removed = total - plan.num_kept
     report: dict[str, Any] = {
         "atomic_experts": total,
@@ -36,9 +42,11 @@ def report_allocation(
         "kept_score": _kept_score(plan, scores),
         "kept_score_without_rounding": _kept_score(exact, scores),
     }
-    summary = [f"removes {removed} of {total} atomic experts"]
+    removal = f"removes {removed} of {total} atomic experts"
     if costs is None:
-        summary[0] += f" (asked for {budget.ratio * total:.6g})"
+        asked = budget.ratio * total
+        removal += f" (asked for {asked:.6g})"
+    summary = [removal]
     if budget.granularity is Granularity.EXPERT:
         summary.append(_about_experts(plan, widths))
     elif budget.width_multiple > 1 or budget.uniform_width is not None:
@@ -46,89 +54,112 @@ def report_allocation(
     if costs is not None:
         removed_ratio = _cost_removed_ratio(plan, widths, costs)
         report[f"{budget.unit}_removed_ratio"] = removed_ratio
-        asked = f"asked for {budget.ratio:.3%}"
-        summary.append(f"these are {removed_ratio:.3%} of the routed experts' {budget.unit} ({asked})")
-    if budget.protected_layers:
-        without = allocate(scores, widths, replace(budget, protected_layers=()), costs)
-        exchanged = _exchanged(plan, without)
-        score = _kept_score(without, scores)
-        report["atomic_experts_exchanged_by_protection"] = exchanged
-        report["kept_score_without_protection"] = score
         summary.append(
-            f"protected layers keep {exchanged} atomic experts that would go otherwise; "
-            f"sum of kept scores {score:.6g} -> {report['kept_score']:.6g}"
+            f"these are {removed_ratio:.3%} of the routed experts' {budget.unit} "
+            f"(asked for {budget.ratio:.3%})"
         )
-    return report | {"summary": summary, "not_reached": _not_reached(plan, widths, budget)}
+    if budget.protected_layers:
+        without_protection = replace(budget, protected_layers=())
+        unprotected = allocate(scores, widths, without_protection, costs)
+        report["atomic_experts_exchanged_by_protection"] = _exchanged(plan, unprotected)
+        report["kept_score_without_protection"] = _kept_score(unprotected, scores)
+        summary.append(_about_protection(report))
+    report["summary"] = summary
+    report["not_reached"] = _not_reached(plan, widths, budget)
+    return report
 
 
 def _about_experts(plan: Plan, widths: Widths) -> str:
-    present = sum(width > 0 for width_E in widths.values() for width in width_E)
-    kept = sum(int(kept_EF.any(dim=1).sum()) for kept_EF in plan.layers.values())
+    present = kept = 0
+    for index, width_E in widths.items():
+        present += sum(width > 0 for width in width_E)
+        kept += _num_experts_kept(plan, index)
     return f"these are {present - kept} of {present} experts, removed whole"
+
+
+def _num_experts_kept(plan: Plan, index: int) -> int:
+    """Experts of a layer that keep at least one atomic expert."""
+    is_kept_E = plan.layers[index].any(dim=1)
+    return int(is_kept_E.sum())
 
 
 def _about_rounding(plan: Plan, exact: Plan, budget: Budget, report: Mapping[str, Any]) -> str:
     form = f"multiples of {budget.width_multiple}"
     if budget.uniform_width is not None:
         form = f"one width of {budget.uniform_width}"
-    exchanged = report["atomic_experts_exchanged"]
-    scores = f"{report['kept_score_without_rounding']:.6g} -> {report['kept_score']:.6g}"
     return (
         f"rounding to {form}: {exact.num_kept} -> {plan.num_kept} kept, "
-        f"{exchanged} of them others than without; sum of kept scores {scores}"
+        f"{report['atomic_experts_exchanged']} of which would be removed without rounding; "
+        f"sum of kept scores {report['kept_score_without_rounding']:.6g} -> {report['kept_score']:.6g}"
+    )
+
+
+def _about_protection(report: Mapping[str, Any]) -> str:
+    exchanged = report["atomic_experts_exchanged_by_protection"]
+    return (
+        f"protected layers keep {exchanged} atomic experts that would otherwise be removed; "
+        f"sum of kept scores {report['kept_score_without_protection']:.6g} -> {report['kept_score']:.6g}"
     )
 
 
 def _not_reached(plan: Plan, widths: Widths, budget: Budget) -> list[str]:
-    """A line for each number that is further from what was asked for than rounding explains: what must stay
-    was in the way.
+    """A line for each target that was missed by more than rounding explains, because too much must stay.
 
-    A cost that is asked for is reached or refused, and what a uniform width comes to is reported when it is
-    chosen.
+    Costs are either reached or refused, and a uniform width is reported when it is chosen, so neither appears
+    here.
     """
     if budget.unit != "atomic_experts" or budget.uniform_width is not None:
         return []
-    sizes = {index: sum(width_E) for index, width_E in widths.items()}
-    removed = {index: sizes[index] - int(kept_EF.sum()) for index, kept_EF in plan.layers.items()}
-    is_whole = budget.granularity is Granularity.EXPERT
-    widest = max(max(width_E) for width_E in widths.values())
-    within = widest / 2 if is_whole else len(sizes) * budget.width_multiple / 2
-    asked = budget.ratio * sum(sizes.values())
-    going = sum(removed.values())
-    must_stay = f"the rest must stay, {_why(budget)}"
+    total = sum(map(sum, widths.values()))
+    asked = budget.ratio * total
+    removed = total - plan.num_kept
+    within = len(widths) * budget.width_multiple / 2
+    if budget.granularity is Granularity.EXPERT:
+        widest = max(map(max, widths.values()))
+        within = widest / 2
     lines = []
-    if abs(going - asked) > within + TOLERANCE:
-        lines.append(f"{asked:.6g} atomic experts were to go and {going} do: {must_stay}")
-    if not (is_whole and budget.scope == "layer"):
-        return lines
-    for index, size in sizes.items():
-        asked = budget.ratio * size
-        num_experts_left = int(plan.layers[index].any(dim=1).sum())
-        missing = asked - removed[index]
-        if num_experts_left <= budget.experts_per_token and missing > max(widths[index]) / 2 + TOLERANCE:
-            lines.append(
-                f"layer {index}: {asked:.6g} atomic experts were to go and {removed[index]} do: {must_stay}; "
-                "other layers lose more where they can"
-            )
+    if abs(removed - asked) > within + TOLERANCE:
+        lines.append(_missed(asked, removed, budget))
+    if budget.granularity is Granularity.EXPERT and budget.scope == "layer":
+        lines += _layers_not_reached(plan, widths, budget)
     return lines
 
 
-def _why(budget: Budget) -> str:
+def _layers_not_reached(plan: Plan, widths: Widths, budget: Budget) -> list[str]:
+    """The same for each layer that has no more experts to remove."""
+    lines = []
+    for index, width_E in widths.items():
+        size = sum(width_E)
+        asked = budget.ratio * size
+        removed = size - int(plan.layers[index].sum())
+        is_exhausted = _num_experts_kept(plan, index) <= budget.experts_per_token
+        within = max(width_E) / 2
+        if is_exhausted and asked - removed > within + TOLERANCE:
+            missed = _missed(asked, removed, budget)
+            lines.append(f"layer {index}: {missed}; other layers lose more where they can")
+    return lines
+
+
+def _missed(asked: float, removed: int, budget: Budget) -> str:
     stay = "stay whole"
     if budget.granularity is Granularity.ATOMIC_EXPERT:
         stay = f"keep a width of at least {budget.width_multiple}"
-    num_experts = budget.experts_per_token
-    return f"because every token is routed to {num_experts} experts, so that many of each layer {stay}"
+    routing = f"every token is routed to {budget.experts_per_token} experts"
+    reason = f"because {routing} and as many of each layer {stay}"
+    return f"{removed} atomic experts are removed instead of {asked:.6g}: the rest must stay, {reason}"
 
 
 def _cost_removed_ratio(plan: Plan, widths: Widths, costs: Costs) -> float:
-    before = sum(cost_of_layer(cost_E, widths[index]) for index, cost_E in costs.items())
-    after = sum(cost_of_layer(cost_E, plan.widths[index]) for index, cost_E in costs.items())
+    """Share of the cost of all atomic experts that the plan removes."""
+    before = after = 0.0
+    for index, cost_E in costs.items():
+        before += cost_of_layer(cost_E, widths[index])
+        after += cost_of_layer(cost_E, plan.widths[index])
     return 1 - after / before
 
 
 def _exchanged(plan: Plan, other: Plan) -> int:
-    """Atomic experts that a plan keeps and the other does not."""
+    """Atomic experts that `plan` keeps and `other` does not."""
     total = 0
     for index, kept_EF in plan.layers.items():
         only_here_EF = kept_EF & ~other.layers[index]
@@ -137,6 +168,7 @@ def _exchanged(plan: Plan, other: Plan) -> int:
 
 
 def _kept_score(plan: Plan, scores: Scores) -> float:
+    """Sum of the scores that a plan keeps."""
     total = 0.0
     for index, kept_EF in plan.layers.items():
         kept_score_S = scores.layers[index][kept_EF].double()

@@ -1,7 +1,7 @@
-"""How much is removed, counted in what, and which layers lose nothing; nothing about models.
+"""Budgets: how much is removed, in which unit, and which layers are protected. Needs no model.
 
-In: an experiment's numbers, the widths of a model's experts, statistics for what atomic experts cost. Out:
-how many atomic experts go, layer by layer.
+In: an experiment's settings, the widths of a model's experts, and statistics for the cost of atomic experts.
+Out: how many atomic experts are removed, layer by layer.
 Shape letters: E experts, K experts per token.
 """
 
@@ -18,7 +18,7 @@ from heapr.errors import ConfigError
 from heapr.types import Granularity, Statistics
 
 Widths = Mapping[int, Sequence[int]]  # atomic experts of every expert, by decoder layer index
-Costs = Mapping[int, Tensor]  # of one atomic expert of each expert: float64 (E,), by decoder layer index
+Costs = Mapping[int, Tensor]  # cost of one atomic expert of each expert: float64 (E,), by decoder layer index
 
 
 @dataclass(frozen=True)
@@ -26,21 +26,20 @@ class Budget:
     """How much is removed.
 
     Attributes:
-        ratio: share of all routed atomic experts to remove, or of what they cost in `unit`, in [0, 1).
-        scope: what is ranked together: "global" all layers (HEAPr-G of the paper), "layer" each layer by
-            itself (HEAPr-L), "expert" each expert by itself. Layers ("layer", "expert") and experts
-            ("expert") lose the same share t, to within half an atomic expert, with t such that the total is
+        ratio: share to remove, in [0, 1), of the routed atomic experts or of their cost in `unit`.
+        scope: what is ranked together: all layers ("global", HEAPr-G in the paper), each layer ("layer",
+            HEAPr-L) or each expert ("expert"). With "layer" and "expert", all layers lose the same share t,
+            to within half an atomic expert; with "expert", all experts do too. t is such that the total is
             exact.
         experts_per_token: K. At least K experts of every layer keep at least one atomic expert.
         width_multiple: every expert's width becomes a multiple of it.
         uniform_width: the width that every expert gets (scope "expert"), chosen beforehand (`near_widths`).
             With None, experts have individual widths.
-        granularity: what is removed as one piece. Whole experts (not with scope "expert") are removed as near
-            to the ratio as they come; layers ("layer") then lose the same share to within half an expert, and
-            K experts of every layer stay whole.
+        granularity: what is removed as one piece. Whole experts (not with scope "expert") are removed until
+            the total is nearest to the ratio. With scope "layer", all layers lose the same share to within
+            half an expert. K experts of every layer stay whole.
         unit: what the ratio is a share of: "atomic_experts", or the routed experts' "flops" (`costs_of`).
-        protected_layers: decoder layer indices of which nothing is removed. The other layers lose
-            correspondingly more.
+        protected_layers: decoder layer indices that lose nothing. The other layers lose correspondingly more.
     """
 
     ratio: float
@@ -53,7 +52,8 @@ class Budget:
     protected_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        assert 0 <= self.ratio < 1 and self.scope in {"global", "layer", "expert"}, (self.ratio, self.scope)
+        assert 0 <= self.ratio < 1, self.ratio
+        assert self.scope in {"global", "layer", "expert"}, self.scope
         assert self.uniform_width is None or (self.uniform_width > 0 and self.scope == "expert")
         assert self.granularity is Granularity.ATOMIC_EXPERT or self.scope != "expert"
         assert self.unit in {"atomic_experts", "flops"}, self.unit
@@ -65,28 +65,38 @@ class Budget:
         return self.unit == "atomic_experts" and not self.protected_layers
 
     def of_round(self, ratio: float, widths: Widths, original_widths: Widths, costs: Costs | None) -> Budget:
-        """The budget for what an earlier round left, after which `ratio` of the original is gone."""
+        """The budget of a round after which `ratio` of the original is removed.
+
+        Args:
+            ratio: removed after this round, as a share of the original.
+            widths: what the earlier rounds left.
+            original_widths: before the first round.
+            costs: `costs_of` the unit.
+        """
         width = self._uniform_width_of_round(ratio, original_widths)
         total = _size(original_widths, costs)
         left = _size(widths, costs)
         if left == total:
             return replace(self, ratio=ratio, uniform_width=width)
-        kept = total - round_half_up(ratio * total) if costs is None else (1 - ratio) * total
-        return replace(self, ratio=max(0.0, 1 - kept / left), uniform_width=width)
+        kept = (1 - ratio) * total
+        if costs is None:
+            kept = total - round_half_up(ratio * total)
+        of_left = max(0.0, 1 - kept / left)
+        return replace(self, ratio=of_left, uniform_width=width)
 
     def _uniform_width_of_round(self, ratio: float, original_widths: Widths) -> int | None:
-        """On the way to the last round's width: the nearest to the ratio, and never below it."""
+        """The multiple nearest to the round's ratio, but not below the width after the last round."""
         if self.uniform_width is None or math.isclose(ratio, self.ratio):
             return self.uniform_width
         nearest = near_widths(the_width(original_widths), ratio, self.width_multiple)[0]
         return max(self.uniform_width, nearest)
 
     def check(self, widths: Widths) -> None:
-        """Refuse whatever can be refused before there are scores.
+        """Check everything that can be checked before there are scores.
 
         Raises:
-            ConfigError: a layer would keep fewer experts than a token needs, the protected layers leave too
-                little to remove or are not there, or widths are not multiples.
+            ConfigError: a layer would keep fewer experts than a token needs; the protected layers do not
+                exist or leave too little to remove; or the widths are not multiples of `width_multiple`.
         """
         self._check_protected_layers(widths)
         if self.granularity is Granularity.EXPERT:
@@ -97,25 +107,30 @@ class Budget:
             self._check_multiples(widths)
 
     def numbers_removed(self, widths: Widths) -> list[int]:
-        """How many atomic experts go: one number for all layers ("global"), else one per layer.
+        """How many atomic experts are removed: one number with scope "global", else one per layer.
 
         Raises:
-            ConfigError: the layers would keep fewer than must stay.
+            ConfigError: the layers would keep fewer atomic experts than must stay.
         """
-        sizes = _layer_sizes(widths)
-        number = round_half_up(self.ratio * sum(sizes.values()))
-        removable = [sizes[index] - self._least_kept(index, width_E) for index, width_E in widths.items()]
+        removable = []
+        free = []
+        for index, width_E in widths.items():
+            size = sum(width_E)
+            is_protected = index in self.protected_layers
+            removable.append(size - self._least_kept(index, width_E))
+            free.append(0 if is_protected else size)
+        total = sum(map(sum, widths.values()))
+        number = round_half_up(self.ratio * total)
         if self.scope == "global":
             numbers = [number]
             removable = [sum(removable)]
         else:
-            free = [0 if index in self.protected_layers else size for index, size in sizes.items()]
             numbers = equal_shares(free, number)
         self._check_removable(numbers, removable)
         return numbers
 
     def _least_kept(self, index: int, width_E: Sequence[int]) -> int:
-        """Atomic experts of a layer that stay: all of a protected layer, else one in each of K experts."""
+        """Atomic experts of a layer that must stay: all if it is protected, else one in each of K experts."""
         if index in self.protected_layers:
             return sum(width_E)
         num_present = sum(width > 0 for width in width_E)
@@ -130,8 +145,8 @@ class Budget:
         layers = ", ".join(map(str, widths))
         unknown = set(self.protected_layers) - set(widths)
         if unknown:
-            reason = f"layer {min(unknown)} is no MoE layer of this model"
-            raise ConfigError(f"pruning.protected_layers: {reason}; choose of {layers}")
+            reason = f"layer {min(unknown)} is not an MoE layer of this model"
+            raise ConfigError(f"pruning.protected_layers: {reason}; choose from {layers}")
         if not set(widths) - set(self.protected_layers):
             reason = f"pruning.protected_layers protects every MoE layer ({layers})"
             raise ConfigError(f"{reason}, so nothing can be removed; name fewer")
@@ -142,19 +157,26 @@ class Budget:
             divisor = math.gcd(self.width_multiple, *others)
             raise ConfigError(
                 f"pruning.width_multiple={self.width_multiple}, but experts of this model have {min(others)} "
-                f"atomic experts, which is no multiple of it; choose a divisor, for example {divisor}"
+                f"atomic experts, which is not a multiple of it; choose a divisor, for example {divisor}"
             )
 
     def _check_whole_experts(self, widths: Widths) -> None:
-        """At the least, the K narrowest experts of each layer stay."""
+        """Check that the ratio is reached even if the experts that stay are the K narrowest of each layer.
+
+        Raises:
+            ConfigError: it cannot be reached, or an option is for atomic experts only.
+        """
         if not self.is_plain:
             raise ConfigError(
                 "pruning.budget and pruning.protected_layers are for criteria that remove atomic experts, "
-                "this one removes whole experts; choose another score or leave them at their defaults"
+                "but this one removes whole experts; choose another score or leave them at their defaults"
             )
-        sizes = list(_layer_sizes(widths).values())
-        narrowest = [sorted(filter(None, width_E)) for width_E in widths.values()]
-        stay = [sum(width_E[: self.experts_per_token]) for width_E in narrowest]
+        sizes = []
+        stay = []
+        for width_E in widths.values():
+            narrowest = sorted(filter(None, width_E))
+            sizes.append(sum(width_E))
+            stay.append(sum(narrowest[: self.experts_per_token]))
         if self.scope == "global":
             sizes = [sum(sizes)]
             stay = [sum(stay)]
@@ -163,7 +185,7 @@ class Budget:
         self._check_removable(numbers, removable)
 
     def too_little_left(self) -> ConfigError:
-        """The ratio is above what the protected layers and the experts per token leave."""
+        """The error for a ratio above what the protected layers and the experts per token leave."""
         asked = f"pruning.ratio={self.ratio} with scope '{self.scope}'"
         if self.is_plain:
             return ConfigError(
@@ -178,12 +200,14 @@ class Budget:
 
 
 def the_width(widths: Widths) -> int:
-    """The one width of all experts.
+    """The width that all experts share.
 
     Raises:
-        ConfigError: they have several.
+        ConfigError: they have several widths.
     """
-    present = {width for width_E in widths.values() for width in width_E}
+    present: set[int] = set()
+    for width_E in widths.values():
+        present.update(width_E)
     if len(present) != 1:
         reason = f"pruning.form=uniform needs experts of one width, this model has {len(present)}"
         raise ConfigError(f"{reason}; use pruning.form=ragged")
@@ -191,27 +215,36 @@ def the_width(widths: Widths) -> int:
 
 
 def near_widths(width: int, ratio: float, multiple: int) -> list[int]:
-    """The widths less than one multiple from width * (1 - ratio), nearest first and the larger of two equally
-    near ones.
+    """Widths at a distance below `multiple` from width * (1 - ratio), nearest first.
 
-    Candidates are the multiples from one multiple up, so never 0, and the width that there is.
+    Of two equally near widths, the larger comes first. Candidates are the positive multiples and the present
+    width.
     """
-    exact = round(width * (1 - ratio), 9)  # 0.1 * 80 is 8.000000000000004 in some orders of the same sum
+    # Rounded, because 80 * (1 - 0.9) is 7.999999999999998.
+    exact = round(width * (1 - ratio), 9)
     candidates = {*range(multiple, width + 1, multiple), width}
-    near = [each for each in candidates if abs(each - exact) < multiple]
-    return sorted(near, key=lambda each: (abs(each - exact), -each))
+
+    def distance(candidate: int) -> float:
+        return abs(candidate - exact)
+
+    near = [each for each in candidates if distance(each) < multiple]
+    return sorted(near, key=lambda each: (distance(each), -each))
 
 
 def equal_shares(sizes: Sequence[int], number: int) -> list[int]:
-    """How many items of each group are among the first `number` of all, if the j-th of a group of s comes at
-    the share (j - 1/2) / s; of equal shares the first group's.
+    """How many of `number` items each group gives, such that all give the same share.
 
-    So there is one share t of which every group gives t s, rounded to the nearest number, and no group gives
-    fewer when `number` grows.
+    The j-th item of a group of size s is placed at the share (j - 1/2) / s, and the first `number` of all
+    items are counted; of equal shares, the first group's. So each group gives t s, rounded to the nearest
+    integer, with one share t for all groups, and no group gives fewer when `number` grows.
     """
     total = sum(sizes)
-    margin = len(sizes) / 2 + 1  # at the share (number - margin) / total no more than `number` have come
-    counts = [max(0, math.ceil(size * (number - margin) / total - 0.5)) for size in sizes]
+    # Up to the share (number - margin) / total there are at most `number` items.
+    margin = len(sizes) / 2 + 1
+    counts = []
+    for size in sizes:
+        count = math.ceil(size * (number - margin) / total - 0.5)
+        counts.append(max(0, count))
     groups = [group for group, size in enumerate(sizes) if size]
 
     def share_of_next(group: int) -> float:
@@ -223,39 +256,39 @@ def equal_shares(sizes: Sequence[int], number: int) -> list[int]:
 
 
 def costs_of(unit: str, statistics: Statistics, parameters: Mapping[int, int]) -> Costs | None:
-    """What an atomic expert costs, up to a common factor, because a budget is a share. None for
-    "atomic_experts".
+    """Cost of an atomic expert, up to a common factor. None for "atomic_experts".
 
         "flops": n_e P_l
 
-    with n_e the number of calibration tokens that the router sends to expert e and P_l the weights of one
-    atomic expert of layer l: every visit multiplies and adds each once.
+    with n_e the number of calibration tokens routed to expert e, and P_l the number of weights of one atomic
+    expert of layer l: each visit multiplies and adds every weight once.
 
     Args:
+        unit: "atomic_experts" or "flops".
+        statistics: of the calibration.
         parameters: P_l, by decoder layer index.
     """
     if unit == "atomic_experts":
         return None
-    counts = {index: layer.count_E.double().cpu() for index, layer in statistics.layers.items()}
-    return {index: parameters[index] * count_E for index, count_E in counts.items()}
+    costs = {}
+    for index, layer in statistics.layers.items():
+        count_E = layer.count_E.double().cpu()
+        costs[index] = parameters[index] * count_E
+    return costs
 
 
 def cost_of_layer(cost_E: Tensor, width_E: Sequence[int]) -> float:
-    """What all atomic experts of a layer cost."""
-    return float((cost_E * torch.tensor(width_E)).sum())
+    """Cost of all atomic experts of a layer."""
+    of_expert_E = cost_E * torch.tensor(width_E)
+    return float(of_expert_E.sum())
 
 
 def round_half_up(number: float) -> int:
     return math.floor(number + 0.5)
 
 
-def _layer_sizes(widths: Widths) -> dict[int, int]:
-    """Atomic experts of each layer."""
-    return {index: sum(width_E) for index, width_E in widths.items()}
-
-
 def _size(widths: Widths, costs: Costs | None) -> float:
-    """All atomic experts, or what they cost."""
+    """Number of all atomic experts, or their cost."""
     if costs is None:
-        return sum(_layer_sizes(widths).values())
+        return sum(map(sum, widths.values()))
     return sum(cost_of_layer(costs[index], width_E) for index, width_E in widths.items())

@@ -1,7 +1,7 @@
-"""What a way to repair is, and what it finds for a layer.
+"""The interface of repair methods, and what they report for a layer.
 
-In: the experts of one layer before and after surgery, and their inputs. Out: the latter experts, changed in
-place, and how much of the squared error is left. The ways that exist are in `repair.py`.
+In: the experts of one layer before and after surgery, and their inputs. Out: the experts after surgery,
+changed in place, and how much of the squared error is left. The methods are in `repair.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ class LayerRepair:
     """What a repair found for one layer.
 
     Attributes:
-        error_before, error_after: squared error per token, without the ridge's penalty; never larger after.
+        error_before: squared error per token before repair, without the ridge's penalty.
+        error_after: the same after repair; never larger than `error_before`.
         num_repaired: experts whose weights changed.
     """
 
@@ -31,10 +32,10 @@ class LayerRepair:
 
 
 def report_repair(found: Mapping[int, LayerRepair]) -> dict[str, Any]:
-    """Errors per token before and after, by decoder layer index; JSON types only."""
+    """Report the error per token before and after, by decoder layer index. JSON types only."""
     before = sum(layer.error_before for layer in found.values())
     after = sum(layer.error_after for layer in found.values())
-    summary = "nothing was lost, nothing repaired"
+    summary = "nothing was lost, so nothing was repaired"
     if before > 0:
         summary = f"repair leaves {after / before:.1%} of the layers' squared error"
     layers = {str(index): asdict(layer) for index, layer in found.items()}
@@ -42,11 +43,18 @@ def report_repair(found: Mapping[int, LayerRepair]) -> dict[str, Any]:
 
 
 class Repair(Protocol):
-    """A way to repair."""
+    """A repair method.
 
-    is_sequential: bool  # inputs come from behind the repaired layers, else from the unpruned model
-    refits_inputs: bool  # changes W_gate and W_up too, not only W_down
-    follows_stream: bool  # makes up for the changes of earlier layers too
+    Attributes:
+        is_sequential: inputs are measured with the layers before already repaired. If false, they come from
+            the unpruned model.
+        refits_inputs: W_gate and W_up change too, not only W_down.
+        follows_stream: a layer also compensates for the changes in earlier layers.
+    """
+
+    is_sequential: bool
+    refits_inputs: bool
+    follows_stream: bool
 
     def __call__(
         self,
@@ -60,7 +68,8 @@ class Repair(Protocol):
 
         Args:
             before, after: the experts before and after surgery.
-            inputs: of the layer.
-            target: what the experts' outputs should sum to. With None, to what they summed to before surgery.
+            inputs: the layer's.
+            target: what the experts' outputs should sum to. With None, the target is their sum before
+                surgery.
         """
         ...

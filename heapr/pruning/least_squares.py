@@ -1,6 +1,6 @@
-"""Least squares with a ridge: at once, or step by step if the equations of a whole layer are too large.
+"""Ridge-regularized least squares: solved directly, or iteratively if a layer's equations are too large.
 
-In: normal equations, or activations and the target that they are to reach. Out: changes of columns.
+In: normal equations, or activations and their target. Out: changes of columns.
 Shape letters: T tokens, D model width, n tokens of one expert, S kept atomic experts (of one expert, or of
 the layer).
 """
@@ -19,7 +19,7 @@ from heapr.pruning.activations import Activations
 
 logger = logging.getLogger(__name__)
 
-_TINY = 1e-30  # keeps a matrix of zeros invertible: that of an expert which no token reached
+_TINY = 1e-30  # keeps the zero matrix of an expert that no token reached invertible
 
 
 def solve(C_SS: Tensor, B_SD: Tensor, ridge: float) -> Tensor:
@@ -35,24 +35,25 @@ def solve_by_steps(
     tolerance: float,
     max_steps: int,
 ) -> Tensor:
-    """Change V of the columns (S, D), float64, that minimizes
+    """Return the change V of the columns, float64 (S, D), that minimizes
 
-        f(V) = sum ||d - V^T z||^2 + r ||V||^2,   that is   (A + r I) V = B,   A = sum z z^T,   B = sum z d^T
+        f(V) = sum ||d - V^T z||^2 + r ||V||^2
 
-    by conjugate gradients, for each output dimension separately, preconditioned by the blocks C + r I, C =
-    sum z z^T of one expert. A is never formed: A V = sum z (V^T z)^T. With g = B - (A + r I) V,
+    by conjugate gradients on (A + r I) V = B with A = sum z z^T and B = sum z d^T, for each output dimension
+    separately. The preconditioner is block-diagonal: C + r I with C = sum z z^T of one expert. A is never
+    formed, because A V = sum z (V^T z)^T. With g = B - (A + r I) V,
 
         f(V) - min f <= ||g||^2 / r
 
-    because A + r I >= r I. The steps end when this bound is at most `tolerance` * f(V), or after `max_steps`,
-    with a warning that gives the number.
+    because A + r I >= r I. The steps end when this bound is at most `tolerance` * f(V). If this takes more
+    than `max_steps`, a warning reports the bound that was reached.
 
     Args:
         kept: the activations z.
         lost_TD: d, float32.
         ridge: r as a share of the mean diagonal of A.
         tolerance: in (0, 1).
-        max_steps: upper limit, at least 1.
+        max_steps: at least 1.
 
     Raises:
         ConfigError: see `solve`.
@@ -83,7 +84,7 @@ def solve_by_steps(
         slope_D = new_slope_D
     above = min(1.0, excess / objective)
     logger.warning(
-        "repair: after max_steps=%d the error is up to %.2g of it above its minimum (tolerance %g)",
+        "repair: after max_steps=%d the error may be above its minimum by a share of %.2g (tolerance %g)",
         max_steps,
         above,
         tolerance,
@@ -99,7 +100,8 @@ def _factored_blocks(kept: Activations, ridge: float) -> tuple[list[Tensor], flo
         factors.append((z_nS.T @ z_nS).double())
     diagonals = [C_SS.diagonal() for C_SS in factors]
     r = ridge * mean_of(diagonals)
-    for C_SS in factors:  # in place: from here on only the factors are needed
+    # In place, because only the factors are needed from here on.
+    for C_SS in factors:
         C_SS.copy_(_factored(C_SS, r))
     return factors, r
 
@@ -147,9 +149,11 @@ def _factored(C_SS: Tensor, ridge: float) -> Tensor:
 
 
 def mean_of(diagonals: Sequence[Tensor]) -> float:
-    """Mean of some matrices' diagonals; 0 if they are empty."""
+    """Mean over all entries of some diagonals; 0 if there are none."""
     diagonal = torch.cat(list(diagonals))
-    return float(diagonal.mean()) if len(diagonal) else 0.0
+    if len(diagonal) == 0:
+        return 0.0
+    return float(diagonal.mean())
 
 
 def squared(tensor: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""For library users: a pruned model in one line, from a checkpoint or from the dense model and a plan.
+"""Load a pruned model in one line, from a checkpoint or from the dense model and a plan. For library users.
 
 In: folders. Out: a transformers model.
 """
@@ -20,6 +20,7 @@ from heapr.model.ragged_type import take_ragged_type
 from heapr.pruning.surgery import remove
 from heapr.types import Plan, Pruning, TensorDict
 
+# Shape and dtype of each layer's tensor in a plan.
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
@@ -30,18 +31,19 @@ def load_pruned(
     dtype: str | None = None,
     device: str = "cpu",
 ) -> PreTrainedModel:
-    """Load a pruned model, ready to generate. No code of its folder runs.
+    """Load a pruned model that is ready to generate. No code in its folder is executed.
 
     Args:
-        path: a checkpoint that `prune` wrote, of any form; with `plan`, the dense model that the plan was
+        path: a checkpoint that `prune` wrote, in any form; with `plan`, the dense model that the plan was
             made for.
-        plan: a plan.safetensors. The atomic experts that it does not keep are removed from the dense model in
-            memory. If the others were repaired, the repaired.safetensors that prune wrote must lie beside it.
-        dtype: float32, bfloat16 or float16. None takes that of the weights.
-        device: where it goes: auto, cpu, cuda or cuda:<number>.
+        plan: a plan.safetensors, applied to the dense model in memory. If the prune step repaired the
+            remaining weights, its repaired.safetensors must be in the same folder.
+        dtype: float32, bfloat16 or float16. None takes the dtype of the weights.
+        device: auto, cpu, cuda or cuda:<number>.
 
     Raises:
-        ConfigError: no such model or device, damaged weights, or a plan that is not this model's.
+        ConfigError: the model or device does not exist, weights are damaged, or the plan belongs to another
+            model.
     """
     place = find_device(device, "device")
     source = find_model(str(path), dtype=dtype)
@@ -54,10 +56,10 @@ def load_pruned(
 
 
 def find_pruning(path: Path, source: ModelSource) -> Pruning:
-    """A plan and the repaired weights beside it, checked against the model to which they are to be applied.
+    """Read a plan and the repaired weights beside it, and check that they belong to a model.
 
     Raises:
-        ConfigError: something is damaged or missing, or made for other shapes or other weights.
+        ConfigError: a file is damaged or missing, or was made for other shapes or other weights.
     """
     tensors, metadata = _read(path, "plan")
     made_for = json.loads(metadata.get("model", "{}"))
@@ -72,15 +74,20 @@ def find_pruning(path: Path, source: ModelSource) -> Pruning:
         )
     repaired_tensors, _ = _read(beside, "repaired weights")
     repaired = Pruning.repaired_from_tensors(repaired_tensors)
-    num_rows = {index: len(layer["down_proj"]) for index, layer in repaired.items() if "down_proj" in layer}
-    num_kept = {index: sum(width_E) for index, width_E in plan.widths.items()}
+    num_rows = {}
+    for index, layer in repaired.items():
+        if "down_proj" in layer:
+            num_rows[index] = len(layer["down_proj"])
+    num_kept = {}
+    for index, width_E in plan.widths.items():
+        num_kept[index] = sum(width_E)
     if num_rows != num_kept:
         raise ConfigError(f"'{beside}' does not fit plan '{path}'; give the two files of one prune artifact")
     return Pruning(plan, repaired)
 
 
 def _read(path: Path, what: str) -> tuple[TensorDict, dict[str, str]]:
-    """Tensors and metadata of a file of safetensors."""
+    """Tensors and metadata of a safetensors file."""
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
@@ -91,27 +98,33 @@ def _read(path: Path, what: str) -> tuple[TensorDict, dict[str, str]]:
 
 
 def _checked(path: Path, tensors: TensorDict, made_for: Mapping[str, str], source: ModelSource) -> Plan:
-    """The plan, if it is this model's.
+    """Return the plan if it belongs to the model.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: it does not.
     """
-    shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    shapes: Shapes = {}
+    for name, tensor in tensors.items():
+        shapes[name] = (tuple(tensor.shape), tensor.dtype)
     expected: Shapes = {}
     for index, width_E in source.widths.items():
-        expected[f"layers.{index}"] = ((len(width_E), max(width_E)), torch.bool)
+        shape = (len(width_E), max(width_E))
+        expected[f"layers.{index}"] = (shape, torch.bool)
     if shapes != expected:
         difference = f"it has {_described(shapes)}, the model {_described(expected)}"
         raise ConfigError(f"plan '{path}' does not fit: {difference}; give its own plan")
-    if _without_dtype(made_for) != _without_dtype(source.identity):
+    identity = _without_dtype(source.identity)
+    if _without_dtype(made_for) != identity:
         raise ConfigError(
             f"plan '{path}' was made for other weights ({made_for}) than those in '{source.folder}' "
-            f"({_without_dtype(source.identity)}); give its own plan"
+            f"({identity}); give its own plan"
         )
     plan = Plan.from_tensors(tensors)
     for index, width_E in source.widths.items():
-        absent_EF = torch.arange(max(width_E)) >= torch.tensor(width_E).unsqueeze(1)
-        if (plan.layers[index] & absent_EF).any():
+        position_F = torch.arange(max(width_E))
+        absent_EF = position_F >= torch.tensor(width_E).unsqueeze(1)
+        wrongly_kept_EF = plan.layers[index] & absent_EF
+        if wrongly_kept_EF.any():
             reason = f"keeps atomic experts of layer {index} that the model does not have"
             raise ConfigError(f"plan '{path}' {reason}; give its own plan")
     return plan
@@ -124,5 +137,7 @@ def _without_dtype(identity: Mapping[str, str]) -> dict[str, str]:
 def _described(shapes: Shapes) -> str:
     kinds = set()
     for shape, dtype in shapes.values():
-        kinds.add(f"{shape} {str(dtype).removeprefix('torch.')}")
-    return f"{len(shapes)} layers of {' and '.join(sorted(kinds))}"
+        name = str(dtype).removeprefix("torch.")
+        kinds.add(f"{shape} {name}")
+    listed = " and ".join(sorted(kinds))
+    return f"{len(shapes)} layers of {listed}"

@@ -1,6 +1,6 @@
-"""Take atomic experts out for a while: a context manager that restores the dense model bit by bit.
+"""Mask atomic experts temporarily: a context manager that restores the model bit for bit.
 
-In: a model and what to take out. Out: the same model, in the same shape.
+In: a model and the atomic experts to mask. Out: the same model, in the same shape.
 Shape letters: D model width, E experts, F atomic experts of an expert, r removed atomic experts of one
 expert.
 """
@@ -19,21 +19,24 @@ from heapr.model.moe import MoEModel
 
 @contextmanager
 def masked(model: MoEModel, removed: Mapping[int, Tensor]) -> Iterator[None]:
-    """Inside, the columns w_k of W_down of the removed atomic experts are zero (docs/method.md, 2), so that
-    they contribute nothing.
+    """Set the columns w_k of W_down of the removed atomic experts to zero inside the context.
+
+    They then contribute nothing to the output (docs/method.md, 2).
 
     Args:
         model: dense or ragged.
-        removed: bool (E, F) by decoder layer index, true = removed; layers may be left out, or lose
-            everything.
+        removed: bool (E, F) by decoder layer index, True for what is removed. Layers may be left out, or
+            lose everything.
     """
     layers = {layer.index: layer for layer in model.layers}
     saved: list[tuple[Tensor, Tensor, Tensor]] = []
     with torch.no_grad():
         for index, removed_EF in removed.items():
-            for removed_F, matrices in zip(removed_EF, matrices_of(layers[index].experts), strict=True):
+            experts = matrices_of(layers[index].experts)
+            for removed_F, matrices in zip(removed_EF, experts, strict=True):
                 down_DF = matrices.down_DF
-                atomic_r = removed_F[: down_DF.shape[1]].nonzero().flatten().to(down_DF.device)
+                width = down_DF.shape[1]
+                atomic_r = removed_F[:width].nonzero().flatten().to(down_DF.device)
                 column_Dr = down_DF[:, atomic_r]
                 saved.append((down_DF, atomic_r, column_Dr))
                 down_DF[:, atomic_r] = 0

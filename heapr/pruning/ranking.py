@@ -1,4 +1,4 @@
-"""Which of some scores rank highest, as masks and indices. Ties are broken by index.
+"""Masks and indices of the highest scores. Ties are broken by index.
 
 Shape letters: E experts, F atomic experts of the widest expert, S any number of scores.
 """
@@ -15,44 +15,55 @@ from heapr.pruning.budget import Budget
 
 
 def only_existing(scores_EF: Tensor, width_E: Sequence[int]) -> Tensor:
-    """float64 scores, -inf beyond an expert's width."""
-    beyond_EF = torch.arange(scores_EF.shape[1]) >= torch.tensor(width_E).unsqueeze(1)
-    return scores_EF.double().masked_fill(beyond_EF, -math.inf)
+    """Scores as float64, with -inf beyond each expert's width."""
+    position_F = torch.arange(scores_EF.shape[1])
+    width_E1 = torch.tensor(width_E).unsqueeze(1)
+    return scores_EF.double().masked_fill(position_F >= width_E1, -math.inf)
 
 
 def protect(scores_EF: Tensor, index: int, budget: Budget) -> Tensor:
-    """Scores of a layer, raised to infinity where atomic experts must stay.
+    """Set the scores of atomic experts that must stay to infinity.
 
-    These are all of a protected layer, else the best one (the first of equals) of each of the K best experts.
+    These are all atomic experts of a protected layer. In other layers, they are the best atomic expert (the
+    first of equals) of each of the K best experts.
     """
     if index in budget.protected_layers:
         return scores_EF.masked_fill(scores_EF > -math.inf, math.inf)
     protected_EF = scores_EF.clone()
     best_E = scores_EF.amax(dim=1)
     num_present = int((best_E > -math.inf).sum())
-    for expert in highest(best_E, min(budget.experts_per_token, num_present)):
-        protected_EF[expert, scores_EF[expert].argmax()] = math.inf
+    num_protected = min(budget.experts_per_token, num_present)
+    for expert in highest(best_E, num_protected):
+        best = scores_EF[expert].argmax()
+        protected_EF[expert, best] = math.inf
     return protected_EF
 
 
 def highest(score_E: Tensor, number: int) -> list[int]:
-    """Indices of the highest scores; of equal ones the first."""
+    """Indices of the `number` highest scores, highest first. Of equal scores the first are chosen."""
     order_E = torch.sort(score_E, descending=True, stable=True).indices
     indices: list[int] = order_E[:number].tolist()
     return indices
 
 
+def lowest_first(scores: Tensor) -> Tensor:
+    """Indices that sort the last dimension, lowest first. Equal scores keep their order."""
+    return torch.sort(scores, stable=True).indices
+
+
 def keep_highest(scores_S: Tensor, num_removed: int) -> Tensor:
-    """Mask without the lowest scores; of equal ones the first go."""
-    order_S = torch.sort(scores_S, stable=True).indices
+    """Mask that drops the `num_removed` lowest scores. Of equal scores the first are dropped."""
+    removed_S = lowest_first(scores_S)[:num_removed]
     kept_S = torch.ones(len(scores_S), dtype=torch.bool)
-    kept_S[order_S[:num_removed]] = False
+    kept_S[removed_S] = False
     return kept_S
 
 
 def keep_best_of_each(scores_EF: Tensor, width_E: Tensor) -> Tensor:
-    """Mask of every expert's best atomic experts, `width_E` of each; of equal ones the last stay."""
-    order_EF = torch.sort(scores_EF, dim=1, stable=True).indices
+    """Mask of the `width_E` best atomic experts of each expert. Of equal scores the last stay."""
+    order_EF = lowest_first(scores_EF)
     widest = scores_EF.shape[1]
-    stays_EF = torch.arange(widest) >= widest - width_E.unsqueeze(1)  # in that order
-    return torch.zeros_like(stays_EF).scatter(1, order_EF, stays_EF)
+    num_removed_E1 = widest - width_E.unsqueeze(1)
+    stays_EF = torch.arange(widest) >= num_removed_E1  # in sorted order
+    kept_EF = torch.zeros_like(stays_EF)
+    return kept_EF.scatter(1, order_EF, stays_EF)

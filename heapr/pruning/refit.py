@@ -1,8 +1,7 @@
 """Refit of the remaining rows of W_gate and W_up: one Gauss-Newton step for a layer, by conjugate gradients.
 
-In: pruned experts, their inputs, and what the layer's output lost. Out: a change of the input projections.
-docs/method.md, 22 and 23. The target is the layer's output; neither the loss nor any gradient of the model is
-needed.
+In: pruned experts, their inputs, and what the layer's output lost. Out: a change of the input projections
+(docs/method.md, 22 and 23). The target is the layer's output. The model's loss and gradients are not needed.
 Shape letters: T tokens, D model width, n tokens of one expert, S atomic experts of one expert, G rows of its
 input projection.
 """
@@ -20,19 +19,18 @@ Change = list[Tensor]  # (G, D) for each expert
 
 
 def refit_inputs(kept: Activations, lost_TD: Tensor, *, ridge: float, num_steps: int) -> Change:
-    """The change v of the rows of W_gate and W_up that makes up for what was lost, to first order.
+    """Return the change v of the rows of W_gate and W_up that restores what was lost, to first order:
 
-    It minimizes, by `num_steps` steps of conjugate gradients preconditioned by (s_r + q) M,
+        min over v of  sum over tokens of ||J v - d||^2 + q sum_r v_r^T M v_r
 
-        sum over tokens of ||J v - d||^2 + q sum_r v_r^T M v_r
-
-        J v = sum over experts, rows r of p (dh_k/da_r) (v_r . x) w_k       change of the layer's output, a_r
-        = row r . x M = mean(x x^T) + ridge * mean(diag) I
+        J v = sum over experts and rows r of p (dh_k/da_r) (v_r . x) w_k
+        M   = mean(x x^T) + ridge * mean(diag) I
         s_r = sum over tokens of (p dh_k/da_r)^2 ||w_k||^2
-        q = ridge * mean(s)
+        q   = ridge * mean(s)
 
-    The preconditioner would be the matrix itself if inputs and slopes were independent and rows did not
-    interact.
+    with a_r the product of row r and x, so that J v is the change of the layer's output. The solution takes
+    `num_steps` steps of conjugate gradients, preconditioned by (s_r + q) M. This would be the exact matrix if
+    inputs and slopes were independent and rows did not interact.
 
     Args:
         kept: the pruned experts, applied to the layer's inputs.
@@ -48,8 +46,10 @@ def refit_inputs(kept: Activations, lost_TD: Tensor, *, ridge: float, num_steps:
     change = [torch.zeros_like(rows_GD) for rows_GD in residual]
     direction = problem.precondition(residual)
     size = _dot(residual, direction)
-    for _ in range(num_steps):  # in place: each of these is as large as W_gate and W_up together
-        if size <= 0:  # nothing is lost, or solved exactly
+    # Updates are in place, because each of these is as large as W_gate and W_up together.
+    for _ in range(num_steps):
+        # Nothing was lost, or the solution is exact.
+        if size <= 0:
             break
         image = problem.normal(direction)
         step = size / _dot(direction, image)
@@ -65,24 +65,39 @@ def refit_inputs(kept: Activations, lost_TD: Tensor, *, ridge: float, num_steps:
 
 
 class _Problem:
-    """The linearized layer. It holds the slopes p dh_k/da_r, T * K * G values."""
+    """The linearized layer.
+
+    Attributes:
+        kept: the pruned experts, applied to the layer's inputs.
+        slopes: p dh_k/da_r (n, G) for each expert.
+        scales: s (G,) for each expert.
+        moment_DD, inverse_DD: M and its inverse.
+        penalty: q.
+    """
 
     def __init__(self, kept: Activations, ridge: float) -> None:
         experts = range(len(kept.widths))
         self.kept = kept
         self.slopes = [kept.p(expert) * kept.slopes(expert) for expert in experts]
         self.scales = [self._scale(expert) for expert in experts]
+        scale_G = torch.cat(self.scales)
+        self.penalty = ridge * float(scale_G.mean())
+
         hidden_TD = kept.inputs.hidden_TD.float()
-        self.moment_DD = hidden_TD.T @ hidden_TD / max(1, len(hidden_TD))
-        self.moment_DD.diagonal().add_(ridge * self.moment_DD.diagonal().mean())
-        self.inverse_DD = torch.linalg.inv(self.moment_DD.double()).float()
-        self.penalty = ridge * float(torch.cat(self.scales).mean())
+        num_tokens = max(1, len(hidden_TD))
+        self.moment_DD = hidden_TD.T @ hidden_TD / num_tokens
+        diagonal_D = self.moment_DD.diagonal()
+        diagonal_D.add_(ridge * diagonal_D.mean())
+        inverse_DD = torch.linalg.inv(self.moment_DD.double())
+        self.inverse_DD = inverse_DD.float()
 
     def normal(self, change: Change) -> Change:
         """(J^T J + q M) change."""
+        output_TD = self._applied(change)
         image = []
-        for image_GD, change_GD in zip(self.transposed(self._applied(change)), change, strict=True):
-            image.append(image_GD + self.penalty * change_GD @ self.moment_DD)
+        for image_GD, change_GD in zip(self.transposed(output_TD), change, strict=True):
+            penalty_GD = self.penalty * change_GD @ self.moment_DD
+            image.append(image_GD + penalty_GD)
         return image
 
     def transposed(self, output_TD: Tensor) -> Change:
@@ -90,11 +105,13 @@ class _Problem:
         rows = []
         for expert, slope_nG in enumerate(self.slopes):
             output_nD = output_TD.index_select(0, self.kept.tokens(expert))
-            pulled_nS = output_nD @ self.kept.down(expert).float()
+            down_DS = self.kept.down(expert).float()
+            pulled_nS = output_nD @ down_DS
             pulled_nG = torch.empty_like(slope_nG)
             for chosen in self.kept.row_sets(expert):
                 pulled_nG[:, chosen] = slope_nG[:, chosen] * pulled_nS
-            rows.append(pulled_nG.T @ self.kept.x(expert))
+            rows_GD = pulled_nG.T @ self.kept.x(expert)
+            rows.append(rows_GD)
         return rows
 
     def precondition(self, residual: Change) -> Change:
@@ -102,23 +119,26 @@ class _Problem:
         preconditioned = []
         for residual_GD, scale_G in zip(residual, self.scales, strict=True):
             divisor_G = (scale_G + self.penalty).clamp(min=1e-30)
-            preconditioned.append(residual_GD @ self.inverse_DD / divisor_G.unsqueeze(1))
+            solved_GD = residual_GD @ self.inverse_DD
+            preconditioned.append(solved_GD / divisor_G.unsqueeze(1))
         return preconditioned
 
     def _applied(self, change: Change) -> Tensor:
         """J change (T, D)."""
         output_TD = torch.zeros_like(self.kept.inputs.hidden_TD, dtype=torch.float32)
         for expert, (slope_nG, change_GD) in enumerate(zip(self.slopes, change, strict=True)):
-            moved_nG = slope_nG * (self.kept.x(expert) @ change_GD.T)
+            projected_nG = self.kept.x(expert) @ change_GD.T
+            moved_nG = slope_nG * projected_nG
             moved_nS = torch.zeros(())
             for chosen in self.kept.row_sets(expert):
                 moved_nS = moved_nS + moved_nG[:, chosen]
             down_DS = self.kept.down(expert).float()
-            output_TD.index_add_(0, self.kept.tokens(expert), moved_nS @ down_DS.T)
+            output_nD = moved_nS @ down_DS.T
+            output_TD.index_add_(0, self.kept.tokens(expert), output_nD)
         return output_TD
 
     def _scale(self, expert: int) -> Tensor:
-        """s of every row (G,)."""
+        """s_r of each row r of an expert (G,)."""
         slope_sq_G = self.slopes[expert].square().sum(0)
         down_DS = self.kept.down(expert).float()
         norm_sq_S = down_DS.square().sum(0)
@@ -128,6 +148,7 @@ class _Problem:
 
 
 def _dot(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+    """Inner product, added in float64."""
     products = [torch.sum(a * b, dtype=torch.float64) for a, b in zip(one, other, strict=True)]
     return float(sum(products))
 

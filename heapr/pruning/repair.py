@@ -1,7 +1,7 @@
-"""Repair: the kept weights of a layer's experts are refit by least squares to make up for what was removed.
+"""Repair: refit the remaining weights of a layer's experts by least squares (docs/method.md, 18 to 23).
 
-In: the experts of one layer before and after surgery, and their inputs. Out: the latter experts, changed in
-place. docs/method.md, 18 to 23.
+In: the experts of one layer before and after surgery, and their inputs. Out: the experts after surgery,
+changed in place.
 Shape letters: T tokens, D model width, E experts, n tokens of one expert, S kept atomic experts (of one
 expert, or of the layer).
 """
@@ -25,29 +25,29 @@ from heapr.pruning.layer_repair import LayerRepair
 from heapr.pruning.least_squares import mean_of, solve, solve_by_steps, squared
 from heapr.pruning.refit import refit_inputs
 
-STEP_SIZES = (1.0, 0.5, 0.25)  # of a Gauss-Newton step, tried in turn
-ROWS = 128  # of the layer's normal equations, computed at once
+STEP_SIZES = (1.0, 0.5, 0.25)  # of a Gauss-Newton step, tried in this order
+ROWS = 128  # rows of the layer's normal equations that are computed at once
 
 
 class ExpertRepair:
-    """Each expert makes up for its own loss.
+    """Each expert is refit to reproduce its own output.
 
-    With h the activations of the expert's kept atomic experts, d = E(x) - E'(x) what it lost, u = p^2 (or 1),
-    and sums over its n calibration tokens:
+    With h the activations of the expert's S kept atomic experts, d = E(x) - E'(x) what its output lost, u =
+    p^2 (or 1), and sums over its n calibration tokens:
 
         C = sum u h h^T  (S, S)
         B = sum u h d^T  (S, D)
         r = ridge * (1 + S/n) * mean(diag C)
         W' = W + [(C + r I)^-1 B]^T                                                         (18)
 
-    This minimizes sum u ||W' h - W_down h_all||^2 + r ||W' - W||^2. The ridge draws toward the present
-    columns, so the error on the calibration tokens cannot rise, and an expert with few tokens stays nearly as
-    it is. If rounding to the model's dtype would raise an expert's error, its columns are left unchanged.
+    This minimizes sum u ||W' h - W_down h_all||^2 + r ||W' - W||^2. The ridge pulls toward the present
+    columns, so the error on the calibration tokens cannot rise, and an expert with few tokens changes little.
+    If rounding to the model's dtype would raise an expert's error, its columns are left unchanged.
 
     Args:
         ridge: above 0.
-        router_weighted: whether tokens count by the square of their router weight.
-        sequential: whether inputs are measured behind the layers already pruned and repaired.
+        router_weighted: whether tokens are weighted by the square of their router weight.
+        sequential: whether inputs are measured with the layers before already pruned and repaired.
     """
 
     refits_inputs = False
@@ -68,7 +68,7 @@ class ExpertRepair:
         *,
         target: StreamTarget | None = None,
     ) -> LayerRepair:
-        assert target is None, "an expert has an output of its own to go by"
+        assert target is None, "each expert is refit to its own output"
         old = Activations(before, inputs)
         new = Activations(after, inputs)
         error = change = 0.0
@@ -76,19 +76,31 @@ class ExpertRepair:
         columns = []
         for expert in range(len(after.widths)):
             lost_nD = old.output(expert) - new.output(expert)
-            u_n1 = new.p(expert).square() if self.router_weighted else torch.ones_like(new.p(expert))
-            error += float((u_n1 * lost_nD.square()).sum(dtype=torch.float64))
-            repaired_DS, gain = self._solve(new.h(expert), new.down(expert), lost_nD, u_n1)
-            if gain < 0:
-                change += gain
+            u_n1 = self._token_weights(new, expert)
+            lost_sq_nD = u_n1 * lost_nD.square()
+            error += float(lost_sq_nD.sum(dtype=torch.float64))
+            down_DS = new.down(expert)
+            repaired_DS, expert_change = self._solve(new.h(expert), down_DS, lost_nD, u_n1)
+            if expert_change < 0:
+                change += expert_change
                 num_repaired += 1
-            columns.append(repaired_DS if gain < 0 else new.down(expert))
-        after.down_proj.copy_(torch.cat(columns, dim=1).T)
+                down_DS = repaired_DS
+            columns.append(down_DS)
+        repaired_SD = torch.cat(columns, dim=1).T
+        after.down_proj.copy_(repaired_SD)
         num_tokens = len(inputs.hidden_TD)
-        return LayerRepair(error / num_tokens, max(0.0, error + change) / num_tokens, num_repaired)
+        error_after = max(0.0, error + change)
+        return LayerRepair(error / num_tokens, error_after / num_tokens, num_repaired)
+
+    def _token_weights(self, new: Activations, expert: int) -> Tensor:
+        """u of each token of an expert (n, 1)."""
+        p_n1 = new.p(expert)
+        if self.router_weighted:
+            return p_n1.square()
+        return torch.ones_like(p_n1)
 
     def _solve(self, h_nS: Tensor, down_DS: Tensor, lost_nD: Tensor, u_n1: Tensor) -> tuple[Tensor, float]:
-        """New columns of one expert in the model's dtype, and by how much they change its squared error:
+        """Return new columns of one expert in the model's dtype, and the change of its squared error:
 
         sum u ||d - V^T h||^2 - sum u ||d||^2 = tr(V^T C V) - 2 tr(V^T B),   V = (W' - W)^T
         """
@@ -98,16 +110,16 @@ class ExpertRepair:
         ridge = self.ridge * (1 + width / max(1, num_tokens)) * mean_of([C_SS.diagonal()])
         repaired_DS = (down_DS.double() + solve(C_SS, B_SD, ridge).T).to(down_DS.dtype)  # (18)
         change_SD = (repaired_DS.double() - down_DS.double()).T
-        gain = (change_SD * (C_SS @ change_SD - 2 * B_SD)).sum()
-        return repaired_DS, float(gain)
+        error_change = (change_SD * (C_SS @ change_SD - 2 * B_SD)).sum()
+        return repaired_DS, float(error_change)
 
 
 class JointRepair:
-    """All experts of a layer together make up for the layer's loss, and so for each other's.
+    """All experts of a layer are refit together to reproduce the layer's output.
 
-    With z the kept activations of all experts times their router weights, S of them and zero for experts that
-    a token was not routed to, d = y - y' what the layer's output lost, and sums over the T calibration
-    tokens:
+    Experts thereby compensate for each other's losses. With z the S kept activations of all experts times
+    their router weights (zero for experts that a token was not routed to), d = y - y' what the layer's output
+    lost, and sums over the T calibration tokens:
 
         A = sum z z^T  (S, S)
         B = sum z d^T  (S, D)
@@ -115,30 +127,30 @@ class JointRepair:
         W' = W + [(A + r I)^-1 B]^T                                                         (19)
 
     This minimizes sum ||W' z - W z_all||^2 + r ||W' - W||^2. Up to S = `direct_up_to`, A is formed and
-    factored in float64. Above, conjugate gradients solve the equations without forming A (`solve_by_steps`),
-    and end when the error is known to be within `tolerance` of its minimum. Memory is then that of the
-    experts' blocks, E matrices of their widths squared, of four matrices (S, D) and of the residual (T, D).
+    factored in float64. For larger layers, conjugate gradients solve the equations without forming A
+    (`solve_by_steps`) and stop when the error is provably within `tolerance` of its minimum. They hold one
+    square matrix per expert, of its width, four matrices (S, D) and the residual (T, D).
 
-    With `target="residual_stream"`, y is what brings the residual stream s behind the layer back to where it
-    was before this pruning, so a layer makes up for the losses of earlier layers too. Tokens then count by 1
-    / mean(s^2) (docs/method.md, 21).
+    With `target="residual_stream"`, the remaining weights are refit so that the residual stream s after the
+    layer matches the stream before this pruning. A layer then also compensates for the losses of earlier
+    layers. Tokens are weighted by 1 / mean(s^2) (docs/method.md, 21).
 
     With `refits` above 0, the remaining rows of W_gate and W_up change too. Each refit is a Gauss-Newton
-    step, computed by `refit_steps` steps of conjugate gradients (`refit_inputs`) and shortened or dropped if
-    the error does not fall; then the columns are solved for once more.
+    step, computed by `refit_steps` steps of conjugate gradients (`refit_inputs`). It is shortened or dropped
+    if the error does not fall. After each refit, the columns are solved for again.
 
     Args:
         ridge: above 0.
         target: "layer_output" or "residual_stream".
-        refits: how many. 0 leaves W_gate and W_up as they are.
-        refit_steps: of conjugate gradients in each, at least 1.
-        direct_up_to: kept atomic experts of a layer up to which the normal equations are formed and factored.
-        tolerance: how far the error may be above its minimum, as a share of it, in (0, 1).
-        max_steps: upper limit of these conjugate gradients, at least 1.
-        sequential: whether inputs are measured behind the layers already pruned and repaired.
+        refits: number of refits. 0 leaves W_gate and W_up as they are.
+        refit_steps: steps of conjugate gradients in each refit, at least 1.
+        direct_up_to: largest S for which the normal equations are formed and factored.
+        tolerance: how far the error may be above its minimum, as a share of the error, in (0, 1).
+        max_steps: limit on the steps of conjugate gradients that solve for columns, at least 1.
+        sequential: whether inputs are measured with the layers before already pruned and repaired.
 
     Raises:
-        ConfigError: the residual stream as target without `sequential`.
+        ConfigError: `target="residual_stream"` without `sequential`.
     """
 
     def __init__(  # noqa: PLR0913 - one for each option
@@ -197,12 +209,19 @@ class JointRepair:
         wanted_TD: Tensor,
         lost_TD: Tensor,
     ) -> Tensor:
-        """New columns, unless they are no better once rounded to the model's dtype; returns what is lost
-        then."""
-        way = self._direct if sum(after.widths) <= self.direct_up_to else self._stepwise
+        """Solve for new columns, and keep them if they lower the error in the model's dtype.
+
+        Returns:
+            what the layer's output lacks then.
+        """
+        kept = Activations(after, inputs)
         old_SD = after.down_proj.detach().clone()
-        change_SD = way(Activations(after, inputs), lost_TD)
-        new_SD = change_SD.add_(old_SD)  # in float64 and in place: it is the layer's largest tensor
+        if sum(after.widths) <= self.direct_up_to:
+            change_SD = self._direct(kept, lost_TD)
+        else:
+            change_SD = self._stepwise(kept, lost_TD)
+        # In float64, and in place because it is the layer's largest tensor.
+        new_SD = change_SD.add_(old_SD)
         after.down_proj.copy_(new_SD)
         new_lost_TD = wanted_TD - layer_output(after, inputs)
         return _accept(after.down_proj, old_SD, new_lost_TD, lost_TD)
@@ -214,8 +233,11 @@ class JointRepair:
         wanted_TD: Tensor,
         lost_TD: Tensor,
     ) -> Tensor:
-        """New rows of W_gate and W_up, if a step in the direction that is best to first order lowers the
-        error; returns what is lost then."""
+        """Change the rows of W_gate and W_up by one Gauss-Newton step, if a step size lowers the error.
+
+        Returns:
+            what the layer's output lacks then.
+        """
         projection = after.get_parameter(after.layout.input_name)
         old_GD = projection.detach().clone()
         kept = Activations(after, inputs)
@@ -235,15 +257,17 @@ class JointRepair:
         size = sum(kept.widths)
         A_SS = torch.zeros(size, size, dtype=torch.float64, device=lost_TD.device)
         B_SD = torch.zeros(size, lost_TD.shape[1], dtype=torch.float64, device=lost_TD.device)
-        for chunk, z_tS in kept.chunks_of_z():  # products of a chunk in float32, their sum in float64
-            for first in range(0, size, ROWS):  # the lower triangle, which is all that Cholesky reads
+        # Products of a chunk are float32, their sums float64.
+        for chunk, z_tS in kept.chunks_of_z():
+            # Only the lower triangle, because Cholesky reads nothing else.
+            for first in range(0, size, ROWS):
                 last = min(first + ROWS, size)
                 A_SS[first:last, :last] += z_tS[:, first:last].T @ z_tS[:, :last]
             B_SD += z_tS.T @ lost_TD[chunk]
         return solve(A_SS, B_SD, self.ridge * mean_of([A_SS.diagonal()]))
 
     def _stepwise(self, kept: Activations, lost_TD: Tensor) -> Tensor:
-        """The same without forming these equations."""
+        """The same by conjugate gradients, without forming these equations."""
         return solve_by_steps(
             kept,
             lost_TD,
@@ -254,7 +278,17 @@ class JointRepair:
 
 
 def _accept(parameter: Tensor, old: Tensor, reached_TD: Tensor, lost_TD: Tensor) -> Tensor:
-    """Undo a change unless less is lost with it; returns what is lost then."""
+    """Undo a change of a parameter unless it lowers the error.
+
+    Args:
+        parameter: already changed.
+        old: its values before.
+        reached_TD: what the layer's output lacks with the change.
+        lost_TD: the same without.
+
+    Returns:
+        one of the latter two.
+    """
     if squared(reached_TD) < squared(lost_TD):
         return reached_TD
     parameter.copy_(old)

@@ -1,7 +1,7 @@
-"""Surgery: apply a plan to a model. Either remove rows and columns, or set them to zero.
+"""Surgery: apply a plan to a model by removing rows and columns, or by setting them to zero.
 
-In: a dense or ragged model, a plan and perhaps repaired weights. Out: the same model, changed in place, layer
-by layer.
+In: a dense or ragged model, a plan and optionally repaired weights. Out: the same model, changed in place,
+layer by layer.
 Shape letters: D model width, E experts, F atomic experts of an expert, G rows of the input projection.
 """
 
@@ -23,15 +23,14 @@ from heapr.types import Plan, RepairedWeights
 
 @torch.no_grad()
 def remove(model: MoEModel, plan: Plan, repaired: RepairedWeights | None = None) -> None:
-    """Remove rows of W_gate and W_up, their biases, and columns of W_down (docs/method.md, 1): experts become
-    ragged.
+    """Remove rows of W_gate and W_up, their biases, and columns of W_down (docs/method.md, 1).
 
-    Each layer's old experts are freed before the next one is cut.
+    The experts become ragged. Each layer's old experts are freed before the next layer is cut.
 
     Args:
         model: dense or ragged.
         plan: for this model.
-        repaired: the kept weights that repair changed. With None, all kept weights stay as they are.
+        repaired: the kept weights that repair changed. With None, all kept weights keep their values.
     """
     for layer in model.layers:
         layer.replace_experts(_cut(layer, plan, repaired))
@@ -44,17 +43,16 @@ def remove_and_repair(
     repair: Repair,
     batches: Sequence[Tensor],
 ) -> dict[int, LayerRepair]:
-    """Remove and repair one layer after the other (docs/method.md, 18 to 23). Layers that lose nothing stay
-    as they are.
+    """Remove and repair layer by layer (docs/method.md, 18 to 23). Layers that lose nothing are not changed.
 
     Args:
         model: dense or ragged.
         plan: for this model.
-        repair: how.
-        batches: int64 (N, W) token ids each, of the calibration.
+        repair: the repair method.
+        batches: calibration tokens, int64 (N, W) each.
 
     Returns:
-        what was found for each layer, by decoder layer index.
+        what the repair reports for each layer, by decoder layer index.
 
     Raises:
         ConfigError: the repair follows the residual stream, and the model does not pass `check_stream`.
@@ -74,7 +72,8 @@ def remove_and_repair(
             layer.replace_experts(after)
         else:
             cut_from_dense.append((layer, after))
-        del inputs, target  # before those of the next layer are made
+        # Free them before those of the next layer are computed.
+        del inputs, target
     for layer, after in cut_from_dense:
         layer.replace_experts(after)
     return found
@@ -82,11 +81,14 @@ def remove_and_repair(
 
 @torch.no_grad()
 def mask(model: MoEModel, plan: Plan, repaired: RepairedWeights | None = None) -> None:
-    """Set the same rows, biases and columns to zero instead: the same function in the old shape. Arguments as
-    for `remove`."""
+    """Set the rows, biases and columns that `remove` would remove to zero.
+
+    The model computes the same function as after `remove`, and keeps its shape. The arguments are the same.
+    """
     for layer in model.layers:
+        masks = _with_masks(layer, plan)
         kept_matrices = matrices_of(_cut(layer, plan, repaired))
-        for (matrices, kept_F, kept_G), left in zip(_with_masks(layer, plan), kept_matrices, strict=True):
+        for (matrices, kept_F, kept_G), left in zip(masks, kept_matrices, strict=True):
             matrices.down_DF[:, kept_F] = left.down_DF
             matrices.inputs_GD[kept_G] = left.inputs_GD
             matrices.down_DF[:, ~kept_F] = 0
@@ -96,31 +98,35 @@ def mask(model: MoEModel, plan: Plan, repaired: RepairedWeights | None = None) -
 
 
 def _cut(layer: MoELayer, plan: Plan, repaired: RepairedWeights | None) -> RaggedExperts:
-    """New experts with the kept weights of a layer's."""
-    widths = plan.layers[layer.index].sum(dim=1).tolist()
-    experts = RaggedExperts(layer.experts, widths).fill(_kept_matrices(layer, plan))
-    changed = {} if repaired is None else repaired[layer.index]
-    for name, tensor in changed.items():
-        experts.get_parameter(name).copy_(tensor)
+    """New ragged experts with a layer's kept weights, repaired where repaired weights are given."""
+    width_E = plan.layers[layer.index].sum(dim=1)
+    experts = RaggedExperts(layer.experts, width_E.tolist())
+    experts.fill(_kept_matrices(layer, plan))
+    if repaired is not None:
+        for name, tensor in repaired[layer.index].items():
+            experts.get_parameter(name).copy_(tensor)
     return experts
 
 
 def _kept_matrices(layer: MoELayer, plan: Plan) -> Iterator[Matrices]:
     """The kept weights of each expert."""
     for matrices, kept_F, kept_G in _with_masks(layer, plan):
+        inputs_GD = matrices.inputs_GD[kept_G]
         bias_G = matrices.inputs_bias_G
         if bias_G is not None:
             bias_G = bias_G[kept_G]
-        yield Matrices(matrices.inputs_GD[kept_G], bias_G, matrices.down_DF[:, kept_F], matrices.down_bias_D)
+        down_DF = matrices.down_DF[:, kept_F]
+        yield Matrices(inputs_GD, bias_G, down_DF, matrices.down_bias_D)
 
 
 def _with_masks(layer: MoELayer, plan: Plan) -> Iterator[tuple[Matrices, Tensor, Tensor]]:
-    """Each expert's weights, with the masks of the kept atomic experts (F,) and of their rows of the input
-    projection (G,)."""
+    """Yield each expert's weights, and masks of its kept atomic experts (F,) and rows of inputs (G,)."""
     kept_EF = plan.layers[layer.index]
-    assert kept_EF.shape == (layer.num_experts, layer.width), (layer.index, kept_EF.shape)
+    shape = (layer.num_experts, layer.width)
+    assert kept_EF.shape == shape, (layer.index, kept_EF.shape)
     rows = layout_of(layer.experts).rows
     for padded_F, matrices in zip(kept_EF, matrices_of(layer.experts), strict=True):
-        width = matrices.down_DF.shape[1]
-        kept_F = padded_F[:width].to(matrices.down_DF.device)
+        down_DF = matrices.down_DF
+        width = down_DF.shape[1]
+        kept_F = padded_F[:width].to(down_DF.device)
         yield matrices, kept_F, rows(kept_F)

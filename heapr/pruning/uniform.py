@@ -1,8 +1,8 @@
-"""The uniform form: one width everywhere, in the family's own class and model type.
+"""The uniform form: all experts have one width, in the family's own class and model type.
 
 In: a ragged model whose experts all have one width. Out: the same model with dense experts, and a
-configuration that says so. `choose_uniform_width` and `uniform_settings` find, on the meta device and before
-any expensive work, which width and which fields of the configuration to change.
+configuration that says so. `choose_uniform_width` and `uniform_settings` find the width and the fields of the
+configuration to change. They work on the meta device and run before any expensive work.
 Shape letters: D model width, E experts, F atomic experts of an expert, G rows of the input projection.
 """
 
@@ -21,65 +21,77 @@ from heapr.model.moe import MoEModel, find_moe_layers
 from heapr.pruning.budget import Budget, Widths, near_widths, the_width
 
 Settings = Mapping[str, int]
+Shapes = dict[str, tuple[int, ...]]
 
-KERNEL_BYTES = 16  # of which grouped_mm wants every row of the down projection to be a multiple
-NUM_TRIED = 3  # widths for an advice
+# grouped_mm needs rows of the down projection that are a multiple of so many bytes.
+KERNEL_BYTES = 16
+NUM_TRIED = 3  # widths that are tried for a piece of advice
 
 
 def choose_uniform_width(config: PretrainedConfig, widths: Widths, budget: Budget, dtype: torch.dtype) -> int:
-    """The width that every expert gets: the multiple of `width_multiple` nearest to what the ratio asks for
-    or, if the configuration cannot say that one, the next on the other side.
+    """Return the width that every expert gets.
+
+    This is the multiple of `width_multiple` nearest to F (1 - ratio). If the configuration cannot express it,
+    it is the multiple on the other side of F (1 - ratio).
 
     Args:
         config: of a dense model.
         widths: of its experts.
-        budget: of which the ratio and the multiple matter.
+        budget: only the ratio and the multiple matter.
         dtype: of the weights.
 
     Raises:
-        ConfigError: the experts have several widths, no such width can be said, none is below the present
-            one, or transformers' default experts kernel (grouped_mm) does not run it: it needs rows of a
-            multiple of 16 bytes.
+        ConfigError: the experts have several widths; the configuration can express neither width; no
+            candidate is below the present width; or transformers' default experts kernel (grouped_mm), which
+            needs rows of a multiple of 16 bytes, cannot run the width.
     """
     old = the_width(widths)
     near = near_widths(old, budget.ratio, budget.width_multiple)
-    width = next((each for each in near if _find_settings(config, each) is not None), old)
+    configuration = _Configuration(config)
+    expressible = filter(configuration.can_express, near)
+    width = next(expressible, old)
     if width != old or budget.ratio == 0:
         _check_kernel(width, old, budget, dtype)
         return width
     if near[0] != old:
-        raise _not_expressible(config, near[0], budget.width_multiple, dtype.itemsize)
-    raise _nothing_removed(config, old, budget, dtype.itemsize)
+        raise configuration.not_expressible(near[0], budget.width_multiple, dtype.itemsize)
+    raise _nothing_removed(configuration, budget, dtype.itemsize)
 
 
 def _check_kernel(width: int, old: int, budget: Budget, dtype: torch.dtype) -> None:
-    """Refuse a width that transformers' default experts kernel does not run, unless it is the present one.
+    """Refuse a new width that transformers' default experts kernel cannot run.
 
     Raises:
         ConfigError: naming the size of its rows.
     """
+    if width == old or _runs(width, dtype.itemsize):
+        return
+    name = str(dtype).removeprefix("torch.")
     row = width * dtype.itemsize
-    if width != old and row % KERNEL_BYTES:
-        name = str(dtype).removeprefix("torch.")
-        raise ConfigError(
-            f"{_asked(old, budget)}, with pruning.width_multiple={budget.width_multiple} {width}, which "
-            f"transformers' default experts kernel (grouped_mm) does not run in {name}: rows of {row} bytes "
-            f"are no multiple of {KERNEL_BYTES}; leave width_multiple out, which takes multiples of 8, "
-            "or choose pruning.form=ragged"
-        )
+    raise ConfigError(
+        f"{_asked(old, budget)}, with pruning.width_multiple={budget.width_multiple} {width}, which "
+        f"transformers' default experts kernel (grouped_mm) does not run in {name}: rows of {row} bytes "
+        f"are not a multiple of {KERNEL_BYTES}; leave width_multiple out for multiples of 8, "
+        "or choose pruning.form=ragged"
+    )
 
 
-def _nothing_removed(config: PretrainedConfig, old: int, budget: Budget, itemsize: int) -> ConfigError:
-    """The nearest width is the present one; the message names ratios and a multiple that would remove
-    something."""
-    advice = _ratios_that_work(config, old, budget.width_multiple, itemsize)
+def _runs(width: int, itemsize: int) -> bool:
+    """Whether transformers' default experts kernel runs a width."""
+    return width * itemsize % KERNEL_BYTES == 0
+
+
+def _nothing_removed(configuration: _Configuration, budget: Budget, itemsize: int) -> ConfigError:
+    """The error for a nearest width that is the present one. It lists options that would remove something."""
+    old = configuration.width
+    advice = configuration.ratios_that_work(old, budget.width_multiple, itemsize)
     exact = near_widths(old, budget.ratio, 1)[0]
-    runs = exact * itemsize % KERNEL_BYTES == 0
-    if exact != old and runs and _find_settings(config, exact) is not None:
+    if exact != old and _runs(exact, itemsize) and configuration.can_express(exact):
         advice.append(f"pruning.width_multiple=1 (width {exact})")
     advice.append("pruning.form=ragged")
-    reason = f"the nearest multiple of {budget.width_multiple} leaves all as it is"
-    return ConfigError(f"{_asked(old, budget)}, and {reason}; choose {' or '.join(advice)}")
+    options = " or ".join(advice)
+    reason = f"the nearest multiple of {budget.width_multiple} removes nothing"
+    return ConfigError(f"{_asked(old, budget)}, and {reason}; choose {options}")
 
 
 def _asked(old: int, budget: Budget) -> str:
@@ -88,107 +100,136 @@ def _asked(old: int, budget: Budget) -> str:
 
 
 def describe_uniform_width(widths: Widths, ratio: float, width: int) -> str:
-    """What was asked for and what is taken, in one line."""
+    """One line that compares the requested width with the chosen one."""
     old = the_width(widths)
-    asked = f"uniform width: ratio {ratio:.6g} asks for {old * (1 - ratio):.6g} of {old} atomic experts"
-    taken = f"{width} are kept, which is ratio {1 - width / old:.6g}"
+    exact = old * (1 - ratio)
+    reached = 1 - width / old
+    asked = f"uniform width: ratio {ratio:.6g} asks for {exact:.6g} of {old} atomic experts"
+    taken = f"{width} are kept, which is ratio {reached:.6g}"
     if width % 8 == 0 or width == old:
         return f"{asked}; {taken}"
     return f"{asked}; {taken}; transformers' default experts kernel (grouped_mm) runs it in float32 alone"
 
 
 def uniform_settings(config: PretrainedConfig, width: int) -> Settings:
-    """The fields that give every routed expert a new width and change nothing else, with their values.
+    """Return fields and values that give every routed expert a new width and change nothing else.
 
-    If shared experts take their width from the same field, their number is changed so that their width stays.
+    If shared experts take their width from the same field, their number changes such that their total width
+    stays the same.
 
     Args:
         config: of a dense model.
         width: atomic experts of every expert.
 
     Raises:
-        ConfigError: no such fields.
+        ConfigError: no such fields exist.
     """
-    settings = _find_settings(config, width)
+    configuration = _Configuration(config)
+    settings = configuration.settings(width)
     if settings is None:
-        raise _not_expressible(config, width, 1, KERNEL_BYTES)
+        raise configuration.not_expressible(width, 1, KERNEL_BYTES)
     return settings
 
 
-def _find_settings(config: PretrainedConfig, width: int) -> Settings | None:
-    """The same, or None. Changes are tried on the meta device and the shapes of all parameters compared."""
-    dense = _on_meta(config)
-    old = _width_of(dense)
-    wanted = _shapes(dense, width)
-    fields = _integers(config)
-    for field, value in fields.items():
-        if value != old:
-            continue
-        for change in _changes(field, width, old, _shared_experts(fields, old)):
-            if width == old or _shapes(_on_meta(config, change)) == wanted:
-                return change
-    return None
+class _Configuration:
+    """A dense model's configuration, and the widths that it can express.
 
+    Attributes:
+        config: the configuration.
+        model: its model on the meta device.
+        width: atomic experts of an expert of the first MoE layer.
+        fields: the configuration's integers.
+        shared: the fields that may be the number of shared experts.
+    """
 
-def _changes(field: str, width: int, old: int, shared: Mapping[str, int]) -> list[Settings]:
-    """A new value of the field alone, or with a number of shared experts that leaves their width as it is."""
-    changes: list[Settings] = [{field: width}]
-    for name, number in shared.items():
-        if number * old % width == 0:
-            changes.append({field: width, name: number * old // width})
-    return changes
+    def __init__(self, config: PretrainedConfig) -> None:
+        self.config = config
+        self.model = _on_meta(config)
+        self.width = next(iter(find_moe_layers(self.model))).width
+        self.fields: dict[str, int] = {}
+        self.shared: dict[str, int] = {}
+        text_config = config.get_text_config()
+        for name, value in text_config.to_dict().items():
+            if type(value) is not int:
+                continue
+            self.fields[name] = value
+            if "shared" in name and 0 < value < self.width:
+                self.shared[name] = value
 
+    def can_express(self, width: int) -> bool:
+        return self.settings(width) is not None
 
-def _integers(config: PretrainedConfig) -> dict[str, int]:
-    fields = config.get_text_config().to_dict()
-    return {name: value for name, value in fields.items() if type(value) is int}
+    def settings(self, width: int) -> Settings | None:
+        """See `uniform_settings`; None if no such fields exist.
 
+        Candidates are tried on the meta device, where the shapes of all parameters are compared.
+        """
+        wanted = _resized_shapes(self.model, width)
+        for field, value in self.fields.items():
+            if value != self.width:
+                continue
+            for change in self._changes(field, width):
+                if width == self.width or _shapes(_on_meta(self.config, change)) == wanted:
+                    return change
+        return None
 
-def _shared_experts(fields: Mapping[str, int], old: int) -> dict[str, int]:
-    """Fields that may be the number of shared experts."""
-    return {name: value for name, value in fields.items() if "shared" in name and 0 < value < old}
+    def _changes(self, field: str, width: int) -> list[Settings]:
+        """The field's new value, alone or with a number of shared experts that keeps their total width."""
+        changes: list[Settings] = [{field: width}]
+        for name, number in self.shared.items():
+            shared_width = number * self.width
+            if shared_width % width == 0:
+                changes.append({field: width, name: shared_width // width})
+        return changes
 
+    def not_expressible(self, width: int, multiple: int, itemsize: int) -> ConfigError:
+        """The error for a width that the configuration cannot give all routed experts, with what it can."""
+        reason = "no field of it is the routed experts' width alone"
+        advice = "use pruning.form=ragged"
+        in_the_way = [shared for shared in self._shared_widths() if shared % width]
+        if in_the_way and self.width in self.fields.values():
+            shared = min(in_the_way)
+            reason = f"shared experts of width {shared} have the same field, and {width} does not divide it"
+            possible = self.ratios_that_work(width, multiple, itemsize)
+            if possible:
+                advice = f"choose {' or '.join(possible)}, or pruning.form=ragged"
+        name = type(self.model).__name__
+        subject = f"the configuration of {name} cannot give all routed experts a width of {width}"
+        return ConfigError(f"pruning.form=uniform: {subject}: {reason}; {advice}")
 
-def _not_expressible(config: PretrainedConfig, width: int, multiple: int, itemsize: int) -> ConfigError:
-    """Why a configuration cannot give all routed experts a width, and what it can."""
-    dense = _on_meta(config)
-    old = _width_of(dense)
-    fields = _integers(config)
-    shared_widths = [number * old for number in _shared_experts(fields, old).values()]
-    in_the_way = [shared for shared in shared_widths if shared % width]
-    reason = "no field of it is the routed experts' width alone"
-    advice = "use pruning.form=ragged"
-    if in_the_way and old in fields.values():
-        shared = min(in_the_way)
-        reason = f"shared experts of width {shared} have the same field, and {width} does not divide it"
-        possible = _ratios_that_work(config, width, multiple, itemsize)
-        if possible:
-            advice = f"choose {' or '.join(possible)}, or pruning.form=ragged"
-    subject = f"the configuration of {type(dense).__name__} cannot give all routed experts a width of {width}"
-    return ConfigError(f"pruning.form=uniform: {subject}: {reason}; {advice}")
+    def ratios_that_work(self, width: int, multiple: int, itemsize: int) -> list[str]:
+        """Ratios whose widths are near the given one, that the kernel runs, and that were tried."""
 
+        def distance(other: int) -> int:
+            return abs(other - width)
 
-def _ratios_that_work(config: PretrainedConfig, width: int, multiple: int, itemsize: int) -> list[str]:
-    """Ratios that come to a width near another one and that the kernel runs. Each was tried, so the advice is
-    true."""
-    old = _width_of(_on_meta(config))
-    fields = _integers(config)
-    shared_widths = [number * old for number in _shared_experts(fields, old).values()]
-    runnable = [other for other in range(multiple, old, multiple) if other * itemsize % KERNEL_BYTES == 0]
-    nearest = sorted(runnable, key=lambda other: abs(other - width))
+        candidates = range(multiple, self.width, multiple)
+        runnable = [other for other in candidates if _runs(other, itemsize)]
+        nearest = sorted(runnable, key=distance)
+        divisors = list(filter(self._divides_a_shared_width, nearest))
+        tried = {*divisors[:NUM_TRIED], *nearest[:NUM_TRIED]}
+        ratios = []
+        for other in filter(self.can_express, sorted(tried, reverse=True)):
+            ratio = 1 - other / self.width
+            ratios.append(f"pruning.ratio={ratio:.6g} (width {other})")
+        return ratios
 
-    def divides_a_shared_width(other: int) -> bool:
-        return any(shared % other == 0 for shared in shared_widths)
+    def _shared_widths(self) -> list[int]:
+        """Total width of the shared experts, for each field that may be their number."""
+        return [number * self.width for number in self.shared.values()]
 
-    divisors = list(filter(divides_a_shared_width, nearest))
-    tried = sorted({*divisors[:NUM_TRIED], *nearest[:NUM_TRIED]}, reverse=True)
-    possible = [other for other in tried if _find_settings(config, other) is not None]
-    return [f"pruning.ratio={1 - other / old:.6g} (width {other})" for other in possible]
+    def _divides_a_shared_width(self, width: int) -> bool:
+        return any(shared % width == 0 for shared in self._shared_widths())
 
 
 @torch.no_grad()
 def make_uniform(model: MoEModel, settings: Settings) -> None:
-    """Turn ragged experts of one width into the family's own experts, layer after layer, in place."""
+    """Turn ragged experts of one width into the family's own experts, layer by layer, in place.
+
+    Args:
+        model: ragged.
+        settings: from `uniform_settings`.
+    """
     config = model.model.config.get_text_config()
     template = _on_meta(model.model.config, settings)
     for field, value in settings.items():
@@ -200,11 +241,13 @@ def make_uniform(model: MoEModel, settings: Settings) -> None:
 
 
 def _fill(dense: Experts, ragged: Experts) -> None:
-    """Give experts on the meta device the weights of ragged ones."""
+    """Give experts on the meta device the weights of ragged experts."""
     layout = layout_of(dense)
     matrices = list(matrices_of(ragged))
-    inputs_EGD = torch.stack([each.inputs_GD for each in matrices])
-    down_EDF = torch.stack([each.down_DF for each in matrices])
+    inputs = [each.inputs_GD for each in matrices]
+    down = [each.down_DF for each in matrices]
+    inputs_EGD = torch.stack(inputs)
+    down_EDF = torch.stack(down)
     if layout.is_transposed:
         inputs_EGD = inputs_EGD.transpose(1, 2).contiguous()
         down_EDF = down_EDF.transpose(1, 2).contiguous()
@@ -214,11 +257,13 @@ def _fill(dense: Experts, ragged: Experts) -> None:
         tensors[f"{layout.input_name}_bias"] = torch.stack(biases)
         tensors["down_proj_bias"] = ragged.down_proj_bias
     for name, parameter in dense.named_parameters():
-        assert parameter.shape == tensors[name].shape, name
-        setattr(dense, name, nn.Parameter(tensors[name]))
+        tensor = tensors[name]
+        assert parameter.shape == tensor.shape, name
+        setattr(dense, name, nn.Parameter(tensor))
 
 
 def _on_meta(config: PretrainedConfig, changes: Settings | None = None) -> PreTrainedModel:
+    """The configuration's model on the meta device, with some fields of its text part changed."""
     changed = copy.deepcopy(config)
     for field, value in (changes or {}).items():
         setattr(changed.get_text_config(), field, value)
@@ -227,35 +272,33 @@ def _on_meta(config: PretrainedConfig, changes: Settings | None = None) -> PreTr
     return model
 
 
-def _width_of(model: PreTrainedModel) -> int:
-    """Atomic experts of an expert of the first MoE layer."""
-    return next(iter(find_moe_layers(model))).width
+def _shapes(model: PreTrainedModel) -> Shapes:
+    """Shapes of all parameters."""
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
-def _shapes(model: PreTrainedModel, width: int | None = None) -> dict[str, torch.Size]:
-    """Shapes of all parameters: as they are, or once every routed expert has a new width."""
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    if width is None:
-        return shapes
+def _resized_shapes(model: PreTrainedModel, width: int) -> Shapes:
+    """Shapes of all parameters if every routed expert had another width."""
+    shapes = _shapes(model)
     for layer in find_moe_layers(model):
         for child, shape in _resized(layer.experts, width):
             shapes[f"{layer.name}.{child}"] = shape
     return shapes
 
 
-def _resized(experts: Experts, width: int) -> Iterator[tuple[str, torch.Size]]:
-    """Names and shapes of the experts' parameters once they have a new width."""
+def _resized(experts: Experts, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the experts' parameters if they had another width."""
     layout = layout_of(experts)
     num_experts = experts.num_experts
     model_width = model_width_of(experts)
-    num_inputs = width * (2 if layout.has_gate else 1)
+    num_inputs = 2 * width if layout.has_gate else width
     inputs = (num_inputs, model_width)
     down = (model_width, width)
     if layout.is_transposed:
         inputs = inputs[::-1]
         down = down[::-1]
-    yield layout.input_name, torch.Size((num_experts, *inputs))
-    yield "down_proj", torch.Size((num_experts, *down))
+    yield layout.input_name, (num_experts, *inputs)
+    yield "down_proj", (num_experts, *down)
     if layout.has_bias:
-        yield f"{layout.input_name}_bias", torch.Size((num_experts, num_inputs))
-        yield "down_proj_bias", torch.Size((num_experts, model_width))
+        yield f"{layout.input_name}_bias", (num_experts, num_inputs)
+        yield "down_proj_bias", (num_experts, model_width)

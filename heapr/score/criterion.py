@@ -1,4 +1,4 @@
-"""What a criterion is: statistics and weights in, one importance per atomic expert out; bigger is better.
+"""What a criterion is: statistics and weights in, one score per atomic expert out; high scores are important.
 
 Shape letters: D model width, E experts, F atomic experts of an expert. Symbols: h the activation of an atomic
 expert, g = dloss/dh with loss the sum over N predicted tokens, n the number of tokens routed to the expert.
@@ -16,11 +16,11 @@ from torch import Tensor
 from heapr.types import ExpertWeights, Granularity, LayerStatistics, Scores, Statistics
 
 WeightsOf = Callable[[int], ExpertWeights]  # by decoder layer index
-UNROUTED_SCORE = -1.0  # below every score of an expert that was reached (docs/method.md)
+UNROUTED_SCORE = -1.0  # below all scores of experts that got tokens (docs/method.md)
 
 
 class Unit(Enum):
-    """What a criterion's numbers predict for the removal of one atomic expert."""
+    """What a criterion's scores predict about the removal of one atomic expert."""
 
     NATS = "increase of the mean loss, in nats per predicted token"
     NATS_PER_ROUTED_TOKEN = "increase of the summed loss, in nats per token routed to the expert"
@@ -30,41 +30,40 @@ class Unit(Enum):
 class Criterion(Protocol):
     """A pure function of statistics and weights.
 
-    If its granularity is the expert, all atomic experts of an expert get the expert's score.
+    With the granularity of whole experts, all atomic experts of an expert get the same score.
     """
 
     unit: Unit
     granularity: Granularity  # what is removed as one piece
 
     def __call__(self, statistics: Statistics, weights: WeightsOf) -> Scores:
-        """Scores of all layers of the statistics."""
+        """Scores of all layers in the statistics."""
         ...
 
 
 def mean_over_routed(sum_EF: Tensor, count_E: Tensor) -> Tensor:
-    """Mean over the tokens routed to each expert; 0 where there is none."""
+    """Mean over the tokens routed to each expert; 0 for experts without tokens."""
     return sum_EF / count_E.clamp(min=1).unsqueeze(1)
 
 
 def unrouted_last(scores_EF: Tensor, layer: LayerStatistics) -> Tensor:
-    """float32 scores, with experts that no calibration token reached below every other."""
+    """Scores in float32, with experts that got no calibration token ranked below all others."""
     unrouted_E1 = (layer.count_E == 0).unsqueeze(1)
     return torch.where(unrouted_E1, UNROUTED_SCORE, scores_EF).float()
 
 
 def predicted_increase(scores: Scores, unit: Unit, statistics: Statistics) -> dict[int, Tensor] | None:
-    """Increase of the mean loss over the calibration tokens, in nats per token, that scores predict for each
-    atomic expert.
+    """The increase of the mean loss, in nats per token, that scores predict for removing each atomic expert.
 
-    A score per routed token s_k predicts
+    The mean is over the calibration tokens. A score s_k per routed token predicts
 
         n/N s_k
 
-    with n the tokens routed to the expert and N the predicted tokens; for `heapr` this is (7) of
-    docs/method.md. The prediction for experts that no token reached is 0.
+    with n the number of tokens routed to the expert and N the number of predicted tokens; for `heapr` this is
+    (7) of docs/method.md. The prediction for experts without tokens is 0.
 
     Returns:
-        float64 (E, F) by decoder layer index. None if the scores have no unit.
+        float64 (E, F) by decoder layer index; None if the scores have no unit.
     """
     if unit is Unit.NONE:
         return None

@@ -1,6 +1,6 @@
 """Criteria that need no data: `magnitude` and `random`, the controls.
 
-In: weights (magnitude) or a seed (random). Out: scores without unit.
+In: weights (magnitude) or a seed (random). Out: scores without a unit.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ def _norm(weight: Tensor, dim: int) -> Tensor:
 
 
 class Random:
-    """Uniform numbers in [0, 1) from a seeded generator, layer after layer: the control.
+    """Uniform random numbers in [0, 1), drawn layer after layer: the control.
 
     Args:
-        seed: of the generator, at least 0.
+        seed: the generator's seed, at least 0.
     """
 
     unit = Unit.NONE

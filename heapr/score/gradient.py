@@ -1,7 +1,7 @@
 """Criteria from activations and their gradients: `heapr` (the paper), `heapr_sum`, `fisher` and `taylor`.
 
-In: statistics. Out: scores from predictions of the loss. Symbols: h the activation of an atomic expert, g =
-dloss/dh with loss the sum over N predicted tokens, n the number of tokens routed to the expert. Equation
+In: statistics. Out: scores that predict a change of the loss. Symbols: h the activation of an atomic expert,
+g = dloss/dh with loss the sum over N predicted tokens, n the number of tokens routed to the expert. Equation
 numbers are those of docs/method.md.
 """
 
@@ -33,10 +33,11 @@ class Heapr:
 
 
 class HeaprSum:
-    """HEAPr's score times the number of routed tokens: the predicted increase of the mean loss, in nats per
-    token, if h^2 and g^2 were independent:
+    """HEAPr's score times the number of routed tokens:
 
         s_k = n/(2N) mean(h_k^2) mean(g_k^2)                                                 (7)
+
+    This is the predicted increase of the mean loss, in nats per token, if h^2 and g^2 were independent.
     """
 
     unit = Unit.NATS
@@ -52,10 +53,12 @@ class HeaprSum:
 
 
 class Fisher:
-    """Joint second moment of gradient and activation: the predicted increase of the mean loss, in nats per
-    token, without assuming that the two are independent:
+    """Joint second moment of gradient and activation:
 
         s_k = 1/(2N) sum (g_k h_k)^2                                                         (8)
+
+    This is the predicted increase of the mean loss, in nats per token, without assuming that the two are
+    independent.
     """
 
     unit = Unit.NATS
@@ -70,12 +73,12 @@ class Fisher:
 
 
 class Taylor:
-    """Size of the first-order change of the loss when atomic expert k goes:
+    """Absolute first-order change of the loss when atomic expert k is removed:
 
         s_k = |sum g_k h_k|                                                                  (10)
 
-    The sum is over the tokens routed to the expert; its sign, whether the loss would rise or fall, is
-    dropped, so the score has no unit. After the first-order importance of Molchanov et al., "Importance
+    The sum is over the tokens routed to the expert. Its sign, whether the loss would rise or fall, is
+    dropped, so the score has no unit. It follows the first-order importance of Molchanov et al., "Importance
     Estimation for Neural Network Pruning" (arXiv 1906.10771), which takes squares. Experts without tokens
     score -1.
     """

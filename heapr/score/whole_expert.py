@@ -1,7 +1,7 @@
 """Criteria that remove whole experts: `reap`, `frequency` and `heapr_expert`.
 
-In: statistics. Out: scores, the same for all atomic experts of an expert; they are no prediction for a single
-one, so they have no unit. The router is not touched: a token that is routed to a removed expert gets nothing
+In: statistics. Out: scores, the same for all atomic experts of an expert; they predict nothing about a single
+one, so they have no unit. The router stays as it is: a token that is routed to a removed expert gets nothing
 from it.
 Shape letters: E experts, F atomic experts of an expert. Equation numbers are those of docs/method.md.
 """
@@ -16,14 +16,14 @@ from heapr.types import Granularity, LayerStatistics, Scores, Statistics
 
 
 class Reap:
-    """Mean norm of what an expert adds to its layer's output:
+    """Mean norm of an expert's contribution to its layer's output:
 
         s = 1/n sum p ||E(x)||                                                               (13)
 
     with n the number of tokens routed to the expert, p its router weight as the model applies it and ||E(x)||
     the Euclidean norm of its output. Lasby et al., "REAP the Experts: Why Pruning Prevails for One-Shot MoE
-    Compression" (arXiv 2510.13999, ICLR 2026), which prunes the same number in each layer: pruning=layer.
-    Experts without tokens score -1.
+    Compression" (arXiv 2510.13999, ICLR 2026). To prune the same number in each layer as the paper does, use
+    pruning=layer. Experts without tokens score -1.
     """
 
     unit = Unit.NONE
@@ -38,7 +38,7 @@ class Reap:
 
 
 class Frequency:
-    """How often an expert is used, the usual baseline:
+    """How often an expert is used, a common baseline:
 
         s = n                                                                                (14)
 
@@ -56,11 +56,11 @@ class Frequency:
 
 
 class HeaprExpert:
-    """HEAPr's score (6) of all atomic experts of an expert together:
+    """HEAPr's score (6) summed over all atomic experts of an expert:
 
         s = sum_k s_k = 1/2 sum_k mean(h_k^2) mean(g_k^2)                                    (15)
 
-    with h_k the activation of atomic expert k and g_k = dloss/dh_k. Compared with `heapr`, it shows what the
+    with h_k the activation of atomic expert k and g_k = dloss/dh_k. A comparison with `heapr` shows what the
     finer granularity gains. Experts without tokens score -1.
     """
 
@@ -77,6 +77,6 @@ class HeaprExpert:
 
 
 def _for_all_atomic(score_E: Tensor, layer: LayerStatistics) -> Tensor:
-    """The expert's score for each of its atomic experts, float32 (E, F)."""
+    """Each expert's score repeated for all of its atomic experts, float32 (E, F)."""
     scores_EF = score_E.unsqueeze(1).expand(layer.shape)
     return unrouted_last(scores_EF, layer)

@@ -19,8 +19,9 @@ from heapr.dry_run import StepState, sequence_flops, step_states
 from heapr.errors import ConfigError
 from heapr.experiment import prepare
 from heapr.model.load import ModelSource
+from heapr.origin import canonical_json
 from heapr.schema import ExperimentConfig
-from heapr.store import WHOLE, canonical_json
+from heapr.store import WHOLE
 
 STAGES = ("calibrate", "score", "prune", "evaluate")
 

@@ -1,7 +1,7 @@
 """Corpora: ordered documents of real text.
 
-Each has an identity, which enters the key of every artifact made from it.
-In: where the text lives. Out: documents. The corpora of the paper are in published_corpora.py.
+In: where the text is. Out: documents, and an identity, which enters the key of every artifact made from the
+text. The corpora of the paper are in published_corpora.py.
 """
 
 from __future__ import annotations
@@ -27,16 +27,15 @@ class Corpus(Protocol):
     split: str
 
     def documents(self) -> Iterable[str]:
-        """The documents of the split in a fixed order, from the beginning with each call; may be read lazily.
+        """The documents of the split in a fixed order. Every call starts anew; reading may be lazy.
 
-        Text that is collected here (docstrings, your own files) has no blank and no repeated documents.
-        Published corpora keep every row as it was published (published_corpora.py): published figures were
-        measured that way.
+        Docstrings and your own files give no blank and no repeated documents. Published corpora keep every
+        row, because published figures were measured that way (published_corpora.py).
         """
         ...
 
     def identity(self) -> dict[str, str]:
-        """What the text is, cheap to compute: equal identities mean equal documents. Not a path or a name."""
+        """What the text is: equal identities mean equal documents. Cheap to compute; not a path or a name."""
         ...
 
 
@@ -44,14 +43,15 @@ class _Docstrings:
     """Docstrings of the Python files in a folder (no tests), in file and source order.
 
     Args:
-        text: what the text is called.
+        text: name of the text.
         root: the folder.
         split: one of `heapr.text.splits.PARTS`.
     """
 
     def __init__(self, text: str, root: Path, split: str) -> None:
         self.split = check_split(split)
-        is_half = split in {"validation", "test"}  # of the held-out documents; its figures are not theirs
+        # A half of the held-out documents has a name of its own, since its figures differ.
+        is_half = split in {"validation", "test"}
         self.name = f"{text}_{split}" if is_half else text
         self._text, self._root = text, root
 
@@ -93,17 +93,17 @@ class PackageDocs(_Docstrings):
 
 
 class TextFiles:
-    """Your own text: files of plain text (a document each), JSON or parquet (a document an object or row).
+    """Your own text: plain text (one document per file), JSON (per object) or parquet (per row).
 
     Args:
         paths: the files, in the order in which their documents are joined; ~ is the home folder.
         split: as for `PyDocs`.
-        text_field: name of the text in each JSON object, or of the column of parquet.
-        name: what the corpus is called in metrics.
+        text_field: field of the JSON objects, or column of the parquet file, that holds the text.
+        name: name of the corpus in metrics.
 
     Raises:
         NotHereError: a file is missing.
-        ConfigError: no path is given, a file is empty, or its name does not tell how to read it.
+        ConfigError: no path is given, a file is empty, or its name does not say how to read it.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class TextFiles:
         """The documents, read lazily.
 
         Raises:
-            ConfigError: a file does not hold what its name says; the message gives the line.
+            ConfigError: the content of a file does not match its name; the message gives the line.
         """
         return select_split(self._source.documents(), self.split)
 

@@ -1,4 +1,4 @@
-"""Docstrings of the Python files in a folder, without tests.
+"""Collects the docstrings of the Python files in a folder, without tests.
 
 In: a folder. Out: its docstrings, and a hash of the files that they come from.
 """
@@ -21,9 +21,9 @@ def docstrings(root: Path) -> list[str]:
     return _docstrings(root, source_hash(root))
 
 
-@functools.cache  # a job needs it eight times; installed packages do not change while a process runs
+@functools.cache  # a job needs it eight times, and installed packages do not change while a process runs
 def source_hash(root: Path) -> str:
-    """Hash of the source files: takes tenths of a second, where parsing them takes several seconds."""
+    """Hash of the source files. It takes tenths of a second; parsing the files takes several seconds."""
     digest = hashlib.sha256()
     for path in _source_files(root):
         name = path.relative_to(root).as_posix()
@@ -34,7 +34,7 @@ def source_hash(root: Path) -> str:
 
 @functools.lru_cache(maxsize=2)  # parsing takes seconds, and a run needs several splits
 def _docstrings(root: Path, content_hash: str) -> list[str]:
-    """Docstrings of source files with a given hash."""
+    """Docstrings below `root`; the hash is part of the cache's key."""
     found: list[str] = []
     for path in _source_files(root):
         found.extend(_docstrings_of(path))
@@ -42,7 +42,7 @@ def _docstrings(root: Path, content_hash: str) -> list[str]:
 
 
 def _docstrings_of(path: Path) -> Iterator[str]:
-    """Docstrings of one file; none if it is not valid Python, such as a template."""
+    """Docstrings of one file; nothing if it is not valid Python, such as a template."""
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
@@ -59,6 +59,7 @@ def _source_files(root: Path) -> list[Path]:
     """Python files below `root` in a fixed order, without tests, site-packages and caches."""
     found: list[Path] = []
     for folder, subfolders, names in os.walk(root):
+        # In place, so that os.walk does not enter the others.
         subfolders[:] = [name for name in subfolders if not _is_skipped(name)]
         found += [Path(folder, name) for name in names if _is_source(name)]
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())

@@ -1,6 +1,6 @@
-"""Lines of a file of text, compressed or not.
+"""Reads the lines of a text file, compressed or not.
 
-In: a path. Out: lines of UTF-8 text, and one clear complaint about anything that cannot be read.
+In: a path. Out: lines of UTF-8 text, or one clear error for a file that cannot be read.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from pathlib import Path
 from heapr.errors import ConfigError
 from heapr.words import first_line
 
-GZIP = ".gz"  # last ending of a compressed file's name
+GZIP = ".gz"  # how the name of a compressed file ends
 UNREADABLE = (OSError, EOFError, zlib.error, ValueError, NotImplementedError)  # the last two are pyarrow's
 BYTE_ORDER_MARK = "\ufeff"
 
 
 def lines(path: Path) -> Iterator[str]:
-    r"""Lines of a file with "\n" at their ends, whatever the line ends of the file.
+    r"""The lines of a file, each ending in "\n", whatever line ends the file has.
 
     Raises:
         ConfigError: the file cannot be read, is not UTF-8 or holds a zero byte.
@@ -29,19 +29,22 @@ def lines(path: Path) -> Iterator[str]:
     opened = gzip.open if path.name.lower().endswith(GZIP) else open
     with (
         complaints(path, lambda: f"after line {number}"),
-        opened(path, "rt", encoding="utf-8", errors="surrogateescape") as file,  # bad bytes: surrogates
+        opened(path, "rt", encoding="utf-8", errors="surrogateescape") as file,  # `is_utf8` finds bad bytes
     ):
         for number, line in enumerate(file, start=1):
             where = f"line {number} of '{path}'"
             if not is_utf8(line):
                 raise ConfigError(f"{where} is not UTF-8; convert the file, for example with iconv")
             if "\0" in line:
-                raise ConfigError(f"{where} holds a zero byte, which no text does; convert the file to UTF-8")
-            yield line.removeprefix(BYTE_ORDER_MARK)  # at the beginning, and where files were put together
+                raise ConfigError(
+                    f"{where} holds a zero byte, which text never does; convert the file to UTF-8"
+                )
+            # A mark stands at the beginning, and wherever files were concatenated.
+            yield line.removeprefix(BYTE_ORDER_MARK)
 
 
 def is_utf8(text: str) -> bool:
-    """Whether UTF-8 can hold a text: it has no lone surrogates."""
+    """Whether a text can be encoded in UTF-8: it has no lone surrogates."""
     if text.isascii():
         return True
     try:
@@ -53,11 +56,11 @@ def is_utf8(text: str) -> bool:
 
 @contextmanager
 def complaints(path: Path, where: Callable[[], str]) -> Iterator[None]:
-    """Whatever keeps a file from being read becomes one line.
+    """Turn every error of reading a file into a `ConfigError` of one line.
 
     Args:
         path: the file.
-        where: how far it was read, or as what.
+        where: describes how far, or in which format, it was read.
     """
     try:
         yield

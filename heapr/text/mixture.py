@@ -1,6 +1,6 @@
 """Mixtures: several corpora to calibrate on, in proportion to their weights.
 
-In: corpora and weights. Out: a `Mixture`, and how many of a number of sequences each corpus gives.
+In: corpora and weights. Out: a `Mixture`, and how many sequences each corpus contributes.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class Part:
 
 
 class Mixture:
-    """Sequences of several corpora, ordered by their identities, whatever the order in which they are named.
+    """Several corpora with weights. They are ordered by identity, so the order in the configuration is free.
 
     Args:
-        parts: by any name, `corpus`, a plug-in as for a single corpus, and `weight`, above 0; only its share
-            of the sum counts.
+        parts: entries of any name, each with `corpus`, a plug-in as for a single corpus, and `weight`, above
+            0. A corpus's share is its weight over the sum of all weights.
 
     Raises:
         ConfigError: there are no parts, a part has other keys, or a weight is not above 0.
@@ -71,7 +71,7 @@ class Mixture:
         return [(part.corpus, part.share) for part in self._parts]
 
     def identity(self) -> dict[str, Any]:
-        """The identities of the parts with their shares; of a single part, the identity of its corpus."""
+        """Identities and shares of the parts; a mixture of one part has the identity of its corpus."""
         if len(self._parts) == 1:
             return self._parts[0].identity
         parts = [{"corpus": part.identity, "share": part.share} for part in self._parts]
@@ -79,7 +79,7 @@ class Mixture:
 
     @cached_property
     def _parts(self) -> list[Part]:
-        """In the order of the corpora's identities."""
+        """The parts, ordered by identity."""
         for first, second in combinations(self._unordered, 2):
             if share_text(first.identity, second.identity):
                 problem = f"two parts of the mixture are text of corpus '{first.corpus.name}'"
@@ -102,9 +102,10 @@ def identities_of_parts(identity: Mapping[str, Any]) -> list[tuple[Mapping[str, 
 
 
 def apportion(number: int, shares: Sequence[float]) -> list[int]:
-    """Whole numbers in proportion to shares, which add up to `number` (Hamilton's method).
+    """Whole numbers in proportion to shares that add up to `number` (Hamilton's method).
 
-    Each is rounded down; what is left goes to the largest remainders, and of equal remainders to the first.
+    Every count is rounded down. What is missing goes to the largest remainders, among equal ones to the
+    first.
     """
     exact = [number * share for share in shares]
     counts = [math.floor(count) for count in exact]
@@ -129,5 +130,6 @@ def _weight(entry: Mapping[str, Any], where: str) -> float:
 def _corpus(entry: Mapping[str, Any], where: str) -> Corpus:
     corpus = build(entry.get("corpus", {}), where)
     if not isinstance(corpus, Corpus):
-        raise ConfigError(f"{where} is a {type(corpus).__name__}, which is no corpus; see docs/adding.md")
+        kind = type(corpus).__name__
+        raise ConfigError(f"{where} is a {kind}, which is not a corpus; see docs/adding.md")
     return corpus

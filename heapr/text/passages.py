@@ -1,7 +1,7 @@
-"""Draws documents from a text that is longer than wanted.
+"""Draws documents at random from a text that is longer than wanted.
 
-In: documents, and how many characters of them are wanted. Out: the documents drawn, in their old order. They
-are read again each time, so that none are held in memory.
+In: documents, and the number of characters wanted. Out: the drawn documents, in their original order. They
+are read anew with each call, so that none are held in memory.
 """
 
 from __future__ import annotations
@@ -14,17 +14,20 @@ logger = logging.getLogger(__name__)
 
 Documents = Callable[[], Iterable[str]]
 
-PASSAGE = 100_000  # characters; a longer document is drawn in passages, as if each were a document
+PASSAGE = 100_000  # characters; longer documents are cut into passages, which count as documents
 
 
 def drawn(documents: Documents, limit: int, *, seed: int, what: str) -> Documents:
-    """Documents in random order until all together have `limit` characters; all of them if they have fewer.
+    """Draw documents at random, up to `limit` characters in total; all of them if they have no more.
 
     Args:
-        documents: gives them anew with each call.
+        documents: every call returns them from the beginning.
         limit: characters, at least 1.
-        seed: the order is that of Python's `random.Random(seed).shuffle`.
-        what: what the documents are, for the log.
+        seed: documents are drawn in the order of Python's `random.Random(seed).shuffle`.
+        what: name of the documents, for the log.
+
+    Returns:
+        a function like `documents`.
     """
     longest = min(PASSAGE, limit)
     lengths = [len(passage) for passage in _passages(documents(), longest)]
@@ -47,7 +50,7 @@ def drawn(documents: Documents, limit: int, *, seed: int, what: str) -> Document
 
 
 def _choose(lengths: Sequence[int], limit: int, seed: int) -> set[int]:
-    """Numbers of the passages that come first in the shuffled order, up to the one that exceeds the limit."""
+    """Numbers of the first passages in shuffled order, before the one that would exceed the limit."""
     order = list(range(len(lengths)))
     random.Random(seed).shuffle(order)
     chosen: set[int] = set()
@@ -61,7 +64,7 @@ def _choose(lengths: Sequence[int], limit: int, seed: int) -> set[int]:
 
 
 def _passages(documents: Iterable[str], longest: int) -> Iterator[str]:
-    """The documents. A longer one is cut after line ends; a longer line is cut anywhere."""
+    """The documents, cut into passages of at most `longest` characters, after line ends where possible."""
     for document in documents:
         begin = 0
         while len(document) - begin > longest:

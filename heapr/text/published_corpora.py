@@ -1,7 +1,7 @@
 """The corpora of the paper: WikiText-2-raw, Penn Treebank, C4.
 
-In: a split of a data set on the Hugging Face hub, or a local copy of it. Out: its rows as they come, empty
-and repeated ones too, as the published protocols join them (docs/method.md). The identity is the hub's
+In: a split of a data set on the Hugging Face hub, or a local copy of it. Out: all its rows, also empty and
+repeated ones, because the published protocols join all of them (docs/method.md). The identity is the hub's
 commit, or the hash of a local file's rows.
 """
 
@@ -29,17 +29,17 @@ class PublishedText:
 
     Args:
         split: of the data set.
-        path: a local copy to use instead. A file of any form that `heapr.text.reader` reads, plain text with
-            one row a line; or a folder that holds the data set, or one such file with the split in its name.
-        num_documents: take only the first so many rows, at least 1; None takes all.
+        path: a local copy to use instead: a file in any format that `heapr.text.reader` reads (plain text
+            with one row per line), or a folder with the data set's files or one file named after the split.
+        num_documents: use only the first rows, at least 1; None uses all.
 
     Raises:
-        ConfigError: the split is unknown, or the path holds nothing usable.
+        ConfigError: the split is unknown, or the path holds no usable file.
     """
 
     name: ClassVar[str]
     repository: ClassVar[str]
-    revision: ClassVar[str]  # a commit, or a reference to one that may move; the commit is the identity
+    revision: ClassVar[str]  # a commit, or a reference that may move; the identity contains the commit
     files: ClassVar[Mapping[str, str]]  # by split
     column: ClassVar[str]
 
@@ -52,10 +52,11 @@ class PublishedText:
         self._local = None if path is None else self._find_local(user_path(path))
 
     def documents(self) -> Iterator[str]:
-        """The rows as they come, read lazily: nothing is dropped.
+        """All rows, read lazily.
 
         Raises:
-            ConfigError: the data set is not here and cannot be downloaded, or a row or the whole has no text.
+            ConfigError: the data set is not here and cannot be downloaded, a row has no text field, or no row
+                has text.
         """
         file = self._local or self._hub_file()
         return self._source(file).documents()
@@ -68,7 +69,7 @@ class PublishedText:
         return identity | {"hub": self.repository, "commit": self._commit(), "file": self.files[self.split]}
 
     def fetch(self) -> None:
-        """Download what is not here yet.
+        """Download the file unless it is here.
 
         Raises:
             ConfigError: it cannot be downloaded.
@@ -82,7 +83,7 @@ class PublishedText:
         return line.rstrip("\n")
 
     def _commit(self) -> str:
-        """The hub's commit. If the revision is one, nothing is read and no network is asked."""
+        """The hub's commit; found without network and disk if the revision is a commit itself."""
         if len(self.revision) == COMMIT_LENGTH:
             return self.revision
         parts = self._hub_file().parts
@@ -128,7 +129,7 @@ class PublishedText:
 
 
 class WikiText2(PublishedText):
-    """WikiText-2-raw: one row per line, with its line end; lines of white space are empty rows."""
+    """WikiText-2-raw: one row per line, including its line end; a line of white space is an empty row."""
 
     name = "wikitext2"
     repository = "Salesforce/wikitext"
@@ -142,7 +143,7 @@ class WikiText2(PublishedText):
 
 
 class PennTreebank(PublishedText):
-    """Penn Treebank as prepared for language models: one row per sentence, without white space around it."""
+    """Penn Treebank as prepared for language models: one row per sentence, white space around it removed."""
 
     name = "ptb"
     repository = "ptb-text-only/ptb_text_only"
@@ -156,7 +157,7 @@ class PennTreebank(PublishedText):
 
 
 class C4(PublishedText):
-    """English C4, the first shard of each split: one row per document, which is a line of a text file."""
+    """English C4, the first shard of each split: one row per document, which is one line in plain text."""
 
     name = "c4"
     repository = "allenai/c4"

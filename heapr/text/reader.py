@@ -1,8 +1,8 @@
-"""Files of text into documents, one way for every corpus: plain text, JSON (an array or lines), parquet.
+"""Reads documents from plain text, JSON (an array or lines) and parquet, the same way for every corpus.
 
-In: paths. Out: documents. UTF-8 with or without a byte order mark, line ends of any system, gzip or not; a
-file's name tells its form. Complaints name file and line: JSON is never read as prose, and nothing is dropped
-in silence.
+In: paths; the ending of a file's name says its format. Text is UTF-8 with or without a byte order mark, with
+any system's line ends, compressed with gzip or not. Out: documents. Errors name file and line; JSON is never
+read as plain text, and nothing is dropped silently.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from heapr.text.lines import GZIP, lines
 from heapr.text.records import json_records, parquet_rows
 
 TEXT, JSON, PARQUET = (".txt", ".text", ".raw", ".md"), (".jsonl", ".ndjson", ".json"), (".parquet",)
-ENDINGS = (*TEXT, *JSON, *PARQUET)  # of text and JSON, also with GZIP behind them
-# How JSON begins and prose does not: a brace or bracket, then a quotation mark or the end of the line.
+ENDINGS = (*TEXT, *JSON, *PARQUET)  # GZIP may follow those of text and JSON
+# JSON begins with a brace or bracket, then a quotation mark or the end of the line; prose does not.
 JSON_START = re.compile(r'\s*(\[?\s*\{\s*("|$)|\[\s*("|$))')
 
 
 @dataclass(frozen=True)
 class Source:
-    """Files, and how their documents are found.
+    """Files, and how to find documents in them.
 
     Attributes:
-        paths: read one after the other.
-        field: of the text in a JSON object, or the column of parquet.
-        row_of_line: makes a document of each line of plain text; None: a file of plain text is one document.
-        num_documents: only the first so many; None takes all.
+        paths: the files, read in this order.
+        field: field of the JSON objects, or column of the parquet file, that holds the text.
+        row_of_line: makes a document of each line of plain text; None makes one document of the whole file.
+        num_documents: use only the first documents; None uses all.
     """
 
     paths: tuple[Path, ...]
@@ -45,12 +45,12 @@ class Source:
         """The documents in order, read lazily.
 
         Raises:
-            ConfigError: a file cannot be read, does not hold what its name says, or holds no text.
+            ConfigError: a file cannot be read, has another format than its name says, or has no text.
         """
         return itertools.islice(self._all(), self.num_documents)
 
     def sha256(self) -> str:
-        """Hash of the documents; the spelling of the files (line ends, marks, form) plays no part."""
+        """Hash of the documents. It does not depend on line ends, byte order marks or the file's format."""
         states = [path.stat() for path in self.paths]
         sizes_and_times = [(state.st_size, state.st_mtime_ns) for state in states]
         return _hash_documents(self, tuple(sizes_and_times))
@@ -77,10 +77,10 @@ class Source:
 
 
 def kind_of(path: Path) -> str:
-    """The one of `ENDINGS` that says how a file is read.
+    """Find the one of `ENDINGS` that a file's name has, which says how to read it.
 
     Raises:
-        ConfigError: its name ends in none of them.
+        ConfigError: it has none of them.
     """
     name = path.name.lower()
     is_compressed = name.endswith(GZIP)
@@ -89,11 +89,11 @@ def kind_of(path: Path) -> str:
         if name.removesuffix(GZIP).endswith(ending):
             return ending
     forms = f"{', '.join(ENDINGS)}, which tell how it is read (text and JSON also with {GZIP})"
-    raise ConfigError(f"'{path}' ends in none of {forms}; rename or convert it")
+    raise ConfigError(f"'{path}' has none of the endings {forms}; rename or convert it")
 
 
 def is_readable(path: Path) -> bool:
-    """Whether a file's name tells how it is read."""
+    """Whether a file's name says how to read it."""
     try:
         kind_of(path)
     except ConfigError:
@@ -103,7 +103,7 @@ def is_readable(path: Path) -> bool:
 
 @functools.lru_cache(maxsize=64)  # a job asks for it several times, a sweep hundreds of times
 def _hash_documents(source: Source, sizes_and_times: tuple[tuple[int, int], ...]) -> str:
-    """Hash of the documents of files that have these sizes and times of change."""
+    """Hash of the documents; sizes and times of the files are part of the cache's key."""
     digest = hashlib.sha256()
     for document in source.documents():
         encoded = document.encode()
@@ -113,15 +113,17 @@ def _hash_documents(source: Source, sizes_and_times: tuple[tuple[int, int], ...]
 
 
 def _lines_of_prose(path: Path) -> Iterator[str]:
-    """Lines of plain text.
+    """The lines of a file of plain text.
 
     Raises:
-        ConfigError: it begins as JSON does.
+        ConfigError: it begins like JSON.
     """
     has_begun = False
     for number, line in enumerate(lines(path), start=1):
         if not has_begun and JSON_START.match(line):
             hint = f"let it end in one of {', '.join(JSON)}"
-            raise ConfigError(f"line {number} of '{path}' begins JSON, but the name says plain text; {hint}")
+            raise ConfigError(
+                f"line {number} of '{path}' begins like JSON, but the name says plain text; {hint}"
+            )
         has_begun = has_begun or bool(line.strip())
         yield line

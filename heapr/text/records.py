@@ -1,6 +1,6 @@
-"""Text from files of records: a field of JSON objects, a column of parquet.
+"""Reads text from files of records: a field of JSON objects, or a column of a parquet file.
 
-In: a path and the name of field or column. Out: documents, in order. Complaints about JSON name the line.
+In: a path and the name of the field or column. Out: documents, in order. Errors in JSON name the line.
 """
 
 from __future__ import annotations
@@ -14,21 +14,22 @@ from heapr.errors import ConfigError
 from heapr.text.lines import complaints, is_utf8, lines
 
 CHAT_FIELDS = ("messages", "conversations", "conversation")
-NOT_JSON = (ValueError, RecursionError)  # of json: also numbers and depths beyond Python's limits
+NOT_JSON = (ValueError, RecursionError)  # what json raises, also for numbers and depths beyond its limits
 
 
 def json_records(path: Path, field: str) -> Iterator[str]:
-    """The text of every object: one object a line, or the elements of one array. Blank lines are skipped.
+    """The text of every object: one object per line, or the elements of one array. Skips blank lines.
 
     Raises:
-        ConfigError: something is not JSON, or has no text in the field.
+        ConfigError: a line or element is not JSON, or has no text in the field.
     """
     numbered = enumerate(lines(path), start=1)
     for number, line in numbered:
         if line.lstrip().startswith("["):
-            blank = "\n" * (number - 1)  # so that lines are counted from the beginning of the file
+            blank = "\n" * (number - 1)  # so that the array's lines have the file's line numbers
             rest = [later for _, later in numbered]
-            yield from _Array(path, "".join([blank, line, *rest])).texts(field)
+            array = "".join([blank, line, *rest])
+            yield from _Array(path, array).texts(field)
         elif line.strip():
             try:
                 value = json.loads(line)
@@ -38,13 +39,14 @@ def json_records(path: Path, field: str) -> Iterator[str]:
 
 
 class _Array:
-    """A JSON array that may run over many lines; its elements are decoded one at a time."""
+    """A JSON array, possibly of many lines, whose elements are decoded one at a time."""
 
     def __init__(self, path: Path, text: str) -> None:
         self._path, self._text = path, text
         self._decode = json.JSONDecoder().raw_decode
 
     def texts(self, field: str) -> Iterator[str]:
+        """The text of every element."""
         position = self._skip_blanks(self._text.index("[") + 1)
         while not self._text.startswith("]", position):
             value, end = self._element(position)
@@ -52,10 +54,10 @@ class _Array:
             position = self._behind_comma(end)
         behind = self._skip_blanks(position + 1)
         if behind < len(self._text):
-            raise _not_json(self._line_of(behind), self._path, "something stands behind the array")
+            raise _not_json(self._line_of(behind), self._path, "there is more text after the array")
 
     def _element(self, position: int) -> tuple[Any, int]:
-        """The value that begins at a place, and where it ends."""
+        """The value that begins at a position, and the position of its end."""
         try:
             return self._decode(self._text, position)
         except NOT_JSON as error:
@@ -63,16 +65,16 @@ class _Array:
             raise _not_json(number, self._path, _reason(error)) from error
 
     def _behind_comma(self, position: int) -> int:
-        """Where the next element or the array's end stands, from behind an element."""
+        """The position of the next element, or of the array's end, after the end of an element."""
         position = self._skip_blanks(position)
         if self._text.startswith(",", position):
             return self._skip_blanks(position + 1)
         if not self._text.startswith("]", position):
-            raise _not_json(self._line_of(position), self._path, "an array goes on with ',' or ends with ']'")
+            raise _not_json(self._line_of(position), self._path, "expected ',' or ']' after an element")
         return position
 
     def _skip_blanks(self, position: int) -> int:
-        """The next place that holds no white space."""
+        """The next position without white space."""
         while self._text[position : position + 1].isspace():
             position += 1
         return position
@@ -82,12 +84,12 @@ class _Array:
 
 
 def parquet_rows(path: Path, column: str) -> Iterator[str]:
-    """A column of text; null is an empty row.
+    """The rows of a text column; null is an empty row.
 
     Raises:
-        ConfigError: the file is not parquet, or has no such column of text.
+        ConfigError: the file is not parquet, or has no such text column.
     """
-    from pyarrow import types  # a fraction of a second to import
+    from pyarrow import types  # imported here because it takes a fraction of a second
     from pyarrow.parquet import ParquetFile
 
     with complaints(path, lambda: "as parquet"):
@@ -98,7 +100,8 @@ def parquet_rows(path: Path, column: str) -> Iterator[str]:
         kind = schema.field(column).type
         if types.is_dictionary(kind):
             kind = kind.value_type
-        if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)):
+        is_text = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+        if not is_text:
             hint = "rename the one with the text, or give another file"
             raise ConfigError(f"column '{column}' of '{path}' holds {kind}, not text; {hint}")
         for batch in table.iter_batches(columns=[column]):
@@ -107,7 +110,11 @@ def parquet_rows(path: Path, column: str) -> Iterator[str]:
 
 
 def _text_of(value: Any, field: str, number: int, path: Path) -> str:
-    """The text of a JSON value on a line."""
+    """The text in a field of a JSON value; `number` is its line.
+
+    Raises:
+        ConfigError: it has none.
+    """
     problem = _problem(value, field)
     if problem is not None:
         raise ConfigError(f"line {number} of '{path}' {problem}")
@@ -116,29 +123,29 @@ def _text_of(value: Any, field: str, number: int, path: Path) -> str:
 
 
 def _problem(value: Any, field: str) -> str | None:
-    """Why a JSON value has no text in a field, and what to do; None if it has."""
+    """Why a JSON value has no text in a field, and what to do about it; None if it has text."""
     expected = f"is not a JSON object with text in the field '{field}'"
     if not isinstance(value, dict):
-        return f"{expected}, but a {type(value).__name__}; mend it"
+        return f"{expected}, but a {type(value).__name__}; fix it"
     is_chat = field in CHAT_FIELDS and isinstance(value.get(field), list)
     if field not in value or is_chat:
         return _no_such_field("field", field, value)
     text = value[field]
     if not isinstance(text, str):
-        return f"{expected}, which holds {json.dumps(text):.40}; mend it"
+        return f"{expected}, which holds {json.dumps(text):.40}; fix it"
     if not is_utf8(text):
         surrogate = "a lone surrogate, \\ud800 to \\udfff"
-        return f"holds half a character in the field '{field}' ({surrogate}); mend it or leave it out"
+        return f"has half a character in the field '{field}' ({surrogate}); fix it or leave it out"
     return None
 
 
 def _no_such_field(what: str, field: str, known: Collection[str]) -> str:
-    """What to do without a field or column.
+    """What is wrong, and what to do, if the wanted field or column does not exist.
 
     Args:
         what: "field" or "column".
-        field: its name.
-        known: the names that there are.
+        field: the wanted name.
+        known: the existing names.
     """
     chat = [name for name in CHAT_FIELDS if name in known]
     if not chat:
@@ -147,7 +154,7 @@ def _no_such_field(what: str, field: str, known: Collection[str]) -> str:
         return f"has no {what} '{field}' but {names}; {hint}"
     target = "text" if field == chat[0] else field
     return (
-        f"is chat data ({what} '{chat[0]}'), which is not read as such, "
+        f"is chat data ({what} '{chat[0]}'), which cannot be used directly, "
         "because its text depends on the model's chat template; "
         f"write every conversation as one text into the {what} '{target}', for example with "
         "tokenizer.apply_chat_template(messages, tokenize=False)"
@@ -155,7 +162,7 @@ def _no_such_field(what: str, field: str, known: Collection[str]) -> str:
 
 
 def _not_json(number: int, path: Path, reason: str) -> ConfigError:
-    hint = "mend it, and give one array or one object a line"
+    hint = "fix it, and give one array or one object per line"
     return ConfigError(f"line {number} of '{path}' is not JSON ({reason}); {hint}")
 
 

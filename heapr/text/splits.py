@@ -1,8 +1,7 @@
-"""Splits of text that comes without any: the hash of a document decides where it belongs.
+"""Splits text that has no splits of its own: the hash of a document decides where it belongs.
 
-In: documents. Out: the documents of one split. Text that is calibrated on never appears in text that is
-evaluated on, and text that options are chosen on (validation) never appears in text that results are reported
-on (test).
+In: documents. Out: the documents of one split. No document is used both for calibration and for evaluation,
+and none both for choosing options (validation) and for reporting results (test).
 """
 
 from __future__ import annotations
@@ -13,21 +12,21 @@ from typing import Any
 
 from heapr.errors import ConfigError
 
-PARTS = {  # the parts that make up each split; every document is in exactly one part
+PARTS = {  # which parts each split consists of; every document is in exactly one part
     "train": {"train"},
     "heldout": {"validation", "test"},
     "validation": {"validation"},
     "test": {"test"},
     "all": {"train", "validation", "test"},
 }
-HELDOUT_BUCKETS = 10  # one document in ten is held out; half of those are for testing
+HELDOUT_BUCKETS = 10  # one document in ten is held out; half of these are the test part
 
 
 def check_split(split: str) -> str:
-    """The split itself.
+    """Return the split if it is one of `PARTS`.
 
     Raises:
-        ConfigError: it is not one of `PARTS`.
+        ConfigError: it is not.
     """
     if split not in PARTS:
         raise ConfigError(f"corpus split '{split}' is unknown; choose one of {', '.join(PARTS)}")
@@ -35,9 +34,9 @@ def check_split(split: str) -> str:
 
 
 def select_split(documents: Iterable[str], split: str) -> Iterator[str]:
-    """The documents of one split in their order, without blank and repeated ones.
+    """The documents of one split in order, without blank and repeated ones.
 
-    Holds the hashes of the documents, not the documents.
+    Keeps the hashes of all documents in memory, but not the documents.
     """
     parts = PARTS[split]
     seen: set[bytes] = set()
@@ -55,8 +54,8 @@ def select_split(documents: Iterable[str], split: str) -> Iterator[str]:
 def share_text(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     """Whether two corpora may have documents in common.
 
-    Two splits of one text share documents if they share a part. The splits of a published data set are
-    separate files, so one file is one text, whatever split it is given as.
+    Two splits of one text have documents in common if they have a part in common. A published data set has
+    one file per split, so two uses of one local file are the same text, whatever their splits.
 
     Args:
         first, second: the corpora's identities.
@@ -72,7 +71,7 @@ def share_text(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
 
 
 def _part_of(digest: bytes) -> str:
-    """The part of a document, from its SHA-256."""
+    """The part that a document belongs to, from its SHA-256."""
     bucket = int.from_bytes(digest[:8], "big") % HELDOUT_BUCKETS
     if bucket != 0:
         return "train"

@@ -1,9 +1,8 @@
-"""Tokenises text of any length piece by piece, with the ids that the whole text would give.
+"""Tokenizes text of any length piece by piece, with the same ids as the whole text at once.
 
-In: documents and a tokenizer. Out: int32 (T,) ids. A tokenizer needs a hundred bytes and more for each
-character of its input, so it gets overlapping pieces of the text. One piece continues another if both have
-the same tokens at the same places all through the middle of their overlap; where they differ, both are
-tokenised as one.
+In: documents and a tokenizer. Out: ids, int32 (T,). A tokenizer needs more than a hundred bytes for each
+character of its input, so it gets overlapping pieces of the text. Two pieces are joined in the middle of
+their overlap if both have the same tokens at the same places there; otherwise both are tokenized as one.
 Shape letters: T tokens.
 """
 
@@ -27,15 +26,15 @@ from heapr.progress import progress
 logger = logging.getLogger(__name__)
 
 DOCUMENT_SEPARATOR = "\n\n"  # docs/method.md: documents are joined by blank lines
-PIECE = 16_384  # characters of a piece, without what it shares with its neighbours
-CONTEXT = 1_024  # characters of each neighbour that a piece has too
-PIECES_AT_ONCE = 4  # tokenised in one call
-MIN_AGREED = 16  # tokens that two pieces must have in common
+PIECE = 16_384  # characters per piece, without the context on both sides
+CONTEXT = 1_024  # characters of context on each side, which belong to the neighboring pieces
+PIECES_AT_ONCE = 4  # pieces per call of the tokenizer
+MIN_AGREED = 16  # two pieces are joined if they agree on at least this many tokens
 
 
 @dataclass(frozen=True)
 class Span:
-    """Characters of the text, from the place `start` on."""
+    """A stretch of the text that begins at character `start`."""
 
     start: int
     text: str
@@ -52,8 +51,8 @@ class Piece:
     Attributes:
         span: the characters.
         ids_T: the tokens.
-        places_T: where each token's first character is in the whole text.
-        first: number of the first token that is not taken from the piece before.
+        places_T: position of each token's first character in the whole text.
+        first: number of the first token that is used; those before it come from the previous piece.
     """
 
     span: Span
@@ -69,13 +68,13 @@ def token_ids(
     num_characters: int,
     what: str,
 ) -> Tensor:
-    """Ids of the documents, joined by blank lines and tokenised as one text, int32 (T,).
+    """Ids of the documents, joined by blank lines and tokenized as one text, int32 (T,).
 
     Args:
-        documents: gives them anew with each call.
-        tokenizer: it gets the whole text at once if it cannot tell the places of tokens (`is_fast` is False).
-        num_characters: of the joined documents.
-        what: what the documents are, for the progress bar and the log.
+        documents: every call returns them from the beginning.
+        tokenizer: of the model; a slow one (`is_fast` is False) gets the whole text at once.
+        num_characters: length of the joined documents.
+        what: name of the documents, for the progress bar and the log.
     """
     is_long = num_characters > PIECE
     if is_long and tokenizer.is_fast:
@@ -83,14 +82,14 @@ def token_ids(
         if ids is not None:
             return ids
     if is_long:
-        reason = "its tokenizer does not go together piece by piece"
-        logger.info("%-9s %s is tokenised at once, which takes memory: %s", "corpus", what, reason)
+        reason = "this tokenizer gives other tokens piece by piece"
+        logger.info("%-9s %s is tokenized at once, which takes memory: %s", "corpus", what, reason)
     text = DOCUMENT_SEPARATOR.join(documents())
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int32)
 
 
 def joined_length(documents: Iterable[str]) -> int:
-    """Characters of the documents when they are joined by blank lines."""
+    """Number of characters of the documents when they are joined by blank lines."""
     lengths = [len(document) for document in documents]
     num_separators = max(len(lengths) - 1, 0)
     return sum(lengths) + num_separators * len(DOCUMENT_SEPARATOR)
@@ -102,14 +101,14 @@ def _ids_by_pieces(
     num_characters: int,
     what: str,
 ) -> Tensor | None:
-    """The same without holding all of the text; None where the tokens of the pieces do not go together."""
+    """The same without the whole text in memory; None if the pieces cannot be joined."""
     special = _special_ids(tokenizer)
     if special is None:
         return None
     before, behind = special
     num_batches = math.ceil(num_characters / (PIECE * PIECES_AT_ONCE))
-    batches = progress(_batches(_spans(documents)), total=num_batches, description=f"tokenise {what}")
-    pieces = (piece for spans in batches for piece in _tokenised(spans, tokenizer))
+    batches = progress(_batches(_spans(documents)), total=num_batches, description=f"tokenize {what}")
+    pieces = (piece for spans in batches for piece in _tokenized(spans, tokenizer))
     ids = array("i", before)
     current = next(pieces)
     for following in pieces:
@@ -129,7 +128,7 @@ def _ids_by_pieces(
 
 
 def _spans(documents: Iterable[str]) -> Iterator[Span]:
-    """The joined documents in spans of PIECE characters with CONTEXT on each side."""
+    """The joined documents as spans of `PIECE` characters, with `CONTEXT` more on each side."""
     length = PIECE + 2 * CONTEXT
     text, start = "", 0
     waiting: list[str] = []
@@ -150,7 +149,7 @@ def _spans(documents: Iterable[str]) -> Iterator[Span]:
 
 
 def _with_separators(documents: Iterable[str]) -> Iterator[str]:
-    """The documents, and what stands between them when they are joined."""
+    """The documents, with the separator between them."""
     for number, document in enumerate(documents):
         if number:
             yield DOCUMENT_SEPARATOR
@@ -162,8 +161,8 @@ def _batches(spans: Iterator[Span]) -> Iterator[list[Span]]:
         yield batch
 
 
-def _tokenised(spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase) -> Iterator[Piece]:
-    """Pieces without special tokens around them."""
+def _tokenized(spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase) -> Iterator[Piece]:
+    """Tokenize spans, without special tokens around them."""
     texts = [span.text for span in spans]
     found = tokenizer(
         texts,
@@ -175,11 +174,12 @@ def _tokenised(spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase) -> Ite
     for span, ids, places in zip(spans, found["input_ids"], found["offset_mapping"], strict=True):
         starts = (place for place, _ in places)
         places_T = np.fromiter(starts, dtype=np.int64, count=len(places)) + span.start
-        yield Piece(span, np.array(ids, dtype=np.int32), places_T)
+        ids_T = np.array(ids, dtype=np.int32)
+        yield Piece(span, ids_T, places_T)
 
 
 def _cut(left: Piece, right: Piece) -> tuple[int, int] | None:
-    """Where the right piece continues the left one: the number of a token in each. None if they disagree."""
+    """The token of each piece at which the right one continues the left one; None if they disagree."""
     middle = (right.span.start + left.span.end) // 2
     bounds = [middle - CONTEXT // 2, middle + CONTEXT // 2]
     left_begin, left_end = np.searchsorted(left.places_T, bounds)
@@ -199,10 +199,10 @@ def _as_one(
     further: Iterator[Piece],
     tokenizer: PreTrainedTokenizerBase,
 ) -> Piece | None:
-    """Two pieces tokenised together; None if that changes the tokens already taken from the left one.
+    """Tokenize two pieces as one; None if that changes tokens of the left one that were used already.
 
-    Further pieces are added until the text has doubled, so that a long run in which pieces disagree is not
-    tokenised over and over.
+    Further pieces are added until the text has doubled, so that a long stretch in which pieces disagree is
+    not tokenized over and over.
     """
     whole = _joined(left.span, right.span)
     while len(whole.text) < 2 * len(left.span.text):
@@ -210,19 +210,19 @@ def _as_one(
         if piece is None:
             break
         whole = _joined(whole, piece.span)
-    (joined,) = _tokenised([whole], tokenizer)
+    (joined,) = _tokenized([whole], tokenizer)
     is_same = np.array_equal(joined.ids_T[: left.first], left.ids_T[: left.first])
     return replace(joined, first=left.first) if is_same else None
 
 
 def _joined(left: Span, right: Span) -> Span:
-    """Two spans that overlap, as one."""
+    """Join two spans that overlap."""
     num_shared = left.end - right.start
     return Span(left.start, left.text + right.text[num_shared:])
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]] | None:
-    """Tokens that the tokenizer adds before and after a text; None if a word does not tell them."""
+    """Tokens that the tokenizer adds before and after a text; None if they cannot be found with one word."""
     around = tokenizer("word")["input_ids"]
     own = tokenizer("word", add_special_tokens=False)["input_ids"]
     for begin in range(len(around) - len(own) + 1):

@@ -1,6 +1,6 @@
-"""Corpora into windows of tokens, and windows into a seeded sample.
+"""Cuts corpora into windows of tokens, and draws a sample of windows with a seed.
 
-In: documents and a tokenizer. Out: `TokenWindows`. Documents are joined by blank lines, tokenised as one text
+In: documents and a tokenizer. Out: `TokenWindows`. Documents are joined by blank lines, tokenized as one text
 and cut into non-overlapping windows; the remainder is dropped (docs/method.md).
 Shape letters: T tokens, N windows, W tokens of a window.
 """
@@ -37,8 +37,8 @@ def tokenize(
     Args:
         corpus: the text.
         tokenizer: of the model.
-        max_characters: if the corpus has more, documents are drawn by the seed (passages.py); None takes all.
-        seed: of that draw.
+        max_characters: from a longer corpus, documents are drawn at random (passages.py); None uses all.
+        seed: of the random draw.
     """
     what = _in_words(corpus)
     documents = corpus.documents
@@ -49,7 +49,7 @@ def tokenize(
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Tokens that the tokenizer adds around a text: around the whole corpus, not around each window."""
+    """Tokens that the tokenizer adds around a text, which is the whole corpus, not each window."""
     ids = tokenizer("")["input_ids"]
     return [str(token) for token in tokenizer.convert_ids_to_tokens(ids)]
 
@@ -62,11 +62,11 @@ def windows(
     max_characters: int | None = None,
     seed: int = 0,
 ) -> TokenWindows:
-    """Non-overlapping windows of a corpus, or of documents drawn from it, in order; the remainder is dropped.
+    """Non-overlapping windows of a corpus, or of documents drawn from it, in order, without the remainder.
 
     Args:
         corpus, tokenizer, max_characters, seed: as for `tokenize`.
-        length: tokens of a window.
+        length: tokens per window.
 
     Raises:
         ConfigError: the corpus is shorter than one window.
@@ -94,15 +94,16 @@ def draw(
     seed: int,
     max_characters: int | None = None,
 ) -> TokenWindows:
-    """Different windows of a corpus, or of a mixture: of its corpora in turn, in proportion to their shares.
+    """Draw windows without replacement from a corpus, or from the corpora of a mixture by their shares.
 
-    Every corpus is sampled with the same seed: it gives the windows that it gives alone if asked for as many.
+    Every corpus of a mixture is sampled with the same seed, so that it contributes the same windows as it
+    would alone.
 
     Args:
         text: corpus or mixture.
         tokenizer, length, max_characters: as for `windows`.
         num_samples: number of windows.
-        seed: of the sample, and of the documents that are drawn.
+        seed: for drawing windows, and for drawing documents.
 
     Raises:
         ConfigError: a corpus has too few windows, or its share is too small for one window.
@@ -129,10 +130,10 @@ def draw(
 
 
 def sample(available: TokenWindows, *, num_samples: int, seed: int, corpus_name: str) -> TokenWindows:
-    """Different windows, in the order in which they are drawn.
+    """Draw windows without replacement; they stay in the order in which they are drawn.
 
-    Drawn as in the published protocol, by `random.Random(seed).sample(range(number of windows),
-    num_samples)`: the same text, tokenizer and seed give the paper's windows.
+    As in the published protocol, `random.Random(seed).sample(range(number of windows), num_samples)` draws
+    them: the same text, tokenizer and seed give the paper's windows.
 
     Raises:
         ConfigError: there are fewer windows than samples; the message says how many there are.

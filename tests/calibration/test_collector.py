@@ -212,7 +212,7 @@ def test_statistics_by_spans_are_those_of_one_pass(ids_NW: Tensor, cut: bool) ->
 @pytest.mark.parametrize(
     ("parameter", "place"),
     [
-        ("model.layers.1.mlp.experts.gate_up_proj", "what decoder layer 1 puts out"),
+        ("model.layers.1.mlp.experts.gate_up_proj", "the output of decoder layer 1"),
         ("model.layers.3.mlp.gate.weight", "router_weight_sum_E of layer 3"),
         ("lm_head.weight", "the loss, behind the last layer,"),
     ],

@@ -171,7 +171,7 @@ def test_requests_that_lose_their_beginning_are_counted(
 ) -> None:
     long = {"question": "x" * 100, "answers": ["ab", "cd"], "right": 0}
     measure(model, write_task(tmp_path / "tasks", items=[long, {**long, "question": "y"}]))
-    assert "sums: 2 inputs are longer than the model takes and lost their beginning" in caplog.text
+    assert "sums: 2 inputs are longer than the model accepts and lost their beginning" in caplog.text
 
 
 def test_every_metric_of_a_group_and_of_a_generating_task_is_reported(model: MoEModel, sums: Path) -> None:
@@ -271,7 +271,8 @@ def test_normalised_average_takes_plain_accuracy_where_a_task_has_no_other() -> 
 
 def test_data_that_are_not_here_are_named_at_once() -> None:
     with pytest.raises(
-        ConfigError, match=r"zero-shot task 'piqa' are not here: .*'baber/piqa'.*python -m heapr.prefetch"
+        ConfigError,
+        match=r"zero-shot task 'piqa' are not on this machine: .*'baber/piqa'.*python -m heapr.prefetch",
     ) as caught:
         ZeroShot("piqa").prepare(Source(byte_tokenizer()))
     assert "\n" not in str(caught.value)
@@ -298,7 +299,7 @@ def test_an_unknown_task_is_refused_with_suggestions(sums: Path, monkeypatch: py
         ({"num_fewshot": -1}, "num_fewshot=-1 is below 0"),
         ({"batch_size": 0}, "batch_size=0 is below 1"),
         ({"batch_size": "all"}, "batch_size=all is unknown; give a whole number of at least 1 or auto"),
-        ({"include_path": "/no/such/folder"}, "include_path='/no/such/folder' is no folder"),
+        ({"include_path": "/no/such/folder"}, "include_path='/no/such/folder' is not a folder"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:

@@ -61,7 +61,7 @@ def test_an_added_token_without_embedding_is_named_and_read_as_text(
     assert found.pad_token is None and found.eos_token == "<|endoftext|>"
     assert (
         f"tokens past the model's {VOCABULARY_SIZE} embeddings: '<|pad|>' with id {VOCABULARY_SIZE}; they are"
-        " added ones" in caplog.text
+        " added tokens" in caplog.text
     )
 
 

@@ -273,7 +273,7 @@ class FamilyContract:
         }
         assert (
             not any(after[name] for name in heads if type(after[name]) is int)
-            and "written as transformers" not in caplog.text
+            and "keeps the field names" not in caplog.text
         )
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "masked", dtype=torch.float32).eval()
         assert type(loaded) is type(model.model)

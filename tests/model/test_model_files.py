@@ -142,7 +142,7 @@ REFUSED = {
     ),
     tensor_twice: r"are ambiguous: .* is in model-.* and in model-.*; get both files again",
     only_a_variant: (
-        "cannot be loaded: model-.*fp16.* is not what is read; put them there as model.safetensors, or as"
+        "cannot be loaded: model-.*fp16.* is not a file that is read; put them there as model.safetensors, or as"
         " shards with"
     ),
     nothing: "cannot be loaded: there are none; put them there as",
@@ -152,9 +152,7 @@ REFUSED = {
     field_in_config(
         "transformers_weights", "model.fp16.safetensors"
     ): "names its weights in `transformers_weights`.* remove this field",
-    field_in_config(
-        "quantization_config", {}
-    ): "has a quantization_config that says nothing; remove this field",
+    field_in_config("quantization_config", {}): "has an empty quantization_config; remove this field",
     field_in_config("quantization_config", {"quant_method": "fp8"}): r"are quantised \(fp8\)",
 }
 

@@ -103,7 +103,7 @@ def test_a_changed_layer_is_seen_by_all_that_read_it() -> None:
 def test_layers_that_share_inside_their_arguments_are_refused(family: str) -> None:
     model = deep(family, **SHARED_INSIDE[family])
     refusal = (
-        "pruning.repair: .*ForCausalLM cannot be run layer by layer: layer 2 by itself raises KeyError.*;"
+        "pruning.repair: .*ForCausalLM cannot be run layer by layer: layer 2 run alone raises KeyError.*;"
         " give pruning/repair=none"
     )
     with pytest.raises(ConfigError, match=refusal):
@@ -137,7 +137,7 @@ def test_a_layer_that_keeps_something_for_the_next_one_is_refused() -> None:
     model = deep("qwen3_moe")
     check(model)
     Keeps(model, by_batch=False)
-    with pytest.raises(ConfigError, match="layer 2 by itself puts out something else"):
+    with pytest.raises(ConfigError, match="layer 2 run alone gives a different output"):
         check(model, gradients=False)
 
 
@@ -145,7 +145,7 @@ def test_a_gradient_that_is_lost_is_refused() -> None:
     model = deep("qwen3_moe")
     Keeps(model, by_batch=True)
     check(model, gradients=False)
-    with pytest.raises(ConfigError, match="the gradient behind layer 0 is another"):
+    with pytest.raises(ConfigError, match="the gradient behind layer 0 differs"):
         check(model)
 
 

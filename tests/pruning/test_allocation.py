@@ -230,7 +230,7 @@ def test_the_report_says_what_rounding_cost() -> None:
     assert report["atomic_experts_removed"] == 24 and report["atomic_experts_exchanged"] == 3
     assert report["kept_score_without_rounding"] == pytest.approx(3 * 5 + 5 * 4)
     assert report["kept_score"] == pytest.approx(5 * 4 + 3 * 0.1)
-    assert "3 of them others than without" in report["summary"][1]
+    assert "3 of which would be removed without rounding" in report["summary"][1]
 
 
 def test_a_total_that_the_top_k_keeps_from_being_reached_is_said_with_its_number() -> None:
@@ -240,8 +240,8 @@ def test_a_total_that_the_top_k_keeps_from_being_reached_is_said_with_its_number
     plan = allocate(scores, widths, budget)
     assert plan.num_kept == 32
     assert report_allocation(plan, scores, widths, budget)["not_reached"] == [
-        "56 atomic experts were to go and 32 do: the rest must stay, because every token is routed to 4"
-        " experts, so that many of each layer keep a width of at least 8"
+        "32 atomic experts are removed instead of 56: the rest must stay, because every token is routed to 4"
+        " experts and as many of each layer keep a width of at least 8"
     ]
     exact = Budget(ratio=0.875, scope="global", experts_per_token=4)
     assert report_allocation(allocate(scores, widths, exact), scores, widths, exact)["not_reached"] == []

@@ -93,7 +93,7 @@ def test_a_layer_with_fewer_atomic_experts_than_a_token_needs_experts_stays_as_i
 @pytest.mark.parametrize(
     ("protected_layers", "message"),
     [
-        ((1,), "layer 1 is no MoE layer of this model; choose of 0, 2, 4"),
+        ((1,), "layer 1 is not an MoE layer of this model; choose from 0, 2, 4"),
         ((0, 2, 4), "protects every MoE layer"),
         (
             (0, 2),
@@ -116,7 +116,7 @@ def test_whole_experts_are_not_protected_and_not_counted_in_flops() -> None:
         budget = Budget(
             ratio=0.2, scope="global", experts_per_token=1, granularity=Granularity.EXPERT, **changes
         )
-        with pytest.raises(ConfigError, match="this one removes whole experts"):
+        with pytest.raises(ConfigError, match="but this one removes whole experts"):
             budget.check(widths)
 
 
@@ -142,7 +142,7 @@ def test_the_report_says_what_protection_changed() -> None:
     report = report_allocation(plan, LOW_AND_HIGH, widths_of(LOW_AND_HIGH), budget)
     assert report["atomic_experts_exchanged_by_protection"] == 4  # 1, 2, 3, 4 stay and 9, 11, 12, 13 go
     assert report["kept_score_without_protection"] - report["kept_score"] == 45 - 10
-    assert "protected layers keep 4 atomic experts that would go otherwise" in report["summary"][1]
+    assert "protected layers keep 4 atomic experts that would otherwise be removed" in report["summary"][1]
 
 
 def test_options_enter_the_key_where_they_are_not_at_their_defaults(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def test_no_width_leaves_all_as_it_is() -> None:
     with pytest.raises(
         ConfigError,
         match=(
-            r"asks for a width of 60.8 of 64, and the nearest multiple of 8 leaves all as it is; choose"
+            r"asks for a width of 60.8 of 64, and the nearest multiple of 8 removes nothing; choose"
             r" pruning"
         ),
     ):

@@ -174,7 +174,7 @@ def test_widths_that_are_multiples_stay_multiples() -> None:
             2: [2],
         }
     )
-    with pytest.raises(ConfigError, match="no multiple of it"):
+    with pytest.raises(ConfigError, match="not a multiple of it"):
         removed(TWO_LAYERS, 0.375, "global", width_multiple=16)
 
 
@@ -201,11 +201,11 @@ def test_what_cannot_be_reached_is_said_with_its_number() -> None:
         lines = report_allocation(plan, scores, widths, budget)["not_reached"]
         assert (
             lines[0]
-            == f"14 atomic experts were to go and {going} do: the rest must stay, because every token is"
-            " routed to 2 experts, so that many of each layer stay whole"
+            == f"{going} atomic experts are removed instead of 14: the rest must stay, because every token is"
+            " routed to 2 experts and as many of each layer stay whole"
         )
         assert [line.partition(",")[0] for line in lines[1:]] == (
-            [] if scope == "global" else ["layer 0: 7 atomic experts were to go and 2 do: the rest must stay"]
+            [] if scope == "global" else ["layer 0: 2 atomic experts are removed instead of 7: the rest must stay"]
         )
     reached = budget_of(0.25, "global", experts_per_token=2)
     assert report_allocation(allocate(scores, widths, reached), scores, widths, reached)["not_reached"] == []

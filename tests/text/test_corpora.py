@@ -150,7 +150,11 @@ def test_bad_text_files_are_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").touch()
     (tmp_path / "a.docx").write_text("x")
     (tmp_path / "bad.jsonl").write_text('{"title": "no text"}\n')
-    cases = {"missing.txt": "does not exist", "empty.txt": "is empty", "a.docx": "ends in none of .txt"}
+    cases = {
+        "missing.txt": "does not exist",
+        "empty.txt": "is empty",
+        "a.docx": "has none of the endings .txt",
+    }
     for name, message in cases.items():
         with pytest.raises(ConfigError, match=message) as caught:
             TextFiles([str(tmp_path / name)], split="all")

@@ -109,7 +109,7 @@ def test_mistakes_are_refused_in_one_line(tmp_path: Path) -> None:
         ({"x": {"weight": 1}}, "calibration.corpus.parts.x.corpus has no _target_"),
         (
             {"x": {"weight": 1, "corpus": {"_target_": "heapr.text.mixture.Mixture", "parts": {"x": a}}}},
-            "which is no corpus",
+            "which is not a corpus",
         ),
         ({"x": a, "y": a}, "two parts of the mixture are text of corpus 'a'"),
         ({"x": a, "y": b}, "asks for 8 sequences of corpus 'b', which holds 5 of 4 tokens"),
@@ -129,7 +129,7 @@ def test_nothing_is_measured_on_a_mixture(tmp_path: Path) -> None:
     corpus = f"{{_target_:{TEXT_FILES},paths:[{tmp_path}/a.txt],split:all}}"
     entry = f"{{_target_:heapr.text.mixture.Mixture,parts:{{a:{{weight:1,corpus:{corpus}}}}}}}"
     with pytest.raises(
-        ConfigError, match="evaluation.corpora.mixed is a Mixture, which is no corpus to measure on"
+        ConfigError, match="evaluation.corpora.mixed is a Mixture, which cannot be measured on"
     ):
         run_in(tmp_path, f"+evaluation.corpora.mixed={entry}")
 

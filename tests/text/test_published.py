@@ -180,7 +180,7 @@ def test_bad_published_corpora_are_refused_in_one_line(tmp_path: Path) -> None:
     write_parquet(tmp_path / "other.parquet", "content", ["x"])
     cases = {
         "none.txt": "does not exist",
-        "a.docx": "ends in none of .txt",
+        "a.docx": "has none of the endings .txt",
         "blank.txt": "holds no text",
         "broken.parquet": "cannot be read",
         "cut.json.gz": "cannot be read",

@@ -74,7 +74,7 @@ def test_marks_inside_files_that_were_put_together(tmp_path: Path) -> None:
 def test_every_other_ending_is_refused_by_name(tmp_path: Path) -> None:
     for name in ("a.docx", "a.csv", "a.txt.zst", "a.parquet.gz", "a", "a.gz", "txt", "a.json5"):
         assert not is_readable(tmp_path / name)
-        with pytest.raises(ConfigError, match=f"{name}' ends in none of .txt, .text"):
+        with pytest.raises(ConfigError, match=f"{name}' has none of the endings .txt, .text"):
             kind_of(tmp_path / name)
     assert {kind_of(Path(f"a.b{ending}".upper())) for ending in ENDINGS} == {*TEXT, *JSON, *PARQUET}
 
@@ -110,7 +110,7 @@ MISTAKES = {
         '{"conversations": [{"from": "human", "value": "hi"}]}',
         "line 3 of '.*' is chat data .*apply_chat_template",
     ),
-    "surrogate": ('{"text": "a \\ud83d b"}', "line 3 of '.*' holds half a character in the field 'text'"),
+    "surrogate": ('{"text": "a \\ud83d b"}', "line 3 of '.*' has half a character in the field 'text'"),
 }
 
 
@@ -156,7 +156,7 @@ def test_json_is_not_read_as_prose(text: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(text)
     with pytest.raises(
         ConfigError,
-        match="line [12] of .* begins JSON, but the name says plain text; .* .jsonl, .ndjson, .json",
+        match="line [12] of .* begins like JSON, but the name says plain text; .* .jsonl, .ndjson, .json",
     ):
         read(tmp_path / "a.txt")
 

@@ -91,7 +91,7 @@ def test_pieces_give_the_tokens_of_the_whole_text(kind: str, monkeypatch: pytest
     assert len(calls) > 3, "it was not tokenised in pieces"
 
 
-def test_a_long_run_is_not_tokenised_over_and_over(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_run_is_not_tokenized_over_and_over(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer, text = trained("bytes"), ["begin", "x" + "=" * 1_000_001, "some words, " * 3000]
     calls = counted(monkeypatch)
     found = token_ids(lambda: text, tokenizer, num_characters=joined_length(text), what="text")
@@ -102,13 +102,13 @@ def test_a_long_run_is_not_tokenised_over_and_over(monkeypatch: pytest.MonkeyPat
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many pieces each call tokenises."""
     calls: list[int] = []
-    original = tokenizing._tokenised
+    original = tokenizing._tokenized
 
     def count(spans: list[tuple[int, str]], tokenizer: PreTrainedTokenizerBase) -> object:
         calls.append(len(spans))
         return original(spans, tokenizer)
 
-    monkeypatch.setattr(tokenizing, "_tokenised", count)
+    monkeypatch.setattr(tokenizing, "_tokenized", count)
     return calls
 
 
@@ -149,4 +149,4 @@ def test_a_tokenizer_without_places_gets_the_whole_text(caplog: pytest.LogCaptur
     caplog.set_level(logging.INFO)
     text = ["a" * 20_000, "b" * 20_000]
     assert len(token_ids(lambda: text, Slow(), num_characters=40_002, what="text")) == 40_002  # type: ignore[arg-type]
-    assert "text is tokenised at once, which takes memory" in caplog.text
+    assert "text is tokenized at once, which takes memory" in caplog.text

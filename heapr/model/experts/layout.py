@@ -1,8 +1,8 @@
-"""How families store a layer's routed experts, and the words that every forward of them shares.
+"""How families store a layer's routed experts, and the functions that every experts forward shares.
 
 In: an experts module, dense or ragged. Out: its `Layout`, activation, routing, and each expert's `Matrices`.
-Copied beside pruned checkpoints and loaded where heapr is not installed: it imports torch alone.
-Shape letters: T tokens, D model width, E experts, F atomic experts of an expert (of the widest one, where
+This file is copied beside pruned checkpoints and loaded where heapr is not installed: it imports torch alone.
+Shape letters: T tokens, D model width, E experts, F atomic experts of an expert (of the widest one, if
 experts differ), G rows of the input projection (2F with a gate, else F), K experts per token, S (token,
 expert) pairs sorted by expert, n tokens of one expert.
 """
@@ -17,26 +17,25 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-Experts = (
-    Any  # an experts module of transformers or RaggedExperts; nn.Module does not declare what they share
-)
+# An experts module of transformers, or RaggedExperts; nn.Module does not declare what they share.
+Experts = Any
 RAGGED = "has_individual_widths"  # an attribute of their class
-OUTSIDE_INTERFACE = (
-    "Llama4TextExperts"  # Llama-4 weighs the experts' inputs and does without transformers' experts interface
-)
+# Llama-4 weighs the experts' inputs and does not use transformers' experts interface.
+OUTSIDE_INTERFACE = "Llama4TextExperts"
 
 
 class ExpertObserver(Protocol):
-    """Sees what a layer's experts make of their tokens, once per forward; a forward that routes no token does
-    not call it.
+    """Called once per forward with the activations and outputs of a layer's experts for all their tokens.
+
+    It is not called if no token is routed.
 
     Args:
-        h_SF: intermediate activations, part of the graph: one hook on it gets the gradients of all. Columns
-            beyond an expert's own width are zero.
+        h_SF: intermediate activations, part of the graph: one hook on it gets all gradients. Columns beyond
+            an expert's own width are zero.
         router_weight_S: p of each pair.
         output_SD: E(x) before p multiplies it, part of the graph.
-        offsets: int64 (E+1,): expert e owns the rows offsets[e] to offsets[e + 1]. It lies where the forward
-            has it without waiting for a device: the loop's on the CPU.
+        offsets: int64 (E+1,): expert e owns the rows offsets[e] to offsets[e + 1]. It is on whichever device
+            the forward has it without waiting: on the CPU for the loop.
     """
 
     def __call__(self, h_SF: Tensor, router_weight_S: Tensor, output_SD: Tensor, offsets: Tensor) -> None: ...
@@ -64,14 +63,19 @@ class Layout(NamedTuple):
         return "gate_up_proj" if self.has_gate else "up_proj"
 
     def rows(self, kept_F: Tensor) -> Tensor:
-        """Which rows of the input projection belong to the kept atomic experts, (..., F) -> (..., G)."""
+        """Mask of the input projection's rows that belong to kept atomic experts, (..., F) -> (..., G)."""
         if not self.has_gate:
             return kept_F
-        return (
-            torch.cat([kept_F, kept_F], dim=-1)
-            if self.is_concatenated
-            else kept_F.repeat_interleave(2, dim=-1)
-        )
+        if self.is_concatenated:
+            return torch.cat([kept_F, kept_F], dim=-1)
+        return kept_F.repeat_interleave(2, dim=-1)
+
+    def gate_and_up(self, inputs_GD: Tensor) -> tuple[Tensor, Tensor]:
+        """W_gate and W_up (F, D), views of a gated expert's input projection."""
+        if self.is_concatenated:
+            gate_FD, up_FD = inputs_GD.chunk(2)
+            return gate_FD, up_FD
+        return inputs_GD[::2], inputs_GD[1::2]
 
 
 class Matrices(NamedTuple):
@@ -84,21 +88,26 @@ class Matrices(NamedTuple):
 
 
 def is_ragged(experts: nn.Module) -> bool:
-    """By an attribute of the class: beside a checkpoint this file is another module with another class, and a
-    parametrized module has a subclass of its own."""
+    """Whether experts are `RaggedExperts`.
+
+    Looks for an attribute of the class: the copy of this file beside a checkpoint is a different module with
+    its own class, and a parametrized module has a subclass of its own.
+    """
     return hasattr(type(experts), RAGGED)
 
 
 def is_behind_interface(module: nn.Module) -> bool:
-    """Whether transformers lets the module's forward be chosen; its decorator sets the attribute."""
+    """Whether transformers lets users choose the module's forward; its decorator sets the attribute."""
     return hasattr(module, "is_concatenated")
 
 
 def is_outside_interface(module: nn.Module) -> bool:
+    """Whether a module is Llama-4's experts."""
     return type(module).__name__ == OUTSIDE_INTERFACE
 
 
 def layout_of(experts: Experts) -> Layout:
+    """How a module stores its experts."""
     if is_ragged(experts):
         layout: Layout = experts.layout
         return layout
@@ -108,8 +117,7 @@ def layout_of(experts: Experts) -> Layout:
 
 
 def activation_of(experts: Experts) -> Callable[[Tensor], Tensor]:
-    """The family's own map from the input projection (n, G) to h (n, F); it holds no parameters of the
-    experts."""
+    """The family's own function from the input projection (n, G) to h (n, F), without parameters."""
     if is_ragged(experts):
         activation: Callable[[Tensor], Tensor] = experts.activation
         return activation
@@ -136,55 +144,61 @@ def model_width_of(experts: Experts) -> int:
     """D."""
     if is_ragged(experts):
         return int(experts.down_proj.shape[1])
-    return int(experts.down_proj.shape[2 if layout_of(experts).is_transposed else 1])
+    dim = 2 if layout_of(experts).is_transposed else 1
+    return int(experts.down_proj.shape[dim])
 
 
 def widths_of(experts: Experts) -> list[int]:
-    """Atomic experts of each expert."""
+    """Number of atomic experts of each expert."""
     if is_ragged(experts):
         return list(experts.widths)
-    width = int(experts.down_proj.shape[1 if layout_of(experts).is_transposed else 2])
-    return [width] * int(experts.num_experts)
+    dim = 1 if layout_of(experts).is_transposed else 2
+    return [int(experts.down_proj.shape[dim])] * int(experts.num_experts)
 
 
 def matrices_of(experts: Experts) -> Iterator[Matrices]:
-    """Every expert's weights; views of the module's own memory."""
+    """Every expert's weights, as views of the module's memory."""
     layout, widths = layout_of(experts), widths_of(experts)
-    inputs, inputs_bias = (
-        getattr(experts, layout.input_name),
-        getattr(experts, f"{layout.input_name}_bias", None),
-    )
+    no_bias_E = [None] * len(widths)
+    inputs_E = getattr(experts, layout.input_name)
+    inputs_bias = getattr(experts, f"{layout.input_name}_bias", None)
+    inputs_bias_E = no_bias_E if inputs_bias is None else inputs_bias
+    down_E = experts.down_proj
     down_bias = getattr(experts, "down_proj_bias", None)
+    down_bias_E = no_bias_E if down_bias is None else down_bias
     if is_ragged(experts):
-        num_inputs = [(2 if layout.has_gate else 1) * width for width in widths]
-        inputs_E = inputs.split(num_inputs)
-        bias_E = [None] * len(widths) if inputs_bias is None else inputs_bias.split(num_inputs)
-        down_E = [rows.T for rows in experts.down_proj.split(widths)]
-    else:
-        inputs_E = inputs.transpose(1, 2) if layout.is_transposed else inputs
-        bias_E = [None] * len(widths) if inputs_bias is None else inputs_bias
-        down_E = experts.down_proj.transpose(1, 2) if layout.is_transposed else experts.down_proj
-    down_bias_E = [None] * len(widths) if down_bias is None else down_bias
-    for inputs_GD, bias_G, down_DF, bias_D in zip(inputs_E, bias_E, down_E, down_bias_E, strict=True):
-        yield Matrices(inputs_GD, bias_G, down_DF, bias_D)
+        rows_per_atomic = 2 if layout.has_gate else 1
+        num_rows = [rows_per_atomic * width for width in widths]
+        inputs_E = inputs_E.split(num_rows)
+        if inputs_bias is not None:
+            inputs_bias_E = inputs_bias.split(num_rows)
+        down_E = [rows.T for rows in down_E.split(widths)]
+    elif layout.is_transposed:
+        inputs_E, down_E = inputs_E.transpose(1, 2), down_E.transpose(1, 2)
+    for weights in zip(inputs_E, inputs_bias_E, down_E, down_bias_E, strict=True):
+        yield Matrices(*weights)
 
 
 def routing_of(experts: Experts, hidden_TD: Tensor, *routing: Tensor) -> tuple[Tensor, Tensor]:
-    """expert_TK and router_weight_TK. A family that weighs the input does not say them: its T rows are
-    (E*tokens, D), for every expert all tokens, those of zeros not routed; K is then 1, the router weight 1,
-    and the expert of a row that was not routed number E."""
+    """expert_TK and router_weight_TK.
+
+    Families that weigh the input do not pass them. Their T rows are (E*tokens, D), all tokens once for each
+    expert, and a row of zeros was not routed. For them K is 1, every router weight 1, and a row that was not
+    routed has expert number E.
+    """
     if not layout_of(experts).weighs_input:
         expert_TK, router_weight_TK = routing
         return expert_TK, router_weight_TK
     num_experts = int(experts.num_experts)
-    expert_T = torch.arange(num_experts, device=hidden_TD.device).repeat_interleave(
-        len(hidden_TD) // num_experts
-    )
-    expert_T = torch.where(hidden_TD.detach().any(dim=1), expert_T, num_experts)
-    return expert_T.unsqueeze(1), torch.ones_like(expert_T, dtype=hidden_TD.dtype).unsqueeze(1)
+    num_tokens = len(hidden_TD) // num_experts
+    expert_T = torch.arange(num_experts, device=hidden_TD.device).repeat_interleave(num_tokens)
+    is_routed_T = hidden_TD.detach().any(dim=1)
+    expert_T1 = torch.where(is_routed_T, expert_T, num_experts).unsqueeze(1)
+    return expert_T1, torch.ones_like(expert_T1, dtype=hidden_TD.dtype)
 
 
 def _gated(act_fn: Callable[[Tensor], Tensor], gate_up_nG: Tensor) -> Tensor:
+    """act(gate) * up."""
     gate_nF, up_nF = gate_up_nG.chunk(2, dim=-1)
     return act_fn(gate_nF) * up_nF
 

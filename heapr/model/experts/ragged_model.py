@@ -22,8 +22,8 @@ EXPERTS = "experts"  # the last or last but one word of what a parallel plan say
 class RaggedModel:
     """Comes before the family's class among the bases.
 
-    The configuration's `expert_widths` says how wide every expert is, by the name of its layer's experts in the
-    causal language model.
+    The configuration's `expert_widths` says how wide every expert is, by the name of its layer's experts in
+    the causal language model.
     """
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
