@@ -84,10 +84,8 @@ def _save_stock(model: PreTrainedModel, folder: Path, about: Mapping[str, Any]) 
         vars(model.config).pop("auto_map", None)
         if not own_module.startswith("transformers."):
             beside = module_beside(type(model), folder).removeprefix(".")
-            model.config.auto_map = {
-                "AutoConfig": f"{beside}.{type(model.config).__name__}",
-                "AutoModelForCausalLM": f"{beside}.{type(model).__name__}",
-            }
+            classes = {"AutoConfig": type(model.config), **family_classes(type(model.config))}
+            model.config.auto_map = {name: f"{beside}.{each.__name__}" for name, each in classes.items()}
     # transformers copies weights to save them, which may not fit on the GPU. Tied weights stay one tensor.
     on_cpu: dict[tuple[int, Size], Tensor] = {}
     state = {}

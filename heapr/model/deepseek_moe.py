@@ -61,7 +61,7 @@ class DeepseekMoeConfig(PreTrainedConfig):
     """
 
     model_type = MODEL_TYPE
-    _auto_class = "AutoConfig"  # this file goes with what is saved: transformers does not have it
+    _auto_class = "AutoConfig"  # has transformers copy this file to what it saves
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  transformers' convention
     attribute_map = {"num_experts": "n_routed_experts"}  # noqa: RUF012  transformers' convention
 
