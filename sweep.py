@@ -4,7 +4,7 @@ Run:  python sweep.py experiment=main_table model=tiny         the built-in mode
       python sweep.py experiment=main_table                    the paper's models
       python sweep.py experiment=main_table --dry-run          print what would be made, and stop
       python sweep.py experiment=main_table report_only=true   tables and figures of its newest sweep
-      python sweep.py report_dir=outputs/sweeps/<folder>       the same for any sweep, also of python run.py -m
+      python sweep.py report_dir=outputs/sweeps/<folder>       the same for any sweep, run.py -m included
       python sweep.py --help                                   all experiments
 """
 

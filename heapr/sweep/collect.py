@@ -1,7 +1,7 @@
-"""The jobs of a sweep as they lie in its folder: what finished, what failed and why.
+"""The jobs of a sweep, read from its folder: what finished, what failed and why.
 
-In: the folder of a sweep, made by sweep.py or by `python run.py -m`. Out: one `JobResult` for each job, never
-fewer.
+In: the folder of a sweep, made by sweep.py or by `python run.py -m`. Out: one `JobResult` for every job, even
+if it never started.
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ OVERRIDES, MULTIRUN, BASIC_SWEEPER = ".hydra/overrides.yaml", "multirun.yaml", "
 
 @dataclass(frozen=True)
 class Record:
-    """What was asked for; `sweep.json` of a sweep's folder.
+    """What a sweep was asked to do: `sweep.json` in its folder.
 
     Attributes:
-        experiment, version: its name, and whether it is "paper" or "tiny".
-        command, date: that started the sweep.
+        experiment: its name.
+        version: "paper" or "tiny".
+        command: that started the sweep.
+        date: of the start.
         jobs: overrides of each.
         title: of the experiment.
-        report: its tables and figures.
+        report: tables and figures of the experiment.
     """
 
     experiment: str
@@ -46,7 +48,7 @@ class Record:
 
     @property
     def layout(self) -> dict[str, Any]:
-        """As the report takes it."""
+        """Return title, command, date and entries as `heapr.report.sweep.report` takes them."""
         return {"title": self.title, "command": self.command, "date": self.date, "entries": list(self.report)}
 
     def write(self, folder: Path) -> None:
@@ -58,12 +60,13 @@ class Record:
 
 
 def newest_sweep(sweeps: Path, experiment: str, version: str) -> Path:
-    """The folder of the last sweep of an experiment.
+    """Return the folder of the last sweep of an experiment.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such sweep.
     """
-    for folder in sorted((path.parent for path in sweeps.glob(f"*/{RECORD}")), reverse=True):
+    folders = [path.parent for path in sweeps.glob(f"*/{RECORD}")]
+    for folder in sorted(folders, reverse=True):
         record = Record.read(folder)
         if (record.experiment, record.version) == (experiment, version):
             return folder
@@ -73,42 +76,43 @@ def newest_sweep(sweeps: Path, experiment: str, version: str) -> Path:
 
 
 def collect_jobs(folder: Path) -> list[JobResult]:
-    """Every job of a sweep.
+    """Return the result of every job of a sweep, in order.
 
     Raises:
-        ConfigError: the folder is not that of a sweep.
+        ConfigError: the folder does not exist, or holds no sweep.
     """
     if not folder.is_dir():
-        raise ConfigError(f"'{folder}' is no folder; give one below outputs/sweeps")
+        raise ConfigError(f"'{folder}' is not a folder; give one below outputs/sweeps")
     jobs = _overrides_of_jobs(folder)
     if not jobs:
         raise ConfigError(
-            f"'{folder}' holds no jobs of a sweep; give a folder that sweep.py or python run.py -m made"
+            f"'{folder}' holds no jobs of a sweep; give a folder made by sweep.py or python run.py -m"
         )
     return [_collect_job(folder / str(number), number, overrides) for number, overrides in jobs.items()]
 
 
 def _overrides_of_jobs(folder: Path) -> dict[int, tuple[str, ...]]:
-    """By number; jobs that never started too, where the folder says what they would have been."""
+    """Return the overrides of each job by number, including jobs that never started if they are on record."""
     if (folder / RECORD).is_file():
         return {number: tuple(job) for number, job in enumerate(Record.read(folder).jobs)}
-    started = {
-        int(path.name): path / OVERRIDES
-        for path in folder.iterdir()
-        if path.name.isdigit() and (path / OVERRIDES).is_file()
-    }
-    jobs = {
-        number: tuple(str(override) for override in OmegaConf.load(started[number]))
-        for number in sorted(started)
-    }
-    if (folder / MULTIRUN).is_file():
-        hydra = OmegaConf.load(folder / MULTIRUN).hydra
-        if str(hydra.sweeper._target_).endswith(BASIC_SWEEPER):
-            asked = grid(list(hydra.overrides.task))
-            jobs = {
-                number: tuple(f"{key}={value}" for key, value in job.items())
-                for number, job in enumerate(asked)
-            } | jobs
+    started: dict[int, tuple[str, ...]] = {}
+    for path in folder.iterdir():
+        if path.name.isdigit() and (path / OVERRIDES).is_file():
+            overrides = OmegaConf.load(path / OVERRIDES)
+            started[int(path.name)] = tuple(map(str, overrides))
+    return _asked_of_hydra(folder) | dict(sorted(started.items()))
+
+
+def _asked_of_hydra(folder: Path) -> dict[int, tuple[str, ...]]:
+    """Return the overrides of all jobs of a `python run.py -m`; empty for other sweepers than Hydra's own."""
+    if not (folder / MULTIRUN).is_file():
+        return {}
+    hydra = OmegaConf.load(folder / MULTIRUN).hydra
+    if not str(hydra.sweeper._target_).endswith(BASIC_SWEEPER):
+        return {}
+    jobs = {}
+    for number, job in enumerate(grid(list(hydra.overrides.task))):
+        jobs[number] = tuple(f"{key}={value}" for key, value in job.items())
     return jobs
 
 
@@ -118,4 +122,6 @@ def _collect_job(folder: Path, number: int, overrides: tuple[str, ...]) -> JobRe
     summary, error = read_summary(folder), read_error(folder)
     if summary is None and error is None:
         error = f"was stopped before it finished; its log: {folder / LOG}"
-    return JobResult(number, overrides, folder, summary, None if summary else error)
+    if summary:
+        error = None
+    return JobResult(number, overrides, folder, summary, error)

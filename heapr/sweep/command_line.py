@@ -1,7 +1,7 @@
-"""The command line of sweep.py: look ahead, run, report.
+"""The command line of sweep.py: forecast, run, report.
 
 In: `experiment=<name>` and overrides, or `report_dir=<folder>`. Out: a sweep's folder with jobs, tables,
-figures and report.html; exit code 1 if a job failed, 2 with one line for a mistake.
+figures and report.html; exit code 1 if a job failed, 2 with one line for the user's mistake.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class Request:
     """What the command line asks for.
 
     Attributes:
-        experiment: its name; none if a folder is reported.
-        report_dir: folder to report, instead of an experiment.
+        experiment: its name; None to report a folder.
+        report_dir: folder to report; None for an experiment.
         dry_run: show what would be made and stop.
-        report_only: of the newest sweep, without running anything.
+        report_only: report the newest sweep without running anything.
         results: keep tables and figures with the experiment.
-        baselines: run them too.
-        overrides: of all jobs.
+        baselines: run the experiment's baselines too.
+        overrides: for all jobs.
         settings: overrides of Hydra itself.
         command: as it was typed.
     """
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str], root: Path) -> None:
 
     Args:
         arguments: of the command line.
-        root: holds run.py, conf/ and experiments/.
+        root: folder of run.py, conf/ and experiments/.
     """
     print_whatever_the_encoding()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
@@ -86,10 +86,14 @@ def main(arguments: Sequence[str], root: Path) -> None:
 
 
 def read_request(arguments: Sequence[str], experiments: Sequence[str]) -> Request:
-    """Understand the command line.
+    """Parse the command line.
+
+    Args:
+        arguments: of the command line.
+        experiments: names that are known, for messages.
 
     Raises:
-        ConfigError: it asks for nothing that can be done.
+        ConfigError: an argument is unknown, or arguments contradict each other.
     """
     own: dict[str, str] = {}
     rest: list[str] = []
@@ -108,13 +112,17 @@ def read_request(arguments: Sequence[str], experiments: Sequence[str]) -> Reques
                 f" {', '.join(known)}"
             )
         if argument.startswith("dry_run="):
-            raise ConfigError(f"'{argument}' is for one run; give --dry-run to see what a sweep would do")
+            raise ConfigError(
+                f"'{argument}' is for a single run; give --dry-run to see what a sweep would do"
+            )
     if ("experiment" in own) == ("report_dir" in own):
         raise ConfigError(
             f"give either experiment=<name> or report_dir=<folder>; experiments: {', '.join(experiments)}"
         )
     if "report_dir" in own and (rest or len(own) > 1 or "--dry-run" in arguments):
-        raise ConfigError("report_dir=<folder> stands alone: a report is made from what is in the folder")
+        raise ConfigError(
+            "report_dir=<folder> takes no other arguments: a report is made from what is in the folder"
+        )
     settings = tuple(argument for argument in rest if argument.startswith(("hydra.", "hydra/", "+hydra.")))
     return Request(
         experiment=own.get("experiment"),
@@ -128,13 +136,17 @@ def read_request(arguments: Sequence[str], experiments: Sequence[str]) -> Reques
 
 
 def sweep(root: Path, request: Request) -> int:
-    """Look ahead, run and report an experiment.
+    """Forecast, run and report an experiment.
+
+    Args:
+        root: folder of run.py, conf/ and experiments/.
+        request: what the command line asks for.
 
     Returns:
-        exit code: 1 if a job failed.
+        Exit code: 1 if a job failed.
 
     Raises:
-        ConfigError: the user's mistake.
+        ConfigError: the experiment or an override is unknown, or no job can run.
     """
     assert request.experiment is not None
     definition = load_definition(root / "experiments", request.experiment)
@@ -157,10 +169,15 @@ def sweep(root: Path, request: Request) -> int:
 
 
 def compose_jobs(experiment: str, jobs: Sequence[Job], config_folder: Path) -> list[ExperimentConfig]:
-    """The checked configuration of every job.
+    """Return the checked configuration of every job.
+
+    Args:
+        experiment: its name, for messages.
+        jobs: overrides of each.
+        config_folder: conf/.
 
     Raises:
-        ConfigError: one does not compose; the message names it.
+        ConfigError: the configuration of a job is invalid; the message names the job.
     """
 
     def compose_job(number: int, job: Job) -> ExperimentConfig:
@@ -174,13 +191,13 @@ def compose_jobs(experiment: str, jobs: Sequence[Job], config_folder: Path) -> l
 
 
 def _report(root: Path, folder: Path) -> tuple[int, list[Path]]:
-    """Tables and figures of a sweep's folder, into the folder.
+    """Write the tables and figures of a sweep into its folder.
 
     Returns:
-        exit code, 1 if a job had failed; and the files.
+        Exit code, 1 if a job had failed; and the files.
 
     Raises:
-        ConfigError: the folder holds no sweep, or results that cannot stand in one table.
+        ConfigError: the folder holds no sweep, or results that cannot share a table.
     """
     from heapr.report.sweep.report import write_report
     from heapr.sweep.collect import RECORD, Record, collect_jobs
@@ -198,15 +215,15 @@ def _report(root: Path, folder: Path) -> tuple[int, list[Path]]:
 
 
 def keep_results(root: Path, folder: Path, files: Sequence[Path]) -> Path:
-    """Copy a sweep's report beside its experiment; its page without links to what stays behind.
+    """Copy a sweep's report to its experiment, and drop the page's links to artifacts that are not copied.
 
     Args:
-        root: holds experiments/.
+        root: folder of experiments/.
         folder: of the sweep.
         files: of its report, below the folder.
 
     Returns:
-        the folder they are in.
+        The folder of the copies.
     """
     from heapr.report.sweep.page import without_local_links
     from heapr.sweep.collect import Record
@@ -217,12 +234,8 @@ def keep_results(root: Path, folder: Path, files: Sequence[Path]) -> Path:
     kept.mkdir(parents=True)
     for file in files:
         if file.suffix in (".svg", ".png") and file.stat().st_size > MAX_FIGURE:
-            logger.warning(
-                "%s has %d bytes; figures that are kept should have at most %d",
-                file,
-                file.stat().st_size,
-                MAX_FIGURE,
-            )
+            size = file.stat().st_size
+            logger.warning("%s has %d bytes; kept figures should have at most %d", file, size, MAX_FIGURE)
         copy = kept / file.relative_to(folder)
         copy.parent.mkdir(exist_ok=True)
         if file.suffix == ".html":
@@ -254,7 +267,7 @@ def _run(root: Path, request: Request, definition: Definition, jobs: Mapping[Job
     exit_code = launch(root, folder, request.settings)
     if exit_code:
         logger.error(
-            "the process that ran the jobs ended with exit code %d; the same command goes on where it"
+            "the process that ran the jobs ended with exit code %d; the same command resumes where it"
             " stopped",
             exit_code,
         )
@@ -267,36 +280,34 @@ def _run(root: Path, request: Request, definition: Definition, jobs: Mapping[Job
 
 
 def _report_newest(root: Path, request: Request, definition: Definition, jobs: Sequence[Job]) -> int:
-    """Of the newest sweep, with the title, tables and figures that the experiment has by now."""
+    """Report the newest sweep, with the title, tables and figures that the experiment has now."""
     from heapr.sweep.collect import Record, newest_sweep
 
     (config,) = compose_jobs(definition.name, jobs[:1], root / "conf")
     folder = newest_sweep(Path(config.paths.outputs) / SWEEPS, definition.name, request.version)
-    replace(Record.read(folder), title=definition.title, report=definition.layout(request.version)).write(
-        folder
-    )
+    layout = definition.layout(request.version)
+    record = replace(Record.read(folder), title=definition.title, report=layout)
+    record.write(folder)
     return _finish(root, request, folder)
 
 
 def _finish(root: Path, request: Request, folder: Path) -> int:
     exit_code, files = _report(root, folder)
     if request.results:
-        Console(soft_wrap=True).print(
-            f"kept in {keep_results(root, folder, files)}", markup=False, highlight=False
-        )
+        kept = keep_results(root, folder, files)
+        Console(soft_wrap=True).print(f"kept in {kept}", markup=False, highlight=False)
     return exit_code
 
 
 def _check_settings(settings: Sequence[str], config_folder: Path) -> None:
-    """A launcher that is not there is found before anything runs."""
+    """Refuse an unknown launcher before anything runs."""
     register()
     with initialize_config_dir(str(config_folder), version_base="1.3"):
         try:
             compose("config", overrides=list(settings), return_hydra_config=True)
         except HydraException as error:
-            reason = " ".join(
-                str(error).partition("Config search path")[0].removeprefix("In 'hydra/config': ").split()
-            )
+            message = str(error).partition("Config search path")[0]
+            reason = " ".join(message.removeprefix("In 'hydra/config': ").split())
             hint = "joblib and submitit come with pip install 'heapr[joblib]' and 'heapr[slurm]'"
             raise ConfigError(f"{' '.join(settings)}: {reason}; {hint}") from error
 
@@ -308,17 +319,15 @@ def _switch(key: str, value: str) -> bool:
 
 
 def _help(root: Path) -> None:
-    console = Console(soft_wrap=True)
+    experiments = root / "experiments"
     lines = [
         "python sweep.py experiment=<name> [model=tiny] [overrides] [--dry-run]",
         "python sweep.py experiment=<name> report_only=true",
         "python sweep.py report_dir=<folder of a sweep>",
         "",
         "model=tiny       the experiment's version for the built-in model: offline, minutes on 2 cores",
-        (
-            "overrides        as for run.py; one whose values the experiment sweeps selects those jobs,"
-            " others apply to all jobs"
-        ),
+        "overrides        as for run.py; a value that the experiment sweeps selects the jobs that have it,",
+        "                 any other applies to all jobs",
         "hydra/launcher=  basic (one job after the other), joblib, submitit_slurm ... (docs/experiments.md)",
         "--dry-run        show what would be made and stop",
         "report_only=true tables and figures of the experiment's newest sweep, from its artifacts alone",
@@ -326,8 +335,8 @@ def _help(root: Path) -> None:
         "results=true     keep tables and figures in experiments/<name>/results",
         "",
     ]
-    lines += [
-        f"{name:20} {load_definition(root / 'experiments', name).title}"
-        for name in experiment_names(root / "experiments")
-    ]
+    for name in experiment_names(experiments):
+        title = load_definition(experiments, name).title
+        lines.append(f"{name:20} {title}")
+    console = Console(soft_wrap=True)
     console.print("\n".join(lines), markup=False, highlight=False)

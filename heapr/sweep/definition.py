@@ -1,5 +1,4 @@
-"""What an experiment is: its jobs, for the paper's models and for the built-in one, and what its report
-shows.
+"""An experiment: its jobs, for the paper's models and for the built-in one, and what its report shows.
 
 In: experiments/<name>/experiment.yaml and the overrides of the command line. Out: jobs, each a list of Hydra
 overrides.
@@ -21,10 +20,10 @@ from heapr.errors import ConfigError
 from heapr.words import did_you_mean, unknown_key
 
 FILE = "experiment.yaml"
-TINY = "tiny"  # what the names of the built-in models begin with
+TINY = "tiny"  # the beginning of the built-in models' names
 
 Job = tuple[str, ...]  # Hydra overrides
-# Hydra overrides of which some list several values, separated by commas: a grid of jobs.
+# Hydra overrides that may list several values, separated by commas: a grid of jobs.
 Block = Sequence[str]
 
 
@@ -34,12 +33,14 @@ class Definition:
 
     Attributes:
         name: of its folder.
-        title, description: for people.
+        title: one line.
+        description: what it shows.
         jobs: blocks for the paper's models, run one after the other.
         tiny: blocks for the built-in model.
         baselines: further blocks for the paper's models, on request.
-        report, tiny_report: tables and figures of the two versions (heapr/report/sweep/report_layout.py);
-            none is the default.
+        report: tables and figures of the paper's version (heapr/report/sweep/report_layout.py); if empty, the
+            default ones.
+        tiny_report: as `report`, for the built-in model's version.
     """
 
     name: str
@@ -52,7 +53,7 @@ class Definition:
     tiny_report: Sequence[Mapping[str, Any]] = ()
 
     def layout(self, version: str) -> Sequence[Mapping[str, Any]]:
-        """Tables and figures of the "paper" or the "tiny" version."""
+        """Return the tables and figures of the "paper" or the "tiny" version."""
         return self.tiny_report if version == "tiny" else self.report
 
 
@@ -64,7 +65,7 @@ def load_definition(experiments: Path, name: str) -> Definition:
     """Read an experiment.
 
     Raises:
-        ConfigError: there is none of this name, or its file is not one.
+        ConfigError: there is no experiment of this name, or its file has unknown keys or lacks some.
     """
     known = experiment_names(experiments)
     if name not in known:
@@ -84,53 +85,57 @@ def load_definition(experiments: Path, name: str) -> Definition:
 
 
 def make_jobs(definition: Definition, overrides: Sequence[str], *, baselines: bool = False) -> list[Job]:
-    """All jobs in their order, none twice.
+    """Return all jobs in order, without duplicates.
 
-    An override whose values all occur among the experiment's own selects their jobs (such as one model); any
-    other replaces what the jobs say, and multiplies them if it lists several values.
+    An override whose values all occur in the experiment selects the jobs that have them, for example one
+    model's. Any other override replaces the value in every job; with several values, every job runs with
+    each of them.
 
     Args:
         definition: the experiment.
         overrides: of the command line; `model=tiny` is the experiment's version for the built-in model.
-        baselines: whether to run them as well.
+        baselines: whether to include the experiment's baselines.
 
     Raises:
         HydraException: an override cannot be read.
     """
-    blocks = (
-        definition.tiny
-        if is_tiny(overrides)
-        else [*definition.jobs, *(definition.baselines if baselines else ())]
-    )
+    if is_tiny(overrides):
+        blocks = list(definition.tiny)
+    elif baselines:
+        blocks = [*definition.jobs, *definition.baselines]
+    else:
+        blocks = list(definition.jobs)
     jobs = [job for block in blocks for job in grid(block)]
     for override in _parse(overrides):
-        key, values = override.get_key_element(), _values(override)
+        key = override.get_key_element()
+        values = _values(override)
         swept = {job[key] for job in jobs if key in job}
         if swept.issuperset(values):
             jobs = [job for job in jobs if job.get(key) in values]
         else:
             jobs = [job | {key: value} for job in jobs for value in values]
     if definition.jobs and not any("pruning.save_checkpoint" in job for job in jobs):
-        jobs = [job | {"pruning.save_checkpoint": "false"} for job in jobs]  # tens of gigabytes each
-    return list(dict.fromkeys(tuple(_text(key, value) for key, value in job.items()) for job in jobs))
+        # A checkpoint of the paper's models takes tens of gigabytes.
+        jobs = [job | {"pruning.save_checkpoint": "false"} for job in jobs]
+    texts = [tuple(_text(key, value) for key, value in job.items()) for job in jobs]
+    return list(dict.fromkeys(texts))
 
 
 def is_tiny(overrides: Sequence[str]) -> bool:
-    """Whether built-in models alone are asked for."""
-    chosen = [
-        value
-        for override in _parse(overrides)
-        if override.get_key_element() == "model"
-        for value in _values(override)
-    ]
+    """Return whether the overrides ask for built-in models alone."""
+    chosen: list[str] = []
+    for override in _parse(overrides):
+        if override.get_key_element() == "model":
+            chosen += _values(override)
     return bool(chosen) and all(value.startswith(TINY) for value in chosen)
 
 
 def grid(block: Block) -> list[dict[str, str]]:
-    """Every combination of a block's values; the last override varies fastest."""
-    choices = [
-        [(override.get_key_element(), value) for value in _values(override)] for override in _parse(block)
-    ]
+    """Return every combination of a block's values; the last override varies fastest."""
+    choices = []
+    for override in _parse(block):
+        key = override.get_key_element()
+        choices.append([(key, value) for value in _values(override)])
     return [dict(combination) for combination in itertools.product(*choices)]
 
 

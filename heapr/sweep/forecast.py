@@ -1,7 +1,6 @@
-"""What a sweep would do: which steps every job takes, which the store has, which several jobs share, and how
-long the rest takes.
+"""What a sweep would do: the steps of every job, those that are cached or shared, and the expected time.
 
-In: the checked configuration of every job. Out: `Forecast`, printed as a table. Nothing is loaded, tokenised
+In: the checked configuration of every job. Out: `Forecast`, printed as a table. Nothing is loaded, tokenized
 or made.
 """
 
@@ -49,10 +48,10 @@ class Forecast:
 
     Attributes:
         jobs: in their order.
-        seconds: expected for each distinct artifact that is not there, by id; None if nothing like it was
-            made before.
-        flops: of each calibration of which that is so, forward and backward, by id; None if not known for the
-            family.
+        seconds: expected for each distinct artifact that is missing, by id; None if nothing like it was made
+            before.
+        flops: forward and backward, of each calibration whose seconds are None, by id; None if they are not
+            known for the family.
     """
 
     jobs: Sequence[JobForecast]
@@ -60,21 +59,29 @@ class Forecast:
     flops: Mapping[str, int | None]
 
     def to_make(self) -> dict[str, StepState]:
-        """Distinct artifacts and parts that are not there, by id."""
+        """Return the distinct artifacts and parts that are missing, by id."""
         return {step.id: step for job in self.jobs for step in job.steps if not step.cached}
 
     def states(self, number: int) -> dict[str, Counter[str]]:
-        """How many artifacts of each stage of a job are "cached", to "make", or "shared": made by an earlier
-        job."""
+        """Count a job's artifacts by stage and state.
+
+        The states are "cached", "shared" (an earlier job makes it) and "make".
+        """
         earlier = {step.id for job in self.jobs[:number] for step in job.steps}
         states: dict[str, Counter[str]] = {name: Counter() for name in STAGES}
         for step in self.jobs[number].steps:
-            states[step.stage]["cached" if step.cached else "shared" if step.id in earlier else "make"] += 1
+            if step.cached:
+                state = "cached"
+            elif step.id in earlier:
+                state = "shared"
+            else:
+                state = "make"
+            states[step.stage][state] += 1
         return states
 
 
 def forecast_sweep(jobs: Sequence[tuple[str, ...]], configs: Sequence[ExperimentConfig]) -> Forecast:
-    """Look ahead at all jobs.
+    """Forecast all jobs of a sweep.
 
     Args:
         jobs: overrides of each.
@@ -82,24 +89,29 @@ def forecast_sweep(jobs: Sequence[tuple[str, ...]], configs: Sequence[Experiment
     """
     ahead = [_forecast_job(overrides, config) for overrides, config in zip(jobs, configs, strict=True)]
     past = PastSeconds(Path(configs[0].paths.outputs) / ARTIFACTS)
-    seconds = {
-        step.id: past.expected(step, job.steps) for job in ahead for step in job.steps if not step.cached
-    }
+    seconds: dict[str, float | None] = {}
+    for job in ahead:
+        for step in job.steps:
+            if not step.cached:
+                seconds[step.id] = past.expected(step, job.steps)
     return Forecast(ahead, seconds, _flops_of_calibrations(ahead, configs, seconds))
 
 
 def _flops_of_calibrations(
     jobs: Sequence[JobForecast], configs: Sequence[ExperimentConfig], seconds: Mapping[str, float | None]
 ) -> dict[str, int | None]:
-    """Of those whose seconds are not known. A model takes seconds on the meta device, so each is asked once
-    for a length."""
+    """Return the operations of the calibrations whose seconds are not known.
+
+    A model takes seconds to build on the meta device: it is built once per sequence length.
+    """
     flops: dict[str, int | None] = {}
     of_sequence: dict[str, int | None] = {}
     for job, config in zip(jobs, configs, strict=True):
+        length = config.calibration.sequence_length
         for step in job.steps:
-            if step.stage != "calibrate" or seconds.get(step.id, 0.0) is not None or job.source is None:
+            is_unknown = step.id in seconds and seconds[step.id] is None
+            if step.stage != "calibrate" or not is_unknown or job.source is None:
                 continue
-            length = config.calibration.sequence_length
             model = canonical_json([job.source.identity, length])
             if model not in of_sequence:
                 of_sequence[model] = sequence_flops(job.source.on_meta(), length)
@@ -118,10 +130,13 @@ def _forecast_job(overrides: tuple[str, ...], config: ExperimentConfig) -> JobFo
 
 
 class PastSeconds:
-    """How long artifacts took, from the manifests of a store.
+    """How long artifacts took to make, from the manifests of a store.
 
-    A stage is compared with those of the same model: calibrations per token, evaluations with those that
-    measured the same.
+    An artifact is compared with those of the same stage and model: a calibration by its time per token, an
+    evaluation with those of the same settings.
+
+    Args:
+        artifacts: folder of the store's artifacts.
     """
 
     def __init__(self, artifacts: Path) -> None:
@@ -131,10 +146,7 @@ class PastSeconds:
         for stage in STAGES:
             for manifest in manifests:
                 if manifest["stage"] == stage:
-                    upstream = [self._models.get(key) for key in manifest["upstream"].values()]
-                    self._models[manifest["key"]] = manifest["config"].get("model") or next(
-                        iter(upstream), None
-                    )
+                    self._models[manifest["key"]] = self._model(manifest)
         self._seconds: dict[str, list[float]] = defaultdict(list)
         for manifest in manifests:
             model = self._models[manifest["key"]]
@@ -142,19 +154,30 @@ class PastSeconds:
                 kind, amount = _kind(manifest["stage"], part, manifest["config"], model)
                 self._seconds[kind].append(made["seconds"] / amount)
 
+    def _model(self, manifest: Mapping[str, Any]) -> Any:
+        """Return an artifact's model: its own, or the one of the artifact that it was made from."""
+        model = manifest["config"].get("model")
+        if model:
+            return model
+        for key in manifest["upstream"].values():
+            return self._models.get(key)
+        return None
+
     def expected(self, step: StepState, job: Sequence[StepState]) -> float | None:
-        """Median of those like it; None if there are none.
+        """Return the median time of artifacts like this one; None if there are none.
 
         Args:
             step: what is to be made.
-            job: all steps of its job, of which the first says the model.
+            job: all steps of its job; the first one's configuration has the model.
         """
         kind, amount = _kind(step.stage, step.part, step.config, job[0].config["model"])
-        return statistics.median(self._seconds[kind]) * amount if kind in self._seconds else None
+        if kind not in self._seconds:
+            return None
+        return statistics.median(self._seconds[kind]) * amount
 
 
 def _kind(stage: str, part: str, config: Mapping[str, Any], model: Any) -> tuple[str, float]:
-    """What takes equally long, and how much of it there is."""
+    """Return a key of artifacts that take equally long per unit of work, and the units of this artifact."""
     amount = config["num_samples"] * config["sequence_length"] if stage == "calibrate" else 1
     settings = config.get("repair") if part == REPAIR_PART else config.get("evaluator")
     return canonical_json([stage, part, model, settings]), amount

@@ -19,7 +19,13 @@ from heapr.sweep.forecast import STAGES, Forecast
 
 
 def print_forecast(forecast: Forecast, title: str, console: Console | None = None) -> None:
-    """Jobs, what of them is in the store or shared, and the expected time."""
+    """Print the jobs, which of their artifacts exist or are shared, and the expected time.
+
+    Args:
+        forecast: of the sweep.
+        title: above the table.
+        console: to print on; standard output by default.
+    """
     common = common_overrides([job.overrides for job in forecast.jobs])
     console = console or open_console()
     print_lines(console, title, style="bold")
@@ -32,32 +38,35 @@ def print_forecast(forecast: Forecast, title: str, console: Console | None = Non
 
 
 def common_overrides(jobs: Sequence[Job]) -> Job:
-    """What all jobs say."""
-    return (
-        tuple(override for override in jobs[0] if all(override in job for job in jobs))
-        if len(jobs) > 1
-        else ()
-    )
+    """Return the overrides that all jobs have; empty for a single job."""
+    if len(jobs) <= 1:
+        return ()
+    first, *others = jobs
+    common = list(first)
+    for job in others:
+        common = [override for override in common if override in job]
+    return tuple(common)
 
 
 def _jobs_table(forecast: Forecast, common: Job) -> Table:
     table = Table("", "job", *STAGES, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.columns[1].overflow = "fold"
     for number, job in enumerate(forecast.jobs):
-        overrides = Text(" ".join(override for override in job.overrides if override not in common) or "-")
+        own = [override for override in job.overrides if override not in common]
+        overrides = Text(" ".join(own) or "-")
         states = forecast.states(number)
-        table.add_row(str(number), overrides, *(_cell(states[stage]) for stage in STAGES))
+        cells = [_cell(states[stage]) for stage in STAGES]
+        table.add_row(str(number), overrides, *cells)
     return table
 
 
 def _problems(forecast: Forecast) -> list[str]:
-    """Each problem once, with the jobs that have it."""
-    problems = dict.fromkeys(job.problem for job in forecast.jobs if job.problem)
-    numbers = {
-        problem: [str(number) for number, job in enumerate(forecast.jobs) if job.problem == problem]
-        for problem in problems
-    }
-    return [f"job {', '.join(numbers[problem])}: {problem}\n" for problem in problems]
+    """Return each problem once, with the jobs that have it."""
+    numbers: dict[str, list[str]] = {}
+    for number, job in enumerate(forecast.jobs):
+        if job.problem:
+            numbers.setdefault(job.problem, []).append(str(number))
+    return [f"job {', '.join(having)}: {problem}\n" for problem, having in numbers.items()]
 
 
 def _cell(states: Counter[str]) -> str:
@@ -68,23 +77,32 @@ def _cell(states: Counter[str]) -> str:
 
 def _what_is_left(forecast: Forecast) -> str:
     left = forecast.to_make()
-    numbers = Counter(step.stage for step in left.values())
-    counted = ", ".join(f"{numbers[stage]} {stage}" for stage in STAGES)
-    distinct = len({step.id for job in forecast.jobs for step in job.steps})
-    unknown = sum(not job.steps for job in forecast.jobs)
-    jobs = f"{len(forecast.jobs)} jobs" + (f" ({unknown} unknown)" if unknown else "")
-    lines = [f"{jobs}, {distinct} artifacts, of which to make: {counted if left else 'none'}"]
-    known = [seconds for seconds in forecast.seconds.values() if seconds is not None]
-    if known:
+    lines = [_counts(forecast)]
+    seconds = [number for number in forecast.seconds.values() if number is not None]
+    if seconds:
+        minutes = sum(seconds) / 60
         lines.append(
-            f"estimated from earlier ones like them: {sum(known) / 60:.1f} min for {len(known)} of"
-            f" {len(left)}"
+            f"estimated from earlier ones like them: {minutes:.1f} min for {len(seconds)} of {len(left)}"
         )
     elif left:
         lines.append("no estimate of the time: nothing like them was made here before")
     flops = [number for number in forecast.flops.values() if number is not None]
     if flops:
-        lines.append(
-            f"arithmetic of calibrating, where nothing like it was done before: {operations(sum(flops))}"
-        )
+        total = operations(sum(flops))
+        lines.append(f"arithmetic of calibrating, where nothing like it was done before: {total}")
     return "\n".join(lines)
+
+
+def _counts(forecast: Forecast) -> str:
+    """Say how many jobs and distinct artifacts there are, and how many artifacts of each stage to make."""
+    jobs = f"{len(forecast.jobs)} jobs"
+    num_unknown = sum(not job.steps for job in forecast.jobs)
+    if num_unknown:
+        jobs += f" ({num_unknown} unknown)"
+    artifacts = {step.id for job in forecast.jobs for step in job.steps}
+    left = forecast.to_make()
+    to_make = "none"
+    if left:
+        numbers = Counter(step.stage for step in left.values())
+        to_make = ", ".join(f"{numbers[stage]} {stage}" for stage in STAGES)
+    return f"{jobs}, {len(artifacts)} artifacts; to make: {to_make}"

@@ -1,7 +1,7 @@
 """Runs the jobs of a sweep through Hydra's multirun.
 
-In: jobs and a folder. Out: the folder filled, one subfolder per job. The process of its own is what `python
-run.py -m` would be: launchers (one job after the other, joblib, submitit) see nothing unusual.
+In: jobs and a folder. Out: one subfolder per job. The jobs run in a separate process, as with
+`python run.py -m`, so every launcher works: one job after the other, joblib, submitit.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pathlib import Path
 
 from heapr.sweep.collect import RECORD, Record
 
-INTERRUPTED = 130  # a shell's exit code of what was interrupted
+INTERRUPTED = 130  # a shell's exit code for an interrupted command
 
 
 def new_folder(sweeps: Path, record: Record) -> Path:
-    """An empty folder for a sweep, with its record."""
+    """Create a folder for a sweep, with its record, and return it."""
     folder = sweeps / f"{datetime.now():%Y-%m-%d_%H-%M-%S-%f}_{record.experiment}_{record.version}"
     folder.mkdir(parents=True)
     record.write(folder)
@@ -34,7 +34,7 @@ def launch(root: Path, folder: Path, settings: Sequence[str]) -> int:
         settings: overrides of Hydra itself, such as its launcher.
 
     Returns:
-        the exit code; 0 even if jobs failed, because each says so in its own folder.
+        The exit code; 0 even if jobs failed, because every job records its failure in its own folder.
     """
     chosen = [
         "hydra/sweeper=jobs",
@@ -44,11 +44,12 @@ def launch(root: Path, folder: Path, settings: Sequence[str]) -> int:
     command = [sys.executable, str(root / "run.py"), "--multirun", *chosen, *settings]
     try:
         return subprocess.run(command, check=False).returncode
-    except KeyboardInterrupt:  # the jobs got it, too
+    except KeyboardInterrupt:
+        # The jobs were interrupted, too.
         return INTERRUPTED
 
 
 def _quoted(path: Path) -> str:
-    """As Hydra reads a value, whatever characters it holds."""
+    """Quote a path so that Hydra reads any characters in it as they are."""
     text = str(path.resolve()).replace("'", "\\'")
     return f"'{text}'"

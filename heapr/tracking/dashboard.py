@@ -2,7 +2,7 @@
 
 Run:  python -m heapr.tracking.dashboard [--entity ...] [--project heapr]
 Needs a login and pip install 'heapr[dashboard]'.
-In: the metrics that a project's runs have. Out: a saved view of the project; its address is printed.
+In: the metrics that a project's runs logged. Out: a saved view of the project; its address is printed.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from heapr.tracking.wandb import has_key, is_reachable
 from heapr.words import first_line
 
 MODEL, CRITERION = "labels.model", "labels.criterion"  # in a run's configuration
-QUALITY = ("perplexity/", "accuracy/", "kl_to_dense/")  # how the names of what is compared begin
+QUALITY = ("perplexity/", "accuracy/", "kl_to_dense/")  # beginnings of the names that are compared
 EFFICIENCY = ("parameters_removed_ratio", "flops_removed_ratio")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Create the dashboard, or say in one line why that cannot be."""
+    """Create the dashboard, or say in one line why that is not possible."""
     parser = argparse.ArgumentParser(
         prog="python -m heapr.tracking.dashboard", description="Create a wandb dashboard."
     )
@@ -43,7 +43,7 @@ def create_dashboard(entity: str | None, project: str) -> str:
     """Save a dashboard of a project and return its address.
 
     Raises:
-        ConfigError: wandb-workspaces or a key is not there, wandb does not answer or refuses, or the project
+        ConfigError: wandb-workspaces or a key is missing, wandb does not answer or refuses, or the project
             has nothing to compare.
     """
     if importlib.util.find_spec("wandb_workspaces") is None:
@@ -54,20 +54,22 @@ def create_dashboard(entity: str | None, project: str) -> str:
         )
     if not is_reachable():
         raise ConfigError(
-            "the dashboard is saved by wandb, which does not answer; look at the network and WANDB_BASE_URL"
+            "the dashboard is saved by wandb, which does not answer; check the network and WANDB_BASE_URL"
         )
     import wandb
 
     try:
         api = wandb.Api(timeout=20)
         owner = entity or api.default_entity
-        names = {name for run in api.runs(f"{owner}/{project}") for name in dict(run.summary)}
+        runs = api.runs(f"{owner}/{project}")
+        names = {name for run in runs for name in dict(run.summary)}
         dashboard = build_dashboard(owner, project, sorted(names))
         dashboard.save()
         return str(dashboard.url)
     except ConfigError:
         raise
-    except Exception as error:  # wandb and what it is built on raise what they like
+    except Exception as error:
+        # wandb documents no exceptions of its own.
         raise ConfigError(
             f"wandb made no dashboard of '{project}' ({first_line(error)}); check --entity, --project and"
             " the key"
@@ -75,13 +77,16 @@ def create_dashboard(entity: str | None, project: str) -> str:
 
 
 def build_dashboard(entity: str, project: str, names: Sequence[str]) -> Any:
-    """A workspace: every metric over the ratio and over what was saved, a line for each criterion; then
-    tables, figures and what calibration did. Nothing is sent before its `save`.
+    """Return a workspace, which is sent to wandb when its `save` is called.
+
+    It shows every metric against the ratio and against what was saved, a line for each criterion; then
+    tables, figures and the progress of calibration.
 
     Args:
-        entity, project: where it is saved.
-        names: of everything that the project's runs logged. Metrics have their contract names: of the pruned
-            model at its ratio, of the dense one at ratio 0.
+        entity: owner of the project.
+        project: where it is saved.
+        names: of everything that the project's runs logged. The metrics of the pruned model are logged at its
+            ratio, those of the dense one at ratio 0.
 
     Raises:
         ConfigError: there is nothing to compare.
@@ -123,7 +128,7 @@ def build_dashboard(entity: str, project: str, names: Sequence[str]) -> Any:
 
 
 def _line(metric: str, axis: str, title: str, *, group: str) -> Any:
-    """One metric; a line for each group, of which it shows mean and standard error."""
+    """Return a plot of one metric: a line for each group, with its mean and standard error."""
     from wandb_workspaces.reports.v2 import Config, LinePlot
 
     return LinePlot(
@@ -139,7 +144,7 @@ def _line(metric: str, axis: str, title: str, *, group: str) -> Any:
 
 
 def _scatters(metrics: Sequence[str]) -> list[Any]:
-    """Each metric over each saving, a point for each run."""
+    """Return a plot of each metric over each saving, a point for each run."""
     from wandb_workspaces.reports.v2 import ScatterPlot, SummaryMetric
 
     pairs = [(metric, saved) for metric in metrics for saved in EFFICIENCY]

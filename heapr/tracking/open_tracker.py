@@ -1,7 +1,7 @@
 """From the tracking group's configuration to a tracker.
 
-In: the group's settings and what the run is. Out: a tracker that is closed whatever happens, and told whether
-the run succeeded.
+In: the group's settings and a description of the run. Out: a tracker that is always closed, with the run's
+success or failure.
 """
 
 from __future__ import annotations
@@ -19,23 +19,22 @@ FILE_NAME = "tracking.jsonl"
 
 @contextmanager
 def open_tracker(settings: TrackingConfig, run: Run, *, folder: Path, outputs: Path) -> Iterator[Tracker]:
-    """The run's JSON-lines file, and wandb beside it unless the mode is "none".
+    """Track a run in its JSON-lines file, and with wandb unless the mode is "none".
 
     Args:
         settings: mode, project, and whether artifacts are uploaded.
-        run: what it is called.
+        run: its name, id and configuration.
         folder: of the run; gets the JSON-lines file.
         outputs: gets wandb's folder.
 
     Raises:
-        ConfigError: wandb is to be online without a key, or WANDB_MODE is not known.
+        ConfigError: wandb must be online but there is no key, or WANDB_MODE is unknown.
     """
     trackers: list[Tracker] = [JsonLines(folder / FILE_NAME)]
     mode = resolve_mode(settings.mode)
     if mode != "none":
-        trackers.append(
-            Wandb(run, mode=mode, project=settings.project, upload=settings.upload, folder=outputs)
-        )
+        wandb = Wandb(run, mode=mode, project=settings.project, upload=settings.upload, folder=outputs)
+        trackers.append(wandb)
     tracker = Several(*trackers)
     try:
         yield tracker

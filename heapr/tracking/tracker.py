@@ -1,7 +1,7 @@
-"""Where values go while a run is under way: always a JSON-lines file, and wandb beside it if asked.
+"""Where values go during a run: always to a JSON-lines file, and to wandb on request.
 
-In: numbers, tables, images and folders by name. Out: lines and charts. Call sites know `log` and `close` and
-never ask which tracker it is.
+In: numbers, tables, images and folders by name. Out: lines and charts. Callers use `log` and `close` alone,
+whatever the tracker.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 RATIO, NUM_TOKENS = "pruning.ratio", "calibration/tokens"
-FIGURES = "figures/"  # how the names of images begin
-AXES = (RATIO, NUM_TOKENS)  # what is logged together with one of these is drawn over it
+FIGURES = "figures/"  # beginning of the names of images
+AXES = (RATIO, NUM_TOKENS)  # values that are logged together with one of these are drawn over it
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Image:
 
 @dataclass(frozen=True)
 class Folder:
-    """An artifact of the store: what it is, and where."""
+    """An artifact of the store: its stage, key and folder."""
 
     stage: str
     key: str
@@ -47,15 +47,15 @@ Value = float | str | Table | Image | Folder
 
 @dataclass(frozen=True)
 class Run:
-    """What a tracker calls a run.
+    """A run, as trackers know it.
 
     Attributes:
-        name: readable.
+        name: for people.
         id: the same for the same experiment, so that a repeat updates its run.
         job_type: "experiment" or "sweep".
-        group: name of the sweep; none for a single run.
+        group: name of the sweep; None for a single run.
         tags: short words to filter by.
-        config: the whole resolved configuration, and what tables are grouped by.
+        config: the whole resolved configuration, and the labels by which tables are grouped.
     """
 
     name: str
@@ -72,18 +72,19 @@ class Tracker(Protocol):
         ...
 
     def close(self, *, succeeded: bool) -> None:
-        """Write what is left; nothing is recorded afterwards."""
+        """Write everything that is pending; nothing can be logged afterwards."""
         ...
 
 
 class JsonLines:
-    """One JSON object a line, flushed at once, so that a killed run keeps what it had."""
+    """Write one JSON object per line and flush at once, so that a killed run keeps its values."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, values: Mapping[str, Value]) -> None:
-        self._file.write(json.dumps({"time": round(time.time(), 3), **values}, default=_json) + "\n")
+        row = {"time": round(time.time(), 3), **values}
+        self._file.write(json.dumps(row, default=_json) + "\n")
         self._file.flush()
 
     def close(self, *, succeeded: bool) -> None:
@@ -91,7 +92,7 @@ class JsonLines:
 
 
 class Several:
-    """Every tracker gets everything."""
+    """Log everything to several trackers."""
 
     def __init__(self, *trackers: Tracker) -> None:
         self._trackers = trackers

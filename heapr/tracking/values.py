@@ -1,5 +1,4 @@
-"""What runs and sweeps show beside their metrics: calibration's progress, layers, figures and the comparison
-table.
+"""What runs and sweeps log beside their metrics: progress of calibration, layers, figures, the comparison.
 
 In: numbers, rows and files. Out: values that a tracker takes.
 """
@@ -30,11 +29,11 @@ LAYER_COLUMNS = (
 
 
 class CalibrationProgress:
-    """Called after every batch; logs speed and loss at most once a second.
+    """Log speed and loss of calibration, at most once a second.
 
     Args:
-        tracker: gets them, over the number of tokens.
-        clock: seconds.
+        tracker: logs them over the number of tokens.
+        clock: returns seconds.
     """
 
     def __init__(self, tracker: Tracker, clock: Callable[[], float] = time.monotonic) -> None:
@@ -42,7 +41,12 @@ class CalibrationProgress:
         self._started = self._logged = clock()
 
     def __call__(self, num_tokens: int, loss: float) -> None:
-        """So many tokens are done; their mean loss, in nats per predicted token."""
+        """Report progress after a batch.
+
+        Args:
+            num_tokens: processed so far.
+            loss: their mean, in nats per predicted token.
+        """
         now = self._clock()
         if now - self._logged >= PROGRESS_SECONDS:
             self._logged = now
@@ -53,10 +57,13 @@ class CalibrationProgress:
 
 
 def layer_table(layers: Iterable[Mapping[str, Any]]) -> Table:
-    """One row per layer, of what `heapr.evaluation.routing.layer_routing` says of it.
+    """Return a table with one row per layer.
 
-    Columns: decoder layer index, share kept, atomic experts before and after, the least and most that an
-    expert keeps, experts that keep none, and the share of tokens that goes to the expert with most.
+    Columns: decoder layer index, share kept, atomic experts before and after, the least and the most that an
+    expert keeps, number of empty experts, and the share of tokens that the most used expert gets.
+
+    Args:
+        layers: as returned by `heapr.evaluation.routing.layer_routing`.
     """
     rows = [
         [
@@ -75,12 +82,12 @@ def layer_table(layers: Iterable[Mapping[str, Any]]) -> Table:
 
 
 def figures(paths: Iterable[Path]) -> dict[str, Image]:
-    """PNG files by what they are logged as."""
+    """Return PNG files by the names under which they are logged."""
     return {f"{FIGURES}{path.stem}": Image(path) for path in paths}
 
 
 def artifacts(stages: Iterable[Mapping[str, Any]]) -> dict[str, Folder]:
-    """The folders of a run's stages, as in its summary, by what they are logged as."""
+    """Return the folders of a run's stages, as in its summary, by the names under which they are logged."""
     folders = [Folder(stage["stage"], stage["key"], Path(stage["path"])) for stage in stages]
     return {f"artifacts/{folder.stage}-{folder.key}": folder for folder in folders}
 
@@ -93,20 +100,21 @@ def log_sweep_summary(
     images: Sequence[Path],
     outputs: Path,
 ) -> None:
-    """One run in a sweep's group, with its comparison table and figures; a repeat updates it.
+    """Log a sweep's comparison table and figures as a run in its group; a repeat updates that run.
 
     Args:
-        settings: as of the jobs.
-        rows: of the table: cell by column; what a row lacks stays empty.
-        folder: of the sweep, whose name is the group's; gets the JSON-lines file.
+        settings: of tracking, as for the jobs.
+        rows: of the table: cells by column; missing cells stay empty.
+        folder: of the sweep; its name is the group's, and it gets the JSON-lines file.
         images: PNG files.
         outputs: gets wandb's folder.
 
     Raises:
-        ConfigError: wandb is to be online without a key.
+        ConfigError: wandb must be online but there is no key.
     """
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    table = Table(columns, [[row.get(column) for column in columns] for row in rows])
+    cells = [list(map(row.get, columns)) for row in rows]
+    table = Table(columns, cells)
     name = folder.resolve().name
     run = Run(
         name=f"{name} summary",

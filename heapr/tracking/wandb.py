@@ -1,7 +1,7 @@
-"""wandb: online when a key is found, otherwise offline; never asks, never waits for the network for long.
+"""wandb: online when a key is found, else offline; it never prompts, and never waits long for the network.
 
-In: values by name. Out: a wandb run, or an offline run folder and the command that sends it later. Whatever
-happens to wandb, the run goes on: a warning says what is missing.
+In: values by name. Out: a wandb run, or an offline run folder and the command that sends it later. If wandb
+fails, the run goes on, and a warning says why.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from heapr.words import first_line
 
 logger = logging.getLogger(__name__)
 
-START_SECONDS = 12.0  # most that starting a run online may take after that
-MEDIA_SECONDS = 8.0  # most that tables, images and folders may be waited for at the end of a run
-FINISH_SECONDS = 8.0  # most that sending the rest may take after that; what is left is on disk
-UPLOAD_SLICE_SECONDS = 10.0  # an upload that was asked for takes as long as it takes, while somebody is there
-# Of WANDB_MODE; ours.
+START_SECONDS = 12.0  # longest wait for a run to start online
+MEDIA_SECONDS = 8.0  # longest wait for tables, images and folders at the end of a run
+FINISH_SECONDS = 8.0  # longest wait for the rest after that; what is not sent stays on disk
+UPLOAD_SLICE_SECONDS = 10.0  # an upload on request has no limit; so often we check that wandb still answers
+# From WANDB_MODE to our modes.
 MODES = {
     "online": "online",
     "run": "online",
@@ -42,44 +42,48 @@ class Wandb:
     """One wandb run.
 
     Args:
-        run: what it is called.
+        run: its name, id and configuration.
         mode: "online" or "offline", as `resolve_mode` gives it.
-        project: wandb's.
-        upload: send the files of folders, not only where they are.
-        folder: where wandb keeps its files; made if it is not there.
+        project: of wandb.
+        upload: whether to send the files of folders, or only their paths.
+        folder: where wandb keeps its files; created if it does not exist.
     """
 
     def __init__(self, run: Run, *, mode: str, project: str, upload: bool, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._upload = upload
-        self._defined, self._warned = set(AXES), set[str]()
+        self._defined = set(AXES)
+        self._warned: set[str] = set()
         arguments: dict[str, Any] = {
             "dir": str(folder.resolve()),
             "project": project,
             "name": run.name,
             "id": run.id,
             "group": run.group,
-        }
-        arguments |= {
             "job_type": run.job_type,
             "tags": [tag[:MAX_TAG] for tag in run.tags],
             "config": dict(run.config),
         }
         self._run, self._mode = _start(mode, arguments)
         self._media: queue.Queue[Mapping[str, Value] | None] = queue.Queue()
-        # For each of these wandb waits for an answer.
+        # In a thread, because wandb waits for an answer to each of them.
         self._courier = threading.Thread(target=self._log_media, daemon=True)
         self._courier.start()
 
     def log(self, values: Mapping[str, Value]) -> None:
         if self._run is None:
             return
-        media = {name: value for name, value in values.items() if isinstance(value, Table | Image | Folder)}
+        media: dict[str, Value] = {}
+        row: dict[str, Value] = {}
+        for name, value in values.items():
+            kind = media if isinstance(value, Table | Image | Folder) else row
+            kind[name] = value
         if media:
             self._media.put(media)
         try:
-            self._log_row({name: value for name, value in values.items() if name not in media})
-        except Exception as error:  # wandb raises what it likes, and the run must go on
+            self._log_row(row)
+        except Exception as error:
+            # wandb documents no exceptions of its own, and the run must go on.
             self._warn(error)
 
     def close(self, *, succeeded: bool) -> None:
@@ -98,7 +102,7 @@ class Wandb:
             self._warn(error)
             _stop_service()
         if not is_sent and folder.is_dir():
-            logger.info("wandb has what is not sent yet on disk; to send it later: wandb sync %s", folder)
+            logger.info("wandb keeps on disk what is not sent yet; to send it later: wandb sync %s", folder)
 
     def _log_row(self, row: dict[str, Any]) -> None:
         axis = next((name for name in AXES if name in row), None)
@@ -106,22 +110,23 @@ class Wandb:
             if axis is not None and name not in self._defined:
                 self._defined.add(name)
                 self._run.define_metric(name, step_metric=axis)
-        if RATIO in row:  # wandb looks for a name with a dot in nested values
+        if RATIO in row:
+            # wandb takes a dot in the name of an axis for a nested value.
             section, field = RATIO.split(".")
             row[section] = {field: row.pop(RATIO)}
         if row:
             self._run.log(row)
 
     def _log_media(self) -> None:
-        """In a thread of its own, until there is None or wandb fails."""
+        """Log media from the queue, in a thread of its own, until the queue gives None or wandb fails."""
         try:
             while (values := self._media.get()) is not None:
-                for folder in [value for value in values.values() if isinstance(value, Folder)]:
+                folders = [value for value in values.values() if isinstance(value, Folder)]
+                for folder in folders:
                     self._log_folder(folder)
-                if row := {
-                    name: _converted(value) for name, value in values.items() if not isinstance(value, Folder)
-                }:
-                    self._run.log(row)
+                others = {name: value for name, value in values.items() if not isinstance(value, Folder)}
+                if others:
+                    self._run.log({name: _converted(value) for name, value in others.items()})
         except Exception as error:
             self._warn(error)
 
@@ -140,8 +145,11 @@ class Wandb:
             artifact.wait()
 
     def _wait_for_media(self) -> None:
-        """Offline as long as it takes, since that is the disk alone; online not longer than somebody is
-        there."""
+        """Wait until all media are logged.
+
+        Offline there is no limit, since only the disk is involved. Online the wait ends after
+        `MEDIA_SECONDS`, or with an upload, as soon as wandb does not answer.
+        """
         self._media.put(None)
         self._courier.join(MEDIA_SECONDS if self._mode == "online" else None)
         while self._upload and self._courier.is_alive() and is_reachable():
@@ -150,7 +158,7 @@ class Wandb:
             self._warn(TimeoutError("tables, figures or artifacts were not taken in time"))
 
     def _warn(self, error: Exception) -> None:
-        """Once for each reason: calibration would repeat it every second."""
+        """Warn once for each reason: calibration would repeat it every second."""
         reason = first_line(error)
         if reason not in self._warned:
             self._warned.add(reason)
@@ -160,12 +168,14 @@ class Wandb:
 
 
 def resolve_mode(mode: str) -> str:
-    """ "online", "offline" or "none", from "auto" (online if a key is found) or as asked; WANDB_MODE decides
-    where "auto" was asked.
+    """Return "online", "offline" or "none".
+
+    Args:
+        mode: one of these, or "auto": as WANDB_MODE says, else online if a key is found, else offline.
 
     Raises:
-        ConfigError: online without a key: wandb would ask for one; or WANDB_MODE is none of those that are
-            known.
+        ConfigError: the mode is online but there is no key, so that wandb would prompt for one; or WANDB_MODE
+            is unknown.
     """
     if mode == "auto" and (asked := os.environ.get("WANDB_MODE")):
         if asked not in MODES:
@@ -179,14 +189,14 @@ def resolve_mode(mode: str) -> str:
         mode = "online" if has_key() else "offline"
     if mode == "online" and not has_key():
         raise ConfigError(
-            "wandb is to be online, but no key is found; set WANDB_API_KEY, run wandb login, or use"
+            "wandb must be online, but no key is found; set WANDB_API_KEY, run wandb login, or use"
             " tracking=wandb_offline"
         )
     return mode
 
 
 def has_key() -> bool:
-    """Whether wandb would find a key without asking: in the environment or in the netrc file."""
+    """Return whether wandb finds a key without prompting: in the environment or in the netrc file."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     try:
@@ -196,10 +206,15 @@ def has_key() -> bool:
 
 
 def _start(mode: Any, arguments: dict[str, Any]) -> tuple[Any, str]:
-    """The run, and whether it is online or offline after all; no run if wandb cannot start one at all."""
-    # Wandb's reports about itself wait for the network at exit.
+    """Start a run; offline if it cannot start online.
+
+    Returns:
+        The run, or None if wandb cannot start one; and its mode.
+    """
+    # wandb's error reports wait for the network at exit.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    import wandb  # seconds to import: only when it is used
+    # The import takes seconds.
+    import wandb
 
     settings = wandb.Settings(
         init_timeout=START_SECONDS,
@@ -215,7 +230,8 @@ def _start(mode: Any, arguments: dict[str, Any]) -> tuple[Any, str]:
             reason = f"{_host()} does not answer"
         except Exception as error:
             reason = first_line(error)
-            _stop_service()  # which would not let the id be used again
+            # A running service would not let the id be used again.
+            _stop_service()
         logger.warning("wandb cannot be reached (%s); the run goes on offline", reason)
         mode = "offline"
     try:
@@ -230,11 +246,12 @@ def _stop_service() -> None:
     """End wandb's own process, so that the next run starts a new one."""
     import wandb
 
-    within(PROBE_SECONDS, wandb.teardown)  # it may be dead already
+    # The process may be dead already.
+    within(PROBE_SECONDS, wandb.teardown)
 
 
 def is_reachable() -> bool:
-    """Whether somebody answers."""
+    """Return whether wandb's server answers."""
     return answers(_endpoint())
 
 
@@ -250,7 +267,6 @@ def _converted(value: Value) -> Any:
     import wandb
 
     if isinstance(value, Table):
-        return wandb.Table(
-            columns=list(value.columns), data=[list(row) for row in value.rows], allow_mixed_types=True
-        )
+        rows = [list(row) for row in value.rows]
+        return wandb.Table(columns=list(value.columns), data=rows, allow_mixed_types=True)
     return wandb.Image(str(value.path)) if isinstance(value, Image) else value

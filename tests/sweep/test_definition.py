@@ -98,7 +98,7 @@ def test_every_experiment_is_complete(name: str) -> None:
     [
         ([], "give either experiment=<name> or report_dir=<folder>; experiments: one, two"),
         (["experiment=one", "report_dir=x"], "give either"),
-        (["report_dir=x", "model=tiny"], "stands alone"),
+        (["report_dir=x", "model=tiny"], "takes no other arguments"),
         (["experiment=one", "--dryrun"], "did you mean --dry-run"),
         (["experiment=one", "tiny"], "'tiny' is neither an override"),
         (["experiment=one", "dry_run=true"], "give --dry-run"),

@@ -134,7 +134,7 @@ def test_started_again_nothing_is_made(
 ) -> None:
     folder, overrides = material
     assert sweep("experiment=ratio_curve", *overrides, "pruning.ratio=0.4") == 0
-    assert "of which to make: none" in " ".join(capsys.readouterr().out.split())
+    assert "to make: none" in " ".join(capsys.readouterr().out.split())
     again = summaries(folder / "outputs")[-1]
     assert all(stage["cached"] for stage in again["stages"])
 
@@ -220,7 +220,7 @@ def test_jobs_that_never_started_are_not_forgotten(tmp_path: Path) -> None:
     assert "was stopped" in str(jobs[1].error) and jobs[2].error == "never started"
 
 
-@pytest.mark.parametrize(("name", "message"), [("missing", "is no folder"), ("empty", "holds no jobs")])
+@pytest.mark.parametrize(("name", "message"), [("missing", "is not a folder"), ("empty", "holds no jobs")])
 def test_a_folder_without_a_sweep_is_refused(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=message):

@@ -1,6 +1,6 @@
 """The card of a pruned checkpoint, its README.md.
 
-In: what was done, and metrics as in summary.json (none before they are measured). Out: Markdown.
+In: what was done, and metrics as in summary.json (empty before they are measured). Out: Markdown.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ With heapr installed no code of this folder runs: `model = heapr.load_pruned(fol
 def model_card(
     about: Mapping[str, Any], metrics: Mapping[str, Mapping[str, float]], previous: str = ""
 ) -> str:
-    """The card; figures of a previous one that are not measured now are kept.
+    """Return the card; it keeps the numbers of the previous card that were not measured again.
 
     Args:
         about: what was done.
-        metrics: dense and pruned.
-        previous: the card as it is.
+        metrics: of the dense and the pruned model.
+        previous: the card that it replaces.
     """
     calibration = about["calibration"]
     return CARD.substitute(
@@ -81,43 +81,43 @@ def model_card(
 
 
 def _loading(about: Mapping[str, Any]) -> str:
-    """How it loads, and what of the original is not in it."""
+    """Say how the checkpoint loads, and which parts of the original it lacks."""
     wrapper = about.get("language_model_of")
-    text = Template(LOADING[about["form"]]).substitute(
-        how="as a language model" if wrapper else "as the original model does"
-    )
-    missing = [f"of the original `{wrapper}` only the language model is in it"] if wrapper else []
-    missing += (
-        ["heads that predict further tokens are not in it"] if about.get("prediction_heads_left_out") else []
-    )
+    how = "as a language model" if wrapper else "as the original model does"
+    text = Template(LOADING[about["form"]]).substitute(how=how)
+    missing = []
+    if wrapper:
+        missing.append(f"of the original `{wrapper}` only the language model is in it")
+    if about.get("prediction_heads_left_out"):
+        missing.append("heads that predict further tokens are not in it")
     sentence = "; ".join(missing)
     return f"{text}{sentence[:1].upper()}{sentence[1:]}.\n" if missing else text
 
 
 def _text(corpus: Mapping[str, Any]) -> str:
-    """What was calibrated on: a corpus and its split, or the parts of a mixture with their shares."""
+    """Name the calibration text: a corpus and its split, or the parts of a mixture with their shares."""
     if "parts" not in corpus:
         return f"`{corpus['corpus']}` ({corpus['split']})"
-    return ", ".join(f"{part['share']:.3g} x {_text(part['corpus'])}" for part in corpus["parts"])
+    parts = [f"{part['share']:.3g} x {_text(part['corpus'])}" for part in corpus["parts"]]
+    return ", ".join(parts)
 
 
 def _beyond(about: Mapping[str, Any]) -> str:
-    """Rounds and repair, in words."""
-    sentences = []
+    """Describe rounds and repair."""
+    text = ""
     if about.get("rounds", 1) > 1:
-        sentences.append(f" In {about['rounds']} rounds, each measured anew.")
+        text += f" In {about['rounds']} rounds, each measured anew."
     if about.get("repair"):
-        sentences.append(
-            f" What is left was repaired on the same tokens (`{class_name(about['repair']['_target_'])}`)."
-        )
-    return "".join(sentences)
+        repair = class_name(about["repair"]["_target_"])
+        text += f" What is left was repaired on the same tokens (`{repair}`)."
+    return text
 
 
 def _table(metrics: Mapping[str, Mapping[str, float]], previous: str) -> str:
-    """Dense beside pruned, of whatever was measured on both."""
+    """Return dense beside pruned, for every metric that was measured on both."""
     dense, pruned = metrics.get("dense", {}), metrics.get("pruned", {})
     rows = dict(ROW.findall(previous))
-    # A row of two zeros says nothing.
+    # A row of two zeros is left out.
     measured = [name for name in dense if name in pruned and (dense[name] or pruned[name])]
     rows |= {name: f"{_number(dense[name])} | {_number(pruned[name])}" for name in measured}
     lines = [f"| {name} | {numbers} |\n" for name, numbers in rows.items()]

@@ -17,24 +17,26 @@ from heapr.artifacts import CHECKPOINT
 from heapr.report.terminal import open_console, print_lines
 from heapr.words import step_title
 
-SIZE_ROWS = {  # size on the model: its share removed, how to print it
-    "parameters": ("parameters_removed_ratio", "{:,.0f}"),
-    "parameters_active_per_token": ("parameters_active_removed_ratio", "{:,.0f}"),
-    "atomic_experts": ("atomic_experts_removed_ratio", "{:,.0f}"),
-    "bytes": ("bytes_removed_ratio", "{:,.0f}"),
-    "flops_per_token": ("flops_removed_ratio", "{:,.0f}"),
-    "flops_per_token_routed": ("flops_routed_removed_ratio", "{:,.0f}"),
+# From a size of the model to the name of its share removed.
+SIZE_ROWS = {
+    "parameters": "parameters_removed_ratio",
+    "parameters_active_per_token": "parameters_active_removed_ratio",
+    "atomic_experts": "atomic_experts_removed_ratio",
+    "bytes": "bytes_removed_ratio",
+    "flops_per_token": "flops_removed_ratio",
+    "flops_per_token_routed": "flops_routed_removed_ratio",
 }
-ZEROS = "parameters_zero"  # of a masked model: what its checkpoint holds for what was removed
+ZEROS = "parameters_zero"  # zeros in a masked model's checkpoint, in place of what was removed
 
-COMPARISON_ROWS = {  # beginning of a comparison's name: how to print it
+# From the beginning of a comparison's name to its format.
+COMPARISON_ROWS = {
     "kl_to_dense/": "{:.4f}",
     "top1_agreement/": "{:.1%}",
     "truth/spearman": "{:.3f}",
     "truth/pearson": "{:.3f}",
 }
 SPEED_ROWS = ("prefill_tokens_per_second", "decode_tokens_per_second")
-# Which forward of the experts a row of speeds is of: the contestants' names (heapr/evaluation/throughput.py).
+# From the forward that the experts use to its contestants (heapr/evaluation/throughput.py): dense and pruned.
 FORWARDS = {
     "same loop": ("dense", "pruned"),
     "own way": ("dense_default", "pruned_default"),
@@ -42,16 +44,24 @@ FORWARDS = {
 
 
 def print_summary(summary: Mapping[str, Any], run_folder: str, console: Console | None = None) -> None:
-    """Dense against pruned, the stages, and where everything lies."""
-    artifacts = Path(summary["stages"][0]["path"]).parents[1]
-    places = f"artifacts:  {artifacts}/<stage>/<artifact>\nthis run:   {run_folder}"
-    checkpoints = dict.fromkeys(
-        Path(stage["path"]) / CHECKPOINT for stage in summary["stages"] if stage["stage"] == "prune"
-    )
-    places += "".join(f"\ncheckpoint: {path}" for path in checkpoints if path.is_dir())
+    """Print dense against pruned, the stages, and where everything lies.
+
+    Args:
+        summary: as in summary.json.
+        run_folder: of the run.
+        console: to print on; standard output by default.
+    """
+    stages = summary["stages"]
+    artifacts = Path(stages[0]["path"]).parents[1]
+    places = [f"artifacts:  {artifacts}/<stage>/<artifact>", f"this run:   {run_folder}"]
+    plans = dict.fromkeys(stage["path"] for stage in stages if stage["stage"] == "prune")
+    for plan in plans:
+        checkpoint = Path(plan) / CHECKPOINT
+        if checkpoint.is_dir():
+            places.append(f"checkpoint: {checkpoint}")
     console = console or open_console()
-    console.print(Group(_metrics_table(summary["metrics"]), _stages_table(summary["stages"])))
-    print_lines(console, places)
+    console.print(Group(_metrics_table(summary["metrics"]), _stages_table(stages)))
+    print_lines(console, "\n".join(places))
 
 
 def _metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> Table:
@@ -70,41 +80,33 @@ def _add_models(
 ) -> None:
     for name in dense:
         if name.startswith("perplexity/"):
-            table.add_row(
-                name, f"{dense[name]:.2f}", f"{pruned[name]:.2f}", f"{pruned[name] / dense[name] - 1:+.1%}"
-            )
+            before, after = dense[name], pruned[name]
+            table.add_row(name, f"{before:.2f}", f"{after:.2f}", f"{after / before - 1:+.1%}")
     accuracies = [name for name in dense if name.startswith("accuracy/")]
+    if len(accuracies) <= 2 and "accuracy/average" in accuracies:
+        # The average of one task is that task's accuracy.
+        accuracies.remove("accuracy/average")
     for name in accuracies:
-        if name != "accuracy/average" or len(accuracies) > 2:  # of one task it is that task's
-            table.add_row(
-                name,
-                f"{dense[name]:.1%}",
-                f"{pruned[name]:.1%}",
-                f"{100 * (pruned[name] - dense[name]):+.1f} points",
-            )
-    for name, (ratio, form) in SIZE_ROWS.items():
+        before, after = dense[name], pruned[name]
+        table.add_row(name, f"{before:.1%}", f"{after:.1%}", f"{100 * (after - before):+.1f} points")
+    for name, ratio in SIZE_ROWS.items():
         if name in dense:
-            # Never -0.0%.
-            table.add_row(
-                name, form.format(dense[name]), form.format(pruned[name]), f"{0.0 - size[ratio]:+.1%}"
-            )
+            # A difference, so that nothing removed is +0.0% and not -0.0%.
+            change = 0.0 - size[ratio]
+            table.add_row(name, f"{dense[name]:,.0f}", f"{pruned[name]:,.0f}", f"{change:+.1%}")
         if name == "parameters" and pruned.get(ZEROS):
             table.add_row(ZEROS, f"{dense.get(ZEROS, 0):,.0f}", f"{pruned[ZEROS]:,.0f}", "of these")
 
 
 def _add_comparison(table: Table, comparison: Mapping[str, float]) -> None:
     for name in SPEED_ROWS:
-        for forward, contestants in FORWARDS.items():
-            speeds = [comparison.get(f"{name}/{contestant}") for contestant in contestants]
-            # A ragged model's own way is the loop.
-            dense, pruned = (
-                speeds[0],
-                speeds[1] or comparison.get(f"{name}/pruned"),
-            )
+        for forward, (dense_contestant, pruned_contestant) in FORWARDS.items():
+            dense = comparison.get(f"{name}/{dense_contestant}")
+            # A ragged model has no other forward than the loop.
+            pruned = comparison.get(f"{name}/{pruned_contestant}") or comparison.get(f"{name}/pruned")
             if dense and pruned:
-                table.add_row(
-                    f"{name}, {forward}", f"{dense:,.0f}", f"{pruned:,.0f}", f"{pruned / dense - 1:+.1%}"
-                )
+                change = f"{pruned / dense - 1:+.1%}"
+                table.add_row(f"{name}, {forward}", f"{dense:,.0f}", f"{pruned:,.0f}", change)
     for beginning, form in COMPARISON_ROWS.items():
         for name in comparison:
             if name.startswith(beginning):
@@ -112,23 +114,18 @@ def _add_comparison(table: Table, comparison: Mapping[str, float]) -> None:
 
 
 def _stages_table(stages: list[Mapping[str, Any]]) -> Table:
-    table = Table(
-        "stage",
-        "",
-        "seconds",
-        "peak memory",
-        "artifact",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
-    )
-    table.columns[0].no_wrap = table.columns[4].no_wrap = True
-    for column in table.columns[2:4]:
-        column.justify = "right"
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("stage", no_wrap=True)
+    table.add_column("")
+    table.add_column("seconds", justify="right")
+    table.add_column("peak memory", justify="right")
+    table.add_column("artifact", no_wrap=True)
     for stage in stages:
         name = step_title(stage["stage"], stage["what"])
-        peak = "" if stage["cached"] else f"{stage['peak_memory_bytes'] / 2**30:.2f} GiB"
-        table.add_row(
-            name, "cached" if stage["cached"] else "made", f"{stage['seconds']:.1f}", peak, stage["key"]
-        )
+        seconds = f"{stage['seconds']:.1f}"
+        if stage["cached"]:
+            table.add_row(name, "cached", seconds, "", stage["key"])
+        else:
+            peak = f"{stage['peak_memory_bytes'] / 2**30:.2f} GiB"
+            table.add_row(name, "made", seconds, peak, stage["key"])
     return table

@@ -15,13 +15,23 @@ from rich.table import Table
 from heapr.report.terminal import open_console, operations, print_lines
 from heapr.words import step_title
 
+Rows = list[tuple[str, str, str]]  # what it is, number, remark
+
 NOT_KNOWN = "not known for this family"
 
 
 def print_dry_run(plan: Mapping[str, Any], console: Console | None = None) -> None:
-    """Model, what is removed, memory and arithmetic; the artifacts; what is missing."""
+    """Print the model, what is removed, memory and arithmetic; then the artifacts, and what is missing.
+
+    Args:
+        plan: the numbers of a dry run, by name.
+        console: to print on; standard output by default.
+    """
     console = console or open_console()
-    console.print(Group(_numbers_table(plan), *([_stages_table(plan["stages"])] if plan["stages"] else [])))
+    tables = [_numbers_table(plan)]
+    if plan["stages"]:
+        tables.append(_stages_table(plan["stages"]))
+    console.print(Group(*tables))
     print_lines(console, f"model: {plan['path']}")
     for note in plan["notes"]:
         print_lines(console, f"note: {note}")
@@ -29,7 +39,8 @@ def print_dry_run(plan: Mapping[str, Any], console: Console | None = None) -> No
 
 def _numbers_table(plan: Mapping[str, Any]) -> Table:
     table = Table("dry run", "", plan["name"], box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.columns[1].justify, table.columns[2].overflow = "right", "fold"
+    table.columns[1].justify = "right"
+    table.columns[2].overflow = "fold"
     for rows in (_model_rows(plan), _removed_rows(plan), _cost_rows(plan)):
         for row in rows:
             table.add_row(*row)
@@ -37,62 +48,58 @@ def _numbers_table(plan: Mapping[str, Any]) -> Table:
     return table
 
 
-Rows = list[tuple[str, str, str]]
-
-
 def _model_rows(plan: Mapping[str, Any]) -> Rows:
+    layers = str(plan["num_moe_layers"])
+    experts = _range(plan["num_experts"])
+    width = _range(plan["width"])
+    atomic = f"{plan['atomic_experts']:,}"
+    parameters = f"{plan['parameters']:,}"
     share = plan["expert_parameters"] / plan["parameters"]
     return [
         ("model", plan["architecture"], ""),
-        ("MoE layers", str(plan["num_moe_layers"]), f"of {plan['num_layers']} layers"),
-        ("experts", _range(plan["num_experts"]), f"of a layer, {plan['experts_per_token']} per token"),
-        ("width", _range(plan["width"]), "atomic experts of an expert"),
-        ("atomic experts", f"{plan['atomic_experts']:,}", ""),
-        ("parameters", f"{plan['parameters']:,}", f"{share:.1%} in routed experts"),
+        ("MoE layers", layers, f"of {plan['num_layers']} layers"),
+        ("experts", experts, f"of a layer, {plan['experts_per_token']} per token"),
+        ("width", width, "atomic experts of an expert"),
+        ("atomic experts", atomic, ""),
+        ("parameters", parameters, f"{share:.1%} in routed experts"),
     ]
 
 
 def _removed_rows(plan: Mapping[str, Any]) -> Rows:
-    atomic, removed = plan["atomic_experts_removed"], plan["parameters_removed"]
+    atomic = plan["atomic_experts_removed"]
     if atomic is None:
-        return [
-            (
-                "removed",
-                f"{plan['ratio']:.1%}",
-                f"of the routed experts' {plan['budget']}; scores say how many atomic experts",
-            )
-        ]
-    of_experts, of_all = removed / plan["expert_parameters"], removed / plan["parameters"]
-    return [
-        ("removed", f"{atomic:,}", f"atomic experts, {atomic / plan['atomic_experts']:.1%}"),
+        remark = f"of the routed experts' {plan['budget']}; scores say how many atomic experts"
+        return [("removed", f"{plan['ratio']:.1%}", remark)]
+    before, removed = plan["parameters"], plan["parameters_removed"]
+    of_atomic = atomic / plan["atomic_experts"]
+    of_experts = removed / plan["expert_parameters"]
+    of_all = removed / before
+    rows = [
+        ("removed", f"{atomic:,}", f"atomic experts, {of_atomic:.1%}"),
         ("", f"{removed:,}", f"parameters, {of_all:.1%} ({of_experts:.1%} of experts')"),
-        ("left", f"{plan['parameters'] - removed:,}", "parameters"),
-        *(
-            [("checkpoint", f"{plan['parameters']:,}", "parameters: what is removed becomes zeros")]
-            if plan["form"] == "masked"
-            else []
-        ),
+        ("left", f"{before - removed:,}", "parameters"),
     ]
+    if plan["form"] == "masked":
+        rows.append(("checkpoint", f"{before:,}", "parameters: what is removed becomes zeros"))
+    return rows
 
 
 def _cost_rows(plan: Mapping[str, Any]) -> Rows:
     activations, flops = plan["activation_bytes"], plan["calibration_flops"]
-    fixed = plan["weight_bytes"] + plan["statistics_bytes"]
-    batch = f"a batch of {plan['batch_size']} x {plan['sequence_length']:,} tokens"
+    weights, statistics = plan["weight_bytes"], plan["statistics_bytes"]
+    matrices = _size(plan["matrix_bytes"])
     rows = [
-        ("weights", _size(plan["weight_bytes"]), plan["dtype"]),
-        (
-            "statistics",
-            _size(plan["statistics_bytes"]),
-            f"in place of {_size(plan['matrix_bytes'])} of matrices (D, D)",
-        ),
+        ("weights", _size(weights), plan["dtype"]),
+        ("statistics", _size(statistics), f"in place of {matrices} of matrices (D, D)"),
     ]
     if activations is None or flops is None:
         return [*rows, ("activations", "", NOT_KNOWN), ("calibration", "", NOT_KNOWN)]
+    batch = f"a batch of {plan['batch_size']} x {plan['sequence_length']:,} tokens"
+    together = weights + statistics + activations
     return [
         *rows,
         ("activations", _size(activations), batch),
-        ("together", _size(fixed + activations), "what calibration needs, at least"),
+        ("together", _size(together), "what calibration needs, at least"),
         ("calibration", operations(flops), f"forward and backward of {plan['num_samples']} sequences"),
     ]
 
@@ -101,18 +108,18 @@ def _stages_table(stages: Sequence[Mapping[str, Any]]) -> Table:
     table = Table("stage", "", "artifact", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.columns[0].no_wrap = table.columns[2].no_wrap = True
     for stage in stages:
-        table.add_row(
-            step_title(stage["stage"], stage["what"]),
-            "cached" if stage["cached"] else "to be made",
-            stage["key"],
-        )
+        title = step_title(stage["stage"], stage["what"])
+        state = "cached" if stage["cached"] else "to be made"
+        table.add_row(title, state, stage["key"])
     return table
 
 
 def _range(ends: Sequence[int]) -> str:
-    return f"{ends[0]:,}" if ends[0] == ends[1] else f"{ends[0]:,} to {ends[1]:,}"
+    least, most = ends
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
 
 
 def _size(num_bytes: int) -> str:
-    unit, name = (2**30, "GiB") if num_bytes >= 2**30 else (2**20, "MiB")
-    return f"{num_bytes / unit:,.2f} {name}"
+    if num_bytes >= 2**30:
+        return f"{num_bytes / 2**30:,.2f} GiB"
+    return f"{num_bytes / 2**20:,.2f} MiB"

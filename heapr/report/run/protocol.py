@@ -1,4 +1,4 @@
-"""Whether results may stand in one table: the protocols they were measured by, and how they differ.
+"""Whether results may share a table: the protocols by which they were measured, and how those differ.
 
 In: protocols, or summaries as in summary.json. Out: differences in words.
 """
@@ -12,73 +12,80 @@ from typing import Any
 TOKENIZER_FIELDS = frozenset({"num_tokens", "num_predicted_tokens", "tokens_sha256", "special_tokens"})
 
 
-def protocol_differences(protocols: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
-    """How results differ in the way they were measured: one line for every corpus or task and field, none if
-    they agree.
+Record = Mapping[str, Any]  # how a corpus or task was measured, by field
+Protocol = Mapping[str, Record]  # by corpus or task
+
+
+def protocol_differences(protocols: Mapping[str, Protocol]) -> list[str]:
+    """Return how results differ in the way they were measured; an empty list if they agree.
 
     Tokenizers cut a text into different tokens: between models of different families the numbers of tokens
     and their fingerprints differ, and their perplexities cannot be compared.
 
     Args:
-        protocols: by the name of a result, then by corpus or task. What only one result measured is no
-            difference.
+        protocols: by the name of a result. What only one result measured is no difference.
+
+    Returns:
+        One line for every corpus or task and field that differs.
     """
     lines = []
-    for measured in dict.fromkeys(name for records in protocols.values() for name in records):
+    all_measured = dict.fromkeys(name for protocol in protocols.values() for name in protocol)
+    for measured in all_measured:
         records = {label: _flat(found[measured]) for label, found in protocols.items() if measured in found}
-        for field in dict.fromkeys(field for record in records.values() for field in record):
+        fields = dict.fromkeys(field for record in records.values() for field in record)
+        for field in fields:
             labels_by_value: dict[str, list[str]] = {}
             for label, record in records.items():
-                labels_by_value.setdefault(json.dumps(record.get(field)), []).append(label)
+                value = json.dumps(record.get(field))
+                labels_by_value.setdefault(value, []).append(label)
             if len(labels_by_value) > 1:
-                values = ", ".join(f"{value} ({_few(labels)})" for value, labels in labels_by_value.items())
-                lines.append(f"{measured} was measured with different {field}: {values}")
+                values = [f"{value} ({_few(labels)})" for value, labels in labels_by_value.items()]
+                lines.append(f"{measured} was measured with different {field}: {', '.join(values)}")
     return lines
 
 
 def compare_summaries(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """As `protocol_differences`, between runs.
+    """Return how runs differ in the way they were measured, as `protocol_differences` does.
 
     Args:
         summaries: of runs, by name, as in summary.json.
     """
-    return protocol_differences(
-        {
-            f"{name} {variant}": records
-            for name, summary in summaries.items()
-            for variant, records in summary["protocols"].items()
-        }
-    )
+    return protocol_differences(_protocols(summaries))
 
 
 def compare_models(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """As `compare_summaries`, between runs of different models: what their tokenizers decide does not count.
+    """Return how runs of different models differ, apart from what their tokenizers decide.
 
     Args:
         summaries: of runs, by name, as in summary.json.
     """
-
-    def without_tokens(records: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-        return {
-            measured: {field: value for field, value in record.items() if field not in TOKENIZER_FIELDS}
-            for measured, record in records.items()
-        }
-
-    protocols = {name: summary["protocols"] for name, summary in summaries.items()}
-    return protocol_differences(
-        {
-            f"{n} {variant}": without_tokens(r)
-            for n, found in protocols.items()
-            for variant, r in found.items()
-        }
-    )
+    protocols = {}
+    for name, protocol in _protocols(summaries).items():
+        protocols[name] = {measured: _without_tokens(record) for measured, record in protocol.items()}
+    return protocol_differences(protocols)
 
 
-def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested fields under dotted names."""
+def _protocols(summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, Protocol]:
+    """Return the protocols of the dense and the pruned model of every run, by run and model."""
+    protocols = {}
+    for name, summary in summaries.items():
+        for variant, protocol in summary["protocols"].items():
+            protocols[f"{name} {variant}"] = protocol
+    return protocols
+
+
+def _without_tokens(record: Record) -> Record:
+    return {field: value for field, value in record.items() if field not in TOKENIZER_FIELDS}
+
+
+def _flat(record: Record, prefix: str = "") -> dict[str, Any]:
+    """Return nested fields under dotted names."""
     flat: dict[str, Any] = {}
     for name, value in record.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
     return flat
 
 

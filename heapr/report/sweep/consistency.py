@@ -6,6 +6,7 @@ In: an entry of the layout and its jobs, whose `truth` evaluations are read. Out
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from heapr.report.sweep import metrics
@@ -18,81 +19,115 @@ from heapr.report.sweep.style import DENSE_LINE, WIDTH, legend_above, look
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PREDICTED, SCORE, MEASURED = "predicted_increase", "score_sum", "measured_increase"
 
+Groups = Sequence[Mapping[str, float]]  # one mapping per score quantile
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The `truth` evaluation of a job.
+
+    Attributes:
+        job: the first with these scores.
+        groups: its score quantiles.
+    """
+
+    job: JobResult
+    groups: Groups
+
+    @property
+    def predicts(self) -> bool:
+        """Whether its criterion predicts increases in nats."""
+        return all(PREDICTED in group for group in self.groups)
+
 
 def consistency(entry: Entry, jobs: Sequence[JobResult], published: Sequence[Number]) -> list[Drawing]:
-    """A point per quantile, both axes logarithmic, and the line on which prediction and measurement agree.
+    """Draw one point per quantile on logarithmic axes, and the line where prediction equals measurement.
 
-    Criteria without a unit predict nothing in nats: they are drawn only where no criterion has one, against
-    their bare scores. Increases that are not above zero have no place on a logarithmic axis: they are drawn
-    as crosses on its edge.
+    Scores without a unit do not predict nats. They are drawn, as bare scores, only if no criterion of the
+    model predicts nats. Increases at or below zero do not fit on a logarithmic axis and become crosses on its
+    edge.
     """
-    from matplotlib.figure import Figure
-
     drawings = []
-    for model, of_model in by_model(jobs):
-        found = _measurements(of_model)
-        with_unit = [(job, groups) for job, groups in found if all(PREDICTED in group for group in groups)]
-        chosen, across = (with_unit, PREDICTED) if with_unit else (found, SCORE)
-        if not chosen:
-            continue
-        figure = Figure(figsize=(WIDTH, WIDTH), layout="constrained")
-        axis = figure.subplots()
-        names = varying([job for job, _ in chosen], entry.series) or list(entry.series)
-        low = _lowest([group for _, groups in chosen for group in groups], across)
-        for number, (job, groups) in enumerate(chosen):
-            _scatter(
-                axis, groups, across, low, {**look(number), "linestyle": "none", "label": _label(job, names)}
-            )
-        _finish(axis, across)
-        legend_above(figure, [axis], title=model)
-        drawings.append(Drawing(figure, model))
+    for model, jobs_of_model in by_model(jobs):
+        measurements = _measurements(jobs_of_model)
+        in_nats = [measurement for measurement in measurements if measurement.predicts]
+        if in_nats:
+            drawings.append(Drawing(_figure(in_nats, PREDICTED, entry, model), model))
+        elif measurements:
+            drawings.append(Drawing(_figure(measurements, SCORE, entry, model), model))
     return drawings
 
 
-def _measurements(jobs: Sequence[JobResult]) -> list[tuple[JobResult, list[Mapping[str, float]]]]:
-    """Of every `truth` artifact once: it depends on the scores alone, so jobs share it."""
-    found: dict[str, tuple[JobResult, list[Mapping[str, float]]]] = {}
+def _figure(measurements: Sequence[Measurement], across: str, entry: Entry, model: str) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, WIDTH), layout="constrained")
+    axis = figure.subplots()
+    jobs = [measurement.job for measurement in measurements]
+    names = varying(jobs, entry.series) or list(entry.series)
+    all_groups = [group for measurement in measurements for group in measurement.groups]
+    edge = (_edge(all_groups, across), _edge(all_groups, MEASURED))
+    for number, measurement in enumerate(measurements):
+        label = _label(measurement.job, names)
+        how = look(number) | {"linestyle": "none", "label": label}
+        _scatter(axis, measurement.groups, across, edge, how)
+    _finish(axis, across)
+    legend_above(figure, [axis], title=model)
+    return figure
+
+
+def _measurements(jobs: Sequence[JobResult]) -> list[Measurement]:
+    """Read every `truth` artifact once; jobs with the same scores share one."""
+    found: dict[str, Measurement] = {}
     for job in jobs:
-        entries, truth = stage_entries(job, "truth"), details(job, "truth")
+        entries = stage_entries(job, "truth")
+        truth = details(job, "truth")
         if entries and truth is not None:
-            found.setdefault(entries[0]["key"], (job, truth["groups"]))
+            key = entries[0]["key"]
+            found.setdefault(key, Measurement(job, truth["groups"]))
     return list(found.values())
 
 
-def _lowest(groups: Sequence[Mapping[str, float]], across: str) -> tuple[float, float]:
-    """Where what is not above zero is drawn: half of the least that is, in either direction."""
-    least = [
-        min((group[name] for group in groups if group[name] > 0), default=1.0) for name in (across, MEASURED)
-    ]
-    return least[0] / 2, least[1] / 2
+def _edge(groups: Groups, name: str) -> float:
+    """Where values at or below zero are drawn: at half of the smallest positive value."""
+    positive = [group[name] for group in groups if group[name] > 0]
+    return min(positive, default=1.0) / 2
 
 
-def _scatter(
-    axis: Axes,
-    groups: Sequence[Mapping[str, float]],
-    across: str,
-    low: tuple[float, float],
-    how: dict[str, Any],
-) -> None:
-    inside = [group for group in groups if group[across] > 0 and group[MEASURED] > 0]
-    axis.plot([group[across] for group in inside], [group[MEASURED] for group in inside], **how)
-    edge = [group for group in groups if group not in inside]
-    if edge:
-        xs = [group[across] if group[across] > 0 else low[0] for group in edge]
-        ys = [group[MEASURED] if group[MEASURED] > 0 else low[1] for group in edge]
-        axis.plot(xs, ys, **{**how, "marker": "x", "label": "not above zero, at the edge"})
+def _scatter(axis: Axes, groups: Groups, across: str, edge: tuple[float, float], how: dict[str, Any]) -> None:
+    inside: list[tuple[float, float]] = []
+    outside: list[tuple[float, float]] = []
+    for group in groups:
+        x, y = group[across], group[MEASURED]
+        if x > 0 and y > 0:
+            inside.append((x, y))
+        else:
+            outside.append((x if x > 0 else edge[0], y if y > 0 else edge[1]))
+    _plot(axis, inside, how)
+    if outside:
+        _plot(axis, outside, how | {"marker": "x", "label": "not above zero, at the edge"})
+
+
+def _plot(axis: Axes, points: Sequence[tuple[float, float]], how: dict[str, Any]) -> None:
+    xs = [x for x, _ in points]
+    ys = [y for _, y in points]
+    axis.plot(xs, ys, **how)
 
 
 def _label(job: JobResult, names: Sequence[str]) -> str:
-    """The series and how well it predicts; a correlation that is not defined is left out."""
-    numbers = [(name, metrics.value(job, f"truth/{name}")) for name in ("spearman", "pearson")]
-    correlations = ", ".join(
-        f"{name.title()} {value:.2f}".replace("-", "−") for name, value in numbers if value is not None
-    )
-    return f"{describe(job, names)}: {correlations}" if correlations else describe(job, names)
+    """Return the series and its correlations; undefined correlations are left out."""
+    correlations = []
+    for name in ("spearman", "pearson"):
+        value = metrics.value(job, f"truth/{name}")
+        if value is not None:
+            text = f"{name.title()} {value:.2f}"
+            correlations.append(text.replace("-", "−"))
+    series = describe(job, names)
+    return f"{series}: {', '.join(correlations)}" if correlations else series
 
 
 def _finish(axis: Axes, across: str) -> None:
@@ -103,7 +138,8 @@ def _finish(axis: Axes, across: str) -> None:
         axis.set_xlabel("sum of the scores removed (no unit)")
         return
     axis.set_xlabel("predicted increase of the loss (nats)")
-    low, high = min(axis.get_xlim()[0], axis.get_ylim()[0]), max(axis.get_xlim()[1], axis.get_ylim()[1])
+    ends = [*axis.get_xlim(), *axis.get_ylim()]
+    low, high = min(ends), max(ends)
     axis.plot([low, high], [low, high], label="predicted = measured", zorder=1.5, **DENSE_LINE)
     axis.set_xlim(low, high)
     axis.set_ylim(low, high)

@@ -1,4 +1,4 @@
-"""Lines and bars: quality against the share removed, against calibration size, and side by side.
+"""Lines: quality against the share removed, and against calibration size.
 
 In: an entry of the layout, its jobs, published numbers. Out: drawings.
 """
@@ -24,7 +24,7 @@ from heapr.report.sweep.factors import (
 from heapr.report.sweep.published_results import Number, curve
 from heapr.report.sweep.report_layout import Entry
 from heapr.report.sweep.results import JobResult, finished
-from heapr.report.sweep.style import COLOURS, DENSE_LINE, PUBLISHED, UNPRUNED, legend_above, look, panels
+from heapr.report.sweep.style import DENSE_LINE, PUBLISHED, UNPRUNED, legend_above, look, panels
 from heapr.report.sweep.table import grouped
 
 if TYPE_CHECKING:
@@ -36,7 +36,13 @@ FLOPS, REMOVED = "size/flops_removed_ratio", "size/atomic_experts_removed_ratio"
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure, what to add to the entry's title (of which model or job it is), and what is missing in it."""
+    """A figure, with the words that go beside it.
+
+    Attributes:
+        figure: what is drawn.
+        about: the model or job that is drawn, added to the entry's title.
+        missing: what could not be drawn, and why.
+    """
 
     figure: Figure
     about: str = ""
@@ -44,45 +50,58 @@ class Drawing:
 
 
 @dataclass(frozen=True)
+class Point:
+    """One point of a line: its number, and mean and sample standard deviation (0 for one job) of its jobs."""
+
+    number: int
+    mean: float
+    deviation: float
+
+
+@dataclass(frozen=True)
 class Series:
-    """Jobs of one line: one list per point, of the jobs that are averaged there."""
+    """One line of a figure.
+
+    Attributes:
+        label: in the legend.
+        points: one tuple per point, with the jobs that are averaged there.
+    """
 
     label: str
     points: tuple[tuple[JobResult, ...], ...]
 
-    def values(self, metric: str) -> list[tuple[int, float, float]]:
-        """Number of the point, mean and sample standard deviation (0 of one job), in printed units, where
-        there is a value."""
+    def values(self, metric: str) -> list[Point]:
+        """Average the metric at every point where it was measured, in the units that are printed."""
         found = []
         for number, jobs in enumerate(self.points):
-            numbers = [
-                metrics.scaled(metric, value)
-                for job in jobs
-                if (value := metrics.value(job, metric)) is not None
-            ]
+            measured = [metrics.value(job, metric) for job in jobs]
+            numbers = [metrics.scaled(metric, value) for value in measured if value is not None]
             if numbers:
-                found.append(
-                    (
-                        number,
-                        statistics.fmean(numbers),
-                        statistics.stdev(numbers) if len(numbers) > 1 else 0.0,
-                    )
-                )
+                deviation = statistics.stdev(numbers) if len(numbers) > 1 else 0.0
+                found.append(Point(number, statistics.fmean(numbers), deviation))
         return found
+
+    def factors(self, points: Sequence[Point], name: str) -> list[Any]:
+        """Return the value of a factor at each of some points."""
+        return [factor(self.points[point.number][0], name) for point in points]
 
 
 def ratio_curve(entry: Entry, jobs: Sequence[JobResult], published: Sequence[Number]) -> list[Drawing]:
-    """Quality above, FLOPs saved below, against the share removed; one figure per model, published points
-    beside ours."""
+    """Draw quality above FLOPs saved, against the share removed, with published points beside ours.
+
+    Every model has a figure of its own.
+    """
+    names = list(entry.metrics)
+    if FLOPS not in names:
+        names.append(FLOPS)
     drawings = []
     for model, of_model in by_model(jobs):
-        names = [*entry.metrics, *([FLOPS] if FLOPS not in entry.metrics else [])]
         figure, axes = panels(len(names), height=1.45, sharex=True)
         all_series = series_of(of_model, entry, x="ratio")
         for axis, name in zip(axes, names, strict=True):
             for number, series in enumerate(all_series):
                 _ratio_line(axis, series, name, look(number), published)
-            finish_axis(axis, name, of_model)
+        finish_axes(axes, names, of_model)
         ratio_axis(axes[-1], of_model)
         legend_above(figure, axes, title=model)
         drawings.append(Drawing(figure, model))
@@ -90,8 +109,10 @@ def ratio_curve(entry: Entry, jobs: Sequence[JobResult], published: Sequence[Num
 
 
 def calibration_curve(entry: Entry, jobs: Sequence[JobResult], published: Sequence[Number]) -> list[Drawing]:
-    """Quality against the size of the calibration set (or another factor), with error bars over what is
-    averaged."""
+    """Draw quality against the size of the calibration set, or another factor.
+
+    Error bars show the spread of the jobs that are averaged. Every model has a figure of its own.
+    """
     drawings = []
     for model, of_model in by_model(jobs):
         places = _places(of_model, entry.x)
@@ -99,126 +120,94 @@ def calibration_curve(entry: Entry, jobs: Sequence[JobResult], published: Sequen
         all_series = series_of(of_model, entry, x=entry.x)
         for axis, name in zip(axes, entry.metrics, strict=True):
             for number, series in enumerate(all_series):
-                found = series.values(name)
-                xs = [places[factor(series.points[point][0], entry.x)] for point, _, _ in found]
-                errors = [deviation for _, _, deviation in found]
-                axis.errorbar(
-                    xs,
-                    [mean for _, mean, _ in found],
-                    yerr=errors,
-                    capsize=2,
-                    label=series.label,
-                    **look(number),
-                )
-            finish_axis(axis, name, of_model)
+                points = series.values(name)
+                xs = [places[value] for value in series.factors(points, entry.x)]
+                means = [point.mean for point in points]
+                deviations = [point.deviation for point in points]
+                axis.errorbar(xs, means, yerr=deviations, capsize=2, label=series.label, **look(number))
+        finish_axes(axes, entry.metrics, of_model)
         _factor_axis(axes[-1], entry.x, places)
         legend_above(figure, axes, title=model)
         drawings.append(Drawing(figure, model))
     return drawings
 
 
-def bars(entry: Entry, jobs: Sequence[JobResult], published: Sequence[Number]) -> list[Drawing]:
-    """One bar per job or average: what is compared down the side, series by colour, a panel per metric."""
-    drawings = []
-    for model, of_model in by_model(jobs):
-        series_names = [name for name in entry.series if name != entry.x]
-        names = [entry.x, *telling_apart(of_model, [entry.x, *series_names], entry.average_over)]
-        categories = list(dict.fromkeys(describe(job, names) for job in of_model))
-        all_series = [
-            _bars_of(members, label, names, entry)
-            for label, members in _lines(of_model, series_names).items()
-        ]
-        figure, axes = panels(
-            len(entry.metrics), height=0.4 + (0.15 * len(all_series) + 0.05) * len(categories)
-        )
-        for axis, name in zip(axes, entry.metrics, strict=True):
-            _bar_panel(axis, name, all_series, categories, names)
-            _dense_line(axis, name, of_model, upright=True)
-            axis.set_xlabel(metrics.axis_label(name))
-            axis.set_ylabel(header(entry.x))
-        legend_above(figure, axes, title=model)
-        drawings.append(Drawing(figure, model))
-    return drawings
-
-
 def by_model(jobs: Sequence[JobResult]) -> list[tuple[str, list[JobResult]]]:
-    """Finished jobs of each model, with its name where there are several."""
-    done = finished(jobs)
-    models = list(dict.fromkeys(factor(job, "model") for job in done))
-    return [
-        (str(model) if len(models) > 1 else "", [job for job in done if factor(job, "model") == model])
-        for model in models
-    ]
+    """Return the finished jobs of each model, with the model's name if there are several models."""
+    of_models: dict[Any, list[JobResult]] = {}
+    for job in finished(jobs):
+        model = factor(job, "model")
+        of_models.setdefault(model, []).append(job)
+    if len(of_models) == 1:
+        return [("", members) for members in of_models.values()]
+    return [(str(model), members) for model, members in of_models.items()]
 
 
 def series_of(jobs: Sequence[JobResult], entry: Entry, x: str) -> list[Series]:
-    """Lines in order of appearance, their points in order of x; jobs of one point are averaged if the entry
-    says over what.
+    """Return the lines in order of appearance, each with its points in order of x.
 
-    A line has one point for every x: what else tells jobs apart makes further lines.
+    Jobs of one point are averaged over the entry's `average_over`. A line has one point for every x: other
+    factors that tell jobs apart make further lines.
     """
     names = [name for name in entry.series if name != x]
     names += telling_apart(jobs, [*names, x], entry.average_over)
-    series = []
-    for label, members in _lines(jobs, names).items():
-        points = [group.jobs for group in grouped(members, [*names, x], entry.average_over)]
-        series.append(Series(label, tuple(sorted(points, key=lambda group: in_order(factor(group[0], x))))))
-    return series
+    all_series = []
+    for label, members in lines_of(jobs, names).items():
+        groups = grouped(members, [*names, x], entry.average_over)
+        groups.sort(key=lambda group: in_order(factor(group.jobs[0], x)))
+        series = Series(label, tuple(group.jobs for group in groups))
+        all_series.append(series)
+    return all_series
 
 
-def _lines(jobs: Sequence[JobResult], names: Sequence[str]) -> dict[str, list[JobResult]]:
-    """Jobs by the factors that tell lines apart, in words; of those, only the ones that vary are named."""
-    shown = varying(jobs, names) or names
-    lines: dict[str, list[JobResult]] = {}
-    for job in jobs:
-        lines.setdefault(describe(job, shown), []).append(job)
-    return lines
+def finish_axes(axes: Sequence[Axes], names: Sequence[str], jobs: Sequence[JobResult]) -> None:
+    """Add the unpruned model's lines and the labels, and choose the scales.
+
+    Perplexities are logarithmic where one of them spans more than a factor of 4, in all panels alike.
+    """
+    perplexities = []
+    for axis, name in zip(axes, names, strict=True):
+        dense_line(axis, name, jobs, upright=False)
+        axis.set_ylabel(metrics.axis_label(name))
+        if name.startswith("perplexity/"):
+            perplexities.append(axis)
+        elif name == FLOPS:
+            axis.set_ylim(bottom=0)
+    share_logarithmic(perplexities, least_span=4)
 
 
-def _bars_of(jobs: Sequence[JobResult], label: str, names: Sequence[str], entry: Entry) -> Series:
-    """The bars of one colour."""
-    return Series(
-        label, tuple(group.jobs for group in grouped(jobs, [*names, *entry.series], entry.average_over))
-    )
+def share_logarithmic(axes: Sequence[Axes], least_span: float) -> bool:
+    """Make the vertical axes of all panels logarithmic if one spans enough and none reaches zero.
+
+    Args:
+        axes: the panels.
+        least_span: a panel whose largest value is more than so many times its smallest needs the scale.
+
+    Returns:
+        Whether they are logarithmic now.
+    """
+    ends = [limits(axis) for axis in axes]
+    if any(lowest <= 0 for lowest, _ in ends):
+        return False
+    spans = [highest / lowest for lowest, highest in ends]
+    if max(spans, default=1.0) <= least_span:
+        return False
+    for axis, span in zip(axes, spans, strict=True):
+        logarithmic(axis, span, which="y")
+    return True
 
 
-def finish_axis(axis: Axes, metric: str, jobs: Sequence[JobResult]) -> None:
-    """The unpruned model's line, the label, and a logarithmic scale where values of one quantity span more
-    than a factor of 4."""
-    _dense_line(axis, metric, jobs, upright=False)
-    axis.set_ylabel(metrics.axis_label(metric))
-    lowest, highest = limits(axis)
-    if metric.startswith("perplexity/") and lowest > 0 and highest / lowest > 4:
-        logarithmic(axis, highest / lowest, which="y")
-    elif metric == FLOPS:
-        axis.set_ylim(bottom=0)
-
-
-def _ratio_line(
-    axis: Axes, series: Series, metric: str, how: dict[str, Any], published: Sequence[Number]
+def draw_line(
+    axis: Axes, xs: Sequence[float], points: Sequence[Point], label: str, how: dict[str, Any]
 ) -> None:
-    found, places = series.values(metric), {point: mean for point, mean, _ in series.values(REMOVED)}
-    xs = [places.get(point, 100 * factor(series.points[point][0], "ratio")) for point, _, _ in found]
-    errors = [deviation for _, _, deviation in found]
-    axis.errorbar(
-        xs,
-        [mean for _, mean, _ in found],
-        yerr=errors if any(errors) else None,
-        capsize=2,
-        label=series.label,
-        **how,
-    )
-    theirs = curve(published, series.points[0][0], metric)
-    if theirs:
-        ys = [metrics.scaled(metric, value) for _, value in theirs]
-        hollow = {**how, "linestyle": "none", "markerfacecolor": "white", "markersize": 6.5}
-        axis.plot(
-            [100 * ratio for ratio, _ in theirs], ys, label=f"{series.label}{PUBLISHED}", zorder=1.8, **hollow
-        )
+    """Draw a line, with error bars if any of its points has a deviation."""
+    means = [point.mean for point in points]
+    deviations = [point.deviation for point in points]
+    axis.errorbar(xs, means, yerr=deviations if any(deviations) else None, capsize=2, label=label, **how)
 
 
 def ratio_axis(axis: Axes, jobs: Sequence[JobResult]) -> None:
-    """Ticks at the ratios that were asked for, as far as they have room."""
+    """Put ticks at the ratios that were asked for, if there are at most 10."""
     from matplotlib.ticker import FixedLocator, FuncFormatter
 
     ratios = sorted({100 * factor(job, "ratio") for job in jobs})
@@ -228,41 +217,89 @@ def ratio_axis(axis: Axes, jobs: Sequence[JobResult]) -> None:
     axis.set_xlabel("atomic experts removed (%)")
 
 
-def _dense_line(axis: Axes, metric: str, jobs: Sequence[JobResult], *, upright: bool) -> None:
-    values = [value for job in jobs if (value := metrics.value(job, metric, dense=True)) is not None]
-    if values and not metric.startswith("size/"):
-        draw = axis.axvline if upright else axis.axhline
-        draw(metrics.scaled(metric, values[0]), label=UNPRUNED, zorder=1.5, **DENSE_LINE)
-
-
 def limits(axis: Axes) -> tuple[float, float]:
-    """Of everything that is drawn upwards, before margins."""
+    """Return the smallest and the largest y of the lines that are drawn, without margins."""
     import numpy as np
 
-    ys = [float(y) for line in axis.get_lines() for y in np.asarray(line.get_ydata())] or [1.0]
-    return min(ys), max(ys)
+    ys: list[float] = []
+    for line in axis.get_lines():
+        ys += map(float, np.asarray(line.get_ydata()))
+    return min(ys, default=1.0), max(ys, default=1.0)
 
 
 def logarithmic(axis: Axes, span: float, which: str) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    """Make an axis logarithmic, with plain numbers at its ticks.
 
-    (axis.set_yscale if which == "y" else axis.set_xscale)("log")
+    Args:
+        axis: the panel.
+        span: largest value divided by the smallest: decides how many ticks there are.
+        which: "x" or "y".
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    axis.set(**{f"{which}scale": "log"})
     scale = axis.yaxis if which == "y" else axis.xaxis
-    subs = (1.0, 2.0, 3.0, 5.0, 7.0) if span < 10 else (1.0, 2.0, 5.0) if span < 500 else (1.0,)
-    scale.set_major_locator(LogLocator(subs=subs))
+    lowest, highest = scale.get_view_interval()
+    if max(span, highest / lowest) < 4:
+        # A range this narrow may contain none of the round numbers of a logarithmic axis.
+        scale.set_major_locator(MaxNLocator(4, steps=[1, 2.5, 5, 10]))
+    elif span < 10:
+        scale.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0, 7.0)))
+    elif span < 500:
+        scale.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    else:
+        scale.set_major_locator(LogLocator(subs=(1.0,)))
     scale.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     scale.set_minor_formatter(NullFormatter())
 
 
+def lines_of(jobs: Sequence[JobResult], names: Sequence[str]) -> dict[str, list[JobResult]]:
+    """Group jobs into lines; a line's label names the factors that vary."""
+    shown = varying(jobs, names) or names
+    lines: dict[str, list[JobResult]] = {}
+    for job in jobs:
+        lines.setdefault(describe(job, shown), []).append(job)
+    return lines
+
+
+def _ratio_line(
+    axis: Axes, series: Series, metric: str, how: dict[str, Any], published: Sequence[Number]
+) -> None:
+    points = series.values(metric)
+    reached = {point.number: point.mean for point in series.values(REMOVED)}
+    xs = []
+    for point, ratio in zip(points, series.factors(points, "ratio"), strict=True):
+        xs.append(reached.get(point.number, 100 * ratio))
+    draw_line(axis, xs, points, series.label, how)
+    theirs = curve(published, series.points[0][0], metric)
+    if theirs:
+        xs = [100 * ratio for ratio, _ in theirs]
+        ys = [metrics.scaled(metric, value) for _, value in theirs]
+        hollow = how | {"linestyle": "none", "markerfacecolor": "white", "markersize": 6.5}
+        axis.plot(xs, ys, label=f"{series.label}{PUBLISHED}", zorder=1.8, **hollow)
+
+
+def dense_line(axis: Axes, metric: str, jobs: Sequence[JobResult], *, upright: bool) -> None:
+    if metric.startswith("size/"):
+        return
+    measured = [metrics.value(job, metric, dense=True) for job in jobs]
+    values = [metrics.scaled(metric, value) for value in measured if value is not None]
+    if values:
+        draw = axis.axvline if upright else axis.axhline
+        draw(values[0], label=UNPRUNED, zorder=1.5, **DENSE_LINE)
+
+
 def _places(jobs: Sequence[JobResult], x: str) -> dict[Any, float]:
-    """Position of every value on the axis: itself if it is a number, its rank if not."""
-    values = sorted({factor(job, x) for job in jobs} - {UNKNOWN}, key=in_order)
-    are_numbers = all(isinstance(value, int | float) for value in values)
-    return {value: float(value) if are_numbers else float(rank) for rank, value in enumerate(values)}
+    """Map every value of a factor to its place on the axis: itself if all are numbers, else its rank."""
+    known = {factor(job, x) for job in jobs} - {UNKNOWN}
+    values = sorted(known, key=in_order)
+    if all(isinstance(value, int | float) for value in values):
+        return {value: float(value) for value in values}
+    return {value: float(rank) for rank, value in enumerate(values)}
 
 
 def _factor_axis(axis: Axes, x: str, places: dict[Any, float]) -> None:
-    """Ticks at the values that were run; sizes that grow by factors get a logarithmic axis."""
+    """Put ticks at the values that were run; sizes that grow by factors get a logarithmic axis."""
     from matplotlib.ticker import FixedLocator, NullLocator
 
     numbers = list(places.values())
@@ -272,42 +309,3 @@ def _factor_axis(axis: Axes, x: str, places: dict[Any, float]) -> None:
     axis.xaxis.set_minor_locator(NullLocator())
     axis.set_xticklabels([show(x, value) for value in places])
     axis.set_xlabel(header(x))
-
-
-def _bar_panel(
-    axis: Axes, metric: str, all_series: Sequence[Series], categories: Sequence[str], names: Sequence[str]
-) -> None:
-    thickness = 0.8 / len(all_series)
-    widest = max((mean for series in all_series for _, mean, _ in series.values(metric)), default=1.0)
-    narrowest = min((mean for series in all_series for _, mean, _ in series.values(metric)), default=1.0)
-    islogarithmic = metric.startswith("perplexity/") and narrowest > 0 and widest / narrowest > 8
-    for number, series in enumerate(all_series):
-        found = series.values(metric)
-        rows = [categories.index(describe(series.points[point][0], names)) for point, _, _ in found]
-        ys = [row + thickness * (number - (len(all_series) - 1) / 2) for row in rows]
-        means, deviations = [mean for _, mean, _ in found], [deviation for _, _, deviation in found]
-        axis.barh(
-            ys,
-            means,
-            height=0.9 * thickness,
-            color=COLOURS[number % len(COLOURS)],
-            label=series.label if len(all_series) > 1 else None,
-            xerr=deviations if any(deviations) else None,
-            error_kw={"capsize": 1.5, "linewidth": 0.8},
-        )
-        # In a column beside the panel, where nothing crosses them.
-        for y, mean in zip(ys, means, strict=True):
-            axis.text(
-                1.02,
-                y,
-                metrics.printed(metric, mean),
-                transform=axis.get_yaxis_transform(),
-                va="center",
-                fontsize=7,
-            )
-    axis.set_yticks(range(len(categories)), categories)
-    axis.set_ylim(len(categories) - 0.5, -0.5)
-    axis.grid(visible=False, axis="y")
-    if islogarithmic:
-        logarithmic(axis, widest / narrowest, which="x")
-        axis.set_xlim(left=narrowest / 2)

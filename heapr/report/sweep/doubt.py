@@ -1,7 +1,7 @@
-"""Whether a baseline's own increase is more than chance: a share of what is near zero means nothing.
+"""Whether a baseline's own increase is more than chance: a share of an increase near zero means nothing.
 
-In: jobs with shares (heapr.report.sweep.relative). Out: a verdict for each share, and the words that explain
-its mark.
+In: jobs with shares (heapr.report.sweep.relative). Out: a verdict for each share, and a sentence that
+explains its mark.
 """
 
 from __future__ import annotations
@@ -13,27 +13,26 @@ from heapr.report.sweep import metrics
 from heapr.report.sweep.results import JobResult
 
 MARK = "†"
-STANDARD_ERRORS = 3  # an increase of fewer of its standard errors is marked
-# KL is zero for equal models and positive for all others: no test.
-TESTED = {
-    "perplexity",
-    "accuracy",
-    "accuracy_norm",
-}
+STANDARD_ERRORS = 3  # a smaller increase is doubtful
+# KL is not tested: it is zero for equal models and positive for all others.
+TESTED = {"perplexity", "accuracy", "accuracy_norm"}
 SHARE = "relative"  # before a metric's name
 INCREASE, ERROR = "baseline_increase", "baseline_increase_standard_error"  # between the two
 
 
 def evidence(baseline: JobResult, name: str) -> dict[str, float]:
-    """A baseline's increase of a metric over the dense model and the standard error of that, as far as they
-    were measured."""
+    """Return a baseline's increase of a metric over the dense model, and its standard error, if measured."""
     found = {INCREASE: metrics.increase(baseline, name), ERROR: increase_error(baseline, name)}
     return {f"{kind}/{name}": number for kind, number in found.items() if number is not None}
 
 
 def increase_error(job: JobResult, name: str) -> float | None:
-    """Of a perplexity as its windows, paired, tell it. Of an accuracy as if both models' questions were
-    different ones, which is rather too large. None of what is not tested or was not measured."""
+    """Return the standard error of a metric's increase over the dense model.
+
+    For a perplexity it comes from paired windows. For an accuracy it is sqrt(e_pruned² + e_dense²), which
+    treats the two models' answers as independent and is rather too large. None for metrics that are not
+    tested or were not measured.
+    """
     kind, _, rest = name.partition("/")
     if kind == "perplexity":
         return metrics.value(job, f"perplexity_increase_standard_error/{rest}")
@@ -43,9 +42,10 @@ def increase_error(job: JobResult, name: str) -> float | None:
 
 
 def is_doubtful(jobs: Sequence[JobResult], column: str) -> bool | None:
-    """Whether the mean increase of the jobs' baselines is below three of its standard errors. That is the
-    mean of theirs: jobs that differ in their seed are measured on the same windows, so what one text leaves
-    uncertain does not shrink with their number.
+    """Return whether the mean increase of the jobs' baselines is below three standard errors.
+
+    The standard error of the mean is taken as the mean of the standard errors: jobs with different seeds are
+    measured on the same windows, so the uncertainty of a text does not shrink with their number.
 
     Args:
         jobs: that are averaged in one cell or point.
@@ -57,51 +57,56 @@ def is_doubtful(jobs: Sequence[JobResult], column: str) -> bool | None:
     name = column.removeprefix(f"{SHARE}/")
     if column == name or name.partition("/")[0] not in TESTED:
         return None
-    increases = [metrics.value(job, f"{SHARE}/{INCREASE}/{name}") for job in jobs]
-    errors = [metrics.value(job, f"{SHARE}/{ERROR}/{name}") for job in jobs]
-    known = [
-        (number, error)
-        for number, error in zip(increases, errors, strict=True)
-        if number is not None and error is not None
-    ]
-    if not known or len(known) < sum(number is not None for number in increases):
+    increases, errors = [], []
+    for job in jobs:
+        increase = metrics.value(job, f"{SHARE}/{INCREASE}/{name}")
+        error = metrics.value(job, f"{SHARE}/{ERROR}/{name}")
+        if increase is None:
+            continue
+        if error is None:
+            return None
+        increases.append(increase)
+        errors.append(error)
+    if not increases:
         return None
-    mean_increase = sum(number for number, _ in known) / len(known)
-    mean_error = sum(error for _, error in known) / len(known)
+    mean_increase = sum(increases) / len(increases)
+    mean_error = sum(errors) / len(errors)
     return mean_increase < STANDARD_ERRORS * mean_error
 
 
 def explanation(groups: Iterable[Sequence[JobResult]], columns: Sequence[str], mark: str = MARK) -> str:
-    """What the mark means, if there is one, and which shares could not be tested; empty where neither is of
-    interest.
+    """Say what the mark means if a share has it, and which shares could not be tested.
 
     Args:
         groups: jobs of each row or point.
         columns: names of shares and other metrics.
-        mark: what doubtful shares are marked with.
+        mark: of doubtful shares.
+
+    Returns:
+        The sentences; empty if no share is doubtful and all could be tested.
     """
-    tested = [
-        column for column in columns if column.startswith(f"{SHARE}/") and column.split("/")[1] in TESTED
-    ]
-    shown = [
-        (group, column)
-        for group in groups
-        for column in tested
-        if any(metrics.value(job, column) is not None for job in group)
-    ]
-    verdicts = [(group, is_doubtful(group, column)) for group, column in shown]
+    tested = [name for name in columns if name.startswith(f"{SHARE}/") and name.split("/")[1] in TESTED]
+    verdicts = []
+    untested: set[int] = set()
+    for group in groups:
+        for column in tested:
+            if all(metrics.value(job, column) is None for job in group):
+                continue
+            verdict = is_doubtful(group, column)
+            verdicts.append(verdict)
+            if verdict is None:
+                untested |= {job.number for job in group}
     parts = []
-    if any(verdict for _, verdict in verdicts):
+    if any(verdicts):
         parts.append(
             f"{mark}: the baseline's increase is below three of its standard errors, so the share means"
             " nothing."
         )
-    untested = sorted({job.number for group, verdict in verdicts if verdict is None for job in group})
-    if untested and all(verdict is None for _, verdict in verdicts):
+    if untested and all(verdict is None for verdict in verdicts):
         parts.append("Not tested: these results do not hold standard errors of the baseline's increase.")
     elif untested:
-        numbers = ", ".join(map(str, untested))
+        numbers = ", ".join(map(str, sorted(untested)))
         parts.append(
-            f"Not tested, for want of the standard error of the baseline's increase: jobs {numbers}."
+            f"Not tested, because the standard error of the baseline's increase is missing: jobs {numbers}."
         )
     return " ".join(parts)

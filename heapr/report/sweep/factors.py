@@ -1,5 +1,4 @@
-"""What tells jobs apart: model, ratio, criterion, scope, seed, and any field of the configuration by its
-dotted path.
+"""What tells jobs apart: model, ratio, criterion, seed, or any field of the configuration by its dotted path.
 
 In: jobs. Out: values for tables and figures.
 """
@@ -16,7 +15,8 @@ from heapr.report.sweep.results import JobResult
 from heapr.words import class_name, option_name
 
 UNKNOWN = "—"
-PATHS = {  # field of the configuration behind a factor's name
+# From a factor's name to its field of the configuration.
+PATHS = {
     "ratio": "pruning.ratio",
     "scope": "pruning.scope",
     "form": "pruning.form",
@@ -26,7 +26,7 @@ PATHS = {  # field of the configuration behind a factor's name
     "seed": "calibration.seed",
     "dtype": "model.dtype",
 }
-# Option that names a factor.
+# From a factor's name to the group of options that contains its value.
 GROUPS = {
     "model": "model",
     "criterion": "score",
@@ -39,29 +39,30 @@ HEADERS = {
     "sequence_length": "sequence length",
     "corpus": "calibrated on",
 }
-RESULTLESS = {"paths", "runtime", "tracking", "evaluation", "dry_run"}  # groups that change no pruned model
+# Groups that do not change the pruned model.
+RESULTLESS = {"paths", "runtime", "tracking", "evaluation", "dry_run"}
 NAMES = ("model", "criterion", "corpus", *PATHS)
-METHOD = "method"  # the criterion and what goes beyond the paper, in words
+METHOD = "method"  # the criterion, and what goes beyond the paper, in words
 METHOD_PATHS = ("score", "pruning.scope", "pruning.rounds", "pruning.repair")
 
 
 def factor(job: JobResult, name: str) -> Any:
-    """Value of a factor of a job; `UNKNOWN` if a failed job left no trace of it.
+    """Return the value of a factor of a job; `UNKNOWN` if a failed job left no trace of it.
 
     Args:
         name: one of `NAMES`, `METHOD`, or a dotted path of the configuration.
     """
     if name == METHOD:
         return _method(job)
-    config = job.config
     if name in {"criterion", "corpus"}:
         chosen = _chosen(job.overrides, GROUPS[name])
         if chosen is not None:
             return chosen
-    if config:
-        found = _from_config(config, name)
-        return found if found is not None else UNKNOWN
-    return _from_overrides(job.overrides, name)
+    config = job.config
+    if not config:
+        return _from_overrides(job.overrides, name)
+    found = _from_config(config, name)
+    return UNKNOWN if found is None else found
 
 
 def is_factor(name: str) -> bool:
@@ -69,7 +70,7 @@ def is_factor(name: str) -> bool:
 
 
 def paths_of(name: str) -> tuple[str, ...]:
-    """Fields and groups of the configuration that a factor speaks for."""
+    """Return the fields and groups of the configuration that a factor stands for."""
     groups = {
         METHOD: METHOD_PATHS,
         "model": ("model",),
@@ -80,84 +81,120 @@ def paths_of(name: str) -> tuple[str, ...]:
 
 
 def header(name: str) -> str:
-    return HEADERS.get(name, name.rpartition(".")[2].replace("_", " "))
+    """Return a factor's name for a reader."""
+    return HEADERS.get(name, _last(name).replace("_", " "))
 
 
 def show(name: str, value: Any) -> str:
-    """A factor's value as text."""
+    """Return a factor's value as text."""
     if name == "ratio" and isinstance(value, float | int):
         return f"{100 * value:.4g} %"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    return f"{value:,}" if is_integer else str(value)
 
 
 def varying(jobs: Sequence[JobResult], names: Sequence[str]) -> list[str]:
-    """Those factors that have more than one known value."""
-    return [name for name in names if len({str(factor(job, name)) for job in jobs} - {UNKNOWN}) > 1]
+    """Return the factors that have more than one known value."""
+    found = []
+    for name in names:
+        values = {str(factor(job, name)) for job in jobs}
+        if len(values - {UNKNOWN}) > 1:
+            found.append(name)
+    return found
 
 
 def telling_apart(jobs: Sequence[JobResult], names: Sequence[str], average_over: str | None) -> list[str]:
-    """The factors to add to some, so that jobs that are equal in all of them are those that are averaged: as
-    few as it takes."""
-    paths = [
-        path
-        for path in differing(jobs)
-        if path.split(".")[0] not in RESULTLESS and path not in PATHS.values()
-    ]
+    """Return the factors to add to `names` until only jobs that are averaged agree in all of them.
+
+    Args:
+        jobs: to tell apart.
+        names: factors that tell some of them apart.
+        average_over: factor whose values are averaged; it is never added.
+
+    Returns:
+        As few factors as it takes, in their usual order, then fields of the configuration.
+    """
+    candidates = varying(jobs, NAMES)
+    for path in differing(jobs):
+        if path.split(".")[0] not in RESULTLESS and path not in PATHS.values():
+            candidates.append(path)
     added: list[str] = []
-    for candidate in [*varying(jobs, NAMES), *paths]:
-        groups: dict[tuple[str, ...], list[JobResult]] = {}
-        for job in jobs:
-            groups.setdefault(tuple(str(factor(job, name)) for name in [*names, *added]), []).append(job)
-        is_averaged = (
-            average_over is not None and candidate.rpartition(".")[2] == average_over.rpartition(".")[2]
-        )
-        if not is_averaged and any(varying(members, [candidate]) for members in groups.values()):
+    for candidate in candidates:
+        is_averaged = average_over is not None and _last(candidate) == _last(average_over)
+        if is_averaged:
+            continue
+        groups = by_values(jobs, [*names, *added])
+        if any(varying(members, [candidate]) for members in groups.values()):
             added.append(candidate)
     return added
 
 
+def by_values(jobs: Sequence[JobResult], names: Sequence[str]) -> dict[tuple[str, ...], list[JobResult]]:
+    """Group jobs by the values of some factors, in order of appearance."""
+    groups: dict[tuple[str, ...], list[JobResult]] = {}
+    for job in jobs:
+        values = tuple(str(factor(job, name)) for name in names)
+        groups.setdefault(values, []).append(job)
+    return groups
+
+
 def describe(job: JobResult, names: Sequence[str]) -> str:
-    """A job in words: `heapr global 25 % removed`."""
-    return " ".join(show(name, factor(job, name)) + (" removed" if name == "ratio" else "") for name in names)
+    """Return a job in words: `heapr global 25 % removed`."""
+    words = []
+    for name in names:
+        text = show(name, factor(job, name))
+        words.append(f"{text} removed" if name == "ratio" else text)
+    return " ".join(words)
 
 
 def selected(jobs: Sequence[JobResult], where: Mapping[str, Any]) -> list[JobResult]:
-    """The jobs whose factors have the wanted values (one, or one of a list)."""
-
-    def fits(job: JobResult, name: str, wanted: Any) -> bool:
-        value = factor(job, name)
-        return value in wanted if isinstance(wanted, list) else bool(value == wanted)
-
-    return [job for job in jobs if all(fits(job, name, wanted) for name, wanted in where.items())]
+    """Return the jobs whose factors have the wanted values: a value, or one of a list."""
+    chosen = list(jobs)
+    for name, wanted in where.items():
+        values = wanted if isinstance(wanted, list) else [wanted]
+        chosen = [job for job in chosen if factor(job, name) in values]
+    return chosen
 
 
 def model_names(job: JobResult) -> list[str]:
-    """What a job's model may be called elsewhere: its name, and the last part of its path."""
+    """Return what a job's model may be called elsewhere: its name, and the last part of its path."""
     model = job.config.get("model", {})
     return [str(model.get("name", "")), PurePosixPath(str(model.get("path", ""))).name]
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested fields under dotted paths."""
+    """Return nested fields under dotted paths."""
     fields: dict[str, Any] = {}
     for name, value in config.items():
-        fields |= (
-            flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + str(name): value}
-        )
+        path = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            fields |= flat(value, f"{path}.")
+        else:
+            fields[path] = value
     return fields
 
 
 def differing(jobs: Sequence[JobResult]) -> list[str]:
-    """Dotted paths of the configuration that known configurations disagree about."""
-    configs = [flat(job.config) for job in jobs if job.config]
+    """Return the dotted paths of fields that differ between the configurations that are known."""
+    configs = [flat(config) for job in jobs if (config := job.config)]
     paths = dict.fromkeys(path for config in configs for path in config)
-    return [path for path in paths if any(config.get(path) != configs[0].get(path) for config in configs)]
+    found = []
+    for path in paths:
+        first = configs[0].get(path)
+        if any(config.get(path) != first for config in configs):
+            found.append(path)
+    return found
 
 
 def in_order(value: Any) -> tuple[bool, float, str]:
-    """Numbers by size, then text in its own order."""
-    is_number = isinstance(value, int | float)
-    return (not is_number, float(value) if is_number else 0.0, "" if is_number else str(value))
+    """Return a key for sorting: numbers by size, then text alphabetically."""
+    if isinstance(value, int | float):
+        return (False, float(value), "")
+    return (True, 0.0, str(value))
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _from_config(config: Mapping[str, Any], name: str) -> Any:
@@ -172,48 +209,64 @@ def _from_config(config: Mapping[str, Any], name: str) -> Any:
 
 
 def _method(job: JobResult) -> Any:
-    """`fisher + joint repair, 4 rounds`; a recipe's name where nothing else is known."""
+    """Return a job's method, such as `fisher + joint repair, 4 rounds`.
+
+    It is a recipe's name if a job failed and only that is known.
+    """
     config = job.config
     if not config:
         return _method_from_overrides(job.overrides)
     pruning = config.get("pruning", {})
-    repair = "" if not pruning.get("repair") else _repair_name(pruning["repair"])
+    repair = pruning.get("repair")
     return _method_text(
         str(factor(job, "criterion")),
-        repair,
-        str(pruning.get("rounds", 1)),
-        str(pruning.get("scope", "global")),
+        repair=_repair_name(repair) if repair else "",
+        rounds=str(pruning.get("rounds", 1)),
+        scope=str(pruning.get("scope", "global")),
     )
 
 
 def _method_from_overrides(overrides: Sequence[str]) -> str:
-    found = [_chosen(overrides, key) for key in ("recipe", "score")]
-    base = ", ".join(name for name in found if name is not None)
-    repair = _chosen(overrides, "pruning/repair") or ""
+    recipe = _chosen(overrides, "recipe")
+    score = _chosen(overrides, "score")
+    base = ", ".join(name for name in (recipe, score) if name is not None)
+    if not base:
+        return UNKNOWN
+    repair = _chosen(overrides, "pruning/repair")
     if repair == "none":
-        base, repair = f"{base} without repair" if found[0] else base, ""  # a recipe may have one
-    scope = _chosen(overrides, "pruning.scope") or _chosen(overrides, "pruning") or "global"
-    return (
-        _method_text(
-            base, f"{repair} repair" if repair else "", _chosen(overrides, "pruning.rounds") or "1", scope
-        )
-        if base
-        else UNKNOWN
+        repair = None
+        if recipe:
+            # Recipes may include a repair.
+            base = f"{base} without repair"
+    return _method_text(
+        base,
+        repair=f"{repair} repair" if repair else "",
+        rounds=_chosen(overrides, "pruning.rounds") or "1",
+        scope=_chosen(overrides, "pruning.scope") or _chosen(overrides, "pruning") or "global",
     )
 
 
-def _method_text(base: str, repair: str, rounds: str, scope: str) -> str:
-    text = f"{base} + {repair}" if repair else base
-    text += f", {rounds} rounds" if rounds != "1" else ""
-    return f"{text} ({scope})" if scope != "global" else text
+def _method_text(base: str, *, repair: str, rounds: str, scope: str) -> str:
+    text = base
+    if repair:
+        text += f" + {repair}"
+    if rounds != "1":
+        text += f", {rounds} rounds"
+    if scope != "global":
+        text += f" ({scope})"
+    return text
 
 
 def _repair_name(entry: Mapping[str, Any]) -> str:
-    """`JointRepair` is `joint repair`; `full repair` where it moves the rows of W_gate and W_up too, `stream
-    repair` where it also brings the residual stream back."""
+    """Name a repair: `JointRepair` is `joint repair`.
+
+    It is `full repair` if it refits the rows of W_gate and W_up too, and `stream repair` if it refits them so
+    that the residual stream matches the unpruned model's.
+    """
+    has_refits = entry.get("refits", 0) > 0
     if entry.get("target") == "residual_stream":
-        return "stream repair" if entry.get("refits", 0) > 0 else "joint stream repair"
-    return "full repair" if entry.get("refits", 0) > 0 else option_name(entry["_target_"], " ")
+        return "stream repair" if has_refits else "joint stream repair"
+    return "full repair" if has_refits else option_name(entry["_target_"], " ")
 
 
 def _from_overrides(overrides: Sequence[str], name: str) -> Any:
@@ -229,8 +282,10 @@ def _from_overrides(overrides: Sequence[str], name: str) -> Any:
 
 
 def _chosen(overrides: Sequence[str], key: str) -> str | None:
-    """What the last override of a key says."""
-    values = [
-        override.partition("=")[2] for override in overrides if override.lstrip("+").partition("=")[0] == key
-    ]
-    return values[-1].strip("'\"") if values else None
+    """Return the value in the last override of a key; None without one."""
+    chosen = None
+    for override in overrides:
+        name, _, value = override.lstrip("+").partition("=")
+        if name == key:
+            chosen = value.strip("'\"")
+    return chosen

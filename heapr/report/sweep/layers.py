@@ -6,6 +6,7 @@ Shape letters: L layers, E experts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def layer_heatmap(entry: Entry, jobs: Sequence[JobResult], published: Sequence[Number]) -> list[Drawing]:
-    """One figure per job: share removed of every expert, and of every layer beside it."""
+    """Draw a figure per job: the share removed of every expert, and beside it of every layer."""
     done = finished(jobs)
     shown = varying(done, NAMES)
     drawings = []
@@ -30,7 +31,8 @@ def layer_heatmap(entry: Entry, jobs: Sequence[JobResult], published: Sequence[N
         layers = removed_by_layer(job)
         if layers is not None:
             about = describe(job, shown)
-            drawings.append(Drawing(_figure(layers, about, is_sorted=entry.order == "sorted"), about))
+            figure = _figure(layers, about, is_sorted=entry.order == "sorted")
+            drawings.append(Drawing(figure, about))
     return drawings
 
 
@@ -43,8 +45,8 @@ def _figure(layers: Sequence[LayerRemoval], title: str, *, is_sorted: bool) -> F
         figure.suptitle(title, fontsize=8)
     heat, bars = figure.subplots(1, 2, width_ratios=[2.3, 1], sharey=True)
     _heat_map(figure, heat, layers, is_sorted=is_sorted)
-    places = range(len(layers))
-    bars.barh(places, [100 * layer.share for layer in layers], height=0.7, color=COLOURS[0])
+    shares_L = [100 * layer.share for layer in layers]
+    bars.barh(range(len(layers)), shares_L, height=0.7, color=COLOURS[0])
     bars.set_xlim(left=0)
     bars.set_xlabel("of the layer (%)")
     bars.grid(visible=False, axis="y")
@@ -56,13 +58,17 @@ def _heat_map(figure: Figure, axis: Axes, layers: Sequence[LayerRemoval], *, is_
     widest = max(len(layer.share_E) for layer in layers)
     shares_LE = []
     for layer in layers:
-        shares = sorted(layer.share_E, reverse=True) if is_sorted else list(layer.share_E)
-        shares_LE.append([100 * share for share in shares] + [float("nan")] * (widest - len(shares)))
+        shares_E = [100 * share for share in layer.share_E]
+        if is_sorted:
+            shares_E.sort(reverse=True)
+        missing = widest - len(shares_E)
+        shares_LE.append(shares_E + [float("nan")] * missing)
     image = axis.imshow(shares_LE, cmap="Blues", vmin=0, vmax=100, aspect="auto", interpolation="nearest")
-    step = max(1, -(-len(layers) // 12))
-    axis.set_yticks(
-        range(0, len(layers), step), [str(layers[place].layer) for place in range(0, len(layers), step)]
-    )
+    # At most 12 labels.
+    step = max(1, math.ceil(len(layers) / 12))
+    places = range(0, len(layers), step)
+    labels = [str(layers[place].layer) for place in places]
+    axis.set_yticks(places, labels)
     axis.set_ylabel("decoder layer")
     axis.set_xlabel("experts, most removed first" if is_sorted else "expert")
     axis.grid(visible=False)

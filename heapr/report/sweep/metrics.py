@@ -35,7 +35,8 @@ SIZE_LABELS = {
     "bytes_removed_ratio": "bytes saved",
 }
 COSTS = {"seconds": "time", "peak_memory_bytes": "peak memory"}
-KINDS = {  # first part of a name: its quantity, which way is better, unit, decimals
+# From the first part of a name to its quantity, the direction that is better, unit and decimals.
+KINDS = {
     "perplexity": ("perplexity", LOWER, "", 2),
     "accuracy": ("accuracy", HIGHER, "%", 2),
     "accuracy_norm": ("normalised accuracy", HIGHER, "%", 2),
@@ -52,21 +53,17 @@ KINDS = {  # first part of a name: its quantity, which way is better, unit, deci
     "calibration_state_bytes": ("calibration state", LOWER, "MiB", 2),
     "calibration_peak_memory_bytes": ("calibration peak memory", LOWER, "MiB", 1),
 }
-UNASKED = {"accuracy_norm"}
+SCALES = {"%": 100.0, "MiB": 2.0**-20, "GiB": 2.0**-30}  # from our unit to the printed one
+UNASKED = {"accuracy_norm"}  # shown only on request
 PRUNING_COSTS = {
     "pruning_time_ratio": pruning_time_ratio,
     "pruning_peak_memory_bytes": pruning_peak_memory_bytes,
 }
-# Of which pruning makes the dense model's worse.
-COMPARED = {
-    "perplexity",
-    "accuracy",
-    "accuracy_norm",
-    "kl_to_dense",
-    "top1_agreement",
-}
-OF_THE_DENSE = {"kl_to_dense": 0.0, "top1_agreement": 1.0}  # by definition
-# Of a run or of both models together, so that the unpruned model has no such number of its own
+# Metrics that pruning makes worse than the dense model's.
+COMPARED = {"perplexity", "accuracy", "accuracy_norm", "kl_to_dense", "top1_agreement"}
+# The dense model compared with itself.
+OF_THE_DENSE = {"kl_to_dense": 0.0, "top1_agreement": 1.0}
+# Metrics of a run, or of both models together: the unpruned model has no number of its own.
 OF_A_PAIR = {
     "stages", "truth", "kl_to_dense", "top1_agreement", *PRUNING_COSTS,
     "calibration_seconds", "calibration_speedup", "calibration_state_bytes", "calibration_peak_memory_bytes",
@@ -74,79 +71,90 @@ OF_A_PAIR = {
 
 
 def value(job: JobResult, name: str, *, dense: bool = False) -> float | None:
-    """A metric of the pruned or the dense model; none if it was not measured.
+    """Return a metric of the pruned or the dense model; None if it was not measured.
 
     Args:
-        name: as in summary.json; sizes as `size/<name>`, cost of a stage as `stages/<stage>/seconds` or
-            `.../peak_memory_bytes`, of all that made the plan as `pruning_time_ratio` and
+        job: whose metric to return.
+        name: as in summary.json; a size is `size/<name>`, the cost of a stage `stages/<stage>/seconds` or
+            `stages/<stage>/peak_memory_bytes`, and the cost of the whole plan `pruning_time_ratio` or
             `pruning_peak_memory_bytes`.
+        dense: whether to return the dense model's.
     """
     metrics = job.metrics
     if not metrics:
         return None
     group, _, rest = name.partition("/")
     if dense:
-        if group == "size":
-            return (
-                0.0
-                if rest.endswith("removed_ratio") and rest in metrics["size"]
-                else metrics["dense"].get(rest)
-            )
-        return metrics["dense"].get(name)
+        if group == "size" and rest.endswith("removed_ratio") and rest in metrics["size"]:
+            return 0.0
+        return metrics["dense"].get(rest if group == "size" else name)
     if group == "size":
         return metrics["size"].get(rest)
     if group == "stages" or name in PRUNING_COSTS:
-        stage, _, quantity = rest.rpartition("/")
-        return PRUNING_COSTS[name](job) if name in PRUNING_COSTS else stage_cost(job, stage, quantity)
+        return _cost(job, name)
     return metrics["pruned"].get(name, metrics["comparison"].get(name))
 
 
-def share_of_increase(job: JobResult, baseline: JobResult, name: str) -> float | None:
-    """(pruned - dense) / (baseline's pruned - dense): how much of a baseline's damage a job does.
+def _cost(job: JobResult, name: str) -> float | None:
+    if name in PRUNING_COSTS:
+        return PRUNING_COSTS[name](job)
+    stage, _, quantity = name.removeprefix("stages/").rpartition("/")
+    return stage_cost(job, stage, quantity)
 
-    None where one of the four was not measured, or the baseline did no damage.
+
+def share_of_increase(job: JobResult, baseline: JobResult, name: str) -> float | None:
+    """Return (pruned - dense) / (baseline's pruned - dense): a job's damage as a share of the baseline's.
+
+    None if one of the four was not measured, or the baseline did no damage.
     """
-    ours, theirs = increase(job, name), increase(baseline, name)
-    return None if ours is None or theirs is None or theirs <= 0 else ours / theirs
+    ours = increase(job, name)
+    theirs = increase(baseline, name)
+    if ours is None or theirs is None or theirs <= 0:
+        return None
+    return ours / theirs
 
 
 def increase(job: JobResult, name: str) -> float | None:
-    """How much worse than the dense model the pruned one is: of an accuracy, how much it lost. None if one of
-    them was not measured."""
-    pruned, dense = value(job, name), value(job, name, dense=True)
-    dense = OF_THE_DENSE.get(name.partition("/")[0]) if dense is None else dense
-    return None if pruned is None or dense is None else -better(name) * (pruned - dense)
+    """Return how much worse the pruned model is than the dense one; None if one was not measured.
+
+    It is pruned - dense, or dense - pruned for a metric that is better when higher.
+    """
+    pruned = value(job, name)
+    dense = value(job, name, dense=True)
+    if dense is None:
+        dense = OF_THE_DENSE.get(name.partition("/")[0])
+    if pruned is None or dense is None:
+        return None
+    return -better(name) * (pruned - dense)
 
 
 def standard_error(job: JobResult, name: str, *, dense: bool = False) -> float | None:
-    """Of an accuracy: the harness' standard error."""
+    """Return the harness' standard error of an accuracy; None if there is none."""
     group, _, rest = name.partition("/")
     return value(job, f"{group}_stderr/{rest}", dense=dense)
 
 
 def known(jobs: Sequence[JobResult]) -> list[str]:
-    """What a table shows unless it is told otherwise, of what any job measured, in the order in which
-    summaries hold it.
+    """Return the metrics that a table shows by default, in the order of the summaries.
 
-    Left out: normalised accuracies, and the average of a single task. The CSV holds everything.
+    These are all that a job measured, except normalised accuracies and the average of a single task. The CSV
+    has everything.
     """
+    shown = KINDS.keys() - UNASKED
     names: dict[str, None] = {}
     for job in finished(jobs):
-        measured = [*job.metrics["pruned"], *job.metrics["comparison"]]
-        names |= dict.fromkeys(
-            name for name in measured if name.partition("/")[0] in KINDS.keys() - UNASKED and better(name)
-        )
-        names |= {
-            f"size/{name}": None
-            for name in ("parameters_removed_ratio", "flops_removed_ratio")
-            if name in job.metrics["size"]
-        }
+        for name in (*job.metrics["pruned"], *job.metrics["comparison"]):
+            if name.partition("/")[0] in shown and better(name):
+                names[name] = None
+        for name in ("parameters_removed_ratio", "flops_removed_ratio"):
+            if name in job.metrics["size"]:
+                names[f"size/{name}"] = None
     accuracies = [name for name in names if name.startswith("accuracy/")]
     return [name for name in names if name != "accuracy/average" or len(accuracies) > 2]
 
 
 def better(name: str) -> int:
-    """`LOWER`, `HIGHER`, or 0 where neither is better."""
+    """Return the better direction: `LOWER`, `HIGHER`, or 0 if neither is better."""
     group, _, rest = name.partition("/")
     if group == "size":
         return HIGHER if rest.endswith("removed_ratio") else LOWER
@@ -169,7 +177,7 @@ def unit(name: str) -> str:
 
 
 def label(name: str) -> str:
-    """A metric's name for a reader, without unit and direction."""
+    """Return a metric's name for a reader, without unit and direction."""
     group, _, rest = name.partition("/")
     if group == "size":
         return SIZE_LABELS.get(rest, rest.replace("_", " "))
@@ -183,34 +191,35 @@ def label(name: str) -> str:
 
 
 def axis_label(name: str) -> str:
-    """A metric's name with its unit."""
+    """Return a metric's name with its unit."""
     return f"{label(name)} ({unit(name)})" if unit(name) else label(name)
 
 
 def column_label(name: str) -> str:
-    """A metric's name with its unit and the direction that is better."""
+    """Return a metric's name with its unit and the direction that is better."""
     return f"{axis_label(name)}\N{NO-BREAK SPACE}{ARROWS[better(name)]}".strip()
 
 
 def scaled(name: str, number: float) -> float:
-    """A number in the unit that it is printed in."""
-    return number * {"%": 100.0, "MiB": 2.0**-20, "GiB": 2.0**-30}.get(unit(name), 1.0)
+    """Return a number in the unit in which it is printed."""
+    return number * SCALES.get(unit(name), 1.0)
 
 
 def text(name: str, number: float) -> str:
-    """A number as it is printed, without its unit; a minus sign is a minus sign."""
+    """Return a number as it is printed: in its unit, which is left out, and with a true minus sign."""
     return printed(name, scaled(name, number))
 
 
 def printed(name: str, number: float) -> str:
-    """As `text`, of a number that has its unit already."""
-    if name.partition("/")[0] not in {*KINDS, "size", "stages"} and not float(number).is_integer():
+    """Return what `text` returns, for a number that is in its printed unit already."""
+    is_known = name.partition("/")[0] in {*KINDS, "size", "stages"}
+    if not is_known and not float(number).is_integer():
         return f"{number:.3g}".replace("-", "−")
     return f"{number:,.{_decimals(name, number)}f}".replace("-", "−")
 
 
 def signed(name: str, number: float, beside: float) -> str:
-    """A difference as it is printed, as fine as the number it stands beside."""
+    """Return a difference as it is printed, with as many decimals as the number beside it."""
     decimals = _decimals(name, scaled(name, beside))
     return f"{scaled(name, number):+,.{decimals}f}".replace("-", "−")
 
@@ -222,8 +231,8 @@ def _decimals(name: str, number: float) -> int:
     if group not in KINDS:
         return 1 if name.endswith("_ratio") else 0
     decimals = KINDS[group][3]
-    return (
-        max(0, decimals - max(0, len(str(int(abs(number)))) - 2))
-        if group in {"perplexity", "relative"}
-        else decimals
-    )
+    if group not in {"perplexity", "relative"}:
+        return decimals
+    # Each digit before the point, from the third on, costs a decimal.
+    num_digits = len(str(int(abs(number))))
+    return max(0, decimals - max(0, num_digits - 2))

@@ -48,7 +48,14 @@ figcaption { color: var(--dim); font-size: 13px; max-width: 30rem; margin-top: .
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure of an entry: what it is of, its files (SVG first; none if there was nothing to draw), what is missing in it."""
+    """A figure of an entry.
+
+    Attributes:
+        entry: of the layout.
+        about: the model or job that is drawn.
+        files: the SVG, then the PNG; empty if there was nothing to draw.
+        missing: what could not be drawn, and why.
+    """
 
     entry: Entry
     about: str
@@ -57,7 +64,14 @@ class Picture:
 
 
 def page(layout: Layout, jobs: Sequence[JobResult], parts: Sequence[Table | Picture], folder: Path) -> str:
-    """The whole page."""
+    """Return the whole page as HTML.
+
+    Args:
+        layout: title, command and date.
+        jobs: of the sweep.
+        parts: tables and pictures in their order.
+        folder: of the page; links to artifacts are relative to it.
+    """
     title = html.escape(layout.title)
     sections = [
         _head(layout, jobs),
@@ -67,19 +81,22 @@ def page(layout: Layout, jobs: Sequence[JobResult], parts: Sequence[Table | Pict
         _stages(jobs, folder),
         _common(jobs),
     ]
+    body = "".join(sections)
     return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width">\n'
-        f"<title>{title}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<h1>{title}</h1>\n{''.join(sections)}</body>\n</html>\n"
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width">\n'
+        f"<title>{title}</title>\n<style>{CSS}</style>\n</head>\n"
+        f"<body>\n<h1>{title}</h1>\n{body}</body>\n</html>\n"
     )
 
 
 def without_local_links(text: str) -> str:
-    """The page without its links to jobs and artifacts, for a copy that is kept without them."""
+    """Return the page without links to jobs and artifacts, for a copy that is kept without them."""
     return re.sub(r"<a class=local [^>]*>(.*?)</a>", r"\1", text)
 
 
 def inline_svg(text: str) -> str:
-    """An SVG file's root element as it stands inside HTML: without prologue and namespaces, as wide as its place."""
+    """Return an SVG file's root element for use inside HTML: without prologue, namespaces and size."""
     root = text[text.index("<svg") :]
     opening, rest = root.split(">", 1)
     opening = re.sub(r'\s(?:xmlns(?::\w+)?|width|height|version)="[^"]*"', "", opening)
@@ -88,39 +105,39 @@ def inline_svg(text: str) -> str:
 
 def _head(layout: Layout, jobs: Sequence[JobResult]) -> str:
     done = len(finished(jobs))
-    parts = [
-        f"{done} of {len(jobs)} jobs finished" + (f", {len(jobs) - done} failed" if done < len(jobs) else ""),
-        layout.date,
-    ]
-    line = f"<p class=dim>{html.escape(' · '.join(part for part in parts if part))}</p>\n"
-    return line + (f"<pre>{html.escape(layout.command)}</pre>\n" if layout.command else "")
+    text = f"{done} of {len(jobs)} jobs finished"
+    if done < len(jobs):
+        text += f", {len(jobs) - done} failed"
+    if layout.date:
+        text += f" · {layout.date}"
+    head = f"<p class=dim>{html.escape(text)}</p>\n"
+    if layout.command:
+        head += f"<pre>{html.escape(layout.command)}</pre>\n"
+    return head
 
 
 def _parts(parts: Sequence[Table | Picture]) -> list[str]:
-    """Tables, and the pictures of an entry side by side under its title."""
+    """Return the tables, and the pictures of each entry side by side under its title."""
     texts: list[str] = []
-    for number, part in enumerate(parts):
-        if isinstance(part, Table):
-            texts.append(to_html(part))
-            continue
-        before, after = (
-            parts[number - 1] if number else None,
-            parts[number + 1] if number + 1 < len(parts) else None,
-        )
-        if not (isinstance(before, Picture) and before.entry is part.entry):
-            texts.append(f"<h2>{html.escape(part.entry.title)}</h2>\n<div class=figures>\n")
-        texts.append(_figure(part))
-        if not (isinstance(after, Picture) and after.entry is part.entry):
+    current: Entry | None = None
+    for part in parts:
+        entry = None if isinstance(part, Table) else part.entry
+        if current is not None and entry is not current:
             texts.append("</div>\n")
+        if entry is not None and entry is not current:
+            texts.append(f"<h2>{html.escape(entry.title)}</h2>\n<div class=figures>\n")
+        texts.append(to_html(part) if isinstance(part, Table) else _figure(part))
+        current = entry
+    if current is not None:
+        texts.append("</div>\n")
     return texts
 
 
 def _figure(picture: Picture) -> str:
     drawing = inline_svg(picture.files[0].read_text(encoding="utf-8")) if picture.files else ""
     links = " ".join(f'<a href="{quote(path.name)}">{path.suffix[1:].upper()}</a>' for path in picture.files)
-    caption = " ".join(
-        part for part in (html.escape(picture.about), html.escape(picture.missing), links) if part
-    )
+    parts = [html.escape(picture.about), html.escape(picture.missing), links]
+    caption = " ".join(filter(None, parts))
     return f"<figure>\n{drawing}\n<figcaption>{caption}</figcaption>\n</figure>\n"
 
 
@@ -128,66 +145,66 @@ def _failures(jobs: Sequence[JobResult]) -> str:
     failed = [job for job in jobs if job.summary is None]
     if not failed:
         return ""
-    return (
-        "<h2>Failed jobs</h2>\n<ul class=failed>"
-        + "".join(f"<li>{html.escape(failure(job))}</li>" for job in failed)
-        + "</ul>\n"
-    )
+    items = [f"<li>{html.escape(failure(job))}</li>" for job in failed]
+    return f"<h2>Failed jobs</h2>\n<ul class=failed>{''.join(items)}</ul>\n"
 
 
 def _differences(jobs: Sequence[JobResult]) -> str:
-    """What tells the jobs apart, one row per job."""
+    """List the fields of the configuration that differ between jobs, one row per job."""
     paths = differing(jobs)
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in ("job", *paths))
+    headers = [f"<th>{html.escape(name)}</th>" for name in ("job", *paths)]
     rows = []
     for job in jobs:
         config = flat(job.config)
-        cells = "".join(f"<td>{html.escape(str(config.get(path, '')))}</td>" for path in paths)
-        rows.append(f"<tr><th>{job.number}</th>{cells}</tr>")
-    table = f"<div class=scroll><table class=plain><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-    return f"<h2>What differs between jobs</h2>\n{table}\n"
+        values = [str(config.get(path, "")) for path in paths]
+        cells = [f"<td>{html.escape(value)}</td>" for value in values]
+        rows.append(f"<tr><th>{job.number}</th>{''.join(cells)}</tr>")
+    return f"<h2>What differs between jobs</h2>\n{_scrolling_table(''.join(headers), rows)}\n"
+
+
+def _scrolling_table(headers: str, rows: Sequence[str]) -> str:
+    head = f"<thead><tr>{headers}</tr></thead>"
+    return f"<div class=scroll><table class=plain>{head}<tbody>{''.join(rows)}</tbody></table></div>"
 
 
 def _stages(jobs: Sequence[JobResult], folder: Path) -> str:
-    """Every job's artifacts, folded."""
+    """List every job's artifacts, folded."""
+    headers = "<th>stage</th><th>artifact</th><th>seconds</th>"
     texts = ["<h2>Jobs and their artifacts</h2>\n"]
     for job in jobs:
         label = f"Job {job.number}"
-        label = (
-            label if job.folder is None else f'<a class=local href="{_link(job.folder, folder)}">{label}</a>'
-        )
+        if job.folder is not None:
+            label = f'<a class=local href="{_link(job.folder, folder)}">{label}</a>'
         name = html.escape(" ".join(job.overrides))
         if job.summary is None:
             texts.append(f"<p>{label}: <code>{name}</code> <span class=failed>failed</span></p>\n")
             continue
-        rows = "".join(
-            _stage_row(stage, _link(artifact_folder(job, stage), folder)) for stage in job.summary["stages"]
-        )
-        head = "<thead><tr><th>stage</th><th>artifact</th><th>seconds</th></tr></thead>"
-        texts.append(
-            f"<details><summary>{label}: <code>{name}</code></summary>\n"
-            f"<div class=scroll><table class=plain>{head}<tbody>{rows}</tbody></table></div></details>\n"
-        )
+        rows = []
+        for stage in job.summary["stages"]:
+            link = _link(artifact_folder(job, stage), folder)
+            rows.append(_stage_row(stage, link))
+        table = _scrolling_table(headers, rows)
+        texts.append(f"<details><summary>{label}: <code>{name}</code></summary>\n{table}</details>\n")
     return "".join(texts)
 
 
 def _stage_row(stage: Mapping[str, Any], link: str) -> str:
     what = html.escape(f"{stage['stage']} {stage.get('what', '')}".strip())
     seconds = "cached" if stage["cached"] else f"{stage['seconds']:.1f}"
-    return f'<tr><td>{what}</td><td><a class=local href="{link}">{html.escape(stage["key"])}</a></td><td>{seconds}</td></tr>'
+    artifact = f'<a class=local href="{link}">{html.escape(stage["key"])}</a>'
+    return f"<tr><td>{what}</td><td>{artifact}</td><td>{seconds}</td></tr>"
 
 
 def _common(jobs: Sequence[JobResult]) -> str:
-    """The configuration that all jobs share, folded."""
+    """List the configuration that all jobs share, folded."""
     configs = [flat(job.config) for job in jobs if job.config]
     if not configs:
         return ""
     apart = set(differing(jobs))
-    rows = [
-        f"<tr><td>{html.escape(path)}</td><td>{html.escape(str(v))}</td></tr>"
-        for path, v in configs[0].items()
-        if path not in apart
-    ]
+    rows = []
+    for path, value in configs[0].items():
+        if path not in apart:
+            rows.append(f"<tr><td>{html.escape(path)}</td><td>{html.escape(str(value))}</td></tr>")
     table = f"<table class=plain><tbody>{''.join(rows)}</tbody></table>"
     return f"<h2>Configuration</h2>\n<details><summary>What all jobs have in common</summary>\n{table}</details>\n"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,8 @@ from heapr.report.sweep.factors import factor, model_names
 from heapr.report.sweep.results import JobResult
 
 RESULTS = "results.csv"
-METHODS = {  # as published: criterion and scope
+# From a published method to our criterion and scope.
+METHODS = {
     "Original": ("", ""),
     "HEAPr-G": ("heapr", "global"),
     "HEAPr-L": ("heapr", "layer"),
@@ -36,7 +37,7 @@ METRICS = {
     "flops_reduction_percent": "size/flops_removed_ratio",
 }
 AVERAGES = ("accuracy/average", "accuracy_norm/average")
-# By avg7_acc and avg7_acc_norm.
+# The tasks in avg7_acc and avg7_acc_norm.
 AVERAGED = {
     "openbookqa",
     "arc_easy",
@@ -46,8 +47,8 @@ AVERAGED = {
     "piqa",
     "mathqa",
 }
-# A method's own newest release first; then the sources that the paper took its baselines from. What is known
-# of their protocols:
+# In order of preference, with what is known of their protocols: a method's own newest release first, then the
+# sources from which the paper took its baselines.
 SOURCES = {
     "HEAPr README, 2026-02-20": "128 calibration sequences of 2048 tokens, perplexity over windows of 2048",
     "HEAPr README, 2025-10-13": "128 calibration sequences of 2048 tokens, perplexity over windows of 2048",
@@ -64,8 +65,11 @@ class Number:
     """One published number.
 
     Attributes:
-        model, ratio, method: criterion and scope in our names, `DENSE` for the unpruned model.
-        metric, value: under our name and in our unit: shares, not percent.
+        model: as printed.
+        ratio: share of atomic experts removed.
+        method: criterion and scope in our names, or `DENSE` for the unpruned model.
+        metric: in our name.
+        value: in our unit: a share, not percent.
         source: where it was printed.
     """
 
@@ -78,7 +82,9 @@ class Number:
 
 
 def read_published(folder: Path | None) -> list[Number]:
-    """All published numbers that have a counterpart here; none without a folder.
+    """Read the published numbers that have a counterpart here, the preferred sources first.
+
+    Without a folder there are none.
 
     Raises:
         ConfigError: the folder holds no results.csv.
@@ -90,61 +96,65 @@ def read_published(folder: Path | None) -> list[Number]:
         raise ConfigError(
             f"no published numbers in '{folder}': {RESULTS} is missing; give the folder that holds it"
         )
+    numbers = []
     with path.open(newline="", encoding="utf-8") as file:
-        rows = [
-            row
-            for row in csv.DictReader(file)
-            if row["method"] in METHODS and _metric(row["metric"]) is not None
-        ]
-    return sorted((_number(row) for row in rows), key=lambda number: _rank(number.source))
+        for row in csv.DictReader(file):
+            metric = _metric(row["metric"])
+            if row["method"] in METHODS and metric is not None:
+                numbers.append(_number(row, metric))
+    return sorted(numbers, key=lambda number: _rank(number.source))
 
 
 def find(numbers: Sequence[Number], job: JobResult, metric: str, *, dense: bool = False) -> Number | None:
-    """The number that stands beside a job's, from the preferred source; none if there is none.
+    """Return the published counterpart of a job's metric, from the preferred source; None if there is none.
 
-    Averages are compared only where the same seven tasks were averaged.
+    Averages have a counterpart only if the same seven tasks were averaged.
     """
     if metric in AVERAGES and not _averages_the_same(job):
         return None
     method = DENSE if dense else (factor(job, "criterion"), factor(job, "scope"))
     ratio = 0.0 if dense else factor(job, "ratio")
-    names = {_plain(name) for name in model_names(job)}
-    fitting = (
-        n
-        for n in numbers
-        if n.metric == metric and n.method == method and _plain(n.model) in names and _same(n.ratio, ratio)
-    )
-    return next(fitting, None)
+    for number in _fitting(numbers, job, metric, method):
+        if _same(number.ratio, ratio):
+            return number
+    return None
 
 
 def curve(numbers: Sequence[Number], job: JobResult, metric: str) -> list[tuple[float, float]]:
-    """All published (ratio, value) of a job's model, criterion and scope, one per ratio, by ratio."""
+    """Return the published (ratio, value) of a job's model, criterion and scope, one per ratio, by ratio."""
     if metric in AVERAGES and not _averages_the_same(job):
         return []
-    names = {_plain(name) for name in model_names(job)}
     method = (factor(job, "criterion"), factor(job, "scope"))
     points: dict[float, float] = {}
-    for number in numbers:
-        if number.metric == metric and number.method == method and _plain(number.model) in names:
-            points.setdefault(number.ratio, number.value)
+    for number in _fitting(numbers, job, metric, method):
+        points.setdefault(number.ratio, number.value)
     return sorted(points.items())
 
 
-def _number(row: dict[str, str]) -> Number:
-    metric = _metric(row["metric"])
-    assert metric is not None, "filtered before"
-    share = 1.0 if metric.startswith("perplexity/") else 0.01
+def _fitting(
+    numbers: Sequence[Number], job: JobResult, metric: str, method: tuple[str, str]
+) -> Iterator[Number]:
+    """Yield the numbers of a job's model, of a metric and a method, at any ratio."""
+    names = {_plain(name) for name in model_names(job)}
+    for number in numbers:
+        if number.metric == metric and number.method == method and _plain(number.model) in names:
+            yield number
+
+
+def _number(row: dict[str, str], metric: str) -> Number:
+    unit = 1.0 if metric.startswith("perplexity/") else 0.01
     return Number(
-        row["model"],
-        float(row["ratio"]),
-        METHODS[row["method"]],
-        metric,
-        float(row["value"]) * share,
-        row["source"],
+        model=row["model"],
+        ratio=float(row["ratio"]),
+        method=METHODS[row["method"]],
+        metric=metric,
+        value=float(row["value"]) * unit,
+        source=row["source"],
     )
 
 
 def _metric(published: str) -> str | None:
+    """Return our name of a published metric; None for averages over other sets of tasks, and unknown ones."""
     if published in METRICS:
         return METRICS[published]
     task = published.removesuffix("_acc")
@@ -152,26 +162,23 @@ def _metric(published: str) -> str | None:
 
 
 def protocol_note(source: str) -> str:
-    """Where a number was printed, and what is known of how it was measured."""
-    known = next(
-        (protocol for beginning, protocol in SOURCES.items() if source.startswith(beginning)),
-        "protocol not known",
-    )
-    return f"Published in {source}: {known}."
+    """Say where a number was printed, and what is known of how it was measured."""
+    for beginning, protocol in SOURCES.items():
+        if source.startswith(beginning):
+            return f"Published in {source}: {protocol}."
+    return f"Published in {source}: protocol not known."
 
 
 def _rank(source: str) -> int:
-    return next(
-        (rank for rank, beginning in enumerate(SOURCES) if source.startswith(beginning)), len(SOURCES)
-    )
+    for rank, beginning in enumerate(SOURCES):
+        if source.startswith(beginning):
+            return rank
+    return len(SOURCES)
 
 
 def _averages_the_same(job: JobResult) -> bool:
-    tasks = {
-        name.removeprefix("accuracy/")
-        for name in job.metrics.get("pruned", {})
-        if name.startswith("accuracy/")
-    }
+    accuracies = [name for name in job.metrics.get("pruned", {}) if name.startswith("accuracy/")]
+    tasks = {name.removeprefix("accuracy/") for name in accuracies}
     return tasks - {"average"} == AVERAGED
 
 
@@ -180,5 +187,5 @@ def _same(ratio: float, other: float | str) -> bool:
 
 
 def _plain(name: str) -> str:
-    """Letters and digits alone, so that spellings of a model's name agree."""
+    """Return letters and digits alone, so that spellings of a model's name agree."""
     return re.sub(r"[^a-z0-9]", "", name.lower())

@@ -18,7 +18,7 @@ from heapr.report.sweep.published_results import Number, find
 from heapr.report.sweep.results import JobResult
 from heapr.report.sweep.table import Cell, Row, Table
 
-TEX_COLUMNS = 6  # as many have room in one of a page's two columns
+TEX_COLUMNS = 6  # as many as fit into one of a page's two columns
 TEX_FIT = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"
 TEX_LETTERS = {
     "\\": r"\textbackslash{}",
@@ -42,81 +42,77 @@ TEX_LETTERS = {
 
 
 def to_markdown(table: Table) -> str:
-    """GitHub's Markdown: notes below, best in bold."""
-
-    def cell(value: Cell) -> str:
-        text = value.text.replace("|", "\\|")
-        marks = "".join(f"<sup>{note}</sup>" for note in value.notes)
-        return f"**{text}**{marks}" if value.is_best else text + marks
-
-    num_labels = len(table.rows[0].labels) if table.rows else 0
-    rule = ["---" if number < num_labels else "---:" for number in range(len(table.columns))]
+    """Return the table in GitHub's Markdown: best values in bold, notes below."""
+    num_labels = _num_labels(table)
+    num_metrics = len(table.columns) - num_labels
+    rule = ["---"] * num_labels + ["---:"] * num_metrics
     lines = [f"### {table.title}", "", _pipes(table.columns), _pipes(rule)]
-    lines += [_pipes([cell(value) for value in (*row.labels, *row.cells)]) for row in table.rows]
+    for row in table.rows:
+        cells = [_markdown_cell(cell) for cell in (*row.labels, *row.cells)]
+        lines.append(_pipes(cells))
     lines += ["", table.caption]
-    lines += [f"\n<sup>{number}</sup> {_plain(note)}" for number, note in enumerate(table.notes, start=1)]
+    for number, note in enumerate(table.notes, start=1):
+        lines.append(f"\n<sup>{number}</sup> {_plain(note)}")
     return "\n".join(lines) + "\n"
 
 
 def to_tex(table: Table) -> str:
-    """A LaTeX table that needs the packages booktabs and graphicx. A wide one spans both columns, and shrinks
-    to the page if it must."""
+    """Return a LaTeX table, which needs the packages booktabs and graphicx.
 
-    def cell(value: Cell) -> str:
-        text = escape_tex(value.text)
-        marks = f"$^{{{','.join(map(str, value.notes))}}}$" if value.notes else ""
-        return f"\\textbf{{{text}}}{marks}" if value.is_best else text + marks
-
-    num_labels = len(table.rows[0].labels) if table.rows else 0
+    A table of more than `TEX_COLUMNS` columns spans both columns of the page, and shrinks to fit.
+    """
+    num_labels = _num_labels(table)
+    num_metrics = len(table.columns) - num_labels
     environment = "table*" if len(table.columns) > TEX_COLUMNS else "table"
-    lines = [f"\\begin{{{environment}}}", r"\centering", r"\small", r"\setlength{\tabcolsep}{3pt}"]
-    lines += [f"\\caption{{{escape_tex(table.title)}}}", r"\medskip", TEX_FIT]
-    lines += [
-        f"\\begin{{tabular}}{{{'l' * num_labels}{'r' * (len(table.columns) - num_labels)}}}",
+    headers = [_tex_header(name) for name in table.columns]
+    lines = [
+        f"\\begin{{{environment}}}",
+        r"\centering",
+        r"\small",
+        r"\setlength{\tabcolsep}{3pt}",
+        f"\\caption{{{escape_tex(table.title)}}}",
+        r"\medskip",
+        TEX_FIT,
+        f"\\begin{{tabular}}{{{'l' * num_labels}{'r' * num_metrics}}}",
         r"\toprule",
+        _ampersands(headers),
+        r"\midrule",
     ]
-    lines += [_ampersands([_tex_header(name) for name in table.columns]), r"\midrule"]
     for number, row in enumerate(table.rows):
         if row.starts_group and number > 0:
             lines.append(r"\midrule")
-        lines.append(_ampersands([cell(value) for value in (*row.labels, *row.cells)]))
+        cells = [_tex_cell(cell) for cell in (*row.labels, *row.cells)]
+        lines.append(_ampersands(cells))
     lines += [r"\bottomrule", r"\end{tabular}}", "", r"\raggedright\footnotesize", escape_tex(table.caption)]
-    lines += [f"\\par $^{{{number}}}$ {escape_tex(note)}" for number, note in enumerate(table.notes, start=1)]
-    return "\n".join([*lines, f"\\end{{{environment}}}"]) + "\n"
+    for number, note in enumerate(table.notes, start=1):
+        lines.append(f"\\par $^{{{number}}}$ {escape_tex(note)}")
+    lines.append(f"\\end{{{environment}}}")
+    return "\n".join(lines) + "\n"
 
 
 def to_html(table: Table) -> str:
-    """An HTML table with caption and notes."""
-
-    def cell(value: Cell, tag: str) -> str:
-        text = html.escape(value.text)
-        marks = "".join(f"<sup>{note}</sup>" for note in value.notes)
-        return f"<{tag}>{f'<b>{text}</b>' if value.is_best else text}{marks}</{tag}>"
-
-    def line(row: Row) -> str:
-        names = [name for name, holds in (("group", row.starts_group), ("beside", not row.is_ours)) if holds]
-        cells = [cell(value, "th") for value in row.labels] + [cell(value, "td") for value in row.cells]
-        return f'<tr class="{" ".join(names)}">{"".join(cells)}</tr>'
-
-    num_labels = len(table.rows[0].labels) if table.rows else 0
-    kinds = [" class=label" if number < num_labels else "" for number in range(len(table.columns))]
-    head = "".join(
-        f"<th{kind}>{html.escape(name)}</th>" for kind, name in zip(kinds, table.columns, strict=True)
-    )
-    notes = "".join(
-        f"<p><sup>{number}</sup> {html.escape(note)}</p>" for number, note in enumerate(table.notes, start=1)
-    )
-    body = "\n".join(line(row) for row in table.rows)
+    """Return an HTML table with its caption and notes."""
+    num_labels = _num_labels(table)
+    headers = []
+    for number, name in enumerate(table.columns):
+        kind = " class=label" if number < num_labels else ""
+        headers.append(f"<th{kind}>{html.escape(name)}</th>")
+    notes = []
+    for number, note in enumerate(table.notes, start=1):
+        notes.append(f"<p><sup>{number}</sup> {html.escape(note)}</p>")
+    head = "".join(headers)
+    body = "\n".join(map(_html_row, table.rows))
     return (
-        f"<h2>{html.escape(table.title)}</h2>\n<div class=scroll><table"
-        f" class=results>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>\n<div"
-        f" class=notes><p>{html.escape(table.caption)}</p>{notes}</div>\n"
+        f"<h2>{html.escape(table.title)}</h2>\n"
+        "<div class=scroll><table class=results>\n"
+        f"<thead><tr>{head}</tr></thead>\n"
+        f"<tbody>\n{body}\n</tbody></table></div>\n"
+        f"<div class=notes><p>{html.escape(table.caption)}</p>{''.join(notes)}</div>\n"
     )
 
 
 def to_csv(jobs: Sequence[JobResult], published: Sequence[Number]) -> str:
-    """One line per job: what identifies it, why it failed if it did, and all metrics as they were measured,
-    unrounded.
+    """Return one line per job: what identifies it, why it failed if it did, and all its metrics, unrounded.
 
     Published numbers follow under `published/<metric>` and `published_dense/<metric>`, in the same units.
     """
@@ -131,15 +127,56 @@ def to_csv(jobs: Sequence[JobResult], published: Sequence[Number]) -> str:
 
 
 def escape_tex(text: str) -> str:
-    """Text as LaTeX prints it; letters that a plain document lacks lose their accents or become question
-    marks."""
+    """Return text as LaTeX prints it.
 
-    def letter(character: str) -> str:
-        if character in TEX_LETTERS or character.isascii():
-            return TEX_LETTERS.get(character, character)
-        return unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode() or "?"
+    Letters that a plain document lacks lose their accents, or become question marks.
+    """
+    return "".join(map(_tex_letter, text))
 
-    return "".join(map(letter, text))
+
+def _num_labels(table: Table) -> int:
+    return len(table.rows[0].labels) if table.rows else 0
+
+
+def _markdown_cell(cell: Cell) -> str:
+    text = cell.text.replace("|", "\\|")
+    marks = "".join(f"<sup>{note}</sup>" for note in cell.notes)
+    return f"**{text}**{marks}" if cell.is_best else text + marks
+
+
+def _tex_cell(cell: Cell) -> str:
+    text = escape_tex(cell.text)
+    notes = ",".join(map(str, cell.notes))
+    marks = f"$^{{{notes}}}$" if notes else ""
+    return f"\\textbf{{{text}}}{marks}" if cell.is_best else text + marks
+
+
+def _tex_letter(character: str) -> str:
+    if character in TEX_LETTERS:
+        return TEX_LETTERS[character]
+    if character.isascii():
+        return character
+    without_accents = unicodedata.normalize("NFKD", character).encode("ascii", "ignore")
+    return without_accents.decode() or "?"
+
+
+def _html_row(row: Row) -> str:
+    classes = []
+    if row.starts_group:
+        classes.append("group")
+    if not row.is_ours:
+        classes.append("beside")
+    cells = [_html_cell(cell, "th") for cell in row.labels]
+    cells += [_html_cell(cell, "td") for cell in row.cells]
+    return f'<tr class="{" ".join(classes)}">{"".join(cells)}</tr>'
+
+
+def _html_cell(cell: Cell, tag: str) -> str:
+    text = html.escape(cell.text)
+    if cell.is_best:
+        text = f"<b>{text}</b>"
+    marks = "".join(f"<sup>{note}</sup>" for note in cell.notes)
+    return f"<{tag}>{text}{marks}</{tag}>"
 
 
 def _csv_row(job: JobResult, published: Sequence[Number]) -> dict[str, object]:
@@ -147,17 +184,25 @@ def _csv_row(job: JobResult, published: Sequence[Number]) -> dict[str, object]:
         "job": job.number,
         "status": "failed" if job.summary is None else "finished",
         "error": job.error or "",
+        "overrides": " ".join(job.overrides),
     }
-    row |= {"overrides": " ".join(job.overrides)} | {name: factor(job, name) for name in (*NAMES, METHOD)}
-    row |= {
-        f"{group}/{name}": number for group, found in job.metrics.items() for name, number in found.items()
-    }
-    row |= {f"cost/{name}": found for name, cost in PRUNING_COSTS.items() if (found := cost(job)) is not None}
-    for name in [*job.metrics.get("pruned", {}), *(f"size/{size}" for size in job.metrics.get("size", {}))]:
-        for column, dense in (("published", False), ("published_dense", True)):
-            number = find(published, job, name, dense=dense)
-            if number is not None:
-                row[f"{column}/{name}"] = number.value
+    for name in (*NAMES, METHOD):
+        row[name] = factor(job, name)
+    for group, measured in job.metrics.items():
+        for name, number in measured.items():
+            row[f"{group}/{name}"] = number
+    for name, measure in PRUNING_COSTS.items():
+        cost = measure(job)
+        if cost is not None:
+            row[f"cost/{name}"] = cost
+    sizes = [f"size/{name}" for name in job.metrics.get("size", {})]
+    for name in (*job.metrics.get("pruned", {}), *sizes):
+        pruned = find(published, job, name)
+        dense = find(published, job, name, dense=True)
+        if pruned is not None:
+            row[f"published/{name}"] = pruned.value
+        if dense is not None:
+            row[f"published_dense/{name}"] = dense.value
     return row
 
 
@@ -170,12 +215,13 @@ def _ampersands(cells: Sequence[str]) -> str:
 
 
 def _tex_header(name: str) -> str:
-    """A long header on several lines."""
+    """Return a header, broken into several lines if it is long."""
     lines = [escape_tex(line) for line in textwrap.wrap(name, 13)]
     stacked = r"\\".join(lines)
     return stacked if len(lines) <= 1 else f"\\shortstack{{{stacked}}}"
 
 
 def _plain(text: str) -> str:
-    """Text whose letters mean nothing in Markdown."""
-    return "".join(f"\\{letter}" if letter in "\\`*_[]<>|" else letter for letter in text)
+    """Escape the letters that mean something in Markdown."""
+    letters = [f"\\{letter}" if letter in "\\`*_[]<>|" else letter for letter in text]
+    return "".join(letters)

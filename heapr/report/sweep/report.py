@@ -1,4 +1,4 @@
-"""A sweep's report: tables, figures and one page, from summaries and artifacts alone.
+"""A sweep's report: tables, figures and one page, from summaries and artifacts only.
 
 In: jobs and a layout. Out: table.md, table.csv, table.tex, figures as SVG and PNG, report.html.
 """
@@ -13,8 +13,9 @@ from typing import Any
 from heapr.errors import ConfigError
 from heapr.files import write_text
 from heapr.report.run.protocol import compare_models, compare_summaries
+from heapr.report.sweep.bars import bars
 from heapr.report.sweep.consistency import consistency
-from heapr.report.sweep.curves import Drawing, bars, calibration_curve, ratio_curve
+from heapr.report.sweep.curves import Drawing, calibration_curve, ratio_curve
 from heapr.report.sweep.factors import factor, selected
 from heapr.report.sweep.layers import layer_heatmap
 from heapr.report.sweep.page import Picture, page
@@ -47,17 +48,17 @@ def write_report(
     """Write all files of a report.
 
     Args:
-        jobs: of the sweep, failed ones included: they become gaps.
+        jobs: of the sweep, including failed ones, which become gaps.
         layout: the `report` section of an experiment, see `heapr.report.sweep.report_layout`; empty for the
             default.
         folder: gets the files.
-        published: folder of results.csv; none if there is nothing to stand beside.
+        published: folder of results.csv; None for a report without published numbers.
 
     Returns:
         The files, in the order in which they were written.
 
     Raises:
-        ConfigError: no jobs, a layout that cannot be, or results that were measured in different ways.
+        ConfigError: there are no jobs, the layout is invalid, or results were measured in different ways.
     """
     if not jobs:
         raise ConfigError(f"nothing to report in '{folder}': the sweep has no jobs")
@@ -66,13 +67,15 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     entries = checked.entries or default_entries(jobs)
     tables = [TABLES[entry.kind](entry, jobs, numbers) for entry in entries if entry.kind in TABLES]
-    alone = [
-        replace(table, title=checked.title) if table.title == TITLES["table"] else table for table in tables
-    ]
+    # In these files, a table without a title of its own gets the title of the report.
+    titled = []
+    for table in tables:
+        is_untitled = table.title == TITLES["table"]
+        titled.append(replace(table, title=checked.title) if is_untitled else table)
     files = [
-        _write(folder / "table.md", "\n".join(map(to_markdown, alone))),
+        _write(folder / "table.md", "\n".join(map(to_markdown, titled))),
         _write(folder / "table.csv", to_csv(for_csv(entries, jobs), numbers)),
-        _write(folder / "table.tex", TEX_HEAD + "\n".join(map(to_tex, alone))),
+        _write(folder / "table.tex", TEX_HEAD + "\n".join(map(to_tex, titled))),
     ]
     pictures: list[Picture] = []
     used: dict[str, int] = {}
@@ -85,7 +88,7 @@ def write_report(
 
 
 def check_protocols(jobs: Sequence[JobResult]) -> None:
-    """Refuse what cannot stand in one table.
+    """Refuse results that cannot share a table.
 
     Raises:
         ConfigError: results of one model were measured in different ways, or those of different models in
@@ -106,27 +109,26 @@ def check_protocols(jobs: Sequence[JobResult]) -> None:
 def _pictures(
     entry: Entry, jobs: Sequence[JobResult], numbers: Sequence[Number], folder: Path, used: dict[str, int]
 ) -> list[Picture]:
-    """The figures of an entry, numbered from the second of a kind on; an empty one says that there is nothing
-    to draw."""
+    """Write the figures of an entry; without any, return a picture that says so.
+
+    Files are numbered from the second figure of a kind on, as counted in `used`.
+    """
     chosen = selected(jobs, entry.where)
+    failures = _missing(chosen)
+    # A baseline may be a job that `where` does not select.
+    candidates = jobs if entry.baseline else chosen
     pictures = []
     with style():
-        # Baselines may be others.
-        for drawing in FIGURES[entry.kind](entry, jobs if entry.baseline else chosen, numbers):
-            used[entry.kind] = used.get(entry.kind, 0) + 1
-            stem = entry.kind if used[entry.kind] == 1 else f"{entry.kind}_{used[entry.kind]}"
+        for drawing in FIGURES[entry.kind](entry, candidates, numbers):
+            number = used.get(entry.kind, 0) + 1
+            used[entry.kind] = number
+            stem = entry.kind if number == 1 else f"{entry.kind}_{number}"
             files = write_figure(drawing.figure, folder / stem)
-            pictures.append(
-                Picture(
-                    entry,
-                    drawing.about,
-                    tuple(files),
-                    " ".join(filter(None, (_missing(chosen), drawing.missing))),
-                )
-            )
-    return pictures or [
-        Picture(entry, "", (), "Nothing to draw: no job of it left the numbers. " + _missing(chosen))
-    ]
+            missing = " ".join(filter(None, (failures, drawing.missing)))
+            pictures.append(Picture(entry, drawing.about, tuple(files), missing))
+    if not pictures:
+        pictures.append(Picture(entry, "", (), f"Nothing to draw: no job has its numbers. {failures}"))
+    return pictures
 
 
 def _missing(jobs: Sequence[JobResult]) -> str:
@@ -137,15 +139,14 @@ def _missing(jobs: Sequence[JobResult]) -> str:
 def _in_order(
     entries: Sequence[Entry], tables: Sequence[Table], pictures: Sequence[Picture]
 ) -> list[Table | Picture]:
-    """Tables and pictures as the layout orders them."""
+    """Return tables and pictures in the order of the layout."""
     waiting = list(tables)
     ordered: list[Table | Picture] = []
     for entry in entries:
-        ordered += (
-            [waiting.pop(0)]
-            if entry.kind in TABLES
-            else [picture for picture in pictures if picture.entry is entry]
-        )
+        if entry.kind in TABLES:
+            ordered.append(waiting.pop(0))
+        else:
+            ordered += [picture for picture in pictures if picture.entry is entry]
     return ordered
 
 

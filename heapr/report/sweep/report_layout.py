@@ -4,24 +4,24 @@ In: a list of entries, or a mapping with the keys of `Layout` and the list under
 `Layout`.
 
     - {kind: table, title: ..., rows: [model, ratio, criterion], metrics: [perplexity/wikitext2],
-    average_over: seed} - {kind: ratio_curve, metrics: [perplexity/wikitext2], series: [criterion, scope]}
+       average_over: seed}
+    - {kind: ratio_curve, metrics: [perplexity/wikitext2], series: [criterion, scope]}
     - {kind: calibration_curve, metrics: [...], x: num_samples, series: [...], average_over: seed}
     - {kind: bars, metrics: [...], x: criterion, series: [ratio]}
     - {kind: layer_heatmap, order: sorted}
     - {kind: consistency, series: [criterion]}
-    - {kind: relative_table, rows: [model, ratio, method], metrics: [perplexity/wikitext2,
-    pruning_time_ratio],
-       baseline: {method: heapr}, average_over: seed}
+    - {kind: relative_table, rows: [model, ratio, method], baseline: {method: heapr}, average_over: seed,
+       metrics: [perplexity/wikitext2, pruning_time_ratio]}
     - {kind: relative_curve, metrics: [perplexity/wikitext2], series: [method], baseline: {method: heapr},
-    average_over: seed}
+       average_over: seed}
 
 Every entry may have a `title` and a `where`: values of factors (or lists of them) that its jobs must have.
 
-The relative kinds show a metric's increase over the dense model's as a share of the increase of the baseline:
-of the job that has the values of factors named there and is equal to the row's in everything else. It is
-looked for among all jobs, whatever `where` says. Shares are formed first and averaged then; metrics that have
-no dense model's (costs, sizes) are shown as they are. A share is marked where the baseline's increase is
-below three of its standard errors (heapr.report.sweep.doubt): list kl_to_dense beside perplexity.
+The relative kinds show (pruned - dense) / (baseline's pruned - dense). A job's baseline is the one that has
+the values of factors under `baseline` and equals it in everything else; `where` does not restrict it.
+Shares are computed per job, then averaged. Metrics without a dense counterpart (costs, sizes) are shown as
+they are. A share is marked if the baseline's increase is below three of its standard errors
+(heapr.report.sweep.doubt): list kl_to_dense beside perplexity.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from heapr.report.sweep.results import JobResult
 from heapr.words import did_you_mean
 
 ROWS = ("model", "ratio", "criterion", "scope", "form", "corpus", "num_samples", "seed")
-KEYS = {  # of every kind, beside kind, title and where
+# The keys of each kind, beside kind, title and where.
+KEYS = {
     "table": {"rows", "metrics", "average_over"},
     "ratio_curve": {"metrics", "series", "average_over"},
     "calibration_curve": {"metrics", "x", "series", "average_over"},
@@ -68,14 +69,14 @@ class Entry:
     Attributes:
         kind: one of `KEYS`.
         title: above it.
-        where: wanted values by factor.
+        where: values by factor that its jobs must have.
         rows: factors that identify a table's row.
         metrics: by contract name.
         series: factors that tell lines, colours or markers apart.
         x: factor on the axis.
         average_over: factor whose values are averaged.
-        baseline: values by factor of the job that shares are formed of.
-        order: of the experts of a layer: by index, or sorted by share removed.
+        baseline: values by factor of the job against which shares are computed.
+        order: of a layer's experts: by index, or sorted by share removed.
     """
 
     kind: str
@@ -107,35 +108,30 @@ class Layout:
 
 
 def read_layout(section: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None) -> Layout:
-    """The checked layout.
+    """Check the `report` section of an experiment and return it as a layout.
 
     Raises:
-        ConfigError: an unknown kind, key, factor or order.
+        ConfigError: a kind, key, factor or order is unknown, or an entry lacks its metrics or baseline.
     """
     given: Mapping[str, Any] = section if isinstance(section, Mapping) else {"entries": section or []}
-    _check_keys(given, [attribute.name for attribute in fields(Layout)], "report")
-    entries = tuple(
-        _entry(entry, f"report.{number}") for number, entry in enumerate(given.get("entries") or [])
-    )
-    return Layout(
-        **{name: str(value) for name, value in given.items() if name != "entries" and value is not None},
-        entries=entries,
-    )
+    known = [attribute.name for attribute in fields(Layout)]
+    _check_keys(given, known, "report")
+    entries = [_entry(entry, f"report.{number}") for number, entry in enumerate(given.get("entries") or [])]
+    texts = {name: str(value) for name, value in given.items() if name != "entries" and value is not None}
+    return Layout(**texts, entries=tuple(entries))
 
 
 def default_entries(jobs: Sequence[JobResult]) -> tuple[Entry, ...]:
-    """One table of everything, and the ratio curve if there are several ratios."""
+    """Return one table of everything, and the ratio curve if there are several ratios."""
     names = metrics.known(jobs)
     table = Entry(kind="table", title=TITLES["table"], metrics=tuple(names))
     if not varying(jobs, ["ratio"]) or not names:
         return (table,)
-    quality = [name for name in names if name.startswith("perplexity/")][:1] + [
-        name for name in names if name == "accuracy/average"
-    ]
-    return (
-        table,
-        Entry(kind="ratio_curve", title=TITLES["ratio_curve"], metrics=tuple(quality or names[:1])),
-    )
+    quality = [name for name in names if name.startswith("perplexity/")][:1]
+    if "accuracy/average" in names:
+        quality.append("accuracy/average")
+    drawn = tuple(quality or names[:1])
+    return (table, Entry(kind="ratio_curve", title=TITLES["ratio_curve"], metrics=drawn))
 
 
 def _entry(given: Mapping[str, Any], place: str) -> Entry:
@@ -165,8 +161,6 @@ def _check_values(entry: Entry, place: str) -> None:
         "series": entry.series,
         "where": tuple(entry.where),
         "baseline": tuple(entry.baseline),
-    }
-    used |= {
         "x": (entry.x,) if entry.x else (),
         "average_over": (entry.average_over,) if entry.average_over else (),
     }

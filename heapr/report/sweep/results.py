@@ -1,5 +1,4 @@
-"""What a report is made from: the jobs of a sweep, those that failed too, and what the artifacts behind them
-hold.
+"""What a report is made from: the jobs of a sweep, failed ones too, and the contents of their artifacts.
 
 In: jobs. Out: numbers and details of their artifacts.
 Shape letters: E experts of a layer, F atomic experts of one.
@@ -27,8 +26,8 @@ class JobResult:
     Attributes:
         number: of the job in its sweep.
         overrides: as on the command line.
-        folder: of the job; none if it never started.
-        summary: as in summary.json; none if the job failed or never ran.
+        folder: of the job; None if it never started.
+        summary: as in summary.json; None if the job failed or never ran.
         error: why there is no summary, in one line.
     """
 
@@ -40,25 +39,31 @@ class JobResult:
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """The resolved configuration; of a failed job, as far as its folder knows it."""
+        """Return the resolved configuration; for a failed job, as far as its folder has it."""
         if self.summary is not None:
             return dict(self.summary["config"])
-        path = None if self.folder is None else self.folder / CONFIG
-        return (
-            (yaml.safe_load(path.read_text(encoding="utf-8")) or {})
-            if path is not None and path.is_file()
-            else {}
-        )
+        if self.folder is None:
+            return {}
+        path = self.folder / CONFIG
+        if not path.is_file():
+            return {}
+        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
 
     @property
     def metrics(self) -> Mapping[str, Mapping[str, float]]:
-        """By group, as in summary.json; empty if there is no summary."""
+        """Return the metrics by group, as in summary.json; empty without a summary."""
         return {} if self.summary is None else self.summary["metrics"]
 
 
 @dataclass(frozen=True)
 class LayerRemoval:
-    """Shares of atomic experts removed: of a layer (by decoder layer index), and of each of its experts."""
+    """Shares of atomic experts removed from a layer.
+
+    Attributes:
+        layer: index of the decoder layer.
+        share: removed from the whole layer.
+        share_E: removed from each expert.
+    """
 
     layer: int
     share: float
@@ -70,22 +75,22 @@ def finished(jobs: Sequence[JobResult]) -> list[JobResult]:
 
 
 def stage_entries(job: JobResult, stage: str) -> list[Mapping[str, Any]]:
-    """What summary.json says of a stage, or of an evaluation by its name."""
+    """Return the entries of summary.json for a stage, or for an evaluation by its name."""
     stages = [] if job.summary is None else job.summary["stages"]
     return [entry for entry in stages if stage in {entry["stage"], entry.get("what")}]
 
 
 def stage_folder(job: JobResult, stage: str) -> Path | None:
-    """Where the artifact of a stage, or of an evaluation by its name, lies; none if it is not there (any
-    more)."""
+    """Return the folder of a stage's artifact, or of an evaluation's by its name; None if there is none."""
     folders = [artifact_folder(job, entry) for entry in stage_entries(job, stage)]
     return next((folder for folder in folders if folder.is_dir()), None)
 
 
 def artifact_folder(job: JobResult, entry: Mapping[str, Any]) -> Path:
-    """Where a stage's entry says that its artifact lies.
+    """Return the folder of an artifact, as the entry of its stage gives it.
 
-    A relative path counts from the folder that the sweep was started in: ours, or one above the job's.
+    Relative paths start at the folder in which the sweep was started: our working directory, or a folder
+    above the job's.
     """
     above = [] if job.folder is None else job.folder.resolve().parents
     places: list[Path] = [start / entry["path"] for start in [Path.cwd(), *above]]
@@ -93,47 +98,54 @@ def artifact_folder(job: JobResult, entry: Mapping[str, Any]) -> Path:
 
 
 def details(job: JobResult, evaluation: str) -> Mapping[str, Any] | None:
-    """details.json of an evaluation by its name; none if it was not made."""
+    """Return details.json of an evaluation by its name; None if it was not run."""
     folder = stage_folder(job, evaluation)
     return None if folder is None else read_details(folder)
 
 
 def removed_by_layer(job: JobResult) -> list[LayerRemoval] | None:
-    """In order of layers; none if neither the `routing` evaluation nor the plan is there."""
+    """Return what was removed from each layer, in order of layers.
+
+    It is read from the `routing` evaluation or, without one, from the plan; None if neither is there.
+    """
+    layers = []
     routing = details(job, "routing")
     if routing is not None:
-        return [
-            LayerRemoval(
-                layer["layer"],
-                1 - layer["layer_kept_ratio"],
-                tuple(1 - ratio for ratio in layer["kept_ratio"]),
-            )
-            for layer in routing["layers"]
-        ]
+        for layer in routing["layers"]:
+            share = 1 - layer["layer_kept_ratio"]
+            share_E = tuple(1 - ratio for ratio in layer["kept_ratio"])
+            layers.append(LayerRemoval(layer["layer"], share, share_E))
+        return layers
     folder = stage_folder(job, "prune")
     plan = None if folder is None else read_kept(folder)
     if plan is None:
         return None
-    return [
-        LayerRemoval(i, float(1 - plan[i].mean()), tuple((1 - plan[i].mean(axis=1)).tolist()))
-        for i in sorted(plan)
-    ]
+    for number, kept_EF in sorted(plan.items()):
+        share = float(1 - kept_EF.mean())
+        removed_E = 1 - kept_EF.mean(axis=1)
+        layers.append(LayerRemoval(number, share, tuple(removed_E.tolist())))
+    return layers
 
 
 def stage_cost(job: JobResult, stage: str, quantity: str) -> float | None:
-    """`seconds` or `peak_memory_bytes` that making a stage took, when it was made; none if that is not known.
+    """Return what it took to make a stage's artifact; None if that is not known.
 
-    The manifest says it; without one, the summary of the job that made the stage does.
+    It is read from the manifest or, without one, from the summary of the job that made the artifact.
+
+    Args:
+        job: that used the artifact.
+        stage: its name.
+        quantity: `seconds` or `peak_memory_bytes`.
     """
     entries = stage_entries(job, stage)
     return _cost(job, entries[0], quantity) if entries else None
 
 
 def pruning_time_ratio(job: JobResult) -> float | None:
-    """Seconds of everything that made the plan (all rounds' calibrations, scores, plans and repairs), in
-    units of the first calibration's.
+    """Return the time to prune divided by the time of the first calibration.
 
-    Of making them, whether or not this job found them made. None if that of any is not known.
+    The time to prune is the sum over all rounds' calibrations, scores, plans and repairs. Cached artifacts
+    count with the time that it took to make them. None if any of these times is not known.
     """
     seconds = _pruning_costs(job, "seconds")
     first = stage_cost(job, "calibrate", "seconds")
@@ -141,21 +153,22 @@ def pruning_time_ratio(job: JobResult) -> float | None:
 
 
 def pruning_peak_memory_bytes(job: JobResult) -> float | None:
-    """Peak memory of making the plan: of the stage that took most. None if that of any is not known."""
+    """Return the largest peak memory among the stages that made the plan; None if one is not known."""
     return max(_pruning_costs(job, "peak_memory_bytes"), default=None)
 
 
 def _pruning_costs(job: JobResult, quantity: str) -> list[float]:
-    """Of everything that made the plan and repaired the weights; none if one is not known."""
-    entries = [
-        entry
-        for stage in PRUNING_STAGES
-        for entry in stage_entries(job, stage)
-        if entry.get("part") != CHECKPOINT_PART
-    ]
-    costs = [_cost(job, entry, quantity) for entry in entries]
-    known = [cost for cost in costs if cost is not None]
-    return known if len(known) == len(costs) else []
+    """Return the costs of the plan and the repair, one per artifact; empty if one is not known."""
+    costs = []
+    for stage in PRUNING_STAGES:
+        for entry in stage_entries(job, stage):
+            if entry.get("part") == CHECKPOINT_PART:
+                continue
+            cost = _cost(job, entry, quantity)
+            if cost is None:
+                return []
+            costs.append(cost)
+    return costs
 
 
 def _cost(job: JobResult, entry: Mapping[str, Any], quantity: str) -> float | None:

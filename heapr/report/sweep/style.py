@@ -1,5 +1,4 @@
-"""How figures look, and how they are written: readable at a column's width, colour-blind safe, the same bytes
-every time.
+"""How figures look and are written: readable at a column's width, colour-blind safe, with stable bytes.
 
 In: a drawn figure. Out: a PNG and an SVG. matplotlib is imported where it is needed: it takes a second.
 """
@@ -18,13 +17,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 3.3  # inches: a column
-LEGEND_ROW = 0.15  # inches; so are what stands before and after a label, and one of its letters
-LEGEND_HANDLE, LEGEND_LETTER = 0.39, 0.058
+# Inches: a row of the legend, the space around a label, one of its letters.
+LEGEND_ROW, LEGEND_HANDLE, LEGEND_LETTER = 0.15, 0.39, 0.058
 DPI = 200
 UNPRUNED, PUBLISHED = "unpruned", ", published"
 HOLLOW = "hollow: baseline's increase < 3 std. errors"  # such a share means nothing
-# Okabe and Ito's palette without yellow, which white paper swallows, and black, which is the unpruned
-# model's.
+# Okabe and Ito's palette without yellow, which is hard to see on white, and black, which marks the unpruned
+# model.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5F5F5F")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", ":")
@@ -66,7 +65,7 @@ NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 
 @contextmanager
 def style() -> Iterator[None]:
-    """matplotlib's settings for everything drawn or written inside."""
+    """Apply our matplotlib settings to everything that is drawn or written inside."""
     import matplotlib
 
     with matplotlib.rc_context():
@@ -76,7 +75,7 @@ def style() -> Iterator[None]:
 
 
 def panels(number: int, *, height: float, sharex: bool = False) -> tuple[Figure, list[Axes]]:
-    """A figure with axes below each other, none of it registered anywhere."""
+    """Return a figure with its axes below each other; pyplot does not know of it."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height * number + 0.2), layout="constrained")
@@ -85,8 +84,10 @@ def panels(number: int, *, height: float, sharex: bool = False) -> tuple[Figure,
 
 
 def look(number: int) -> dict[str, Any]:
-    """Colour, marker and line of the series of a number; after the seventh, colours return with another line
-    and marker."""
+    """Return the colour, marker and line of the series with this number.
+
+    From the eighth series on, colours repeat with another line and marker.
+    """
     turn = number // len(COLOURS)
     return {
         "color": COLOURS[number % len(COLOURS)],
@@ -96,33 +97,26 @@ def look(number: int) -> dict[str, Any]:
 
 
 def legend_above(figure: Figure, axes: Sequence[Axes], title: str = "") -> None:
-    """One legend for all panels, above them, every label once; its title, if there is one, is the
-    figure's."""
+    """Draw one legend above all panels, with every label once; its title serves as the figure's title."""
     found: dict[str, Any] = {}
     for panel in axes:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
+    if not found:
+        return
     labels = sorted(found, key=lambda label: (label == HOLLOW, label == UNPRUNED, label.endswith(PUBLISHED)))
-    if found:
-        columns = next(
-            columns
-            for columns in range(len(labels), 0, -1)
-            if columns == 1 or _legend_width(labels, columns) <= WIDTH
-        )
-        rows = math.ceil(len(labels) / columns) + bool(title)
-        figure.set_figheight(figure.get_figheight() + LEGEND_ROW * rows)  # the panels keep their height
-        figure.legend(
-            [found[label] for label in labels],
-            labels,
-            loc="outside upper center",
-            ncols=columns,
-            title=title or None,
-        )
+    handles = [found[label] for label in labels]
+    columns = len(labels)
+    while columns > 1 and _legend_width(labels, columns) > WIDTH:
+        columns -= 1
+    rows = math.ceil(len(labels) / columns) + bool(title)
+    # The panels keep their height.
+    figure.set_figheight(figure.get_figheight() + LEGEND_ROW * rows)
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, title=title or None)
 
 
 def _legend_width(labels: Sequence[str], columns: int) -> float:
-    """Inches that a legend takes, which matplotlib fills column by column; the first columns are the longer
-    ones."""
+    """Return a legend's width in inches; matplotlib fills it by columns, the first of which are longer."""
     rows, longer = divmod(len(labels), columns)
     ends = [number * rows + min(number, longer) for number in range(columns + 1)]
     longest = [max(map(len, labels[start:end]), default=0) for start, end in pairwise(ends)]
@@ -130,7 +124,7 @@ def _legend_width(labels: Sequence[str], columns: int) -> float:
 
 
 def write_figure(figure: Figure, path: Path) -> list[Path]:
-    """The figure as `<path>.svg` and `<path>.png`."""
+    """Write the figure to `<path>.svg` and `<path>.png`, and return both paths."""
     svg, png = path.with_suffix(".svg"), path.with_suffix(".png")
     figure.savefig(svg, metadata=NO_METADATA)
     figure.savefig(png, dpi=DPI, metadata={"Software": None})

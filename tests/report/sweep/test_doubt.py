@@ -88,7 +88,7 @@ def test_what_has_no_standard_error_is_not_marked_and_the_caption_says_so() -> N
     table = table_of(jobs)
     assert [text[-1] for text in texts(table)] == ["1.00", "10.00", "1.00†", "1.00†"]
     assert (
-        f"{MEANING} Not tested, for want of the standard error of the baseline's increase: jobs 0, 1."
+        f"{MEANING} Not tested, because the standard error of the baseline's increase is missing: jobs 0, 1."
         in table.caption
     )
 

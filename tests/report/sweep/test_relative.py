@@ -205,7 +205,9 @@ def test_curve_has_a_line_per_method_and_one_for_the_baseline() -> None:
         "WikiText-2 perplexity,\nshare of increase",
         "atomic experts removed (%)",
     )
-    assert drawing.missing.startswith("Not drawn, for want of a baseline or of a number: jobs 20. Not tested")
+    assert drawing.missing.startswith(
+        "Not drawn, because the baseline or a number is missing: jobs 20. Not tested"
+    )
 
 
 def test_large_shares_and_those_below_zero_share_an_axis() -> None:
@@ -219,6 +221,25 @@ def test_large_shares_and_those_below_zero_share_an_axis() -> None:
         and high > 20
         and {0.0, 1.0, 20.0} <= set(axis.get_yticks())
     )
+
+
+@pytest.mark.parametrize(
+    ("random", "scale"), [(10.5, "linear"), (17.5, "log"), (7.4, "linear")], ids=["narrow", "wide", "below"]
+)
+def test_panels_share_one_scale(random: float, scale: str) -> None:
+    """The second panel spans a factor of 2 at most, whatever the first one spans."""
+    jobs = seeds({"Heapr": (8.5,), "Fisher": (8.0,), "Random": (random,)})
+    for number, kl in enumerate((0.1, 0.05, 0.08)):
+        summary = jobs[number].summary
+        assert summary is not None
+        summary["metrics"]["comparison"]["kl_to_dense/wikitext2"] = kl
+    metrics = [PERPLEXITY, "kl_to_dense/wikitext2"]
+    (drawing,) = relative_curve(entry("relative_curve", metrics=metrics), jobs, [])
+    assert [axis.get_yscale() for axis in drawing.figure.axes] == [scale, scale]
+    for axis in drawing.figure.axes:
+        low, high = axis.get_ylim()
+        ticks = [tick for tick in axis.get_yticks() if low <= tick <= high]
+        assert len(ticks) >= 2
 
 
 def test_report_holds_shares_in_all_forms(tmp_path: Path) -> None:

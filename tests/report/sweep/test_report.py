@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 
 from heapr.errors import ConfigError
+from heapr.report.sweep.bars import bars
 from heapr.report.sweep.consistency import consistency
-from heapr.report.sweep.curves import bars, calibration_curve, ratio_curve
+from heapr.report.sweep.curves import calibration_curve, ratio_curve
 from heapr.report.sweep.layers import layer_heatmap
 from heapr.report.sweep.page import without_local_links
 from heapr.report.sweep.published_results import read_published
@@ -291,7 +292,7 @@ def test_the_page_needs_nothing_else_and_tells_everything(tmp_path: Path) -> Non
     assert not re.search(r"https?:|<script|<link|@import|src=", page)
     assert "<title>A &amp; B</title>" in page and "python sweep.py" in page and "2026-11-22" in page
     assert "4 of 5 jobs finished, 1 failed" in page and "Job 4 failed (score=heapr): x &lt; y" in page
-    assert "Nothing to draw: no job of it left the numbers." in page
+    assert "Nothing to draw: no job has its numbers." in page
     assert "<th>pruning.ratio</th>" in page
     assert page.count("<a class=local ") == 1 and '<a class=local href="0">Job 0</a>' in page
     alone = without_local_links(page)
