@@ -24,7 +24,7 @@ from heapr.model.device import find_device
 from heapr.model.load import ModelSource, find_model
 from heapr.model.moe import MoEModel
 from heapr.plugins import build
-from heapr.pruning.budget import Budget, the_width
+from heapr.pruning.budget import Budget
 from heapr.pruning.layer_repair import Repair
 from heapr.pruning.uniform import Settings, choose_uniform_width, describe_uniform_width, uniform_settings
 from heapr.schema import ExperimentConfig, ModelConfig
@@ -142,11 +142,9 @@ class Experiment:
         }
 
     def _about_width(self) -> dict[str, Any]:
-        """The uniform width, and the ratio that results from it."""
+        """The uniform width."""
         width = self.budget.uniform_width
-        if width is None:
-            return {}
-        return {"width": width, "ratio_reached": 1 - width / the_width(self.source.widths)}
+        return {} if width is None else {"width": width}
 
     def load_dense(self) -> MoEModel:
         """Load the dense model.
@@ -290,6 +288,7 @@ def _find_budget(config: ExperimentConfig, source: ModelSource, criterion: Crite
         granularity=criterion.granularity,
         unit=config.pruning.budget,
         protected_layers=tuple(config.pruning.protected_layers),
+        one_width_per_layer=config.pruning.form == "per_layer",
     )
     if config.pruning.form == "uniform":
         width = choose_uniform_width(source.config, source.widths, budget, source.dtype)

@@ -235,8 +235,8 @@ class Pipeline:
 
         def write(folder: Path, model: MoEModel) -> None:
             checkpoint = folder / CHECKPOINT
-            save_checkpoint(model, experiment.source.folder, checkpoint, about=experiment.about)
-            (checkpoint / CARD).write_text(model_card(experiment.about, {}), encoding="utf-8")
+            save_checkpoint(model, experiment.source.folder, checkpoint, about=self._about())
+            (checkpoint / CARD).write_text(model_card(self._about(), {}), encoding="utf-8")
             plans = checkpoint / artifacts.PLANS
             plans.mkdir()
             shutil.copy(self.results.folder(step) / artifacts.PLAN, plans)
@@ -256,13 +256,20 @@ class Pipeline:
     def conclude(self, dense: Metrics) -> dict[str, Metrics]:
         """All metrics of the run; also writes them into the checkpoint's model card."""
         experiment = self.experiment
-        plan: Plan = self.results.of(experiment.steps.last("prune"))
-        metrics = self.findings.conclude(dense, plan.num_kept / experiment.source.num_atomic_experts)
+        metrics = self.findings.conclude(dense, self._kept_ratio())
         if experiment.config.pruning.save_checkpoint:
-            card = partial(model_card, experiment.about, metrics)
+            card = partial(model_card, self._about(), metrics)
             checkpoint = experiment.steps.last(CHECKPOINT_PART)
             experiment.store.rewrite(checkpoint.origin, checkpoint.part, f"{CHECKPOINT}/{CARD}", card)
         return metrics
+
+    def _kept_ratio(self) -> float:
+        plan: Plan = self.results.of(self.experiment.steps.last("prune"))
+        return plan.num_kept / self.experiment.source.num_atomic_experts
+
+    def _about(self) -> dict[str, Any]:
+        """What is done to the model, for the checkpoint's config.json and card; with the ratio as rounded."""
+        return {**self.experiment.about, "ratio_reached": 1 - self._kept_ratio()}
 
     def log_layers_and_artifacts(self) -> None:
         """Send the tracker a table of the layers, and the artifacts."""

@@ -404,7 +404,7 @@ BAD_INPUT = [
     (["model.path={folder}/unfinished"], "weights in .* cannot be loaded"),
     (["pruning.form=squeezed"], "pruning.form='squeezed' is unknown; choose one of ragged, uniform, masked"),
     (["pruning.form=uniform"], "gives every expert one width, which scope 'global' does not; use pruning=expert"),
-    (["pruning.width_multiple=7"], "pruning.width_multiple=7 is unknown; choose one of 1, 8, 16"),
+    (["pruning.width_multiple=7"], "pruning.width_multiple=7 suits no kernel; give 1 or a multiple of 8"),
     (["pruning.width_multiple=16"], "experts of this model have 8 atomic experts"),
     (["runtime.device_map=everywhere"], "runtime.device_map='everywhere' is unknown"),
     (["model.path=someone/some-model"], "neither a local folder nor in the local hub cache, and the hub cannot be reached"),

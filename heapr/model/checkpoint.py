@@ -67,9 +67,9 @@ def check_form(config: PretrainedConfig, form: str) -> None:
     Raises:
         ConfigError: it cannot.
     """
-    if form == "ragged" and type(config).__module__.startswith(REMOTE_MODULES):
+    if form in {"ragged", "per_layer"} and type(config).__module__.startswith(REMOTE_MODULES):
         raise ConfigError(
-            f"pruning.form=ragged builds on a class of transformers, but {type(config).__name__} comes from"
+            f"pruning.form={form} builds on a class of transformers, but {type(config).__name__} comes from"
             " the Python code beside the weights; use pruning.form=masked, or pruning.save_checkpoint=false"
             " to save the plan alone"
         )

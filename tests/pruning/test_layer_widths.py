@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise, product
+from pathlib import Path
 
 import pytest
 import torch
 
+from heapr.errors import ConfigError
+from heapr.model.modelling_file import OLDEST_TRANSFORMERS
 from heapr.pruning.allocation import allocate
 from heapr.pruning.budget import Budget
 from heapr.types import Plan, Scores
+from tests.experiment import compose_experiment, run_in, write_texts
+from tests.tiny import byte_tokenizer, tiny_model
 
 
 def plan_of(scores: dict[int, torch.Tensor], ratio: float, multiple: int = 1) -> Plan:
@@ -42,7 +48,8 @@ def test_no_other_widths_of_this_size_keep_more(ratio: float, multiple: int) -> 
     found = plan_of(scores, ratio, multiple)
     widths = [set(width_E) for width_E in found.widths.values()]
     assert all(len(width) == 1 and min(width) % multiple == 0 and min(width) > 0 for width in widths)
-    assert abs(72 * (1 - ratio) - found.num_kept) <= 3 * multiple / 2
+    asked = max(72 * (1 - ratio), 3 * 3 * multiple)  # a multiple of every layer stays
+    assert abs(asked - found.num_kept) <= 3 * multiple / 2 + 1e-9
     sorted_EF = {index: scores_EF.sort(dim=1, descending=True).values for index, scores_EF in scores.items()}
     kept_scores = []
     for candidate in product(range(multiple, 9, multiple), repeat=3):
@@ -57,3 +64,37 @@ def test_what_a_ratio_removes_every_higher_one_removes_too() -> None:
     plans = [plan_of(random_scores(), ratio / 20, 2) for ratio in range(20)]
     for less, more in pairwise(plans):
         assert all(not (more.layers[index] & ~kept_EF).any() for index, kept_EF in less.layers.items())
+
+
+def test_a_run_writes_a_checkpoint_of_one_width_per_layer(tmp_path: Path) -> None:
+    tiny_model("qwen3_moe", moe_intermediate_size=32).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    settings = ["model=hf", f"model.path={tmp_path / 'model'}", "model.dtype=float32", *write_texts(tmp_path)]
+    settings += [
+        "evaluation.throughput=null",
+        "evaluation.truth=null",
+        "recipe=stock",
+        "pruning.form=per_layer",
+    ]
+    summary = run_in(tmp_path, *settings, "pruning.ratio=0.4")
+    stage = [stage for stage in summary.stages if stage["stage"] == "prune"][-1]
+    folder = Path(stage["path"]) / "checkpoint"
+    config = json.loads((folder / "config.json").read_text())
+    widths = [set(width_E) for width_E in config["expert_widths"].values()]
+    assert all(len(width) == 1 and min(width) % 8 == 0 for width in widths)
+    total = sum(min(width) for width in widths)
+    assert (
+        config["heapr"]["ratio_reached"]
+        == 1 - total / 64
+        == summary.metrics["size"]["atomic_experts_removed_ratio"]
+    )
+    assert "form `per_layer`, one width per layer, a multiple of 8" in (folder / "README.md").read_text()
+    assert OLDEST_TRANSFORMERS in (folder / "README.md").read_text()
+    assert not summary.metrics["pruned"]["parameters_zero"]
+
+
+def test_a_scope_that_gives_experts_of_a_layer_several_widths_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match="gives every expert of a layer one width, which scope 'global' does not"
+    ):
+        compose_experiment("pruning=global", "pruning.form=per_layer")
