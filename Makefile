@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup run test lint type bench clean
+.PHONY: setup run test lint type bench engines clean
 
 run: $(STAMP) ## prune the built-in model on real text, offline
 	$(BIN)/python run.py
@@ -21,6 +21,9 @@ type: $(STAMP)
 
 bench: $(STAMP) ## calibration against the floor and against the published two-stage procedure
 	$(BIN)/python benchmarks/calibration.py
+
+engines: $(STAMP) ## every form of a checkpoint in vLLM, llama.cpp and MLX; builds their environments in .engines/
+	$(BIN)/python benchmarks/engines/table.py
 
 setup: $(STAMP)
 

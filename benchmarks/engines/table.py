@@ -1,7 +1,7 @@
 """Every form of a pruned checkpoint in every engine: `make engines`.
 
 3 prompts and 24 greedy tokens each, compared with transformers in float32: how many tokens are the same, and
-by how much their log-probabilities differ at the most. Builds the engines' environments (2 GB, minutes),
+by how much their log-probabilities differ at the most. Builds the engines' environments (5 GB, minutes),
 removes half of both built-in models in every form, and prints a Markdown table; exits with 1 if a token
 differs.
 
