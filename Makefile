@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup run test lint type bench engines clean
+.PHONY: setup run test launchers lint type bench engines clean
 
 run: $(STAMP) ## prune the built-in model on real text, offline
 	$(BIN)/python run.py
 
 test: $(STAMP) ## the test suite
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+launchers: $(STAMP) ## sweeps through joblib, submitit, Ray and a fake SLURM
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[joblib,slurm,ray]'
+	$(BIN)/python -m pytest -m launcher tests/launchers
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

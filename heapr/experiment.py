@@ -169,7 +169,8 @@ def prepare(config: ExperimentConfig, notes: list[str] | None = None) -> Experim
     """
     device = _or_note(notes, lambda: find_device(config.runtime.device)) or torch.device("cpu")
     plugins = build_plugins(config, notes)
-    store = Store(Path(config.paths.outputs) / ARTIFACTS, device)
+    artifacts = Path(config.paths.outputs) / ARTIFACTS
+    store = Store(artifacts, device, wait_minutes=config.runtime.wait_minutes)
     source = find_source(config.model, digests=store.digests, config_only=notes is not None)
     _check_lengths(config, source)
     budget = _find_budget(config, source, plugins.criterion)

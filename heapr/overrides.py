@@ -31,6 +31,39 @@ ONE_OPTION = {
     "paths",
 }
 SWEEP_OPTIONS = {"-m", "--multirun"}
+# Hydra's own options, without a value and followed by one.
+OPTIONS = {"--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m"}
+OPTIONS |= {"--info", "-i", "--shell-completion", "-sc"}
+OPTIONS_WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"}
+OPTIONS_WITH_VALUE |= {"--config-dir", "-cd", "--experimental-rerun"}
+
+
+def options_first(arguments: Sequence[str]) -> list[str]:
+    """Arguments of run.py in the order that Hydra wants: its options, then overrides.
+
+    Raises:
+        ConfigError: there is no such option.
+    """
+    options: list[str] = []
+    overrides: list[str] = []
+    takes_next = False
+    for argument in arguments:
+        name = argument.partition("=")[0]
+        if takes_next:
+            options.append(argument)
+            takes_next = False
+        elif not argument.startswith("-"):
+            overrides.append(argument)
+        elif name in OPTIONS | OPTIONS_WITH_VALUE:
+            options.append(argument)
+            takes_next = argument in OPTIONS_WITH_VALUE
+        else:
+            key = name.lstrip("-").replace("-", "_")
+            raise ConfigError(
+                f"unknown option '{argument}'; fields are set without dashes ({key}=...), for example"
+                " dry_run=true; python run.py --help lists them"
+            )
+    return options + overrides
 
 
 def check_one_option(overrides: Sequence[str]) -> None:
@@ -177,3 +210,22 @@ def _read(override: str) -> Any:
         return OverridesParser.create().parse_override(override).value()
     except HydraException as error:
         return error
+
+
+LAUNCHER_EXTRAS = {  # what installs the package of a launcher, by its plug-in's module
+    "hydra_joblib_launcher": "heapr[joblib]",
+    "hydra_submitit_launcher": "heapr[slurm]",
+    "hydra_ray_launcher": "heapr[ray]",
+}
+
+
+def explain_launcher(text: str) -> str:
+    """The message for a launcher whose package is not installed.
+
+    Args:
+        text: holds the name of the launcher's class.
+    """
+    for module, extra in LAUNCHER_EXTRAS.items():
+        if module in text:
+            return f"hydra/launcher needs a package that is not installed; install it: pip install '{extra}'"
+    return f"{text}; choose hydra/launcher=joblib, submitit_local, submitit_slurm or ray"

@@ -11,6 +11,7 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from heapr.evaluation.measurement import Material, measure
 from heapr.evaluation.routing import layer_routing
 from heapr.experiment import Experiment, prepare
 from heapr.findings import Findings
+from heapr.gpu_slots import gpu_slot
 from heapr.model.checkpoint import save_checkpoint
 from heapr.model.moe import MoEModel
 from heapr.progress import progress
@@ -99,7 +101,11 @@ def run(config: ExperimentConfig, folder: Path, *, sweep: str | None = None) -> 
     logger.info("%-9s %s, results in %s", "run", experiment.name, folder)
     resolved = asdict(config)
     tracked = _tracked_run(experiment, sweep, resolved)
-    with open_tracker(config.tracking, tracked, folder=folder, outputs=Path(config.paths.outputs)) as tracker:
+    outputs = Path(config.paths.outputs)
+    with (
+        _own_gpu(experiment),
+        open_tracker(config.tracking, tracked, folder=folder, outputs=outputs) as tracker,
+    ):
         pipeline = Pipeline(experiment, tracker, tokens)
         pipeline.take(experiment.steps.dense)  # first, because pruning changes the model in place
         dense = pipeline.findings.measured("dense")
@@ -116,6 +122,15 @@ def run(config: ExperimentConfig, folder: Path, *, sweep: str | None = None) -> 
     summary = Summary(metrics=metrics, protocols=protocols, stages=pipeline.stages, config=resolved)
     artifacts.write_summary(folder, asdict(summary))
     return summary
+
+
+def _own_gpu(experiment: Experiment) -> AbstractContextManager[None]:
+    """A GPU that no other job uses meanwhile; none if the store has all results."""
+    runtime = experiment.config.runtime
+    if all(experiment.store.has(step.origin, step.part) for step in experiment.steps):
+        return nullcontext()
+    is_spread = runtime.device_map is not None
+    return gpu_slot(experiment.device, all_of_them=is_spread, wait_minutes=runtime.wait_minutes)
 
 
 class Pipeline:

@@ -8,6 +8,7 @@ once.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,6 +83,8 @@ class RuntimeConfig:
     # "auto", "balanced" or "sequential" spread the weights over several GPUs; null puts all on `device`.
     device_map: str | None = None
     num_threads: int | None = None  # CPU threads, at least 1; null leaves the number to torch
+    # How long to wait for a free GPU, or for an artifact that another process is making; null has no limit.
+    wait_minutes: float | None = None
 
 
 @dataclass
@@ -119,6 +122,9 @@ TRACKING_MODES = ("auto", "online", "offline", "none")
 def register() -> None:
     """Register the schema with Hydra under the name that conf/config.yaml refers to."""
     ConfigStore.instance().store(name="schema", node=ExperimentConfig)
+    # conf/hydra/launcher/ gives the launchers' options other defaults; that Hydra checks them against the
+    # launchers' own schema is welcome.
+    warnings.filterwarnings("ignore", message="\\s*.hydra/launcher.*validated against ConfigStore schema")
 
 
 def resolve(config: DictConfig) -> ExperimentConfig:
@@ -164,6 +170,8 @@ def check(config: ExperimentConfig) -> None:
         _at_least("calibration.max_characters", calibration.max_characters, 1)
     if config.runtime.num_threads is not None:
         _at_least("runtime.num_threads", config.runtime.num_threads, 1)
+    if config.runtime.wait_minutes is not None:
+        _at_least("runtime.wait_minutes", config.runtime.wait_minutes, 0)
 
 
 def _check_pruning(pruning: PruningConfig) -> None:
@@ -221,6 +229,6 @@ def _choice(name: str, value: str | int, known: Collection[str | int]) -> None:
         raise ConfigError(f"{name}={value!r} is unknown; choose one of {', '.join(map(str, known))}")
 
 
-def _at_least(name: str, value: int, minimum: int) -> None:
+def _at_least(name: str, value: float, minimum: int) -> None:
     if value < minimum:
         raise ConfigError(f"{name}={value} is below {minimum}; give a whole number of at least {minimum}")

@@ -20,7 +20,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -93,8 +93,8 @@ class Store:
         ConfigError: the folder is not writable.
     """
 
-    def __init__(self, root: Path, device: torch.device) -> None:
-        self.root, self.device = root, device
+    def __init__(self, root: Path, device: torch.device, *, wait_minutes: float | None = None) -> None:
+        self.root, self.device, self._wait_minutes = root, device, wait_minutes
         try:
             root.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=root):
@@ -160,7 +160,7 @@ class Store:
         A process that is killed in between leaves a damaged part, which is then made again.
         """
         path = self.path(origin)
-        with _one_line_about_permissions(self.root), locked(path):
+        with _one_line_about_permissions(self.root), self._locked(path):
             file = path / name
             before = file.read_text(encoding="utf-8")
             text = change(before)
@@ -199,7 +199,7 @@ class Store:
         """
         path = self.path(origin)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with locked(path):
+        with self._locked(path):
             if self._is_intact(path, part):
                 return False
             _remove_old_scratch(self.root)
@@ -214,6 +214,11 @@ class Store:
                     publish(temporary, path, _manifest(origin, described))
             shutil.rmtree(_scratch_of(path, part), ignore_errors=True)
             return True
+
+    def _locked(self, path: Path) -> AbstractContextManager[None]:
+        """Hold the lock of the artifact in a folder."""
+        what = f"{path.parent.name} {path.name}"
+        return locked(_lock_path(path), what, wait_minutes=self._wait_minutes)
 
     def _is_intact(self, path: Path, part: str) -> bool:
         """Whether the manifest has an entry for the part, and every file the size and hash recorded there.
@@ -284,6 +289,10 @@ def _manifest(origin: Origin, described: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _lock_path(path: Path) -> Path:
+    return path.parent / f".{path.name}.lock"
+
+
 def _scratch_of(path: Path, part: str) -> Path:
     return path.parent / f".{path.name}.scratch-{part or 'whole'}"
 
@@ -292,7 +301,7 @@ def _remove_old_scratch(root: Path) -> None:
     """Remove scratch that nobody uses and nothing has changed for `SCRATCH_DAYS`."""
     limit = time.time() - SCRATCH_DAYS * 24 * 3600
     for folder in root.glob("*/.*.scratch-*"):
-        lock = lock_of(folder.parent / folder.name.split(".")[1])
+        lock = lock_of(_lock_path(folder.parent / folder.name.split(".")[1]))
         # Skip what is in use, belongs to another user or is gone by now.
         with suppress(OSError, Timeout), lock.acquire(timeout=0):
             if _last_change(folder) < limit:

@@ -34,6 +34,11 @@ def assert_refused(result: Completed, message: str) -> None:
         ),
         ("evaluation.perplexity.windo=3", "did you mean evaluation.perplexity.window?"),
         ("prunning.ratio=0.3", "did you mean pruning?"),
+        ("ratio=0.3", "unknown key 'ratio'; did you mean pruning.ratio?"),
+        ("evaluation.tasks=[piqa]", "unknown key 'evaluation.tasks'; did you mean evaluation.zero_shot.tasks?"),
+        ("pruning.repair=joint", "options of a group are chosen with a slash; write pruning/repair=joint"),
+        ("--dry-run", "unknown option '--dry-run'; fields are set without dashes (dry_run=...)"),
+        ("pruning.ratio=0.2,1.5 -m hydra/launcher=ray", "pip install 'heapr[ray]'"),
         ("pruning.ratio=lots", "pruning.ratio"),
         ("pruning.ratio=1.5", "pruning.ratio=1.5 is not in [0, 1)"),
         (
@@ -221,7 +226,7 @@ def test_a_sweep_runs_every_job_and_shares_calibration(tmp_path: Path) -> None:
     summaries = [json.loads((sweep / job / "summary.json").read_text()) for job in ("0", "1")]
     assert [s["config"]["pruning"]["ratio"] for s in summaries] == [0.2, 0.4]
     assert [s["stages"][0]["cached"] for s in summaries] == [False, True]
-    assert "dense against pruned" in result.stdout
+    assert "dense vs. pruned" in result.stdout
     assert not list((tmp_path / "outputs").glob("wandb*"))  # tracking=none
 
 

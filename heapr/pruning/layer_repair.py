@@ -37,7 +37,7 @@ def report_repair(found: Mapping[int, LayerRepair]) -> dict[str, Any]:
     after = sum(layer.error_after for layer in found.values())
     summary = "nothing was lost, so nothing was repaired"
     if before > 0:
-        summary = f"repair leaves {after / before:.1%} of the layers' squared error"
+        summary = f"repair reduces the squared error of the layers' outputs to {after / before:.1%}"
     layers = {str(index): asdict(layer) for index, layer in found.items()}
     return {"layers": layers, "summary": [summary], "not_reached": []}
 

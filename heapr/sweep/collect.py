@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class Record:
         command: that started the sweep.
         date: of the start.
         jobs: overrides of each.
+        waves: numbers of jobs in the order in which they start; empty starts all at once.
         title: of the experiment.
         report: tables and figures of the experiment.
     """
@@ -43,6 +44,7 @@ class Record:
     command: str
     date: str
     jobs: list[list[str]]
+    waves: list[list[int]] = field(default_factory=list)
     title: str = ""
     report: Sequence[Mapping[str, Any]] = ()
 

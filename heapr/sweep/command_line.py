@@ -7,12 +7,12 @@ figures and report.html; exit code 1 if a job failed, 2 with one line for the us
 from __future__ import annotations
 
 import csv
+import importlib
 import logging
-import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -23,47 +23,16 @@ from rich.console import Console
 
 from heapr.artifacts import SWEEPS
 from heapr.errors import ConfigError
-from heapr.files import user_path
-from heapr.main import compose_experiment, explain, one_line_errors, print_whatever_the_encoding
+from heapr.explain import explain
+from heapr.main import compose_experiment, one_line_errors, print_whatever_the_encoding
+from heapr.overrides import explain_launcher
 from heapr.schema import ExperimentConfig, register
-from heapr.sweep.definition import Definition, Job, experiment_names, is_tiny, load_definition, make_jobs
-from heapr.words import did_you_mean
+from heapr.sweep.definition import Definition, Job, experiment_names, load_definition, make_jobs
+from heapr.sweep.request import Request, read_request
 
 logger = logging.getLogger(__name__)
 
-SWITCHES = ("report_only", "results", "baselines")
 MAX_FIGURE = 200_000  # bytes of a figure that is kept with an experiment
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the command line asks for.
-
-    Attributes:
-        experiment: its name; None to report a folder.
-        report_dir: folder to report; None for an experiment.
-        dry_run: show what would be made and stop.
-        report_only: report the newest sweep without running anything.
-        results: keep tables and figures with the experiment.
-        baselines: run the experiment's baselines too.
-        overrides: for all jobs.
-        settings: overrides of Hydra itself.
-        command: as it was typed.
-    """
-
-    experiment: str | None
-    report_dir: Path | None
-    dry_run: bool
-    report_only: bool
-    results: bool
-    baselines: bool
-    overrides: tuple[str, ...]
-    settings: tuple[str, ...]
-    command: str
-
-    @property
-    def version(self) -> str:
-        return "tiny" if is_tiny(self.overrides) else "paper"
 
 
 def main(arguments: Sequence[str], root: Path) -> None:
@@ -83,56 +52,6 @@ def main(arguments: Sequence[str], root: Path) -> None:
         if request.report_dir is not None:
             sys.exit(_report(root, request.report_dir)[0])
         sys.exit(sweep(root, request))
-
-
-def read_request(arguments: Sequence[str], experiments: Sequence[str]) -> Request:
-    """Parse the command line.
-
-    Args:
-        arguments: of the command line.
-        experiments: names that are known, for messages.
-
-    Raises:
-        ConfigError: an argument is unknown, or arguments contradict each other.
-    """
-    own: dict[str, str] = {}
-    rest: list[str] = []
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key in ("experiment", "report_dir", *SWITCHES):
-            own[key] = value
-        elif argument != "--dry-run":
-            rest.append(argument)
-    for argument in rest:
-        if argument.startswith("-") or ("=" not in argument and not argument.startswith("~")):
-            known = ["--dry-run", "--help", *(f"{key}=" for key in ("experiment", "report_dir", *SWITCHES))]
-            hint = did_you_mean(argument, known)
-            raise ConfigError(
-                f"'{argument}' is neither an override (key=value) nor an option; {hint}options:"
-                f" {', '.join(known)}"
-            )
-        if argument.startswith("dry_run="):
-            raise ConfigError(
-                f"'{argument}' is for a single run; give --dry-run to see what a sweep would do"
-            )
-    if ("experiment" in own) == ("report_dir" in own):
-        raise ConfigError(
-            f"give either experiment=<name> or report_dir=<folder>; experiments: {', '.join(experiments)}"
-        )
-    if "report_dir" in own and (rest or len(own) > 1 or "--dry-run" in arguments):
-        raise ConfigError(
-            "report_dir=<folder> takes no other arguments: a report is made from what is in the folder"
-        )
-    settings = tuple(argument for argument in rest if argument.startswith(("hydra.", "hydra/", "+hydra.")))
-    return Request(
-        experiment=own.get("experiment"),
-        report_dir=user_path(own["report_dir"]) if "report_dir" in own else None,
-        dry_run="--dry-run" in arguments,
-        overrides=tuple(argument for argument in rest if argument not in settings),
-        settings=settings,
-        command=shlex.join(["python", "sweep.py", *arguments]),
-        **{key: _switch(key, own.get(key, "false")) for key in SWITCHES},
-    )
 
 
 def sweep(root: Path, request: Request) -> int:
@@ -157,15 +76,17 @@ def sweep(root: Path, request: Request) -> int:
     _check_settings(request.settings, root / "conf")
     from heapr.sweep.forecast import forecast_sweep
     from heapr.sweep.forecast_table import print_forecast
+    from heapr.sweep.waves import waves
 
     forecast = forecast_sweep(jobs, configs)
-    print_forecast(forecast, f"{definition.name} ({request.version}): {definition.title}")
+    plan = waves(forecast.expensive_to_make()) if request.has_launcher else []
+    print_forecast(forecast, f"{definition.name} ({request.version}): {definition.title}", plan)
     if request.dry_run:
         return 0
     problems = [job.problem for job in forecast.jobs if job.problem]
     if len(problems) == len(jobs):
         raise ConfigError(f"no job of {definition.name} can run; the first: {problems[0]}")
-    return _run(root, request, definition, dict(zip(jobs, configs, strict=True)))
+    return _run(root, request, definition, dict(zip(jobs, configs, strict=True)), plan)
 
 
 def compose_jobs(experiment: str, jobs: Sequence[Job], config_folder: Path) -> list[ExperimentConfig]:
@@ -247,7 +168,13 @@ def keep_results(root: Path, folder: Path, files: Sequence[Path]) -> Path:
     return kept
 
 
-def _run(root: Path, request: Request, definition: Definition, jobs: Mapping[Job, ExperimentConfig]) -> int:
+def _run(
+    root: Path,
+    request: Request,
+    definition: Definition,
+    jobs: Mapping[Job, ExperimentConfig],
+    waves: list[list[int]],
+) -> int:
     from heapr.sweep.collect import Record
     from heapr.sweep.launch import launch, new_folder
     from heapr.tracking.values import log_sweep_summary
@@ -258,6 +185,7 @@ def _run(root: Path, request: Request, definition: Definition, jobs: Mapping[Job
         command=request.command,
         date=f"{datetime.now():%Y-%m-%d}",
         jobs=[list(job) for job in jobs],
+        waves=waves,
         title=definition.title,
         report=definition.layout(request.version),
     )
@@ -304,18 +232,16 @@ def _check_settings(settings: Sequence[str], config_folder: Path) -> None:
     register()
     with initialize_config_dir(str(config_folder), version_base="1.3"):
         try:
-            compose("config", overrides=list(settings), return_hydra_config=True)
+            composed = compose("config", overrides=list(settings), return_hydra_config=True)
         except HydraException as error:
             message = str(error).partition("Config search path")[0]
             reason = " ".join(message.removeprefix("In 'hydra/config': ").split())
-            hint = "joblib and submitit come with pip install 'heapr[joblib]' and 'heapr[slurm]'"
-            raise ConfigError(f"{' '.join(settings)}: {reason}; {hint}") from error
-
-
-def _switch(key: str, value: str) -> bool:
-    if value not in ("true", "false"):
-        raise ConfigError(f"{key}={value} is neither true nor false")
-    return value == "true"
+            raise ConfigError(f"{' '.join(settings)}: {reason}") from error
+    target = str(composed.hydra.launcher._target_)
+    try:
+        importlib.import_module(target.rpartition(".")[0])
+    except ImportError as error:
+        raise ConfigError(explain_launcher(target)) from error
 
 
 def _help(root: Path) -> None:
@@ -328,7 +254,8 @@ def _help(root: Path) -> None:
         "model=tiny       the experiment's version for the built-in model: offline, minutes on 2 cores",
         "overrides        as for run.py; a value that the experiment sweeps selects the jobs that have it,",
         "                 any other applies to all jobs",
-        "hydra/launcher=  basic (one job after the other), joblib, submitit_slurm ... (docs/experiments.md)",
+        "launcher=        joblib, submitit_local, submitit_slurm or ray (docs/cluster.md); without one, jobs",
+        "                 run one after the other",
         "--dry-run        show what would be made and stop",
         "report_only=true tables and figures of the experiment's newest sweep, from its artifacts alone",
         "baselines=true   run the experiment's baselines too",

@@ -22,6 +22,7 @@ from heapr.origin import canonical_json
 from heapr.schema import ExperimentConfig
 from heapr.store import WHOLE
 
+EXPENSIVE = ("calibrate", "evaluate")  # worth waiting for, where several jobs need the same one
 STAGES = ("calibrate", "score", "prune", "evaluate")
 
 
@@ -61,6 +62,14 @@ class Forecast:
     def to_make(self) -> dict[str, StepState]:
         """Return the distinct artifacts and parts that are missing, by id."""
         return {step.id: step for job in self.jobs for step in job.steps if not step.cached}
+
+    def expensive_to_make(self) -> list[list[str]]:
+        """Return, for every job, the ids of its calibrations and evaluations that are missing."""
+        expensive = []
+        for job in self.jobs:
+            missing = [step.id for step in job.steps if not step.cached and step.stage in EXPENSIVE]
+            expensive.append(missing)
+        return expensive
 
     def states(self, number: int) -> dict[str, Counter[str]]:
         """Count a job's artifacts by stage and state.

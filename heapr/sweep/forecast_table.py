@@ -18,12 +18,15 @@ from heapr.sweep.definition import Job
 from heapr.sweep.forecast import STAGES, Forecast
 
 
-def print_forecast(forecast: Forecast, title: str, console: Console | None = None) -> None:
+def print_forecast(
+    forecast: Forecast, title: str, waves: Sequence[Sequence[int]] = (), *, console: Console | None = None
+) -> None:
     """Print the jobs, which of their artifacts exist or are shared, and the expected time.
 
     Args:
         forecast: of the sweep.
         title: above the table.
+        waves: numbers of the jobs that start together, if a launcher runs them side by side.
         console: to print on; standard output by default.
     """
     common = common_overrides([job.overrides for job in forecast.jobs])
@@ -35,6 +38,13 @@ def print_forecast(forecast: Forecast, title: str, console: Console | None = Non
     for problem in _problems(forecast):
         print_lines(console, problem, style="yellow")
     print_lines(console, _what_is_left(forecast))
+    if len(waves) > 1:
+        first = ", ".join(str(number) for number in waves[0])
+        print_lines(
+            console,
+            f"in {len(waves)} waves: job {first} first, which makes what others share, then the other"
+            f" {len(waves[1])}",
+        )
 
 
 def common_overrides(jobs: Sequence[Job]) -> Job:

@@ -205,7 +205,9 @@ def test_what_cannot_be_reached_is_said_with_its_number() -> None:
             " routed to 2 experts and as many of each layer stay whole"
         )
         assert [line.partition(",")[0] for line in lines[1:]] == (
-            [] if scope == "global" else ["layer 0: 2 atomic experts are removed instead of 7: the rest must stay"]
+            []
+            if scope == "global"
+            else ["layer 0: 2 atomic experts are removed instead of 7: the rest must stay"]
         )
     reached = budget_of(0.25, "global", experts_per_token=2)
     assert report_allocation(allocate(scores, widths, reached), scores, widths, reached)["not_reached"] == []

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from heapr.errors import ConfigError
-from heapr.sweep.command_line import read_request
 from heapr.sweep.definition import Definition, experiment_names, load_definition, make_jobs
+from heapr.sweep.request import read_request
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 OWN_RATIOS = Definition(

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +21,7 @@ from heapr.errors import ConfigError
 from heapr.sweep.collect import Record, collect_jobs
 from heapr.sweep.command_line import keep_results, main
 from heapr.sweep.launch import launch, new_folder
-from tests.command import ROOT, Completed, run_here
+from tests.command import ROOT, run_here
 from tests.experiment import write_model, write_texts
 
 IMPOSSIBLE = "0.999"  # fewer atomic experts than layers would be left
@@ -45,11 +44,10 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]
 
 
 def run_jobs_here(patch: pytest.MonkeyPatch) -> None:
-    def run(command: Sequence[str], *, check: bool) -> Completed:
-        assert not check
-        return run_here(command, Path.cwd())
+    def run(command: Sequence[str]) -> int:
+        return run_here(command, Path.cwd()).returncode
 
-    patch.setattr("heapr.sweep.launch.subprocess", SimpleNamespace(run=run))
+    patch.setattr("heapr.sweep.launch.run_and_end", run)
 
 
 def sweep(*arguments: str) -> int:

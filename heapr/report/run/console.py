@@ -38,8 +38,8 @@ COMPARISON_ROWS = {
 SPEED_ROWS = ("prefill_tokens_per_second", "decode_tokens_per_second")
 # From the forward that the experts use to its contestants (heapr/evaluation/throughput.py): dense and pruned.
 FORWARDS = {
-    "same loop": ("dense", "pruned"),
-    "own way": ("dense_default", "pruned_default"),
+    "heapr's loop": ("dense", "pruned"),
+    "as loaded": ("dense_default", "pruned_default"),
 }
 
 
@@ -65,7 +65,7 @@ def print_summary(summary: Mapping[str, Any], run_folder: str, console: Console 
 
 
 def _metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> Table:
-    table = Table("dense against pruned", "dense", "pruned", "change", box=SIMPLE_HEAD)
+    table = Table("dense vs. pruned", "dense", "pruned", "change", box=SIMPLE_HEAD)
     for column in table.columns[1:]:
         column.justify = "right"
     _add_models(table, metrics["dense"], metrics["pruned"], metrics["size"])
@@ -88,7 +88,7 @@ def _add_models(
         accuracies.remove("accuracy/average")
     for name in accuracies:
         before, after = dense[name], pruned[name]
-        table.add_row(name, f"{before:.1%}", f"{after:.1%}", f"{100 * (after - before):+.1f} points")
+        table.add_row(name, f"{before:.2%}", f"{after:.2%}", f"{100 * (after - before):+.2f} points")
     for name, ratio in SIZE_ROWS.items():
         if name in dense:
             # A difference, so that nothing removed is +0.0% and not -0.0%.

@@ -60,9 +60,9 @@ def test_table_holds_metrics_change_seconds_memory_and_places() -> None:
         "21.00",
         "+5.0%",
         "accuracy/piqa",
-        "75.0%",
-        "70.0%",
-        "-5.0 points",
+        "75.00%",
+        "70.00%",
+        "-5.00 points",
         "2,000",
         "1,500",
         "-25.0%",
@@ -78,7 +78,7 @@ def test_table_holds_metrics_change_seconds_memory_and_places() -> None:
         "9,000",
         "9,900",
         "+10.0%",
-        "prefill_tokens_per_second, own way",
+        "prefill_tokens_per_second, as loaded",
         "12,000",
         "-17.5%",  # a ragged model's own way is the loop
     ):

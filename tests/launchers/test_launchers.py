@@ -1,0 +1,154 @@
+"""A sweep through every launcher that heapr has options for: real ones on this machine, SLURM against a fake one.
+
+Slow, and with packages that heapr does not need otherwise: `make launchers`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launchers import fake_slurm
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.launcher
+PACKAGES = {
+    "joblib": "hydra_plugins.hydra_joblib_launcher",
+    "submitit_local": "hydra_plugins.hydra_submitit_launcher",
+    "submitit_slurm": "hydra_plugins.hydra_submitit_launcher",
+    "ray": "hydra_plugins.hydra_ray_launcher",
+}
+SMALL = ("calibration.num_samples=8", "evaluation=none", "tracking=none")
+SIX_JOBS = (*SMALL, "pruning.ratio=0.1,0.2,0.3", "score=heapr,fisher", "experiment=ratio_curve", "model=tiny")
+TWO_JOBS = (*SMALL, "pruning.ratio=0.1,0.2", "score=heapr", "experiment=ratio_curve", "model=tiny")
+
+
+@pytest.fixture(params=PACKAGES)
+def launcher(request: pytest.FixtureRequest) -> str:
+    pytest.importorskip(PACKAGES[request.param], reason="not installed; make launchers installs it")
+    return str(request.param)
+
+
+class Sweep:
+    """sweep.py in a process, with a SLURM of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.outputs, self.slurm = folder / "outputs", folder / "slurm"
+        fake_slurm.install(self.slurm)
+
+    def start(self, arguments: Sequence[str], launcher: str | None) -> subprocess.Popen[str]:
+        environment = os.environ | {
+            "PATH": f"{self.slurm}:{os.environ['PATH']}",
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
+        chosen = [f"launcher={launcher}"] if launcher else []
+        command = [sys.executable, "sweep.py", *arguments, *chosen, f"paths.outputs={self.outputs}"]
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def run(self, arguments: Sequence[str], launcher: str | None) -> str:
+        process = self.start(arguments, launcher)
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+        return output
+
+    def summaries(self) -> list[dict[str, Any]]:
+        """Of the newest sweep's jobs, in their order."""
+        newest = sorted((self.outputs / "sweeps").iterdir())[-1]
+        files = sorted(newest.glob("[0-9]*/summary.json"), key=lambda file: int(file.parent.name))
+        return [json.loads(file.read_text()) for file in files]
+
+
+def made(summaries: Sequence[dict[str, Any]], stage: str) -> int:
+    """How many artifacts of a stage were made, not found."""
+    entries = [entry for summary in summaries for entry in summary["stages"] if entry["stage"] == stage]
+    return sum(not entry["cached"] for entry in entries)
+
+
+def wait_for(what: Callable[[], Any], seconds: float = 120) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.02)
+    return found
+
+
+def test_six_jobs_that_share_a_calibration_compute_it_once(launcher: str, tmp_path: Path) -> None:
+    sweep = Sweep(tmp_path)
+    output = sweep.run(SIX_JOBS, launcher)
+    assert "in 2 waves: job 0 first" in output
+    summaries = sweep.summaries()
+    assert [summary["config"]["pruning"]["ratio"] for summary in summaries] == [0.1, 0.1, 0.2, 0.2, 0.3, 0.3]
+    assert (made(summaries, "calibrate"), made(summaries, "score"), made(summaries, "prune")) == (1, 2, 6)
+    assert made(sweep.run(SIX_JOBS, launcher) and sweep.summaries(), "prune") == 0
+
+
+def job_process(sweep: Sweep, launcher: str) -> int:
+    """The process that runs a job just now: the one that holds the calibration's lock."""
+    (holder,) = wait_for(lambda: list((sweep.outputs / "artifacts" / "calibrate").glob(".*.holder")))
+    try:
+        return int(json.loads(holder.read_text())["pid"])
+    except FileNotFoundError:
+        pytest.fail("the calibration was faster than this test")
+
+
+SLOW_CALIBRATION = "calibration.num_samples=256"
+
+
+def test_a_job_killed_hard_is_finished_by_starting_again(launcher: str, tmp_path: Path) -> None:
+    sweep = Sweep(tmp_path)
+    arguments = (*TWO_JOBS, SLOW_CALIBRATION)
+    process = sweep.start(arguments, launcher)
+    os.kill(job_process(sweep, launcher), signal.SIGKILL)
+    output, _ = process.communicate(timeout=300)
+    if launcher in ("joblib", "submitit_local", "submitit_slurm"):
+        assert process.returncode == 1, output  # the killed job is told as missing
+        assert re.search(r"1 of 2 jobs finished|0 of 2 jobs finished", output)
+    sweep.run(arguments, launcher)
+    undisturbed = Sweep(tmp_path / "undisturbed")
+    undisturbed.run(arguments, None)
+    found, expected = sweep.summaries(), undisturbed.summaries()
+    assert [each["metrics"]["size"] for each in found] == [each["metrics"]["size"] for each in expected]
+    keys = [[entry["key"] for entry in summary["stages"]] for summary in found]
+    assert keys == [[entry["key"] for entry in summary["stages"]] for summary in expected]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_nothing_outlives_sweep_py(number: int, tmp_path: Path, launcher: str) -> None:
+    if launcher == "submitit_slurm":
+        pytest.skip("jobs of a cluster go on; report_only makes the tables")
+    sweep = Sweep(tmp_path)
+    process = sweep.start((*TWO_JOBS, SLOW_CALIBRATION), launcher)
+    job = job_process(sweep, launcher)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    wait_for(
+        lambda: not Path(f"/proc/{job}").exists() or "Z" in Path(f"/proc/{job}/stat").read_text().split()[2]
+    )
+
+
+def test_a_preempted_slurm_job_is_requeued_and_goes_on(tmp_path: Path) -> None:
+    pytest.importorskip(PACKAGES["submitit_slurm"], reason="not installed; make launchers installs it")
+    sweep = Sweep(tmp_path)
+    process = sweep.start((*TWO_JOBS, SLOW_CALIBRATION), "submitit_slurm")
+    os.kill(job_process(sweep, "submitit_slurm"), signal.SIGUSR2)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    calls = (sweep.slurm / "calls.txt").read_text().splitlines()
+    assert [call for call in calls if call.startswith("scontrol requeue")] == ["scontrol requeue 1000"]
+    script = (sweep.slurm / "job_1000" / "script.sh").read_text()
+    for line in ("--gpus-per-node=1", "--cpus-per-task=8", "--mem=64GB", "--time=240", "--signal=USR2@120"):
+        assert f"#SBATCH {line}" in script
+    assert made(sweep.summaries(), "calibrate") == 1
