@@ -25,6 +25,7 @@ from heapr.model.load import ModelSource, find_model
 from heapr.model.moe import MoEModel
 from heapr.plugins import build
 from heapr.pruning.budget import Budget
+from heapr.pruning.fewer_experts import choose_num_experts, fewer_experts_settings
 from heapr.pruning.layer_repair import Repair
 from heapr.pruning.uniform import Settings, choose_uniform_width, describe_uniform_width, uniform_settings
 from heapr.schema import ExperimentConfig, ModelConfig
@@ -107,14 +108,20 @@ class Experiment:
         }
 
     @property
-    def uniform_settings(self) -> Settings:
-        """What the uniform form changes in the model's configuration; empty for the other forms.
+    def stock_settings(self) -> Settings:
+        """What a form in the family's own class changes in the model's configuration; else empty.
 
         Raises:
-            ConfigError: the model's configuration has no field for the width.
+            ConfigError: the model's configuration has no field for it.
         """
-        width = self.budget.uniform_width
-        return {} if width is None else uniform_settings(self.source.config, width)
+        if self.budget.uniform_width is not None:
+            return uniform_settings(self.source.config, self.budget.uniform_width)
+        if self.config.pruning.form == "fewer_experts":
+            return fewer_experts_settings(self.source.config, self._num_experts_left())
+        return {}
+
+    def _num_experts_left(self) -> int:
+        return choose_num_experts(self.source.widths, self.budget.ratio, self.budget.experts_per_token)
 
     @property
     def notes_on_budget(self) -> list[str]:
@@ -183,7 +190,7 @@ def prepare(config: ExperimentConfig, notes: list[str] | None = None) -> Experim
             config, plugins.text, plugins.measurements, model=source.identity, machine=here
         )
     experiment = Experiment(config, plugins, source, device, budget, store, steps)
-    _ = experiment.uniform_settings  # raises if the model cannot take the uniform form
+    _ = experiment.stock_settings  # raises if the model cannot take the uniform form
     return experiment
 
 
@@ -294,8 +301,26 @@ def _find_budget(config: ExperimentConfig, source: ModelSource, criterion: Crite
     if config.pruning.form == "uniform":
         width = choose_uniform_width(source.config, source.widths, budget, source.dtype)
         budget = replace(budget, uniform_width=width)
+    if config.pruning.form == "fewer_experts":
+        budget = _with_whole_layers(budget, source)
     budget.check(source.widths)
     return budget
+
+
+def _with_whole_layers(budget: Budget, source: ModelSource) -> Budget:
+    """The same for a ratio at which every layer loses the same number of experts.
+
+    Raises:
+        ConfigError: the score removes atomic experts, or see `choose_num_experts`.
+    """
+    if budget.granularity is not Granularity.EXPERT:
+        raise ConfigError(
+            "pruning.form=fewer_experts is for scores of whole experts; use score=reap, frequency or"
+            " heapr_expert"
+        )
+    left = choose_num_experts(source.widths, budget.ratio, budget.experts_per_token)
+    number = len(next(iter(source.widths.values())))
+    return replace(budget, ratio=1 - left / number)
 
 
 def _check_lengths(config: ExperimentConfig, source: ModelSource) -> None:

@@ -158,7 +158,7 @@ class Pipeline:
             experiment.load_dense,
             repair=experiment.plugins.repair,
             form=experiment.config.pruning.form,
-            uniform_settings=experiment.uniform_settings,
+            stock_settings=experiment.stock_settings,
         )
         self.results = StepResults(experiment.store, experiment.steps, tokens)
 

@@ -57,7 +57,7 @@ class PruningConfig:
     # and per_layer, else 1.
     width_multiple: int | None = None
     # Form of the checkpoint: ragged (exact widths), uniform (one width), per_layer (one width in each layer;
-    # both with scope expert) or masked (zeros).
+    # both with scope expert), fewer_experts (whole experts, gone from the router too) or masked (zeros).
     form: str = "ragged"
     save_checkpoint: bool = True  # false keeps only the plan, which re-creates the pruned model in memory
     # What the ratio is a share of: atomic_experts, or the flops of the routed experts.
@@ -111,7 +111,7 @@ class ExperimentConfig:
 
 DTYPES = ("float32", "bfloat16", "float16")
 SCOPES = ("global", "layer", "expert")
-FORMS = ("ragged", "per_layer", "uniform", "masked")
+FORMS = ("ragged", "per_layer", "uniform", "fewer_experts", "masked")
 ONE_WIDTH = {"uniform": "one width", "per_layer": "of a layer one width"}  # forms, and what they give experts
 BUDGETS = ("atomic_experts", "flops")
 KERNEL_MULTIPLE = 8  # transformers' default kernel for experts runs multiples of it in every dtype
@@ -188,6 +188,8 @@ def _check_pruning(pruning: PruningConfig) -> None:
             f"pruning.form={pruning.form} gives every expert {ONE_WIDTH[pruning.form]}, which scope"
             f" '{pruning.scope}' does not; use pruning=expert"
         )
+    if pruning.form == "fewer_experts":
+        _check_fewer_experts(pruning)
     multiple = pruning.width_multiple
     if multiple is not None and multiple != 1 and (multiple < 1 or multiple % KERNEL_MULTIPLE):
         raise ConfigError(
@@ -196,6 +198,19 @@ def _check_pruning(pruning: PruningConfig) -> None:
     _choice("pruning.budget", pruning.budget, BUDGETS)
     if pruning.scope == "expert":
         _check_scope_expert(pruning)
+
+
+def _check_fewer_experts(pruning: PruningConfig) -> None:
+    if pruning.scope != "layer":
+        raise ConfigError(
+            f"pruning.form=fewer_experts leaves every layer the same number of experts, which scope"
+            f" '{pruning.scope}' does not; use pruning=layer"
+        )
+    if pruning.repair is not None:
+        raise ConfigError(
+            "pruning.form=fewer_experts sends tokens to other experts than those that a repair is measured"
+            " with; use pruning/repair=none"
+        )
 
 
 def _check_scope_expert(pruning: PruningConfig) -> None:

@@ -38,6 +38,7 @@ With heapr installed no code of this folder runs: `model = heapr.load_pruned(fol
 LOADING = {
     "ragged": f"Every expert{WITH_MODELLING_FILE}",
     "per_layer": f"Every layer{WITH_MODELLING_FILE}",
+    "fewer_experts": "Removed experts are gone from the router too: it loads $how, without further code.\n",
     "uniform": "All experts have one width: it loads $how, without further code.\n",
     "masked": (
         "Removed atomic experts are zeros in the original shapes (`parameters_zero`): it loads $how and is no"
