@@ -111,7 +111,8 @@ def _save_ragged(model: MoEModel, folder: Path, about: Mapping[str, Any]) -> Non
         "expert_widths": {layer.name: layer.widths for layer in model.layers},
         "heapr": dict(about),
     }
-    ragged_classes(config_class).config.from_dict(settings).save_pretrained(folder)
+    classes = ragged_classes(config_class)  # type: ignore[arg-type]
+    classes.config.from_dict(settings).save_pretrained(folder)
     write_modelling_files(config_class, folder)
     tied = _tied(source)
     # Tied weights are left out here: the writer would list them in the metadata, in no reproducible order.

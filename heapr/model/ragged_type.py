@@ -122,7 +122,7 @@ def take_ragged_type(model: PreTrainedModel, expert_widths: Mapping[str, Sequenc
     Args:
         expert_widths: by the experts' names in the model.
     """
-    classes = ragged_classes(family_config_class(model.config))
+    classes = ragged_classes(family_config_class(model.config))  # type: ignore[arg-type]
     model.config.__class__ = classes.config
     for name in OWN_FIELDS:  # the configuration has values of its own
         setattr(model.config, name, getattr(classes.config, name))

@@ -19,12 +19,15 @@ from .ragged import make_ragged
 EXPERTS = "experts"  # the last or last but one word of what a parallel plan says of them
 
 
-class RaggedModel:
+class RaggedModel(nn.Module):
     """Comes before the family's class among the bases.
 
     The configuration's `expert_widths` says how wide every expert is, by the name of its layer's experts in
     the causal language model.
     """
+
+    base_model_prefix: str
+    config: Any
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -49,7 +52,7 @@ class RaggedModel:
         """As families do it: matrices normal, biases zero. transformers keeps torch.nn.init from weights that
         were loaded."""
         if not is_ragged(module):
-            super()._init_weights(module)
+            super()._init_weights(module)  # type: ignore[misc]  # the family's
             return
         deviation = getattr(self.config.get_text_config(), "initializer_range", 0.02)
         for name, parameter in module.named_parameters():

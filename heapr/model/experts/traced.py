@@ -11,6 +11,7 @@ an expert's rows ([W_gate; W_up] are two); P columns of all blocks, B times the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,7 @@ def _outputs(experts: Experts, hidden_SD: Tensor, expert_S: Tensor, count_E1: Te
     if layout.has_bias:
         inputs_SP = inputs_SP + _padded_bias(experts)[known_S]
     h_SF = activation_of(experts)(inputs_SP)
-    output_SD = torch.ops.heapr.contract_segments(h_SF, experts.down_proj, count_E1, widths, 1)
+    output_SD: Tensor = torch.ops.heapr.contract_segments(h_SF, experts.down_proj, count_E1, widths, 1)
     return output_SD + experts.down_proj_bias[known_S] if layout.has_bias else output_SD
 
 
@@ -72,6 +73,9 @@ def _padded_bias(experts: Experts) -> Tensor:
 
 
 Segment = tuple[slice, slice, int]  # an expert's pairs, its rows, and its width
+Gradients = tuple[
+    Tensor | None, Tensor | None, None, None, None
+]  # an operator's arguments, two of them tensors
 
 
 def _segments(count_E1: Tensor, widths: Sequence[int], num_blocks: int) -> Iterator[Segment]:
@@ -137,13 +141,14 @@ def _outer_fake(
     return hidden_SD.new_empty(num_blocks * sum(widths), hidden_SD.shape[1])
 
 
-def _remember(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     values, weight_RD, count_E1, ctx.widths, ctx.num_blocks = inputs
     ctx.save_for_backward(values, weight_RD, count_E1)
 
 
-def _expand_backward(ctx: torch.autograd.function.FunctionCtx, grad_SP: Tensor) -> tuple:
-    hidden_SD, weight_RD, *rest = *ctx.saved_tensors, ctx.widths, ctx.num_blocks
+def _expand_backward(ctx: Any, grad_SP: Tensor) -> Gradients:
+    hidden_SD, weight_RD, count_E1 = ctx.saved_tensors
+    rest = (count_E1, ctx.widths, ctx.num_blocks)
     grad_SP = grad_SP.contiguous()
     needs_hidden, needs_weight, *_ = ctx.needs_input_grad
     grad_hidden = torch.ops.heapr.contract_segments(grad_SP, weight_RD, *rest) if needs_hidden else None
@@ -151,15 +156,18 @@ def _expand_backward(ctx: torch.autograd.function.FunctionCtx, grad_SP: Tensor) 
     return grad_hidden, grad_weight, None, None, None
 
 
-def _contract_backward(ctx: torch.autograd.function.FunctionCtx, grad_SD: Tensor) -> tuple:
-    expanded_SP, weight_RD, *rest = *ctx.saved_tensors, ctx.widths, ctx.num_blocks
+def _contract_backward(ctx: Any, grad_SD: Tensor) -> Gradients:
+    expanded_SP, weight_RD, count_E1 = ctx.saved_tensors
+    rest = (count_E1, ctx.widths, ctx.num_blocks)
     needs_expanded, needs_weight, *_ = ctx.needs_input_grad
     grad_expanded = torch.ops.heapr.expand_segments(grad_SD, weight_RD, *rest) if needs_expanded else None
     grad_weight = torch.ops.heapr.outer_segments(expanded_SP, grad_SD, *rest) if needs_weight else None
     return grad_expanded, grad_weight, None, None, None
 
 
-def _define(function: Callable[..., Tensor], fake: Callable[..., Tensor], backward: Callable | None) -> None:
+def _define(
+    function: Callable[..., Tensor], fake: Callable[..., Tensor], backward: Callable[..., Gradients] | None
+) -> None:
     """Make a function an operator of torch.ops.heapr, unless another copy of this file has done so."""
     name = f"heapr::{function.__name__}"
     if hasattr(torch.ops.heapr, function.__name__):
