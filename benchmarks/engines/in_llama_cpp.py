@@ -37,6 +37,8 @@ def main(folder: Path, prompts: Path, answers: Path, converter: Path) -> None:
     params.n_ctx, params.n_parallel, params.warmup = 512, 1, False
     params.cpuparams.n_threads = 1
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    # Its flash attention rounds to half precision, which moves log-probabilities by 3e-3.
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     server = xllamacpp.Server(params)
     found = []
     for ids in asked["prompts"]:

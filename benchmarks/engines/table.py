@@ -117,7 +117,7 @@ def prune(model: str, overrides: Sequence[str], outputs: Path) -> Path:
 def answers_of_transformers(folder: Path) -> Answers:
     """Token by token without a cache: the plainest way there is."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     prompts, answers = [tokenizer(text).input_ids for text in PROMPTS], []
     for prompt in prompts:
         ids, logprobs = list(prompt), []
