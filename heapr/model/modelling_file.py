@@ -50,7 +50,7 @@ if [int(part) for part in transformers.__version__.split(".")[:2]] < [$oldest_nu
 from transformers import AutoModel
 from $config_module import $config_name
 $imports
-# All files beside this one: transformers 4 copies those alone that are named here, and could not say the above.
+# transformers 4 copies the files that are named here and no others: with all of them it can say the above.
 from .layout import layout_of  # noqa: F401
 from .loop import run_experts  # noqa: F401
 from .ragged import make_ragged  # noqa: F401
