@@ -63,8 +63,10 @@ class RaggedModel(nn.Module):
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        """Any can be chosen; ragged experts have one forward of their own."""
-        return True
+        """As in the family, whose file transformers looks into; ragged experts have one forward of their own."""
+        family = next(each for each in cls.__mro__ if not issubclass(each, RaggedModel))
+        can_set: bool = family._can_set_experts_implementation()  # type: ignore[attr-defined]
+        return can_set
 
 
 def without_experts(plan: Mapping[str, Any] | None) -> dict[str, Any] | None:
