@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from heapr.model.device import exact_products
 from heapr.model.experts.layout import Matrices, layout_of, matrices_of
 from heapr.model.experts.ragged import RaggedExperts
 from heapr.model.layerwise import walk_layers
@@ -37,6 +38,7 @@ def remove(model: MoEModel, plan: Plan, repaired: RepairedWeights | None = None)
 
 
 @torch.no_grad()
+@exact_products()
 def remove_and_repair(
     model: MoEModel,
     plan: Plan,

@@ -27,7 +27,8 @@ OUTSIDE_INTERFACE = "Llama4TextExperts"
 class ExpertObserver(Protocol):
     """Called once per forward with the activations and outputs of a layer's experts for all their tokens.
 
-    It is not called if no token is routed.
+    It is not called if no token is routed. With an observer that also has `add(Pairs)` (grouped.py), a GPU
+    keeps less: the grouped forward calls `add` instead, in its backward pass.
 
     Args:
         h_SF: intermediate activations, part of the graph: one hook on it gets all gradients. Columns beyond

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from .grouped import run_fastest
 from .layout import ExpertObserver, Experts, Matrices, activation_of, layout_of, matrices_of, model_width_of
-from .loop import run_experts
+from .packed import Packed
 from .traced import run_traced
 
 
@@ -44,7 +45,8 @@ class RaggedExperts(nn.Module):
         self.layout = layout_of(template)
         self.activation = activation_of(template)
         self.observer: ExpertObserver | None = None
-        self.run: Callable[..., Tensor] = run_experts
+        self.run: Callable[..., Tensor] = run_fastest
+        self.packed: Packed | None = None
         num_rows, model_width = sum(self.widths), model_width_of(template)
         num_inputs = 2 * num_rows if self.layout.has_gate else num_rows
         input_name = self.layout.input_name
