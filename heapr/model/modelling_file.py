@@ -13,17 +13,11 @@ from string import Template
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from heapr.model.experts import layout, loop, ragged, ragged_model, traced
+from heapr.model.experts import grouped, layout, loop, packed, ragged, ragged_model, traced
 
 RAGGED_PREFIX = "heapr_"  # of the model type
 MODELLING_FILE = "modeling_heapr.py"
-PORTABLE = (
-    layout,
-    loop,
-    ragged,
-    ragged_model,
-    traced,
-)  # transformers follows relative imports from file to file
+PORTABLE = (layout, loop, packed, grouped, traced, ragged, ragged_model)  # what it imports, and what these do
 OLDEST_TRANSFORMERS = "5.16"  # that these files run with; pyproject.toml says what heapr itself needs
 CAUSAL_LM = "AutoModelForCausalLM"
 AUTO_CLASSES = {  # the name in `auto_map`, and where transformers notes a family's class for it
@@ -51,8 +45,10 @@ from transformers import AutoModel
 from $config_module import $config_name
 $imports
 # transformers 4 copies the files that are named here and no others: with all of them it can say the above.
+from .grouped import run_grouped  # noqa: F401
 from .layout import layout_of  # noqa: F401
 from .loop import run_experts  # noqa: F401
+from .packed import Packed  # noqa: F401
 from .ragged import make_ragged  # noqa: F401
 from .ragged_model import RaggedModel, without_experts
 from .traced import run_traced  # noqa: F401

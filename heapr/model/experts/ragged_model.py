@@ -63,7 +63,7 @@ class RaggedModel(nn.Module):
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        """As in the family, whose file transformers looks into; ragged experts have one forward of their own."""
+        """As in the family, whose file transformers looks into."""
         family = next(each for each in cls.__mro__ if not issubclass(each, RaggedModel))
         can_set: bool = family._can_set_experts_implementation()  # type: ignore[attr-defined]
         return can_set
