@@ -25,7 +25,7 @@ from heapr.model.load import ModelSource, find_model
 from heapr.model.moe import MoEModel
 from heapr.plugins import build
 from heapr.pruning.budget import Budget
-from heapr.pruning.fewer_experts import choose_num_experts, fewer_experts_settings
+from heapr.pruning.fewer_experts import choose_num_experts, describe_num_experts, fewer_experts_settings
 from heapr.pruning.layer_repair import Repair
 from heapr.pruning.uniform import Settings, choose_uniform_width, describe_uniform_width, uniform_settings
 from heapr.schema import ExperimentConfig, ModelConfig
@@ -116,18 +116,18 @@ class Experiment:
         """
         if self.budget.uniform_width is not None:
             return uniform_settings(self.source.config, self.budget.uniform_width)
-        if self.config.pruning.form == "fewer_experts":
-            return fewer_experts_settings(self.source.config, self._num_experts_left())
+        if self.budget.num_experts is not None:
+            return fewer_experts_settings(self.source.config, self.budget.num_experts)
         return {}
-
-    def _num_experts_left(self) -> int:
-        return choose_num_experts(self.source.widths, self.budget.ratio, self.budget.experts_per_token)
 
     @property
     def notes_on_budget(self) -> list[str]:
         """Lines on how the ratio is rounded, as far as it is known before there are scores."""
-        width = self.budget.uniform_width
-        return [] if width is None else [describe_uniform_width(self.source.widths, self.budget.ratio, width)]
+        budget, widths = self.budget, self.source.widths
+        if budget.num_experts is not None:
+            return [describe_num_experts(widths, budget.ratio, budget.num_experts)]
+        width = budget.uniform_width
+        return [] if width is None else [describe_uniform_width(widths, budget.ratio, width)]
 
     @property
     def about(self) -> dict[str, Any]:
@@ -302,13 +302,13 @@ def _find_budget(config: ExperimentConfig, source: ModelSource, criterion: Crite
         width = choose_uniform_width(source.config, source.widths, budget, source.dtype)
         budget = replace(budget, uniform_width=width)
     if config.pruning.form == "fewer_experts":
-        budget = _with_whole_layers(budget, source)
+        budget = replace(budget, num_experts=_num_experts_left(budget, source))
     budget.check(source.widths)
     return budget
 
 
-def _with_whole_layers(budget: Budget, source: ModelSource) -> Budget:
-    """The same for a ratio at which every layer loses the same number of experts.
+def _num_experts_left(budget: Budget, source: ModelSource) -> int:
+    """How many experts every layer keeps.
 
     Raises:
         ConfigError: the score removes atomic experts, or see `choose_num_experts`.
@@ -318,9 +318,7 @@ def _with_whole_layers(budget: Budget, source: ModelSource) -> Budget:
             "pruning.form=fewer_experts is for scores of whole experts; use score=reap, frequency or"
             " heapr_expert"
         )
-    left = choose_num_experts(source.widths, budget.ratio, budget.experts_per_token)
-    number = len(next(iter(source.widths.values())))
-    return replace(budget, ratio=1 - left / number)
+    return choose_num_experts(source.widths, budget.ratio, budget.experts_per_token)
 
 
 def _check_lengths(config: ExperimentConfig, source: ModelSource) -> None:

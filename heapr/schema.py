@@ -206,6 +206,8 @@ def _check_fewer_experts(pruning: PruningConfig) -> None:
             f"pruning.form=fewer_experts leaves every layer the same number of experts, which scope"
             f" '{pruning.scope}' does not; use pruning=layer"
         )
+    if pruning.rounds > 1:
+        raise ConfigError("pruning.form=fewer_experts is made in one round; use pruning.rounds=1")
     if pruning.repair is not None:
         raise ConfigError(
             "pruning.form=fewer_experts sends tokens to other experts than those that a repair is measured"

@@ -108,10 +108,11 @@ def _about_protection(report: Mapping[str, Any]) -> str:
 def _not_reached(plan: Plan, widths: Widths, budget: Budget) -> list[str]:
     """A line for each target that was missed by more than rounding explains, because too much must stay.
 
-    Costs are either reached or refused, and a uniform width is reported when it is chosen, so neither appears
-    here.
+    Costs are either reached or refused, and a uniform width or a number of experts is reported when it is
+    chosen, so none of them appears here.
     """
-    if budget.unit != "atomic_experts" or budget.uniform_width is not None:
+    is_chosen = budget.uniform_width is not None or budget.num_experts is not None
+    if budget.unit != "atomic_experts" or is_chosen:
         return []
     total = sum(map(sum, widths.values()))
     asked = budget.ratio * total

@@ -40,6 +40,8 @@ class Budget:
             half an expert. K experts of every layer stay whole.
         unit: what the ratio is a share of: "atomic_experts", or the routed experts' "flops" (`costs_of`).
         protected_layers: decoder layer indices that lose nothing. The other layers lose correspondingly more.
+        num_experts: how many experts every layer keeps, chosen beforehand (whole experts, scope "layer").
+            With None, the ratio decides.
         one_width_per_layer: the experts of a layer get one width (scope "expert"), and the layers' widths
             follow from the scores of all layers.
     """
@@ -52,6 +54,7 @@ class Budget:
     granularity: Granularity = Granularity.ATOMIC_EXPERT
     unit: str = "atomic_experts"
     protected_layers: tuple[int, ...] = ()
+    num_experts: int | None = None
     one_width_per_layer: bool = False
 
     def __post_init__(self) -> None:

@@ -44,6 +44,13 @@ def choose_num_experts(widths: Widths, ratio: float, experts_per_token: int) -> 
     return left
 
 
+def describe_num_experts(widths: Widths, ratio: float, left: int) -> str:
+    """One line that compares the requested number of experts with the chosen one."""
+    number = len(next(iter(widths.values())))
+    asked = f"fewer experts: ratio {ratio:.6g} asks for {number * (1 - ratio):.6g} of {number} in every layer"
+    return f"{asked}; {left} are kept, which is ratio {1 - left / number:.6g}"
+
+
 def fewer_experts_settings(config: PretrainedConfig, number: int) -> Settings:
     """Return the field and value that give every MoE layer another number of experts and change nothing else.
 

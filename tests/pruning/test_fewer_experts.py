@@ -62,7 +62,7 @@ def test_a_run_writes_a_stock_checkpoint_with_fewer_experts(tmp_path: Path) -> N
     write_model(tmp_path / "model")
     settings = ["model=hf", f"model.path={tmp_path / 'model'}", "model.dtype=float32", *write_texts(tmp_path)]
     settings += ["evaluation.throughput=null", "evaluation.truth=null", "score=reap", "pruning=layer"]
-    summary = run_in(tmp_path, *settings, "pruning.form=fewer_experts", "pruning.ratio=0.3")
+    summary = run_in(tmp_path, *settings, "pruning.form=fewer_experts", "pruning.ratio=0.36")
     stage = [stage for stage in summary.stages if stage["stage"] == "prune"][-1]
     folder = Path(stage["path"]) / "checkpoint"
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -90,6 +90,7 @@ def test_numbers_of_experts() -> None:
     [
         (["pruning=global", "score=reap"], "which scope 'global' does not; use pruning=layer"),
         (["pruning=layer", "score=reap", "pruning/repair=expert"], "use pruning/repair=none"),
+        (["pruning=layer", "score=reap", "pruning.rounds=2"], "use pruning.rounds=1"),
     ],
 )
 def test_what_it_cannot_do_is_refused(overrides: list[str], message: str) -> None:
