@@ -284,7 +284,10 @@ class Pipeline:
 
     def _about(self) -> dict[str, Any]:
         """What is done to the model, for the checkpoint's config.json and card; with the ratio as rounded."""
-        return {**self.experiment.about, "ratio_reached": 1 - self._kept_ratio()}
+        about = self.experiment.about
+        if self.experiment.budget.unit == "atomic_experts":
+            about["ratio_reached"] = 1 - self._kept_ratio()
+        return about
 
     def log_layers_and_artifacts(self) -> None:
         """Send the tracker a table of the layers, and the artifacts."""

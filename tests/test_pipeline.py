@@ -402,7 +402,7 @@ BAD_INPUT = [
     (["model.path={folder}/pickled"], "are pickled"),
     (["model.path={folder}/shard_missing"], "model-00002-of-00003.safetensors is missing"),
     (["model.path={folder}/unfinished"], "weights in .* cannot be loaded"),
-    (["pruning.form=squeezed"], "pruning.form='squeezed' is unknown; choose one of ragged, uniform, masked"),
+    (["pruning.form=squeezed"], "pruning.form='squeezed' is unknown; choose one of ragged, per_layer, uniform, fewer_experts, masked"),
     (["pruning.form=uniform"], "gives every expert one width, which scope 'global' does not; use pruning=expert"),
     (["pruning.width_multiple=7"], "pruning.width_multiple=7 suits no kernel; give 1 or a multiple of 8"),
     (["pruning.width_multiple=16"], "experts of this model have 8 atomic experts"),
