@@ -131,15 +131,19 @@ def read_allocation(folder: Path) -> Report:
 
 def write_repair(folder: Path, made: tuple[Pruning, Report]) -> None:
     """Write the weights that repair changed, and its report."""
+    from heapr.tensors_file import save_layers
+
     pruning, report = made
-    _save(folder / REPAIRED, pruning.repaired_tensors())
+    assert pruning.repaired is not None
+    save_layers(folder / REPAIRED, pruning.repaired)
     write_json(folder / REPAIR, report)
 
 
 def read_repaired(folder: Path) -> RepairedWeights:
-    from heapr.types import Pruning
+    """The repaired weights, each layer's read when it is asked for."""
+    from heapr.tensors_file import LayersFile
 
-    return Pruning.repaired_from_tensors(_load(folder / REPAIRED))
+    return LayersFile(folder / REPAIRED)
 
 
 def read_repair(folder: Path) -> Report:

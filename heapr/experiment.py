@@ -17,12 +17,13 @@ import torch
 from heapr.artifacts import ARTIFACTS
 from heapr.errors import ConfigError, NotHereError
 from heapr.evaluation.build import build_measurements
-from heapr.evaluation.measurement import Measurement
+from heapr.evaluation.measurement import Measurement, Need
 from heapr.measure import machine
 from heapr.model.checkpoint import check_form
 from heapr.model.device import find_device
 from heapr.model.load import ModelSource, find_model
 from heapr.model.moe import MoEModel
+from heapr.placement import Placement, choose_placement
 from heapr.plugins import build
 from heapr.pruning.budget import Budget
 from heapr.pruning.fewer_experts import choose_num_experts, describe_num_experts, fewer_experts_settings
@@ -68,6 +69,8 @@ class Experiment:
         budget: how much of it is removed.
         store: holds the results.
         steps: what is made, in order; empty if a dry run did not find the text on this machine.
+        placement: where weights and activations will be.
+        left_out: measurements that mean nothing where the model is streamed.
     """
 
     config: ExperimentConfig
@@ -77,6 +80,8 @@ class Experiment:
     budget: Budget
     store: Store
     steps: Steps
+    placement: Placement
+    left_out: Sequence[str] = ()
 
     @property
     def name(self) -> str:
@@ -159,7 +164,9 @@ class Experiment:
         Raises:
             ConfigError: it cannot be loaded.
         """
-        return self.source.load(self.device, self.config.runtime.device_map)
+        return self.placement.load(
+            self.source, self.device, self.store.root, device_map=self.config.runtime.device_map
+        )
 
 
 def prepare(config: ExperimentConfig, notes: list[str] | None = None) -> Experiment:
@@ -183,15 +190,35 @@ def prepare(config: ExperimentConfig, notes: list[str] | None = None) -> Experim
     budget = _find_budget(config, source, plugins.criterion)
     if config.pruning.save_checkpoint:
         check_form(source.config, config.pruning.form)
+    placement = choose_placement(config, source, device)
+    if placement.is_streamed and budget.num_experts is not None:
+        raise ConfigError(
+            "pruning.form=fewer_experts needs the whole model in memory, where it does not fit; use a larger"
+            " machine or pruning.form=ragged"
+        )
+    plugins, left_out = _without_timings(plugins) if placement.is_streamed else (plugins, [])
     steps = Steps()
     if plugins.text is not None:
         here = _machine(config, device)
         steps = experiment_steps(
             config, plugins.text, plugins.measurements, model=source.identity, machine=here
         )
-    experiment = Experiment(config, plugins, source, device, budget, store, steps)
+    experiment = Experiment(
+        config, plugins, source, device, budget, store, steps, placement=placement, left_out=left_out
+    )
     _ = experiment.stock_settings  # raises if the model cannot take the uniform form
     return experiment
+
+
+def _without_timings(plugins: Plugins) -> tuple[Plugins, list[str]]:
+    """Leave out measurements of the machine, which say nothing about a model that waits for the disk.
+
+    Returns:
+        the other plug-ins, and the names of what was left out.
+    """
+    kept = [measurement for measurement in plugins.measurements if Need.MACHINE not in measurement.needs]
+    left_out = [measurement.name for measurement in plugins.measurements if measurement not in kept]
+    return replace(plugins, measurements=kept), left_out
 
 
 def build_plugins(config: ExperimentConfig, notes: list[str] | None = None) -> Plugins:

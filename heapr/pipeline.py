@@ -17,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+import transformers
 from torch import Tensor
 
 from heapr import artifacts
@@ -30,6 +32,7 @@ from heapr.findings import Findings
 from heapr.gpu_slots import gpu_slot
 from heapr.model.checkpoint import save_checkpoint
 from heapr.model.moe import MoEModel
+from heapr.model.shelf import Files
 from heapr.progress import progress
 from heapr.provider import ModelProvider
 from heapr.pruning.allocation import allocate
@@ -183,9 +186,13 @@ class Pipeline:
             tokens = self.results.tokens(step)
             batch_size = self.experiment.config.calibration.batch_size
             num_batches = math.ceil(len(tokens.ids_NW) / batch_size)
-            bar = progress(batches(tokens, batch_size), total=num_batches, description="calibrate")
+            all_batches = batches(tokens, batch_size)
             on_batch = values.CalibrationProgress(self.tracker)
-            return tokens, collect(self._model(step), bar, on_batch=on_batch)
+            model = self._model(step)
+            way = self.experiment.placement.way(model, partial(self._files, step, tokens))
+            if not model.is_streamed:  # which shows its progress through the layers
+                all_batches = progress(all_batches, total=num_batches, description="calibrate")
+            return tokens, collect(model, all_batches, way=way, on_batch=on_batch)
 
         self._get(step, compute, artifacts.write_calibration)
         statistics: Statistics = self.results.of(step)
@@ -199,7 +206,8 @@ class Pipeline:
 
         def weights(index: int) -> ExpertWeights:
             model = self._model(step)
-            return next(layer.weights() for layer in model.layers if layer.index == index)
+            with model.hold([index]):
+                return next(layer.weights() for layer in model.layers if layer.index == index)
 
         def compute() -> Scores:
             return self.experiment.plugins.criterion(self.results.statistics(step), weights)
@@ -238,7 +246,10 @@ class Pipeline:
 
         def compute() -> tuple[Pruning, Report]:
             plan, earlier = self.results.plan(step), self.results.pruning(step)
-            pruning, found = self.models.repaired(plan, earlier, calibration_batches)
+            files = None
+            if self.experiment.placement.is_streamed:
+                files = self._files(step, self.results.tokens(step))
+            pruning, found = self.models.repaired(plan, earlier, calibration_batches, files)
             return pruning, report_repair(found)
 
         artifact = self._get(step, compute, artifacts.write_repair)
@@ -326,6 +337,19 @@ class Pipeline:
         """The model that a step works on: dense, or pruned so far."""
         pruning = self.results.pruning(step)
         return self.models.dense() if pruning is None else self.models.pruned(pruning)
+
+    def _files(self, step: Step, tokens: TokenWindows) -> Files:
+        """Files for what a step has computed so far, which another process can go on from."""
+        batch_size = self.experiment.config.calibration.batch_size
+        about = {
+            "key": step.id,
+            "tokens": tokens.sha256,
+            "batch_size": batch_size,
+            "device": self.experiment.device.type,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+        return Files(self.experiment.store.scratch(step.origin, step.part) / "files", about)
 
     def _final_model(self, step: Step) -> MoEModel:
         """The same; a pruned model is in the form in which its checkpoint holds it."""

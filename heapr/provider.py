@@ -14,11 +14,12 @@ from torch import Tensor
 
 from heapr.errors import TooLargeError
 from heapr.model.check_walk import check_walk
-from heapr.model.experts.layout import layout_of
 from heapr.model.moe import MoEModel
+from heapr.model.shelf import Files
 from heapr.model.stream import check_stream
 from heapr.pruning.fewer_experts import make_fewer_experts
 from heapr.pruning.layer_repair import LayerRepair, Repair
+from heapr.pruning.repaired import RepairedLayers
 from heapr.pruning.surgery import mask, remove, remove_and_repair
 from heapr.pruning.uniform import Settings, make_uniform
 from heapr.types import Plan, Pruning
@@ -59,7 +60,8 @@ class ModelProvider:
         if self._dense is None:
             self._dense = self._load()
             if self._repair:
-                check_walk(self._dense, needed_by="pruning.repair", instead="pruning/repair=none")
+                if not self._dense.is_streamed:  # otherwise it has been checked
+                    check_walk(self._dense, needed_by="pruning.repair", instead="pruning/repair=none")
                 if self._repair.follows_stream:
                     check_stream(self._dense)
         return self._dense
@@ -73,7 +75,11 @@ class ModelProvider:
         return self._pruned.model
 
     def repaired(
-        self, plan: Plan, earlier: Pruning | None, batches: Callable[[], Sequence[Tensor]]
+        self,
+        plan: Plan,
+        earlier: Pruning | None,
+        batches: Callable[[], Sequence[Tensor]],
+        files: Files | None = None,
     ) -> tuple[Pruning, dict[int, LayerRepair]]:
         """Cut and repair the model that the round before left.
 
@@ -81,6 +87,7 @@ class ModelProvider:
             plan: for the dense model.
             earlier: the result of the round before, made now or read from the store; None in the first round.
             batches: returns the calibration batches, int64 (N, W) each.
+            files: for the repaired weights of a streamed model, with those that an earlier process finished.
 
         Returns:
             the plan with the repaired weights, and what repair found, by decoder layer index.
@@ -89,14 +96,10 @@ class ModelProvider:
         if earlier is not None:
             self.pruned(earlier)
         model, relative = self._next(plan)
-        found = remove_and_repair(model, relative, self._repair, batches())
-        self._pruned = _Held(model, plan)
-        names = ["down_proj"]
-        if self._repair.refits_inputs:
-            names.insert(0, layout_of(model.layers[0].experts).input_name)
-        repaired = {}
-        for layer in model.layers:
-            repaired[layer.index] = {name: layer.experts.get_parameter(name).detach() for name in names}
+        repaired = RepairedLayers(files)
+        found = remove_and_repair(model, relative, self._repair, batches(), repaired)
+        if not model.is_streamed:  # else it would go on reading files that are removed now
+            self._pruned = _Held(model, plan)
         return Pruning(plan, repaired), found
 
     def final(self, pruning: Pruning) -> MoEModel:

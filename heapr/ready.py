@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from heapr.artifacts import CHECKPOINT_PART, REPAIR_PART
+from heapr.evaluation.zero_shot import ZeroShot
 from heapr.experiment import Experiment
 from heapr.steps import Step, Steps
 from heapr.text.mixture import identities_of_parts
@@ -37,6 +38,7 @@ def make_ready(experiment: Experiment) -> TokenWindows | None:
     for note in experiment.notes_on_budget:
         logger.info("%-9s %s", "prune", note)
     missing = [step for step in experiment.steps if not experiment.store.has(step.origin, step.part)]
+    _check_placement(missing, experiment)
     _check_space(missing, experiment)
     _warn_of_overlap(experiment.steps)
     measurements = [step.measurement for step in missing if step.measurement is not None]
@@ -44,8 +46,31 @@ def make_ready(experiment: Experiment) -> TokenWindows | None:
     distinct = {id(measurement): measurement for measurement in measurements}
     for measurement in distinct.values():
         measurement.prepare(experiment.source)
+        if experiment.placement.is_streamed and isinstance(measurement, ZeroShot):
+            measurement.refuse_generation()
     is_calibrated = experiment.store.has(experiment.steps.first("calibrate").origin)
     return None if is_calibrated else _calibration_tokens(experiment)
+
+
+def _check_placement(missing: Sequence[Step], experiment: Experiment) -> None:
+    """Check that model, activations and tape fit where they will be, and say where that is.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    placement = experiment.placement
+    if not missing:
+        return
+    if placement.why is not None:
+        logger.info("%-9s %s", "run", placement.why)
+    if experiment.left_out:
+        names = ", ".join(experiment.left_out)
+        logger.info("%-9s %s: left out, because a streamed model waits for the disk", "evaluate", names)
+    placement.check(experiment.device)
+    is_calibrated = all(step.kind != "calibrate" for step in missing)
+    if placement.is_streamed and placement.on_disk and not is_calibrated:
+        instead = "keep them in memory with runtime.activations=ram"
+        experiment.store.check_space(placement.tape_bytes, "activations between the layers", instead)
 
 
 def _check_space(missing: Sequence[Step], experiment: Experiment) -> None:

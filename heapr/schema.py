@@ -85,6 +85,11 @@ class RuntimeConfig:
     num_threads: int | None = None  # CPU threads, at least 1; null leaves the number to torch
     # How long to wait for a free GPU, or for an artifact that another process is making; null has no limit.
     wait_minutes: float | None = None
+    # true: one decoder layer at a time is read from the files; auto: if the weights do not fit on the device.
+    stream: Any = "auto"
+    activations: str = "auto"  # of a streamed model, between layers: ram, disk, or auto, which is disk
+    # true: activations inside a layer are computed again for the backward pass; auto: if they do not fit.
+    gradient_checkpointing: Any = "auto"
 
 
 @dataclass
@@ -115,6 +120,8 @@ FORMS = ("ragged", "per_layer", "uniform", "fewer_experts", "masked")
 ONE_WIDTH = {"uniform": "one width", "per_layer": "of a layer one width"}  # forms, and what they give experts
 BUDGETS = ("atomic_experts", "flops")
 KERNEL_MULTIPLE = 8  # transformers' default kernel for experts runs multiples of it in every dtype
+AUTO = "auto"
+ACTIVATIONS = (AUTO, "ram", "disk")
 DEVICE_MAPS = ("auto", "balanced", "sequential")
 TRACKING_MODES = ("auto", "online", "offline", "none")
 
@@ -157,8 +164,7 @@ def check(config: ExperimentConfig) -> None:
         ConfigError: a value is not allowed; the message names the field, the value and what is allowed.
     """
     _check_pruning(config.pruning)
-    if config.runtime.device_map is not None:
-        _choice("runtime.device_map", config.runtime.device_map, DEVICE_MAPS)
+    _check_runtime(config.runtime)
     _choice("model.dtype", config.model.dtype, DTYPES)
     _check_tracking(config.tracking)
     calibration = config.calibration
@@ -168,10 +174,34 @@ def check(config: ExperimentConfig) -> None:
     _at_least("calibration.seed", calibration.seed, 0)
     if calibration.max_characters is not None:
         _at_least("calibration.max_characters", calibration.max_characters, 1)
-    if config.runtime.num_threads is not None:
-        _at_least("runtime.num_threads", config.runtime.num_threads, 1)
-    if config.runtime.wait_minutes is not None:
-        _at_least("runtime.wait_minutes", config.runtime.wait_minutes, 0)
+
+
+def _check_runtime(runtime: RuntimeConfig) -> None:
+    for name in ("stream", "gradient_checkpointing"):
+        value = getattr(runtime, name)
+        if type(value) is not bool and value != AUTO:
+            raise ConfigError(f"runtime.{name}={value!r} is unknown; choose one of true, false, auto")
+    _choice("runtime.activations", runtime.activations, ACTIVATIONS)
+    if runtime.device_map is not None:
+        _choice("runtime.device_map", runtime.device_map, DEVICE_MAPS)
+    if runtime.num_threads is not None:
+        _at_least("runtime.num_threads", runtime.num_threads, 1)
+    if runtime.wait_minutes is not None:
+        _at_least("runtime.wait_minutes", runtime.wait_minutes, 0)
+    if runtime.stream is True and runtime.device_map is not None:
+        raise ConfigError(
+            f"runtime.stream=true has one layer on one device, and runtime.device_map={runtime.device_map}"
+            " spreads all layers over several; give one of them"
+        )
+    if runtime.stream is True and runtime.gradient_checkpointing is True:
+        raise ConfigError(
+            "runtime.gradient_checkpointing=true has no effect with runtime.stream=true, which computes"
+            " activations again in any case; leave it out"
+        )
+    if runtime.stream is False and runtime.activations != AUTO:
+        raise ConfigError(
+            f"runtime.activations={runtime.activations} has no effect with runtime.stream=false; leave it out"
+        )
 
 
 def _check_pruning(pruning: PruningConfig) -> None:

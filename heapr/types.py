@@ -303,13 +303,6 @@ class Pruning:
         for index, tensors in (self.repaired or {}).items():
             assert len(tensors["down_proj"]) == int(self.plan.layers[index].sum()), index
 
-    def repaired_tensors(self) -> TensorDict:
-        tensors = {}
-        for index, layer in (self.repaired or {}).items():
-            for name, tensor in layer.items():
-                tensors[f"layers.{index}.{name}"] = tensor
-        return tensors
-
     @staticmethod
     def repaired_from_tensors(tensors: Mapping[str, Tensor]) -> RepairedWeights:
         layers: dict[int, TensorDict] = {index: {} for index in _layer_indices(tensors)}

@@ -46,8 +46,8 @@ def _compose(conf: Path, choices: tuple[str, ...]) -> DictConfig:
         return compose("config", overrides=list(choices))
 
 
-def write_model(folder: Path, seed: int = 0) -> Path:
-    tiny_qwen3_moe(seed).save_pretrained(folder)
+def write_model(folder: Path, seed: int = 0, **changes: object) -> Path:
+    tiny_qwen3_moe(seed, **changes).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
 

@@ -41,7 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "store": {"artifacts", "errors", "files", "locks", "manifest", "measure", "origin", "publishing"},
     "text": {"errors", "files", "hub", "plugins", "progress", "types", "words"},
     "score": {"errors", "types"},
-    "model": {"errors", "files", "hub", "types", "words"},
+    "model": {"errors", "files", "hub", "progress", "tensors_file", "types", "words"},
     "calibration": {"model", "types"},
     "pruning": {"errors", "model", "progress", "types"},
     "evaluation": {
@@ -49,11 +49,12 @@ ALLOWED: dict[str, set[str]] = {
     },
     "steps": {"artifacts", "origin", "schema", "store", "text", "evaluation"},
     "step_results": {"artifacts", "steps", "store", "types"},
+    "placement": {"errors", "origin", "schema", "types", "model"},
     "experiment": {
-        "artifacts", "errors", "measure", "plugins", "schema", "steps", "store", "types", "words", "text", "score", "model", "pruning",
+        "artifacts", "errors", "measure", "placement", "plugins", "schema", "steps", "store", "types", "words", "text", "score", "model", "pruning",
         "evaluation",
     },
-    "ready": {"artifacts", "experiment", "steps", "types", "text"},
+    "ready": {"artifacts", "evaluation", "experiment", "steps", "types", "text"},
     "provider": {"errors", "types", "model", "pruning"},
     "gpu_slots": {"errors", "locks"},
     "findings": {"types", "evaluation"},

@@ -10,6 +10,7 @@ expert, n tokens of one expert, N sequences, W window.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -20,7 +21,8 @@ from heapr.model.experts.dispatch import observe_experts
 from heapr.model.experts.grouped import Pairs
 from heapr.model.experts.loop import split_by_expert
 from heapr.model.moe import MoELayer, MoEModel, frozen_parameters, gradient_from_embeddings
-from heapr.model.passes import backward_by_spans
+from heapr.model.passes import Way, backward_by_spans
+from heapr.model.shelf import Files
 from heapr.model.span import Span
 from heapr.types import MAXIMA, LayerStatistics, Statistics
 
@@ -29,12 +31,12 @@ class LayerObserver:
     """Running sums of one layer, updated once per batch, when the gradient of its activations arrives.
 
     Args:
-        layer: the observed layer; the sums are kept on its device.
+        layer: the observed layer.
+        device: of the sums.
     """
 
-    def __init__(self, layer: MoELayer) -> None:
+    def __init__(self, layer: MoELayer, device: torch.device) -> None:
         self.index, self.widths = layer.index, layer.widths
-        device = layer.experts.down_proj.device
         zeros = LayerStatistics.zeros(layer.num_experts, layer.width, device)
         self.sums = dict(zeros.items())
         columns = torch.arange(layer.width, device=device)
@@ -95,7 +97,7 @@ def collect(
     model: MoEModel,
     batches: Iterable[Tensor],
     *,
-    spans: Sequence[Span] | None = None,
+    way: Way | None = None,
     on_batch: Callable[[int, float], None] = lambda num_tokens, loss: None,
 ) -> Statistics:
     """Collect the statistics of all batches: one forward and one backward pass each.
@@ -110,16 +112,19 @@ def collect(
     Args:
         model: dense or pruned; must pass `check_walk` if there are several spans.
         batches: int64 (N, W) token ids each.
-        spans: consecutive spans of decoder layers, from the first layer to the last; None is a single span.
+        way: how the batches go through the layers. None takes one batch after the other through all of them.
         on_batch: called after each batch's loss is known, with the number of tokens so far and their mean
             loss in nats per predicted token.
 
     Raises:
         FloatingPointError: a loss or statistic is NaN or infinite; the message names layer and batch.
     """
-    if spans is None:
-        spans = [range(len(model.decoder_layers))]
-    observers = [LayerObserver(layer) for layer in model.layers]
+    if way is None:
+        way = Way([range(len(model.decoder_layers))])
+    observers = [LayerObserver(layer, _device_of(layer, model)) for layer in model.layers]
+    if isinstance(way.shelf, Files):
+        _recover(observers, way.shelf)
+        way = replace(way, on_span=partial(_keep, observers, way.shelf))
     watched = [(layer.experts, observer) for layer, observer in zip(model.layers, observers, strict=True)]
     loss_sum, num_batches, num_tokens, num_predicted_tokens = 0.0, 0, 0, 0
     with (
@@ -127,8 +132,8 @@ def collect(
         gradient_from_embeddings(model.model),
         observe_experts(model.model, watched),
     ):
-        for number, ids_NW, loss in backward_by_spans(model, batches, spans):
-            check_finite(number, loss, observers)
+        for number, span, ids_NW, loss in backward_by_spans(model, batches, way):
+            check_finite(number, loss, [observer for observer in observers if observer.index in span])
             # The last span comes first and gives the loss; earlier spans visit the same batches again.
             if number < num_batches:
                 continue
@@ -141,6 +146,29 @@ def collect(
     return Statistics(
         layers=layers, num_tokens=num_tokens, num_predicted_tokens=num_predicted_tokens, loss_sum=loss_sum
     )
+
+
+def _device_of(layer: MoELayer, model: MoEModel) -> torch.device:
+    """The device on which a layer is, or will be once it is read."""
+    device: torch.device = layer.experts.down_proj.device
+    return model.device if device.type == "meta" else device
+
+
+def _keep(observers: Sequence[LayerObserver], files: Files, span: Span) -> None:
+    """Write the statistics of a span's layers to files."""
+    for observer in observers:
+        if observer.index in span:
+            for name, tensor in observer.sums.items():
+                files.put(f"statistics-{observer.index}-{name}", tensor)
+
+
+def _recover(observers: Sequence[LayerObserver], files: Files) -> None:
+    """Take over the statistics that an earlier process finished."""
+    for observer in observers:
+        for name, tensor in observer.sums.items():
+            file_name = f"statistics-{observer.index}-{name}"
+            if file_name in files:
+                tensor.copy_(files.get(file_name))
 
 
 # Statistics of the forward and of the backward pass, in order of computation.

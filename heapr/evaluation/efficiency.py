@@ -75,7 +75,8 @@ class Efficiency:
         num_parameters = sum(parameter.numel() for parameter in model.model.parameters())
         num_routed = num_zero = num_atomic_experts = 0
         for layer in model.layers:
-            zeros = zero_atomic_experts(layer)
+            with model.hold([layer.index]):
+                zeros = zero_atomic_experts(layer)
             num_routed += sum(parameter.numel() for parameter in layer.experts.parameters())
             num_zero += zeros * layer.atomic_expert_parameters
             num_atomic_experts += sum(layer.widths) - zeros

@@ -18,6 +18,7 @@ from heapr.evaluation.measurement import Material, Need
 from heapr.model.experts.dispatch import use_comparable_experts
 from heapr.model.load import ModelSource
 from heapr.model.moe import MoEModel
+from heapr.model.passes import final_hidden_states
 from heapr.progress import progress
 from heapr.text.corpora import Corpus
 from heapr.text.windows import batches, windows
@@ -81,9 +82,11 @@ class Fidelity:
         num_windows = len(self._windows.ids_NW)
         num_batches = math.ceil(num_windows / self.batch_size)
         bar = progress(batches(self._windows, self.batch_size), total=num_batches, description=self.name)
+        of_dense = final_hidden_states(dense, batches(self._windows, self.batch_size))
         with use_comparable_experts(dense.model), use_comparable_experts(pruned.model):
-            for number, ids_NW in enumerate(bar):
-                batch_divergence, batch_agreements = compare(dense, pruned, ids_NW.to(dense.device))
+            of_both = zip(of_dense, final_hidden_states(pruned, bar), strict=True)
+            for number, ((_, dense_hidden), (_, pruned_hidden)) in enumerate(of_both):
+                batch_divergence, batch_agreements = compare(dense, pruned, dense_hidden, pruned_hidden)
                 if not math.isfinite(batch_divergence):
                     problem = f"the divergence is NaN or infinite in batch {number}"
                     raise FloatingPointError(f"{self.name}: {problem}; use a wider model.dtype")
@@ -97,16 +100,22 @@ class Fidelity:
         return Evaluation(metrics, details={"window": self.window, "num_windows": num_windows})
 
 
-def compare(dense: MoEModel, pruned: MoEModel, ids_NW: Tensor) -> tuple[float, int]:
+def compare(
+    dense: MoEModel, pruned: MoEModel, dense_hidden: Tensor, pruned_hidden: Tensor
+) -> tuple[float, int]:
     """Sum of KL(dense || pruned) in nats over tokens, and the number of equal most probable tokens.
 
     Logits are computed chunk by chunk.
+
+    Args:
+        dense, pruned: the models.
+        dense_hidden, pruned_hidden: their final hidden states (N, W, D) of the same tokens.
     """
-    divergence = torch.zeros((), dtype=torch.float64, device=ids_NW.device)
-    agreements = torch.zeros((), dtype=torch.int64, device=ids_NW.device)
+    divergence = torch.zeros((), dtype=torch.float64, device=dense_hidden.device)
+    agreements = torch.zeros((), dtype=torch.int64, device=dense_hidden.device)
     size = dense.chunk_size()
-    dense_chunks = _predicting_states(dense, ids_NW).split(size)
-    pruned_chunks = _predicting_states(pruned, ids_NW).split(size)
+    dense_chunks = _predicting_states(dense_hidden).split(size)
+    pruned_chunks = _predicting_states(pruned_hidden).split(size)
     for dense_TD, pruned_TD in zip(dense_chunks, pruned_chunks, strict=True):
         dense_TV = dense.logits(dense_TD)
         pruned_TV = pruned.logits(pruned_TD)
@@ -120,7 +129,6 @@ def compare(dense: MoEModel, pruned: MoEModel, ids_NW: Tensor) -> tuple[float, i
     return divergence.item(), int(agreements)
 
 
-def _predicting_states(model: MoEModel, ids_NW: Tensor) -> Tensor:
+def _predicting_states(hidden_NWD: Tensor) -> Tensor:
     """Hidden states (T, D) of all tokens but the last of each sequence, which predict the next token."""
-    hidden_NWD = model.hidden_states(input_ids=ids_NW)
     return hidden_NWD[:, :-1].flatten(0, 1)

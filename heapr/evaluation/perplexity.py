@@ -16,11 +16,11 @@ from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge
-from torch import Tensor
 
 from heapr.evaluation.measurement import Material, Need
 from heapr.model.load import ModelSource
-from heapr.model.moe import MoEModel, next_token_loss
+from heapr.model.moe import next_token_loss
+from heapr.model.passes import final_hidden_states
 from heapr.progress import progress
 from heapr.text.corpora import Corpus
 from heapr.text.tokenizing import DOCUMENT_SEPARATOR
@@ -75,8 +75,8 @@ class Perplexity:
         num_batches = math.ceil(len(self._windows.ids_NW) / self.batch_size)
         losses: list[float] = []
         bar = progress(batches(self._windows, self.batch_size), total=num_batches, description=self.name)
-        for number, ids_NW in enumerate(bar):
-            loss_N = _window_losses(model, ids_NW.to(model.device))
+        for number, (ids_NW, hidden) in enumerate(final_hidden_states(model, bar)):
+            loss_N = next_token_loss(model, hidden, ids_NW).double().mean(dim=1)
             if not loss_N.isfinite().all():
                 raise FloatingPointError(
                     f"{self.name}: the loss is NaN or infinite in batch {number}; use a wider model.dtype"
@@ -146,9 +146,3 @@ def perplexity_increases(
             error = stdev(z) / math.sqrt(len(z))
             metrics[f"perplexity_increase_standard_error/{corpus}"] = error
     return dict(sorted(metrics.items()))
-
-
-def _window_losses(model: MoEModel, ids_NW: Tensor) -> Tensor:
-    """Mean next-token cross-entropy of each window in nats per token, float64 (N,)."""
-    loss_NW = next_token_loss(model, model.hidden_states(input_ids=ids_NW), ids_NW)
-    return loss_NW.double().mean(dim=1)

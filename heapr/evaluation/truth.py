@@ -8,8 +8,11 @@ it is computed once per score.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Annotated, Any
 
 import torch
@@ -22,6 +25,8 @@ from heapr.evaluation.measurement import Material, Need
 from heapr.model.experts.dispatch import use_comparable_experts
 from heapr.model.load import ModelSource
 from heapr.model.moe import MoEModel, next_token_loss
+from heapr.model.passes import Variant, final_hidden_states, unchanged
+from heapr.model.span import Span
 from heapr.progress import progress
 from heapr.pruning.masking import masked
 from heapr.score.criterion import predicted_increase
@@ -120,11 +125,14 @@ class Truth:
         score = _flat(scores.layers)
         predicted_layers = predicted_increase(scores, material.unit, material.statistics())
         predicted = None if predicted_layers is None else _flat(predicted_layers)
-        loss = self._mean_loss(model, tokens)
+        removed = [_removed_of_layers(group.removed, scores) for group in groups]
+        variants: list[Variant] = [unchanged, *(partial(_without, model, of_group) for of_group in removed)]
+        found = self._mean_losses(model, tokens, variants)
+        bar = progress(found, total=len(variants), description=self.name, unit="group")
+        loss = next(bar)
         rows = []
-        for group in progress(groups, total=len(groups), description=self.name, unit="group"):
-            with masked(model, _removed_of_layers(group.removed, scores)):
-                increase = self._mean_loss(model, tokens) - loss
+        for group, loss_of_group in zip(groups, bar, strict=True):
+            increase = loss_of_group - loss
             row: dict[str, float] = {
                 "atomic_experts": group.size,
                 "removed": len(group.removed),
@@ -147,21 +155,31 @@ class Truth:
             scores, exists, num_groups=self.num_groups, sample_size=self.sample_size, seed=self.seed
         )
 
-    def _mean_loss(self, model: MoEModel, tokens: TokenWindows) -> float:
-        """Mean next-token loss in nats per predicted token.
+    def _mean_losses(
+        self, model: MoEModel, tokens: TokenWindows, variants: Sequence[Variant]
+    ) -> Iterator[float]:
+        """Mean next-token loss of each variant of the model, in nats per predicted token.
 
         Raises:
             FloatingPointError: NaN or infinite.
         """
-        total = 0.0
+        all_batches = list(batches(tokens, self.batch_size))
         with use_comparable_experts(model.model):
-            for ids_NW in batches(tokens, self.batch_size):
-                on_device = ids_NW.to(model.device)
-                loss_NW = next_token_loss(model, model.hidden_states(input_ids=on_device), on_device)
-                total += loss_NW.double().sum().item()
-        if not math.isfinite(total):
-            raise FloatingPointError(f"{self.name}: the loss is NaN or infinite; use a wider model.dtype")
-        return total / tokens.num_predicted_tokens
+            passed = final_hidden_states(model, all_batches, variants)
+            for _ in variants:
+                total = 0.0
+                for ids_NW, hidden in islice(passed, len(all_batches)):
+                    total += next_token_loss(model, hidden, ids_NW).double().sum().item()
+                if not math.isfinite(total):
+                    raise FloatingPointError(
+                        f"{self.name}: the loss is NaN or infinite; use a wider model.dtype"
+                    )
+                yield total / tokens.num_predicted_tokens
+
+
+def _without(model: MoEModel, removed: Mapping[int, Tensor], span: Span) -> AbstractContextManager[None]:
+    """The model without some atomic experts, in the layers of a span."""
+    return masked(model, {index: removed_EF for index, removed_EF in removed.items() if index in span})
 
 
 def quantile_groups(

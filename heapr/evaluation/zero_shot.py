@@ -20,7 +20,13 @@ from annotated_types import Ge
 from heapr.errors import ConfigError
 from heapr.evaluation import zero_shot_local
 from heapr.evaluation.measurement import Material, Need
-from heapr.evaluation.zero_shot_engine import LoadedTask, check_end_token, evaluate_task, load_task
+from heapr.evaluation.zero_shot_engine import (
+    LoadedTask,
+    check_end_token,
+    evaluate_task,
+    generates_text,
+    load_task,
+)
 from heapr.files import hash_files, user_path
 from heapr.model.load import ModelSource
 from heapr.types import Evaluation, Metrics
@@ -94,6 +100,19 @@ class ZeroShot:
         self.fetch()
         assert self._loaded is not None
         check_end_token(self._loaded, self._tokenizer)
+
+    def refuse_generation(self) -> None:
+        """Refuse tasks that generate text, token after token.
+
+        Raises:
+            ConfigError: this is one of them.
+        """
+        assert self._loaded is not None, "prepare() comes first"
+        if generates_text(self._loaded):
+            raise ConfigError(
+                f"zero-shot task '{self.task}' generates text, and a streamed model would be read from the"
+                " disk once for every token; leave the task out, or give runtime.stream=false"
+            )
 
     def fetch(self) -> None:
         """Load the task and its data from the local cache or the hub.

@@ -110,6 +110,11 @@ def load_task(name: str, folder: Path | None, content: str) -> LoadedTask:
     return LoadedTask(name, manager, loaded["tasks"], roots)
 
 
+def generates_text(task: LoadedTask) -> bool:
+    """Whether the model has to generate text for it, token after token."""
+    return any(single.OUTPUT_TYPE == "generate_until" for single in task.tasks.values())
+
+
 def check_end_token(task: LoadedTask, tokenizer: PreTrainedTokenizerBase) -> None:
     """Check that the tokenizer has the special token that a task needs.
 
@@ -119,7 +124,7 @@ def check_end_token(task: LoadedTask, tokenizer: PreTrainedTokenizerBase) -> Non
     Raises:
         ConfigError: the tokenizer has no such token.
     """
-    generates = any(single.OUTPUT_TYPE == "generate_until" for single in task.tasks.values())
+    generates = generates_text(task)
     has_beginning = tokenizer.bos_token_id is not None
     if tokenizer.eos_token_id is not None or (has_beginning and not generates):
         return

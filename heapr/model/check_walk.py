@@ -8,20 +8,23 @@ where the tape does not see it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from heapr.errors import ConfigError
+from heapr.files import write_json
 from heapr.model.experts.dispatch import use_heapr_experts
 from heapr.model.experts.grouped import run_fastest
 from heapr.model.experts.layout import Experts
 from heapr.model.moe import MoEModel, frozen_parameters, gradient_from_embeddings, summed_loss_backward
 from heapr.model.passes import span_backward
-from heapr.model.span import probe_tokens, run_span
+from heapr.model.span import probe_tokens, reads_of, run_span
 from heapr.model.tape import Output, Tape, hidden_of
 
 # First token ids of the two probe batches. Lower ids are often special, and padding may embed as zero.
@@ -55,13 +58,36 @@ def check_walk(model: MoEModel, *, needed_by: str, instead: str, gradients: bool
         )
 
 
+def check_streamed(model: MoEModel, remembered: Path) -> None:
+    """Refuse models that cannot be streamed, and find out which outputs each layer reads.
+
+    It takes reading the model five times, so the result is remembered. Gradients are not compared with those
+    of a plain pass, which would need the whole model in memory.
+
+    Args:
+        model: streamed.
+        remembered: file for the result; it belongs to this model alone.
+
+    Raises:
+        ConfigError: naming the layer and what differs.
+    """
+    if not remembered.is_file():
+        check_walk(model, needed_by="runtime.stream=true", instead="runtime.stream=false")
+        model.check_head()
+        reads_of(model)
+        remembered.parent.mkdir(parents=True, exist_ok=True)
+        write_json(remembered, {"reads": model.reads})
+    model.reads = json.loads(remembered.read_text(encoding="utf-8"))["reads"]
+
+
 def _first_fault(model: MoEModel, passes: Sequence[_Pass], gradients: bool) -> str | None:
     """The first difference, layer after layer; None if there is none."""
     for layer in range(len(model.decoder_layers)):
-        for one_pass in passes:
-            fault = one_pass.forward_fault(layer)
-            if fault is not None:
-                return fault
+        with model.hold([layer]):
+            faults = [one_pass.forward_fault(layer) for one_pass in passes]
+        fault = next(filter(None, faults), None)
+        if fault is not None:
+            return fault
     if not gradients:
         return None
     for one_pass in passes:
@@ -121,9 +147,10 @@ class _Pass:
     def backward_fault(self) -> str | None:
         """Send the loss back layer by layer; returns what differs from the plain pass, if anything."""
         embedded: list[Tensor] = []
+        reads = reads_of(self.model)
         with use_heapr_experts(self.model.model), _embedded_tokens(self.model, embedded):
             for layer in reversed(range(len(self.outputs))):
-                span_backward(self.model, self.tape, range(layer, layer + 1))
+                span_backward(self.model, self.tape, range(layer, layer + 1), reads)
                 if layer == 0:
                     break
                 expected = hidden_of(self.outputs[layer - 1]).grad

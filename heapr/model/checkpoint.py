@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
-from torch import Size, Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from heapr.errors import ConfigError
@@ -30,6 +28,7 @@ from heapr.model.modelling_file import (
 )
 from heapr.model.moe import MoEModel
 from heapr.model.ragged_type import family_config_class, ragged_classes
+from heapr.model.shard_writer import write_weights
 
 REMOTE_MODULES = "transformers_modules."  # where transformers imports Python code beside weights from
 MAX_SHARD_SIZE = "5GB"
@@ -52,6 +51,7 @@ def save_checkpoint(model: MoEModel, original: Path, folder: Path, *, about: Map
         _save_ragged(model, folder, about)
     else:
         _save_stock(model.model, folder, about)
+    write_weights(model, folder, max_shard_size=MAX_SHARD_SIZE, by_family=not model.is_ragged)
     write_index(folder)
     if not type(model.model.config).__module__.startswith(REMOTE_MODULES):
         write_config(original, folder)
@@ -86,16 +86,7 @@ def _save_stock(model: PreTrainedModel, folder: Path, about: Mapping[str, Any]) 
             beside = module_beside(type(model), folder).removeprefix(".")
             classes = {"AutoConfig": type(model.config), **family_classes(type(model.config))}
             model.config.auto_map = {name: f"{beside}.{each.__name__}" for name, each in classes.items()}
-    # transformers copies weights to save them, which may not fit on the GPU. Tied weights stay one tensor.
-    on_cpu: dict[tuple[int, Size], Tensor] = {}
-    state = {}
-    for name, tensor in model.state_dict().items():
-        key = (tensor.data_ptr(), tensor.shape)
-        state[name] = on_cpu.setdefault(key, tensor.cpu())
-    if not own_module.startswith("transformers."):
-        # Other tools have a class of their own for such a family, and vLLM's does not tie weights.
-        state |= {name: state[name].clone() for name in _tied(model) & state.keys()}
-    model.save_pretrained(folder, state_dict=state, max_shard_size=MAX_SHARD_SIZE)
+    model.save_pretrained(folder, state_dict={})  # all but the weights
 
 
 def _save_ragged(model: MoEModel, folder: Path, about: Mapping[str, Any]) -> None:
@@ -114,13 +105,3 @@ def _save_ragged(model: MoEModel, folder: Path, about: Mapping[str, Any]) -> Non
     classes = ragged_classes(config_class)  # type: ignore[arg-type]
     classes.config.from_dict(settings).save_pretrained(folder)
     write_modelling_files(config_class, folder)
-    tied = _tied(source)
-    # Tied weights are left out here: the writer would list them in the metadata, in no reproducible order.
-    state = {name: tensor for name, tensor in source.state_dict().items() if name not in tied}
-    huggingface_hub.save_torch_state_dict(state, folder, max_shard_size=MAX_SHARD_SIZE)
-
-
-def _tied(model: PreTrainedModel) -> set[str]:
-    """Names of weights that are another one's."""
-    is_tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
-    return set(model._tied_weights_keys or []) if is_tied else set()

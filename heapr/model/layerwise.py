@@ -9,6 +9,8 @@ Shape letters: T tokens of all batches, D model width, K experts per token.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -40,31 +42,65 @@ def walk_layers(
         ConfigError: `follow_stream` is set and the model does not pass `check_stream`.
         FloatingPointError: an input is NaN or infinite; the message names the layer.
     """
-    reads = reads_of(model)
-    on_device = [ids_NW.to(model.device) for ids_NW in batches]
-    tapes = [Tape(ids_NW) for ids_NW in on_device]
-    originals = [Tape(ids_NW) for ids_NW in on_device]
-    probe = Tape(probe_tokens(model))
-    for layer in model.layers:
-        for tape in tapes:
-            advance(model, tape, layer.index, reads)
-        target = None
+    walk = _Walk(model, batches, follow_stream=follow_stream)
+    with ExitStack() as held:
+        for layer in model.layers:
+            walk.advance(layer.index, held)
+            held.enter_context(model.hold([layer.index]))
+            inputs, target = walk.inputs_and_target(layer)
+            yield layer, inputs, target
+            del inputs, target
+
+
+class _Walk:
+    """All batches on their way from one MoE layer to the next.
+
+    Each batch has a tape through the model as it is now. If the stream is followed, another one goes through
+    the model as it was, and some tokens probe how a layer adds its experts' outputs to the stream.
+    """
+
+    def __init__(self, model: MoEModel, batches: Sequence[Tensor], *, follow_stream: bool) -> None:
+        self._model, self._reads = model, reads_of(model)
+        shelf, numbers = model.shelf(), count()
+        on_device = [ids_NW.to(model.device) for ids_NW in batches]
+        self._tapes = [Tape(ids_NW, shelf, next(numbers)) for ids_NW in on_device]
+        self._originals: list[Tape] = []
         if follow_stream:
-            scale = scale_of(model, probe, layer, reads)
-            parts, targets = [], []
-            for tape, original in zip(tapes, originals, strict=True):
-                part, without = without_experts(model, tape, layer)
-                stream = hidden_of(advance(model, original, layer.index + 1, reads)[-1])
-                parts.append(part)
-                targets.append(StreamTarget.between(stream, without, scale))
-            target = StreamTarget.joined(targets)
-            del targets, stream, without
-        else:
-            parts = [expert_inputs(model, tape, layer) for tape in tapes]
-        inputs = _joined(layer, parts)
-        del parts  # a generator would hold it while the caller works
-        yield layer, inputs, target
-        del inputs, target
+            self._originals = [Tape(ids_NW, shelf, next(numbers)) for ids_NW in on_device]
+        self._probe = Tape(probe_tokens(model))
+
+    def advance(self, upto: int, held: ExitStack) -> None:
+        """Take every batch up to a layer, one layer after the other.
+
+        Args:
+            upto: the layer.
+            held: holds the layer at which the batches are; left once they are behind it.
+        """
+        tapes = [*self._tapes, *self._originals]
+        if self._originals:
+            tapes.append(self._probe)
+        first = min(len(tape) for tape in tapes)
+        for layer in range(first, upto):
+            with self._model.hold([layer]):
+                held.close()
+                for tape in tapes:
+                    advance(self._model, tape, layer + 1, self._reads)
+
+    def inputs_and_target(self, layer: MoELayer) -> tuple[ExpertInputs, StreamTarget | None]:
+        """The inputs of a layer's experts, and the target if the stream is followed."""
+        if not self._originals:
+            parts = [expert_inputs(self._model, tape, layer) for tape in self._tapes]
+            return _joined(layer, parts), None
+        scale = scale_of(self._model, self._probe, layer, self._reads)
+        parts, targets = [], []
+        for tape, original in zip(self._tapes, self._originals, strict=True):
+            part, without = without_experts(self._model, tape, layer)
+            stream = hidden_of(advance(self._model, original, layer.index + 1, self._reads)[-1])
+            parts.append(part)
+            targets.append(StreamTarget.between(stream, without, scale))
+        target = StreamTarget.joined(targets)
+        del targets
+        return _joined(layer, parts), target
 
 
 def _joined(layer: MoELayer, inputs: Sequence[ExpertInputs]) -> ExpertInputs:

@@ -7,6 +7,7 @@ is refused here.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from heapr.files import user_path
 from heapr.hub import hub_is_reachable
 from heapr.model.config_file import prediction_heads
 from heapr.model.description import CONFIG_FILE, UNUSABLE, read_config, read_tokenizer
+from heapr.model.heap import give_back_freed_memory
 from heapr.model.model_files import (
     DESCRIPTION_FILES,
     INDEX,
@@ -37,7 +39,9 @@ from heapr.model.model_files import (
     weight_files,
 )
 from heapr.model.moe import MoEModel, experts_per_token, find_moe_layers
+from heapr.model.residency import Streamed
 from heapr.model.tensors import check_tensors, report_left_out
+from heapr.model.weights import LayerWeights
 from heapr.words import first_line
 
 BUILTIN_PREFIX = "builtin:"
@@ -128,7 +132,8 @@ class ModelSource:
 
     def on_meta(self) -> MoEModel:
         """The model on the meta device, in its dtype: shapes, no memory."""
-        return MoEModel(_on_meta(self.config, str(self.folder), self.trust_remote_code, self.dtype))
+        config = copy.deepcopy(self.config)  # the uniform form changes its model's
+        return MoEModel(_on_meta(config, str(self.folder), self.trust_remote_code, self.dtype))
 
     def load(self, device: torch.device, device_map: str | None = None) -> MoEModel:
         """Load the weights; those of a hub model are downloaded first.
@@ -146,6 +151,24 @@ class ModelSource:
         model = MoEModel(self._load_weights(placement))
         model.check_head()
         return model
+
+    def stream(self, device: torch.device, *, tapes: Path | None = None) -> MoEModel:
+        """The model with one decoder layer in memory at a time.
+
+        Args:
+            device: where a layer goes.
+            tapes: folder for what layers put out while they are not in memory; None leaves it in the CPU's
+                memory.
+
+        Raises:
+            ConfigError: see `load`; or a layer's weights cannot be read by themselves.
+        """
+        self.fetch()
+        _ = self.left_out
+        give_back_freed_memory()
+        model = self.on_meta()
+        weights = LayerWeights(model.model, model.layers_name, self.folder, device)
+        return MoEModel(model.model, Streamed(model.decoder_layers, model.layers, weights, tapes))
 
     def fetch(self) -> None:
         """Download the weights of a hub model, and check the weight files of any model.

@@ -68,7 +68,7 @@ def check_weight_files(folder: Path) -> None:
     for name in names:
         if not (folder / name).is_file():
             raise ConfigError(f"the weights in '{folder}' cannot be loaded: {name} is missing; get it again")
-        header = _read_header(folder / name)
+        header = read_header(folder / name)
         for tensor in header:
             if tensor in where:
                 raise ConfigError(
@@ -82,7 +82,7 @@ def read_headers(folder: Path) -> Headers:
     """dtype, shape and offsets of every tensor, by its name in the files."""
     headers: dict[str, Mapping[str, Any]] = {}
     for name in weight_files(folder):
-        headers |= _read_header(folder / name)
+        headers |= read_header(folder / name)
     return headers
 
 
@@ -106,13 +106,13 @@ def write_index(folder: Path) -> None:
     index = folder / INDEX
     if index.is_file():
         return
-    header = _read_header(folder / WEIGHTS)
+    header = read_header(folder / WEIGHTS)
     ends = [entry["data_offsets"][1] for entry in header.values()]
     weight_map = dict.fromkeys(sorted(header), WEIGHTS)
     write_json(index, {"metadata": {"total_size": max(ends)}, "weight_map": weight_map})
 
 
-def _read_header(path: Path) -> dict[str, Mapping[str, Any]]:
+def read_header(path: Path) -> dict[str, Mapping[str, Any]]:
     """The header of a safetensors file.
 
     The file is 8 bytes for the header's length, the header, and the data that it describes.

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,8 @@ from heapr.errors import ConfigError
 from heapr.model.experts.dispatch import CAPABILITIES, is_experts
 from heapr.model.experts.layout import Experts, is_ragged, layout_of, matrices_of, model_width_of, widths_of
 from heapr.model.experts.ragged import RaggedExperts
+from heapr.model.residency import InMemory, Residency
+from heapr.model.shelf import Shelf
 from heapr.types import ExpertWeights
 
 # Names of K in the families' configurations.
@@ -108,14 +111,17 @@ class MoEModel:
 
     Args:
         model: any transformers causal language model whose experts use `use_experts_implementation`.
+        residency: which of its layers are in memory. None means all of them.
 
     Raises:
         ConfigError: the model has no MoE layer, or needs a missing capability, which the message names.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, residency: Residency | None = None) -> None:
         self.model = model.eval()
         self.layers = find_moe_layers(model)
+        self.residency: Residency = residency or InMemory()
+        self.reads: list[list[int]] | None = None  # see `reads_of`
         self._head = _without_body(model)
 
     @property
@@ -142,8 +148,40 @@ class MoEModel:
     @property
     def decoder_layers(self) -> list[nn.Module]:
         """All decoder layers, with and without experts, in order."""
-        container = self.model.get_submodule(DECODER_LAYER.split(self.layers[0].name)[0])
+        container = self.model.get_submodule(self.layers_name)
         return list(container.children())
+
+    @property
+    def layers_name(self) -> str:
+        """Name of the list of decoder layers in the model."""
+        name: str = DECODER_LAYER.split(self.layers[0].name)[0]
+        return name
+
+    @property
+    def spans(self) -> list[range]:
+        """Decoder layers that are in memory together, from the first to the last."""
+        return self.residency.spans(len(self.decoder_layers))
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether not all of its layers are in memory."""
+        return len(self.spans) > 1
+
+    def hold(self, layers: Sequence[int]) -> AbstractContextManager[None]:
+        """A context in which these decoder layers are in memory."""
+        return self.residency.hold(layers)
+
+    def shelf(self) -> Shelf:
+        """A new place for the outputs of layers."""
+        return self.residency.shelf()
+
+    def change(self, layer: MoELayer, change: Callable[[], None]) -> None:
+        """Change a layer's experts; see `Residency`."""
+        self.residency.change(layer, change)
+
+    def remember(self, layer: MoELayer, change: Callable[[], None]) -> None:
+        """Say that a layer in memory has been changed like this; see `Residency`."""
+        self.residency.remember(layer, change)
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Logits (T, V) of final hidden states in float32, by the model's own forward.
@@ -162,9 +200,16 @@ class MoEModel:
             ConfigError: this model is one of them.
         """
         ids_NW = torch.arange(8, device=self.device).unsqueeze(0)
+        bodies: list[Any] = []
+        hook = self.body.register_forward_hook(lambda _, __, output: bodies.append(output))
+        try:
+            with torch.no_grad():
+                expected = self.model(input_ids=ids_NW, use_cache=False).logits.float()
+        finally:
+            hook.remove()
         with torch.no_grad():
-            expected = self.model(input_ids=ids_NW, use_cache=False).logits.float()
-            found = self.logits(self.hidden_states(input_ids=ids_NW)[0])
+            hidden_NWD = bodies[0].last_hidden_state.to(self.device)
+            found = self.logits(hidden_NWD[0])
             difference = (found - expected[0]).abs().max()
         # False for NaN, which calibration reports.
         if difference > 1e-2 * expected.abs().max():

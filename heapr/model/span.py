@@ -47,6 +47,7 @@ def run_span(model: MoEModel, ids_NW: Tensor, span: Span, answers: Sequence[Outp
             raise Reached
 
     with ExitStack() as stack:
+        stack.enter_context(model.hold(span))
         stack.enter_context(_answering(model, answers))
         for layer in model.decoder_layers[span.start : span.stop]:
             stack.callback(layer.register_forward_hook(record).remove)
@@ -62,7 +63,8 @@ def run_rest(model: MoEModel, ids_NW: Tensor, answers: Sequence[Output]) -> Tens
     Returns:
         the final hidden states (N, W, D), on the model's first device.
     """
-    with _answering(model, answers):
+    rest = range(len(answers), len(model.decoder_layers))
+    with model.hold(rest), _answering(model, answers):
         return model.hidden_states(input_ids=ids_NW)
 
 
@@ -90,6 +92,8 @@ class Reads:
 
     def by(self, *spans: Span) -> set[int]:
         """The layers whose outputs are needed to run each of the spans alone."""
+        if not self.of_layer:
+            return set()
         num_layers = len(self.of_layer) - 1
         read: set[int] = set()
         for span in spans:
@@ -99,12 +103,22 @@ class Reads:
         return read
 
 
-@torch.no_grad()
+NO_READS = Reads(())  # of a single span: there is nothing to read again
+
+
 def reads_of(model: MoEModel) -> Reads:
-    """Find out, on a few tokens, which earlier outputs each layer reads.
+    """Find out, on a few tokens, which earlier outputs each layer reads. It is done once per model.
 
     In most families a layer reads only those of the layer before it.
     """
+    if model.reads is None:
+        model.reads = [sorted(layers) for layers in _look(model).of_layer]
+    return Reads(tuple(map(frozenset, model.reads)))
+
+
+@torch.no_grad()
+def _look(model: MoEModel) -> Reads:
+    """Run one layer after the other and see what each reads."""
     num_layers = len(model.decoder_layers)
     tape = Tape(probe_tokens(model))
     of_layer = []
@@ -132,7 +146,7 @@ def advance(model: MoEModel, tape: Tape, upto: int, reads: Reads) -> list[Output
     if not span:
         return []
     with use_heapr_experts(model.model):
-        outputs = run_span(model, tape.ids_NW, span, tape.answers(span.start))
+        outputs = run_span(model, tape.ids_NW, span, tape.answers(span.start, reads.by(span)))
     tape.put(outputs)
     tape.keep(reads.by(range(upto, len(model.decoder_layers))))
     return outputs

@@ -71,7 +71,8 @@ def check_stream(model: MoEModel) -> None:
     """
     probe, reads = Tape(probe_tokens(model)), reads_of(model)
     for layer in model.layers:
-        scale_of(model, probe, layer, reads)
+        with model.hold([layer.index]):
+            scale_of(model, probe, layer, reads)
 
 
 def scale_of(model: MoEModel, probe: Tape, layer: MoELayer, reads: Reads) -> float:

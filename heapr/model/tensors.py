@@ -7,18 +7,20 @@ alone.
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightConverter, WeightTransform
 from transformers.utils import logging as transformers_logging
 
 from heapr.errors import ConfigError
@@ -135,12 +137,20 @@ def _load(model: PreTrainedModel, headers: Headers) -> _Loaded:
         dropped.update(before - set(report.unexpected_keys))
         reports.append(report)
 
+    def load(model: Any, tensors: Any, files: Any, config: Any) -> Any:
+        here = replace(config, weight_mapping=without_cpu(config.weight_mapping))
+        return model_class._load_pretrained_model(model, tensors, files, here)
+
     # The same name and module, because transformers finds conversions by them.
-    members = {"_adjust_missing_and_unexpected_keys": adjust, "__module__": model_class.__module__}
+    members = {
+        "_adjust_missing_and_unexpected_keys": adjust,
+        "_load_pretrained_model": staticmethod(load),
+        "__module__": model_class.__module__,
+    }
     watched: Any = type(model_class.__name__, (model_class,), members)
     tensors = dict(_without_memory(headers))
     try:
-        with _silent():
+        with silent():
             watched.from_pretrained(
                 None, config=model.config, state_dict=tensors, device_map="meta", ignore_mismatched_sizes=True
             )
@@ -158,6 +168,16 @@ def _load(model: PreTrainedModel, headers: Headers) -> _Loaded:
         mismatched=sorted(mismatched) + sorted(report.conversion_errors),
         left_out=LeftOut(known=tuple(sorted(known)), unknown=tuple(sorted(report.unexpected_keys))),
     )
+
+
+def without_cpu(conversions: Sequence[WeightTransform]) -> list[WeightTransform]:
+    """Conversions of which none goes through the CPU, where tensors on the meta device cannot go;
+    transformers sends very large ones there."""
+    copies = copy.deepcopy(list(conversions))
+    for conversion in copies:
+        if isinstance(conversion, WeightConverter):
+            conversion.force_cpu = False
+    return copies
 
 
 def _without_memory(headers: Headers) -> Iterator[tuple[str, Tensor]]:
@@ -188,7 +208,7 @@ def _summary(names: Iterable[str]) -> str:
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
+def silent() -> Iterator[None]:
     """Inside the context, hide transformers' progress bar and loading report; settings are restored."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)

@@ -8,6 +8,7 @@ Shape letters: D model width, E experts, F atomic experts of an expert, G rows o
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from heapr.model.layerwise import walk_layers
 from heapr.model.moe import MoELayer, MoEModel
 from heapr.progress import progress
 from heapr.pruning.layer_repair import LayerRepair, Repair
+from heapr.pruning.repaired import RepairedLayers
 from heapr.types import Plan, RepairedWeights
 
 
@@ -34,7 +36,12 @@ def remove(model: MoEModel, plan: Plan, repaired: RepairedWeights | None = None)
         repaired: the kept weights that repair changed. With None, all kept weights keep their values.
     """
     for layer in model.layers:
-        layer.replace_experts(_cut(layer, plan, repaired))
+        model.change(layer, partial(_replace, layer, plan, repaired))
+
+
+def _replace(layer: MoELayer, plan: Plan, repaired: RepairedWeights | None) -> None:
+    """Replace a layer's experts by ragged ones with the kept weights."""
+    layer.replace_experts(_cut(layer, plan, repaired))
 
 
 @torch.no_grad()
@@ -44,6 +51,7 @@ def remove_and_repair(
     plan: Plan,
     repair: Repair,
     batches: Sequence[Tensor],
+    repaired: RepairedLayers | None = None,
 ) -> dict[int, LayerRepair]:
     """Remove and repair layer by layer (docs/method.md, 18 to 23). Layers that lose nothing are not changed.
 
@@ -52,6 +60,8 @@ def remove_and_repair(
         plan: for this model.
         repair: the repair method.
         batches: calibration tokens, int64 (N, W) each.
+        repaired: receives the weights that the repair may change. Layers that it already holds are not
+            repaired again.
 
     Returns:
         what the repair reports for each layer, by decoder layer index.
@@ -60,25 +70,33 @@ def remove_and_repair(
         ConfigError: the repair follows the residual stream, and the model does not pass `check_stream`.
         FloatingPointError: NaN or infinity; the message names the layer.
     """
-    found: dict[int, LayerRepair] = {}
-    cut_from_dense: list[tuple[MoELayer, RaggedExperts]] = []
+    repaired = RepairedLayers() if repaired is None else repaired
+    names = _repaired_names(model, repair)
     walk = walk_layers(model, batches, follow_stream=repair.follows_stream)
     bar = progress(walk, total=len(model.layers), description="repair", unit="layer")
     for layer, inputs, target in bar:
-        after = _cut(layer, plan, None)
-        if after.widths == tuple(layer.widths):
-            found[layer.index] = LayerRepair(error_before=0.0, error_after=0.0, num_repaired=0)
-        else:
-            found[layer.index] = repair(layer.experts, after, inputs, target=target)
+        is_done = layer.index in repaired
+        after = _cut(layer, plan, repaired if is_done else None)
+        if not is_done:
+            found = LayerRepair(error_before=0.0, error_after=0.0, num_repaired=0)
+            if after.widths != tuple(layer.widths):
+                found = repair(layer.experts, after, inputs, target=target)
+            tensors = {name: after.get_parameter(name).detach() for name in names}
+            repaired.add(layer.index, tensors, found)
         if repair.is_sequential:
             layer.replace_experts(after)
-        else:
-            cut_from_dense.append((layer, after))
+            model.remember(layer, partial(_replace, layer, plan, repaired))
         # Free them before those of the next layer are computed.
-        del inputs, target
-    for layer, after in cut_from_dense:
-        layer.replace_experts(after)
-    return found
+        del inputs, target, after
+    if not repair.is_sequential:
+        remove(model, plan, repaired)
+    return repaired.found
+
+
+def _repaired_names(model: MoEModel, repair: Repair) -> list[str]:
+    """Names of the ragged experts' parameters that a repair may change."""
+    inputs = [layout_of(model.layers[0].experts).input_name] if repair.refits_inputs else []
+    return [*inputs, "down_proj"]
 
 
 @torch.no_grad()
@@ -88,21 +106,30 @@ def mask(model: MoEModel, plan: Plan, repaired: RepairedWeights | None = None) -
     The model computes the same function as after `remove`, and keeps its shape. The arguments are the same.
     """
     for layer in model.layers:
-        masks = _with_masks(layer, plan)
-        kept_matrices = matrices_of(_cut(layer, plan, repaired))
-        for (matrices, kept_F, kept_G), left in zip(masks, kept_matrices, strict=True):
-            matrices.down_DF[:, kept_F] = left.down_DF
-            matrices.inputs_GD[kept_G] = left.inputs_GD
-            matrices.down_DF[:, ~kept_F] = 0
-            matrices.inputs_GD[~kept_G] = 0
-            if matrices.inputs_bias_G is not None:
-                matrices.inputs_bias_G[~kept_G] = 0
+        model.change(layer, partial(_mask, layer, plan, repaired))
+
+
+def _mask(layer: MoELayer, plan: Plan, repaired: RepairedWeights | None) -> None:
+    """Set what is removed from a layer's experts to zero."""
+    if layer.experts.down_proj.is_meta:
+        return
+    masks = _with_masks(layer, plan)
+    kept_matrices = matrices_of(_cut(layer, plan, repaired))
+    for (matrices, kept_F, kept_G), left in zip(masks, kept_matrices, strict=True):
+        matrices.down_DF[:, kept_F] = left.down_DF
+        matrices.inputs_GD[kept_G] = left.inputs_GD
+        matrices.down_DF[:, ~kept_F] = 0
+        matrices.inputs_GD[~kept_G] = 0
+        if matrices.inputs_bias_G is not None:
+            matrices.inputs_bias_G[~kept_G] = 0
 
 
 def _cut(layer: MoELayer, plan: Plan, repaired: RepairedWeights | None) -> RaggedExperts:
     """New ragged experts with a layer's kept weights, repaired where repaired weights are given."""
     width_E = plan.layers[layer.index].sum(dim=1)
     experts = RaggedExperts(layer.experts, width_E.tolist())
+    if layer.experts.down_proj.is_meta:  # only the shape, of a layer that is not in memory
+        return experts
     experts.fill(_kept_matrices(layer, plan))
     if repaired is not None:
         for name, tensor in repaired[layer.index].items():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from heapr.errors import ConfigError
 from heapr.model.experts.layout import Experts, Matrices, layout_of, matrices_of, model_width_of
-from heapr.model.moe import MoEModel, find_moe_layers
+from heapr.model.moe import MoELayer, MoEModel, find_moe_layers
 from heapr.pruning.budget import Budget, Widths, near_widths, the_width
 
 Settings = Mapping[str, int]
@@ -231,9 +232,12 @@ def make_uniform(model: MoEModel, settings: Settings) -> None:
     for field, value in settings.items():
         setattr(config, field, value)
     for layer in model.layers:
-        dense: Experts = template.get_submodule(layer.name)
-        fill_experts(dense, list(matrices_of(layer.experts)))
-        layer.replace_experts(dense)
+        model.change(layer, partial(_become, layer, template.get_submodule(layer.name)))
+
+
+def _become(layer: MoELayer, dense: Experts) -> None:
+    fill_experts(dense, list(matrices_of(layer.experts)))
+    layer.replace_experts(dense)
 
 
 def fill_experts(dense: Experts, matrices: Sequence[Matrices]) -> None:

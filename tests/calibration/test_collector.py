@@ -14,25 +14,13 @@ from heapr.calibration.collector import collect
 from heapr.model.experts import dispatch, grouped
 from heapr.model.experts.grouped import run_grouped
 from heapr.model.moe import MoEModel
+from heapr.model.passes import Way
 from heapr.pruning.surgery import remove
 from heapr.score.gradient import Heapr
 from heapr.types import Plan, Statistics
 from tests.oracle import published_scores, visits_of
+from tests.same import assert_same_statistics
 from tests.tiny import no_weights, tiny_ids, tiny_qwen3_moe
-
-
-def assert_same_statistics(a: Statistics, b: Statistics, tolerance: float = 1e-5) -> None:
-    assert a.layers.keys() == b.layers.keys()
-    assert (a.num_tokens, a.num_predicted_tokens) == (b.num_tokens, b.num_predicted_tokens)
-    assert a.loss_sum == pytest.approx(b.loss_sum, rel=tolerance)
-    for index in a.layers:
-        for name, tensor in a.layers[index].items():
-            other = getattr(b.layers[index], name)
-            # a signed sum may cancel, so it is compared on the scale of what was summed
-            atol = tolerance * float(other.abs().max()) if name == "gh_sum_EF" else 0.0
-            torch.testing.assert_close(
-                tensor, other, rtol=tolerance, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
-            )
 
 
 def test_heapr_score_equals_published_two_stage_procedure(causal_lm: PreTrainedModel, ids_NW: Tensor) -> None:
@@ -199,7 +187,7 @@ def test_statistics_by_spans_are_those_of_one_pass(ids_NW: Tensor, cut: bool) ->
         )
     told: list[list[tuple[int, float]]] = [[], []]
     whole = collect(model, ids_NW.split(3), on_batch=lambda *batch: told[0].append(batch))
-    parts = collect(model, ids_NW.split(3), spans=SPANS, on_batch=lambda *batch: told[1].append(batch))
+    parts = collect(model, ids_NW.split(3), way=Way(SPANS), on_batch=lambda *batch: told[1].append(batch))
     assert told[0] == told[1] and len(told[0]) == 3
     assert (whole.loss_sum, whole.num_tokens, whole.num_predicted_tokens) == (
         parts.loss_sum,
@@ -224,7 +212,7 @@ def test_not_a_number_by_spans_names_layer_and_batch(ids_NW: Tensor, parameter: 
     with torch.no_grad():
         causal_lm.get_parameter(parameter).fill_(float("nan"))
     with pytest.raises(FloatingPointError, match=f"{place} is NaN or infinite in batch 0"):
-        collect(MoEModel(causal_lm), ids_NW.split(4), spans=SPANS)
+        collect(MoEModel(causal_lm), ids_NW.split(4), way=Way(SPANS))
 
 
 def test_batches_of_one_span_are_asked_for_one_by_one(ids_NW: Tensor) -> None:
