@@ -79,7 +79,9 @@ def test_the_ragged_checkpoint_is_the_dense_model_without_what_the_plan_removes(
         model, heapr.load_pruned(run.model_folder, plan=artifact(summary) / "plan.safetensors"), IDS_NW
     )
     assert not torch.equal(logits(model, IDS_NW), logits(heapr.load_pruned(run.model_folder), IDS_NW))
-    assert (folder / "heapr" / "plan.safetensors").read_bytes() == (artifact(summary) / "plan.safetensors").read_bytes()
+    assert (folder / "heapr" / "plan.safetensors").read_bytes() == (
+        artifact(summary) / "plan.safetensors"
+    ).read_bytes()
     assert AutoTokenizer.from_pretrained(folder)("abc").input_ids == byte_tokenizer()("abc").input_ids
     widths = json.loads((folder / "config.json").read_text())["expert_widths"]
     kept = load_file(folder / "heapr" / "plan.safetensors")
@@ -390,7 +392,9 @@ def elsewhere(finished: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_stock_forms_of_our_own_family_have_tied_weights_twice_for_tools_that_do_not_tie(tmp_path: Path) -> None:
+def test_stock_forms_of_our_own_family_have_tied_weights_twice_for_tools_that_do_not_tie(
+    tmp_path: Path,
+) -> None:
     model = MoEModel(tiny_model("deepseek", tie_word_embeddings=True))
     original = write_description(tmp_path / "original", model.model)
     save_checkpoint(model, original, tmp_path / "masked", about={})
