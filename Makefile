@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup run test launchers lint type bench clean
+.PHONY: setup run test launchers lint type bench gpu engines clean
 
 run: $(STAMP) ## prune the built-in model on real text, offline
 	$(BIN)/python run.py
@@ -25,6 +25,12 @@ type: $(STAMP)
 
 bench: $(STAMP) ## calibration against the floor and against the published two-stage procedure
 	$(BIN)/python benchmarks/calibration.py
+
+engines: $(STAMP) ## every form of a checkpoint in vLLM, llama.cpp and MLX; builds their environments in .engines/
+	$(BIN)/python benchmarks/engines/table.py
+
+gpu: ## all that is measured on a GPU, toy shapes without one; installs nothing, WHEELS=folder has what is missing
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu $(if $(WHEELS),--wheels $(WHEELS))
 
 setup: $(STAMP)
 

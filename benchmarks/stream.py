@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import resource
 import subprocess
@@ -167,13 +168,14 @@ def measure(arguments: argparse.Namespace, shape: Shape) -> dict[str, Any]:
         else:
             model = source.load(CPU)
             reads_of(model)
-        opened = time.perf_counter()
+        opened, cpu_before = time.perf_counter(), time.process_time()
         residency: Any = model.residency
         bytes_before = residency.weights.shards.bytes_read if arguments.streamed else 0
         work(arguments.work, model, source, shape, Path(folder))()
         finished = time.perf_counter()
     return {
         "seconds": finished - opened,
+        "cpu_seconds": time.process_time() - cpu_before,
         "seconds_opening": opened - started,
         "seconds_waiting": residency.seconds_read if arguments.streamed else 0.0,
         "bytes_read": residency.weights.shards.bytes_read - bytes_before if arguments.streamed else 0,
@@ -245,21 +247,47 @@ def compare(arguments: argparse.Namespace) -> None:
         rows = {
             "in memory": apart(arguments, name),
             "streamed": apart(arguments, name, "--streamed", f"--limit={limit}"),
-            "streamed, cold": apart(arguments, name, "--streamed", "--cold", f"--limit={limit}"),
         }
+        if name in ("calibrate", "perplexity"):
+            cold = apart(arguments, name, "--streamed", "--cold", f"--limit={limit}")
+            rows["streamed, cold"] = cold
         for kind, row in rows.items():
             print_row(name, kind, row, rows["in memory"])
+
+
+def growth(arguments: argparse.Namespace) -> None:
+    """How streamed calibration of a small model grows when one size doubles, twice."""
+    small = Shape(layers=6, experts=16, width=256, model_width=512, sequences=8, length=256)
+    print("growth of streamed calibration, and the exponent of each size:")
+    for field in ("sequences", "layers", "experts", "width"):
+        found = []
+        for factor in (1, 2, 4):
+            shape = replace(small, **{field: factor * getattr(small, field)})
+            name = "-".join(str(value) for value in (shape.layers, shape.experts, shape.width))
+            folder = arguments.folder.parent / f"small-{name}"
+            make_model(folder, shape)
+            one = argparse.Namespace(**{**vars(arguments), "folder": folder, "shape": shape})
+            found.append(apart(one, "calibrate", "--streamed"))
+        peaks = [row["own"] / MB for row in found]
+        seconds = [row["cpu_seconds"] for row in found]
+        exponents = [math.log(values[-1] / values[0], 4) for values in (peaks, seconds)]
+        numbers = ", ".join(
+            f"{peak:.0f} MB {second:.1f} s" for peak, second in zip(peaks, seconds, strict=True)
+        )
+        print(f"{field:10} {numbers}; memory {exponents[0]:.2f}, CPU time {exponents[1]:.2f}", flush=True)
 
 
 def print_row(name: str, kind: str, row: dict[str, Any], base: dict[str, Any]) -> None:
     if "failed" in row:
         print(f"{name:17}{kind:15} failed: {row['failed']}")
         return
-    ratio = row["seconds"] / base["seconds"] if "seconds" in base else float("nan")
+    ratio = row["seconds"] / base["seconds"]
+    cpu_ratio = row["cpu_seconds"] / base["cpu_seconds"]
     waiting = row["seconds_waiting"] / row["seconds"]
     read = row["bytes_read"] / row["files"]
     memory = f"own {row['own'] / MB:6.0f} MB  all {row['all'] / MB:6.0f} MB"
-    took = f"{row['seconds']:6.1f} s ({ratio:.2f})  waiting {waiting:4.0%}  read {read:.2f} of the files"
+    took = f"{row['seconds']:6.1f} s ({ratio:.2f})  CPU {row['cpu_seconds']:5.1f} s ({cpu_ratio:.2f})"
+    took += f"  waiting {waiting:4.0%}  read {read:.2f} of the files"
     print(f"{name:17}{kind:15} {memory}  {took}", flush=True)
 
 
@@ -271,12 +299,16 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", choices=WORK)
     parser.add_argument("--streamed", action="store_true")
     parser.add_argument("--cold", action="store_true")
+    parser.add_argument("--growth", action="store_true", help="how streamed calibration grows instead")
     parser.add_argument("--limit", type=int, default=0)
     parser.add_argument("--dtype", default="float32", help="of the weights in memory")
     for field, value in vars(Shape()).items():
         parser.add_argument(f"--{field}", type=int, default=value)
     arguments = parser.parse_args(words)
     arguments.shape = Shape(**{field: getattr(arguments, field) for field in vars(Shape())})
+    if arguments.growth:
+        growth(arguments)
+        return
     make_model(arguments.folder, arguments.shape)
     if arguments.work is None:
         compare(arguments)

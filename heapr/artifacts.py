@@ -42,6 +42,8 @@ PLAN, ALLOCATION = "plan.safetensors", "allocation.json"
 REPAIRED, REPAIR = "repaired.safetensors", "repair.json"
 # prune, part "checkpoint": a folder, and the file in it that is written last
 CHECKPOINT, CARD = "checkpoint", "README.md"
+# and a folder in it for the plan: vLLM would read it as weights among them
+PLANS = "heapr"
 # evaluate
 METRICS, DETAILS = "metrics.json", "details.json"
 

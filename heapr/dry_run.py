@@ -14,6 +14,7 @@ import torch
 
 from heapr.experiment import Experiment, prepare
 from heapr.model.costs import activation_bytes, calibration_flops
+from heapr.model.footprint import interpreter_bytes
 from heapr.model.load import ModelSource
 from heapr.model.moe import MoEModel
 from heapr.pruning.budget import Budget
@@ -68,6 +69,9 @@ class DryRun:
         num_samples, batch_size, sequence_length: the calibration's.
         activation_bytes: held between forward and backward of a batch (`heapr.model.costs`); None if not
             known for this family.
+        peak_memory: predicted memory of the calibration, bytes by part.
+        bytes_read, tape_bytes: what a streamed calibration reads from the files, and puts on the disk; None
+            in memory.
         calibration_flops: forward and backward over all samples; None if not known for this family.
         stages: in the order of a run; empty if a corpus is missing that keys depend on.
         notes: one line for each thing that is not on this machine, and how a uniform width rounds the ratio.
@@ -97,6 +101,9 @@ class DryRun:
     batch_size: int
     sequence_length: int
     activation_bytes: int | None
+    peak_memory: Mapping[str, int]
+    bytes_read: int | None
+    tape_bytes: int | None
     calibration_flops: int | None
     stages: list[StepState]
     notes: list[str]
@@ -115,6 +122,10 @@ def dry_run(config: ExperimentConfig) -> DryRun:
     experiment = prepare(config, notes)
     source, budget = experiment.source, experiment.budget
     notes += experiment.notes_on_budget
+    if experiment.placement.why is not None:
+        notes.append(experiment.placement.why)
+    if experiment.left_out:
+        notes.append(f"left out where a model is streamed: {', '.join(experiment.left_out)}")
     model = source.on_meta()
     if source.has_weights:
         notes += source.left_out
@@ -139,6 +150,7 @@ def dry_run(config: ExperimentConfig) -> DryRun:
         notes=notes,
         **_sizes(model, source, budget),
         **_costs(model, config.calibration),
+        **_places(experiment),
     )
 
 
@@ -197,6 +209,20 @@ def sequence_flops(model: MoEModel, length: int) -> int | None:
         return calibration_flops(model, length)
     except RuntimeError:  # a layer reads values, which the meta device does not have
         return None
+
+
+def _places(experiment: Experiment) -> dict[str, Any]:
+    """Memory and disk that the calibration takes, and what it reads."""
+    placement = experiment.placement
+    memory = dict(placement.peak_bytes)
+    if experiment.device.type == "cpu":
+        memory["interpreter"] = interpreter_bytes()
+    on_disk = placement.is_streamed and placement.on_disk
+    return {
+        "peak_memory": memory,
+        "bytes_read": placement.bytes_read if placement.is_streamed else None,
+        "tape_bytes": placement.tape_bytes if on_disk else None,
+    }
 
 
 def _costs(model: MoEModel, calibration: CalibrationConfig) -> dict[str, Any]:

@@ -25,7 +25,8 @@ from heapr.model.load import ModelSource, find_model
 from heapr.model.moe import MoEModel
 from heapr.placement import Placement, choose_placement
 from heapr.plugins import build
-from heapr.pruning.budget import Budget, the_width
+from heapr.pruning.budget import Budget
+from heapr.pruning.fewer_experts import choose_num_experts, describe_num_experts, fewer_experts_settings
 from heapr.pruning.layer_repair import Repair
 from heapr.pruning.uniform import Settings, choose_uniform_width, describe_uniform_width, uniform_settings
 from heapr.ranks import ONE_PROCESS, Ranks
@@ -116,20 +117,26 @@ class Experiment:
         }
 
     @property
-    def uniform_settings(self) -> Settings:
-        """What the uniform form changes in the model's configuration; empty for the other forms.
+    def stock_settings(self) -> Settings:
+        """What a form in the family's own class changes in the model's configuration; else empty.
 
         Raises:
-            ConfigError: the model's configuration has no field for the width.
+            ConfigError: the model's configuration has no field for it.
         """
-        width = self.budget.uniform_width
-        return {} if width is None else uniform_settings(self.source.config, width)
+        if self.budget.uniform_width is not None:
+            return uniform_settings(self.source.config, self.budget.uniform_width)
+        if self.budget.num_experts is not None:
+            return fewer_experts_settings(self.source.config, self.budget.num_experts)
+        return {}
 
     @property
     def notes_on_budget(self) -> list[str]:
         """Lines on how the ratio is rounded, as far as it is known before there are scores."""
-        width = self.budget.uniform_width
-        return [] if width is None else [describe_uniform_width(self.source.widths, self.budget.ratio, width)]
+        budget, widths = self.budget, self.source.widths
+        if budget.num_experts is not None:
+            return [describe_num_experts(widths, budget.ratio, budget.num_experts)]
+        width = budget.uniform_width
+        return [] if width is None else [describe_uniform_width(widths, budget.ratio, width)]
 
     @property
     def about(self) -> dict[str, Any]:
@@ -151,11 +158,9 @@ class Experiment:
         }
 
     def _about_width(self) -> dict[str, Any]:
-        """The uniform width, and the ratio that results from it."""
+        """The uniform width."""
         width = self.budget.uniform_width
-        if width is None:
-            return {}
-        return {"width": width, "ratio_reached": 1 - width / the_width(self.source.widths)}
+        return {} if width is None else {"width": width}
 
     def load_dense(self) -> MoEModel:
         """Load the dense model.
@@ -196,6 +201,11 @@ def prepare(
     if config.pruning.save_checkpoint:
         check_form(source.config, config.pruning.form)
     placement = choose_placement(config, source, device, ranks)
+    if placement.is_streamed and budget.num_experts is not None:
+        raise ConfigError(
+            "pruning.form=fewer_experts needs the whole model in memory, where it does not fit; use a larger"
+            " machine or pruning.form=ragged"
+        )
     plugins, left_out = _without_timings(plugins) if placement.is_streamed else (plugins, [])
     steps = Steps()
     if plugins.text is not None:
@@ -207,7 +217,7 @@ def prepare(
         config, plugins, source, device, budget, store, steps, placement=placement, left_out=left_out,
         ranks=ranks,
     )  # fmt: skip
-    _ = experiment.uniform_settings  # raises if the model cannot take the uniform form
+    _ = experiment.stock_settings  # raises if the model cannot take the uniform form
     return experiment
 
 
@@ -352,12 +362,29 @@ def _find_budget(config: ExperimentConfig, source: ModelSource, criterion: Crite
         granularity=criterion.granularity,
         unit=config.pruning.budget,
         protected_layers=tuple(config.pruning.protected_layers),
+        one_width_per_layer=config.pruning.form == "per_layer",
     )
     if config.pruning.form == "uniform":
         width = choose_uniform_width(source.config, source.widths, budget, source.dtype)
         budget = replace(budget, uniform_width=width)
+    if config.pruning.form == "fewer_experts":
+        budget = replace(budget, num_experts=_num_experts_left(budget, source))
     budget.check(source.widths)
     return budget
+
+
+def _num_experts_left(budget: Budget, source: ModelSource) -> int:
+    """How many experts every layer keeps.
+
+    Raises:
+        ConfigError: the score removes atomic experts, or see `choose_num_experts`.
+    """
+    if budget.granularity is not Granularity.EXPERT:
+        raise ConfigError(
+            "pruning.form=fewer_experts is for scores of whole experts; use score=reap, frequency or"
+            " heapr_expert"
+        )
+    return choose_num_experts(source.widths, budget.ratio, budget.experts_per_token)
 
 
 def _check_lengths(config: ExperimentConfig, source: ModelSource) -> None:

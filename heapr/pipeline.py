@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -171,7 +171,7 @@ class Pipeline:
             repair=experiment.plugins.repair,
             ranks=experiment.ranks,
             form=experiment.config.pruning.form,
-            uniform_settings=experiment.uniform_settings,
+            stock_settings=experiment.stock_settings,
         )
         self.results = StepResults(experiment.store, experiment.steps, tokens)
 
@@ -197,11 +197,13 @@ class Pipeline:
             batch_size = self.experiment.config.calibration.batch_size
             ranks = self.experiment.ranks
             shared = ranks.share(batches(tokens, batch_size))
-            bar = progress(shared, total=len(shared), description="calibrate")
             on_batch = values.CalibrationProgress(self.tracker)
             model = self._model(step)
             way = self.experiment.placement.way(model, partial(self._files, step, tokens))
-            return tokens, collect(model, bar, way=way, on_batch=on_batch, ranks=ranks)
+            shown: Iterable[Tensor] = shared
+            if not model.is_streamed:  # which shows its progress through the layers
+                shown = progress(shared, total=len(shared), description="calibrate")
+            return tokens, collect(model, shown, way=way, on_batch=on_batch, ranks=ranks)
 
         self._get(step, compute, artifacts.write_calibration)
         statistics: Statistics = self.results.of(step)
@@ -270,9 +272,11 @@ class Pipeline:
 
         def write(folder: Path, model: MoEModel) -> None:
             checkpoint = folder / CHECKPOINT
-            save_checkpoint(model, experiment.source.folder, checkpoint, about=experiment.about)
-            (checkpoint / CARD).write_text(model_card(experiment.about, {}), encoding="utf-8")
-            shutil.copy(self.results.folder(step) / artifacts.PLAN, checkpoint)
+            save_checkpoint(model, experiment.source.folder, checkpoint, about=self._about())
+            (checkpoint / CARD).write_text(model_card(self._about(), {}), encoding="utf-8")
+            plans = checkpoint / artifacts.PLANS
+            plans.mkdir()
+            shutil.copy(self.results.folder(step) / artifacts.PLAN, plans)
 
         self._get(step, lambda: self._final_model(step), write)
 
@@ -292,14 +296,24 @@ class Pipeline:
     def conclude(self, dense: Metrics) -> dict[str, Metrics]:
         """All metrics of the run; also writes them into the checkpoint's model card."""
         experiment = self.experiment
-        plan: Plan = self.results.of(experiment.steps.last("prune"))
-        metrics = self.findings.conclude(dense, plan.num_kept / experiment.source.num_atomic_experts)
+        metrics = self.findings.conclude(dense, self._kept_ratio())
         if experiment.config.pruning.save_checkpoint:
-            card = partial(model_card, experiment.about, metrics)
+            card = partial(model_card, self._about(), metrics)
             checkpoint = experiment.steps.last(CHECKPOINT_PART)
             if experiment.ranks.is_first:
                 experiment.store.rewrite(checkpoint.origin, checkpoint.part, f"{CHECKPOINT}/{CARD}", card)
         return metrics
+
+    def _kept_ratio(self) -> float:
+        plan: Plan = self.results.of(self.experiment.steps.last("prune"))
+        return plan.num_kept / self.experiment.source.num_atomic_experts
+
+    def _about(self) -> dict[str, Any]:
+        """What is done to the model, for the checkpoint's config.json and card; with the ratio as rounded."""
+        about = self.experiment.about
+        if self.experiment.budget.unit == "atomic_experts":
+            about["ratio_reached"] = 1 - self._kept_ratio()
+        return about
 
     def log_layers_and_artifacts(self) -> None:
         """Send the tracker a table of the layers, and the artifacts."""

@@ -66,6 +66,13 @@ class Placement:
         return (self.sizes.num_layers + 2) * self.sizes.hidden * self.num_batches
 
     @property
+    def bytes_read(self) -> int:
+        """What streamed calibration reads from files of the model's dtype: layers twice, but for the last."""
+        sizes = self.sizes
+        in_layers = sizes.weights - sizes.beside
+        return sizes.beside + 2 * in_layers - in_layers // sizes.num_layers
+
+    @property
     def peak_bytes(self) -> dict[str, int]:
         """Predicted memory of the calibration, by part, without the interpreter."""
         sizes = self.sizes

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -16,6 +17,18 @@ def progress(items: Iterable[Item], *, total: int, description: str, unit: str =
     """Yield the items and show the progress."""
     with tqdm(items, total=total, desc=description, unit=unit, **bar_settings()) as bar:
         yield from bar
+
+
+@contextmanager
+def counted(total: int, description: str, unit: str = "pass") -> Iterator[Callable[[str], None]]:
+    """Show the progress of work that is no loop; yields a function that counts a step, with a remark."""
+    with tqdm(total=total, desc=description, unit=unit, **bar_settings()) as bar:
+
+        def count(remark: str) -> None:
+            bar.set_postfix_str(remark, refresh=False)
+            bar.update()
+
+        yield count
 
 
 def bar_settings() -> dict[str, Any]:

@@ -17,6 +17,7 @@ from heapr.model.check_walk import check_walk
 from heapr.model.moe import MoEModel
 from heapr.model.shelf import Files
 from heapr.model.stream import check_stream
+from heapr.pruning.fewer_experts import make_fewer_experts
 from heapr.pruning.layer_repair import LayerRepair, Repair
 from heapr.pruning.repaired import RepairedLayers
 from heapr.pruning.surgery import mask, remove, remove_and_repair
@@ -40,7 +41,7 @@ class ModelProvider:
         load: loads the dense model anew.
         repair: refits the kept weights; None leaves them unchanged.
         form: the final model's form: ragged, uniform or masked.
-        uniform_settings: what the uniform form changes in the model's configuration; empty for other forms.
+        stock_settings: what the uniform form changes in the model's configuration; empty for other forms.
         ranks: the processes that repair together.
     """
 
@@ -50,11 +51,11 @@ class ModelProvider:
         *,
         repair: Repair | None,
         form: str,
-        uniform_settings: Settings,
+        stock_settings: Settings,
         ranks: Ranks = ONE_PROCESS,
     ) -> None:
         self._ranks = ranks
-        self._load, self._repair, self._form, self._uniform_settings = load, repair, form, uniform_settings
+        self._load, self._repair, self._form, self._stock_settings = load, repair, form, stock_settings
         self._dense: MoEModel | None = None
         self._pruned: _Held | None = None
         self._masked: MoEModel | None = None
@@ -120,8 +121,9 @@ class ModelProvider:
         if self._form == "masked":
             return self._masked_by(pruning)
         model = self.pruned(pruning)
-        if self._uniform_settings and model.is_ragged:
-            make_uniform(model, self._uniform_settings)
+        if self._stock_settings and model.is_ragged:
+            make_stock = make_uniform if self._form == "uniform" else make_fewer_experts
+            make_stock(model, self._stock_settings)
         return model
 
     def both(self, pruning: Pruning) -> tuple[MoEModel, MoEModel]:

@@ -53,9 +53,11 @@ class PruningConfig:
     rounds: int = 1  # number of equal rounds, each with statistics of its own; at least 1
     # Plug-in (heapr/pruning/repair.py) that refits the kept weights; null leaves them unchanged.
     repair: dict[str, Any] | None = None
-    # Every expert keeps a multiple of this many atomic experts: 1, 8, 16, ...; null is 8 for uniform, else 1.
+    # Every expert keeps a multiple of this many atomic experts, 1 or a multiple of 8. null is 8 for uniform
+    # and per_layer, else 1.
     width_multiple: int | None = None
-    # Form of the checkpoint: ragged (exact widths), uniform (one width, scope expert) or masked (zeros).
+    # Form of the checkpoint: ragged (exact widths), uniform (one width), per_layer (one width in each layer;
+    # both with scope expert), fewer_experts (whole experts, gone from the router too) or masked (zeros).
     form: str = "ragged"
     save_checkpoint: bool = True  # false keeps only the plan, which re-creates the pruned model in memory
     # What the ratio is a share of: atomic_experts, or the flops of the routed experts.
@@ -114,10 +116,10 @@ class ExperimentConfig:
 
 DTYPES = ("float32", "bfloat16", "float16")
 SCOPES = ("global", "layer", "expert")
-FORMS = ("ragged", "uniform", "masked")
+FORMS = ("ragged", "per_layer", "uniform", "fewer_experts", "masked")
+ONE_WIDTH = {"uniform": "one width", "per_layer": "of a layer one width"}  # forms, and what they give experts
 BUDGETS = ("atomic_experts", "flops")
-WIDTH_MULTIPLES = (1, 8, 16, 32, 64, 128, 256)
-UNIFORM_MULTIPLE = 8  # transformers' default kernel for experts runs multiples of it in every dtype
+KERNEL_MULTIPLE = 8  # transformers' default kernel for experts runs multiples of it in every dtype
 AUTO = "auto"
 ACTIVATIONS = (AUTO, "ram", "disk")
 DEVICE_MAPS = ("auto", "balanced", "sequential")
@@ -148,7 +150,7 @@ def resolve(config: DictConfig) -> ExperimentConfig:
     typed = OmegaConf.to_object(config)
     assert isinstance(typed, ExperimentConfig)
     if typed.pruning.width_multiple is None:
-        typed.pruning.width_multiple = UNIFORM_MULTIPLE if typed.pruning.form == "uniform" else 1
+        typed.pruning.width_multiple = KERNEL_MULTIPLE if typed.pruning.form in ONE_WIDTH else 1
     # conf/config.yaml does the same for the folder that Hydra makes.
     typed.paths.outputs = str(user_path(typed.paths.outputs))
     check(typed)
@@ -211,16 +213,36 @@ def _check_pruning(pruning: PruningConfig) -> None:
     _at_least("pruning.rounds", pruning.rounds, 1)
     _choice("pruning.scope", pruning.scope, SCOPES)
     _choice("pruning.form", pruning.form, FORMS)
-    if pruning.form == "uniform" and pruning.scope != "expert":
+    if pruning.form in ONE_WIDTH and pruning.scope != "expert":
         raise ConfigError(
-            f"pruning.form=uniform gives every expert one width, which scope '{pruning.scope}' does not; use"
-            " pruning=expert"
+            f"pruning.form={pruning.form} gives every expert {ONE_WIDTH[pruning.form]}, which scope"
+            f" '{pruning.scope}' does not; use pruning=expert"
         )
-    if pruning.width_multiple is not None:
-        _choice("pruning.width_multiple", pruning.width_multiple, WIDTH_MULTIPLES)
+    if pruning.form == "fewer_experts":
+        _check_fewer_experts(pruning)
+    multiple = pruning.width_multiple
+    if multiple is not None and multiple != 1 and (multiple < 1 or multiple % KERNEL_MULTIPLE):
+        raise ConfigError(
+            f"pruning.width_multiple={multiple} suits no kernel; give 1 or a multiple of {KERNEL_MULTIPLE}"
+        )
     _choice("pruning.budget", pruning.budget, BUDGETS)
     if pruning.scope == "expert":
         _check_scope_expert(pruning)
+
+
+def _check_fewer_experts(pruning: PruningConfig) -> None:
+    if pruning.scope != "layer":
+        raise ConfigError(
+            f"pruning.form=fewer_experts leaves every layer the same number of experts, which scope"
+            f" '{pruning.scope}' does not; use pruning=layer"
+        )
+    if pruning.rounds > 1:
+        raise ConfigError("pruning.form=fewer_experts is made in one round; use pruning.rounds=1")
+    if pruning.repair is not None:
+        raise ConfigError(
+            "pruning.form=fewer_experts sends tokens to other experts than those that a repair is measured"
+            " with; use pruning/repair=none"
+        )
 
 
 def _check_scope_expert(pruning: PruningConfig) -> None:

@@ -1,4 +1,4 @@
-"""A folder on a file system that several machines share: whether all ranks see it, and when they see a change.
+"""A folder that several machines share: whether all ranks see it, and when they see a change.
 
 In: the folder, and the ranks. Out: nothing, or one line about the rank that does not see it.
 """

@@ -15,6 +15,10 @@ os.environ["WANDB_MODE"] = "offline"
 import pytest
 import torch
 from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels are run in Python; read when transformers imports Triton
+
 from transformers import PreTrainedModel
 
 from heapr.model.moe import MoEModel

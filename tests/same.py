@@ -49,6 +49,9 @@ def assert_same_statistics(a: Statistics, b: Statistics, tolerance: float = 1e-5
 
 def assert_same_files(folder: Path, expected: Path) -> None:
     """The same names, and the same bytes in each."""
-    names, expected_names = (sorted(path.name for path in place.iterdir()) for place in (folder, expected))
-    assert names == expected_names
-    assert all((folder / name).read_bytes() == (expected / name).read_bytes() for name in names)
+    found, wanted = (
+        {path.relative_to(place): path.read_bytes() for path in place.rglob("*") if path.is_file()}
+        for place in (folder, expected)
+    )
+    assert found.keys() == wanted.keys()
+    assert [name for name, content in found.items() if content != wanted[name]] == []

@@ -79,10 +79,12 @@ def test_the_ragged_checkpoint_is_the_dense_model_without_what_the_plan_removes(
         model, heapr.load_pruned(run.model_folder, plan=artifact(summary) / "plan.safetensors"), IDS_NW
     )
     assert not torch.equal(logits(model, IDS_NW), logits(heapr.load_pruned(run.model_folder), IDS_NW))
-    assert (folder / "plan.safetensors").read_bytes() == (artifact(summary) / "plan.safetensors").read_bytes()
+    assert (folder / "heapr" / "plan.safetensors").read_bytes() == (
+        artifact(summary) / "plan.safetensors"
+    ).read_bytes()
     assert AutoTokenizer.from_pretrained(folder)("abc").input_ids == byte_tokenizer()("abc").input_ids
     widths = json.loads((folder / "config.json").read_text())["expert_widths"]
-    kept = load_file(folder / "plan.safetensors")
+    kept = load_file(folder / "heapr" / "plan.safetensors")
     assert list(widths.values()) == [kept[f"layers.{index}"].sum(dim=1).tolist() for index in (0, 1)]
     size = sum(entry.numel() for entry in load_file(folder / "model.safetensors").values())
     assert size == summary.metrics["pruned"]["parameters"]
@@ -305,15 +307,40 @@ def test_load_pruned_keeps_the_dtype_of_the_weights(run: Run) -> None:
 
 
 WITHOUT_HEAPR = """
-import functools, os, sys
+import functools, io, json, os, sys
 sys.modules["heapr"] = None  # importing it fails
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+def citizenship(model, folder, ids_NW):
+    # What transformers' own models can do, each as a difference that should be none.
+    copy = io.BytesIO()
+    torch.save(model, copy)
+    copy.seek(0)
+    model.save_pretrained(folder + "/saved")
+    others = {
+        "pickled": torch.load(copy, weights_only=False),
+        "saved": AutoModelForCausalLM.from_pretrained(folder + "/saved", trust_remote_code=True).eval(),
+    }
+    body = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    fresh = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    deviations = [p.std().item() for name, p in fresh.named_parameters() if ".experts." in name]
+    with torch.no_grad():
+        run = functools.partial(torch.nn.Module.__call__, input_ids=ids_NW, use_cache=False)
+        found = {name: (run(other).logits - run(model).logits).abs().max().item() for name, other in others.items()}
+        found["body"] = (run(body).last_hidden_state - run(model.model).last_hidden_state).abs().max().item()
+    found["new"] = max(abs(deviation / config.initializer_range - 1) for deviation in deviations)
+    return found
+
 for folder in os.environ["STOCK_FOLDERS"].split(os.pathsep):
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
     with torch.no_grad():
         logits = model(input_ids=torch.load(folder + "/ids.pt"), use_cache=False).logits
     torch.save(logits, folder + "/found.pt")
+    if os.path.exists(folder + "/modeling_heapr.py"):
+        found = citizenship(model, folder, torch.load(folder + "/ids.pt"))
+        json.dump(found, open(folder + "/found.json", "w"))
 
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.tasks import TaskManager
@@ -325,16 +352,18 @@ cli_evaluate()
 
 
 def write_stock_forms(folder: Path) -> list[Path]:
-    """DeepSeekMoE is not in transformers: its file goes with it."""
+    """DeepSeekMoE is not in transformers: its file goes with it, in the ragged form too."""
     folders = []
     original = write_description(folder / "original", tiny_model("deepseek"))
-    for form in ("uniform", "masked"):
+    for form in ("uniform", "masked", "ragged"):
         model = MoEModel(tiny_model("deepseek"))
         plan = Plan(layers={layer.index: torch.arange(8).expand(4, 8) < 4 for layer in model.layers})
         if form == "uniform":
             settings = uniform_settings(model.model.config, 4)
             remove(model, plan)
             make_uniform(model, settings)
+        elif form == "ragged":
+            remove(model, plan)
         else:
             mask(model, plan)
         save_checkpoint(model, original, folder / form, about={})
@@ -363,11 +392,39 @@ def elsewhere(finished: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("form", ["uniform", "masked"])
-def test_our_own_family_loads_without_heapr_in_the_stock_forms(elsewhere: Path, form: str) -> None:
-    assert "model.layers.1.mlp.experts.3.down_proj.weight" in load_file(
-        elsewhere / form / "model.safetensors"
-    )
+def test_stock_forms_of_our_own_family_have_tied_weights_twice_for_tools_that_do_not_tie(
+    tmp_path: Path,
+) -> None:
+    model = MoEModel(tiny_model("deepseek", tie_word_embeddings=True))
+    original = write_description(tmp_path / "original", model.model)
+    save_checkpoint(model, original, tmp_path / "masked", about={})
+    tensors = load_file(tmp_path / "masked" / "model.safetensors")
+    assert torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
+    again = heapr.load_pruned(tmp_path / "masked")
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+
+
+def test_only_the_index_of_a_checkpoint_says_what_its_weights_are(finished: Run) -> None:
+    """vLLM reads every file of tensors in a folder as weights where there is no index."""
+    folder = artifact(finished("pruning.ratio=0.4")) / "checkpoint"
+    weight_map = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    assert weight_map == dict.fromkeys(sorted(load_file(folder / "model.safetensors")), "model.safetensors")
+    assert [path.name for path in folder.glob("*.safetensors")] == ["model.safetensors"]
+    config = json.loads((folder / "config.json").read_text())
+    assert list(config["auto_map"])[:3] == ["AutoConfig", "AutoModel", "AutoModelForCausalLM"]
+
+
+def test_a_ragged_model_is_a_citizen_of_transformers_without_heapr(elsewhere: Path) -> None:
+    found = json.loads((elsewhere / "ragged" / "found.json").read_text())
+    assert found.pop("new") < 0.3  # the spread of new weights, beside the configuration's
+    assert found.keys() == {"pickled", "saved", "body"} and max(found.values()) < 1e-5
+
+
+@pytest.mark.parametrize("form", ["uniform", "masked", "ragged"])
+def test_our_own_family_loads_without_heapr(elsewhere: Path, form: str) -> None:
+    if form != "ragged":
+        names = load_file(elsewhere / form / "model.safetensors")
+        assert "model.layers.1.mlp.experts.3.down_proj.weight" in names
     found, expected = (torch.load(elsewhere / form / name) for name in ("found.pt", "expected.pt"))
     torch.testing.assert_close(found, expected, **ROUNDING)
 

@@ -37,6 +37,7 @@ TOGETHER = [[option for option in options if option] for options in itertools.zi
 NEEDED = {
     "model=hf": ["model.path=owner/name"],
     "calibration=text_files": ["calibration.corpus.paths=[{text}]"],
+    "recipe=stock": ["pruning.scope=expert"],  # against the option of `pruning` that comes with it here
 }
 
 

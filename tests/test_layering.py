@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from heapr.model import checkpoint
+from heapr.model import modelling_file
 
 PACKAGE = Path(__file__).parents[1] / "heapr"
 
@@ -98,7 +98,7 @@ def imported_names(node: ast.AST) -> set[str]:
 
 
 FILES = sorted(PACKAGE.rglob("*.py"))
-PORTABLE = [Path(inspect.getfile(module)) for module in checkpoint.PORTABLE]
+PORTABLE = [Path(inspect.getfile(module)) for module in modelling_file.PORTABLE]
 
 
 @pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(PACKAGE)) for path in FILES])

@@ -35,7 +35,10 @@ def assert_refused(result: Completed, message: str) -> None:
         ("evaluation.perplexity.windo=3", "did you mean evaluation.perplexity.window?"),
         ("prunning.ratio=0.3", "did you mean pruning?"),
         ("ratio=0.3", "unknown key 'ratio'; did you mean pruning.ratio?"),
-        ("evaluation.tasks=[piqa]", "unknown key 'evaluation.tasks'; did you mean evaluation.zero_shot.tasks?"),
+        (
+            "evaluation.tasks=[piqa]",
+            "unknown key 'evaluation.tasks'; did you mean evaluation.zero_shot.tasks?",
+        ),
         ("pruning.repair=joint", "options of a group are chosen with a slash; write pruning/repair=joint"),
         ("--dry-run", "unknown option '--dry-run'; fields are set without dashes (dry_run=...)"),
         ("pruning.ratio=0.2,1.5 -m hydra/launcher=ray", "pip install 'heapr[ray]'"),

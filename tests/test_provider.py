@@ -37,7 +37,7 @@ def widths(model: MoEModel) -> set[int]:
 
 
 def provider(load: Loads, form: str = "ragged") -> ModelProvider:
-    return ModelProvider(load, repair=None, form=form, uniform_settings={})
+    return ModelProvider(load, repair=None, form=form, stock_settings={})
 
 
 def test_nothing_is_loaded_before_a_model_is_asked_for_and_rounds_cut_the_same_one() -> None:
@@ -73,7 +73,7 @@ def test_the_masked_form_keeps_the_old_shape() -> None:
 
 def repairing(repair: Repair | None, **changes: object) -> ModelProvider:
     return ModelProvider(
-        lambda: MoEModel(deep_model("gemma4", **changes)), repair=repair, form="ragged", uniform_settings={}
+        lambda: MoEModel(deep_model("gemma4", **changes)), repair=repair, form="ragged", stock_settings={}
     )
 
 

@@ -244,7 +244,7 @@ def test_dense_model_and_plan_are_the_checkpoint(finished: tuple[Path, Any], ove
         ConfigError,
         match="belongs to a repaired model, but its weights 'repaired.safetensors' are not beside it",
     ):
-        heapr.load_pruned(dense, plan=folder / "checkpoint" / "plan.safetensors")
+        heapr.load_pruned(dense, plan=folder / "checkpoint" / "heapr" / "plan.safetensors")
 
 
 def test_masked_form_is_the_same_function(

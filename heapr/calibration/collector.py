@@ -16,8 +16,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from heapr.calibration.segments import OneExpert, Segments, pair_statistics
+from heapr.calibration.segments import OneExpert, pair_statistics, segment_statistics
 from heapr.model.experts.dispatch import observe_experts
+from heapr.model.experts.grouped import Pairs
 from heapr.model.experts.loop import split_by_expert
 from heapr.model.moe import MoELayer, MoEModel, frozen_parameters, gradient_from_embeddings
 from heapr.model.passes import Way, backward_by_spans
@@ -39,6 +40,8 @@ class LayerObserver:
         self.index, self.widths = layer.index, layer.widths
         zeros = LayerStatistics.zeros(layer.num_experts, layer.width, device)
         self.sums = dict(zeros.items())
+        columns = torch.arange(layer.width, device=device)
+        self._is_own_EF = columns < torch.tensor(self.widths, device=device).unsqueeze(1)
 
     def statistics(self) -> LayerStatistics:
         """The sums so far."""
@@ -53,9 +56,11 @@ class LayerObserver:
     @torch.no_grad()
     def _add(self, offsets: Tensor, seen: tuple[Tensor, Tensor, Tensor], grad_SF: Tensor) -> None:
         """Add one batch: sums within the batch are in float32, sums over batches in float64."""
-        if not offsets.is_cpu:
-            found = pair_statistics(*seen, grad_SF, Segments(offsets))
-            self._add_to(slice(None), slice(None), found)
+        if not grad_SF.is_cpu:
+            h_SF, router_weight_S, output_SD = seen
+            norm_S = torch.linalg.vector_norm(output_SD, dim=1, dtype=torch.float32)
+            rows = (h_SF, grad_SF, router_weight_S, norm_S)
+            self.add(Pairs(slice(None), offsets.to(grad_SF.device), *rows))
             return
         # Expert by expert, because the rows of one expert fit into the CPU's cache.
         of_experts = [split_by_expert(rows, offsets) for rows in (*seen, grad_SF)]
@@ -67,7 +72,18 @@ class LayerObserver:
             found = pair_statistics(h_nF[:, own], p_n, output_nD, grad_nF[:, own], OneExpert())
             self._add_to(expert, own, found)
 
-    def _add_to(self, experts: int | slice, atomic: slice, found: dict[str, Tensor]) -> None:
+    @torch.no_grad()
+    def add(self, pairs: Pairs) -> None:
+        """Add one batch of a bucket of experts: what the grouped forward calls in its backward pass."""
+        found = segment_statistics(pairs)
+        is_own_EF = self._is_own_EF[pairs.experts, : pairs.h_SF.shape[1]]
+        for name, value in found.items():
+            if name.endswith("_EF"):  # a bucket may be wider than the layer's widest expert
+                value_EF = value[:, : is_own_EF.shape[1]]
+                found[name] = torch.where(is_own_EF, value_EF, 0)
+        self._add_to(pairs.experts, slice(is_own_EF.shape[1]), found)
+
+    def _add_to(self, experts: int | slice | Tensor, atomic: slice, found: dict[str, Tensor]) -> None:
         """Add one batch's statistics to the sums of these experts and these of their atomic experts."""
         for name, value in found.items():
             where = (experts, atomic) if name.endswith("_EF") else experts

@@ -8,10 +8,13 @@ expert.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from heapr.model.experts.grouped import Pairs
 
 
 class Reduction(Protocol):
@@ -63,13 +66,45 @@ def pair_statistics(
     h_SF: Tensor, router_weight_S: Tensor, output_SD: Tensor, grad_SF: Tensor, over: Reduction
 ) -> dict[str, Tensor]:
     """Every statistic of `LayerStatistics`, by name."""
-    h_SF, g_SF, p_S = h_SF.float(), grad_SF.float(), router_weight_S.float()
     norm_S = torch.linalg.vector_norm(output_SD, dim=1, dtype=torch.float32)
-    gh_SF, h_sq_SF, h_abs_SF = g_SF * h_SF, h_SF.square(), h_SF.abs()
+    of_experts = expert_statistics(router_weight_S, norm_S, over)
+    return of_experts | atomic_statistics(h_SF, router_weight_S, grad_SF, over)
+
+
+def segment_statistics(pairs: Pairs) -> dict[str, Tensor]:
+    """Every statistic of `LayerStatistics` for the experts of a bucket, by name; does not wait for a device.
+
+    One kernel reads activations and gradients once where Triton is installed and they are on a GPU;
+    otherwise torch reads them once for each statistic.
+    """
+    over, p_S = Segments(pairs.offsets), pairs.router_weight_S
+    found = expert_statistics(p_S, pairs.output_norm_S, over)
+    if not pairs.h_SF.shape[1]:
+        return found
+    if pairs.h_SF.device.type == "cuda" and find_spec("triton") is not None:
+        from heapr.calibration.kernel import tile_statistics
+
+        return found | tile_statistics(pairs.h_SF, pairs.grad_SF, p_S, pairs.offsets)
+    return found | atomic_statistics(pairs.h_SF, p_S, pairs.grad_SF, over)
+
+
+def expert_statistics(router_weight_S: Tensor, output_norm_S: Tensor, over: Reduction) -> dict[str, Tensor]:
+    """The statistics of whole experts, by name."""
+    p_S = router_weight_S.float()
     return {
         "count_E": over.sum(torch.ones_like(p_S)),
         "router_weight_sum_E": over.sum(p_S),
-        "output_norm_sum_E": over.weighted_sum(p_S, norm_S),
+        "output_norm_sum_E": over.weighted_sum(p_S, output_norm_S),
+    }
+
+
+def atomic_statistics(
+    h_SF: Tensor, router_weight_S: Tensor, grad_SF: Tensor, over: Reduction
+) -> dict[str, Tensor]:
+    """The statistics of atomic experts, by name."""
+    h_SF, g_SF, p_S = h_SF.float(), grad_SF.float(), router_weight_S.float()
+    gh_SF, h_sq_SF, h_abs_SF = g_SF * h_SF, h_SF.square(), h_SF.abs()
+    return {
         "h_sq_sum_EF": over.sum(h_sq_SF),
         "g_sq_sum_EF": over.sum(g_SF.square()),
         "gh_sq_sum_EF": over.sum(gh_SF.square()),

@@ -105,6 +105,9 @@ def visited_parameters_per_token(model: MoEModel, statistics: Statistics) -> flo
         experts = matrices_of(layer.experts)
         weights = [each.inputs_GD.numel() + each.down_DF.numel() for each in experts]
         visits_E = statistics.layers[layer.index].count_E.cpu()
+        if len(weights) < len(visits_E):
+            # Experts are gone from the router too: their visits go to the others, all of one width.
+            visits_E = visits_E.sum().expand(len(weights)) / len(weights)
         visited_E = visits_E * torch.tensor(weights)
         total += float(visited_E.sum()) / statistics.num_tokens
     return total

@@ -73,7 +73,7 @@ class Fidelity:
         chosen_N = torch.arange(number) * available // number
         self._windows = TokenWindows(ids_NW=ids_NW[chosen_N])
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def __call__(self, material: Material) -> Evaluation:
         assert self._windows is not None, "prepare() comes first"
         dense, pruned = material.dense_and_pruned()

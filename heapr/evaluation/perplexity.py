@@ -69,7 +69,7 @@ class Perplexity:
         self._windows = windows(self.corpus, source.tokenizer, length=self.window)
         self._special_tokens = special_tokens(source.tokenizer)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def __call__(self, material: Material) -> Evaluation:
         assert self._windows is not None, "prepare() comes first"
         model = material.model()

@@ -43,9 +43,10 @@ class Contestant:
 class Throughput:
     """Times prefill and decode. Prefill reads a batch of prompts; decode then reads token by token.
 
-    Contestants: `dense` and `pruned` use the same forward of the experts, heapr's loop, so that only pruning
-    makes a difference. `dense_default` and `pruned_default` use the forward that transformers chooses. A
-    ragged model can only use the loop, so there is no `pruned_default`, and `pruned` takes its place.
+    Contestants: `dense` and `pruned` use the same forward of the experts, heapr's for the device (the loop on
+    a CPU, grouped products on a GPU), so that only pruning makes a difference. `dense_default` and
+    `pruned_default` use the forward that transformers chooses. A ragged model can only use heapr's, so there
+    is no `pruned_default`, and `pruned` takes its place.
 
     Every turn times all contestants. Odd turns run in reverse order, so that drifts of the machine's speed
     affect all contestants alike. All contestants read the same tokens, those of the calibration, repeated if
@@ -103,7 +104,7 @@ class Throughput:
                 f"limit of {limit} tokens; make one of them smaller"
             )
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def __call__(self, material: Material) -> Evaluation:
         dense, pruned = material.dense_and_pruned()
         ids_NW = self._text(material).to(dense.device)
@@ -154,6 +155,7 @@ class Throughput:
     def _seconds(self, contestant: Contestant, ids_NW: Tensor) -> tuple[float, float]:
         """Seconds of the prefill and of one decode step."""
         with contestant.forward():
+            _read(contestant.model, ids_NW[:, :1])  # ragged weights are packed, which is not to be timed
             wait_for(ids_NW.device)
             times = [time.perf_counter()]
             for _ in self._run(contestant.model, ids_NW):

@@ -31,8 +31,8 @@ from heapr.types import ExpertWeights
 class GradientMatrices:
     """First stage: sums of g g^T over the tokens of each expert, float32 (E, D, D), with g = dloss/dE(x)."""
 
-    def __init__(self, layer: MoELayer) -> None:
-        device = layer.experts.down_proj.device
+    def __init__(self, layer: MoELayer, *, on_host: bool = False) -> None:
+        device = torch.device("cpu") if on_host else layer.experts.down_proj.device
         width = layer.model_width
         self.sum_EDD = torch.zeros(layer.num_experts, width, width, device=device)
         self.count_E = torch.zeros(layer.num_experts, device=device)
@@ -45,7 +45,10 @@ class GradientMatrices:
         self.count_E += offsets.diff().to(self.count_E.device)
         of_experts = split_by_expert(grad_SD.float(), offsets)
         for sum_DD, g_nD in zip(self.sum_EDD, of_experts, strict=True):
-            sum_DD.addmm_(g_nD.T, g_nD)
+            if sum_DD.device == g_nD.device:
+                sum_DD.addmm_(g_nD.T, g_nD)
+            else:
+                sum_DD.add_((g_nD.T @ g_nD).to(sum_DD.device))
 
 
 class ActivationSquares:
@@ -60,7 +63,9 @@ class ActivationSquares:
         self.sum_EF += torch.stack(sums)
 
 
-def two_stage_scores(model: MoEModel, batches: Sequence[Tensor], *, frozen: bool = True) -> dict[int, Tensor]:
+def two_stage_scores(
+    model: MoEModel, batches: Sequence[Tensor], *, frozen: bool = True, on_host: bool = False
+) -> dict[int, Tensor]:
     """Scores 1/2 mean(h_k^2) w_k^T G w_k, float32 (E, F) by decoder layer index.
 
     Experts that no token reached score 0.
@@ -69,8 +74,9 @@ def two_stage_scores(model: MoEModel, batches: Sequence[Tensor], *, frozen: bool
         model: dense or pruned.
         batches: token ids, int64 (N, W) each.
         frozen: with False, the gradients of all parameters are also computed, and dropped.
+        on_host: whether the matrices are kept in the host's memory, where those of a whole model have to be.
     """
-    matrices = [GradientMatrices(layer) for layer in model.layers]
+    matrices = [GradientMatrices(layer, on_host=on_host) for layer in model.layers]
     squares = [ActivationSquares(layer) for layer in model.layers]
     experts = [layer.experts for layer in model.layers]
     first_stage = list(zip(experts, matrices, strict=True))
@@ -95,10 +101,10 @@ def _scores(weights: ExpertWeights, matrices: GradientMatrices, squares: Activat
     """(4) of docs/method.md, for one layer."""
     curvatures = []
     for down_DF, sum_DD in zip(weights.down_EDF, matrices.sum_EDD, strict=True):
-        w_DF = down_DF.float()
+        w_DF = down_DF.to(sum_DD.device, torch.float32)
         curvature_F = (w_DF * (sum_DD @ w_DF)).sum(0)
         curvatures.append(curvature_F)
     count_E1 = matrices.count_E.clamp(min=1).unsqueeze(1)
-    mean_square_EF = squares.sum_EF / count_E1
+    mean_square_EF = squares.sum_EF.to(count_E1.device) / count_E1
     mean_curvature_EF = torch.stack(curvatures) / count_E1
     return 0.5 * mean_square_EF * mean_curvature_EF  # (4)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from heapr.errors import ConfigError
 from heapr.files import write_json
 from heapr.model.experts.dispatch import use_heapr_experts
+from heapr.model.experts.grouped import run_fastest
 from heapr.model.experts.layout import Experts
-from heapr.model.experts.loop import run_experts
 from heapr.model.moe import MoEModel, frozen_parameters, gradient_from_embeddings, summed_loss_backward
 from heapr.model.passes import span_backward
 from heapr.model.span import probe_tokens, reads_of, run_span
@@ -182,7 +182,7 @@ def _record(inputs: Inputs, experts: Experts, hidden_TD: Tensor, *routing: Tenso
     """Run the experts and record their floating-point inputs."""
     tensors = (hidden_TD, *routing)
     inputs[experts] = [tensor.detach() for tensor in tensors if tensor.is_floating_point()]
-    return run_experts(experts, hidden_TD, *routing)
+    return run_fastest(experts, hidden_TD, *routing)
 
 
 def _differs(found: Tensor | None, expected: Tensor | None) -> bool:

@@ -61,6 +61,7 @@ class DeepseekMoeConfig(PreTrainedConfig):
     """
 
     model_type = MODEL_TYPE
+    _auto_class = "AutoConfig"  # has transformers copy this file to what it saves
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  transformers' convention
     attribute_map = {"num_experts": "n_routed_experts"}  # noqa: RUF012  transformers' convention
 
@@ -287,6 +288,7 @@ class DeepseekMoeModel(DeepseekMoePreTrainedModel):
 class DeepseekForCausalLM(DeepseekMoePreTrainedModel, GenerationMixin):
     """Token ids to logits (N, W, V) and, given labels, the next-token loss without auxiliary losses."""
 
+    _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012  transformers' convention
 
     def __init__(self, config: DeepseekMoeConfig) -> None:

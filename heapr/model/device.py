@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from heapr.errors import ConfigError, NotHereError
@@ -35,3 +38,14 @@ def find_device(name: str, option: str = "runtime.device") -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= num_gpus:
         raise NotHereError(f"{option}='{name}', but torch sees {num_gpus} GPUs; choose auto or cpu")
     return device
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Inside the context, products of float32 matrices are computed in float32, on a GPU too, not in TF32."""
+    previous = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(previous)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from heapr.model.experts.dispatch import use_heapr_experts
+from heapr.model.experts.grouped import run_fastest
 from heapr.model.experts.layout import Experts, layout_of, routing_of
-from heapr.model.experts.loop import run_experts
 from heapr.model.experts.ragged import RaggedExperts
 from heapr.model.moe import MoELayer, MoEModel
 from heapr.model.span import Reached, run_span
@@ -48,10 +48,16 @@ class ExpertInputs:
         """The inputs of the first tokens."""
         return ExpertInputs(self.hidden_TD[:number], self.expert_TK[:number], self.router_weight_TK[:number])
 
-    def pairs(self, expert: int) -> tuple[Tensor, Tensor]:
-        """Indices of the n tokens of an expert, and their router weights."""
-        token_n, choice_n = torch.where(self.expert_TK == expert)
-        return token_n, self.router_weight_TK[token_n, choice_n]
+    def pairs(self, num_experts: int) -> list[tuple[Tensor, Tensor]]:
+        """For each expert, the indices of its n tokens, and their router weights."""
+        expert_S = self.expert_TK.flatten()
+        order_S = expert_S.argsort(stable=True)
+        token_S = order_S // self.expert_TK.shape[1]
+        p_S = self.router_weight_TK.flatten()[order_S]
+        # The only wait for a device.
+        counts = torch.bincount(expert_S, minlength=num_experts + 1).tolist()
+        of_experts = list(zip(token_S.split(counts), p_S.split(counts), strict=True))
+        return of_experts[:num_experts]
 
 
 def expert_inputs(model: MoEModel, tape: Tape, layer: MoELayer) -> ExpertInputs:
@@ -86,7 +92,7 @@ def _run_layer(
         inputs.append(_compact(experts, hidden_TD, *routing))
         if not beyond:
             raise Reached
-        return run_experts(without_atomic_experts(experts), hidden_TD, *routing)
+        return run_fastest(without_atomic_experts(experts), hidden_TD, *routing)
 
     span = range(layer.index, layer.index + 1)
     with use_heapr_experts(model.model, take_inputs):

@@ -72,6 +72,11 @@ def batch_bytes(model: MoEModel, num_sequences: int, length: int) -> int | None:
         return None
 
 
+def interpreter_bytes() -> int:
+    """Memory that this process has resident now."""
+    return _kilobytes(STATUS, "VmRSS") or 0
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that this process can still take on a device.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from heapr.errors import ConfigError
-from heapr.files import hash_file, hash_file_once, hash_files
+from heapr.files import hash_file, hash_file_once, hash_files, write_json
 
 DESCRIPTION_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 # What transformers looks for, in this order.
@@ -99,6 +99,17 @@ def shards_of(index: Path) -> set[str]:
         raise ConfigError(
             f"the weights in '{index.parent}' cannot be loaded: {index.name} is damaged; get it again"
         ) from error
+
+
+def write_index(folder: Path) -> None:
+    """Write an index of weights that are in one file: some tools read every file of tensors otherwise."""
+    index = folder / INDEX
+    if index.is_file():
+        return
+    header = read_header(folder / WEIGHTS)
+    ends = [entry["data_offsets"][1] for entry in header.values()]
+    weight_map = dict.fromkeys(sorted(header), WEIGHTS)
+    write_json(index, {"metadata": {"total_size": max(ends)}, "weight_map": weight_map})
 
 
 def read_header(path: Path) -> dict[str, Mapping[str, Any]]:

@@ -20,8 +20,10 @@ from heapr.model.moe import MoEModel, summed_loss_backward
 from heapr.model.shelf import Files, Memory, Shelf
 from heapr.model.span import NO_READS, Reads, Span, reads_of, run_rest, run_span
 from heapr.model.tape import Tape, hidden_of
+from heapr.progress import counted, progress
 from heapr.ranks import ONE_PROCESS, Ranks
 
+Count = Callable[[str], None]  # see `heapr.progress.counted`
 Passed = tuple[int, Span, Tensor, Tensor]  # see `backward_by_spans`
 
 
@@ -95,24 +97,31 @@ class _Journey:
     def passes(self) -> Iterator[Passed]:
         """Go forward, then backward."""
         spans = self._way.spans
-        for position in range(self._num_forward, len(spans) - 1):
-            with self._model.hold(spans[position]):
-                for number, tape in enumerate(self._tapes):
-                    self._forward(tape, spans[position], number)
-                    tape.keep(self._reads.by(*spans))
-            self._num_forward = position + 1
-            self._record()
-        if self._first_finished == 0:
-            yield from self._nothing_left()
-        for position in reversed(range(self._first_finished)):
-            with self._model.hold(spans[position]):
-                yield from self._backward(position)
-            self._way.on_span(spans[position])
-            self._first_finished = position
-            self._record()
+        num_passes = len(self._tapes) * (len(spans) - 1 - self._num_forward + self._first_finished)
+        with counted(num_passes, "calibrate") if self._model.is_streamed else nullcontext() as count:
+            for position in range(self._num_forward, len(spans) - 1):
+                self._forward(position, count)
+                self._num_forward = position + 1
+                self._record()
+            if self._first_finished == 0:
+                yield from self._nothing_left()
+            for position in reversed(range(self._first_finished)):
+                yield from self._backward(position, count)
+                self._way.on_span(spans[position])
+                self._first_finished = position
+                self._record()
 
     @torch.no_grad()
-    def _forward(self, tape: Tape, span: Span, number: int) -> None:
+    def _forward(self, position: int, count: Count | None) -> None:
+        """Take every batch forward through one span."""
+        span = self._way.spans[position]
+        with self._model.hold(span):
+            for number, tape in enumerate(self._tapes):
+                self._forward_one(tape, span, number)
+                tape.keep(self._reads.by(*self._way.spans))
+                self._count(count)
+
+    def _forward_one(self, tape: Tape, span: Span, number: int) -> None:
         """Run a span and put its outputs on the tape of batch `number`."""
         answers = tape.answers(span.start, self._reads.by(span))
         outputs = run_span(self._model, tape.ids_NW, span, answers)
@@ -125,15 +134,21 @@ class _Journey:
                 )
         tape.put(outputs)
 
-    def _backward(self, position: int) -> Iterator[Passed]:
+    def _backward(self, position: int, count: Count | None) -> Iterator[Passed]:
         """Take every batch backward through one span."""
         span = self._way.spans[position]
-        for number, tape in enumerate(self._tapes):
-            loss = span_backward(self._model, tape, span, self._reads)
-            tape.keep(self._reads.by(*self._way.spans[:position]))
-            if loss is not None:
-                self._losses[number] = loss
-            yield number, span, tape.ids_NW, self._losses[number]
+        with self._model.hold(span):
+            for number, tape in enumerate(self._tapes):
+                loss = span_backward(self._model, tape, span, self._reads)
+                tape.keep(self._reads.by(*self._way.spans[:position]))
+                if loss is not None:
+                    self._losses[number] = loss
+                self._count(count)
+                yield number, span, tape.ids_NW, self._losses[number]
+
+    def _count(self, count: Count | None) -> None:
+        if count is not None:
+            count(self._model.residency.remark())
 
     def _nothing_left(self) -> Iterator[Passed]:
         for number, tape in enumerate(self._tapes):
@@ -226,7 +241,7 @@ def _layer_by_layer(
     shelf = model.shelf()
     numbers = count()
     tapes_of = [[Tape(ids_NW, shelf, next(numbers)) for ids_NW in on_device] for _ in variants]
-    for span in model.spans:
+    for span in progress(model.spans, total=num_layers, description="layers", unit="layer"):
         with model.hold(span):
             _advance_variants(model, span, zip(variants, tapes_of, strict=True), reads)
     for tape in chain.from_iterable(tapes_of):

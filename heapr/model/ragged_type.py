@@ -5,16 +5,45 @@ In: a family's configuration class, or a folder. Out: two classes that transform
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+import transformers
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from heapr.errors import ConfigError
-from heapr.model.experts.ragged import make_ragged
+from heapr.model import deepseek_moe
+from heapr.model.experts.ragged_model import RaggedModel, without_experts
+from heapr.model.modelling_file import (
+    CAUSAL_LM,
+    RAGGED_PREFIX,
+    auto_map,
+    family_classes,
+    write_modelling_files,
+)
 
-RAGGED_PREFIX = "heapr_"
+OWN_FIELDS = ("model_type", "base_model_tp_plan", "base_model_ep_plan")
+
+
+class RaggedClasses(NamedTuple):
+    """Of a family: its configuration, and its models by the auto class that serves them."""
+
+    config: type[PretrainedConfig]
+    models: Mapping[str, type[PreTrainedModel]]
+
+
+class SavesModellingFile(RaggedModel):
+    """What `save_pretrained` writes loads again, without heapr too."""
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """As transformers does, with the modelling file beside."""
+        config_class = family_config_class(self.config)
+        self.config.auto_map = auto_map(config_class)
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        write_modelling_files(config_class, Path(save_directory))
 
 
 def register_ragged(folder: Path) -> None:
@@ -38,27 +67,66 @@ def register_ragged(folder: Path) -> None:
             f"'{folder}' was pruned from a '{family}' model, which this transformers does not know; install a"
             " newer one"
         )
-    config_class, model_class = ragged_classes(CONFIG_MAPPING[family])
-    AutoConfig.register(model_type, config_class)
-    AutoModelForCausalLM.register(config_class, model_class)
+    classes = ragged_classes(CONFIG_MAPPING[family])
+    AutoConfig.register(model_type, classes.config)
+    for name, model_class in classes.models.items():
+        getattr(transformers, name).register(classes.config, model_class)
 
 
-def ragged_classes(
-    config_class: type[PretrainedConfig],
-) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
-    """The ragged configuration and model class, as the modelling file beside a checkpoint defines them."""
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
-    members = {"model_type": RAGGED_PREFIX + config_class.model_type}
-    ragged_config = type(f"Heapr{config_class.__name__}", (config_class,), members)
-
-    def initialise(self: PreTrainedModel, config: PretrainedConfig) -> None:
-        model_class.__init__(self, config)
-        make_ragged(self, config.expert_widths)
-
-    model_members = {
-        "config_class": ragged_config,
-        "__init__": initialise,
-        "__module__": model_class.__module__,
+@functools.cache
+def ragged_classes(config_class: type[PretrainedConfig]) -> RaggedClasses:
+    """The same classes as in the modelling file beside a checkpoint, one set for each family."""
+    family = config_class.model_type
+    members = {
+        "model_type": RAGGED_PREFIX + family,
+        "base_model_tp_plan": without_experts(config_class.base_model_tp_plan),
+        "base_model_ep_plan": without_experts(config_class.base_model_ep_plan),
     }
-    ragged_model = type(f"Heapr{model_class.__name__}", (model_class,), model_members)
-    return ragged_config, ragged_model
+    ragged_config = _named(family, (config_class,), members)
+    models = {}
+    for name, family_class in family_classes(config_class).items():
+        models[name] = _named(family, (SavesModellingFile, family_class), {"config_class": ragged_config})
+    return RaggedClasses(ragged_config, models)
+
+
+def _named(family: str, bases: tuple[type, ...], members: Mapping[str, Any]) -> type:
+    """A class that pickle finds by `__getattr__`."""
+    name = f"Heapr{bases[-1].__name__}"
+    place = {"__module__": __name__, "__qualname__": f"{family}__{name}"}
+    return type(name, bases, {**members, **place, "_auto_class": None})
+
+
+def __getattr__(name: str) -> type:
+    """The classes by their `__qualname__`, "<family>__<class>", where pickle looks for them."""
+    family, _, class_name = name.partition("__")
+    if family and class_name:
+        deepseek_moe.register()
+        classes = ragged_classes(CONFIG_MAPPING[family])
+        for each in (classes.config, *classes.models.values()):
+            if each.__name__ == class_name:
+                return each
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+
+
+def family_config_class(config: PretrainedConfig) -> type[PretrainedConfig]:
+    """Of a family's configuration or a ragged one of it: the family's class."""
+    family: type[PretrainedConfig] = CONFIG_MAPPING[str(config.model_type).removeprefix(RAGGED_PREFIX)]
+    return family
+
+
+def take_ragged_type(model: PreTrainedModel, expert_widths: Mapping[str, Sequence[int]]) -> None:
+    """Make a family's causal language model, whose experts have become ragged, one of the ragged type.
+
+    In place; what it saves then loads again.
+
+    Args:
+        expert_widths: by the experts' names in the model.
+    """
+    classes = ragged_classes(family_config_class(model.config))  # type: ignore[arg-type]
+    model.config.__class__ = classes.config
+    for name in OWN_FIELDS:  # the configuration has values of its own
+        setattr(model.config, name, getattr(classes.config, name))
+    model.config.expert_widths = {name: list(widths) for name, widths in expert_widths.items()}
+    model.__class__ = classes.models[CAUSAL_LM]
+    # How the family's weights were read, which `save_pretrained` would undo.
+    vars(model).pop("_weight_conversions", None)

@@ -51,6 +51,10 @@ class Residency(Protocol):
         """A new place for the outputs of layers."""
         ...
 
+    def remark(self) -> str:
+        """How the reading goes, for progress bars."""
+        ...
+
     def change(self, place: ExpertsPlace, change: Change) -> None:
         """Change a layer's experts. If they are not in memory, the change is applied to their shapes now and
         to their weights whenever they are read."""
@@ -73,6 +77,9 @@ class InMemory:
 
     def shelf(self) -> Shelf:
         return Memory()
+
+    def remark(self) -> str:
+        return ""
 
     def change(self, place: ExpertsPlace, change: Change) -> None:
         change()
@@ -106,6 +113,7 @@ class Streamed:
     ) -> None:
         self.weights, self.tapes = weights, tapes
         self.seconds_read = 0.0
+        self._opened = time.perf_counter()
         self._holders = [0] * len(layers)
         self._last_read = -1
         self._places = {place.index: place for place in places}
@@ -128,6 +136,10 @@ class Streamed:
 
     def shelf(self) -> Shelf:
         return Memory(torch.device("cpu")) if self.tapes is None else Spilled(self.tapes)
+
+    def remark(self) -> str:
+        rate = self.weights.shards.bytes_read / max(1e-9, time.perf_counter() - self._opened)
+        return f"read {self.weights.shards.bytes_read / 1e9:.3g} GB, {rate / 1e6:.3g} MB/s"
 
     def change(self, place: ExpertsPlace, change: Change) -> None:
         self.remember(place, change)

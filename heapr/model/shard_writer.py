@@ -6,7 +6,7 @@ several.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -27,14 +27,20 @@ State = dict[str, Tensor]
 def write_weights(model: MoEModel, folder: Path, *, max_shard_size: str, by_family: bool) -> None:
     """Write all weights but tied ones, which loading ties again.
 
+    Of a family that transformers lacks, they are written too: other tools have a class of their own for it,
+    and vLLM's does not tie.
+
     Args:
         folder: is there.
         max_shard_size: of a file, as huggingface_hub takes it.
         by_family: tensors are written under the names and in the shapes of the family's published
             checkpoints, otherwise as the model has them.
     """
+    tied = set(getattr(model.model, "all_tied_weights_keys", None) or {})
+    if by_family and not type(model.model).__module__.startswith("transformers."):
+        tied = set()
     shapes: State = {}
-    for state in _parts(model, in_memory=False):
+    for state in _parts(model, tied, in_memory=False):
         shapes |= _as_written(model, state, by_family=by_family)
     split = split_torch_state_dict_into_shards(
         shapes, filename_pattern=PATTERN, max_shard_size=max_shard_size
@@ -43,7 +49,7 @@ def write_weights(model: MoEModel, folder: Path, *, max_shard_size: str, by_fami
     for file_name, names in split.filename_to_tensors.items():
         of_file = {name: shapes[name] for name in names}
         files[file_name] = TensorsFile(folder / file_name, of_file, {"format": "pt"})
-    for state in _parts(model, in_memory=True):
+    for state in _parts(model, tied, in_memory=True):
         for name, tensor in _as_written(model, state, by_family=by_family).items():
             files[split.tensor_to_filename[name]].write(name, tensor)
     if split.is_sharded:
@@ -51,10 +57,9 @@ def write_weights(model: MoEModel, folder: Path, *, max_shard_size: str, by_fami
         write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": weight_map})
 
 
-def _parts(model: MoEModel, *, in_memory: bool) -> Iterator[State]:
+def _parts(model: MoEModel, tied: Collection[str], *, in_memory: bool) -> Iterator[State]:
     """What lies beside the decoder layers, then layer after layer."""
     prefix = f"{model.layers_name}."
-    tied = set(getattr(model.model, "all_tied_weights_keys", None) or {})
     names = [name for name in model.model.state_dict() if name not in tied]
     yield _state_of(model, [name for name in names if not name.startswith(prefix)], in_memory=in_memory)
     for layer in range(len(model.decoder_layers)):

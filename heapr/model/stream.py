@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from heapr.errors import ConfigError
 from heapr.model.expert_inputs import ExpertInputs, without_atomic_experts, without_experts
+from heapr.model.experts.grouped import run_fastest
 from heapr.model.experts.layout import Experts, layout_of
-from heapr.model.experts.loop import run_experts
 from heapr.model.moe import MoELayer, MoEModel
 from heapr.model.span import Reads, advance, probe_tokens, reads_of
 from heapr.model.tape import Tape, hidden_of
@@ -128,8 +128,8 @@ def _scale_of_sum(
         behind_TD: the stream behind the layer.
     """
     routed = (inputs.hidden_TD, inputs.expert_TK, inputs.router_weight_TK)
-    biases_TD = run_experts(without_atomic_experts(experts), *routed).float()
-    output_TD = run_experts(experts, *routed).float() - biases_TD
+    biases_TD = run_fastest(without_atomic_experts(experts), *routed).float()
+    output_TD = run_fastest(experts, *routed).float() - biases_TD
     added_TD = behind_TD - without_TD
     largest_TD = torch.stack([before_TD, without_TD, behind_TD]).abs().amax(0)
     eps = torch.finfo(inputs.hidden_TD.dtype).eps

@@ -34,7 +34,7 @@ class Activations:
         self._matrices = list(matrices_of(experts))
         self._activation = activation_of(experts)
         self._layout = layout_of(experts)
-        self._pairs = [inputs.pairs(expert) for expert in range(len(self.widths))]
+        self._pairs = inputs.pairs(len(self.widths))
 
     def tokens(self, expert: int) -> Tensor:
         """Indices (n,) of the tokens routed to an expert."""

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from heapr.pruning.allocation_by_cost import allocate_by_cost
+from heapr.pruning.allocation_of_layer_widths import allocate_layer_widths
 from heapr.pruning.allocation_of_whole_experts import allocate_whole_experts
 from heapr.pruning.budget import Budget, Costs, Widths, round_half_up
 from heapr.pruning.ranking import (
@@ -59,6 +60,8 @@ def allocate(scores: Scores, widths: Widths, budget: Budget, costs: Costs | None
         return allocate_whole_experts(layers, widths, budget)
     if budget.uniform_width is not None:
         return _uniform(layers, budget.uniform_width)
+    if budget.one_width_per_layer:
+        return allocate_layer_widths(layers, budget)
     exact = _exact(layers, widths, budget)
     if budget.width_multiple == 1:
         return exact

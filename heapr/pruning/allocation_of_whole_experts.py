@@ -42,6 +42,9 @@ def allocate_whole_experts(layers: Mapping[int, Tensor], widths: Widths, budget:
     pieces.sort()
     sizes = map(sum, widths.values())
     number = _number_nearest(pieces, budget.ratio * sum(sizes))
+    if budget.num_experts is not None:
+        removed = [len(width_E) - budget.num_experts for width_E in widths.values()]
+        number = sum(removed)
     kept = {index: scores_EF > -math.inf for index, scores_EF in layers.items()}
     for piece in pieces[:number]:
         kept[piece.layer][piece.expert] = False

@@ -31,7 +31,7 @@ def report_allocation(
         numbers by key; "summary", lines to read; "not_reached", a line for each target that was missed. JSON
         types only.
     """
-    without_rounding = replace(budget, width_multiple=1, uniform_width=None)
+    without_rounding = replace(budget, width_multiple=1, uniform_width=None, one_width_per_layer=False)
     exact = allocate(scores, widths, without_rounding, costs)
     total = sum(map(sum, widths.values()))
     removed = total - plan.num_kept
@@ -49,7 +49,7 @@ def report_allocation(
     summary = [removal]
     if budget.granularity is Granularity.EXPERT:
         summary.append(_about_experts(plan, widths))
-    elif budget.width_multiple > 1 or budget.uniform_width is not None:
+    elif budget.width_multiple > 1 or budget.uniform_width is not None or budget.one_width_per_layer:
         summary.append(_about_rounding(plan, exact, budget, report))
     if costs is not None:
         removed_ratio = _cost_removed_ratio(plan, widths, costs)
@@ -87,6 +87,9 @@ def _about_rounding(plan: Plan, exact: Plan, budget: Budget, report: Mapping[str
     form = f"multiples of {budget.width_multiple}"
     if budget.uniform_width is not None:
         form = f"one width of {budget.uniform_width}"
+    elif budget.one_width_per_layer:
+        widths = [str(max(width_E)) for width_E in plan.widths.values()]
+        form = f"one width per layer ({', '.join(widths)})"
     return (
         f"rounding to {form}: {exact.num_kept} -> {plan.num_kept} kept, "
         f"{report['atomic_experts_exchanged']} of which would be removed without rounding; "
@@ -105,10 +108,11 @@ def _about_protection(report: Mapping[str, Any]) -> str:
 def _not_reached(plan: Plan, widths: Widths, budget: Budget) -> list[str]:
     """A line for each target that was missed by more than rounding explains, because too much must stay.
 
-    Costs are either reached or refused, and a uniform width is reported when it is chosen, so neither appears
-    here.
+    Costs are either reached or refused, and a uniform width or a number of experts is reported when it is
+    chosen, so none of them appears here.
     """
-    if budget.unit != "atomic_experts" or budget.uniform_width is not None:
+    is_chosen = budget.uniform_width is not None or budget.num_experts is not None
+    if budget.unit != "atomic_experts" or is_chosen:
         return []
     total = sum(map(sum, widths.values()))
     asked = budget.ratio * total

@@ -40,6 +40,10 @@ class Budget:
             half an expert. K experts of every layer stay whole.
         unit: what the ratio is a share of: "atomic_experts", or the routed experts' "flops" (`costs_of`).
         protected_layers: decoder layer indices that lose nothing. The other layers lose correspondingly more.
+        num_experts: how many experts every layer keeps, chosen beforehand (whole experts, scope "layer").
+            With None, the ratio decides.
+        one_width_per_layer: the experts of a layer get one width (scope "expert"), and the layers' widths
+            follow from the scores of all layers.
     """
 
     ratio: float
@@ -50,6 +54,8 @@ class Budget:
     granularity: Granularity = Granularity.ATOMIC_EXPERT
     unit: str = "atomic_experts"
     protected_layers: tuple[int, ...] = ()
+    num_experts: int | None = None
+    one_width_per_layer: bool = False
 
     def __post_init__(self) -> None:
         assert 0 <= self.ratio < 1, self.ratio
@@ -58,6 +64,7 @@ class Budget:
         assert self.granularity is Granularity.ATOMIC_EXPERT or self.scope != "expert"
         assert self.unit in {"atomic_experts", "flops"}, self.unit
         assert self.is_plain or self.scope != "expert"
+        assert not self.one_width_per_layer or (self.scope == "expert" and self.uniform_width is None)
 
     @property
     def is_plain(self) -> bool:
@@ -105,6 +112,8 @@ class Budget:
             self.numbers_removed(widths)
         if self.uniform_width is None:
             self._check_multiples(widths)
+        if self.one_width_per_layer:
+            self._check_one_width_per_layer(widths)
 
     def numbers_removed(self, widths: Widths) -> list[int]:
         """How many atomic experts are removed: one number with scope "global", else one per layer.
@@ -159,6 +168,14 @@ class Budget:
                 f"pruning.width_multiple={self.width_multiple}, but experts of this model have {min(others)} "
                 f"atomic experts, which is not a multiple of it; choose a divisor, for example {divisor}"
             )
+
+    def _check_one_width_per_layer(self, widths: Widths) -> None:
+        for index, width_E in widths.items():
+            if len(set(width_E)) > 1:
+                raise ConfigError(
+                    f"pruning.form=per_layer needs experts of one width in each layer, layer {index} has "
+                    f"{len(set(width_E))} widths; use pruning.form=ragged"
+                )
 
     def _check_whole_experts(self, widths: Widths) -> None:
         """Check that the ratio is reached even if the experts that stay are the K narrowest of each layer.

@@ -14,18 +14,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from heapr.errors import ConfigError
 from heapr.pruning.activations import Activations
+from heapr.pruning.blocks import BlockFactors, factored
 from heapr.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
-_TINY = 1e-30  # keeps the zero matrix of an expert that no token reached invertible
+_TINY = 1e-30  # keeps a denominator of zeros from dividing by zero
 
 
 def solve(C_SS: Tensor, B_SD: Tensor, ridge: float) -> Tensor:
     """(C + ridge I)^-1 B in float64."""
-    return torch.cholesky_solve(B_SD, _factored(C_SS, ridge))
+    return torch.cholesky_solve(B_SD, factored(C_SS, ridge))
 
 
 def solve_by_steps(
@@ -61,11 +61,11 @@ def solve_by_steps(
     Raises:
         ConfigError: see `solve`.
     """
-    factors, r = _factored_blocks(kept, ridge, ranks)
+    blocks, r = _factored_blocks(kept, ridge, ranks)
     residual_TD = lost_TD.clone()
     gradient_SD = _pulled_back(kept, residual_TD, ranks)
     change_SD = torch.zeros_like(gradient_SD)
-    direction_SD = _preconditioned(gradient_SD, factors)
+    direction_SD = blocks.solve(gradient_SD)
     slope_D = (gradient_SD * direction_SD).sum(0)
     excess = objective = math.inf
     for _ in range(max_steps):
@@ -80,7 +80,7 @@ def solve_by_steps(
         excess = squared(gradient_SD) / max(r, _TINY)
         if ranks.of_first(excess <= tolerance * objective):
             return change_SD
-        product_SD = _preconditioned(gradient_SD, factors)
+        product_SD = blocks.solve(gradient_SD)
         new_slope_D = (gradient_SD * product_SD).sum(0)
         ratio_D = new_slope_D / slope_D.clamp(min=_TINY)
         direction_SD.mul_(ratio_D).add_(product_SD)
@@ -95,27 +95,16 @@ def solve_by_steps(
     return change_SD
 
 
-def _factored_blocks(kept: Activations, ridge: float, ranks: Ranks) -> tuple[list[Tensor], float]:
+def _factored_blocks(kept: Activations, ridge: float, ranks: Ranks) -> tuple[BlockFactors, float]:
     """Cholesky factors of C + r I of every expert, and r."""
-    factors = []
+    blocks = BlockFactors(kept.widths, kept.inputs.hidden_TD.device)
     for expert in range(len(kept.widths)):
         z_nS = kept.z(expert)
-        factors.append((z_nS.T @ z_nS).double())
-    ranks.sum(factors)
-    diagonals = [C_SS.diagonal() for C_SS in factors]
-    r = ridge * mean_of(diagonals)
-    # In place, because only the factors are needed from here on.
-    for C_SS in factors:
-        C_SS.copy_(_factored(C_SS, r))
-    return factors, r
-
-
-def _preconditioned(gradient_SD: Tensor, factors: Sequence[Tensor]) -> Tensor:
-    """(C + r I)^-1 g, block by block."""
-    widths = [len(factor_SS) for factor_SS in factors]
-    blocks = zip(gradient_SD.split(widths), factors, strict=True)
-    solved = [torch.cholesky_solve(block_SD, factor_SS) for block_SD, factor_SS in blocks]
-    return torch.cat(solved)
+        blocks.set_block(expert, z_nS.T @ z_nS)
+    ranks.sum(blocks.moments())
+    r = ridge * mean_of([blocks.diagonal()])
+    blocks.factor(r)
+    return blocks, r
 
 
 def _applied(kept: Activations, change_SD: Tensor) -> Tensor:
@@ -136,22 +125,6 @@ def _pulled_back(kept: Activations, image_TD: Tensor, ranks: Ranks) -> Tensor:
     pulled_SD = torch.cat(rows).double()
     ranks.sum([pulled_SD])
     return pulled_SD
-
-
-def _factored(C_SS: Tensor, ridge: float) -> Tensor:
-    """Cholesky factor of C + ridge I.
-
-    Raises:
-        ConfigError: the ridge is so small that the matrix is singular in floating point.
-    """
-    identity_SS = torch.eye(len(C_SS), dtype=C_SS.dtype, device=C_SS.device)
-    regular_SS = C_SS + max(ridge, _TINY) * identity_SS
-    factor_SS: Tensor
-    factor_SS, failed = torch.linalg.cholesky_ex(regular_SS)
-    if failed:
-        reason = "pruning.repair.ridge is too small for these activations: the equations are singular"
-        raise ConfigError(f"{reason}; give for example 0.01")
-    return factor_SS
 
 
 def mean_of(diagonals: Sequence[Tensor]) -> float:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from heapr.errors import ConfigError
 from heapr.model.device import find_device
 from heapr.model.load import ModelSource, find_model
+from heapr.model.ragged_type import take_ragged_type
 from heapr.pruning.surgery import remove
 from heapr.types import Plan, Pruning, TensorDict
 
@@ -50,6 +51,7 @@ def load_pruned(
     model = source.load(place)
     if pruning is not None:
         remove(model, pruning.plan, pruning.repaired)
+        take_ragged_type(model.model, {layer.name: layer.widths for layer in model.layers})
     return model.model
 
 

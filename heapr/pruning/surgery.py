@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from heapr.model.device import exact_products
 from heapr.model.experts.layout import Matrices, layout_of, matrices_of
 from heapr.model.experts.ragged import RaggedExperts
 from heapr.model.layerwise import walk_layers
@@ -45,6 +46,7 @@ def _replace(layer: MoELayer, plan: Plan, repaired: RepairedWeights | None) -> N
 
 
 @torch.no_grad()
+@exact_products()
 def remove_and_repair(
     model: MoEModel,
     plan: Plan,

@@ -9,7 +9,7 @@ Shape letters: D model width, E experts, F atomic experts of an expert, G rows o
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from heapr.errors import ConfigError
-from heapr.model.experts.layout import Experts, layout_of, matrices_of, model_width_of
+from heapr.model.experts.layout import Experts, Matrices, layout_of, matrices_of, model_width_of
 from heapr.model.moe import MoELayer, MoEModel, find_moe_layers
 from heapr.pruning.budget import Budget, Widths, near_widths, the_width
 
@@ -145,15 +145,11 @@ class _Configuration:
 
     def __init__(self, config: PretrainedConfig) -> None:
         self.config = config
-        self.model = _on_meta(config)
+        self.model = on_meta(config)
         self.width = next(iter(find_moe_layers(self.model))).width
-        self.fields: dict[str, int] = {}
         self.shared: dict[str, int] = {}
-        text_config = config.get_text_config()
-        for name, value in text_config.to_dict().items():
-            if type(value) is not int:
-                continue
-            self.fields[name] = value
+        self.fields = integers_of(config)
+        for name, value in self.fields.items():
             if "shared" in name and 0 < value < self.width:
                 self.shared[name] = value
 
@@ -170,7 +166,7 @@ class _Configuration:
             if value != self.width:
                 continue
             for change in self._changes(field, width):
-                if width == self.width or _shapes(_on_meta(self.config, change)) == wanted:
+                if width == self.width or shapes_of(on_meta(self.config, change)) == wanted:
                     return change
         return None
 
@@ -232,7 +228,7 @@ def make_uniform(model: MoEModel, settings: Settings) -> None:
         settings: from `uniform_settings`.
     """
     config = model.model.config.get_text_config()
-    template = _on_meta(model.model.config, settings)
+    template = on_meta(model.model.config, settings)
     for field, value in settings.items():
         setattr(config, field, value)
     for layer in model.layers:
@@ -240,14 +236,13 @@ def make_uniform(model: MoEModel, settings: Settings) -> None:
 
 
 def _become(layer: MoELayer, dense: Experts) -> None:
-    _fill(dense, layer.experts)
+    fill_experts(dense, list(matrices_of(layer.experts)))
     layer.replace_experts(dense)
 
 
-def _fill(dense: Experts, ragged: Experts) -> None:
-    """Give experts on the meta device the weights of ragged experts."""
+def fill_experts(dense: Experts, matrices: Sequence[Matrices]) -> None:
+    """Give experts on the meta device weights, expert by expert."""
     layout = layout_of(dense)
-    matrices = list(matrices_of(ragged))
     inputs = [each.inputs_GD for each in matrices]
     down = [each.down_DF for each in matrices]
     inputs_EGD = torch.stack(inputs)
@@ -259,14 +254,21 @@ def _fill(dense: Experts, ragged: Experts) -> None:
     if layout.has_bias:
         biases = [each.inputs_bias_G for each in matrices if each.inputs_bias_G is not None]
         tensors[f"{layout.input_name}_bias"] = torch.stack(biases)
-        tensors["down_proj_bias"] = ragged.down_proj_bias
+        down_biases = [each.down_bias_D for each in matrices if each.down_bias_D is not None]
+        tensors["down_proj_bias"] = torch.stack(down_biases)
     for name, parameter in dense.named_parameters():
         tensor = tensors[name]
         assert parameter.shape == tensor.shape, name
         setattr(dense, name, nn.Parameter(tensor))
 
 
-def _on_meta(config: PretrainedConfig, changes: Settings | None = None) -> PreTrainedModel:
+def integers_of(config: PretrainedConfig) -> dict[str, int]:
+    """The fields of the configuration's text part that are integers."""
+    fields = config.get_text_config().to_dict()
+    return {name: value for name, value in fields.items() if type(value) is int}
+
+
+def on_meta(config: PretrainedConfig, changes: Settings | None = None) -> PreTrainedModel:
     """The configuration's model on the meta device, with some fields of its text part changed."""
     changed = copy.deepcopy(config)
     for field, value in (changes or {}).items():
@@ -276,14 +278,14 @@ def _on_meta(config: PretrainedConfig, changes: Settings | None = None) -> PreTr
     return model
 
 
-def _shapes(model: PreTrainedModel) -> Shapes:
+def shapes_of(model: PreTrainedModel) -> Shapes:
     """Shapes of all parameters."""
     return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
 def _resized_shapes(model: PreTrainedModel, width: int) -> Shapes:
     """Shapes of all parameters if every routed expert had another width."""
-    shapes = _shapes(model)
+    shapes = shapes_of(model)
     for layer in find_moe_layers(model):
         for child, shape in _resized(layer.experts, width):
             shapes[f"{layer.name}.{child}"] = shape

@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from heapr.calibration.collector import collect
+from heapr.model.experts import dispatch, grouped
+from heapr.model.experts.grouped import run_grouped
 from heapr.model.moe import MoEModel
 from heapr.model.passes import Way
 from heapr.pruning.surgery import remove
@@ -224,3 +226,16 @@ def test_batches_of_one_span_are_asked_for_one_by_one(ids_NW: Tensor) -> None:
 
     collect(MoEModel(tiny_qwen3_moe()), batches(), on_batch=lambda *_: told.append("done"))
     assert told == ["asked", "done"] * 2
+
+
+@pytest.mark.parametrize("kept", [None, [[3], [8], [0], [5]], [[8]] * 4], ids=["dense", "ragged", "all kept"])
+def test_grouped_experts_give_the_statistics_of_the_loop(
+    model: MoEModel, ids_NW: Tensor, monkeypatch: pytest.MonkeyPatch, kept: list[list[int]] | None
+) -> None:
+    if kept is not None:
+        kept_EF = torch.arange(8).expand(4, 8) < torch.tensor(kept)
+        remove(model, Plan(layers={layer.index: kept_EF for layer in model.layers}))
+    expected = collect(model, ids_NW.split(4))
+    monkeypatch.setattr(dispatch, "run_fastest", run_grouped)
+    monkeypatch.setattr(grouped, "run_experts", None)
+    assert_same_statistics(collect(model, ids_NW.split(4)), expected)

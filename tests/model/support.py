@@ -39,7 +39,7 @@ number is raised so that their width stays; a width that does not divide it is r
 which `recipe=best` uses, can serve it; that depends on how the experts' output gets into the residual stream, here with the family's
 defaults, and every model is asked when it is loaded. `pruning.repair.target=layer_output` serves all. `layer by layer`: whether decoder
 layers can be run one by one, which every repair does; asked of a model that has each kind of layer, block and sharing at least twice, and
-of every model when it is loaded for repair. Calibration without repair does not need it.
+of every model when it is loaded for repair. Calibration without repair needs it only if the model is streamed ([scale.md](scale.md)).
 
 Of a wrapper with vision and the like only the language model is taken, and no model here has the heads that predict further tokens:
 a run says before it starts which tensors it leaves out, and the checkpoint's `config.json` and card do not promise them.

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, Qwen3_5MoeForConditionalGene
 from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5MoeConfig
 
 from heapr.model.load import find_model
-from heapr.model.model_files import WEIGHTS
+from heapr.model.model_files import INDEX, WEIGHTS
 from heapr.pipeline import Summary
 from tests.deepseek import write_original_folder
 from tests.experiment import run_in, write_model, write_texts
@@ -139,6 +139,7 @@ def test_our_own_family_keeps_the_hubs_names(tmp_path: Path) -> None:
     assert changed == {"heapr", "auto_map", "num_experts"}
     assert found["auto_map"] == {
         "AutoConfig": "deepseek_moe.DeepseekMoeConfig",
+        "AutoModel": "deepseek_moe.DeepseekMoeModel",
         "AutoModelForCausalLM": "deepseek_moe.DeepseekForCausalLM",
     }
     assert read(checkpoint / "tokenizer_config.json")["tokenizer_class"] == "LlamaTokenizerFast"
@@ -203,4 +204,4 @@ def test_stray_tensors_do_not_reach_the_checkpoint(tmp_path: Path) -> None:
     original = write_as_4(tmp_path / "model")
     save_file({"extra": torch.ones(1)}, original / "model.fp16.safetensors")
     checkpoint, _ = pruned(tmp_path, original, "masked")
-    assert [path.name for path in checkpoint.glob("model*")] == [WEIGHTS]
+    assert {path.name for path in checkpoint.glob("model*")} == {WEIGHTS, INDEX}

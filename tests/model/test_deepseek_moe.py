@@ -187,7 +187,16 @@ def test_saving_writes_the_original_names_and_values(tmp_path: Path) -> None:
     assert saved.keys() == tensors.keys()
     assert all(torch.equal(saved[name], tensors[name]) for name in tensors)
     rewritten = json.loads((tmp_path / "saved" / "config.json").read_text())
-    renamed = {"architectures", "torch_dtype", "rope_theta", "rope_scaling", "transformers_version"}
+    assert rewritten["auto_map"]["AutoModelForCausalLM"] == "deepseek_moe.DeepseekForCausalLM"
+    assert (tmp_path / "saved" / "deepseek_moe.py").is_file()
+    renamed = {
+        "architectures",
+        "auto_map",
+        "torch_dtype",
+        "rope_theta",
+        "rope_scaling",
+        "transformers_version",
+    }
     assert {name: rewritten[name] for name in config.keys() - renamed} == {
         name: config[name] for name in config.keys() - renamed
     }

@@ -212,7 +212,7 @@ def test_pairs() -> None:
         torch.tensor([[0, 2], [1, 0], [2, 1]]),
         torch.tensor([[0.5, 0.25], [0.125, 1.0], [2.0, 4.0]]),
     )
-    token_n, p_n = inputs.pairs(1)
+    token_n, p_n = inputs.pairs(4)[1]
     assert token_n.tolist() == [1, 2] and p_n.tolist() == [0.125, 4.0]
 
 

@@ -12,7 +12,7 @@ from heapr.errors import ConfigError
 from heapr.pruning.allocation import allocate
 from heapr.pruning.allocation_report import report_allocation
 from heapr.pruning.budget import Budget, near_widths, the_width
-from heapr.schema import SCOPES, WIDTH_MULTIPLES
+from heapr.schema import SCOPES
 from heapr.types import Plan, Scores
 
 
@@ -147,7 +147,7 @@ def test_ragged_experts_lose_exactly_the_requested_number_again(scope: str, rati
                 assert abs(int(kept_F.sum()) - width * (1 - ratio)) <= 1
 
 
-@pytest.mark.parametrize("multiple", WIDTH_MULTIPLES[1:5])
+@pytest.mark.parametrize("multiple", [8, 16, 32, 64])
 @pytest.mark.parametrize("scope", SCOPES)
 def test_widths_are_rounded_to_multiples_and_the_total_stays(multiple: int, scope: str) -> None:
     generator = torch.Generator().manual_seed(1)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from heapr.errors import ConfigError
+from heapr.model.experts.grouped import is_grouped, run_fastest, run_grouped
 from heapr.model.experts.layout import (
     ExpertObserver,
     Experts,
@@ -25,14 +26,15 @@ from heapr.model.experts.layout import (
     is_behind_interface,
     is_outside_interface,
     is_ragged,
+    layout_of,
     matrices_of,
     routing_of,
 )
-from heapr.model.experts.loop import counts_of, run_experts, run_sorted
+from heapr.model.experts.loop import counts_of, run_sorted
 
 IMPLEMENTATION = "heapr"
 ALIGNMENT_BYTES = 64  # of memory that torch allocates; memory mapped from a file may be aligned otherwise
-ExpertsForward = Callable[..., Tensor]  # run_experts, or a replacement where there is no data
+ExpertsForward = Callable[..., Tensor]  # run_fastest, or a replacement where there is no data
 # What an experts module may need that heapr lacks, by attribute of transformers' decorator.
 CAPABILITIES = {
     "has_post_expert_norm": (
@@ -50,7 +52,7 @@ def is_experts(module: nn.Module) -> bool:
 def forward_for(experts: Experts) -> ExpertsForward:
     """The forward that serves a module's layout, device and dtype."""
     assert is_experts(experts)
-    return run_experts  # serves all; add faster forwards here, each with its condition
+    return run_fastest  # asks, at each call, what serves these weights and this input
 
 
 def run_chosen(experts: Experts, hidden_TD: Tensor, *routing: Tensor) -> Tensor:
@@ -73,6 +75,8 @@ def use_heapr_experts(model: PreTrainedModel, run: ExpertsForward | None = None)
     values: list[tuple[nn.Module, str, Any]] = []
     for module in modules:
         values.append((module, "run", run or forward_for(module)))
+        if is_ragged(module):  # copies of its weights made inside are freed at the end
+            values.append((module, "packed", module.packed))
         if is_outside_interface(module):
             values.append((module, _forward_name(module), partial(run_chosen, module)))
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, run_chosen)
@@ -124,11 +128,14 @@ def use_comparable_experts(model: PreTrainedModel) -> Iterator[None]:
 
 
 def run_comparable_experts(experts: Experts, hidden_TD: Tensor, *routing: Tensor) -> Tensor:
-    """Like `run_experts`, with every matrix in the same memory layout.
+    """Like `run_fastest`, with every matrix in the same memory layout.
 
     Dense and ragged experts store W_down transposed to each other, and matrix products round differently for
-    the two.
+    the two. The grouped forward packs ragged experts as dense ones that are not transposed are stored.
     """
+    is_on_gpu = hidden_TD.device.type == "cuda"
+    if is_on_gpu and not layout_of(experts).is_transposed and is_grouped(experts, hidden_TD):
+        return run_grouped(experts, hidden_TD, *routing)
     expert_TK, router_weight_TK = routing_of(experts, hidden_TD, *routing)
     counts = counts_of(experts, expert_TK)
     return run_sorted(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 # An experts module of transformers, or RaggedExperts; nn.Module does not declare what they share.
 Experts = Any
-RAGGED = "RaggedExperts"
+RAGGED = "has_individual_widths"  # an attribute of their class
 # Llama-4 weighs the experts' inputs and does not use transformers' experts interface.
 OUTSIDE_INTERFACE = "Llama4TextExperts"
 
@@ -27,7 +27,8 @@ OUTSIDE_INTERFACE = "Llama4TextExperts"
 class ExpertObserver(Protocol):
     """Called once per forward with the activations and outputs of a layer's experts for all their tokens.
 
-    It is not called if no token is routed.
+    It is not called if no token is routed. With an observer that also has `add(Pairs)` (grouped.py), a GPU
+    keeps less: the grouped forward calls `add` instead, in its backward pass.
 
     Args:
         h_SF: intermediate activations, part of the graph: one hook on it gets all gradients. Columns beyond
@@ -90,10 +91,10 @@ class Matrices(NamedTuple):
 def is_ragged(experts: nn.Module) -> bool:
     """Whether experts are `RaggedExperts`.
 
-    Compares names, because the copy of this file beside a checkpoint is a different module with its own
-    class.
+    Looks for an attribute of the class: the copy of this file beside a checkpoint is a different module with
+    its own class, and a parametrized module has a subclass of its own.
     """
-    return type(experts).__name__ == RAGGED
+    return hasattr(type(experts), RAGGED)
 
 
 def is_behind_interface(module: nn.Module) -> bool:
@@ -125,10 +126,19 @@ def activation_of(experts: Experts) -> Callable[[Tensor], Tensor]:
         return partial(_call, experts.act_fn)
     if is_outside_interface(experts):
         return partial(_gated, experts.act_fn)
-    without_parameters = copy.copy(experts)
-    without_parameters._parameters = {}
-    bound: Callable[[Tensor], Tensor] = without_parameters._apply_gate
-    return bound
+    return FamilyGate(experts)
+
+
+class FamilyGate:
+    """A family's own map from gate and up to h; a class, because pickle takes no method of the experts."""
+
+    def __init__(self, experts: Experts) -> None:
+        self.experts = copy.copy(experts)
+        self.experts._parameters = {}
+
+    def __call__(self, gate_up_nG: Tensor) -> Tensor:
+        h_nF: Tensor = self.experts._apply_gate(gate_up_nG)
+        return h_nF
 
 
 def model_width_of(experts: Experts) -> int:

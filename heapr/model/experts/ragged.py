@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from .grouped import run_fastest
 from .layout import ExpertObserver, Experts, Matrices, activation_of, layout_of, matrices_of, model_width_of
-from .loop import run_experts
+from .packed import Packed
+from .traced import run_traced
 
 
 class RaggedExperts(nn.Module):
@@ -34,6 +36,8 @@ class RaggedExperts(nn.Module):
         widths: number of atomic experts of every expert.
     """
 
+    has_individual_widths = True  # what `is_ragged` looks for
+
     def __init__(self, template: Experts, widths: Sequence[int]) -> None:
         super().__init__()
         self.widths = tuple(widths)
@@ -41,7 +45,8 @@ class RaggedExperts(nn.Module):
         self.layout = layout_of(template)
         self.activation = activation_of(template)
         self.observer: ExpertObserver | None = None
-        self.run: Callable[..., Tensor] = run_experts
+        self.run: Callable[..., Tensor] = run_fastest
+        self.packed: Packed | None = None
         num_rows, model_width = sum(self.widths), model_width_of(template)
         num_inputs = 2 * num_rows if self.layout.has_gate else num_rows
         input_name = self.layout.input_name
@@ -52,8 +57,9 @@ class RaggedExperts(nn.Module):
             self.register_parameter(f"{input_name}_bias", nn.Parameter(new_empty(num_inputs)))
             self.down_proj_bias = nn.Parameter(new_empty(self.num_experts, model_width))
 
-    @torch.compiler.disable(reason="the number of tokens of an expert is data")  # type: ignore[untyped-decorator]
     def forward(self, hidden_TD: Tensor, *routing: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return run_traced(self, hidden_TD, *routing)
         return self.run(self, hidden_TD, *routing)
 
     @torch.no_grad()

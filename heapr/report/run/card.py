@@ -22,22 +22,23 @@ Calibrated on $num_samples sequences of $sequence_length tokens of $text, seed $
 
 $metrics
 $loading
-`plan.safetensors` holds which atomic experts were kept (bool, experts x atomic experts, by decoder layer);
-`heapr` in `config.json` says what was done and to which weights.
+`heapr/plan.safetensors` holds which atomic experts were kept (bool, experts x atomic experts, by decoder
+layer); `heapr` in `config.json` says what was done and to which weights.
 """)
 ROW = re.compile(r"^\| ([^|\s]+) \| ([^|]+ \| [^|]+) \|$", re.MULTILINE)
 UNITS = {"atomic_experts": "atomic experts", "flops": "experts' FLOPs"}  # what the ratio is a share of
-LOADING = {
-    "ragged": (
-        """Every expert has a width of its own, so the model needs the modelling file beside the weights,
-which imports torch and transformers alone:
+WITH_MODELLING_FILE = """ has a width of its own, so the model needs the modelling file beside the weights,
+which imports torch and transformers alone. It runs with transformers 5.16 and newer (tried: 5.16 to 5.23):
 
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 
 With heapr installed no code of this folder runs: `model = heapr.load_pruned(folder)`.
 """
-    ),
+LOADING = {
+    "ragged": f"Every expert{WITH_MODELLING_FILE}",
+    "per_layer": f"Every layer{WITH_MODELLING_FILE}",
+    "fewer_experts": "Removed experts are gone from the router too: it loads $how, without further code.\n",
     "uniform": "All experts have one width: it loads $how, without further code.\n",
     "masked": (
         "Removed atomic experts are zeros in the original shapes (`parameters_zero`): it loads $how and is no"
@@ -65,11 +66,7 @@ def model_card(
         ratio=f"{about['ratio']:.6g}",
         scope=about["scope"],
         form=about["form"],
-        widths=(
-            f"one width of {about['width']}"
-            if "width" in about
-            else f"widths rounded to multiples of {about['width_multiple']}"
-        ),
+        widths=_widths(about),
         num_samples=calibration["num_samples"],
         sequence_length=calibration["sequence_length"],
         seed=calibration["seed"],
@@ -78,6 +75,13 @@ def model_card(
         metrics=_table(metrics, previous),
         loading=_loading(about),
     )
+
+
+def _widths(about: Mapping[str, Any]) -> str:
+    if "width" in about:
+        return f"one width of {about['width']}"
+    one = "one width per layer, a multiple" if about["form"] == "per_layer" else "widths rounded to multiples"
+    return f"{one} of {about['width_multiple']}"
 
 
 def _loading(about: Mapping[str, Any]) -> str:

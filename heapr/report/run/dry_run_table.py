@@ -93,15 +93,28 @@ def _cost_rows(plan: Mapping[str, Any]) -> Rows:
         ("statistics", _size(statistics), f"in place of {matrices} of matrices (D, D)"),
     ]
     if activations is None or flops is None:
-        return [*rows, ("activations", "", NOT_KNOWN), ("calibration", "", NOT_KNOWN)]
+        return [*rows, ("activations", "", NOT_KNOWN), *_memory_rows(plan), ("calibration", "", NOT_KNOWN)]
+    memory = _memory_rows(plan)
     batch = f"a batch of {plan['batch_size']} x {plan['sequence_length']:,} tokens"
     together = weights + statistics + activations
     return [
         *rows,
         ("activations", _size(activations), batch),
-        ("together", _size(together), "what calibration needs, at least"),
+        ("together", _size(together), "what calibration in memory needs, at least"),
+        *memory,
         ("calibration", operations(flops), f"forward and backward of {plan['num_samples']} sequences"),
     ]
+
+
+def _memory_rows(plan: Mapping[str, Any]) -> Rows:
+    """Predicted memory of the calibration as it will be run; read and written bytes if it is streamed."""
+    parts = [f"{name} {_size(size)}" for name, size in plan["peak_memory"].items()]
+    rows = [("peak memory", _size(sum(plan["peak_memory"].values())), ", ".join(parts))]
+    if plan["bytes_read"] is not None:
+        rows.append(("read", _size(plan["bytes_read"]), "of the model's files"))
+    if plan["tape_bytes"] is not None:
+        rows.append(("on disk", _size(plan["tape_bytes"]), "activations between the layers, meanwhile"))
+    return rows
 
 
 def _stages_table(stages: Sequence[Mapping[str, Any]]) -> Table:

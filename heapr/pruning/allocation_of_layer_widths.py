@@ -1,0 +1,62 @@
+"""Allocation for one width per layer: the experts of a layer keep equally many atomic experts, layers differ.
+
+In: scores of experts that have one width in each layer. Out: a `Plan`. Shape letters: E experts, F atomic
+experts of an expert, M multiples of the budget's `width_multiple` in F.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from heapr.pruning.budget import Budget
+from heapr.pruning.ranking import keep_best_of_each
+from heapr.types import Plan
+
+
+class _Step(NamedTuple):
+    """A layer's next multiple, which all its experts lose together. The lowest `loss` goes first, then the
+    first layer."""
+
+    loss: float
+    layer: int
+    number: int
+    size: int
+
+
+def allocate_layer_widths(layers: Mapping[int, Tensor], budget: Budget) -> Plan:
+    """A plan that keeps the best atomic experts of every expert, the same number in each expert of a layer.
+
+    Multiples go one after the other, all experts of a layer losing their lowest one at a time, where the mean
+    score of what goes is lowest. At least one multiple of each layer stays. As many go as come nearest to the
+    ratio (the larger of two equally near numbers), so what a ratio removes, every higher one removes too.
+    """
+    steps: list[_Step] = []
+    for index, scores_EF in layers.items():
+        steps += _steps(index, scores_EF, budget.width_multiple)
+    steps.sort()
+    wanted = budget.ratio * sum(scores_EF.numel() for scores_EF in layers.values())
+    removed = list(accumulate((step.size for step in steps), initial=0))
+    misses = [abs(total - wanted) for total in removed]
+    number = max(range(len(misses)), key=lambda number: (-misses[number], number))
+    width_of = {index: scores_EF.shape[1] for index, scores_EF in layers.items()}
+    for step in steps[:number]:
+        width_of[step.layer] -= budget.width_multiple
+    kept = {}
+    for index, scores_EF in layers.items():
+        width_E = torch.full((len(scores_EF),), width_of[index])
+        kept[index] = keep_best_of_each(scores_EF, width_E)
+    return Plan(layers=kept)
+
+
+def _steps(index: int, scores_EF: Tensor, multiple: int) -> list[_Step]:
+    """What a layer may lose, lowest first."""
+    num_experts = len(scores_EF)
+    sorted_EF = torch.sort(scores_EF, dim=1).values
+    loss_M = sorted_EF.view(num_experts, -1, multiple).mean(dim=(0, 2))
+    losses = loss_M.tolist()[:-1]
+    return [_Step(loss, index, number, num_experts * multiple) for number, loss in enumerate(losses)]
