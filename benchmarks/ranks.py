@@ -88,15 +88,14 @@ def measure(repeats: int, num_batches: int) -> None:
             "perplexity": lambda: perplexity(model, batches, ranks),
         }
         found: dict[str, list[tuple[float, float]]] = {name: [] for name in procedures}
-        for turn in range(repeats + 1):
-            for name, procedure in procedures.items():
-                ranks.barrier()
-                reductions.seconds, started = 0.0, time.perf_counter()
-                procedure()
-                if turn:  # the first one warms up
-                    found[name].append((time.perf_counter() - started, reductions.seconds))
+        # The first one of each warms up.
+        for name, procedure in [*procedures.items()] * (repeats + 1):
+            ranks.barrier()
+            reductions.seconds, started = 0.0, time.perf_counter()
+            procedure()
+            found[name].append((time.perf_counter() - started, reductions.seconds))
         if ranks.is_first:
-            print(json.dumps(found))
+            print(json.dumps({name: turns[1:] for name, turns in found.items()}))
 
 
 def run_apart(size: int, arguments: list[str]) -> dict[str, list[tuple[float, float]]]:
