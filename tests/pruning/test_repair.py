@@ -27,6 +27,7 @@ from heapr.pruning.layer_repair import LayerRepair, Repair
 from heapr.pruning.refit import refit_inputs
 from heapr.pruning.repair import ExpertRepair, JointRepair
 from heapr.pruning.surgery import mask, remove, remove_and_repair
+from heapr.ranks import ONE_PROCESS, Ranks
 from heapr.types import Plan
 from tests.same import assert_same_model
 from tests.tiny import LAYOUTS, tiny_ids, tiny_model, tiny_qwen3_moe
@@ -307,9 +308,10 @@ class Asked(ExpertRepair):
         inputs: ExpertInputs,
         *,
         target: StreamTarget | None = None,
+        ranks: Ranks = ONE_PROCESS,
     ) -> LayerRepair:
         self.num_layers += 1
-        return super().__call__(before, after, inputs, target=target)
+        return super().__call__(before, after, inputs, target=target, ranks=ranks)
 
 
 @pytest.mark.parametrize("family", LAYOUTS)

@@ -10,7 +10,9 @@ import pytest
 
 from heapr import rank_environment
 from heapr.errors import ConfigError
+from heapr.main import options_of_rank
 from heapr.rank_environment import Place, first_host, place_of
+from heapr.ranks import ONE_PROCESS, Ranks
 from heapr.start_ranks import started_ranks
 from tests.ranks.processes import finish, start
 
@@ -64,6 +66,15 @@ def test_a_folder_that_a_rank_does_not_see_is_refused(tmp_path: Path) -> None:
     codes, (line,) = run_failing(tmp_path, "blind", size=2)
     assert codes == [2, 2]
     assert line.startswith("error: rank 1 on ") and "cannot see" in line
+
+
+def test_a_sweep_is_for_one_process() -> None:
+    several = Ranks()
+    several.size, several.rank = 2, 1
+    assert options_of_rank(ONE_PROCESS, ["-m"]) == []
+    assert "hydra.run.dir=." in options_of_rank(several, [])
+    with pytest.raises(ConfigError, match="2 processes cannot share the jobs of run.py -m"):
+        options_of_rank(several, ["pruning.ratio=0.1,0.2", "--multirun"])
 
 
 def test_a_port_in_use_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
