@@ -67,6 +67,7 @@ class Lifelines:
     _ended: threading.Event = field(default_factory=threading.Event)
     _finished: set[int] = field(default_factory=set)
     _is_closing: bool = False
+    _has_spoken: bool = False
 
     def watch(self) -> None:
         """Start to watch the connections, in a thread of their own."""
@@ -133,11 +134,12 @@ class Lifelines:
         signal.pthread_kill(main, WAKE)
 
     def line(self) -> str:
-        """What this rank says about another's end; empty if it is for another one to say."""
+        """What this rank says about another's end, once; empty if it is for another one to say."""
         assert self.end is not None
         # Rank 0 speaks for all, also of itself unless it is gone.
         speaker = 0 if self.end.rank > 0 else 1
-        is_told_already = self.end.rank == 0 and self.end.kind != LOST
+        is_told_already = self._has_spoken or (self.end.rank == 0 and self.end.kind != LOST)
+        self._has_spoken = True
         return str(self.end) if self.rank == speaker and not is_told_already else ""
 
 

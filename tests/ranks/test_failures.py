@@ -56,10 +56,9 @@ def test_a_rank_that_fails_ends_the_others_and_leaves_the_store_intact(
 def test_ranks_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     codes, lines = run_failing(tmp_path, "other")
     assert codes == [2, 2, 2]
-    assert lines == [
-        "error: rank 2 has another configuration than rank 0: pruning.ratio is 0.5 and not 0.25; start all with"
-        " the same command and the same code"
-    ]
+    # All find it; whoever is first is heard.
+    (line,) = lines
+    assert "rank 2 has another configuration than rank 0: pruning.ratio is 0.5 and not 0.25; start" in line
 
 
 def test_a_folder_that_a_rank_does_not_see_is_refused(tmp_path: Path) -> None:
