@@ -13,7 +13,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from heapr.main import one_line_errors, options_of_rank, run_job
+from heapr.main import explained, one_line_errors, options_of_rank, run_job
 from heapr.overrides import options_first
 from heapr.ranks import Ranks
 from heapr.schema import register
@@ -32,6 +32,7 @@ def main(ranks: Ranks) -> None:
 if __name__ == "__main__":
     register()
     end_with_parent()
-    with one_line_errors(Path(__file__).resolve().parent / "conf"), started_ranks() as ranks:
+    conf = Path(__file__).resolve().parent / "conf"
+    with one_line_errors(conf), started_ranks() as ranks, explained(conf):
         sys.argv[1:] = options_first(sys.argv[1:]) + options_of_rank(ranks, sys.argv[1:])
         main(ranks)

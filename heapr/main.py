@@ -127,7 +127,7 @@ def one_line_errors(config_folder: Path | None = None) -> Iterator[None]:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # otherwise Hydra prints errors itself and exits with 1
     print_whatever_the_encoding()
     try:
-        with one_line_ends():
+        with one_line_ends(), explained(config_folder):
             yield
     except RankEnded as end:
         _stop(end.line, code=end.code)
@@ -135,19 +135,35 @@ def one_line_errors(config_folder: Path | None = None) -> Iterator[None]:
         _stop(str(error))
     except FloatingPointError as error:
         _stop(str(error), code=1)
+
+
+@contextmanager
+def explained(config_folder: Path | None = None) -> Iterator[None]:
+    """Turn errors of Hydra, OmegaConf and transformers that are the user's mistakes into `ConfigError`.
+
+    Args:
+        config_folder: as in `one_line_errors`.
+
+    Raises:
+        ConfigError: a mistake.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
     except (HydraException, OmegaConfBaseException) as error:
-        _stop(explain(error, config_folder, sys.argv[1:]))
+        raise ConfigError(explain(error, config_folder, sys.argv[1:])) from error
     except (ValueError, RuntimeError, AssertionError) as error:
         message = explain_builtin(str(error), config_folder)
         if message is None:
             raise
-        _stop(message)
+        raise ConfigError(message) from error
     except OSError as error:
         if error.filename is None or _came_from_job(error):
             raise
-        _stop(
+        raise ConfigError(
             f"cannot write '{error.filename}': {error.strerror}; choose another folder with paths.outputs=..."
-        )
+        ) from error
 
 
 def print_whatever_the_encoding() -> None:
