@@ -122,10 +122,6 @@ def dry_run(config: ExperimentConfig) -> DryRun:
     experiment = prepare(config, notes)
     source, budget = experiment.source, experiment.budget
     notes += experiment.notes_on_budget
-    if experiment.placement.why is not None:
-        notes.append(experiment.placement.why)
-    if experiment.left_out:
-        notes.append(f"left out where a model is streamed: {', '.join(experiment.left_out)}")
     model = source.on_meta()
     if source.has_weights:
         notes += source.left_out
@@ -134,6 +130,10 @@ def dry_run(config: ExperimentConfig) -> DryRun:
             f"'{source.folder}' holds no weights; the keys will change when they are there, because weights"
             " determine results"
         )
+    if experiment.placement.why is not None:
+        notes.append(experiment.placement.why)
+    if experiment.left_out:
+        notes.append(f"left out where a model is streamed: {', '.join(experiment.left_out)}")
     return DryRun(
         name=experiment.name,
         path=config.model.path,

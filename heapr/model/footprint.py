@@ -86,7 +86,7 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
-    return min(_available(), _left_by_limits(), _left_by_group())
+    return max(0, min(_available(), _left_by_limits(), _left_by_group()))
 
 
 def _num_bytes(tensors: Iterable[Tensor]) -> int:
