@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import resource
 import subprocess
@@ -254,6 +255,28 @@ def compare(arguments: argparse.Namespace) -> None:
             print_row(name, kind, row, rows["in memory"])
 
 
+def growth(arguments: argparse.Namespace) -> None:
+    """How streamed calibration of a small model grows when one size doubles, twice."""
+    small = Shape(layers=6, experts=16, width=256, model_width=512, sequences=8, length=256)
+    print("growth of streamed calibration, and the exponent of each size:")
+    for field in ("sequences", "layers", "experts", "width"):
+        found = []
+        for factor in (1, 2, 4):
+            shape = replace(small, **{field: factor * getattr(small, field)})
+            name = "-".join(str(value) for value in (shape.layers, shape.experts, shape.width))
+            folder = arguments.folder.parent / f"small-{name}"
+            make_model(folder, shape)
+            one = argparse.Namespace(**{**vars(arguments), "folder": folder, "shape": shape})
+            found.append(apart(one, "calibrate", "--streamed"))
+        peaks = [row["own"] / MB for row in found]
+        seconds = [row["cpu_seconds"] for row in found]
+        exponents = [math.log(values[-1] / values[0], 4) for values in (peaks, seconds)]
+        numbers = ", ".join(
+            f"{peak:.0f} MB {second:.1f} s" for peak, second in zip(peaks, seconds, strict=True)
+        )
+        print(f"{field:10} {numbers}; memory {exponents[0]:.2f}, CPU time {exponents[1]:.2f}", flush=True)
+
+
 def print_row(name: str, kind: str, row: dict[str, Any], base: dict[str, Any]) -> None:
     if "failed" in row:
         print(f"{name:17}{kind:15} failed: {row['failed']}")
@@ -276,12 +299,16 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", choices=WORK)
     parser.add_argument("--streamed", action="store_true")
     parser.add_argument("--cold", action="store_true")
+    parser.add_argument("--growth", action="store_true", help="how streamed calibration grows instead")
     parser.add_argument("--limit", type=int, default=0)
     parser.add_argument("--dtype", default="float32", help="of the weights in memory")
     for field, value in vars(Shape()).items():
         parser.add_argument(f"--{field}", type=int, default=value)
     arguments = parser.parse_args(words)
     arguments.shape = Shape(**{field: getattr(arguments, field) for field in vars(Shape())})
+    if arguments.growth:
+        growth(arguments)
+        return
     make_model(arguments.folder, arguments.shape)
     if arguments.work is None:
         compare(arguments)

@@ -124,6 +124,8 @@ def dry_run(config: ExperimentConfig) -> DryRun:
     notes += experiment.notes_on_budget
     if experiment.placement.why is not None:
         notes.append(experiment.placement.why)
+    if experiment.left_out:
+        notes.append(f"left out where a model is streamed: {', '.join(experiment.left_out)}")
     model = source.on_meta()
     if source.has_weights:
         notes += source.left_out

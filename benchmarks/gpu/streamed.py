@@ -14,6 +14,7 @@ from benchmarks.gpu.shapes import Shapes, deepseek_model, token_batches
 from heapr.calibration.collector import collect
 from heapr.measure import StageMeter
 from heapr.model.moe import MoEModel
+from heapr.model.passes import Way
 
 LAYERS_OF_SPAN = 4
 
@@ -28,7 +29,7 @@ def measure(shapes: Shapes, device: torch.device) -> list[Row]:
     spans = [range(start, min(start + LAYERS_OF_SPAN, num_layers)) for start in starts]
     procedures = {
         "one pass": lambda: collect(view, batches),
-        "spans": lambda: collect(view, batches, spans=spans),
+        "spans": lambda: collect(view, batches, way=Way(spans)),
     }
     peaks = {name: _peak(procedure, device) for name, procedure in procedures.items()}
     seconds = seconds_in_turns(procedures, device, repeats=1)

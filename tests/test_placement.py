@@ -1,0 +1,78 @@
+"""Where weights and activations go, and what that takes."""
+
+from __future__ import annotations
+
+import resource
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from heapr import placement
+from heapr.errors import ConfigError
+from heapr.experiment import find_source
+from heapr.model import footprint
+from heapr.placement import Placement, choose_placement
+from heapr.schema import ExperimentConfig
+from tests.experiment import compose_experiment
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def config() -> ExperimentConfig:
+    return compose_experiment("model=tiny", "calibration.batch_size=2", "calibration.num_samples=5")
+
+
+def chosen(config: ExperimentConfig, free: int, monkeypatch: pytest.MonkeyPatch) -> Placement:
+    monkeypatch.setattr(placement, "free_memory", lambda device: free)
+    return choose_placement(config, find_source(config.model), CPU)
+
+
+def test_footprint_is_that_of_the_loaded_model(
+    config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = chosen(config, 10**12, monkeypatch)
+    model = find_source(config.model).load(CPU)
+    in_layers = [sum(p.nbytes for p in layer.parameters()) for layer in model.decoder_layers]
+    assert place.sizes.weights == sum(parameter.nbytes for parameter in model.model.parameters())
+    assert place.sizes.layer == max(in_layers) and place.sizes.beside == place.sizes.weights - sum(in_layers)
+    assert place.sizes.hidden == 2 * config.calibration.sequence_length * 128 * 4
+    assert place.num_batches == 3 and place.tape_bytes == (4 + 2) * 3 * place.sizes.hidden
+
+
+def test_auto_takes_the_first_that_fits(config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    roomy = chosen(config, 10**12, monkeypatch)
+    assert (roomy.is_streamed, roomy.by_layer, roomy.why) == (False, False, None)
+    weights = roomy.sizes.weights + roomy.statistics
+    tight = chosen(config, weights + 10**6, monkeypatch)
+    assert (tight.is_streamed, tight.by_layer) == (False, True) and "gradient_checkpointing" in str(tight.why)
+    small = chosen(config, weights - 1, monkeypatch)
+    assert small.is_streamed and not small.by_layer and "one layer at a time" in str(small.why)
+    spread = replace(config, runtime=replace(config.runtime, device_map="auto"))
+    assert not chosen(spread, 0, monkeypatch).is_streamed
+
+
+def test_parts_add_up_and_the_tape_counts_in_memory_alone(
+    config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streamed = chosen(replace(config, runtime=replace(config.runtime, stream=True)), 10**12, monkeypatch)
+    in_ram = replace(streamed, on_disk=False)
+    assert sum(in_ram.peak_bytes.values()) - sum(streamed.peak_bytes.values()) == streamed.tape_bytes
+    assert streamed.bytes_read < 2 * streamed.sizes.weights
+    with pytest.raises(ConfigError, match="are more than the 60000 files"):
+        replace(streamed, num_batches=10**6, free=10**12).check(CPU)
+
+
+def test_free_memory_is_what_limits_leave(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert 0 < footprint.free_memory(CPU) < 2**50
+    limits = {resource.RLIMIT_DATA: (10**9, 10**9), resource.RLIMIT_AS: (resource.RLIM_INFINITY,) * 2}
+    monkeypatch.setattr(resource, "getrlimit", limits.__getitem__)
+    assert footprint.free_memory(CPU) < 10**9
+    for name, content in {
+        "memory.max": "5000000\n", "memory.current": "4000000\n", "memory.stat": "anon 1\ninactive_file 500\n",
+    }.items():  # fmt: skip
+        (tmp_path / name).write_text(content)
+    monkeypatch.setattr(footprint, "CGROUP", tmp_path)
+    assert 0 < footprint.free_memory(CPU) <= 1_000_500
