@@ -190,11 +190,12 @@ def prepare(
     """
     device = _or_note(notes, lambda: find_device(config.runtime.device)) or torch.device("cpu")
     device = _device_of_rank(device, ranks, config.runtime.device_map)
+    with ranks.in_turn():
+        plugins = build_plugins(config, notes)
     artifacts = Path(config.paths.outputs) / ARTIFACTS
     store = Store(artifacts, device, ranks=ranks, wait_minutes=config.runtime.wait_minutes)
     check_is_shared(store.root, ranks)
     with ranks.in_turn():
-        plugins = build_plugins(config, notes)
         source = find_source(config.model, digests=store.digests, config_only=notes is not None)
     _check_lengths(config, source)
     budget = _find_budget(config, source, plugins.criterion)

@@ -6,10 +6,14 @@ through nccl, all else through gloo. Objects travel as JSON.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
+import logging
+import os
 import signal
 import socket
+import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -213,8 +217,32 @@ def process_group(place: Place) -> Iterator[Ranks]:
             yield ranks
             ranks.part()
         dist.destroy_process_group()
+    except BaseException as error:
+        atexit.register(_leave, _exit_code(error))
+        raise
     finally:
         signal.signal(WAKE, previous)
+
+
+def _exit_code(error: BaseException) -> int:
+    """The exit code of a rank that an error ends."""
+    if isinstance(error, RankEnded):
+        return error.code
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    if isinstance(error, Terminated):
+        return TERMINATED
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    return 2 if isinstance(error, ConfigError) else 1
+
+
+def _leave(code: int) -> None:
+    """End the process without taking down the collectives, whose threads abort if their peers are gone."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 class _PeerLostError(Exception):

@@ -14,6 +14,7 @@ from heapr.errors import ConfigError
 from heapr.experiment import find_source
 from heapr.model import footprint
 from heapr.placement import Placement, choose_placement
+from heapr.ranks import ONE_PROCESS
 from heapr.schema import ExperimentConfig
 from tests.experiment import compose_experiment
 
@@ -27,7 +28,7 @@ def config() -> ExperimentConfig:
 
 def chosen(config: ExperimentConfig, free: int, monkeypatch: pytest.MonkeyPatch) -> Placement:
     monkeypatch.setattr(placement, "free_memory", lambda device: free)
-    return choose_placement(config, find_source(config.model), CPU)
+    return choose_placement(config, find_source(config.model), CPU, ONE_PROCESS)
 
 
 def test_footprint_is_that_of_the_loaded_model(
