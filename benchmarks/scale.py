@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from heapr.model import deepseek_moe
 from heapr.model.costs import calibration_flops
-from heapr.model.footprint import batch_bytes, footprint
+from heapr.model.footprint import LOADING_AS_STORED, batch_bytes, footprint
 from heapr.model.moe import MoEModel
 from heapr.placement import Placement
 from heapr.types import LayerStatistics
@@ -75,6 +75,7 @@ def placed(model: MoEModel, *, is_streamed: bool) -> Placement:
         activations=batch_bytes(model, BATCH, LENGTH),
         statistics=sum(layer.num_bytes for layer in statistics),
         num_batches=SAMPLES // BATCH,
+        loading=LOADING_AS_STORED,
         free=0,
         why=None,
     )

@@ -32,7 +32,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from heapr.calibration.collector import collect
 from heapr.model.checkpoint import save_checkpoint
-from heapr.model.footprint import batch_bytes, footprint, free_memory
+from heapr.model.footprint import batch_bytes, footprint, free_memory, loading_factor
 from heapr.model.load import ModelSource, find_model
 from heapr.model.moe import MoEModel, next_token_loss
 from heapr.model.passes import Way, final_hidden_states
@@ -220,6 +220,7 @@ def predicted(source: ModelSource, shape: Shape, *, is_streamed: bool) -> Placem
         activations=batch_bytes(model, shape.batch_size, shape.length),
         statistics=sum(layer.num_bytes for layer in statistics),
         num_batches=len(batches_of(shape)),
+        loading=loading_factor(CPU, source.config.dtype, source.dtype),
         free=0,
         why=None,
     )

@@ -15,7 +15,7 @@ import torch
 
 from heapr.errors import ConfigError
 from heapr.model.check_walk import check_streamed, check_walk
-from heapr.model.footprint import BUFFERS, LOADING, Footprint, batch_bytes, footprint, free_memory
+from heapr.model.footprint import BUFFERS, Footprint, batch_bytes, footprint, free_memory, loading_factor
 from heapr.model.load import ModelSource
 from heapr.model.moe import MoEModel
 from heapr.model.passes import Way
@@ -44,6 +44,7 @@ class Placement:
         activations: bytes that a batch holds between forward and backward in memory; None if not known.
         statistics: bytes of the calibration statistics.
         num_batches: of the calibration.
+        loading: memory that loading the whole model takes, divided by its weights.
         free: bytes free on the device.
         why: one line, or None if nothing is to be said.
     """
@@ -55,8 +56,14 @@ class Placement:
     activations: int | None
     statistics: int
     num_batches: int
+    loading: float
     free: int
     why: str | None
+
+    @property
+    def loading_bytes(self) -> int:
+        """Memory while the whole model is loaded."""
+        return int(self.loading * self.sizes.weights)
 
     @property
     def tape_bytes(self) -> int:
@@ -86,8 +93,8 @@ class Placement:
             return parts | always
         held = of_layer + sizes.num_layers * sizes.hidden if self.by_layer else of_layers
         computing = max(held, sizes.logits)
-        if (LOADING - 1) * sizes.weights > computing + self.statistics:
-            return {f"weights, {LOADING} times while they are loaded": LOADING * sizes.weights}
+        if self.loading_bytes > sizes.weights + computing + self.statistics:
+            return {f"weights, {self.loading} times while they are loaded": self.loading_bytes}
         return {"weights": sizes.weights, "activations": computing} | always
 
     def load(
@@ -138,11 +145,11 @@ class Placement:
             ConfigError: with what is needed and what is there.
         """
         if not self.is_streamed:
-            weights = self.sizes.weights
-            if weights > self.free and device.type == "cpu":
+            if self.loading_bytes > self.free and device.type == "cpu":
                 raise ConfigError(
-                    f"the weights take {weights / GB:.3g} GB, and {self.free / GB:.3g} GB are free on"
-                    f" '{device}'; give runtime.stream=true, which reads one layer at a time"
+                    f"loading the weights takes about {self.loading_bytes / GB:.3g} GB, {self.loading} times"
+                    f" their size, and {self.free / GB:.3g} GB are free on '{device}'; give"
+                    " runtime.stream=true, which reads one layer at a time"
                 )
             return
         needed = sum(self.peak_bytes.values())
@@ -169,13 +176,16 @@ def choose_placement(config: ExperimentConfig, source: ModelSource, device: torc
     sizes = footprint(model, batch_size, calibration.sequence_length)
     statistics = _statistics_bytes(model)
     free = free_memory(device)
+    loading = loading_factor(device, source.config.get_text_config().dtype, source.dtype)
     is_streamed = runtime.stream is True
     why = None
-    if runtime.stream == AUTO and runtime.device_map is None and sizes.weights + statistics > free:
+    needed = max(int(loading * sizes.weights), sizes.weights + statistics)
+    if runtime.stream == AUTO and runtime.device_map is None and needed > free:
         is_streamed = True
         why = (
-            f"weights of {sizes.weights / GB:.3g} GB do not fit into the {free / GB:.3g} GB that are free on"
-            f" '{device}': one layer at a time is read from the files (runtime.stream)"
+            f"weights of {sizes.weights / GB:.3g} GB, {loading} times that while they are loaded, do not fit"
+            f" into the {free / GB:.3g} GB that are free on '{device}': one layer at a time is read from the"
+            " files (runtime.stream)"
         )
     activations = None
     surely = SURELY_BELOW * sizes.num_layers * sizes.hidden + sizes.logits
@@ -199,6 +209,7 @@ def choose_placement(config: ExperimentConfig, source: ModelSource, device: torc
         activations=activations,
         statistics=statistics,
         num_batches=-(-calibration.num_samples // batch_size),
+        loading=loading,
         free=free,
         why=why,
     )

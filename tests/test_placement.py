@@ -45,6 +45,8 @@ def test_footprint_is_that_of_the_loaded_model(
 def test_auto_takes_the_first_that_fits(config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     roomy = chosen(config, 10**12, monkeypatch)
     assert (roomy.is_streamed, roomy.by_layer, roomy.why) == (False, False, None)
+    assert roomy.loading == 1.2
+    monkeypatch.setattr(placement, "loading_factor", lambda *_: 1.0)
     weights = roomy.sizes.weights + roomy.statistics
     tight = chosen(config, weights + 10**6, monkeypatch)
     assert (tight.is_streamed, tight.by_layer) == (False, True) and "gradient_checkpointing" in str(tight.why)
@@ -52,6 +54,20 @@ def test_auto_takes_the_first_that_fits(config: ExperimentConfig, monkeypatch: p
     assert small.is_streamed and not small.by_layer and "one layer at a time" in str(small.why)
     spread = replace(config, runtime=replace(config.runtime, device_map="auto"))
     assert not chosen(spread, 0, monkeypatch).is_streamed
+
+
+def test_what_does_not_fit_while_it_is_loaded_is_streamed(
+    config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    converted = replace(config, model=replace(config.model, dtype="bfloat16"))
+    weights = chosen(converted, 10**12, monkeypatch).sizes.weights
+    small = chosen(converted, int(1.7 * weights), monkeypatch)
+    assert small.is_streamed and "1.8 times that while they are loaded" in str(small.why)
+    assert not chosen(converted, int(1.9 * weights) + small.statistics, monkeypatch).is_streamed
+    never = replace(small, is_streamed=False)
+    with pytest.raises(ConfigError, match="loading the weights takes about .* 1.8 times their size"):
+        never.check(CPU)
+    assert footprint.loading_factor(torch.device("cuda"), None, torch.bfloat16) == 1.0
 
 
 def test_parts_add_up_and_the_tape_counts_in_memory_alone(

@@ -175,7 +175,9 @@ def test_what_does_not_fit_is_streamed_and_what_does_not_even_then_is_refused(
         ConfigError, match="even one layer at a time takes about .* GB .*, and 0 GB are free on"
     ):
         run_in(tmp_path / "nothing", *small)
-    with pytest.raises(ConfigError, match="the weights take .* GB are free .*; give runtime.stream=true"):
+    with pytest.raises(
+        ConfigError, match="loading the weights takes .* GB are free .*; give runtime.stream=true"
+    ):
         run_in(tmp_path / "never", *small, IN_MEMORY)
     monkeypatch.setattr(placement.Placement, "check", lambda *_: None)
     run_in(tmp_path / "streamed", *small)
