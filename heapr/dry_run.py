@@ -6,7 +6,7 @@ becomes a note; every other mistake is refused as in a run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from heapr.model.costs import activation_bytes, calibration_flops
 from heapr.model.footprint import interpreter_bytes
 from heapr.model.load import ModelSource
 from heapr.model.moe import MoEModel
+from heapr.past_seconds import PastSeconds
 from heapr.pruning.budget import Budget
 from heapr.schema import CalibrationConfig, ExperimentConfig
 from heapr.types import LayerStatistics
@@ -73,6 +74,8 @@ class DryRun:
         bytes_read, tape_bytes: what a streamed calibration reads from the files, and puts on the disk; None
             in memory.
         calibration_flops: forward and backward over all samples; None if not known for this family.
+        expected_seconds: for the missing steps like which others were made before; None if there are none.
+        num_expected, num_missing: how many steps that is, and how many are missing.
         stages: in the order of a run; empty if a corpus is missing that keys depend on.
         notes: one line for each thing that is not on this machine, and how a uniform width rounds the ratio.
     """
@@ -105,6 +108,9 @@ class DryRun:
     bytes_read: int | None
     tape_bytes: int | None
     calibration_flops: int | None
+    expected_seconds: float | None
+    num_expected: int
+    num_missing: int
     stages: list[StepState]
     notes: list[str]
 
@@ -134,6 +140,7 @@ def dry_run(config: ExperimentConfig) -> DryRun:
             f"'{source.folder}' holds no weights; the keys will change when they are there, because weights"
             " determine results"
         )
+    stages = step_states(experiment)
     return DryRun(
         name=experiment.name,
         path=config.model.path,
@@ -146,11 +153,12 @@ def dry_run(config: ExperimentConfig) -> DryRun:
         num_samples=config.calibration.num_samples,
         batch_size=min(config.calibration.batch_size, config.calibration.num_samples),
         sequence_length=config.calibration.sequence_length,
-        stages=step_states(experiment),
+        stages=stages,
         notes=notes,
         **_sizes(model, source, budget),
         **_costs(model, config.calibration),
         **_places(experiment),
+        **_time(experiment, stages),
     )
 
 
@@ -222,6 +230,19 @@ def _places(experiment: Experiment) -> dict[str, Any]:
         "peak_memory": memory,
         "bytes_read": placement.bytes_read if placement.is_streamed else None,
         "tape_bytes": placement.tape_bytes if on_disk else None,
+    }
+
+
+def _time(experiment: Experiment, stages: Sequence[StepState]) -> dict[str, Any]:
+    """Expected time of what is missing, from what was made before."""
+    missing = [stage for stage in stages if not stage.cached]
+    past = PastSeconds(experiment.store.root)
+    expected = [past.expected(stage, model=stages[0].config["model"]) for stage in missing]
+    known = [seconds for seconds in expected if seconds is not None]
+    return {
+        "expected_seconds": sum(known) if known else None,
+        "num_expected": len(known),
+        "num_missing": len(missing),
     }
 
 

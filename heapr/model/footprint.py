@@ -21,8 +21,8 @@ MEMORY, STATUS = Path("/proc/meminfo"), Path("/proc/self/status")
 CGROUP = Path("/sys/fs/cgroup")
 FLOAT = 4  # bytes of a float32 value
 BUFFERS = 64 * 2**20  # of torch's libraries while they work
-# Times the weights that transformers' loading takes on the CPU, measured with a Qwen3-MoE in one file per 500 MB
-# (own memory, without mapped files): experts are put together while what they are made of is still there.
+# Times the weights that transformers' loading takes on the CPU, measured with a Qwen3-MoE; mapped files do not
+# count. Experts are put together while what they are made of is still there.
 LOADING_AS_STORED, LOADING_CONVERTED = 1.2, 1.8
 
 
