@@ -72,6 +72,8 @@ def placed(model: MoEModel, *, is_streamed: bool) -> Placement:
         on_disk=True,
         by_layer=False,
         sizes=footprint(model, BATCH, LENGTH),
+        evaluated=footprint(model, BATCH, LENGTH),
+        kept=0.75,
         activations=batch_bytes(model, BATCH, LENGTH),
         statistics=sum(layer.num_bytes for layer in statistics),
         num_batches=SAMPLES // BATCH,
@@ -85,7 +87,7 @@ def hours(machine: Machine, flops: float, needed: float, streamed: Placement) ->
     """Of the calibration: in memory if it fits, else streamed; a dash if not even that fits."""
     if needed <= machine.memory:
         return f"{flops / machine.flops_per_second / 3600:.2g}"
-    if sum(streamed.peak_bytes.values()) > machine.memory:
+    if sum(streamed.peak_bytes().values()) > machine.memory:
         return "-"
     computing = FORWARDS_MORE * flops / machine.flops_per_second
     reading = streamed.bytes_read / machine.bytes_per_second
@@ -103,7 +105,7 @@ def main() -> None:
         in_memory, streamed = placed(model, is_streamed=False), placed(model, is_streamed=True)
         flops = SAMPLES * calibration_flops(model, LENGTH)
         needed = in_memory.sizes.weights + (in_memory.activations or 0) + in_memory.statistics
-        peak = sum(streamed.peak_bytes.values())
+        peak = sum(streamed.peak_bytes().values())
         sizes = [in_memory.sizes.weights, needed, peak, streamed.tape_bytes, streamed.bytes_read]
         cells = [f"{size / GB:.3g} GB" for size in sizes]
         cells.append(f"{flops / TERA:,.0f} T")

@@ -18,6 +18,7 @@ from heapr.model.footprint import interpreter_bytes
 from heapr.model.load import ModelSource
 from heapr.model.moe import MoEModel
 from heapr.past_seconds import PastSeconds
+from heapr.placement import MEMORY_STAGES
 from heapr.pruning.budget import Budget
 from heapr.schema import CalibrationConfig, ExperimentConfig
 from heapr.types import LayerStatistics
@@ -70,7 +71,7 @@ class DryRun:
         num_samples, batch_size, sequence_length: the calibration's.
         activation_bytes: held between forward and backward of a batch (`heapr.model.costs`); None if not
             known for this family.
-        peak_memory: predicted memory of the calibration, bytes by part.
+        peak_memory: predicted memory of each stage that runs the model, bytes by part.
         bytes_read, tape_bytes: what a streamed calibration reads from the files, and puts on the disk; None
             in memory.
         calibration_flops: forward and backward over all samples; None if not known for this family.
@@ -104,7 +105,7 @@ class DryRun:
     batch_size: int
     sequence_length: int
     activation_bytes: int | None
-    peak_memory: Mapping[str, int]
+    peak_memory: Mapping[str, Mapping[str, int]]
     bytes_read: int | None
     tape_bytes: int | None
     calibration_flops: int | None
@@ -220,11 +221,11 @@ def sequence_flops(model: MoEModel, length: int) -> int | None:
 
 
 def _places(experiment: Experiment) -> dict[str, Any]:
-    """Memory and disk that the calibration takes, and what it reads."""
+    """Memory of the stages; what the calibration reads, and the disk that it takes."""
     placement = experiment.placement
-    memory = dict(placement.peak_bytes)
-    if experiment.device.type == "cpu":
-        memory["interpreter"] = interpreter_bytes()
+    beside = {"interpreter": interpreter_bytes()} if experiment.device.type == "cpu" else {}
+    stages = experiment.memory_stages(experiment.steps) or MEMORY_STAGES
+    memory = {stage: placement.peak_bytes(stage) | beside for stage in stages}
     on_disk = placement.is_streamed and placement.on_disk
     return {
         "peak_memory": memory,

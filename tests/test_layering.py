@@ -63,7 +63,7 @@ ALLOWED: dict[str, set[str]] = {
         "artifacts", "experiment", "findings", "gpu_slots", "progress", "provider", "ready", "report", "schema", "step_results", "steps", "store",
         "tracking", "types", "text", "model", "calibration", "pruning", "evaluation",
     },
-    "dry_run": {"experiment", "past_seconds", "schema", "types", "model", "pruning"},
+    "dry_run": {"experiment", "past_seconds", "placement", "schema", "types", "model", "pruning"},
     "explain": {"overrides", "words"},
     "main": {"artifacts", "errors", "explain", "overrides", "schema", "signals", "words", "pipeline", "dry_run", "report"},
     "sweep": {"artifacts", "errors", "experiment", "explain", "files", "origin", "overrides", "past_seconds", "report", "schema", "signals", "store", "words", "tracking", "model", "dry_run", "main"},

@@ -109,9 +109,11 @@ def _cost_rows(plan: Mapping[str, Any]) -> Rows:
 
 
 def _memory_rows(plan: Mapping[str, Any]) -> Rows:
-    """Predicted memory of the calibration as it will be run; read and written bytes if it is streamed."""
-    parts = [f"{name} {_size(size)}" for name, size in plan["peak_memory"].items()]
-    rows = [("peak memory", _size(sum(plan["peak_memory"].values())), ", ".join(parts))]
+    """Predicted memory of the stages as they will be run; read and written bytes if they are streamed."""
+    rows: Rows = []
+    for stage, memory in plan["peak_memory"].items():
+        parts = ", ".join(f"{name} {_size(size)}" for name, size in memory.items())
+        rows.append(("" if rows else "peak memory", _size(sum(memory.values())), f"{stage}: {parts}"))
     if plan["bytes_read"] is not None:
         rows.append(("read", _size(plan["bytes_read"]), "of the model's files"))
     if plan["tape_bytes"] is not None:
