@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from heapr.model import deepseek_moe
 from heapr.model.costs import calibration_flops
-from heapr.model.footprint import batch_bytes, footprint
+from heapr.model.footprint import LOADING_AS_STORED, batch_bytes, footprint
 from heapr.model.moe import MoEModel
 from heapr.placement import Placement
 from heapr.types import LayerStatistics
@@ -72,9 +72,12 @@ def placed(model: MoEModel, *, is_streamed: bool) -> Placement:
         on_disk=True,
         by_layer=False,
         sizes=footprint(model, BATCH, LENGTH),
+        evaluated=footprint(model, BATCH, LENGTH),
+        kept=0.75,
         activations=batch_bytes(model, BATCH, LENGTH),
         statistics=sum(layer.num_bytes for layer in statistics),
         num_batches=SAMPLES // BATCH,
+        loading=LOADING_AS_STORED,
         free=0,
         why=None,
     )
@@ -84,7 +87,7 @@ def hours(machine: Machine, flops: float, needed: float, streamed: Placement) ->
     """Of the calibration: in memory if it fits, else streamed; a dash if not even that fits."""
     if needed <= machine.memory:
         return f"{flops / machine.flops_per_second / 3600:.2g}"
-    if sum(streamed.peak_bytes.values()) > machine.memory:
+    if sum(streamed.peak_bytes().values()) > machine.memory:
         return "-"
     computing = FORWARDS_MORE * flops / machine.flops_per_second
     reading = streamed.bytes_read / machine.bytes_per_second
@@ -102,7 +105,7 @@ def main() -> None:
         in_memory, streamed = placed(model, is_streamed=False), placed(model, is_streamed=True)
         flops = SAMPLES * calibration_flops(model, LENGTH)
         needed = in_memory.sizes.weights + (in_memory.activations or 0) + in_memory.statistics
-        peak = sum(streamed.peak_bytes.values())
+        peak = sum(streamed.peak_bytes().values())
         sizes = [in_memory.sizes.weights, needed, peak, streamed.tape_bytes, streamed.bytes_read]
         cells = [f"{size / GB:.3g} GB" for size in sizes]
         cells.append(f"{flops / TERA:,.0f} T")

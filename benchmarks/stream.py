@@ -32,13 +32,13 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from heapr.calibration.collector import collect
 from heapr.model.checkpoint import save_checkpoint
-from heapr.model.footprint import batch_bytes, footprint, free_memory
+from heapr.model.footprint import batch_bytes, footprint, free_memory, loading_factor
 from heapr.model.load import ModelSource, find_model
 from heapr.model.moe import MoEModel, next_token_loss
 from heapr.model.passes import Way, final_hidden_states
 from heapr.model.shelf import Files
 from heapr.model.span import reads_of
-from heapr.placement import Placement
+from heapr.placement import CALIBRATE, CHECKPOINT, EVALUATE_DENSE, REPAIR, Placement
 from heapr.pruning.repair import ExpertRepair
 from heapr.pruning.repaired import RepairedLayers
 from heapr.pruning.surgery import remove, remove_and_repair
@@ -48,6 +48,8 @@ MB = 1e6
 CPU = torch.device("cpu")
 STATUS = Path("/proc/self/status")
 WORK = ("calibrate", "prune and repair", "checkpoint", "perplexity")
+STAGES = dict(zip(WORK, (CALIBRATE, REPAIR, CHECKPOINT, EVALUATE_DENSE), strict=True))
+KEPT = 0.75  # share of the atomic experts
 SPARE = 300e6  # bytes beside the formula
 
 
@@ -90,11 +92,11 @@ def batches_of(shape: Shape) -> list[Tensor]:
 
 
 def plan_of(model: MoEModel) -> Plan:
-    """A quarter of each layer's atomic experts goes."""
+    """A share of each layer's atomic experts stays."""
     layers = {}
     for layer in model.layers:
         generator = torch.Generator().manual_seed(layer.index)
-        layers[layer.index] = torch.rand(layer.num_experts, layer.width, generator=generator) > 0.25
+        layers[layer.index] = torch.rand(layer.num_experts, layer.width, generator=generator) < KEPT
     return Plan(layers)
 
 
@@ -157,7 +159,7 @@ def measure(arguments: argparse.Namespace, shape: Shape) -> dict[str, Any]:
         limit = before["VmData"] + arguments.limit
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
         placement = predicted(source, shape, is_streamed=arguments.streamed)
-        replace(placement, free=free_memory(CPU)).check(CPU)
+        replace(placement, free=free_memory(CPU)).check(CPU, [])
     if arguments.cold:
         forget_files(arguments.folder)
     with tempfile.TemporaryDirectory(dir=arguments.folder.parent) as folder, PeakMeter() as meter:
@@ -217,9 +219,12 @@ def predicted(source: ModelSource, shape: Shape, *, is_streamed: bool) -> Placem
         on_disk=True,
         by_layer=False,
         sizes=footprint(model, shape.batch_size, shape.length),
+        evaluated=footprint(model, shape.batch_size, shape.length),
+        kept=KEPT,
         activations=batch_bytes(model, shape.batch_size, shape.length),
         statistics=sum(layer.num_bytes for layer in statistics),
         num_batches=len(batches_of(shape)),
+        loading=loading_factor(CPU, source.stored_dtype, source.dtype),
         free=0,
         why=None,
     )
@@ -238,9 +243,7 @@ def compare(arguments: argparse.Namespace) -> None:
     print(f"beside the layers {sizes.beside / MB:.0f}, one batch in a layer {activations / MB:.0f};")
     print(f"hard limit {limit / MB:.0f} MB beyond the interpreter (RLIMIT_DATA)")
     in_memory = predicted(source, shape, is_streamed=False)
-    for kind, one in (("streamed", placement), ("in memory", in_memory)):
-        parts = {name: round(size / MB) for name, size in one.peak_bytes.items()}
-        print(f"predicted for calibration, {kind}: {sum(parts.values())} MB {parts}")
+    predictions = {"in memory": in_memory, "streamed": placement, "streamed, cold": placement}
     failed = apart(arguments, "calibrate", f"--limit={limit}")
     print(f"in memory under the limit: {failed.get('failed', 'it fits')}")
     for name in WORK:
@@ -253,6 +256,7 @@ def compare(arguments: argparse.Namespace) -> None:
             rows["streamed, cold"] = cold
         for kind, row in rows.items():
             print_row(name, kind, row, rows["in memory"])
+            print_prediction(predictions[kind].peak_bytes(STAGES[name]), row)
 
 
 def growth(arguments: argparse.Namespace) -> None:
@@ -275,6 +279,14 @@ def growth(arguments: argparse.Namespace) -> None:
             f"{peak:.0f} MB {second:.1f} s" for peak, second in zip(peaks, seconds, strict=True)
         )
         print(f"{field:10} {numbers}; memory {exponents[0]:.2f}, CPU time {exponents[1]:.2f}", flush=True)
+
+
+def print_prediction(peak_bytes: dict[str, int], row: dict[str, Any]) -> None:
+    """What a dry run says, divided by what was measured."""
+    predicted_bytes = sum(peak_bytes.values())
+    ratio = f", {predicted_bytes / row['own']:.2f} of it" if "own" in row else ""
+    parts = {name: round(size / MB) for name, size in peak_bytes.items()}
+    print(f"{'':17}predicted {predicted_bytes / MB:.0f} MB{ratio} {parts}", flush=True)
 
 
 def print_row(name: str, kind: str, row: dict[str, Any], base: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ becomes a note; every other mistake is refused as in a run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ from heapr.model.costs import activation_bytes, calibration_flops
 from heapr.model.footprint import interpreter_bytes
 from heapr.model.load import ModelSource
 from heapr.model.moe import MoEModel
+from heapr.past_seconds import PastSeconds
+from heapr.placement import MEMORY_STAGES
 from heapr.pruning.budget import Budget
 from heapr.schema import CalibrationConfig, ExperimentConfig
 from heapr.types import LayerStatistics
@@ -69,10 +71,12 @@ class DryRun:
         num_samples, batch_size, sequence_length: the calibration's.
         activation_bytes: held between forward and backward of a batch (`heapr.model.costs`); None if not
             known for this family.
-        peak_memory: predicted memory of the calibration, bytes by part.
+        peak_memory: predicted memory of each stage that runs the model, bytes by part.
         bytes_read, tape_bytes: what a streamed calibration reads from the files, and puts on the disk; None
             in memory.
         calibration_flops: forward and backward over all samples; None if not known for this family.
+        expected_seconds: for the missing steps like which others were made before; None if there are none.
+        num_expected, num_missing: how many steps that is, and how many are missing.
         stages: in the order of a run; empty if a corpus is missing that keys depend on.
         notes: one line for each thing that is not on this machine, and how a uniform width rounds the ratio.
     """
@@ -101,10 +105,13 @@ class DryRun:
     batch_size: int
     sequence_length: int
     activation_bytes: int | None
-    peak_memory: Mapping[str, int]
+    peak_memory: Mapping[str, Mapping[str, int]]
     bytes_read: int | None
     tape_bytes: int | None
     calibration_flops: int | None
+    expected_seconds: float | None
+    num_expected: int
+    num_missing: int
     stages: list[StepState]
     notes: list[str]
 
@@ -134,6 +141,7 @@ def dry_run(config: ExperimentConfig) -> DryRun:
         notes.append(experiment.placement.why)
     if experiment.left_out:
         notes.append(f"left out where a model is streamed: {', '.join(experiment.left_out)}")
+    stages = step_states(experiment)
     return DryRun(
         name=experiment.name,
         path=config.model.path,
@@ -146,11 +154,12 @@ def dry_run(config: ExperimentConfig) -> DryRun:
         num_samples=config.calibration.num_samples,
         batch_size=min(config.calibration.batch_size, config.calibration.num_samples),
         sequence_length=config.calibration.sequence_length,
-        stages=step_states(experiment),
+        stages=stages,
         notes=notes,
         **_sizes(model, source, budget),
         **_costs(model, config.calibration),
         **_places(experiment),
+        **_time(experiment, stages),
     )
 
 
@@ -212,16 +221,29 @@ def sequence_flops(model: MoEModel, length: int) -> int | None:
 
 
 def _places(experiment: Experiment) -> dict[str, Any]:
-    """Memory and disk that the calibration takes, and what it reads."""
+    """Memory of the stages; what the calibration reads, and the disk that it takes."""
     placement = experiment.placement
-    memory = dict(placement.peak_bytes)
-    if experiment.device.type == "cpu":
-        memory["interpreter"] = interpreter_bytes()
+    beside = {"interpreter": interpreter_bytes()} if experiment.device.type == "cpu" else {}
+    stages = experiment.memory_stages(experiment.steps) or MEMORY_STAGES
+    memory = {stage: placement.peak_bytes(stage) | beside for stage in stages}
     on_disk = placement.is_streamed and placement.on_disk
     return {
         "peak_memory": memory,
         "bytes_read": placement.bytes_read if placement.is_streamed else None,
         "tape_bytes": placement.tape_bytes if on_disk else None,
+    }
+
+
+def _time(experiment: Experiment, stages: Sequence[StepState]) -> dict[str, Any]:
+    """Expected time of what is missing, from what was made before."""
+    missing = [stage for stage in stages if not stage.cached]
+    past = PastSeconds(experiment.store.root)
+    expected = [past.expected(stage, model=stages[0].config["model"]) for stage in missing]
+    known = [seconds for seconds in expected if seconds is not None]
+    return {
+        "expected_seconds": sum(known) if known else None,
+        "num_expected": len(known),
+        "num_missing": len(missing),
     }
 
 

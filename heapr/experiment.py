@@ -6,7 +6,7 @@ loaded and nothing is computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,15 @@ from heapr.model.checkpoint import check_form
 from heapr.model.device import find_device
 from heapr.model.load import ModelSource, find_model
 from heapr.model.moe import MoEModel
-from heapr.placement import Placement, choose_placement
+from heapr.placement import (
+    CALIBRATE,
+    CHECKPOINT,
+    EVALUATE_DENSE,
+    EVALUATE_PRUNED,
+    REPAIR,
+    Placement,
+    choose_placement,
+)
 from heapr.plugins import build
 from heapr.pruning.budget import Budget
 from heapr.pruning.fewer_experts import choose_num_experts, describe_num_experts, fewer_experts_settings
@@ -33,7 +41,7 @@ from heapr.ranks import ONE_PROCESS, Ranks
 from heapr.schema import ExperimentConfig, ModelConfig
 from heapr.score.criterion import Criterion
 from heapr.shared_folder import check_is_shared
-from heapr.steps import Steps, experiment_steps
+from heapr.steps import Step, Steps, experiment_steps
 from heapr.store import Store
 from heapr.text.corpora import Corpus
 from heapr.text.mixture import Mixture
@@ -161,6 +169,16 @@ class Experiment:
         """The uniform width."""
         width = self.budget.uniform_width
         return {} if width is None else {"width": width}
+
+    def memory_stages(self, steps: Iterable[Step]) -> list[str]:
+        """What `Placement` calls these steps, each once, as far as they run the model."""
+        names = []
+        for step in steps:
+            if step.kind in {CALIBRATE, REPAIR, CHECKPOINT}:
+                names.append(step.kind)
+            elif step.kind == "evaluate":
+                names.append(EVALUATE_DENSE if step.variant == "dense" else EVALUATE_PRUNED)
+        return list(dict.fromkeys(names))
 
     def load_dense(self) -> MoEModel:
         """Load the dense model.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import torch
 
 from heapr.errors import ConfigError
 from heapr.model.check_walk import check_streamed, check_walk
-from heapr.model.footprint import BUFFERS, LOADING, Footprint, batch_bytes, footprint, free_memory
+from heapr.model.footprint import BUFFERS, Footprint, batch_bytes, footprint, free_memory, loading_factor
 from heapr.model.load import ModelSource
 from heapr.model.moe import MoEModel
 from heapr.model.passes import Way
@@ -32,6 +32,9 @@ TAPES, WALKS = ".tapes", ".walks"  # below the folder of results
 SURELY_BELOW = 64
 MAX_MAPS = 60_000  # files that one process can have mapped on Linux, less some
 GB = 1e9
+CALIBRATE, REPAIR, CHECKPOINT = "calibrate", "repair", "checkpoint"
+EVALUATE_DENSE, EVALUATE_PRUNED = "evaluate dense", "evaluate pruned"
+MEMORY_STAGES = (CALIBRATE, REPAIR, CHECKPOINT, EVALUATE_DENSE, EVALUATE_PRUNED)
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,12 @@ class Placement:
         on_disk: what layers put out lies in files meanwhile, if the model is streamed.
         by_layer: activations inside a layer are computed again for the backward pass.
         sizes: of model and batch.
+        evaluated: the same for the largest batch of an evaluation.
+        kept: share of the atomic experts that stays.
         activations: bytes that a batch holds between forward and backward in memory; None if not known.
         statistics: bytes of the calibration statistics.
         num_batches: of the calibration, of one of several processes.
+        loading: memory that loading the whole model takes, divided by its weights.
         free: bytes free on the device.
         why: one line, or None if nothing is to be said.
     """
@@ -54,11 +60,19 @@ class Placement:
     on_disk: bool
     by_layer: bool
     sizes: Footprint
+    evaluated: Footprint
+    kept: float
     activations: int | None
     statistics: int
     num_batches: int
+    loading: float
     free: int
     why: str | None
+
+    @property
+    def loading_bytes(self) -> int:
+        """Memory while the whole model is loaded."""
+        return int(self.loading * self.sizes.weights)
 
     @property
     def tape_bytes(self) -> int:
@@ -72,25 +86,61 @@ class Placement:
         in_layers = sizes.weights - sizes.beside
         return sizes.beside + 2 * in_layers - in_layers // sizes.num_layers
 
+    def peak_bytes(self, stage: str = CALIBRATE) -> dict[str, int]:
+        """Predicted memory of a stage, by part, without the interpreter (docs/scale.md has the formulas).
+
+        Args:
+            stage: one of `MEMORY_STAGES`.
+        """
+        working = self._working_bytes(stage) | {"buffers": BUFFERS}
+        if self.is_streamed:
+            return {"beside the layers": self.sizes.beside, "one layer": self.sizes.layer} | working
+        parts = {"weights": self.sizes.weights} | working
+        if self.loading_bytes > sum(parts.values()):
+            return {f"weights, {self.loading} times while they are loaded": self.loading_bytes}
+        return parts
+
+    def _working_bytes(self, stage: str) -> dict[str, int]:
+        """What a stage takes beside weights."""
+        cut = round(self.kept * self.sizes.experts)
+        after = {"the layer after surgery": cut}
+        columns = cut // 3  # W_down of three matrices, or half of two in experts without a gate
+        if stage == REPAIR:
+            inputs = 2 * self.sizes.hidden * self.num_batches  # of single batches, and joined
+            return after | {"new columns, twice": 2 * columns, "inputs of the experts": inputs}
+        if stage == CHECKPOINT:
+            return after | {"a copy of its largest tensor": cut - columns}
+        if stage == EVALUATE_PRUNED:
+            return after | {"a batch in it": self._evaluated_bytes}
+        if stage == EVALUATE_DENSE:
+            return {"a batch in it": self._evaluated_bytes}
+        return self._calibration_bytes()
+
     @property
-    def peak_bytes(self) -> dict[str, int]:
-        """Predicted memory of the calibration, by part, without the interpreter."""
+    def _evaluated_bytes(self) -> int:
+        """Of an evaluation's batch: logits and their softmax, or half of what a layer keeps for gradients."""
+        batch, sizes = self.evaluated, self.sizes
+        in_layer = self._layers_activations // sizes.num_layers * batch.hidden // sizes.hidden
+        return max(2 * batch.logits // 3, in_layer // 2)
+
+    @property
+    def _layers_activations(self) -> int:
+        """What a batch of the calibration holds in all layers."""
         sizes = self.sizes
         activations = self.activations or SURELY_BELOW // 4 * sizes.num_layers * sizes.hidden
-        of_layers = max(0, activations - sizes.logits)
+        return max(0, activations - sizes.logits)
+
+    def _calibration_bytes(self) -> dict[str, int]:
+        sizes, of_layers = self.sizes, self._layers_activations
         of_layer = of_layers // sizes.num_layers
-        always = {"statistics": self.statistics, "buffers": BUFFERS}
+        parts = {"statistics": self.statistics}
         if self.is_streamed:
-            parts = {"beside the layers": sizes.beside, "one layer": sizes.layer}
             parts["a batch in it"] = max(of_layer, sizes.logits)
             if not self.on_disk:
                 parts["between the layers"] = self.tape_bytes
-            return parts | always
+            return parts
         held = of_layer + sizes.num_layers * sizes.hidden if self.by_layer else of_layers
-        computing = max(held, sizes.logits)
-        if (LOADING - 1) * sizes.weights > computing + self.statistics:
-            return {f"weights, {LOADING} times while they are loaded": LOADING * sizes.weights}
-        return {"weights": sizes.weights, "activations": computing} | always
+        return parts | {"activations": max(held, sizes.logits)}
 
     def load(
         self, source: ModelSource, device: torch.device, folder: Path, *, device_map: str | None = None
@@ -133,27 +183,33 @@ class Placement:
             return Way(single_layers, together=False)
         return None
 
-    def check(self, device: torch.device) -> None:
+    def check(self, device: torch.device, stages: Sequence[str] = MEMORY_STAGES) -> None:
         """Refuse what does not fit into memory.
+
+        Args:
+            device: where the model goes.
+            stages: those of `MEMORY_STAGES` that will be run; the one that takes most memory counts.
 
         Raises:
             ConfigError: with what is needed and what is there.
         """
         if not self.is_streamed:
-            weights = self.sizes.weights
-            if weights > self.free and device.type == "cpu":
+            if self.loading_bytes > self.free and device.type == "cpu":
                 raise ConfigError(
-                    f"the weights take {weights / GB:.3g} GB, and {self.free / GB:.3g} GB are free on"
-                    f" '{device}'; give runtime.stream=true, which reads one layer at a time"
+                    f"loading the weights takes about {self.loading_bytes / GB:.3g} GB, {self.loading} times"
+                    f" their size, and {self.free / GB:.3g} GB are free on '{device}'; give"
+                    " runtime.stream=true, which reads one layer at a time"
                 )
             return
-        needed = sum(self.peak_bytes.values())
-        if needed > self.free:
-            parts = ", ".join(f"{name} {size / GB:.3g}" for name, size in self.peak_bytes.items())
+        peaks = {stage: self.peak_bytes(stage) for stage in stages}
+        largest = max(peaks, key=lambda stage: sum(peaks[stage].values()), default=None)
+        needed = 0 if largest is None else sum(peaks[largest].values())
+        if largest is not None and needed > self.free:
+            parts = ", ".join(f"{name} {size / GB:.3g}" for name, size in peaks[largest].items())
             raise ConfigError(
-                f"runtime.stream: even one layer at a time takes about {needed / GB:.3g} GB ({parts}), and"
-                f" {self.free / GB:.3g} GB are free on '{device}'; give a smaller calibration.batch_size or"
-                " sequence_length, runtime.activations=disk, or more memory"
+                f"runtime.stream: even one layer at a time takes about {needed / GB:.3g} GB to {largest}"
+                f" ({parts}), and {self.free / GB:.3g} GB are free on '{device}'; give a smaller"
+                " calibration.batch_size or sequence_length, runtime.activations=disk, or more memory"
             )
         if self.on_disk and self.sizes.num_layers * self.num_batches > MAX_MAPS:
             raise ConfigError(
@@ -174,13 +230,16 @@ def choose_placement(
     statistics = _statistics_bytes(model)
     num_sharing = ranks.num_local if device.type == "cpu" else 1
     free = min(ranks.gather(free_memory(device) // num_sharing))
+    loading = loading_factor(device, source.stored_dtype, source.dtype)
     is_streamed = runtime.stream is True
     why = None
-    if runtime.stream == AUTO and runtime.device_map is None and sizes.weights + statistics > free:
+    needed = max(int(loading * sizes.weights), sizes.weights + statistics)
+    if runtime.stream == AUTO and runtime.device_map is None and needed > free:
         is_streamed = True
         why = (
-            f"weights of {sizes.weights / GB:.3g} GB do not fit into the {free / GB:.3g} GB that are free on"
-            f" '{device}': one layer at a time is read from the files (runtime.stream)"
+            f"weights of {sizes.weights / GB:.3g} GB, {loading} times that while they are loaded, do not fit"
+            f" into the {free / GB:.3g} GB that are free on '{device}': one layer at a time is read from the"
+            " files (runtime.stream)"
         )
     activations = None
     surely = SURELY_BELOW * sizes.num_layers * sizes.hidden + sizes.logits
@@ -201,12 +260,27 @@ def choose_placement(
         on_disk=runtime.activations != RAM,
         by_layer=by_layer,
         sizes=sizes,
+        evaluated=_evaluated(config, model),
+        kept=1 - config.pruning.ratio,
         activations=activations,
         statistics=statistics,
         num_batches=math.ceil(calibration.num_samples / (batch_size * ranks.size)),
+        loading=loading,
         free=free,
         why=why,
     )
+
+
+def _evaluated(config: ExperimentConfig, model: MoEModel) -> Footprint:
+    """The footprint of the evaluations' largest batch; of a calibration batch if nothing is evaluated."""
+    shapes = [
+        (entry["batch_size"], entry["window"])
+        for entry in config.evaluation.values()
+        if isinstance(entry, Mapping) and {"batch_size", "window"} <= entry.keys()
+    ]
+    calibration = config.calibration
+    shapes = shapes or [(min(calibration.batch_size, calibration.num_samples), calibration.sequence_length)]
+    return footprint(model, *max(shapes, key=math.prod))
 
 
 def _statistics_bytes(model: MoEModel) -> int:

@@ -71,7 +71,7 @@ def _check_placement(missing: Sequence[Step], experiment: Experiment) -> None:
     if experiment.left_out:
         names = ", ".join(experiment.left_out)
         logger.info("%-9s %s: left out, because a streamed model waits for the disk", "evaluate", names)
-    placement.check(experiment.device)
+    placement.check(experiment.device, experiment.memory_stages(missing))
     is_calibrated = all(step.kind != "calibrate" for step in missing)
     if placement.is_streamed and placement.on_disk and not is_calibrated:
         instead = "keep them in memory with runtime.activations=ram"

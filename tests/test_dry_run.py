@@ -95,6 +95,8 @@ def test_a_dry_run_tells_what_a_run_then_does(tmp_path: Path) -> None:
     ]
     before = plan_in(tmp_path, *settings)
     assert not any(stage.cached for stage in before.stages) and not before.notes
+    assert (before.expected_seconds, before.num_expected) == (None, 0)
+    assert before.num_missing == len(before.stages)
     summary = run_in(tmp_path, *settings)
     assert [(s.stage, s.what, s.key) for s in before.stages] == [
         (s["stage"], s["what"], s["key"]) for s in summary.stages
@@ -109,6 +111,12 @@ def test_a_dry_run_tells_what_a_run_then_does(tmp_path: Path) -> None:
     statistics = Statistics.from_tensors(load_file(folder))
     assert after.statistics_bytes == sum(layer.num_bytes for layer in statistics.layers.values())
 
+    assert (after.expected_seconds, after.num_missing) == (None, 0)
+
+    longer = plan_in(tmp_path, *settings, "calibration.num_samples=1")
+    made = json.loads((folder.parent / "manifest.json").read_text())
+    share = 1 / made["config"]["num_samples"]
+    assert longer.expected_seconds is not None and longer.expected_seconds > share * made["seconds"]
     changed = plan_in(tmp_path, *settings, "pruning.ratio=0.5")
     made = {(stage.stage, stage.what) for stage in changed.stages if not stage.cached}
     made.remove(("prune", "checkpoint"))

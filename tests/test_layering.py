@@ -61,6 +61,7 @@ ALLOWED: dict[str, set[str]] = {
         "evaluation",
     },
     "ready": {"artifacts", "evaluation", "experiment", "steps", "types", "text"},
+    "past_seconds": {"artifacts", "origin", "store"},
     "provider": {"errors", "ranks", "types", "model", "pruning"},
     "gpu_slots": {"errors", "locks"},
     "findings": {"types", "evaluation"},
@@ -68,10 +69,10 @@ ALLOWED: dict[str, set[str]] = {
         "artifacts", "experiment", "findings", "gpu_slots", "progress", "provider", "ranks", "ready", "report", "schema", "step_results", "steps", "store",
         "tracking", "types", "text", "model", "calibration", "pruning", "evaluation",
     },
-    "dry_run": {"experiment", "schema", "types", "model", "pruning"},
+    "dry_run": {"experiment", "past_seconds", "placement", "schema", "types", "model", "pruning"},
     "explain": {"overrides", "words"},
     "main": {"artifacts", "errors", "explain", "overrides", "ranks", "schema", "signals", "words", "pipeline", "dry_run", "report"},
-    "sweep": {"artifacts", "errors", "experiment", "explain", "files", "origin", "overrides", "report", "schema", "signals", "store", "words", "tracking", "model", "dry_run", "main"},
+    "sweep": {"artifacts", "errors", "experiment", "explain", "files", "origin", "overrides", "past_seconds", "report", "schema", "signals", "store", "words", "tracking", "model", "dry_run", "main"},
     "prefetch": {"errors", "experiment", "hub", "schema", "main", "text", "evaluation"},
 }  # fmt: skip
 

@@ -46,6 +46,7 @@ def test_footprint_is_that_of_the_loaded_model(
 def test_auto_takes_the_first_that_fits(config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     roomy = chosen(config, 10**12, monkeypatch)
     assert (roomy.is_streamed, roomy.by_layer, roomy.why) == (False, False, None)
+    monkeypatch.setattr(placement, "loading_factor", lambda *_: 1.0)
     weights = roomy.sizes.weights + roomy.statistics
     tight = chosen(config, weights + 10**6, monkeypatch)
     assert (tight.is_streamed, tight.by_layer) == (False, True) and "gradient_checkpointing" in str(tight.why)
@@ -55,12 +56,42 @@ def test_auto_takes_the_first_that_fits(config: ExperimentConfig, monkeypatch: p
     assert not chosen(spread, 0, monkeypatch).is_streamed
 
 
+def test_what_does_not_fit_while_it_is_loaded_is_streamed(
+    config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_stored = replace(config, model=replace(config.model, dtype="bfloat16"))
+    converted = replace(config, model=replace(config.model, dtype="float32"))
+    weights = chosen(converted, 10**12, monkeypatch).sizes.weights
+    assert chosen(as_stored, 10**12, monkeypatch).loading == 1.2
+    small = chosen(converted, int(1.7 * weights), monkeypatch)
+    assert small.is_streamed and "1.8 times that while they are loaded" in str(small.why)
+    assert not chosen(converted, int(1.9 * weights) + small.statistics, monkeypatch).is_streamed
+    never = replace(small, is_streamed=False)
+    with pytest.raises(ConfigError, match="loading the weights takes about .* 1.8 times their size"):
+        never.check(CPU)
+    assert footprint.loading_factor(torch.device("cuda"), None, torch.bfloat16) == 1.0
+
+
 def test_parts_add_up_and_the_tape_counts_in_memory_alone(
     config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     streamed = chosen(replace(config, runtime=replace(config.runtime, stream=True)), 10**12, monkeypatch)
     in_ram = replace(streamed, on_disk=False)
-    assert sum(in_ram.peak_bytes.values()) - sum(streamed.peak_bytes.values()) == streamed.tape_bytes
+    assert sum(in_ram.peak_bytes().values()) - sum(streamed.peak_bytes().values()) == streamed.tape_bytes
+    cut = round(streamed.kept * streamed.sizes.experts)
+    expected = {
+        "repair": cut + 2 * (cut // 3) + 2 * 3 * streamed.sizes.hidden,
+        "checkpoint": cut + cut - cut // 3,
+        "evaluate pruned": cut + streamed.peak_bytes("evaluate dense")["a batch in it"],
+    }
+    always = streamed.sizes.beside + streamed.sizes.layer + footprint.BUFFERS
+    for stage, size in expected.items():
+        assert sum(streamed.peak_bytes(stage).values()) == always + size
+    dense = sum(streamed.peak_bytes("evaluate dense").values())
+    roomy_for_dense = replace(streamed, free=dense)
+    roomy_for_dense.check(CPU, ["evaluate dense"])
+    with pytest.raises(ConfigError, match="to evaluate pruned .*the layer after surgery"):
+        roomy_for_dense.check(CPU, ["evaluate dense", "evaluate pruned"])
     assert streamed.bytes_read < 2 * streamed.sizes.weights
     with pytest.raises(ConfigError, match="are more than the 60000 files"):
         replace(streamed, num_batches=10**6, free=10**12).check(CPU)

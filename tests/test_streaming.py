@@ -35,6 +35,7 @@ def assert_same_metrics(found: Summary, expected: Summary) -> None:
     assert found.metrics["dense"].keys() == expected.metrics["dense"].keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "options"),
     [
@@ -59,6 +60,7 @@ def test_built_in_models_give_the_same_summary_and_checkpoint(
     assert not scratch and not tapes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activations", ["ram", "disk"])
 def test_rounds_masks_and_zero_shot_are_the_same(tmp_path: Path, activations: str) -> None:
     texts = [option for option in write_texts(tmp_path) if option != "evaluation.zero_shot=null"]
@@ -107,6 +109,7 @@ def run_apart(folder: Path, most: int, options: list[str]) -> tuple[int, int]:
     return result.returncode, int(result.stdout or -1)
 
 
+@pytest.mark.slow
 def test_work_goes_on_where_it_was_killed(tmp_path: Path) -> None:
     """Killed behind the second layer forwards, behind the last layer backwards, and in the repair of the second
     layer; finished work is not done again, and the result is the same."""
@@ -175,7 +178,9 @@ def test_what_does_not_fit_is_streamed_and_what_does_not_even_then_is_refused(
         ConfigError, match="even one layer at a time takes about .* GB .*, and 0 GB are free on"
     ):
         run_in(tmp_path / "nothing", *small)
-    with pytest.raises(ConfigError, match="the weights take .* GB are free .*; give runtime.stream=true"):
+    with pytest.raises(
+        ConfigError, match="loading the weights takes .* GB are free .*; give runtime.stream=true"
+    ):
         run_in(tmp_path / "never", *small, IN_MEMORY)
     monkeypatch.setattr(placement.Placement, "check", lambda *_: None)
     run_in(tmp_path / "streamed", *small)

@@ -57,6 +57,7 @@ class ModelSource:
         folder: local folder with configuration and tokenizer; for a hub model, its folder in the cache.
         identity: identifies the model: hub id and commit, or a hash of the folder's content; and the dtype.
         dtype: of the loaded weights.
+        stored_dtype: of the files, as config.json says; None if it does not.
         config: transformers' configuration.
         architecture: name of the model's class; for a wrapper, such as one with vision, the class of its
             language model.
@@ -69,6 +70,7 @@ class ModelSource:
     folder: Path
     identity: dict[str, str]
     dtype: torch.dtype
+    stored_dtype: torch.dtype | None
     config: PretrainedConfig
     architecture: str
     widths: Mapping[int, Sequence[int]]
@@ -252,6 +254,7 @@ def find_model(
     folder = _find_folder(path, revision, description, has_code=trust_remote_code)
     config = read_config(folder, trust_remote_code)
     # Before a model is built, which sets the configuration's dtype.
+    stored_dtype: torch.dtype | None = config.get_text_config().dtype
     dtype = dtype or _dtype_of(config, folder)
     model = _on_meta(config, path, trust_remote_code)
     layers = find_moe_layers(model)
@@ -268,6 +271,7 @@ def find_model(
         folder=folder,
         identity=identity,
         dtype=getattr(torch, dtype),
+        stored_dtype=stored_dtype,
         config=config,
         architecture=type(model).__name__,
         widths={layer.index: layer.widths for layer in layers},

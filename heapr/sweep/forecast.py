@@ -6,24 +6,21 @@ or made.
 
 from __future__ import annotations
 
-import statistics
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from heapr.artifacts import ARTIFACTS, MANIFEST, REPAIR_PART, read_manifest
+from heapr.artifacts import ARTIFACTS
 from heapr.dry_run import StepState, sequence_flops, step_states
 from heapr.errors import ConfigError
 from heapr.experiment import prepare
 from heapr.model.load import ModelSource
 from heapr.origin import canonical_json
+from heapr.past_seconds import STAGES, PastSeconds
 from heapr.schema import ExperimentConfig
-from heapr.store import WHOLE
 
 EXPENSIVE = ("calibrate", "evaluate")  # worth waiting for, where several jobs need the same one
-STAGES = ("calibrate", "score", "prune", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -102,7 +99,7 @@ def forecast_sweep(jobs: Sequence[tuple[str, ...]], configs: Sequence[Experiment
     for job in ahead:
         for step in job.steps:
             if not step.cached:
-                seconds[step.id] = past.expected(step, job.steps)
+                seconds[step.id] = past.expected(step, model=job.steps[0].config["model"])
     return Forecast(ahead, seconds, _flops_of_calibrations(ahead, configs, seconds))
 
 
@@ -136,57 +133,3 @@ def _forecast_job(overrides: tuple[str, ...], config: ExperimentConfig) -> JobFo
     except ConfigError as error:
         return JobForecast(overrides, [], str(error))
     return JobForecast(overrides, step_states(experiment), "; ".join(notes), experiment.source)
-
-
-class PastSeconds:
-    """How long artifacts took to make, from the manifests of a store.
-
-    An artifact is compared with those of the same stage and model: a calibration by its time per token, an
-    evaluation with those of the same settings.
-
-    Args:
-        artifacts: folder of the store's artifacts.
-    """
-
-    def __init__(self, artifacts: Path) -> None:
-        found = [read_manifest(path.parent) for path in artifacts.glob(f"*/[!.]*/{MANIFEST}")]
-        manifests = [manifest for manifest in found if manifest is not None]
-        self._models: dict[str, Any] = {}  # of each artifact, by key
-        for stage in STAGES:
-            for manifest in manifests:
-                if manifest["stage"] == stage:
-                    self._models[manifest["key"]] = self._model(manifest)
-        self._seconds: dict[str, list[float]] = defaultdict(list)
-        for manifest in manifests:
-            model = self._models[manifest["key"]]
-            for part, made in [(WHOLE, manifest), *manifest.get("parts", {}).items()]:
-                kind, amount = _kind(manifest["stage"], part, manifest["config"], model)
-                self._seconds[kind].append(made["seconds"] / amount)
-
-    def _model(self, manifest: Mapping[str, Any]) -> Any:
-        """Return an artifact's model: its own, or the one of the artifact that it was made from."""
-        model = manifest["config"].get("model")
-        if model:
-            return model
-        for key in manifest["upstream"].values():
-            return self._models.get(key)
-        return None
-
-    def expected(self, step: StepState, job: Sequence[StepState]) -> float | None:
-        """Return the median time of artifacts like this one; None if there are none.
-
-        Args:
-            step: what is to be made.
-            job: all steps of its job; the first one's configuration has the model.
-        """
-        kind, amount = _kind(step.stage, step.part, step.config, job[0].config["model"])
-        if kind not in self._seconds:
-            return None
-        return statistics.median(self._seconds[kind]) * amount
-
-
-def _kind(stage: str, part: str, config: Mapping[str, Any], model: Any) -> tuple[str, float]:
-    """Return a key of artifacts that take equally long per unit of work, and the units of this artifact."""
-    amount = config["num_samples"] * config["sequence_length"] if stage == "calibrate" else 1
-    settings = config.get("repair") if part == REPAIR_PART else config.get("evaluator")
-    return canonical_json([stage, part, model, settings]), amount

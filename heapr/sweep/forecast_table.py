@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from heapr.past_seconds import STAGES
 from heapr.report.terminal import open_console, operations, print_lines
 from heapr.sweep.definition import Job
-from heapr.sweep.forecast import STAGES, Forecast
+from heapr.sweep.forecast import Forecast
 
 
 def print_forecast(

@@ -174,27 +174,42 @@ def test_requests_that_lose_their_beginning_are_counted(
     assert "sums: 2 inputs are longer than the model accepts and lost their beginning" in caplog.text
 
 
-def test_every_metric_of_a_group_and_of_a_generating_task_is_reported(model: MoEModel, sums: Path) -> None:
+def write_generating_task(folder: Path) -> None:
+    """The task 'say', on the data of 'sums'."""
     generate = {
         "task": "say", "dataset_path": "json", "output_type": "generate_until", "test_split": "test",
-        "dataset_kwargs": {"data_files": {"test": str(sums / "sums.jsonl")}, "cache_dir": str(sums.parent / "cache")},
+        "dataset_kwargs": {"data_files": {"test": str(folder / "sums.jsonl")}, "cache_dir": str(folder.parent / "cache")},
         "doc_to_text": "{{question}}", "doc_to_target": "{{answers[right]}}",
         "generation_kwargs": {"until": ["="], "max_gen_toks": 2, "do_sample": False},
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
         "filter_list": [{"name": "first", "filter": [{"function": "take_first"}]}],
     }  # fmt: skip
+    (folder / "say.yaml").write_text(json.dumps(generate))
+
+
+def test_every_metric_of_a_group_and_of_a_generating_task_is_reported(model: MoEModel, sums: Path) -> None:
+    write_generating_task(sums)
     group = {
         "group": "both",
         "task": ["sums"],
         "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
     }
-    (sums / "say.yaml").write_text(json.dumps(generate))
     (sums / "both.yaml").write_text(json.dumps(group))
     said = measure(model, sums, "say", limit=2)
     assert 0 <= said["exact_match.first/say"] <= 1 and "accuracy/say" not in said
     found = measure(model, sums, "both")
     assert found["accuracy/both"] == pytest.approx(found["accuracy/sums"])
     assert found["protocol/sums"]["task"] == "sums"
+
+
+def test_a_task_that_generates_is_refused_where_the_model_is_streamed(sums: Path) -> None:
+    write_generating_task(sums)
+    chooses, says = (ZeroShot(task, include_path=str(sums)) for task in ("sums", "say"))
+    for evaluator in (chooses, says):
+        evaluator.prepare(Source(byte_tokenizer()))
+    chooses.refuse_generation()
+    with pytest.raises(ConfigError, match="'say' generates text, .* give runtime.stream=false"):
+        says.refuse_generation()
 
 
 ARC = {"question": "Why?", "choices": {"text": ["a", "b", "c"], "label": ["A", "B", "C"]}, "answerKey": "B"}

@@ -79,6 +79,7 @@ REPAIRED = (["pruning/repair=stream", *FAR_FEWER], 2e-5)
 IDLE = (["pruning/repair=stream", *FAR_FEWER, *FEW, *STREAMED], 2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "experiments"), [(2, {"plain": PLAIN, "repaired": REPAIRED}), (3, {"idle": IDLE})]
 )

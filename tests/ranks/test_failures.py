@@ -27,6 +27,7 @@ def run_failing(
     return [code for code, _ in ended], lines
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "error"),
     [
@@ -53,6 +54,7 @@ def test_a_rank_that_fails_ends_the_others_and_leaves_the_store_intact(
         assert not [*tmp_path.glob("score/.*tmp*")]
 
 
+@pytest.mark.slow
 def test_ranks_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     codes, lines = run_failing(tmp_path, "other")
     assert codes == [2, 2, 2]
@@ -61,6 +63,7 @@ def test_ranks_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     assert "rank 2 has another configuration than rank 0: pruning.ratio is 0.5 and not 0.25; start" in line
 
 
+@pytest.mark.slow
 def test_a_folder_that_a_rank_does_not_see_is_refused(tmp_path: Path) -> None:
     codes, (line,) = run_failing(tmp_path, "blind", size=2)
     assert codes == [2, 2]

@@ -93,7 +93,8 @@ def _cost_rows(plan: Mapping[str, Any]) -> Rows:
         ("statistics", _size(statistics), f"in place of {matrices} of matrices (D, D)"),
     ]
     if activations is None or flops is None:
-        return [*rows, ("activations", "", NOT_KNOWN), *_memory_rows(plan), ("calibration", "", NOT_KNOWN)]
+        unknown = [("activations", "", NOT_KNOWN), *_memory_rows(plan), ("calibration", "", NOT_KNOWN)]
+        return [*rows, *unknown, *_time_rows(plan)]
     memory = _memory_rows(plan)
     batch = f"a batch of {plan['batch_size']} x {plan['sequence_length']:,} tokens"
     together = weights + statistics + activations
@@ -103,18 +104,33 @@ def _cost_rows(plan: Mapping[str, Any]) -> Rows:
         ("together", _size(together), "what calibration in memory needs, at least"),
         *memory,
         ("calibration", operations(flops), f"forward and backward of {plan['num_samples']} sequences"),
+        *_time_rows(plan),
     ]
 
 
 def _memory_rows(plan: Mapping[str, Any]) -> Rows:
-    """Predicted memory of the calibration as it will be run; read and written bytes if it is streamed."""
-    parts = [f"{name} {_size(size)}" for name, size in plan["peak_memory"].items()]
-    rows = [("peak memory", _size(sum(plan["peak_memory"].values())), ", ".join(parts))]
+    """Predicted memory of the stages as they will be run; read and written bytes if they are streamed."""
+    rows: Rows = []
+    for stage, memory in plan["peak_memory"].items():
+        parts = ", ".join(f"{name} {_size(size)}" for name, size in memory.items())
+        rows.append(("" if rows else "peak memory", _size(sum(memory.values())), f"{stage}: {parts}"))
     if plan["bytes_read"] is not None:
         rows.append(("read", _size(plan["bytes_read"]), "of the model's files"))
     if plan["tape_bytes"] is not None:
         rows.append(("on disk", _size(plan["tape_bytes"]), "activations between the layers, meanwhile"))
     return rows
+
+
+def _time_rows(plan: Mapping[str, Any]) -> Rows:
+    """Time of what is missing from the store, as far as something like it was made before."""
+    seconds, num_missing = plan["expected_seconds"], plan["num_missing"]
+    if num_missing == 0:
+        return []
+    if seconds is None:
+        return [("time", "", "no estimate: nothing like this was made here before")]
+    time = f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.1f} min"
+    remark = f"for {plan['num_expected']} of {num_missing} to be made, by earlier ones like them"
+    return [("time", time, remark)]
 
 
 def _stages_table(stages: Sequence[Mapping[str, Any]]) -> Table:

@@ -15,7 +15,8 @@ PLAN = {
     "experts_per_token": 8, "atomic_experts": 4_000, "atomic_experts_removed": 1_000, "parameters": 40_000, "expert_parameters": 20_000,
     "parameters_removed": 5_000, "weight_bytes": 3 * 2**30, "statistics_bytes": 2**29, "matrix_bytes": 7 * 2**30, "num_samples": 128,
     "batch_size": 8, "sequence_length": 2048, "activation_bytes": 2**30,
-    "peak_memory": {"weights": 2**31, "interpreter": 2**29}, "bytes_read": 2**32, "tape_bytes": 2**33, "calibration_flops": 4_456 * 10**12,
+    "peak_memory": {"calibrate": {"weights": 2**31, "interpreter": 2**29}, "repair": {"weights": 3 * 2**29}}, "bytes_read": 2**32, "tape_bytes": 2**33, "calibration_flops": 4_456 * 10**12,
+    "expected_seconds": 150.0, "num_expected": 2, "num_missing": 3,
     "stages": [
         {"stage": "calibrate", "what": "", "key": "0123456789abcdef", "cached": True},
         {"stage": "evaluate", "what": "perplexity/numpydocs pruned", "key": "fedcba9876543210", "cached": False},
@@ -41,12 +42,17 @@ def test_every_number_is_there_and_nothing_is_cut() -> None:
         "MoE layers": "47  of 48 layers", "experts  ": "128  of a layer, 8 per token", "width  ": "8 to 768", "atomic experts  ": "4,000",
         "parameters  ": "50.0% in routed experts", "removed": "1,000  atomic experts, 25.0%", "5,000": "12.5% (25.0% of experts')",
         "left": "35,000", "weights": "3.00 GiB  bfloat16", "statistics": "512.00 MiB  in place of 7.00 GiB", "activations": "1.00 GiB",
-        "together": "4.50 GiB", "peak memory": "2.50 GiB  weights 2.00 GiB", "read  ": "4.00 GiB", "on disk": "8.00 GiB",
-        "calibration  ": "4,456 TFLOPs", "calibrate ": "cached", "numpydocs pruned": "to be made",
+        "together": "4.50 GiB", "peak memory": "2.50 GiB  calibrate: weights 2.00 GiB", "repair": "1.50 GiB", "read  ": "4.00 GiB", "on disk": "8.00 GiB",
+        "calibration  ": "4,456 TFLOPs", "time": "2.5 min  for 2 of 3 to be made", "calibrate ": "cached", "numpydocs pruned": "to be made",
         "note": "text file 'x' does not exist",
     }.items():  # fmt: skip
         assert expected in line_with(name, lines), name
     assert "fedcba9876543210" in line_with("numpydocs pruned", lines)
+
+
+def test_a_time_is_told_if_something_like_it_was_made_before() -> None:
+    assert "no estimate: nothing like this" in line_with("time", printed(expected_seconds=None))
+    assert not any("time" in line for line in printed(num_missing=0))
 
 
 def test_a_masked_checkpoint_holds_everything() -> None:
