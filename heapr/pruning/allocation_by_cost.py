@@ -166,6 +166,8 @@ def _is_reached(items: Sequence[_Items], stays: Sequence[Tensor], budget: Budget
     if budget.scope == "global":
         return wanted - sum(removed) <= tolerance
     free = sum(each.size for each in items if not each.is_protected)
+    if free == 0:  # no token reached the layers that may lose something
+        return wanted <= tolerance
     for each, stays_S, gone in zip(items, stays, removed, strict=True):
         is_exhausted = not (each.is_protected or stays_S.any())
         if is_exhausted and wanted * each.size / free - gone > tolerance:

@@ -59,6 +59,15 @@ def test_by_hand() -> None:
 
 
 @pytest.mark.parametrize("scope", ["global", "layer"])
+def test_layers_that_cost_nothing_leave_too_little_to_remove(scope: str) -> None:
+    scores = random_scores(num_layers=2, num_experts=2, width=4)
+    first, second = scores.layers
+    costs = {first: torch.ones(2, dtype=torch.float64), second: torch.zeros(2, dtype=torch.float64)}
+    with pytest.raises(ConfigError, match="more of the flops than the protected layers"):
+        allocate(scores, widths_of(scores), budget_of(0.5, scope, protected_layers=(first,)), costs)
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
 @pytest.mark.parametrize("ratio", [0.1, 0.25, 0.4, 0.5])
 @pytest.mark.parametrize("width_multiple", [1, 8])
 def test_no_other_choice_of_that_cost_removes_less(ratio: float, scope: str, width_multiple: int) -> None:
