@@ -26,7 +26,8 @@ from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from heapr.calibration.collector import collect
 from heapr.evaluation.two_stage import two_stage_scores
-from heapr.model.moe import MoEModel, frozen_parameters, summed_loss_backward
+from heapr.model.loss import frozen_parameters, summed_loss_backward
+from heapr.model.moe import MoEModel
 from heapr.score.gradient import Heapr
 from heapr.types import LayerStatistics
 

@@ -24,7 +24,8 @@ from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from heapr.calibration.collector import collect
-from heapr.model.moe import MoEModel, next_token_loss
+from heapr.model.loss import next_token_loss
+from heapr.model.moe import MoEModel
 from heapr.model.passes import final_hidden_states
 from heapr.ranks import Ranks
 from heapr.start_ranks import started_ranks

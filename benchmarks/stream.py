@@ -34,7 +34,8 @@ from heapr.calibration.collector import collect
 from heapr.model.checkpoint import save_checkpoint
 from heapr.model.footprint import batch_bytes, footprint, free_memory, loading_factor
 from heapr.model.load import ModelSource, find_model
-from heapr.model.moe import MoEModel, next_token_loss
+from heapr.model.loss import next_token_loss
+from heapr.model.moe import MoEModel
 from heapr.model.passes import Way, final_hidden_states
 from heapr.model.shelf import Files
 from heapr.model.span import reads_of

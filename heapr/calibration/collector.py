@@ -20,7 +20,8 @@ from heapr.calibration.segments import OneExpert, pair_statistics, segment_stati
 from heapr.model.experts.dispatch import observe_experts
 from heapr.model.experts.grouped import Pairs
 from heapr.model.experts.loop import split_by_expert
-from heapr.model.moe import MoELayer, MoEModel, frozen_parameters, gradient_from_embeddings
+from heapr.model.loss import frozen_parameters, gradient_from_embeddings
+from heapr.model.moe import MoELayer, MoEModel
 from heapr.model.passes import Way, backward_by_spans
 from heapr.model.shelf import Files
 from heapr.model.span import Span

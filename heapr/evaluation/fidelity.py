@@ -17,6 +17,7 @@ from torch import Tensor
 from heapr.evaluation.measurement import Material, Need
 from heapr.model.experts.dispatch import use_comparable_experts
 from heapr.model.load import ModelSource
+from heapr.model.loss import chunk_size
 from heapr.model.moe import MoEModel
 from heapr.model.passes import final_hidden_states
 from heapr.progress import progress
@@ -112,7 +113,7 @@ def compare(
     """
     divergence = torch.zeros((), dtype=torch.float64, device=dense_hidden.device)
     agreements = torch.zeros((), dtype=torch.int64, device=dense_hidden.device)
-    size = dense.chunk_size()
+    size = chunk_size(dense)
     dense_chunks = _predicting_states(dense_hidden).split(size)
     pruned_chunks = _predicting_states(pruned_hidden).split(size)
     for dense_TD, pruned_TD in zip(dense_chunks, pruned_chunks, strict=True):

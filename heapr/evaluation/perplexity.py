@@ -20,7 +20,7 @@ from annotated_types import Ge
 
 from heapr.evaluation.measurement import Material, Need
 from heapr.model.load import ModelSource
-from heapr.model.moe import next_token_loss
+from heapr.model.loss import next_token_loss
 from heapr.model.passes import final_hidden_states
 from heapr.progress import progress
 from heapr.text.corpora import Corpus
@@ -36,7 +36,7 @@ class Perplexity:
     """Measures exp(mean next-token cross-entropy).
 
     Beside the weights, memory holds the hidden states of one batch, batch_size * window * D elements per
-    layer, and at most `LOGITS_CHUNK` logits at once (heapr/model/moe.py; 256 MiB in float32, and the same for
+    layer, and at most `LOGITS_CHUNK` logits (heapr/model/loss.py; 256 MiB in float32, and the same for
     their softmax), for any batch size and vocabulary.
 
     Args:

@@ -24,7 +24,8 @@ from heapr.evaluation.correlation import pearson, spearman
 from heapr.evaluation.measurement import Material, Need
 from heapr.model.experts.dispatch import use_comparable_experts
 from heapr.model.load import ModelSource
-from heapr.model.moe import MoEModel, next_token_loss
+from heapr.model.loss import next_token_loss
+from heapr.model.moe import MoEModel
 from heapr.model.passes import Variant, final_hidden_states, unchanged
 from heapr.model.span import Span
 from heapr.progress import progress

@@ -18,13 +18,8 @@ from torch import Tensor
 
 from heapr.model.experts.dispatch import observe_experts
 from heapr.model.experts.loop import split_by_expert
-from heapr.model.moe import (
-    MoELayer,
-    MoEModel,
-    frozen_parameters,
-    gradient_from_embeddings,
-    summed_loss_backward,
-)
+from heapr.model.loss import frozen_parameters, gradient_from_embeddings, summed_loss_backward
+from heapr.model.moe import MoELayer, MoEModel
 from heapr.types import ExpertWeights
 
 

@@ -22,7 +22,8 @@ from heapr.files import write_json
 from heapr.model.experts.dispatch import use_heapr_experts
 from heapr.model.experts.grouped import run_fastest
 from heapr.model.experts.layout import Experts
-from heapr.model.moe import MoEModel, frozen_parameters, gradient_from_embeddings, summed_loss_backward
+from heapr.model.loss import frozen_parameters, gradient_from_embeddings, summed_loss_backward
+from heapr.model.moe import MoEModel
 from heapr.model.passes import span_backward
 from heapr.model.span import probe_tokens, reads_of, run_span
 from heapr.model.tape import Output, Tape, hidden_of

@@ -25,13 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from heapr.model.experts.dispatch import observe_experts
 from heapr.model.experts.layout import Experts, layout_of, routing_of, widths_of
 from heapr.model.experts.loop import run_sorted
-from heapr.model.moe import (
-    MoEModel,
-    experts_per_token,
-    frozen_parameters,
-    gradient_from_embeddings,
-    summed_loss_backward,
-)
+from heapr.model.loss import chunk_size, frozen_parameters, gradient_from_embeddings, summed_loss_backward
+from heapr.model.moe import MoEModel, experts_per_token
 
 
 def calibration_flops(model: MoEModel, length: int) -> int:
@@ -74,7 +69,7 @@ def activation_bytes(model: MoEModel, num_sequences: int, length: int) -> int:
     with _calibrating(model, held), FusedAttention(), held:
         hidden_NWD = model.hidden_states(input_ids=ids_NW)
         # One token more than a chunk, because the last one predicts nothing.
-        size = model.chunk_size() + 1
+        size = chunk_size(model) + 1
         chunk_TD = hidden_NWD.detach().flatten(0, 1)[:size]
         chunk_ids_T = ids_NW.flatten()[:size]
         summed_loss_backward(model, chunk_TD.unsqueeze(0).requires_grad_(), chunk_ids_T.unsqueeze(0))

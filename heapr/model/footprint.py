@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from heapr.model.costs import activation_bytes
-from heapr.model.moe import LOGITS_CHUNK, MoEModel
+from heapr.model.loss import LOGITS_CHUNK
+from heapr.model.moe import MoEModel
 
 MEMORY, STATUS = Path("/proc/meminfo"), Path("/proc/self/status")
 CGROUP = Path("/sys/fs/cgroup")

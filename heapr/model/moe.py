@@ -1,4 +1,4 @@
-"""The view of a causal language model that the rest of heapr works with: MoE layers, their weights, the loss.
+"""The view of a causal language model that the rest of heapr works with: MoE layers and their weights.
 
 In: a transformers model. Out: `MoEModel`. Knowledge of architectures ends here; a model that needs something
 heapr lacks is refused, and the message names the missing capability.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,6 @@ from heapr.types import ExpertWeights
 # Names of K in the families' configurations.
 TOP_K_FIELDS = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k")
 DECODER_LAYER = re.compile(r"\.(\d+)\.")  # in a module's name, such as `model.layers.3.mlp.experts`
-LOGITS_CHUNK = 2**26  # logits held at once: 2^26 elements are 256 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -218,11 +217,6 @@ class MoEModel:
                 " final hidden states"
             )
 
-    def chunk_size(self) -> int:
-        """Number of tokens whose logits are held at once."""
-        vocabulary_size: int = self.model.get_output_embeddings().weight.shape[0]
-        return max(1, LOGITS_CHUNK // vocabulary_size)
-
 
 def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
     """All MoE layers in order of decoder layer index.
@@ -264,55 +258,6 @@ def experts_per_token(model: PreTrainedModel) -> int:
     )
 
 
-def next_token_loss(model: MoEModel, hidden: Tensor, ids_NW: Tensor) -> Tensor:
-    """Cross-entropy in nats of every predicted token, float32 (N, W-1).
-
-    Holds the logits of one chunk at a time.
-    """
-    hidden_TD, target_T = hidden[:, :-1].flatten(0, 1), ids_NW[:, 1:].flatten()
-    size = model.chunk_size()
-    losses = []
-    for chunk, target in zip(hidden_TD.split(size), target_T.split(size), strict=True):
-        losses.append(F.cross_entropy(model.logits(chunk), target, reduction="none"))
-    return torch.cat(losses).view(ids_NW.shape[0], -1)
-
-
-def summed_loss_backward(model: MoEModel, hidden: Tensor, ids_NW: Tensor) -> Tensor:
-    """Sum the next-token losses and send the gradient back through `hidden`.
-
-    Holds the logits of one chunk at a time.
-
-    Returns:
-        the summed loss in nats, a detached float32 scalar.
-    """
-    hidden_TD, target_T = hidden.detach()[:, :-1].flatten(0, 1), ids_NW[:, 1:].flatten()
-    size = model.chunk_size()
-    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    grads = []
-    for chunk, target in zip(hidden_TD.split(size), target_T.split(size), strict=True):
-        leaf = chunk.detach().requires_grad_()
-        loss = F.cross_entropy(model.logits(leaf), target, reduction="sum")
-        grads += torch.autograd.grad(loss, leaf)
-        total += loss.detach()
-    grad_hidden = torch.zeros_like(hidden)
-    grad_hidden[:, :-1] = torch.cat(grads).view_as(grad_hidden[:, :-1])
-    hidden.backward(grad_hidden)
-    return total
-
-
-@contextmanager
-def frozen_parameters(model: nn.Module) -> Iterator[None]:
-    """Inside the context, no parameter requires a gradient; previous settings are restored."""
-    needed = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    for parameter, _ in needed:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, requires_grad in needed:
-            parameter.requires_grad_(requires_grad)
-
-
 class _FinalHiddenStates(MoeModelOutputWithPast):  # type: ignore[misc]
     """A body's output that has only the final hidden states; whatever else a family returns is None."""
 
@@ -341,22 +286,6 @@ def _body_name(model: PreTrainedModel) -> str:
     """Name of the child that computes the final hidden states; not base_model_prefix in every family."""
     names = (name for name, child in model.named_children() if isinstance(child, PreTrainedModel))
     return str(next(names))
-
-
-@contextmanager
-def gradient_from_embeddings(model: PreTrainedModel) -> Iterator[None]:
-    """Inside the context, embedded tokens require a gradient.
-
-    The backward pass needs a leaf when all parameters are frozen. The model still gets token ids, because
-    some families route by them.
-    """
-    handle = model.get_input_embeddings().register_forward_hook(
-        lambda _, __, embedded: embedded.detach().requires_grad_()
-    )
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _layer_index(name: str) -> int:

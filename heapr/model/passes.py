@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heapr.model.moe import MoEModel, summed_loss_backward
+from heapr.model.loss import summed_loss_backward
+from heapr.model.moe import MoEModel
 from heapr.model.shelf import Files, Memory, Shelf
 from heapr.model.span import NO_READS, Reads, Span, reads_of, run_rest, run_span
 from heapr.model.tape import Tape, hidden_of

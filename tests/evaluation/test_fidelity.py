@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from heapr.evaluation.fidelity import Fidelity
 from heapr.evaluation.measurement import Material
-from heapr.model import moe
+from heapr.model import loss
 from heapr.model.load import find_model
 from heapr.text.corpora import TextFiles
 from tests.evaluation.material import material_of
@@ -76,7 +76,7 @@ def test_depends_neither_on_batches_nor_on_chunks_of_logits(
 ) -> None:
     expected = measure(material, tmp_path)
     assert measure(material, tmp_path, batch_size=3) == pytest.approx(expected, rel=1e-5)
-    monkeypatch.setattr(moe, "LOGITS_CHUNK", 257 * 7)  # seven tokens at a time
+    monkeypatch.setattr(loss, "LOGITS_CHUNK", 257 * 7)  # seven tokens at a time
     assert measure(material, tmp_path) == pytest.approx(expected, rel=1e-5)
 
 

@@ -13,7 +13,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 from heapr.evaluation.perplexity import Perplexity, perplexity_increases
-from heapr.model import moe
+from heapr.model import loss
 from heapr.model.moe import MoEModel
 from heapr.text.corpora import TextFiles
 from tests.evaluation.material import Source, of_model
@@ -61,7 +61,7 @@ def test_does_not_depend_on_the_chunk_of_logits(
     model: MoEModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = measure(model, tmp_path, batch_size=4)["perplexity/text_files"]
-    monkeypatch.setattr(moe, "LOGITS_CHUNK", 257 * 7)  # seven tokens at a time
+    monkeypatch.setattr(loss, "LOGITS_CHUNK", 257 * 7)  # seven tokens at a time
     assert measure(model, tmp_path, batch_size=4)["perplexity/text_files"] == pytest.approx(
         expected, rel=1e-6
     )
@@ -80,7 +80,7 @@ def test_not_a_number_is_refused_not_cached(model: MoEModel, tmp_path: Path) -> 
 def test_never_holds_more_logits_than_the_chunk(
     model: MoEModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int
 ) -> None:
-    monkeypatch.setattr(moe, "LOGITS_CHUNK", 257 * 7)
+    monkeypatch.setattr(loss, "LOGITS_CHUNK", 257 * 7)
     sizes: list[int] = []
     model.model.lm_head.register_forward_hook(lambda head, inputs, logits: sizes.append(logits.numel()))
     measure(model, tmp_path, batch_size)

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from heapr.model.costs import HeldTensors, activation_bytes, calibration_flops, eager_attention
 from heapr.model.experts.dispatch import observe_experts
-from heapr.model.moe import MoEModel, frozen_parameters, gradient_from_embeddings, summed_loss_backward
+from heapr.model.loss import frozen_parameters, gradient_from_embeddings, summed_loss_backward
+from heapr.model.moe import MoEModel
 from heapr.pruning.surgery import remove
 from heapr.types import Plan
 from tests.tiny import tiny_ids, tiny_model, tiny_qwen3_moe

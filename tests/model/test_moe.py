@@ -13,10 +13,11 @@ from transformers import (
 )
 
 from heapr.errors import ConfigError
-from heapr.model import moe
+from heapr.model import loss
 from heapr.model.experts.dispatch import observe_experts, use_heapr_experts
 from heapr.model.experts.loop import split_by_expert
-from heapr.model.moe import MoEModel, next_token_loss, summed_loss_backward
+from heapr.model.loss import next_token_loss, summed_loss_backward
+from heapr.model.moe import MoEModel
 from heapr.pruning.surgery import remove
 from heapr.types import Plan
 from tests.tiny import tiny_model, tiny_qwen3_moe
@@ -89,7 +90,7 @@ def test_observers_of_ragged_experts_see_zeros_beyond_an_experts_width(
 def test_losses_equal_those_of_whole_logits(
     causal_lm: PreTrainedModel, ids_NW: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(moe, "LOGITS_CHUNK", 257 * 10)
+    monkeypatch.setattr(loss, "LOGITS_CHUNK", 257 * 10)
     model = MoEModel(causal_lm)
     logits = causal_lm(input_ids=ids_NW, use_cache=False).logits[:, :-1]
     expected = F.cross_entropy(logits.flatten(0, 1), ids_NW[:, 1:].flatten(), reduction="none").view(8, 11)
