@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
-from heapr.experiment import Experiment, prepare
+from heapr.experiment import Experiment
 from heapr.model.costs import activation_bytes, calibration_flops
 from heapr.model.footprint import interpreter_bytes
 from heapr.model.load import ModelSource
 from heapr.model.moe import MoEModel
 from heapr.past_seconds import PastSeconds
-from heapr.placement import MEMORY_STAGES
+from heapr.placement import MEMORY_STAGES, memory_stages
+from heapr.prepare import prepare
 from heapr.pruning.budget import Budget
 from heapr.schema import CalibrationConfig, ExperimentConfig
 from heapr.types import LayerStatistics
@@ -224,7 +225,7 @@ def _places(experiment: Experiment) -> dict[str, Any]:
     """Memory of the stages; what the calibration reads, and the disk that it takes."""
     placement = experiment.placement
     beside = {"interpreter": interpreter_bytes()} if experiment.device.type == "cpu" else {}
-    stages = experiment.memory_stages(experiment.steps) or MEMORY_STAGES
+    stages = memory_stages(experiment.steps) or MEMORY_STAGES
     memory = {stage: placement.peak_bytes(stage) | beside for stage in stages}
     on_disk = placement.is_streamed and placement.on_disk
     return {

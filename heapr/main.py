@@ -93,8 +93,8 @@ def _run(config: DictConfig, ranks: Ranks) -> None:
 
         print_dry_run(asdict(dry_run(typed)))
         return
-    from heapr.pipeline import run
     from heapr.report.run.console import print_summary
+    from heapr.run_experiment import run
 
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)

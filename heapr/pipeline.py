@@ -1,17 +1,15 @@
-"""The paper's algorithm, read aloud: calibrate -> score -> prune -> evaluate.
+"""The paper's algorithm, step by step: calibrate -> score -> prune -> evaluate.
 
-In: an experiment's configuration. Out: a `Summary`. heapr/steps.py lists the steps and what each one needs;
-this file says how each is made. Every step goes through the artifact store, which returns a result that it
-already has.
+In: a checked experiment. Out: artifacts, and what the evaluations found. heapr/steps.py lists the steps and
+what each one needs; this file says how each is made. Every step goes through the artifact store, which
+returns a result that it already has.
 """
 
 from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,9 +24,8 @@ from heapr.calibration.collector import collect
 from heapr.calibration.coverage import report_coverage
 from heapr.evaluation.measurement import Material, Need, measure
 from heapr.evaluation.routing import layer_routing
-from heapr.experiment import Experiment, prepare
+from heapr.experiment import Experiment
 from heapr.findings import Findings
-from heapr.gpu_slots import gpu_slot
 from heapr.model.checkpoint import save_checkpoint
 from heapr.model.moe import MoEModel
 from heapr.model.shelf import Files
@@ -38,24 +35,18 @@ from heapr.pruning.allocation import allocate
 from heapr.pruning.allocation_report import report_allocation
 from heapr.pruning.budget import costs_of
 from heapr.pruning.layer_repair import report_repair
-from heapr.ranks import ONE_PROCESS, Ranks
-from heapr.ready import make_ready
 from heapr.report.run.card import model_card
-from heapr.report.run.protocol import protocol_differences
-from heapr.schema import ExperimentConfig
 from heapr.step_results import StepResults
 from heapr.steps import Step
 from heapr.store import Artifact
 from heapr.text.windows import batches
 from heapr.tracking import values
-from heapr.tracking.open_tracker import open_tracker
-from heapr.tracking.tracker import NUM_TOKENS, RATIO, Run, Several, Tracker
+from heapr.tracking.tracker import NUM_TOKENS, Tracker
 from heapr.types import (
     Evaluation,
     ExpertWeights,
     Metrics,
     Plan,
-    ProtocolRecord,
     Pruning,
     Scores,
     Statistics,
@@ -67,82 +58,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 GIB = 2**30  # bytes
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a run did: the content of `summary.json`.
-
-    Attributes:
-        metrics: by contract name, for the "dense" and the "pruned" model, the change of "size", and the
-            "comparison" of both models.
-        protocols: how each corpus or task was measured on the "dense" and on the "pruned" model.
-        stages: one entry per artifact, in the order in which they were needed.
-        config: the whole resolved configuration.
-    """
-
-    metrics: dict[str, Metrics]
-    protocols: dict[str, dict[str, ProtocolRecord]]
-    stages: list[dict[str, Any]]
-    config: dict[str, Any]
-
-
-def run(
-    config: ExperimentConfig, folder: Path, *, sweep: str | None = None, ranks: Ranks = ONE_PROCESS
-) -> Summary:
-    """Run one experiment.
-
-    Args:
-        config: checked by `heapr.schema.resolve`.
-        folder: the run's own; receives `summary.json` and the tracker's file. Of several processes only that
-            of rank 0 is used.
-        sweep: name of the sweep that this run is a job of; None for a single run.
-        ranks: the processes that share the work, all of which call this.
-
-    Raises:
-        ConfigError: the user's mistake, found before the first expensive step.
-        FloatingPointError: NaN or infinity; the message says where.
-    """
-    experiment = prepare(config, ranks=ranks)
-    tokens = make_ready(experiment)
-    logger.info("%-9s %s, results in %s", "run", experiment.name, folder)
-    resolved = asdict(config)
-    tracked = _tracked_run(experiment, sweep, resolved)
-    with _own_gpu(experiment), _tracker(experiment, tracked, folder) as tracker:
-        pipeline = Pipeline(experiment, tracker, tokens)
-        pipeline.take(experiment.steps.dense)  # first, because pruning changes the model in place
-        dense = pipeline.findings.measured("dense")
-        tracker.log({RATIO: 0.0, **dense})
-        pipeline.take(experiment.steps.pruning)
-        pipeline.take(experiment.steps.pruned)
-        metrics = pipeline.conclude(dense)
-        pipeline.log_layers_and_artifacts()
-        after_pruning = metrics["pruned"] | metrics["size"] | metrics["comparison"]
-        tracker.log({RATIO: config.pruning.ratio, **after_pruning})
-    protocols = pipeline.findings.protocols
-    for difference in protocol_differences(protocols):
-        logger.warning("dense and pruned cannot be compared: %s", difference)
-    summary = Summary(metrics=metrics, protocols=protocols, stages=pipeline.stages, config=resolved)
-    if experiment.ranks.is_first:
-        artifacts.write_summary(folder, asdict(summary))
-    return summary
-
-
-def _tracker(experiment: Experiment, tracked: Run, folder: Path) -> AbstractContextManager[Tracker]:
-    """The run's tracker; one that does nothing for ranks but the first."""
-    if not experiment.ranks.is_first:
-        return nullcontext(Several())
-    config = experiment.config
-    return open_tracker(config.tracking, tracked, folder=folder, outputs=Path(config.paths.outputs))
-
-
-def _own_gpu(experiment: Experiment) -> AbstractContextManager[None]:
-    """A GPU that no other job uses meanwhile; none if the store has all results."""
-    runtime = experiment.config.runtime
-    if all(experiment.store.has(step.origin, step.part) for step in experiment.steps):
-        return nullcontext()
-    is_spread = runtime.device_map is not None
-    return gpu_slot(experiment.device, all_of_them=is_spread, wait_minutes=runtime.wait_minutes)
 
 
 class Pipeline:
@@ -392,14 +307,3 @@ class Pipeline:
             widths=self.experiment.source.widths,
             ranks=self.experiment.ranks,
         )
-
-
-def _tracked_run(experiment: Experiment, sweep: str | None, resolved: Mapping[str, Any]) -> Run:
-    return Run(
-        name=experiment.name,
-        id=experiment.steps.key,
-        job_type="experiment",
-        group=sweep,
-        tags=tuple(experiment.labels.values()),
-        config={**resolved, "labels": experiment.labels},
-    )

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from heapr.artifacts import CHECKPOINT_PART, REPAIR_PART
 from heapr.errors import ConfigError
 from heapr.model.check_walk import check_streamed, check_walk
 from heapr.model.footprint import BUFFERS, Footprint, batch_bytes, footprint, free_memory, loading_factor
@@ -24,6 +25,7 @@ from heapr.model.shelf import Files, Memory
 from heapr.origin import KEY_LENGTH, canonical_json
 from heapr.ranks import Ranks
 from heapr.schema import ExperimentConfig
+from heapr.steps import Step
 from heapr.types import LayerStatistics
 
 AUTO, RAM = "auto", "ram"
@@ -32,7 +34,7 @@ TAPES, WALKS = ".tapes", ".walks"  # below the folder of results
 SURELY_BELOW = 64
 MAX_MAPS = 60_000  # files that one process can have mapped on Linux, less some
 GB = 1e9
-CALIBRATE, REPAIR, CHECKPOINT = "calibrate", "repair", "checkpoint"
+CALIBRATE, REPAIR, CHECKPOINT = "calibrate", REPAIR_PART, CHECKPOINT_PART
 EVALUATE_DENSE, EVALUATE_PRUNED = "evaluate dense", "evaluate pruned"
 MEMORY_STAGES = (CALIBRATE, REPAIR, CHECKPOINT, EVALUATE_DENSE, EVALUATE_PRUNED)
 
@@ -217,6 +219,17 @@ class Placement:
                 f" more than the {MAX_MAPS} files that a process can map; give a larger"
                 " calibration.batch_size"
             )
+
+
+def memory_stages(steps: Iterable[Step]) -> list[str]:
+    """What `Placement` calls these steps, each once, as far as they run the model."""
+    names = []
+    for step in steps:
+        if step.kind in {CALIBRATE, REPAIR, CHECKPOINT}:
+            names.append(step.kind)
+        elif step.kind == "evaluate":
+            names.append(EVALUATE_DENSE if step.variant == "dense" else EVALUATE_PRUNED)
+    return list(dict.fromkeys(names))
 
 
 def choose_placement(

@@ -53,7 +53,7 @@ def _items(config: ExperimentConfig) -> dict[str, Callable[[], None]]:
     from heapr.evaluation.build import build_corpora
     from heapr.evaluation.measurement import Need
     from heapr.evaluation.zero_shot import ZeroShot
-    from heapr.experiment import build_plugins
+    from heapr.prepare import build_plugins
     from heapr.text.mixture import parts_of
     from heapr.text.published_corpora import PublishedText
 
@@ -73,7 +73,7 @@ def _items(config: ExperimentConfig) -> dict[str, Callable[[], None]]:
 
 
 def _fetch_model(config: ExperimentConfig) -> None:
-    from heapr.experiment import find_source
+    from heapr.prepare import find_source
 
     source = find_source(config.model)
     source.fetch()

@@ -13,6 +13,7 @@ import torch
 from heapr.artifacts import CHECKPOINT_PART, REPAIR_PART
 from heapr.evaluation.zero_shot import ZeroShot
 from heapr.experiment import Experiment
+from heapr.placement import memory_stages
 from heapr.steps import Step, Steps
 from heapr.text.mixture import identities_of_parts
 from heapr.text.splits import share_text
@@ -71,7 +72,7 @@ def _check_placement(missing: Sequence[Step], experiment: Experiment) -> None:
     if experiment.left_out:
         names = ", ".join(experiment.left_out)
         logger.info("%-9s %s: left out, because a streamed model waits for the disk", "evaluate", names)
-    placement.check(experiment.device, experiment.memory_stages(missing))
+    placement.check(experiment.device, memory_stages(missing))
     is_calibrated = all(step.kind != "calibrate" for step in missing)
     if placement.is_streamed and placement.on_disk and not is_calibrated:
         instead = "keep them in memory with runtime.activations=ram"

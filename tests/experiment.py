@@ -12,7 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
-from heapr.pipeline import Summary, run
+from heapr.run_experiment import Summary, run
 from heapr.schema import ExperimentConfig, register, resolve
 from tests.tiny import byte_tokenizer, tiny_qwen3_moe
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from heapr.model.load import BUILTIN_FOLDER
-from heapr.pipeline import Summary
+from heapr.run_experiment import Summary
 from tests.experiment import run_in
 
 SMALLER = [

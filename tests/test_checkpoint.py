@@ -20,9 +20,9 @@ from heapr.errors import ConfigError
 from heapr.evaluation.zero_shot import ZeroShot
 from heapr.model.checkpoint import save_checkpoint
 from heapr.model.moe import MoEModel
-from heapr.pipeline import Summary
 from heapr.pruning.surgery import mask, remove
 from heapr.pruning.uniform import make_uniform, uniform_settings
+from heapr.run_experiment import Summary
 from heapr.types import Plan
 from tests.evaluation.material import Source, of_model
 from tests.evaluation.test_zero_shot import write_task

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 from heapr.errors import ConfigError
 from heapr.evaluation.build import build_measurements
 from heapr.evaluation.perplexity import Perplexity
-from heapr.experiment import prepare
 from heapr.model.load import ModelSource, find_model
-from heapr.pipeline import Summary
+from heapr.prepare import prepare
 from heapr.pruning.surgery import mask
+from heapr.run_experiment import Summary
 from heapr.types import Plan, Scores, Statistics
 from heapr.words import option_name
 from tests.evaluation.material import of_model

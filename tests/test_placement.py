@@ -11,9 +11,9 @@ import torch
 
 from heapr import placement
 from heapr.errors import ConfigError
-from heapr.experiment import find_source
 from heapr.model import footprint
 from heapr.placement import Placement, choose_placement
+from heapr.prepare import find_source
 from heapr.ranks import ONE_PROCESS
 from heapr.schema import ExperimentConfig
 from tests.experiment import compose_experiment

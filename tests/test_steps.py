@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from heapr.experiment import prepare
+from heapr.prepare import prepare
 from heapr.steps import Steps
 from tests.experiment import compose_experiment, write_model, write_texts
 

@@ -15,7 +15,7 @@ import torch
 from heapr import placement
 from heapr.errors import ConfigError
 from heapr.model.shelf import Files
-from heapr.pipeline import Summary
+from heapr.run_experiment import Summary
 from tests.experiment import run_in, write_model, write_texts
 from tests.same import assert_same_files
 

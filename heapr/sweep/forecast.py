@@ -14,10 +14,10 @@ from pathlib import Path
 from heapr.artifacts import ARTIFACTS
 from heapr.dry_run import StepState, sequence_flops, step_states
 from heapr.errors import ConfigError
-from heapr.experiment import prepare
 from heapr.model.load import ModelSource
 from heapr.origin import canonical_json
 from heapr.past_seconds import STAGES, PastSeconds
+from heapr.prepare import prepare
 from heapr.schema import ExperimentConfig
 
 EXPENSIVE = ("calibrate", "evaluate")  # worth waiting for, where several jobs need the same one

@@ -15,7 +15,7 @@ from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5Moe
 
 from heapr.model.load import find_model
 from heapr.model.model_files import INDEX, WEIGHTS
-from heapr.pipeline import Summary
+from heapr.run_experiment import Summary
 from tests.deepseek import write_original_folder
 from tests.experiment import run_in, write_model, write_texts
 from tests.tiny import byte_tokenizer, tiny_model

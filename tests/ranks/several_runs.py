@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from heapr.main import one_line_errors
-from heapr.pipeline import run
+from heapr.run_experiment import run
 from heapr.start_ranks import started_ranks
 from tests.experiment import compose_experiment
 

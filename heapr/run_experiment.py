@@ -1,0 +1,119 @@
+"""Runs one experiment: everything around its steps.
+
+In: an experiment's configuration and a folder. Out: a `Summary`, which is also written into the folder; what
+is tracked; a GPU that no other job uses meanwhile. How the steps themselves are made is heapr/pipeline.py.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from heapr import artifacts
+from heapr.experiment import Experiment
+from heapr.gpu_slots import gpu_slot
+from heapr.pipeline import Pipeline
+from heapr.prepare import prepare
+from heapr.ranks import ONE_PROCESS, Ranks
+from heapr.ready import make_ready
+from heapr.report.run.protocol import protocol_differences
+from heapr.schema import ExperimentConfig
+from heapr.tracking.open_tracker import open_tracker
+from heapr.tracking.tracker import RATIO, Run, Several, Tracker
+from heapr.types import (
+    Metrics,
+    ProtocolRecord,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run did: the content of `summary.json`.
+
+    Attributes:
+        metrics: by contract name, for the "dense" and the "pruned" model, the change of "size", and the
+            "comparison" of both models.
+        protocols: how each corpus or task was measured on the "dense" and on the "pruned" model.
+        stages: one entry per artifact, in the order in which they were needed.
+        config: the whole resolved configuration.
+    """
+
+    metrics: dict[str, Metrics]
+    protocols: dict[str, dict[str, ProtocolRecord]]
+    stages: list[dict[str, Any]]
+    config: dict[str, Any]
+
+
+def run(
+    config: ExperimentConfig, folder: Path, *, sweep: str | None = None, ranks: Ranks = ONE_PROCESS
+) -> Summary:
+    """Run one experiment.
+
+    Args:
+        config: checked by `heapr.schema.resolve`.
+        folder: the run's own; receives `summary.json` and the tracker's file. Of several processes only that
+            of rank 0 is used.
+        sweep: name of the sweep that this run is a job of; None for a single run.
+        ranks: the processes that share the work, all of which call this.
+
+    Raises:
+        ConfigError: the user's mistake, found before the first expensive step.
+        FloatingPointError: NaN or infinity; the message says where.
+    """
+    experiment = prepare(config, ranks=ranks)
+    tokens = make_ready(experiment)
+    logger.info("%-9s %s, results in %s", "run", experiment.name, folder)
+    resolved = asdict(config)
+    tracked = _tracked_run(experiment, sweep, resolved)
+    with _own_gpu(experiment), _tracker(experiment, tracked, folder) as tracker:
+        pipeline = Pipeline(experiment, tracker, tokens)
+        pipeline.take(experiment.steps.dense)  # first, because pruning changes the model in place
+        dense = pipeline.findings.measured("dense")
+        tracker.log({RATIO: 0.0, **dense})
+        pipeline.take(experiment.steps.pruning)
+        pipeline.take(experiment.steps.pruned)
+        metrics = pipeline.conclude(dense)
+        pipeline.log_layers_and_artifacts()
+        after_pruning = metrics["pruned"] | metrics["size"] | metrics["comparison"]
+        tracker.log({RATIO: config.pruning.ratio, **after_pruning})
+    protocols = pipeline.findings.protocols
+    for difference in protocol_differences(protocols):
+        logger.warning("dense and pruned cannot be compared: %s", difference)
+    summary = Summary(metrics=metrics, protocols=protocols, stages=pipeline.stages, config=resolved)
+    if experiment.ranks.is_first:
+        artifacts.write_summary(folder, asdict(summary))
+    return summary
+
+
+def _tracker(experiment: Experiment, tracked: Run, folder: Path) -> AbstractContextManager[Tracker]:
+    """The run's tracker; one that does nothing for ranks but the first."""
+    if not experiment.ranks.is_first:
+        return nullcontext(Several())
+    config = experiment.config
+    return open_tracker(config.tracking, tracked, folder=folder, outputs=Path(config.paths.outputs))
+
+
+def _own_gpu(experiment: Experiment) -> AbstractContextManager[None]:
+    """A GPU that no other job uses meanwhile; none if the store has all results."""
+    runtime = experiment.config.runtime
+    if all(experiment.store.has(step.origin, step.part) for step in experiment.steps):
+        return nullcontext()
+    is_spread = runtime.device_map is not None
+    return gpu_slot(experiment.device, all_of_them=is_spread, wait_minutes=runtime.wait_minutes)
+
+
+def _tracked_run(experiment: Experiment, sweep: str | None, resolved: Mapping[str, Any]) -> Run:
+    return Run(
+        name=experiment.name,
+        id=experiment.steps.key,
+        job_type="experiment",
+        group=sweep,
+        tags=tuple(experiment.labels.values()),
+        config={**resolved, "labels": experiment.labels},
+    )
