@@ -31,6 +31,7 @@ MOST_SUGGESTIONS = 3  # keys of the same name in other places
 USED_WITH = {  # groups whose options are chosen inside other groups
     "corpus": "calibration=<name> to calibrate on one, evaluation/corpora=[<name>,...] to measure on some",
     "calibration/parts": "calibration=mixture 'calibration/parts@calibration.corpus.parts=[<name>,...]'",
+    "launcher": "-m hydra/launcher=<name>; launcher=<name> is for sweep.py",
     "evaluation/evaluators": "'evaluation/evaluators@evaluation=[<name>,...]'",
 }
 

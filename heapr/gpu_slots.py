@@ -55,7 +55,8 @@ def gpu_slot(device: torch.device, *, all_of_them: bool, wait_minutes: float | N
             yield
         return
     candidates = range(len(names)) if device.index is None else [device.index]
-    with one_of([names[index] for index in candidates], folder, wait_minutes=wait_minutes) as taken:
+    wanted = [names[index] for index in candidates]
+    with one_of(wanted, folder, wait_minutes=wait_minutes) as taken:
         index = candidates[taken]
         torch.cuda.set_device(index)
         yield

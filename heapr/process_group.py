@@ -144,7 +144,8 @@ class ProcessGroup(Ranks):
             if len(bucket) == 1 and bucket[0].dtype == torch.float64 and bucket[0].is_contiguous():
                 _collective(dist.all_reduce, bucket[0], op=operation)
                 continue
-            flat = torch.cat([tensor.detach().flatten().double() for tensor in bucket])
+            flattened = [tensor.detach().flatten().double() for tensor in bucket]
+            flat = torch.cat(flattened)
             _collective(dist.all_reduce, flat, op=operation)
             sizes = [tensor.numel() for tensor in bucket]
             for tensor, reduced in zip(bucket, flat.split(sizes), strict=True):

@@ -57,7 +57,8 @@ class TensorsFile:
     ) -> None:
         rank = {dtype: number for number, dtype in enumerate(DTYPES)}
         self.names = sorted(shapes, key=lambda name: (-rank[shapes[name].dtype], name))
-        header = _header({name: shapes[name] for name in self.names}, metadata or {})
+        in_order = {name: shapes[name] for name in self.names}
+        header = _header(in_order, metadata or {})
         self._path = path
         self._starts: dict[str, int] = {}
         end = 8 + len(header)

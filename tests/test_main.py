@@ -40,6 +40,7 @@ def assert_refused(result: Completed, message: str) -> None:
             "unknown key 'evaluation.tasks'; did you mean evaluation.zero_shot.tasks?",
         ),
         ("pruning.repair=joint", "options of a group are chosen with a slash; write pruning/repair=joint"),
+        ("launcher=joblib", "write -m hydra/launcher=<name>; launcher=<name> is for sweep.py"),
         ("--dry-run", "unknown option '--dry-run'; fields are set without dashes (dry_run=...)"),
         ("pruning.ratio=0.2,1.5 -m hydra/launcher=ray", "pip install 'heapr[ray]'"),
         ("pruning.ratio=lots", "pruning.ratio"),

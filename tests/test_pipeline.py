@@ -302,7 +302,7 @@ def test_timings_of_another_machine_are_made_again(
 ) -> None:
     whole_experiment()
     elsewhere = {"device": "cpu", "name": "another processor", "threads": 2}
-    for module in ("experiment", "evaluation.throughput"):
+    for module in ("prepare", "evaluation.throughput"):
         monkeypatch.setattr(f"heapr.{module}.machine", lambda device: elsewhere)
     stages = {stage["what"]: stage for stage in whole_experiment().stages}
     assert {what for what, stage in stages.items() if not stage["cached"]} == {"throughput"}

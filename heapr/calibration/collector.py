@@ -10,7 +10,7 @@ expert, n tokens of one expert, N sequences, W window.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -124,15 +124,12 @@ def collect(
     Raises:
         FloatingPointError: a loss or statistic is NaN or infinite; the message names layer and batch.
     """
+    observers = [LayerObserver(layer, _device_of(layer, model)) for layer in model.layers]
     if way is None:
         way = Way([range(len(model.decoder_layers))])
-    way = replace(way, ranks=ranks)
-    observers = [LayerObserver(layer, _device_of(layer, model)) for layer in model.layers]
-    if isinstance(way.shelf, Files):
-        _recover(observers, way.shelf)
-        way = replace(way, on_span=partial(_keep, observers, way.shelf))
+    way = _recording(observers, replace(way, ranks=ranks))
     watched = [(layer.experts, observer) for layer, observer in zip(model.layers, observers, strict=True)]
-    loss_sum, num_batches, num_tokens, num_predicted_tokens = 0.0, 0, 0, 0
+    totals = _Totals()
     with (
         frozen_parameters(model.model),
         gradient_from_embeddings(model.model),
@@ -142,21 +139,39 @@ def collect(
             in_span = [observer for observer in observers if observer.index in span]
             check_finite(ranks.number(number), loss, in_span)
             # The last span comes first and gives the loss; earlier spans visit the same batches again.
-            if number < num_batches:
-                continue
-            loss_sum += loss.item()
-            num_batches += 1
-            num_tokens += ids_NW.numel()
-            num_predicted_tokens += ids_NW[:, 1:].numel()
-            on_batch(num_tokens, loss_sum / num_predicted_tokens)
+            if number == totals.num_batches:
+                totals.add(ids_NW, loss.item())
+                on_batch(totals.num_tokens, totals.loss_sum / totals.num_predicted_tokens)
+    return _of_all_ranks(observers, totals, ranks)
+
+
+@dataclass
+class _Totals:
+    """What has been counted so far, of this process; see `Statistics`."""
+
+    num_batches: int = 0
+    num_tokens: int = 0
+    num_predicted_tokens: int = 0
+    loss_sum: float = 0.0
+
+    def add(self, ids_NW: Tensor, loss: float) -> None:
+        """Count a batch and its summed loss."""
+        self.num_batches += 1
+        self.num_tokens += ids_NW.numel()
+        self.num_predicted_tokens += ids_NW[:, 1:].numel()
+        self.loss_sum += loss
+
+
+def _of_all_ranks(observers: Sequence[LayerObserver], totals: _Totals, ranks: Ranks) -> Statistics:
+    """The statistics of all batches, from what each process collected of its share."""
     for observer in observers:
         ranks.sum(sums for name, sums in observer.sums.items() if name not in MAXIMA)
         ranks.maximum(sums for name, sums in observer.sums.items() if name in MAXIMA)
-    loss_sum, num_tokens = ranks.total(loss_sum), ranks.total(num_tokens)
-    num_predicted_tokens = ranks.total(num_predicted_tokens)
-    layers = {observer.index: observer.statistics() for observer in observers}
     return Statistics(
-        layers=layers, num_tokens=num_tokens, num_predicted_tokens=num_predicted_tokens, loss_sum=loss_sum
+        layers={observer.index: observer.statistics() for observer in observers},
+        num_tokens=ranks.total(totals.num_tokens),
+        num_predicted_tokens=ranks.total(totals.num_predicted_tokens),
+        loss_sum=ranks.total(totals.loss_sum),
     )
 
 
@@ -164,6 +179,14 @@ def _device_of(layer: MoELayer, model: MoEModel) -> torch.device:
     """The device on which a layer is, or will be once it is read."""
     device: torch.device = layer.experts.down_proj.device
     return model.device if device.type == "meta" else device
+
+
+def _recording(observers: Sequence[LayerObserver], way: Way) -> Way:
+    """A way with a shelf of files also records the statistics there, from where an earlier process stopped."""
+    if not isinstance(way.shelf, Files):
+        return way
+    _recover(observers, way.shelf)
+    return replace(way, on_span=partial(_keep, observers, way.shelf))
 
 
 def _keep(observers: Sequence[LayerObserver], files: Files, span: Span) -> None:
