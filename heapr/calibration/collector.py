@@ -182,7 +182,7 @@ def _device_of(layer: MoELayer, model: MoEModel) -> torch.device:
 
 
 def _recording(observers: Sequence[LayerObserver], way: Way) -> Way:
-    """A way with a shelf of files also records the statistics there, from where an earlier process stopped."""
+    """Let a way with a shelf of files record statistics there, too, and go on where a process stopped."""
     if not isinstance(way.shelf, Files):
         return way
     _recover(observers, way.shelf)
