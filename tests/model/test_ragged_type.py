@@ -20,6 +20,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    GenerationConfig,
     PreTrainedModel,
 )
 
@@ -195,3 +196,28 @@ def test_it_generates_with_an_assistant_what_it_generates_alone() -> None:
     ragged, assistant = cut("qwen3_moe").model, tiny_model("qwen3_moe", num_hidden_layers=1)
     one = {"input_ids": IDS_NW[:1], "attention_mask": torch.ones_like(IDS_NW[:1])}
     assert torch.equal(tokens_of(ragged, **one, assistant_model=assistant), tokens_of(ragged, **one))
+
+
+@pytest.mark.slow
+def test_continuous_batching_gives_what_one_batch_does() -> None:
+    model = cut("qwen3_moe").model
+    expected_NW = tokens_of(model)[:, IDS_NW.shape[1] :]
+    blocks = {"num_blocks": 16, "block_size": 4, "max_batch_tokens": 24}
+    model.generation_config.eos_token_id = None
+    settings = GenerationConfig(max_new_tokens=6, do_sample=False, pad_token_id=0, **blocks)
+    found = model.generate_batch(IDS_NW.tolist(), generation_config=settings, warmup=False)
+    answers = [found[request].generated_tokens for request in sorted(found)]
+    assert answers == expected_NW.tolist()
+
+
+@pytest.mark.slow
+def test_a_quantized_cache_gives_what_it_gives_the_masked_model() -> None:
+    pytest.importorskip(
+        "optimum.quanto", reason="optimum-quanto, which compiles code of its own, is not here"
+    )
+    cache = {"backend": "quanto", "nbits": 4, "residual_length": 4, "q_group_size": 8}
+    ragged, masked = (cut("qwen3_moe", how).model for how in (remove, mask))
+    settings: dict[str, Any] = {"cache_implementation": "quantized", "cache_config": cache}
+    found, expected = tokens_of(ragged, **settings), tokens_of(masked, **settings)
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, tokens_of(ragged))  # it is in use
