@@ -1,0 +1,64 @@
+"""A streamed model has one decoder layer in memory at a time, whatever is done with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from heapr.calibration.collector import collect
+from heapr.model.checkpoint import save_checkpoint
+from heapr.model.load import find_model
+from heapr.model.moe import MoEModel
+from heapr.model.passes import Way, final_hidden_states
+from heapr.model.weights import LayerWeights
+from heapr.pruning.repair import ExpertRepair
+from heapr.pruning.surgery import remove_and_repair
+from heapr.types import Plan
+from tests.tiny import byte_tokenizer, tiny_ids, tiny_model
+
+BATCHES = list(tiny_ids(4, 12).split(2))
+KEPT_EF = torch.arange(8) < torch.tensor([[3], [8], [3], [5]])
+
+
+def in_memory(model: MoEModel) -> list[int]:
+    """Decoder layers that have weights in memory."""
+    layers = []
+    for number, layer in enumerate(model.decoder_layers):
+        if not all(parameter.is_meta for parameter in layer.parameters()):
+            layers.append(number)
+    return layers
+
+
+@pytest.fixture
+def streamed(tmp_path: Path) -> MoEModel:
+    tiny_model("qwen3_moe", num_hidden_layers=4).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    return find_model(str(tmp_path / "model"), dtype="float32").stream(torch.device("cpu"))
+
+
+@pytest.fixture
+def seen(streamed: MoEModel, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """What is in memory after each reading of a layer."""
+    after: list[list[int]] = []
+    load = LayerWeights.load
+
+    def counted(weights: LayerWeights, layer: int) -> None:
+        load(weights, layer)
+        after.append(in_memory(streamed))
+
+    monkeypatch.setattr(LayerWeights, "load", counted)
+    return after
+
+
+def test_one_layer_at_a_time(streamed: MoEModel, seen: list[list[int]], tmp_path: Path) -> None:
+    plan = Plan(layers={layer.index: KEPT_EF for layer in streamed.layers})
+    collect(streamed, BATCHES, way=Way(streamed.spans, streamed.shelf()))
+    # Forward and backward, after a few tokens have shown which layers read what.
+    assert seen[-7:] == [[0], [1], [2], [3], [2], [1], [0]]
+    remove_and_repair(streamed, plan, ExpertRepair(), BATCHES)
+    list(final_hidden_states(streamed, BATCHES))
+    save_checkpoint(streamed, tmp_path / "model", tmp_path / "checkpoint", about={})
+    assert all(len(layers) == 1 for layers in seen), seen
+    assert in_memory(streamed) == []
