@@ -54,6 +54,7 @@ def seen(streamed: MoEModel, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]
 
 def test_one_layer_at_a_time(streamed: MoEModel, seen: list[list[int]], tmp_path: Path) -> None:
     plan = Plan(layers={layer.index: KEPT_EF for layer in streamed.layers})
+    dense_experts = [layer.experts for layer in streamed.layers]
     collect(streamed, BATCHES, way=Way(streamed.spans, streamed.shelf()))
     # Forward and backward, after a few tokens have shown which layers read what.
     assert seen[-7:] == [[0], [1], [2], [3], [2], [1], [0]]
@@ -62,3 +63,6 @@ def test_one_layer_at_a_time(streamed: MoEModel, seen: list[list[int]], tmp_path
     save_checkpoint(streamed, tmp_path / "model", tmp_path / "checkpoint", about={})
     assert all(len(layers) == 1 for layers in seen), seen
     assert in_memory(streamed) == []
+    with streamed.hold([1]):
+        assert in_memory(streamed) == [1]  # what is left of its experts, and not what they were cut from
+        assert all(weight.is_meta for experts in dense_experts for weight in experts.parameters())
