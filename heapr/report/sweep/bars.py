@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from heapr.report.sweep import metrics
+from heapr.report.sweep.averages import grouped
 from heapr.report.sweep.curves import Drawing, Series, by_model, dense_line, lines_of, logarithmic
 from heapr.report.sweep.factors import describe, header, telling_apart
 from heapr.report.sweep.published_results import Number
 from heapr.report.sweep.report_layout import Entry
 from heapr.report.sweep.results import JobResult
 from heapr.report.sweep.style import COLOURS, legend_above, panels
-from heapr.report.sweep.table import grouped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

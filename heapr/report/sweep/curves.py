@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from heapr.report.sweep import metrics
+from heapr.report.sweep.averages import grouped
 from heapr.report.sweep.factors import (
     UNKNOWN,
     describe,
@@ -25,7 +26,6 @@ from heapr.report.sweep.published_results import Number, curve
 from heapr.report.sweep.report_layout import Entry
 from heapr.report.sweep.results import JobResult, finished
 from heapr.report.sweep.style import DENSE_LINE, PUBLISHED, UNPRUNED, legend_above, look, panels
-from heapr.report.sweep.table import grouped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -147,6 +147,13 @@ def describe(job: JobResult, names: Sequence[str]) -> str:
     return " ".join(words)
 
 
+def failure(job: JobResult) -> str:
+    """Say in one line which job failed, and why."""
+    what = " ".join(job.overrides) or describe(job, ["model", "criterion", "ratio"])
+    reason = (job.error or "no reason known").strip().splitlines()[0]
+    return f"Job {job.number} failed ({what}): {reason}"
+
+
 def selected(jobs: Sequence[JobResult], where: Mapping[str, Any]) -> list[JobResult]:
     """Return the jobs whose factors have the wanted values: a value, or one of a list."""
     chosen = list(jobs)

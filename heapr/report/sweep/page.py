@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from heapr.report.sweep.factors import differing, flat
+from heapr.report.sweep.factors import differing, failure, flat
 from heapr.report.sweep.render import to_html
 from heapr.report.sweep.report_layout import Entry, Layout
 from heapr.report.sweep.results import JobResult, artifact_folder, finished
-from heapr.report.sweep.table import Table, failure
+from heapr.report.sweep.table_parts import Table
 
 CSS = """
 :root { color-scheme: light dark; --ink: #1d1d1f; --dim: #5c5f66; --paper: #ffffff; --line: #d5d7db; --shade: #f4f5f7; --link: #0b5cad;

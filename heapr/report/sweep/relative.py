@@ -30,7 +30,8 @@ from heapr.report.sweep.published_results import Number
 from heapr.report.sweep.report_layout import Entry
 from heapr.report.sweep.results import JobResult, finished
 from heapr.report.sweep.style import DENSE_LINE, HOLLOW, legend_above, look, panels
-from heapr.report.sweep.table import NOT_MEASURED, Remarks, Table, build_table
+from heapr.report.sweep.table import Remarks, build_table
+from heapr.report.sweep.table_parts import NOT_MEASURED, Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

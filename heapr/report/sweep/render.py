@@ -16,7 +16,7 @@ from heapr.report.sweep.factors import METHOD, NAMES, factor
 from heapr.report.sweep.metrics import PRUNING_COSTS
 from heapr.report.sweep.published_results import Number, find
 from heapr.report.sweep.results import JobResult
-from heapr.report.sweep.table import Cell, Row, Table
+from heapr.report.sweep.table_parts import Cell, Row, Table
 
 TEX_COLUMNS = 6  # as many as fit into one of a page's two columns
 TEX_FIT = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"

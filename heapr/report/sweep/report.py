@@ -25,7 +25,8 @@ from heapr.report.sweep.render import to_csv, to_markdown, to_tex
 from heapr.report.sweep.report_layout import TITLES, Entry, default_entries, read_layout
 from heapr.report.sweep.results import JobResult, finished
 from heapr.report.sweep.style import style, write_figure
-from heapr.report.sweep.table import Table, build_table
+from heapr.report.sweep.table import build_table
+from heapr.report.sweep.table_parts import Table
 
 FIGURES: Mapping[str, Callable[[Entry, Sequence[JobResult], Sequence[Number]], list[Drawing]]] = {
     "ratio_curve": ratio_curve,

@@ -14,7 +14,7 @@ from heapr.report.sweep.relative import relative_curve, relative_table, with_sha
 from heapr.report.sweep.report import write_report
 from heapr.report.sweep.results import JobResult
 from heapr.report.sweep.style import HOLLOW, style
-from heapr.report.sweep.table import GAP, Table
+from heapr.report.sweep.table_parts import GAP, Table
 from tests.report.sweep.sweeps import job
 from tests.report.sweep.test_relative import ACCURACY, BASELINE, KL, PERPLEXITY, entry, settings, texts
 

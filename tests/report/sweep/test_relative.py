@@ -19,7 +19,7 @@ from heapr.report.sweep.report import write_report
 from heapr.report.sweep.report_layout import Entry, read_layout
 from heapr.report.sweep.results import JobResult
 from heapr.report.sweep.style import style
-from heapr.report.sweep.table import GAP, Table
+from heapr.report.sweep.table_parts import GAP, Table
 from tests.report.sweep.sweeps import config, failed, job
 
 PERPLEXITY, ACCURACY, KL = "perplexity/wikitext2", "accuracy/piqa", "kl_to_dense/wikitext2"
