@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from heapr.errors import ConfigError
 from heapr.report.sweep import metrics
 from heapr.report.sweep.factors import PATHS, RESULTLESS, by_values, differing
-from heapr.report.sweep.results import JobResult, finished
+from heapr.report.sweep.results import JobResult, Jobs, finished
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Group:
         return statistics.fmean(values) if values else None
 
 
-def grouped(jobs: Sequence[JobResult], identifying: Sequence[str], average_over: str | None) -> list[Group]:
+def grouped(jobs: Jobs, identifying: Sequence[str], average_over: str | None) -> list[Group]:
     """Group the jobs that are averaged together; without an average, every job is a group.
 
     Args:
@@ -57,7 +57,7 @@ def grouped(jobs: Sequence[JobResult], identifying: Sequence[str], average_over:
     return [Group(tuple(members)) for members in groups]
 
 
-def _check_alike(jobs: Sequence[JobResult], average_over: str) -> None:
+def _check_alike(jobs: Jobs, average_over: str) -> None:
     """Refuse an average over jobs that differ in anything else that changes a result."""
     last = average_over.rpartition(".")[2]
     for path in differing(jobs):

@@ -13,7 +13,7 @@ from heapr.report.sweep.averages import Group
 from heapr.report.sweep.doubt import explanation
 from heapr.report.sweep.factors import UNKNOWN, factor, header, show
 from heapr.report.sweep.report_layout import Entry
-from heapr.report.sweep.results import JobResult, finished
+from heapr.report.sweep.results import Jobs, finished
 from heapr.report.sweep.table_parts import GAP, Cell, Row
 
 
@@ -59,7 +59,7 @@ def _share(baseline: Mapping[str, Any]) -> str:
     )
 
 
-def _have_errors(jobs: Sequence[JobResult], names: Sequence[str]) -> bool:
+def _have_errors(jobs: Jobs, names: Sequence[str]) -> bool:
     """Return whether the harness gave a standard error of any of the metrics."""
     errors = [metrics.standard_error(job, name) for job in jobs for name in names]
     return any(error is not None for error in errors)
@@ -76,7 +76,7 @@ def _marks(cells: Sequence[Cell], *, are_shares: bool) -> list[str]:
     return sentences
 
 
-def _in_all_rows(jobs: Sequence[JobResult], constant: Sequence[str]) -> str:
+def _in_all_rows(jobs: Jobs, constant: Sequence[str]) -> str:
     known: dict[str, Any] = {}
     for name in constant:
         for job in jobs:
@@ -90,7 +90,7 @@ def _described(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{header(name)} {show(name, value)}" for name, value in values.items())
 
 
-def _protocol(done: Sequence[JobResult]) -> str:
+def _protocol(done: Jobs) -> str:
     """Say how our numbers were measured: windows of corpora; version and shots of the harness for tasks."""
     records: dict[str, Mapping[str, Any]] = {}
     for job in done:

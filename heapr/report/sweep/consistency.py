@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from heapr.report.sweep import metrics
-from heapr.report.sweep.curves import Drawing, by_model
+from heapr.report.sweep.curves import Drawing
 from heapr.report.sweep.factors import describe, varying
-from heapr.report.sweep.published_results import Number
+from heapr.report.sweep.published_results import Numbers
 from heapr.report.sweep.report_layout import Entry
-from heapr.report.sweep.results import JobResult, details, stage_entries
+from heapr.report.sweep.results import JobResult, Jobs, details, stage_entries
+from heapr.report.sweep.series import by_model
 from heapr.report.sweep.style import DENSE_LINE, WIDTH, legend_above, look
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Measurement:
         return all(PREDICTED in group for group in self.groups)
 
 
-def consistency(entry: Entry, jobs: Sequence[JobResult], published: Sequence[Number]) -> list[Drawing]:
+def consistency(entry: Entry, jobs: Jobs, published: Numbers) -> list[Drawing]:
     """Draw one point per quantile on logarithmic axes, and the line where prediction equals measurement.
 
     Scores without a unit do not predict nats. They are drawn, as bare scores, only if no criterion of the
@@ -80,7 +81,7 @@ def _figure(measurements: Sequence[Measurement], across: str, entry: Entry, mode
     return figure
 
 
-def _measurements(jobs: Sequence[JobResult]) -> list[Measurement]:
+def _measurements(jobs: Jobs) -> list[Measurement]:
     """Read every `truth` artifact once; jobs with the same scores share one."""
     found: dict[str, Measurement] = {}
     for job in jobs:

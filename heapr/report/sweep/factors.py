@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from heapr.report.sweep.results import JobResult
+from heapr.report.sweep.results import JobResult, Jobs
 from heapr.words import class_name, option_name
 
 UNKNOWN = "—"
@@ -93,7 +93,7 @@ def show(name: str, value: Any) -> str:
     return f"{value:,}" if is_integer else str(value)
 
 
-def varying(jobs: Sequence[JobResult], names: Sequence[str]) -> list[str]:
+def varying(jobs: Jobs, names: Sequence[str]) -> list[str]:
     """Return the factors that have more than one known value."""
     found = []
     for name in names:
@@ -103,7 +103,7 @@ def varying(jobs: Sequence[JobResult], names: Sequence[str]) -> list[str]:
     return found
 
 
-def telling_apart(jobs: Sequence[JobResult], names: Sequence[str], average_over: str | None) -> list[str]:
+def telling_apart(jobs: Jobs, names: Sequence[str], average_over: str | None) -> list[str]:
     """Return the factors to add to `names` until only jobs that are averaged agree in all of them.
 
     Args:
@@ -129,7 +129,7 @@ def telling_apart(jobs: Sequence[JobResult], names: Sequence[str], average_over:
     return added
 
 
-def by_values(jobs: Sequence[JobResult], names: Sequence[str]) -> dict[tuple[str, ...], list[JobResult]]:
+def by_values(jobs: Jobs, names: Sequence[str]) -> dict[tuple[str, ...], list[JobResult]]:
     """Group jobs by the values of some factors, in order of appearance."""
     groups: dict[tuple[str, ...], list[JobResult]] = {}
     for job in jobs:
@@ -154,7 +154,7 @@ def failure(job: JobResult) -> str:
     return f"Job {job.number} failed ({what}): {reason}"
 
 
-def selected(jobs: Sequence[JobResult], where: Mapping[str, Any]) -> list[JobResult]:
+def selected(jobs: Jobs, where: Mapping[str, Any]) -> list[JobResult]:
     """Return the jobs whose factors have the wanted values: a value, or one of a list."""
     chosen = list(jobs)
     for name, wanted in where.items():
@@ -181,7 +181,7 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return fields
 
 
-def differing(jobs: Sequence[JobResult]) -> list[str]:
+def differing(jobs: Jobs) -> list[str]:
     """Return the dotted paths of fields that differ between the configurations that are known."""
     configs = [flat(config) for job in jobs if (config := job.config)]
     paths = dict.fromkeys(path for config in configs for path in config)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from heapr.report.sweep.curves import Drawing
 from heapr.report.sweep.factors import NAMES, describe, varying
-from heapr.report.sweep.published_results import Number
+from heapr.report.sweep.published_results import Numbers
 from heapr.report.sweep.report_layout import Entry
-from heapr.report.sweep.results import JobResult, LayerRemoval, finished, removed_by_layer
+from heapr.report.sweep.results import Jobs, LayerRemoval, finished, removed_by_layer
 from heapr.report.sweep.style import COLOURS, WIDTH
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def layer_heatmap(entry: Entry, jobs: Sequence[JobResult], published: Sequence[Number]) -> list[Drawing]:
+def layer_heatmap(entry: Entry, jobs: Jobs, published: Numbers) -> list[Drawing]:
     """Draw a figure per job: the share removed of every expert, and beside it of every layer."""
     done = finished(jobs)
     shown = varying(done, NAMES)

@@ -5,10 +5,9 @@ In: jobs. Out: numbers and text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from heapr.report.sweep.results import (
     JobResult,
+    Jobs,
     finished,
     pruning_peak_memory_bytes,
     pruning_time_ratio,
@@ -134,7 +133,7 @@ def standard_error(job: JobResult, name: str, *, dense: bool = False) -> float |
     return value(job, f"{group}_stderr/{rest}", dense=dense)
 
 
-def known(jobs: Sequence[JobResult]) -> list[str]:
+def known(jobs: Jobs) -> list[str]:
     """Return the metrics that a table shows by default, in the order of the summaries.
 
     These are all that a job measured, except normalised accuracies and the average of a single task. The CSV

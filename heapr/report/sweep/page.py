@@ -17,7 +17,7 @@ from urllib.parse import quote
 from heapr.report.sweep.factors import differing, failure, flat
 from heapr.report.sweep.render import to_html
 from heapr.report.sweep.report_layout import Entry, Layout
-from heapr.report.sweep.results import JobResult, artifact_folder, finished
+from heapr.report.sweep.results import Jobs, artifact_folder, finished
 from heapr.report.sweep.table_parts import Table
 
 CSS = """
@@ -63,7 +63,7 @@ class Picture:
     missing: str
 
 
-def page(layout: Layout, jobs: Sequence[JobResult], parts: Sequence[Table | Picture], folder: Path) -> str:
+def page(layout: Layout, jobs: Jobs, parts: Sequence[Table | Picture], folder: Path) -> str:
     """Return the whole page as HTML.
 
     Args:
@@ -103,7 +103,7 @@ def inline_svg(text: str) -> str:
     return f"{opening}>{rest}".strip()
 
 
-def _head(layout: Layout, jobs: Sequence[JobResult]) -> str:
+def _head(layout: Layout, jobs: Jobs) -> str:
     done = len(finished(jobs))
     text = f"{done} of {len(jobs)} jobs finished"
     if done < len(jobs):
@@ -141,7 +141,7 @@ def _figure(picture: Picture) -> str:
     return f"<figure>\n{drawing}\n<figcaption>{caption}</figcaption>\n</figure>\n"
 
 
-def _failures(jobs: Sequence[JobResult]) -> str:
+def _failures(jobs: Jobs) -> str:
     failed = [job for job in jobs if job.summary is None]
     if not failed:
         return ""
@@ -149,7 +149,7 @@ def _failures(jobs: Sequence[JobResult]) -> str:
     return f"<h2>Failed jobs</h2>\n<ul class=failed>{''.join(items)}</ul>\n"
 
 
-def _differences(jobs: Sequence[JobResult]) -> str:
+def _differences(jobs: Jobs) -> str:
     """List the fields of the configuration that differ between jobs, one row per job."""
     paths = differing(jobs)
     headers = [f"<th>{html.escape(name)}</th>" for name in ("job", *paths)]
@@ -167,7 +167,7 @@ def _scrolling_table(headers: str, rows: Sequence[str]) -> str:
     return f"<div class=scroll><table class=plain>{head}<tbody>{''.join(rows)}</tbody></table></div>"
 
 
-def _stages(jobs: Sequence[JobResult], folder: Path) -> str:
+def _stages(jobs: Jobs, folder: Path) -> str:
     """List every job's artifacts, folded."""
     headers = "<th>stage</th><th>artifact</th><th>seconds</th>"
     texts = ["<h2>Jobs and their artifacts</h2>\n"]
@@ -195,7 +195,7 @@ def _stage_row(stage: Mapping[str, Any], link: str) -> str:
     return f"<tr><td>{what}</td><td>{artifact}</td><td>{seconds}</td></tr>"
 
 
-def _common(jobs: Sequence[JobResult]) -> str:
+def _common(jobs: Jobs) -> str:
     """List the configuration that all jobs share, folded."""
     configs = [flat(job.config) for job in jobs if job.config]
     if not configs:

@@ -14,21 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from heapr.errors import ConfigError
 from heapr.report.sweep import metrics
-from heapr.report.sweep.curves import (
-    Drawing,
-    Series,
-    by_model,
-    draw_line,
-    limits,
-    ratio_axis,
-    series_of,
-    share_logarithmic,
-)
+from heapr.report.sweep.curves import Drawing, draw_line
 from heapr.report.sweep.doubt import SHARE, evidence, explanation, is_doubtful
 from heapr.report.sweep.factors import RESULTLESS, flat, header, paths_of, selected, show
-from heapr.report.sweep.published_results import Number
+from heapr.report.sweep.published_results import Numbers
 from heapr.report.sweep.report_layout import Entry
-from heapr.report.sweep.results import JobResult, finished
+from heapr.report.sweep.results import JobResult, Jobs, finished
+from heapr.report.sweep.scales import limits, ratio_axis, share_logarithmic
+from heapr.report.sweep.series import Series, by_model, series_of
 from heapr.report.sweep.style import DENSE_LINE, HOLLOW, legend_above, look, panels
 from heapr.report.sweep.table import Remarks, build_table
 from heapr.report.sweep.table_parts import NOT_MEASURED, Table
@@ -42,14 +35,14 @@ TICKS = (0.0, 0.5, 1.0, *LARGE_TICKS)
 WITHOUT_INFLUENCE = {"pruning.save_checkpoint", "calibration.batch_size"}
 
 
-def relative_table(entry: Entry, jobs: Sequence[JobResult], published: Sequence[Number]) -> Table:
+def relative_table(entry: Entry, jobs: Jobs, published: Numbers) -> Table:
     """Build a table of shares; a job without a baseline is a gap with a note."""
     shared, remarks = with_shares(entry, jobs)
     names = tuple(map(share_name, entry.metrics))
     return build_table(replace(entry, metrics=names), shared, (), remarks)
 
 
-def relative_curve(entry: Entry, jobs: Sequence[JobResult], published: Sequence[Number]) -> list[Drawing]:
+def relative_curve(entry: Entry, jobs: Jobs, published: Numbers) -> list[Drawing]:
     """Draw shares against the ratio, a panel per metric; the baseline itself is the line at 1.
 
     Every model has a figure of its own.
@@ -85,9 +78,7 @@ def share_name(metric: str) -> str:
     return f"{SHARE}/{metric}" if metric.partition("/")[0] in metrics.COMPARED else metric
 
 
-def with_shares(
-    entry: Entry, jobs: Sequence[JobResult], prefix: str = SHARE
-) -> tuple[list[JobResult], Remarks]:
+def with_shares(entry: Entry, jobs: Jobs, prefix: str = SHARE) -> tuple[list[JobResult], Remarks]:
     """Add shares of the entry's metrics to the jobs that have a baseline.
 
     Args:
@@ -126,7 +117,7 @@ def with_shares(
     return found, remarks
 
 
-def _missing(jobs: Sequence[JobResult], columns: Sequence[str], remarks: Remarks) -> str:
+def _missing(jobs: Jobs, columns: Sequence[str], remarks: Remarks) -> str:
     """Name the jobs that lack a share."""
     lacking = {number for number, column in remarks if column in columns}
     numbers = [str(job.number) for job in jobs if job.number in lacking]
@@ -146,7 +137,7 @@ def _reason(job: JobResult, baseline: JobResult | None, name: str, described: st
     return f"No worse than unpruned with {described}: {metrics.label(name)}."
 
 
-def for_csv(entries: Sequence[Entry], jobs: Sequence[JobResult]) -> list[JobResult]:
+def for_csv(entries: Sequence[Entry], jobs: Jobs) -> list[JobResult]:
     """Return the jobs with the shares of all entries, under names that contain the baseline."""
     found = list(jobs)
     for entry in entries:

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 from heapr.report.sweep.factors import METHOD, NAMES, factor
 from heapr.report.sweep.metrics import PRUNING_COSTS
-from heapr.report.sweep.published_results import Number, find
-from heapr.report.sweep.results import JobResult
+from heapr.report.sweep.published_results import Numbers, find
+from heapr.report.sweep.results import JobResult, Jobs
 from heapr.report.sweep.table_parts import Cell, Row, Table
 
 TEX_COLUMNS = 6  # as many as fit into one of a page's two columns
@@ -111,7 +111,7 @@ def to_html(table: Table) -> str:
     )
 
 
-def to_csv(jobs: Sequence[JobResult], published: Sequence[Number]) -> str:
+def to_csv(jobs: Jobs, published: Numbers) -> str:
     """Return one line per job: what identifies it, why it failed if it did, and all its metrics, unrounded.
 
     Published numbers follow under `published/<metric>` and `published_dense/<metric>`, in the same units.
@@ -179,7 +179,7 @@ def _html_cell(cell: Cell, tag: str) -> str:
     return f"<{tag}>{text}{marks}</{tag}>"
 
 
-def _csv_row(job: JobResult, published: Sequence[Number]) -> dict[str, object]:
+def _csv_row(job: JobResult, published: Numbers) -> dict[str, object]:
     row: dict[str, object] = {
         "job": job.number,
         "status": "failed" if job.summary is None else "finished",

@@ -19,16 +19,16 @@ from heapr.report.sweep.curves import Drawing, calibration_curve, ratio_curve
 from heapr.report.sweep.factors import factor, selected
 from heapr.report.sweep.layers import layer_heatmap
 from heapr.report.sweep.page import Picture, page
-from heapr.report.sweep.published_results import Number, read_published
+from heapr.report.sweep.published_results import Numbers, read_published
 from heapr.report.sweep.relative import for_csv, relative_curve, relative_table
 from heapr.report.sweep.render import to_csv, to_markdown, to_tex
 from heapr.report.sweep.report_layout import TITLES, Entry, default_entries, read_layout
-from heapr.report.sweep.results import JobResult, finished
+from heapr.report.sweep.results import Jobs, finished
 from heapr.report.sweep.style import style, write_figure
 from heapr.report.sweep.table import build_table
 from heapr.report.sweep.table_parts import Table
 
-FIGURES: Mapping[str, Callable[[Entry, Sequence[JobResult], Sequence[Number]], list[Drawing]]] = {
+FIGURES: Mapping[str, Callable[[Entry, Jobs, Numbers], list[Drawing]]] = {
     "ratio_curve": ratio_curve,
     "calibration_curve": calibration_curve,
     "bars": bars,
@@ -36,16 +36,14 @@ FIGURES: Mapping[str, Callable[[Entry, Sequence[JobResult], Sequence[Number]], l
     "consistency": consistency,
     "relative_curve": relative_curve,
 }
-TABLES: Mapping[str, Callable[[Entry, Sequence[JobResult], Sequence[Number]], Table]] = {
+TABLES: Mapping[str, Callable[[Entry, Jobs, Numbers], Table]] = {
     "table": build_table,
     "relative_table": relative_table,
 }
 TEX_HEAD = "% Needs \\usepackage{booktabs,graphicx}; include with \\input.\n"
 
 
-def write_report(
-    jobs: Sequence[JobResult], layout: Mapping[str, Any], folder: Path, published: Path | None
-) -> list[Path]:
+def write_report(jobs: Jobs, layout: Mapping[str, Any], folder: Path, published: Path | None) -> list[Path]:
     """Write all files of a report.
 
     Args:
@@ -88,7 +86,7 @@ def write_report(
     return [*files, _write(folder / "report.html", page(checked, jobs, ordered, folder))]
 
 
-def check_protocols(jobs: Sequence[JobResult]) -> None:
+def check_protocols(jobs: Jobs) -> None:
     """Refuse results that cannot share a table.
 
     Raises:
@@ -108,7 +106,7 @@ def check_protocols(jobs: Sequence[JobResult]) -> None:
 
 
 def _pictures(
-    entry: Entry, jobs: Sequence[JobResult], numbers: Sequence[Number], folder: Path, used: dict[str, int]
+    entry: Entry, jobs: Jobs, numbers: Numbers, folder: Path, used: dict[str, int]
 ) -> list[Picture]:
     """Write the figures of an entry; without any, return a picture that says so.
 
@@ -132,7 +130,7 @@ def _pictures(
     return pictures
 
 
-def _missing(jobs: Sequence[JobResult]) -> str:
+def _missing(jobs: Jobs) -> str:
     missing = [str(job.number) for job in jobs if job.summary is None]
     return f"Not drawn, because they failed: jobs {', '.join(missing)}." if missing else ""
 

@@ -33,7 +33,7 @@ from typing import Any
 from heapr.errors import ConfigError
 from heapr.report.sweep import metrics
 from heapr.report.sweep.factors import METHOD, NAMES, is_factor, varying
-from heapr.report.sweep.results import JobResult
+from heapr.report.sweep.results import Jobs
 from heapr.words import did_you_mean
 
 ROWS = ("model", "ratio", "criterion", "scope", "form", "corpus", "num_samples", "seed")
@@ -121,7 +121,7 @@ def read_layout(section: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None)
     return Layout(**texts, entries=tuple(entries))
 
 
-def default_entries(jobs: Sequence[JobResult]) -> tuple[Entry, ...]:
+def default_entries(jobs: Jobs) -> tuple[Entry, ...]:
     """Return one table of everything, and the ratio curve if there are several ratios."""
     names = metrics.known(jobs)
     table = Entry(kind="table", title=TITLES["table"], metrics=tuple(names))

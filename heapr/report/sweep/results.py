@@ -55,6 +55,9 @@ class JobResult:
         return {} if self.summary is None else self.summary["metrics"]
 
 
+Jobs = Sequence[JobResult]
+
+
 @dataclass(frozen=True)
 class LayerRemoval:
     """Shares of atomic experts removed from a layer.
@@ -70,7 +73,7 @@ class LayerRemoval:
     share_E: tuple[float, ...]
 
 
-def finished(jobs: Sequence[JobResult]) -> list[JobResult]:
+def finished(jobs: Jobs) -> list[JobResult]:
     return [job for job in jobs if job.summary is not None]
 
 

@@ -15,9 +15,9 @@ from heapr.report.sweep.averages import Group, grouped
 from heapr.report.sweep.caption import caption
 from heapr.report.sweep.doubt import MARK, is_doubtful
 from heapr.report.sweep.factors import by_values, factor, failure, header, in_order, selected, show, varying
-from heapr.report.sweep.published_results import Number, find, protocol_note
+from heapr.report.sweep.published_results import Numbers, find, protocol_note
 from heapr.report.sweep.report_layout import Entry
-from heapr.report.sweep.results import JobResult
+from heapr.report.sweep.results import JobResult, Jobs
 from heapr.report.sweep.table_cells import (
     best_places,
     dense_text,
@@ -31,9 +31,7 @@ UNPRUNED, PUBLISHED, DIFFERENCE = "unpruned", "published", "difference"
 Remarks = Mapping[tuple[int, str], str]  # by the job's number and the metric's name
 
 
-def build_table(
-    entry: Entry, jobs: Sequence[JobResult], published: Sequence[Number], remarks: Remarks | None = None
-) -> Table:
+def build_table(entry: Entry, jobs: Jobs, published: Numbers, remarks: Remarks | None = None) -> Table:
     """Build the table of an entry, with a row for every job or average, whether it succeeded or not.
 
     Args:
@@ -50,9 +48,7 @@ def build_table(
 
 
 class _Builder:
-    def __init__(
-        self, entry: Entry, jobs: Sequence[JobResult], published: Sequence[Number], remarks: Remarks
-    ) -> None:
+    def __init__(self, entry: Entry, jobs: Jobs, published: Numbers, remarks: Remarks) -> None:
         self.entry = entry
         self.jobs = jobs
         self.published = published
@@ -98,7 +94,7 @@ class _Builder:
             rows += _with_rule(members) if has_rule else members
         return rows
 
-    def _dense_rows(self, jobs: Sequence[JobResult]) -> list[Row]:
+    def _dense_rows(self, jobs: Jobs) -> list[Row]:
         """Build the unpruned model's row, if any of its metrics was measured.
 
         There are several rows if jobs of one model disagree about the unpruned one.
@@ -225,7 +221,7 @@ class _Builder:
         return (Cell(number), *cells)
 
 
-def _shown(jobs: Sequence[JobResult], identifying: Sequence[str]) -> list[str]:
+def _shown(jobs: Jobs, identifying: Sequence[str]) -> list[str]:
     """Return the factors that get a column: those that vary, else ratio and criterion, else the first."""
     usual = [name for name in identifying if name in {"ratio", "criterion"}]
     return varying(jobs, identifying) or usual or list(identifying[:1])
