@@ -20,10 +20,11 @@ from heapr.report.sweep.factors import factor, selected
 from heapr.report.sweep.layers import layer_heatmap
 from heapr.report.sweep.page import Picture, page
 from heapr.report.sweep.published_results import Numbers, read_published
-from heapr.report.sweep.relative import for_csv, relative_curve, relative_table
+from heapr.report.sweep.relative import relative_curve, relative_table
 from heapr.report.sweep.render import to_csv, to_markdown, to_tex
 from heapr.report.sweep.report_layout import TITLES, Entry, default_entries, read_layout
 from heapr.report.sweep.results import Jobs, finished
+from heapr.report.sweep.shares import for_csv
 from heapr.report.sweep.style import style, write_figure
 from heapr.report.sweep.table import build_table
 from heapr.report.sweep.table_parts import Table

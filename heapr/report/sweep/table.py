@@ -6,7 +6,7 @@ In: jobs, an entry of the layout, published numbers. Out: a `Table` of finished 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from heapr.report.sweep.factors import by_values, factor, failure, header, in_or
 from heapr.report.sweep.published_results import Numbers, find, protocol_note
 from heapr.report.sweep.report_layout import Entry
 from heapr.report.sweep.results import JobResult, Jobs
+from heapr.report.sweep.shares import Remarks
 from heapr.report.sweep.table_cells import (
     best_places,
     dense_text,
@@ -28,7 +29,6 @@ from heapr.report.sweep.table_cells import (
 from heapr.report.sweep.table_parts import GAP, NOT_MEASURED, Cell, Notes, Row, Table
 
 UNPRUNED, PUBLISHED, DIFFERENCE = "unpruned", "published", "difference"
-Remarks = Mapping[tuple[int, str], str]  # by the job's number and the metric's name
 
 
 def build_table(entry: Entry, jobs: Jobs, published: Numbers, remarks: Remarks | None = None) -> Table:
