@@ -62,21 +62,20 @@ def write_report(jobs: Jobs, layout: Mapping[str, Any], folder: Path, published:
     """
     if not jobs:
         raise ConfigError(f"nothing to report in '{folder}': the sweep has no jobs")
-    checked, numbers = read_layout(layout), read_published(published)
+    checked = read_layout(layout)
+    numbers = read_published(published)
     check_protocols(jobs)
     folder.mkdir(parents=True, exist_ok=True)
     entries = checked.entries or default_entries(jobs)
     tables = [TABLES[entry.kind](entry, jobs, numbers) for entry in entries if entry.kind in TABLES]
-    # In these files, a table without a title of its own gets the title of the report.
-    titled = []
-    for table in tables:
-        is_untitled = table.title == TITLES["table"]
-        titled.append(replace(table, title=checked.title) if is_untitled else table)
-    files = [
-        _write(folder / "table.md", "\n".join(map(to_markdown, titled))),
-        _write(folder / "table.csv", to_csv(for_csv(entries, jobs), numbers)),
-        _write(folder / "table.tex", TEX_HEAD + "\n".join(map(to_tex, titled))),
-    ]
+    titled = [_titled(table, checked.title) for table in tables]
+    with_shares = for_csv(entries, jobs)
+    texts = {
+        "table.md": "\n".join(map(to_markdown, titled)),
+        "table.csv": to_csv(with_shares, numbers),
+        "table.tex": TEX_HEAD + "\n".join(map(to_tex, titled)),
+    }
+    files = [_write(folder / name, text) for name, text in texts.items()]
     pictures: list[Picture] = []
     used: dict[str, int] = {}
     for entry in entries:
@@ -84,7 +83,9 @@ def write_report(jobs: Jobs, layout: Mapping[str, Any], folder: Path, published:
             pictures += _pictures(entry, jobs, numbers, folder, used)
     files += [path for picture in pictures for path in picture.files]
     ordered = _in_order(entries, tables, pictures)
-    return [*files, _write(folder / "report.html", page(checked, jobs, ordered, folder))]
+    whole_page = page(checked, jobs, ordered, folder)
+    files.append(_write(folder / "report.html", whole_page))
+    return files
 
 
 def check_protocols(jobs: Jobs) -> None:
@@ -97,13 +98,21 @@ def check_protocols(jobs: Jobs) -> None:
     done = finished(jobs)
     summaries = {f"job {job.number}": job.summary for job in done if job.summary is not None}
     differences = compare_models(summaries)
-    for model in dict.fromkeys(factor(job, "model") for job in done):
+    models = dict.fromkeys(factor(job, "model") for job in done)
+    for model in models:
         members = [f"job {job.number}" for job in done if factor(job, "model") == model]
-        differences += compare_summaries({name: summaries[name] for name in members})
+        of_model = {name: summaries[name] for name in members}
+        differences += compare_summaries(of_model)
     if differences:
         raise ConfigError(
             f"these results cannot stand in one table: {differences[0]}; report them in sweeps of their own"
         )
+
+
+def _titled(table: Table, title: str) -> Table:
+    """Return the table, with the report's title if it has none of its own."""
+    is_untitled = table.title == TITLES["table"]
+    return replace(table, title=title) if is_untitled else table
 
 
 def _pictures(

@@ -86,7 +86,8 @@ def stage_entries(job: JobResult, stage: str) -> list[Mapping[str, Any]]:
 def stage_folder(job: JobResult, stage: str) -> Path | None:
     """Return the folder of a stage's artifact, or of an evaluation's by its name; None if there is none."""
     folders = [artifact_folder(job, entry) for entry in stage_entries(job, stage)]
-    return next((folder for folder in folders if folder.is_dir()), None)
+    existing = [folder for folder in folders if folder.is_dir()]
+    return existing[0] if existing else None
 
 
 def artifact_folder(job: JobResult, entry: Mapping[str, Any]) -> Path:
@@ -96,8 +97,12 @@ def artifact_folder(job: JobResult, entry: Mapping[str, Any]) -> Path:
     above the job's.
     """
     above = [] if job.folder is None else job.folder.resolve().parents
-    places: list[Path] = [start / entry["path"] for start in [Path.cwd(), *above]]
-    return next((place for place in places if place.is_dir()), places[0])
+    starts = [Path.cwd(), *above]
+    places: list[Path] = [start / entry["path"] for start in starts]
+    for place in places:
+        if place.is_dir():
+            return place
+    return places[0]
 
 
 def details(job: JobResult, evaluation: str) -> Mapping[str, Any] | None:

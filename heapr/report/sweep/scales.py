@@ -96,7 +96,8 @@ def ratio_axis(axis: Axes, jobs: Jobs) -> None:
     """Put ticks at the ratios that were asked for, if there are at most 10."""
     from matplotlib.ticker import FixedLocator, FuncFormatter
 
-    ratios = sorted({100 * factor(job, "ratio") for job in jobs})
+    percentages = {100 * factor(job, "ratio") for job in jobs}
+    ratios = sorted(percentages)
     if len(ratios) <= 10:
         axis.xaxis.set_major_locator(FixedLocator(ratios))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
