@@ -26,7 +26,9 @@ from heapr.report.sweep.table_cells import (
     measured_text,
     published_cell,
 )
-from heapr.report.sweep.table_parts import GAP, NOT_MEASURED, Cell, Notes, Row, Table
+from heapr.report.sweep.table_parts import GAP, NOT_MEASURED, Cell, Cells, Marks, Notes, Row, Table
+
+Measured = Sequence[float | None]  # by metric, in the order of the columns
 
 UNPRUNED, PUBLISHED, DIFFERENCE = "unpruned", "published", "difference"
 
@@ -48,6 +50,21 @@ def build_table(entry: Entry, jobs: Jobs, published: Numbers, remarks: Remarks |
 
 
 class _Builder:
+    """Builds one table, row by row.
+
+    Attributes:
+        entry: of the layout.
+        jobs: those in the table.
+        published: numbers to put beside ours.
+        remarks: why shares are missing.
+        notes: footnotes so far; they are numbered in the order in which rows are built.
+        names: of the metrics, one per column.
+        shown: factors that have a column of their own.
+        constant: other factors, which go into the caption.
+        groups: jobs of each row.
+        is_numbered: whether rows need their job's number, because factors do not tell them apart.
+    """
+
     def __init__(self, entry: Entry, jobs: Jobs, published: Numbers, remarks: Remarks) -> None:
         self.entry = entry
         self.jobs = jobs
@@ -103,7 +120,7 @@ class _Builder:
             # The unpruned model's shares are zero.
             return []
         rows: list[Row] = []
-        seen: list[list[float | None]] = []
+        seen: list[Measured] = []
         for job in jobs:
             numbers = [metrics.value(job, name, dense=True) for name in self.names]
             if numbers not in seen:
@@ -114,7 +131,7 @@ class _Builder:
         has_numbers = bool(texts - {"", GAP})
         return _with_rule(rows) if has_numbers else []
 
-    def _dense_row(self, job: JobResult, numbers: Sequence[float | None], *, is_first: bool) -> Row:
+    def _dense_row(self, job: JobResult, numbers: Measured, *, is_first: bool) -> Row:
         cells = []
         for name, number in zip(self.names, numbers, strict=True):
             text = dense_text(job, name, number)
@@ -159,12 +176,12 @@ class _Builder:
         found = {self.remarks.get((job.number, name)) for job in group.done}
         return found == {NOT_MEASURED}
 
-    def _failures(self, group: Group) -> tuple[int, ...]:
+    def _failures(self, group: Group) -> Marks:
         """Return the notes that name a row's failed jobs and say why they failed."""
         failed = [job for job in group.jobs if job.summary is None]
         return tuple(self.notes.number(failure(job)) for job in failed)
 
-    def _remarks(self, group: Group, name: str, text: str) -> tuple[int, ...]:
+    def _remarks(self, group: Group, name: str, text: str) -> Marks:
         """Return the notes that say why shares are missing, where the text of the cell does not."""
         if text == NOT_MEASURED:
             return ()
@@ -178,7 +195,7 @@ class _Builder:
                 notes[number] = None
         return tuple(notes)
 
-    def _published_rows(self, job: JobResult, ours: Sequence[float | None], *, dense: bool) -> list[Row]:
+    def _published_rows(self, job: JobResult, ours: Measured, *, dense: bool) -> list[Row]:
         """Build a row of published numbers and a row of differences; none without a published number.
 
         One source is a note of the row; of several, each is a note of its cells.
@@ -203,9 +220,7 @@ class _Builder:
             Row(difference_labels, tuple(differences), is_ours=False),
         ]
 
-    def _labels(
-        self, factors: Sequence[str], kind: str, job: JobResult | None, notes: tuple[int, ...] = ()
-    ) -> tuple[Cell, ...]:
+    def _labels(self, factors: Sequence[str], kind: str, job: JobResult | None, notes: Marks = ()) -> Cells:
         """Return the cells before the metrics: the job's number where rows need one, and the factors.
 
         The kind of a row joins its first factor other than the model.

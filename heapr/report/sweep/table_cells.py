@@ -13,7 +13,7 @@ from heapr.report.sweep.averages import Group
 from heapr.report.sweep.doubt import is_doubtful
 from heapr.report.sweep.published_results import Number
 from heapr.report.sweep.results import JobResult
-from heapr.report.sweep.table_parts import GAP, Cell
+from heapr.report.sweep.table_parts import GAP, Cell, Marks
 
 
 def dense_text(job: JobResult, name: str, number: float | None) -> str:
@@ -46,7 +46,7 @@ def measured_text(group: Group, name: str) -> str:
     return f"{mean} ± {deviation}"
 
 
-def published_cell(name: str, number: Number | None, notes: tuple[int, ...]) -> Cell:
+def published_cell(name: str, number: Number | None, notes: Marks) -> Cell:
     """Return the cell of a published number; blank without one."""
     if number is None:
         return Cell()

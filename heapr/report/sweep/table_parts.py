@@ -10,14 +10,19 @@ from dataclasses import dataclass
 GAP = "—"  # the text of a cell without a number
 NOT_MEASURED = "not measured"  # a remark, and the text of a cell whose only remark it is
 
+Marks = tuple[int, ...]  # numbers of footnotes
+
 
 @dataclass(frozen=True)
 class Cell:
     """Text, the numbers of its notes, and whether it is the best of its group."""
 
     text: str = ""
-    notes: tuple[int, ...] = ()
+    notes: Marks = ()
     is_best: bool = False
+
+
+Cells = tuple[Cell, ...]
 
 
 @dataclass(frozen=True)
@@ -31,8 +36,8 @@ class Row:
         starts_group: whether to draw a rule above it.
     """
 
-    labels: tuple[Cell, ...]
-    cells: tuple[Cell, ...]
+    labels: Cells
+    cells: Cells
     is_ours: bool
     starts_group: bool = False
 
