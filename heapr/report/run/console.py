@@ -83,21 +83,31 @@ def _add_models(table: Table, dense: Numbers, pruned: Numbers, size: Numbers) ->
     """Add the metrics that both models have: perplexities, accuracies, then sizes."""
     perplexities = [name for name in dense if name.startswith("perplexity/")]
     for name in perplexities:
-        before, after = dense[name], pruned[name]
+        before = dense[name]
+        after = pruned[name]
         change = after / before - 1
         table.add_row(name, f"{before:.2f}", f"{after:.2f}", _change(change))
     for name in _accuracies(dense):
-        before, after = dense[name], pruned[name]
+        before = dense[name]
+        after = pruned[name]
         points = 100 * (after - before)
         table.add_row(name, f"{before:.2%}", f"{after:.2%}", f"{points:+.2f} points")
+    _add_sizes(table, dense, pruned, size)
+
+
+def _add_sizes(table: Table, dense: Numbers, pruned: Numbers, size: Numbers) -> None:
+    """Add sizes with their change, and below the parameters how many of them are zeros."""
     for name, ratio in SIZE_ROWS.items():
         if name in dense:
+            before = _count(dense[name])
+            after = _count(pruned[name])
             # A difference, so that nothing removed is +0.0% and not -0.0%.
             change = 0.0 - size[ratio]
-            table.add_row(name, _count(dense[name]), _count(pruned[name]), _change(change))
+            table.add_row(name, before, after, _change(change))
         if name == "parameters" and pruned.get(ZEROS):
-            zeros_before = dense.get(ZEROS, 0)
-            table.add_row(ZEROS, _count(zeros_before), _count(pruned[ZEROS]), "of these")
+            before = _count(dense.get(ZEROS, 0))
+            after = _count(pruned[ZEROS])
+            table.add_row(ZEROS, before, after, "of these")
 
 
 def _accuracies(dense: Numbers) -> list[str]:

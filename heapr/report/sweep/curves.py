@@ -78,9 +78,7 @@ def calibration_curve(entry: Entry, jobs: Jobs, published: Numbers) -> list[Draw
                 points = series.values(name)
                 values = series.factors(points, entry.x)
                 xs = [places[value] for value in values]
-                means = [point.mean for point in points]
-                deviations = [point.deviation for point in points]
-                axis.errorbar(xs, means, yerr=deviations, capsize=2, label=series.label, **look(number))
+                _error_bars(axis, xs, points, series.label, look(number))
         finish_axes(axes, entry.metrics, of_model)
         factor_axis(axes[-1], entry.x, places)
         legend_above(figure, axes, title=model)
@@ -108,10 +106,20 @@ def draw_line(
     axis: Axes, xs: Sequence[float], points: Sequence[Point], label: str, how: dict[str, Any]
 ) -> None:
     """Draw a line, with error bars if any of its points has a deviation."""
+    if any(point.deviation for point in points):
+        _error_bars(axis, xs, points, label, how)
+        return
+    means = [point.mean for point in points]
+    axis.errorbar(xs, means, capsize=2, label=label, **how)
+
+
+def _error_bars(
+    axis: Axes, xs: Sequence[float], points: Sequence[Point], label: str, how: dict[str, Any]
+) -> None:
+    """Draw a line with an error bar at every point, of no length where the deviation is zero."""
     means = [point.mean for point in points]
     deviations = [point.deviation for point in points]
-    errors = deviations if any(deviations) else None
-    axis.errorbar(xs, means, yerr=errors, capsize=2, label=label, **how)
+    axis.errorbar(xs, means, yerr=deviations, capsize=2, label=label, **how)
 
 
 def dense_line(axis: Axes, metric: str, jobs: Jobs, *, upright: bool) -> None:
@@ -121,7 +129,8 @@ def dense_line(axis: Axes, metric: str, jobs: Jobs, *, upright: bool) -> None:
     values = [metrics.scaled(metric, value) for value in measured if value is not None]
     if values:
         draw = axis.axvline if upright else axis.axhline
-        draw(values[0], label=UNPRUNED, zorder=1.5, **DENSE_LINE)
+        first = values[0]
+        draw(first, label=UNPRUNED, zorder=1.5, **DENSE_LINE)
 
 
 def _ratio_line(axis: Axes, series: Series, metric: str, number: int, published: Numbers) -> None:
@@ -135,10 +144,18 @@ def _ratio_line(axis: Axes, series: Series, metric: str, number: int, published:
         x = reached.get(point.number, 100 * ratio)
         xs.append(x)
     draw_line(axis, xs, points, series.label, how)
+    _published_points(axis, series, metric, how | HOLLOW_POINT, published)
+
+
+def _published_points(
+    axis: Axes, series: Series, metric: str, how: dict[str, Any], published: Numbers
+) -> None:
+    """Draw the published numbers of the line's method, if there are any."""
     first_job = series.points[0][0]
     theirs = curve(published, first_job, metric)
-    if theirs:
-        their_xs = [100 * ratio for ratio, _ in theirs]
-        their_ys = [metrics.scaled(metric, value) for _, value in theirs]
-        label = f"{series.label}{PUBLISHED}"
-        axis.plot(their_xs, their_ys, label=label, zorder=1.8, **(how | HOLLOW_POINT))
+    if not theirs:
+        return
+    xs = [100 * ratio for ratio, _ in theirs]
+    ys = [metrics.scaled(metric, value) for _, value in theirs]
+    label = f"{series.label}{PUBLISHED}"
+    axis.plot(xs, ys, label=label, zorder=1.8, **how)

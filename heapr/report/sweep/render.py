@@ -186,7 +186,8 @@ def _csv_row(job: JobResult, published: Numbers) -> dict[str, object]:
         "error": job.error or "",
         "overrides": " ".join(job.overrides),
     }
-    for name in (*NAMES, METHOD):
+    factors = (*NAMES, METHOD)
+    for name in factors:
         row[name] = factor(job, name)
     for group, measured in job.metrics.items():
         for name, number in measured.items():
@@ -195,15 +196,22 @@ def _csv_row(job: JobResult, published: Numbers) -> dict[str, object]:
         cost = measure(job)
         if cost is not None:
             row[f"cost/{name}"] = cost
+    return row | _published_values(job, published)
+
+
+def _published_values(job: JobResult, published: Numbers) -> dict[str, float]:
+    """Return the published numbers beside a job's metrics and sizes, by column."""
     sizes = [f"size/{name}" for name in job.metrics.get("size", {})]
-    for name in (*job.metrics.get("pruned", {}), *sizes):
+    names = [*job.metrics.get("pruned", {}), *sizes]
+    values = {}
+    for name in names:
         pruned = find(published, job, name)
         dense = find(published, job, name, dense=True)
         if pruned is not None:
-            row[f"published/{name}"] = pruned.value
+            values[f"published/{name}"] = pruned.value
         if dense is not None:
-            row[f"published_dense/{name}"] = dense.value
-    return row
+            values[f"published_dense/{name}"] = dense.value
+    return values
 
 
 def _pipes(cells: Sequence[str]) -> str:
