@@ -47,7 +47,8 @@ def _numbers_table(plan: DryRun) -> Table:
     table = Table("dry run", "", plan["name"], box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.columns[1].justify = "right"
     table.columns[2].overflow = "fold"
-    for rows in (_model_rows(plan), _removed_rows(plan), _cost_rows(plan)):
+    sections = (_model_rows(plan), _removed_rows(plan), _cost_rows(plan))
+    for rows in sections:
         for row in rows:
             table.add_row(*row)
         table.add_section()
@@ -108,7 +109,8 @@ def _cost_rows(plan: DryRun) -> Rows:
         arithmetic = ("calibration", "", NOT_KNOWN)
     else:
         together = weights + statistics + activations
-        batch = f"a batch of {plan['batch_size']} x {plan['sequence_length']:,} tokens"
+        length = _count(plan["sequence_length"])
+        batch = f"a batch of {plan['batch_size']} x {length} tokens"
         passes = f"forward and backward of {plan['num_samples']} sequences"
         rows.append(("activations", _size(activations), batch))
         rows.append(("together", _size(together), "what calibration in memory needs, at least"))

@@ -96,9 +96,11 @@ def _figure(entry: Entry, jobs: Jobs, model: str) -> Figure:
 
 
 def _chart(entry: Entry, jobs: Jobs) -> Chart:
+    """Sort the jobs into bars; factors that would put two bars in one place become part of the category."""
     series_names = [name for name in entry.series if name != entry.x]
     shown = [entry.x, *series_names]
-    names = [entry.x, *telling_apart(jobs, shown, entry.average_over)]
+    further = telling_apart(jobs, shown, entry.average_over)
+    names = [entry.x, *further]
     categories = dict.fromkeys(describe(job, names) for job in jobs)
     identifying = [*names, *entry.series]
     all_series = []
@@ -143,16 +145,19 @@ def _bars_of_series(axis: Axes, metric: str, chart: Chart, number: int) -> None:
 
 def _share_bar_scale(axes: Sequence[Axes], names: Sequence[str], chart: Chart) -> None:
     """Make the bars of all perplexities logarithmic if one of them spans more than `LEAST_SPAN`."""
-    ends = []
+    of_perplexities: list[Axes] = []
+    lowest: list[float] = []
+    spans: list[float] = []
     for axis, name in zip(axes, names, strict=True):
         if name.startswith("perplexity/"):
-            means = chart.means(name)
-            lowest = min(means, default=1.0)
-            highest = max(means, default=1.0)
-            ends.append((axis, lowest, highest))
-    if any(lowest <= 0 for _, lowest, _ in ends):
+            means = chart.means(name) or [1.0]
+            if min(means) <= 0:
+                return
+            of_perplexities.append(axis)
+            lowest.append(min(means))
+            spans.append(max(means) / min(means))
+    if max(spans, default=1.0) <= LEAST_SPAN:
         return
-    if any(highest / lowest > LEAST_SPAN for _, lowest, highest in ends):
-        for axis, lowest, highest in ends:
-            logarithmic(axis, highest / lowest, which="x")
-            axis.set_xlim(left=lowest / 2)
+    for axis, least, span in zip(of_perplexities, lowest, spans, strict=True):
+        logarithmic(axis, span, which="x")
+        axis.set_xlim(left=least / 2)

@@ -47,6 +47,10 @@ class Measurement:
         """Whether its criterion predicts increases in nats."""
         return all(PREDICTED in group for group in self.groups)
 
+    def points(self, across: str) -> list[PointXY]:
+        """Return one point per quantile: `PREDICTED` or `SCORE`, and the measured increase in nats."""
+        return [(group[across], group[MEASURED]) for group in self.groups]
+
 
 def consistency(entry: Entry, jobs: Jobs, published: Numbers) -> list[Drawing]:
     """Draw one point per quantile on logarithmic axes, and the line where prediction equals measurement.
@@ -70,6 +74,7 @@ def consistency(entry: Entry, jobs: Jobs, published: Numbers) -> list[Drawing]:
 
 
 def _figure(measurements: Sequence[Measurement], across: str, entry: Entry, model: str) -> Figure:
+    """Draw all measurements of a model over `PREDICTED` or over `SCORE`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, WIDTH), layout="constrained")
@@ -79,7 +84,7 @@ def _figure(measurements: Sequence[Measurement], across: str, entry: Entry, mode
     all_groups = [group for measurement in measurements for group in measurement.groups]
     edges = (_edge(all_groups, across), _edge(all_groups, MEASURED))
     for number, measurement in enumerate(measurements):
-        points = [(group[across], group[MEASURED]) for group in measurement.groups]
+        points = measurement.points(across)
         label = _label(measurement.job, names)
         _scatter(axis, points, edges, label=label, how=look(number) | NO_LINE)
     _finish(axis, across)

@@ -64,12 +64,14 @@ def _bars_of_layers(axis: Axes, layers: Sequence[LayerRemoval]) -> None:
 
 
 def _heat_map(figure: Figure, axis: Axes, layers: Sequence[LayerRemoval], *, is_sorted: bool) -> None:
+    """Draw a row for each layer and a column for each expert, with the colours' scale above."""
     shares_LE = _shares(layers, is_sorted=is_sorted)
     image = axis.imshow(shares_LE, cmap="Blues", vmin=0, vmax=100, aspect="auto", interpolation="nearest")
-    step = math.ceil(len(layers) / MOST_LABELS)
-    places = range(0, len(layers), max(1, step))
-    labels = [str(layers[place].layer) for place in places]
-    axis.set_yticks(places, labels)
+    places = range(len(layers))
+    labels = [str(layer.layer) for layer in layers]
+    # Every step-th layer has a label.
+    step = math.ceil(len(layers) / MOST_LABELS) or 1
+    axis.set_yticks(places[::step], labels[::step])
     axis.set_ylabel("decoder layer")
     axis.set_xlabel("experts, most removed first" if is_sorted else "expert")
     axis.grid(visible=False)

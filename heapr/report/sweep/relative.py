@@ -60,20 +60,22 @@ def relative_curve(entry: Entry, jobs: Jobs, published: Numbers) -> list[Drawing
         points = [point for series in all_series for point in series.points]
         not_drawn = _not_drawn(of_model, columns, remarks)
         hollow = explanation(points, columns, mark="Hollow")
-        missing = " ".join(filter(None, (not_drawn, hollow)))
-        drawings.append(Drawing(figure, model, missing))
+        sentences = filter(None, (not_drawn, hollow))
+        drawings.append(Drawing(figure, model, " ".join(sentences)))
     return drawings
 
 
 def _figure(entry: Entry, jobs: Jobs, all_series: Sequence[Series], columns: Sequence[str]) -> Figure:
     """Draw a panel for each column; the legend lists the lines from the highest to the lowest."""
     figure, axes = panels(len(columns), height=1.75, sharex=True)
-    # A line keeps its look wherever it stands.
-    numbers = list(range(len(all_series)))
-    numbers.sort(key=lambda number: _height(all_series[number], columns[0]), reverse=True)
+    heights = [_height(series, columns[0]) for series in all_series]
+    # A line keeps its number, and so its look, wherever it stands.
+    numbers = range(len(all_series))
+    from_the_highest = sorted(numbers, key=heights.__getitem__, reverse=True)
     for axis, column in zip(axes, columns, strict=True):
-        for number in numbers:
-            _line(axis, all_series[number], column, number)
+        for number in from_the_highest:
+            series = all_series[number]
+            _line(axis, series, column, number)
     _finish(axes, entry)
     ratio_axis(axes[-1], jobs)
     legend_above(figure, axes)
@@ -102,26 +104,30 @@ def _line(axis: Axes, series: Series, metric: str, number: int) -> None:
     ratios = series.factors(points, "ratio")
     xs = [100 * ratio for ratio in ratios]
     draw_line(axis, xs, points, series.label, how)
-    doubtful_xs, doubtful_ys = [], []
+    doubtful_xs: list[float] = []
+    doubtful_ys: list[float] = []
     for x, point in zip(xs, points, strict=True):
-        if is_doubtful(series.points[point.number], metric):
+        jobs = series.points[point.number]
+        if is_doubtful(jobs, metric):
             doubtful_xs.append(x)
             doubtful_ys.append(point.mean)
     if doubtful_xs:
-        axis.plot(doubtful_xs, doubtful_ys, zorder=3, **(how | HOLLOW_POINT))
+        hollow = how | HOLLOW_POINT
+        axis.plot(doubtful_xs, doubtful_ys, zorder=3, **hollow)
         axis.plot([], [], color="grey", marker="o", label=HOLLOW, **HOLLOW_POINT)
 
 
 def _finish(axes: Sequence[Axes], entry: Entry) -> None:
     """Add the labels and the baseline's line, and choose the scale: one for the shares of all panels."""
-    name = " ".join(show(name, value) for name, value in entry.baseline.items())
+    values = [show(name, value) for name, value in entry.baseline.items()]
+    line_label = f"{' '.join(values)} (baseline)"
     of_shares = []
     for axis, metric in zip(axes, entry.metrics, strict=True):
         column = share_name(metric)
         if column == metric:
             axis.set_ylabel(metrics.axis_label(metric))
             continue
-        axis.axhline(1.0, label=f"{name} (baseline)", zorder=1.5, **DENSE_LINE)
+        axis.axhline(1.0, label=line_label, zorder=1.5, **DENSE_LINE)
         label = metrics.label(column)
         axis.set_ylabel(label.replace(", ", ",\n"))
         of_shares.append(axis)
@@ -133,12 +139,13 @@ def _scale_with_zero(axes: Sequence[Axes]) -> None:
     """Choose the scale of axes that cannot be, or need not be, logarithmic throughout."""
     ends = [limits(axis) for axis in axes]
     is_wide = any(highest > LEAST_SPAN for _, highest in ends)
-    for axis, (lowest, highest) in zip(axes, ends, strict=True):
-        if is_wide:
+    if is_wide:
+        for axis, (lowest, highest) in zip(axes, ends, strict=True):
             _signed_logarithmic(axis, lowest, highest)
-        else:
-            bottom, _ = axis.get_ylim()
-            axis.set_ylim(bottom=min(0.0, bottom))
+        return
+    for axis in axes:
+        bottom, _ = axis.get_ylim()
+        axis.set_ylim(bottom=min(0.0, bottom))
 
 
 def _signed_logarithmic(axis: Axes, lowest: float, highest: float) -> None:

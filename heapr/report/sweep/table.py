@@ -81,17 +81,20 @@ class _Builder:
         self.is_numbered = len(labels) < len(self.groups)
 
     def build(self) -> Table:
+        """Build all rows, then the caption, which explains what occurs in them."""
         rows: list[Row] = []
         models = dict.fromkeys(factor(job, "model") for job in self.jobs)
         for model in models:
             of_model = _having(self.groups, "model", model)
             rows += self._model_rows(of_model)
-        columns = ["job"] if self.is_numbered else []
-        columns += map(header, self.shown)
-        columns += map(metrics.column_label, self.names)
+        factors = map(header, self.shown)
+        labels = map(metrics.column_label, self.names)
+        columns = (*factors, *labels)
+        if self.is_numbered:
+            columns = ("job", *columns)
         text = caption(self.entry, self.groups, self.names, constant=self.constant, rows=rows)
         notes = tuple(self.notes.texts)
-        return Table(self.entry.title, text, tuple(columns), tuple(rows), notes)
+        return Table(self.entry.title, text, columns, tuple(rows), notes)
 
     def _model_rows(self, groups: Sequence[Group]) -> list[Row]:
         """Build all rows of one model.
@@ -123,15 +126,18 @@ class _Builder:
         seen: list[Measured] = []
         for job in jobs:
             numbers = [metrics.value(job, name, dense=True) for name in self.names]
-            if numbers not in seen:
-                seen.append(numbers)
-                rows.append(self._dense_row(job, numbers, is_first=len(seen) == 1))
-                rows += self._published_rows(job, numbers, dense=True)
+            if numbers in seen:
+                continue
+            ours = self._dense_row(job, numbers, is_first=not seen)
+            beside = self._published_rows(job, numbers, dense=True)
+            rows += [ours, *beside]
+            seen.append(numbers)
         texts = {cell.text for row in rows for cell in row.cells}
         has_numbers = bool(texts - {"", GAP})
         return _with_rule(rows) if has_numbers else []
 
     def _dense_row(self, job: JobResult, numbers: Measured, *, is_first: bool) -> Row:
+        """Build a row of the unpruned model, which names the job unless it is the first of its model."""
         cells = []
         for name, number in zip(self.names, numbers, strict=True):
             text = dense_text(job, name, number)
@@ -147,10 +153,11 @@ class _Builder:
         best = {name: best_places(groups, name) for name in self.names}
         rows: list[Row] = []
         for place, group in enumerate(groups):
-            best_names = {name for name in self.names if place in best[name]}
-            rows.append(self._measured_row(group, best_names))
+            best_names = {name for name, places in best.items() if place in places}
+            ours = self._measured_row(group, best_names)
             means = [group.mean(name) for name in self.names]
-            rows += self._published_rows(group.first, means, dense=False)
+            beside = self._published_rows(group.first, means, dense=False)
+            rows += [ours, *beside]
         return rows
 
     def _measured_row(self, group: Group, best_names: Collection[str]) -> Row:
@@ -167,12 +174,14 @@ class _Builder:
         return Row(labels, tuple(cells), is_ours=True)
 
     def _text(self, group: Group, name: str) -> str:
+        """Return the text of a cell, with a mark if its share may be chance."""
         if not group.values(name):
             return NOT_MEASURED if self._is_not_measured(group, name) else GAP
         text = measured_text(group, name)
         return f"{text}{MARK}" if is_doubtful(group.jobs, name) else text
 
     def _is_not_measured(self, group: Group, name: str) -> bool:
+        """Return whether all that the remarks say of a gap is that there was no measurement."""
         found = {self.remarks.get((job.number, name)) for job in group.done}
         return found == {NOT_MEASURED}
 
@@ -198,27 +207,34 @@ class _Builder:
     def _published_rows(self, job: JobResult, ours: Measured, *, dense: bool) -> list[Row]:
         """Build a row of published numbers and a row of differences; none without a published number.
 
-        One source is a note of the row; of several, each is a note of its cells.
+        A single source is a note of the row. Of several, each is a note of its cells.
         """
         found = [find(self.published, job, name, dense=dense) for name in self.names]
         sources = dict.fromkeys(number.source for number in found if number is not None)
         if not sources:
             return []
-        marks = {source: self.notes.number(protocol_note(source)) for source in sources}
+        marks: dict[str, Marks] = {}
+        for source in sources:
+            note = protocol_note(source)
+            marks[source] = (self.notes.number(note),)
         has_one_source = len(sources) == 1
         values, differences = [], []
         for name, number, mine in zip(self.names, found, ours, strict=True):
-            notes = () if number is None or has_one_source else (marks[number.source],)
+            notes = () if number is None or has_one_source else marks[number.source]
             values.append(published_cell(name, number, notes))
             differences.append(difference_cell(name, number, mine))
-        row_notes = tuple(marks.values()) if has_one_source else ()
-        blank = [""] * len(self.shown)
-        value_labels = self._labels(blank, PUBLISHED, None, row_notes)
-        difference_labels = self._labels(blank, DIFFERENCE, None)
+        first_source, *_ = sources
+        row_notes = marks[first_source] if has_one_source else ()
         return [
-            Row(value_labels, tuple(values), is_ours=False),
-            Row(difference_labels, tuple(differences), is_ours=False),
+            self._row_beside(PUBLISHED, values, row_notes),
+            self._row_beside(DIFFERENCE, differences),
         ]
+
+    def _row_beside(self, kind: str, cells: Sequence[Cell], notes: Marks = ()) -> Row:
+        """Return a row below one of ours: it repeats no factor and no job."""
+        blank = [""] * len(self.shown)
+        labels = self._labels(blank, kind, None, notes)
+        return Row(labels, tuple(cells), is_ours=False)
 
     def _labels(self, factors: Sequence[str], kind: str, job: JobResult | None, notes: Marks = ()) -> Cells:
         """Return the cells before the metrics: the job's number where rows need one, and the factors.
