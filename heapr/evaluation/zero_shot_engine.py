@@ -63,15 +63,9 @@ def evaluate_task(  # noqa: PLR0913 - the options of lm-eval, and the ranks
         ranks: the processes, of which rank 0 returns the metrics.
     """
     from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
 
-    if batch_size == "auto" and model.device.type == "cpu":
-        batch_size = BATCH_SIZE_ON_CPU
     with quiet(task.name) as cut, seeded(), no_network():
-        engine = HFLM(
-            pretrained=model.model, backend="causal", tokenizer=copy.deepcopy(tokenizer),
-            batch_size=batch_size, max_batch_size=MAX_BATCH_SIZE,
-        )  # fmt: skip
+        engine = _engine(model, tokenizer, batch_size)
         _share_requests(engine, ranks)
         found = simple_evaluate(
             model=engine, tasks=task.roots, task_manager=task.manager, num_fewshot=num_fewshot, limit=limit,
@@ -85,6 +79,18 @@ def evaluate_task(  # noqa: PLR0913 - the options of lm-eval, and the ranks
     protocols = {name: _protocol(name, single, found, limit) for name, single in task.tasks.items()}
     metrics = _metrics(found["results"])
     return Evaluation(metrics, details={"protocols": protocols})
+
+
+def _engine(model: MoEModel, tokenizer: PreTrainedTokenizerBase, batch_size: int | str) -> Any:
+    """lm-eval's view of a model in memory; "auto" is a fixed batch size on a CPU."""
+    from lm_eval.models.huggingface import HFLM
+
+    if batch_size == "auto" and model.device.type == "cpu":
+        batch_size = BATCH_SIZE_ON_CPU
+    return HFLM(
+        pretrained=model.model, backend="causal", tokenizer=copy.deepcopy(tokenizer),
+        batch_size=batch_size, max_batch_size=MAX_BATCH_SIZE,
+    )  # fmt: skip
 
 
 def _share_requests(engine: Any, ranks: Ranks) -> None:

@@ -17,8 +17,8 @@ from heapr.report.sweep.factors import selected, show
 from heapr.report.sweep.published_results import Numbers
 from heapr.report.sweep.report_layout import Entry
 from heapr.report.sweep.results import Jobs
-from heapr.report.sweep.scales import limits, ratio_axis, share_logarithmic
-from heapr.report.sweep.series import Series, by_model, series_of
+from heapr.report.sweep.scales import ratio_axis, scale_with_zero, share_logarithmic
+from heapr.report.sweep.series import Point, Series, by_model, series_of
 from heapr.report.sweep.shares import Remarks, share_name, with_shares
 from heapr.report.sweep.style import DENSE_LINE, HOLLOW, legend_above, look, panels
 from heapr.report.sweep.table import build_table
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Of an axis with zero and large numbers.
-LARGE_TICKS = [digit * 10.0**power for power in range(6) for digit in (2, 5, 10)]
-TICKS = (0.0, 0.5, 1.0, *LARGE_TICKS)
 LEAST_SPAN = 8  # of shares on a logarithmic axis
 HOLLOW_POINT: dict[str, Any] = {"linestyle": "none", "markerfacecolor": "white"}
 
@@ -104,17 +101,19 @@ def _line(axis: Axes, series: Series, metric: str, number: int) -> None:
     ratios = series.factors(points, "ratio")
     xs = [100 * ratio for ratio in ratios]
     draw_line(axis, xs, points, series.label, how)
-    doubtful_xs: list[float] = []
-    doubtful_ys: list[float] = []
-    for x, point in zip(xs, points, strict=True):
-        jobs = series.points[point.number]
-        if is_doubtful(jobs, metric):
-            doubtful_xs.append(x)
-            doubtful_ys.append(point.mean)
-    if doubtful_xs:
-        hollow = how | HOLLOW_POINT
-        axis.plot(doubtful_xs, doubtful_ys, zorder=3, **hollow)
-        axis.plot([], [], color="grey", marker="o", label=HOLLOW, **HOLLOW_POINT)
+    doubtful = [point for point in points if is_doubtful(series.points[point.number], metric)]
+    if doubtful:
+        _hollow_marks(axis, series, doubtful, how)
+
+
+def _hollow_marks(axis: Axes, series: Series, points: Sequence[Point], how: dict[str, Any]) -> None:
+    """Make points of a line hollow, and say in the legend what that means."""
+    ratios = series.factors(points, "ratio")
+    xs = [100 * ratio for ratio in ratios]
+    means = [point.mean for point in points]
+    hollow = how | HOLLOW_POINT
+    axis.plot(xs, means, zorder=3, **hollow)
+    axis.plot([], [], color="grey", marker="o", label=HOLLOW, **HOLLOW_POINT)
 
 
 def _finish(axes: Sequence[Axes], entry: Entry) -> None:
@@ -132,31 +131,4 @@ def _finish(axes: Sequence[Axes], entry: Entry) -> None:
         axis.set_ylabel(label.replace(", ", ",\n"))
         of_shares.append(axis)
     if not share_logarithmic(of_shares, least_span=LEAST_SPAN):
-        _scale_with_zero(of_shares)
-
-
-def _scale_with_zero(axes: Sequence[Axes]) -> None:
-    """Choose the scale of axes that cannot be, or need not be, logarithmic throughout."""
-    ends = [limits(axis) for axis in axes]
-    is_wide = any(highest > LEAST_SPAN for _, highest in ends)
-    if is_wide:
-        for axis, (lowest, highest) in zip(axes, ends, strict=True):
-            _signed_logarithmic(axis, lowest, highest)
-        return
-    for axis in axes:
-        bottom, _ = axis.get_ylim()
-        axis.set_ylim(bottom=min(0.0, bottom))
-
-
-def _signed_logarithmic(axis: Axes, lowest: float, highest: float) -> None:
-    """Make the axis linear up to 1 and logarithmic above, for shares at or below zero beside large ones.
-
-    Such a share means no worse than the unpruned model.
-    """
-    from matplotlib.ticker import FuncFormatter
-
-    axis.set_yscale("symlog", linthresh=1.0)
-    axis.set_ylim(lowest - 0.1, 1.4 * highest)
-    ticks = [tick for tick in TICKS if tick <= highest]
-    axis.set_yticks(ticks)
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        scale_with_zero(of_shares, least_span=LEAST_SPAN)

@@ -68,14 +68,8 @@ def write_report(jobs: Jobs, layout: Mapping[str, Any], folder: Path, published:
     folder.mkdir(parents=True, exist_ok=True)
     entries = checked.entries or default_entries(jobs)
     tables = [TABLES[entry.kind](entry, jobs, numbers) for entry in entries if entry.kind in TABLES]
-    titled = [_titled(table, checked.title) for table in tables]
     with_shares = for_csv(entries, jobs)
-    texts = {
-        "table.md": "\n".join(map(to_markdown, titled)),
-        "table.csv": to_csv(with_shares, numbers),
-        "table.tex": TEX_HEAD + "\n".join(map(to_tex, titled)),
-    }
-    files = [_write(folder / name, text) for name, text in texts.items()]
+    files = _write_tables(folder, tables, checked.title, csv=to_csv(with_shares, numbers))
     pictures: list[Picture] = []
     used: dict[str, int] = {}
     for entry in entries:
@@ -107,6 +101,17 @@ def check_protocols(jobs: Jobs) -> None:
         raise ConfigError(
             f"these results cannot stand in one table: {differences[0]}; report them in sweeps of their own"
         )
+
+
+def _write_tables(folder: Path, tables: Sequence[Table], title: str, *, csv: str) -> list[Path]:
+    """Write the files that hold tables alone; a table without a title of its own gets the report's."""
+    titled = [_titled(table, title) for table in tables]
+    texts = {
+        "table.md": "\n".join(map(to_markdown, titled)),
+        "table.csv": csv,
+        "table.tex": TEX_HEAD + "\n".join(map(to_tex, titled)),
+    }
+    return [_write(folder / name, text) for name, text in texts.items()]
 
 
 def _titled(table: Table, title: str) -> Table:

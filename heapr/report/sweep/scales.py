@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.ticker import Locator
 
+# Of an axis with zero and large numbers.
+LARGE_TICKS = [digit * 10.0**power for power in range(6) for digit in (2, 5, 10)]
+TICKS = (0.0, 0.5, 1.0, *LARGE_TICKS)
 # A logarithmic axis that shows less than this factor gets the ticks of a linear one.
 NARROW_SPAN = 4
 # From the factor that an axis spans at most to the digits at its ticks; beyond, powers of ten.
@@ -43,6 +46,38 @@ def share_logarithmic(axes: Sequence[Axes], least_span: float) -> bool:
     for axis, span in zip(axes, spans, strict=True):
         logarithmic(axis, span, which="y")
     return True
+
+
+def scale_with_zero(axes: Sequence[Axes], least_span: float) -> None:
+    """Choose the scale of shares on axes that cannot be, or need not be, logarithmic throughout.
+
+    Args:
+        axes: the panels, which get one scale.
+        least_span: a share above it needs a scale that is logarithmic above 1.
+    """
+    ends = [limits(axis) for axis in axes]
+    is_wide = any(highest > least_span for _, highest in ends)
+    if is_wide:
+        for axis, (lowest, highest) in zip(axes, ends, strict=True):
+            _signed_logarithmic(axis, lowest, highest)
+        return
+    for axis in axes:
+        bottom, _ = axis.get_ylim()
+        axis.set_ylim(bottom=min(0.0, bottom))
+
+
+def _signed_logarithmic(axis: Axes, lowest: float, highest: float) -> None:
+    """Make the axis linear up to 1 and logarithmic above, for shares at or below zero beside large ones.
+
+    Such a share means no worse than the unpruned model.
+    """
+    from matplotlib.ticker import FuncFormatter
+
+    axis.set_yscale("symlog", linthresh=1.0)
+    axis.set_ylim(lowest - 0.1, 1.4 * highest)
+    ticks = [tick for tick in TICKS if tick <= highest]
+    axis.set_yticks(ticks)
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
 
 
 def limits(axis: Axes) -> tuple[float, float]:

@@ -15,16 +15,16 @@ from heapr.report.sweep.averages import Group, grouped
 from heapr.report.sweep.caption import caption
 from heapr.report.sweep.doubt import MARK, is_doubtful
 from heapr.report.sweep.factors import by_values, factor, failure, header, in_order, selected, show, varying
-from heapr.report.sweep.published_results import Numbers, find, protocol_note
+from heapr.report.sweep.published_results import Number, Numbers, find, protocol_note
 from heapr.report.sweep.report_layout import Entry
 from heapr.report.sweep.results import JobResult, Jobs
 from heapr.report.sweep.shares import Remarks
 from heapr.report.sweep.table_cells import (
     best_places,
     dense_text,
-    difference_cell,
+    difference_cells,
     measured_text,
-    published_cell,
+    published_cells,
 )
 from heapr.report.sweep.table_parts import GAP, NOT_MEASURED, Cell, Cells, Marks, Notes, Row, Table
 
@@ -133,8 +133,8 @@ class _Builder:
             rows += [ours, *beside]
             seen.append(numbers)
         texts = {cell.text for row in rows for cell in row.cells}
-        has_numbers = bool(texts - {"", GAP})
-        return _with_rule(rows) if has_numbers else []
+        numbers_in_text = texts - {"", GAP}
+        return _with_rule(rows) if numbers_in_text else []
 
     def _dense_row(self, job: JobResult, numbers: Measured, *, is_first: bool) -> Row:
         """Build a row of the unpruned model, which names the job unless it is the first of its model."""
@@ -166,8 +166,9 @@ class _Builder:
         cells = []
         for name in self.names:
             text = self._text(group, name)
-            notes = failures + self._remarks(group, name, text)
-            cells.append(Cell(text, notes, is_best=name in best_names))
+            remarks = self._remarks(group, name, text)
+            cell = Cell(text, failures + remarks, is_best=name in best_names)
+            cells.append(cell)
         factors = [show(name, factor(group.first, name)) for name in self.shown]
         marks = () if group.done else failures
         labels = self._labels(factors, "", group.first, marks)
@@ -210,25 +211,26 @@ class _Builder:
         A single source is a note of the row. Of several, each is a note of its cells.
         """
         found = [find(self.published, job, name, dense=dense) for name in self.names]
-        sources = dict.fromkeys(number.source for number in found if number is not None)
-        if not sources:
+        marks = self._source_marks(found)
+        if not marks:
             return []
-        marks: dict[str, Marks] = {}
-        for source in sources:
-            note = protocol_note(source)
-            marks[source] = (self.notes.number(note),)
-        has_one_source = len(sources) == 1
-        values, differences = [], []
-        for name, number, mine in zip(self.names, found, ours, strict=True):
-            notes = () if number is None or has_one_source else marks[number.source]
-            values.append(published_cell(name, number, notes))
-            differences.append(difference_cell(name, number, mine))
-        first_source, *_ = sources
-        row_notes = marks[first_source] if has_one_source else ()
+        row_mark, *others = marks.values()
+        cell_marks = marks if others else {}
+        values = published_cells(self.names, found, cell_marks)
+        differences = difference_cells(self.names, found, ours)
         return [
-            self._row_beside(PUBLISHED, values, row_notes),
+            self._row_beside(PUBLISHED, values, () if others else row_mark),
             self._row_beside(DIFFERENCE, differences),
         ]
+
+    def _source_marks(self, numbers: Sequence[Number | None]) -> dict[str, Marks]:
+        """Return the note that says how each source measured its numbers, by source."""
+        marks: dict[str, Marks] = {}
+        for number in numbers:
+            if number is not None and number.source not in marks:
+                note = protocol_note(number.source)
+                marks[number.source] = (self.notes.number(note),)
+        return marks
 
     def _row_beside(self, kind: str, cells: Sequence[Cell], notes: Marks = ()) -> Row:
         """Return a row below one of ours: it repeats no factor and no job."""

@@ -6,7 +6,7 @@ In: jobs or groups of them, published numbers, and the name of a metric. Out: te
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from heapr.report.sweep import metrics
 from heapr.report.sweep.averages import Group
@@ -46,20 +46,40 @@ def measured_text(group: Group, name: str) -> str:
     return f"{mean} ± {deviation}"
 
 
-def published_cell(name: str, number: Number | None, notes: Marks) -> Cell:
-    """Return the cell of a published number; blank without one."""
-    if number is None:
-        return Cell()
-    text = metrics.text(name, number.value)
-    return Cell(text, notes)
+def published_cells(
+    names: Sequence[str], published: Sequence[Number | None], marks: Mapping[str, Marks]
+) -> list[Cell]:
+    """Return the cells of published numbers; blank without one.
+
+    Args:
+        names: of the metrics.
+        published: one number for each of them.
+        marks: notes of a cell, by its number's source.
+    """
+    cells = []
+    for name, number in zip(names, published, strict=True):
+        cell = Cell()
+        if number is not None:
+            text = metrics.text(name, number.value)
+            notes = marks.get(number.source, ())
+            cell = Cell(text, notes)
+        cells.append(cell)
+    return cells
 
 
-def difference_cell(name: str, number: Number | None, ours: float | None) -> Cell:
-    """Return the cell of our number minus the published one; blank unless there are both."""
-    if number is None or ours is None:
-        return Cell()
-    text = metrics.signed(name, ours - number.value, ours)
-    return Cell(text)
+def difference_cells(
+    names: Sequence[str], published: Sequence[Number | None], ours: Sequence[float | None]
+) -> list[Cell]:
+    """Return the cells of our numbers minus the published ones; blank unless there are both."""
+    cells = []
+    for name, number, mine in zip(names, published, ours, strict=True):
+        cell = Cell()
+        if number is not None and mine is not None:
+            difference = mine - number.value
+            text = metrics.signed(name, difference, mine)
+            cell = Cell(text)
+        cells.append(cell)
+    return cells
 
 
 def best_places(groups: Sequence[Group], name: str) -> set[int]:
