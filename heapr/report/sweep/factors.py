@@ -205,6 +205,7 @@ def _last(name: str) -> str:
 
 
 def _from_config(config: Mapping[str, Any], name: str) -> Any:
+    """Return a factor of a resolved configuration; None if it has no such field."""
     if name == "model":
         model = config["model"]
         return PurePosixPath(str(model["path"])).name if model["name"] == "hf" else model["name"]
@@ -234,6 +235,7 @@ def _method(job: JobResult) -> Any:
 
 
 def _method_from_overrides(overrides: Sequence[str]) -> str:
+    """Return the method of a job without a configuration; `UNKNOWN` if its overrides do not say it."""
     recipe = _chosen(overrides, "recipe")
     score = _chosen(overrides, "score")
     base = ", ".join(name for name in (recipe, score) if name is not None)
@@ -277,6 +279,7 @@ def _repair_name(entry: Mapping[str, Any]) -> str:
 
 
 def _from_overrides(overrides: Sequence[str], name: str) -> Any:
+    """Return a factor of a job without a configuration, as far as its overrides say it."""
     path = _chosen(overrides, "model.path")
     if name == "model" and path is not None:
         return PurePosixPath(path).name

@@ -95,6 +95,7 @@ def value(job: JobResult, name: str, *, dense: bool = False) -> float | None:
 
 
 def _cost(job: JobResult, name: str) -> float | None:
+    """Return the cost of a stage or of the whole plan: seconds, bytes, or a ratio of times."""
     if name in PRUNING_COSTS:
         return PRUNING_COSTS[name](job)
     stage, _, quantity = name.removeprefix("stages/").rpartition("/")
@@ -165,6 +166,7 @@ def better(name: str) -> int:
 
 
 def unit(name: str) -> str:
+    """Return the unit in which a metric is printed; empty if it has none."""
     group, _, rest = name.partition("/")
     if group in KINDS:
         return KINDS[group][2]
@@ -224,6 +226,7 @@ def signed(name: str, number: float, beside: float) -> str:
 
 
 def _decimals(name: str, number: float) -> int:
+    """Return how many decimals a number has in print; large perplexities and shares have fewer."""
     group = name.partition("/")[0]
     if group == "stages":
         return 2

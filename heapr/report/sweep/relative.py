@@ -30,13 +30,14 @@ if TYPE_CHECKING:
 
 LEAST_SPAN = 8  # of shares on a logarithmic axis
 HOLLOW_POINT: dict[str, Any] = {"linestyle": "none", "markerfacecolor": "white"}
+HOLLOW_IN_LEGEND: dict[str, Any] = {"color": "grey", "marker": "o", **HOLLOW_POINT}
 
 
 def relative_table(entry: Entry, jobs: Jobs, published: Numbers) -> Table:
     """Build a table of shares; a job without a baseline is a gap with a note."""
     shared, remarks = with_shares(entry, jobs)
-    names = tuple(map(share_name, entry.metrics))
-    of_shares = replace(entry, metrics=names)
+    columns = map(share_name, entry.metrics)
+    of_shares = replace(entry, metrics=tuple(columns))
     return build_table(of_shares, shared, (), remarks)
 
 
@@ -46,26 +47,28 @@ def relative_curve(entry: Entry, jobs: Jobs, published: Numbers) -> list[Drawing
     Every model has a figure of its own.
     """
     shared, remarks = with_shares(entry, jobs)
-    columns = [share_name(name) for name in entry.metrics]
+    columns = list(map(share_name, entry.metrics))
     chosen = selected(shared, entry.where)
-    baselines = {job.number for job in selected(chosen, entry.baseline)}
-    others = [job for job in chosen if job.number not in baselines]
+    baselines = selected(chosen, entry.baseline)
+    numbers = {job.number for job in baselines}
+    others = [job for job in chosen if job.number not in numbers]
     drawings = []
     for model, of_model in by_model(others):
         all_series = series_of(of_model, entry, x="ratio")
         figure = _figure(entry, of_model, all_series, columns)
-        points = [point for series in all_series for point in series.points]
         not_drawn = _not_drawn(of_model, columns, remarks)
-        hollow = explanation(points, columns, mark="Hollow")
+        hollow = _hollow(all_series, columns)
         sentences = filter(None, (not_drawn, hollow))
-        drawings.append(Drawing(figure, model, " ".join(sentences)))
+        missing = " ".join(sentences)
+        drawings.append(Drawing(figure, model, missing))
     return drawings
 
 
 def _figure(entry: Entry, jobs: Jobs, all_series: Sequence[Series], columns: Sequence[str]) -> Figure:
     """Draw a panel for each column; the legend lists the lines from the highest to the lowest."""
     figure, axes = panels(len(columns), height=1.75, sharex=True)
-    heights = [_height(series, columns[0]) for series in all_series]
+    first_column = columns[0]
+    heights = [_height(series, first_column) for series in all_series]
     # A line keeps its number, and so its look, wherever it stands.
     numbers = range(len(all_series))
     from_the_highest = sorted(numbers, key=heights.__getitem__, reverse=True)
@@ -82,38 +85,54 @@ def _figure(entry: Entry, jobs: Jobs, all_series: Sequence[Series], columns: Seq
 def _not_drawn(jobs: Jobs, columns: Sequence[str], remarks: Remarks) -> str:
     """Name the jobs that lack a share."""
     lacking = {number for number, column in remarks if column in columns}
-    numbers = [str(job.number) for job in jobs if job.number in lacking]
-    if not numbers:
+    named = [str(job.number) for job in jobs if job.number in lacking]
+    if not named:
         return ""
-    return f"Not drawn, because the baseline or a number is missing: jobs {', '.join(numbers)}."
+    listed = ", ".join(named)
+    return f"Not drawn, because the baseline or a number is missing: jobs {listed}."
+
+
+def _hollow(all_series: Sequence[Series], columns: Sequence[str]) -> str:
+    """Say what hollow points mean, if there are any."""
+    points = [point for series in all_series for point in series.points]
+    return explanation(points, columns, mark="Hollow")
 
 
 def _height(series: Series, metric: str) -> float:
-    """Return the mean of a line."""
+    """Return the mean of a line; 0 if it has no points."""
     means = [point.mean for point in series.values(metric)]
-    return statistics.fmean(means or [0.0])
+    return statistics.fmean(means) if means else 0.0
 
 
 def _line(axis: Axes, series: Series, metric: str, number: int) -> None:
     """Draw a line of shares, with hollow marks where the baseline's increase may be chance."""
     how = look(number)
     points = series.values(metric)
-    ratios = series.factors(points, "ratio")
-    xs = [100 * ratio for ratio in ratios]
+    xs = _percentages(series, points)
     draw_line(axis, xs, points, series.label, how)
-    doubtful = [point for point in points if is_doubtful(series.points[point.number], metric)]
+    doubtful = []
+    for point in points:
+        jobs = series.points[point.number]
+        if is_doubtful(jobs, metric):
+            doubtful.append(point)
     if doubtful:
         _hollow_marks(axis, series, doubtful, how)
 
 
 def _hollow_marks(axis: Axes, series: Series, points: Sequence[Point], how: dict[str, Any]) -> None:
     """Make points of a line hollow, and say in the legend what that means."""
-    ratios = series.factors(points, "ratio")
-    xs = [100 * ratio for ratio in ratios]
+    xs = _percentages(series, points)
     means = [point.mean for point in points]
     hollow = how | HOLLOW_POINT
     axis.plot(xs, means, zorder=3, **hollow)
-    axis.plot([], [], color="grey", marker="o", label=HOLLOW, **HOLLOW_POINT)
+    # Nothing is drawn: the legend has one entry, whatever the colours of the lines.
+    axis.plot([], [], label=HOLLOW, **HOLLOW_IN_LEGEND)
+
+
+def _percentages(series: Series, points: Sequence[Point]) -> list[float]:
+    """Return how much was asked to be removed at each point."""
+    ratios = series.factors(points, "ratio")
+    return [100 * ratio for ratio in ratios]
 
 
 def _finish(axes: Sequence[Axes], entry: Entry) -> None:

@@ -180,6 +180,7 @@ def _html_cell(cell: Cell, tag: str) -> str:
 
 
 def _csv_row(job: JobResult, published: Numbers) -> dict[str, object]:
+    """Return what is known of a job, by column."""
     row: dict[str, object] = {
         "job": job.number,
         "status": "failed" if job.summary is None else "finished",

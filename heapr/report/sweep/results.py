@@ -180,10 +180,12 @@ def _pruning_costs(job: JobResult, quantity: str) -> list[float]:
 
 
 def _cost(job: JobResult, entry: Mapping[str, Any], quantity: str) -> float | None:
+    """Return what an artifact cost: by its manifest, else by the stage's entry if this job made it."""
     described = read_manifest(artifact_folder(job, entry))
     made: dict[str, Any] = {} if entry["cached"] else dict(entry)
     if described is not None:
         part = entry.get("part")
-        made |= described["parts"].get(part, {}) if part else described
+        of_part = described["parts"].get(part, {}) if part else described
+        made |= of_part
     value = made.get(quantity)
     return None if value is None else float(value)

@@ -30,6 +30,7 @@ from heapr.report.sweep.table_parts import GAP, NOT_MEASURED, Cell, Cells, Marks
 
 Measured = Sequence[float | None]  # by metric, in the order of the columns
 
+USUAL = ("ratio", "criterion")  # factors that have a column even if they are the same in all rows
 UNPRUNED, PUBLISHED, DIFFERENCE = "unpruned", "published", "difference"
 
 
@@ -83,9 +84,7 @@ class _Builder:
     def build(self) -> Table:
         """Build all rows, then the caption, which explains what occurs in them."""
         rows: list[Row] = []
-        models = dict.fromkeys(factor(job, "model") for job in self.jobs)
-        for model in models:
-            of_model = _having(self.groups, "model", model)
+        for of_model in _by_factor(self.groups, "model").values():
             rows += self._model_rows(of_model)
         factors = map(header, self.shown)
         labels = map(metrics.column_label, self.names)
@@ -97,22 +96,15 @@ class _Builder:
         return Table(self.entry.title, text, columns, tuple(rows), notes)
 
     def _model_rows(self, groups: Sequence[Group]) -> list[Row]:
-        """Build all rows of one model.
-
-        There is a rule between ratios, unless every ratio has a single row.
-        """
+        """Build all rows of one model: the unpruned one, then ratio after ratio."""
         done = [job for group in groups for job in group.done]
-        rows = self._dense_rows(done)
-        ratios = {factor(group.first, "ratio") for group in groups}
-        by_ratio = []
-        for ratio in sorted(ratios, key=in_order):
-            of_ratio = _having(groups, "ratio", ratio)
-            by_ratio.append(self._ratio_rows(of_ratio))
-        are_single = all(len(members) == 1 for members in by_ratio)
-        for number, members in enumerate(by_ratio):
-            has_rule = number == 0 or not are_single
-            rows += _with_rule(members) if has_rule else members
-        return rows
+        dense_rows = self._dense_rows(done)
+        groups_by_ratio = _by_factor(groups, "ratio")
+        rows_by_ratio = []
+        for ratio in sorted(groups_by_ratio, key=in_order):
+            rows = self._ratio_rows(groups_by_ratio[ratio])
+            rows_by_ratio.append(rows)
+        return dense_rows + _with_rules(rows_by_ratio)
 
     def _dense_rows(self, jobs: Jobs) -> list[Row]:
         """Build the unpruned model's row, if any of its metrics was measured.
@@ -145,7 +137,7 @@ class _Builder:
         model = show("model", factor(job, "model"))
         factors = [model if name == "model" else "" for name in self.shown]
         kind = UNPRUNED if is_first else f"{UNPRUNED} (job {job.number})"
-        labels = self._labels(factors, kind, job)
+        labels = self._labels(factors, kind)
         return Row(labels, tuple(cells), is_ours=True)
 
     def _ratio_rows(self, groups: Sequence[Group]) -> list[Row]:
@@ -171,7 +163,8 @@ class _Builder:
             cells.append(cell)
         factors = [show(name, factor(group.first, name)) for name in self.shown]
         marks = () if group.done else failures
-        labels = self._labels(factors, "", group.first, marks)
+        number = str(group.first.number)
+        labels = self._labels(factors, number=number, notes=marks)
         return Row(labels, tuple(cells), is_ours=True)
 
     def _text(self, group: Group, name: str) -> str:
@@ -188,8 +181,12 @@ class _Builder:
 
     def _failures(self, group: Group) -> Marks:
         """Return the notes that name a row's failed jobs and say why they failed."""
-        failed = [job for job in group.jobs if job.summary is None]
-        return tuple(self.notes.number(failure(job)) for job in failed)
+        numbers = []
+        for job in group.jobs:
+            if job.summary is None:
+                note = failure(job)
+                numbers.append(self.notes.number(note))
+        return tuple(numbers)
 
     def _remarks(self, group: Group, name: str, text: str) -> Marks:
         """Return the notes that say why shares are missing, where the text of the cell does not."""
@@ -235,34 +232,58 @@ class _Builder:
     def _row_beside(self, kind: str, cells: Sequence[Cell], notes: Marks = ()) -> Row:
         """Return a row below one of ours: it repeats no factor and no job."""
         blank = [""] * len(self.shown)
-        labels = self._labels(blank, kind, None, notes)
+        labels = self._labels(blank, kind, notes=notes)
         return Row(labels, tuple(cells), is_ours=False)
 
-    def _labels(self, factors: Sequence[str], kind: str, job: JobResult | None, notes: Marks = ()) -> Cells:
-        """Return the cells before the metrics: the job's number where rows need one, and the factors.
+    def _labels(
+        self, factors: Sequence[str], kind: str = "", *, number: str = "", notes: Marks = ()
+    ) -> Cells:
+        """Return the cells before the metrics.
 
-        The kind of a row joins its first factor other than the model.
+        Args:
+            factors: of the row, as text.
+            kind: of a row that is not one of ours; it joins the first factor other than the model.
+            number: of the job, for tables whose rows need it.
+            notes: beside the kind or that factor.
         """
         cells = [Cell(text) for text in factors]
         others = [place for place, name in enumerate(self.shown) if name != "model"]
         place = others[0] if others else 0
         texts = filter(None, (factors[place], kind))
-        cells[place] = Cell(", ".join(texts), notes)
-        if not self.is_numbered:
-            return tuple(cells)
-        number = "" if job is None or kind.startswith(UNPRUNED) else str(job.number)
-        return (Cell(number), *cells)
+        text = ", ".join(texts)
+        cells[place] = Cell(text, notes)
+        return (Cell(number), *cells) if self.is_numbered else tuple(cells)
 
 
 def _shown(jobs: Jobs, identifying: Sequence[str]) -> list[str]:
     """Return the factors that get a column: those that vary, else ratio and criterion, else the first."""
-    usual = [name for name in identifying if name in {"ratio", "criterion"}]
-    return varying(jobs, identifying) or usual or list(identifying[:1])
+    found = varying(jobs, identifying)
+    if found:
+        return found
+    usual = [name for name in identifying if name in USUAL]
+    return usual or list(identifying[:1])
 
 
-def _having(groups: Sequence[Group], name: str, value: Any) -> list[Group]:
-    """Return the groups whose factor has the value."""
-    return [group for group in groups if factor(group.first, name) == value]
+def _by_factor(groups: Sequence[Group], name: str) -> dict[Any, list[Group]]:
+    """Return the groups by the value of a factor, in order of appearance."""
+    by_value: dict[Any, list[Group]] = {}
+    for group in groups:
+        value = factor(group.first, name)
+        by_value.setdefault(value, []).append(group)
+    return by_value
+
+
+def _with_rules(rows_by_ratio: Sequence[list[Row]]) -> list[Row]:
+    """Join the rows of all ratios, with rules between them unless every ratio has a single row.
+
+    There is always a rule above the first.
+    """
+    are_single = all(len(rows) == 1 for rows in rows_by_ratio)
+    joined: list[Row] = []
+    for rows in rows_by_ratio:
+        has_rule = not joined or not are_single
+        joined += _with_rule(rows) if has_rule else rows
+    return joined
 
 
 def _with_rule(rows: Sequence[Row]) -> list[Row]:
