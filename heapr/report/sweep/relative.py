@@ -16,7 +16,7 @@ from heapr.report.sweep.doubt import explanation, is_doubtful
 from heapr.report.sweep.factors import selected, show
 from heapr.report.sweep.published_results import Numbers
 from heapr.report.sweep.report_layout import Entry
-from heapr.report.sweep.results import Jobs
+from heapr.report.sweep.results import JobResult, Jobs
 from heapr.report.sweep.scales import ratio_axis, scale_with_zero, share_logarithmic
 from heapr.report.sweep.series import Point, Series, by_model, series_of
 from heapr.report.sweep.shares import Remarks, share_name, with_shares
@@ -48,10 +48,7 @@ def relative_curve(entry: Entry, jobs: Jobs, published: Numbers) -> list[Drawing
     """
     shared, remarks = with_shares(entry, jobs)
     columns = list(map(share_name, entry.metrics))
-    chosen = selected(shared, entry.where)
-    baselines = selected(chosen, entry.baseline)
-    numbers = {job.number for job in baselines}
-    others = [job for job in chosen if job.number not in numbers]
+    others = _others(entry, shared)
     drawings = []
     for model, of_model in by_model(others):
         all_series = series_of(of_model, entry, x="ratio")
@@ -62,6 +59,14 @@ def relative_curve(entry: Entry, jobs: Jobs, published: Numbers) -> list[Drawing
         missing = " ".join(sentences)
         drawings.append(Drawing(figure, model, missing))
     return drawings
+
+
+def _others(entry: Entry, jobs: Jobs) -> list[JobResult]:
+    """Return the jobs that the entry selects, without the baselines, whose shares are 1."""
+    chosen = selected(jobs, entry.where)
+    baselines = selected(chosen, entry.baseline)
+    numbers = {job.number for job in baselines}
+    return [job for job in chosen if job.number not in numbers]
 
 
 def _figure(entry: Entry, jobs: Jobs, all_series: Sequence[Series], columns: Sequence[str]) -> Figure:
