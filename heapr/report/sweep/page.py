@@ -134,11 +134,21 @@ def _parts(parts: Sequence[Table | Picture]) -> list[str]:
 
 
 def _figure(picture: Picture) -> str:
-    drawing = inline_svg(picture.files[0].read_text(encoding="utf-8")) if picture.files else ""
-    links = " ".join(f'<a href="{quote(path.name)}">{path.suffix[1:].upper()}</a>' for path in picture.files)
-    parts = [html.escape(picture.about), html.escape(picture.missing), links]
-    caption = " ".join(filter(None, parts))
+    """Return a drawing with what it shows, what is missing in it, and links to its files."""
+    drawing = ""
+    if picture.files:
+        svg, *_ = picture.files
+        drawing = inline_svg(svg.read_text(encoding="utf-8"))
+    about = html.escape(picture.about)
+    missing = html.escape(picture.missing)
+    links = map(_link_to_file, picture.files)
+    caption = " ".join(filter(None, (about, missing, *links)))
     return f"<figure>\n{drawing}\n<figcaption>{caption}</figcaption>\n</figure>\n"
+
+
+def _link_to_file(path: Path) -> str:
+    kind = path.suffix.removeprefix(".").upper()
+    return f'<a href="{quote(path.name)}">{kind}</a>'
 
 
 def _failures(jobs: Jobs) -> str:
@@ -189,10 +199,12 @@ def _stages(jobs: Jobs, folder: Path) -> str:
 
 
 def _stage_row(stage: Mapping[str, Any], link: str) -> str:
-    what = html.escape(f"{stage['stage']} {stage.get('what', '')}".strip())
+    """Return a row of a job's stages; its artifact is a link."""
+    what = f"{stage['stage']} {stage.get('what', '')}".strip()
+    key = html.escape(stage["key"])
+    artifact = f'<a class=local href="{link}">{key}</a>'
     seconds = "cached" if stage["cached"] else f"{stage['seconds']:.1f}"
-    artifact = f'<a class=local href="{link}">{html.escape(stage["key"])}</a>'
-    return f"<tr><td>{what}</td><td>{artifact}</td><td>{seconds}</td></tr>"
+    return f"<tr><td>{html.escape(what)}</td><td>{artifact}</td><td>{seconds}</td></tr>"
 
 
 def _common(jobs: Jobs) -> str:
@@ -204,7 +216,9 @@ def _common(jobs: Jobs) -> str:
     rows = []
     for path, value in configs[0].items():
         if path not in apart:
-            rows.append(f"<tr><td>{html.escape(path)}</td><td>{html.escape(str(value))}</td></tr>")
+            name = html.escape(path)
+            text = html.escape(str(value))
+            rows.append(f"<tr><td>{name}</td><td>{text}</td></tr>")
     table = f"<table class=plain><tbody>{''.join(rows)}</tbody></table>"
     return f"<h2>Configuration</h2>\n<details><summary>What all jobs have in common</summary>\n{table}</details>\n"
 

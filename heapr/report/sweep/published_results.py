@@ -138,7 +138,8 @@ def _fitting(numbers: Numbers, job: JobResult, metric: str, method: tuple[str, s
     """Yield the numbers of a job's model, of a metric and a method, at any ratio."""
     names = {_plain(name) for name in model_names(job)}
     for number in numbers:
-        if number.metric == metric and number.method == method and _plain(number.model) in names:
+        is_of_model = _plain(number.model) in names
+        if is_of_model and number.metric == metric and number.method == method:
             yield number
 
 
