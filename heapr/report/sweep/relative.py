@@ -142,17 +142,22 @@ def _percentages(series: Series, points: Sequence[Point]) -> list[float]:
 
 def _finish(axes: Sequence[Axes], entry: Entry) -> None:
     """Add the labels and the baseline's line, and choose the scale: one for the shares of all panels."""
-    values = [show(name, value) for name, value in entry.baseline.items()]
-    line_label = f"{' '.join(values)} (baseline)"
     of_shares = []
     for axis, metric in zip(axes, entry.metrics, strict=True):
         column = share_name(metric)
         if column == metric:
-            axis.set_ylabel(metrics.axis_label(metric))
-            continue
-        axis.axhline(1.0, label=line_label, zorder=1.5, **DENSE_LINE)
-        label = metrics.label(column)
-        axis.set_ylabel(label.replace(", ", ",\n"))
-        of_shares.append(axis)
+            label = metrics.axis_label(metric)
+        else:
+            label = metrics.label(column).replace(", ", ",\n")
+            _baseline_line(axis, entry)
+            of_shares.append(axis)
+        axis.set_ylabel(label)
     if not share_logarithmic(of_shares, least_span=LEAST_SPAN):
         scale_with_zero(of_shares, least_span=LEAST_SPAN)
+
+
+def _baseline_line(axis: Axes, entry: Entry) -> None:
+    """Draw the baseline, whose shares are 1, with the values that make it the baseline as its label."""
+    values = [show(name, value) for name, value in entry.baseline.items()]
+    name = " ".join(values)
+    axis.axhline(1.0, label=f"{name} (baseline)", zorder=1.5, **DENSE_LINE)
