@@ -5,7 +5,6 @@ In: an entry of the layout and the jobs of a sweep. Out: a table, or drawings.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from heapr.report.sweep.report_layout import Entry
 from heapr.report.sweep.results import JobResult, Jobs
 from heapr.report.sweep.scales import ratio_axis, scale_with_zero, share_logarithmic
 from heapr.report.sweep.series import Point, Series, by_model, series_of
-from heapr.report.sweep.shares import Remarks, share_name, with_shares
+from heapr.report.sweep.shares import Remarks, columns_of, share_name, with_shares
 from heapr.report.sweep.style import DENSE_LINE, HOLLOW, legend_above, look, panels
 from heapr.report.sweep.table import build_table
 from heapr.report.sweep.table_parts import Table
@@ -36,8 +35,7 @@ HOLLOW_IN_LEGEND: dict[str, Any] = {"color": "grey", "marker": "o", **HOLLOW_POI
 def relative_table(entry: Entry, jobs: Jobs, published: Numbers) -> Table:
     """Build a table of shares; a job without a baseline is a gap with a note."""
     shared, remarks = with_shares(entry, jobs)
-    columns = map(share_name, entry.metrics)
-    of_shares = replace(entry, metrics=tuple(columns))
+    of_shares = replace(entry, metrics=columns_of(entry))
     return build_table(of_shares, shared, (), remarks)
 
 
@@ -47,7 +45,7 @@ def relative_curve(entry: Entry, jobs: Jobs, published: Numbers) -> list[Drawing
     Every model has a figure of its own.
     """
     shared, remarks = with_shares(entry, jobs)
-    columns = list(map(share_name, entry.metrics))
+    columns = columns_of(entry)
     others = _others(entry, shared)
     drawings = []
     for model, of_model in by_model(others):
@@ -73,7 +71,7 @@ def _figure(entry: Entry, jobs: Jobs, all_series: Sequence[Series], columns: Seq
     """Draw a panel for each column; the legend lists the lines from the highest to the lowest."""
     figure, axes = panels(len(columns), height=1.75, sharex=True)
     first_column = columns[0]
-    heights = [_height(series, first_column) for series in all_series]
+    heights = [series.mean(first_column) for series in all_series]
     # A line keeps its number, and so its look, wherever it stands.
     numbers = range(len(all_series))
     from_the_highest = sorted(numbers, key=heights.__getitem__, reverse=True)
@@ -103,17 +101,11 @@ def _hollow(all_series: Sequence[Series], columns: Sequence[str]) -> str:
     return explanation(points, columns, mark="Hollow")
 
 
-def _height(series: Series, metric: str) -> float:
-    """Return the mean of a line; 0 if it has no points."""
-    means = [point.mean for point in series.values(metric)]
-    return statistics.fmean(means) if means else 0.0
-
-
 def _line(axis: Axes, series: Series, metric: str, number: int) -> None:
     """Draw a line of shares, with hollow marks where the baseline's increase may be chance."""
     how = look(number)
     points = series.values(metric)
-    xs = _percentages(series, points)
+    xs = series.percentages(points)
     draw_line(axis, xs, points, series.label, how)
     doubtful = []
     for point in points:
@@ -126,18 +118,12 @@ def _line(axis: Axes, series: Series, metric: str, number: int) -> None:
 
 def _hollow_marks(axis: Axes, series: Series, points: Sequence[Point], how: dict[str, Any]) -> None:
     """Make points of a line hollow, and say in the legend what that means."""
-    xs = _percentages(series, points)
+    xs = series.percentages(points)
     means = [point.mean for point in points]
     hollow = how | HOLLOW_POINT
     axis.plot(xs, means, zorder=3, **hollow)
     # Nothing is drawn: the legend has one entry, whatever the colours of the lines.
     axis.plot([], [], label=HOLLOW, **HOLLOW_IN_LEGEND)
-
-
-def _percentages(series: Series, points: Sequence[Point]) -> list[float]:
-    """Return how much was asked to be removed at each point."""
-    ratios = series.factors(points, "ratio")
-    return [100 * ratio for ratio in ratios]
 
 
 def _finish(axes: Sequence[Axes], entry: Entry) -> None:

@@ -54,6 +54,16 @@ class Series:
         """Return the value of a factor at each of some points."""
         return [factor(self.points[point.number][0], name) for point in points]
 
+    def percentages(self, points: Sequence[Point]) -> list[float]:
+        """Return how much was asked to be removed at each of some points."""
+        ratios = self.factors(points, "ratio")
+        return [100 * ratio for ratio in ratios]
+
+    def mean(self, metric: str) -> float:
+        """Return the mean of the line; 0 if it has no points."""
+        means = [point.mean for point in self.values(metric)]
+        return statistics.fmean(means) if means else 0.0
+
 
 def by_model(jobs: Jobs) -> list[tuple[str, list[JobResult]]]:
     """Return the finished jobs of each model, with the model's name if there are several models."""

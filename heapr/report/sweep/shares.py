@@ -33,6 +33,11 @@ def share_name(metric: str) -> str:
     return f"{SHARE}/{metric}" if metric.partition("/")[0] in metrics.COMPARED else metric
 
 
+def columns_of(entry: Entry) -> tuple[str, ...]:
+    """Return the names of the shares of an entry's metrics, in order."""
+    return tuple(share_name(metric) for metric in entry.metrics)
+
+
 def with_shares(entry: Entry, jobs: Jobs, prefix: str = SHARE) -> tuple[list[JobResult], Remarks]:
     """Add shares of the entry's metrics to the jobs that have a baseline.
 
