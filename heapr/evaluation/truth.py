@@ -182,7 +182,8 @@ class Truth:
 
 def _without(model: MoEModel, removed: Mapping[int, Tensor], span: Span) -> AbstractContextManager[None]:
     """The model without some atomic experts, in the layers of a span."""
-    return masked(model, {index: removed_EF for index, removed_EF in removed.items() if index in span})
+    of_span = {index: removed_EF for index, removed_EF in removed.items() if index in span}
+    return masked(model, of_span)
 
 
 def quantile_groups(
@@ -227,7 +228,8 @@ def _removed_of_layers(removed: Tensor, scores: Scores) -> dict[int, Tensor]:
 
 def _correlations(rows: list[dict[str, float]]) -> Metrics:
     def column(name: str) -> Tensor:
-        return torch.tensor([row[name] for row in rows], dtype=torch.float64)
+        values = [row[name] for row in rows]
+        return torch.tensor(values, dtype=torch.float64)
 
     measured = column("measured_increase")
     found: dict[str, float | None] = {}

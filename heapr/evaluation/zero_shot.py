@@ -20,13 +20,8 @@ from annotated_types import Ge
 from heapr.errors import ConfigError
 from heapr.evaluation import zero_shot_local
 from heapr.evaluation.measurement import Material, Need
-from heapr.evaluation.zero_shot_engine import (
-    LoadedTask,
-    check_end_token,
-    evaluate_task,
-    generates_text,
-    load_task,
-)
+from heapr.evaluation.zero_shot_engine import evaluate_task
+from heapr.evaluation.zero_shot_tasks import LoadedTask, check_end_token, generates_text, load_task
 from heapr.files import hash_files, user_path
 from heapr.model.load import ModelSource
 from heapr.types import Evaluation, Metrics

@@ -179,12 +179,13 @@ def _run(
     from heapr.sweep.launch import launch, new_folder
     from heapr.tracking.values import log_sweep_summary
 
+    overrides = [list(job) for job in jobs]
     record = Record(
         experiment=definition.name,
         version=request.version,
         command=request.command,
         date=f"{datetime.now():%Y-%m-%d}",
-        jobs=[list(job) for job in jobs],
+        jobs=overrides,
         waves=waves,
         title=definition.title,
         report=definition.layout(request.version),

@@ -58,7 +58,8 @@ class Definition:
 
 
 def experiment_names(experiments: Path) -> list[str]:
-    return sorted(path.parent.name for path in experiments.glob(f"*/{FILE}"))
+    files = experiments.glob(f"*/{FILE}")
+    return sorted(file.parent.name for file in files)
 
 
 def load_definition(experiments: Path, name: str) -> Definition:
@@ -81,7 +82,8 @@ def load_definition(experiments: Path, name: str) -> Definition:
     missing = [key for key in fields[:5] if not content.get(key)]
     if missing:
         raise ConfigError(f"experiments/{name}/{FILE} lacks {', '.join(missing)}")
-    return Definition(**{str(key): value for key, value in content.items()})
+    given = {str(key): value for key, value in content.items()}
+    return Definition(**given)
 
 
 def make_jobs(definition: Definition, overrides: Sequence[str], *, baselines: bool = False) -> list[Job]:
@@ -117,8 +119,8 @@ def make_jobs(definition: Definition, overrides: Sequence[str], *, baselines: bo
     if definition.jobs and not any("pruning.save_checkpoint" in job for job in jobs):
         # A checkpoint of the paper's models takes tens of gigabytes.
         jobs = [job | {"pruning.save_checkpoint": "false"} for job in jobs]
-    texts = [tuple(_text(key, value) for key, value in job.items()) for job in jobs]
-    return list(dict.fromkeys(texts))
+    unique = dict.fromkeys(map(_overrides_of, jobs))
+    return list(unique)
 
 
 def is_tiny(overrides: Sequence[str]) -> bool:
@@ -135,7 +137,8 @@ def grid(block: Block) -> list[dict[str, str]]:
     choices = []
     for override in _parse(block):
         key = override.get_key_element()
-        choices.append([(key, value) for value in _values(override)])
+        choice = [(key, value) for value in _values(override)]
+        choices.append(choice)
     return [dict(combination) for combination in itertools.product(*choices)]
 
 
@@ -150,5 +153,11 @@ def _values(override: Override) -> list[str]:
     return [override.get_value_element_as_str()]
 
 
+def _overrides_of(values: Mapping[str, str]) -> Job:
+    """Return a job's values, by key, as overrides."""
+    return tuple(_text(key, value) for key, value in values.items())
+
+
 def _text(key: str, value: str) -> str:
-    return key if key.startswith("~") and not value else f"{key}={value}"
+    is_deletion = key.startswith("~") and not value
+    return key if is_deletion else f"{key}={value}"

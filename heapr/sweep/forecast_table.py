@@ -30,7 +30,8 @@ def print_forecast(
         waves: numbers of the jobs that start together, if a launcher runs them side by side.
         console: to print on; standard output by default.
     """
-    common = common_overrides([job.overrides for job in forecast.jobs])
+    overrides = [job.overrides for job in forecast.jobs]
+    common = common_overrides(overrides)
     console = console or open_console()
     print_lines(console, title, style="bold")
     if common:
@@ -40,11 +41,12 @@ def print_forecast(
         print_lines(console, problem, style="yellow")
     print_lines(console, _what_is_left(forecast))
     if len(waves) > 1:
-        first = ", ".join(str(number) for number in waves[0])
+        first, second = waves[:2]
+        numbers = ", ".join(map(str, first))
         print_lines(
             console,
-            f"in {len(waves)} waves: job {first} first, which makes what others share, then the other"
-            f" {len(waves[1])}",
+            f"in {len(waves)} waves: job {numbers} first, which makes what others share, then the other"
+            f" {len(second)}",
         )
 
 

@@ -16,7 +16,12 @@ from heapr.sweep.definition import is_tiny
 from heapr.words import did_you_mean
 
 SWITCHES = ("report_only", "results", "baselines")
+DRY_RUN = "--dry-run"
 LAUNCHER = "hydra/launcher="  # what launcher= stands for
+OF_HYDRA = ("hydra.", "hydra/", "+hydra.")  # beginnings of overrides of Hydra itself
+# Our own keys, and all options as they are listed for a reader.
+KEYS = ("experiment", "report_dir", "launcher", *SWITCHES)
+KNOWN = [DRY_RUN, "--help", *(f"{key}=" for key in KEYS)]
 
 
 @dataclass(frozen=True)
@@ -66,47 +71,59 @@ def read_request(arguments: Sequence[str], experiments: Sequence[str]) -> Reques
     Raises:
         ConfigError: an argument is unknown, or arguments contradict each other.
     """
-    own: dict[str, str] = {}
-    rest: list[str] = []
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key in ("experiment", "report_dir", *SWITCHES):
-            own[key] = value
-        elif key == "launcher":
-            rest.append(f"{LAUNCHER}{value}")
-        elif argument != "--dry-run":
-            rest.append(argument)
+    own, rest = _sort(arguments)
     for argument in rest:
-        if argument.startswith("-") or ("=" not in argument and not argument.startswith("~")):
-            keys = ("experiment", "report_dir", "launcher", *SWITCHES)
-            known = ["--dry-run", "--help", *(f"{key}=" for key in keys)]
-            hint = did_you_mean(argument, known)
-            raise ConfigError(
-                f"'{argument}' is neither an override (key=value) nor an option; {hint}options:"
-                f" {', '.join(known)}"
-            )
-        if argument.startswith("dry_run="):
-            raise ConfigError(
-                f"'{argument}' is for a single run; give --dry-run to see what a sweep would do"
-            )
+        _check_override(argument)
+    dry_run = DRY_RUN in arguments
     if ("experiment" in own) == ("report_dir" in own):
         raise ConfigError(
             f"give either experiment=<name> or report_dir=<folder>; experiments: {', '.join(experiments)}"
         )
-    if "report_dir" in own and (rest or len(own) > 1 or "--dry-run" in arguments):
+    if "report_dir" in own and (rest or len(own) > 1 or dry_run):
         raise ConfigError(
             "report_dir=<folder> takes no other arguments: a report is made from what is in the folder"
         )
-    settings = tuple(argument for argument in rest if argument.startswith(("hydra.", "hydra/", "+hydra.")))
+    settings = [argument for argument in rest if argument.startswith(OF_HYDRA)]
+    overrides = [argument for argument in rest if argument not in settings]
+    report_dir = user_path(own["report_dir"]) if "report_dir" in own else None
+    switches = {key: _switch(key, own.get(key, "false")) for key in SWITCHES}
     return Request(
         experiment=own.get("experiment"),
-        report_dir=user_path(own["report_dir"]) if "report_dir" in own else None,
-        dry_run="--dry-run" in arguments,
-        overrides=tuple(argument for argument in rest if argument not in settings),
-        settings=settings,
+        report_dir=report_dir,
+        dry_run=dry_run,
+        overrides=tuple(overrides),
+        settings=tuple(settings),
         command=shlex.join(["python", "sweep.py", *arguments]),
-        **{key: _switch(key, own.get(key, "false")) for key in SWITCHES},
+        **switches,
     )
+
+
+def _sort(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Return the values of our own options by key, and all other arguments; --dry-run is in neither."""
+    own: dict[str, str] = {}
+    rest: list[str] = []
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key == "launcher":
+            rest.append(f"{LAUNCHER}{value}")
+        elif key in KEYS:
+            own[key] = value
+        elif argument != DRY_RUN:
+            rest.append(argument)
+    return own, rest
+
+
+def _check_override(argument: str) -> None:
+    """Refuse what is no override of a sweep's jobs."""
+    is_override = "=" in argument or argument.startswith("~")
+    if argument.startswith("-") or not is_override:
+        hint = did_you_mean(argument, KNOWN)
+        raise ConfigError(
+            f"'{argument}' is neither an override (key=value) nor an option; {hint}options:"
+            f" {', '.join(KNOWN)}"
+        )
+    if argument.startswith("dry_run="):
+        raise ConfigError(f"'{argument}' is for a single run; give --dry-run to see what a sweep would do")
 
 
 def _switch(key: str, value: str) -> bool:

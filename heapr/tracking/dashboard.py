@@ -20,6 +20,8 @@ from heapr.words import first_line
 
 MODEL, CRITERION = "labels.model", "labels.criterion"  # in a run's configuration
 QUALITY = ("perplexity/", "accuracy/", "kl_to_dense/")  # beginnings of the names that are compared
+TABLES = ("comparison", "layers")
+PROGRESS = ("calibration/loss", "calibration/tokens_per_second")
 EFFICIENCY = ("parameters_removed_ratio", "flops_removed_ratio")
 
 
@@ -92,39 +94,47 @@ def build_dashboard(entity: str, project: str, names: Sequence[str]) -> Any:
         ConfigError: there is nothing to compare.
     """
     import wandb_workspaces.workspaces as ws
-    from wandb_workspaces.reports.v2 import MediaBrowser, RunComparer, WeavePanelSummaryTable
 
     metrics = [name for name in names if name.startswith(QUALITY)]
     if not metrics:
         raise ConfigError(
             f"no run of '{entity}/{project}' has metrics yet; run experiments with tracking=wandb first"
         )
-    lines = [_line(metric, RATIO, "share of atomic experts removed", group=CRITERION) for metric in metrics]
-    tables = [WeavePanelSummaryTable(table_name=name) for name in ("comparison", "layers")]
-    progress = [
-        _line(name, NUM_TOKENS, "tokens", group=MODEL)
-        for name in ("calibration/loss", "calibration/tokens_per_second")
-    ]
-    images = [MediaBrowser(title=name, media_keys=[name]) for name in names if name.startswith(FIGURES)]
+    runset = ws.RunsetSettings(groupby=[ws.Config(MODEL), ws.Config(CRITERION)])
     return ws.Workspace(
         entity=entity,
         project=project,
         name="Ratios and criteria",
-        sections=[
-            ws.Section(name="Quality by ratio", panels=lines, is_open=True),
-            ws.Section(name="Quality by what is saved", panels=_scatters(metrics), is_open=True),
-            ws.Section(
-                name="Tables",
-                panels=tables,
-                is_open=True,
-                layout_settings=ws.SectionLayoutSettings(columns=1, rows=2),
-            ),
-            ws.Section(name="Figures", panels=images),
-            ws.Section(name="Calibration", panels=progress),
-            ws.Section(name="Configurations", panels=[RunComparer(diff_only="split")]),
-        ],
-        runset_settings=ws.RunsetSettings(groupby=[ws.Config(MODEL), ws.Config(CRITERION)]),
+        sections=_sections(names, metrics),
+        runset_settings=runset,
     )
+
+
+def _sections(names: Sequence[str], metrics: Sequence[str]) -> list[Any]:
+    """Return the sections of the workspace, from the metrics to how runs were configured.
+
+    Args:
+        names: of everything that is logged.
+        metrics: those of them that are compared.
+    """
+    import wandb_workspaces.workspaces as ws
+    from wandb_workspaces.reports.v2 import MediaBrowser, RunComparer, WeavePanelSummaryTable
+
+    lines = [_line(metric, RATIO, "share of atomic experts removed", group=CRITERION) for metric in metrics]
+    tables = [WeavePanelSummaryTable(table_name=name) for name in TABLES]
+    one_above_the_other = ws.SectionLayoutSettings(columns=1, rows=2)
+    figures = [name for name in names if name.startswith(FIGURES)]
+    images = [MediaBrowser(title=name, media_keys=[name]) for name in figures]
+    progress = [_line(name, NUM_TOKENS, "tokens", group=MODEL) for name in PROGRESS]
+    configurations = RunComparer(diff_only="split")
+    return [
+        ws.Section(name="Quality by ratio", panels=lines, is_open=True),
+        ws.Section(name="Quality by what is saved", panels=_scatters(metrics), is_open=True),
+        ws.Section(name="Tables", panels=tables, is_open=True, layout_settings=one_above_the_other),
+        ws.Section(name="Figures", panels=images),
+        ws.Section(name="Calibration", panels=progress),
+        ws.Section(name="Configurations", panels=[configurations]),
+    ]
 
 
 def _line(metric: str, axis: str, title: str, *, group: str) -> Any:

@@ -65,20 +65,22 @@ def layer_table(layers: Iterable[Mapping[str, Any]]) -> Table:
     Args:
         layers: as returned by `heapr.evaluation.routing.layer_routing`.
     """
-    rows = [
-        [
-            layer["layer"],
-            layer["layer_kept_ratio"],
-            sum(layer["widths_before"]),
-            sum(layer["widths"]),
-            min(layer["widths"]),
-            max(layer["widths"]),
-            sum(width == 0 for width in layer["widths"]),
-            max(layer["routing_frequency"]),
-        ]
-        for layer in layers
-    ]
+    rows = [_layer_row(layer) for layer in layers]
     return Table(LAYER_COLUMNS, rows)
+
+
+def _layer_row(layer: Mapping[str, Any]) -> list[Any]:
+    widths = list(layer["widths"])
+    return [
+        layer["layer"],
+        layer["layer_kept_ratio"],
+        sum(layer["widths_before"]),
+        sum(widths),
+        min(widths),
+        max(widths),
+        widths.count(0),
+        max(layer["routing_frequency"]),
+    ]
 
 
 def figures(paths: Iterable[Path]) -> dict[str, Image]:

@@ -105,11 +105,12 @@ class Wandb:
             logger.info("wandb keeps on disk what is not sent yet; to send it later: wandb sync %s", folder)
 
     def _log_row(self, row: dict[str, Any]) -> None:
-        axis = next((name for name in AXES if name in row), None)
-        for name in row:
-            if axis is not None and name not in self._defined:
+        axes = [name for name in AXES if name in row]
+        undefined = [name for name in row if name not in self._defined]
+        if axes:
+            for name in undefined:
                 self._defined.add(name)
-                self._run.define_metric(name, step_metric=axis)
+                self._run.define_metric(name, step_metric=axes[0])
         if RATIO in row:
             # wandb takes a dot in the name of an axis for a nested value.
             section, field = RATIO.split(".")
@@ -126,7 +127,8 @@ class Wandb:
                     self._log_folder(folder)
                 others = {name: value for name, value in values.items() if not isinstance(value, Folder)}
                 if others:
-                    self._run.log({name: _converted(value) for name, value in others.items()})
+                    converted = {name: _converted(value) for name, value in others.items()}
+                    self._run.log(converted)
         except Exception as error:
             self._warn(error)
 

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from heapr.errors import ConfigError
-from heapr.evaluation import zero_shot_engine, zero_shot_local
+from heapr.evaluation import zero_shot_engine, zero_shot_local, zero_shot_tasks
 from heapr.evaluation.zero_shot import ZeroShot, average_accuracy
 from heapr.model.moe import MoEModel
 from heapr.plugins import build
@@ -295,8 +295,8 @@ def test_data_that_are_not_here_are_named_at_once() -> None:
 
 def test_an_unknown_task_is_refused_with_suggestions(sums: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # All of lm-eval's take long to read.
-    only_the_papers = zero_shot_engine._task_manager(sums, "content", everything=False)
-    monkeypatch.setattr(zero_shot_engine, "_task_manager", lambda *_, everything: only_the_papers)
+    only_the_papers = zero_shot_tasks._task_manager(sums, "content", everything=False)
+    monkeypatch.setattr(zero_shot_tasks, "_task_manager", lambda *_, everything: only_the_papers)
     for task, message in {
         "piqua": "did you mean piqa",
         "sum": "did you mean sums",

@@ -26,6 +26,7 @@ $loading
 layer); `heapr` in `config.json` says what was done and to which weights.
 """)
 ROW = re.compile(r"^\| ([^|\s]+) \| ([^|]+ \| [^|]+) \|$", re.MULTILINE)
+TABLE_HEAD = "| | dense | pruned |\n|---|---|---|\n"
 UNITS = {"atomic_experts": "atomic experts", "flops": "experts' FLOPs"}  # what the ratio is a share of
 WITH_MODELLING_FILE = """ has a width of its own, so the model needs the modelling file beside the weights,
 which imports torch and transformers alone. It runs with transformers 5.16 and newer (tried: 5.16 to 5.23):
@@ -119,13 +120,20 @@ def _beyond(about: Mapping[str, Any]) -> str:
 
 def _table(metrics: Mapping[str, Mapping[str, float]], previous: str) -> str:
     """Return dense beside pruned, for every metric that was measured on both."""
-    dense, pruned = metrics.get("dense", {}), metrics.get("pruned", {})
+    dense = metrics.get("dense", {})
+    pruned = metrics.get("pruned", {})
     rows = dict(ROW.findall(previous))
-    # A row of two zeros is left out.
-    measured = [name for name in dense if name in pruned and (dense[name] or pruned[name])]
-    rows |= {name: f"{_number(dense[name])} | {_number(pruned[name])}" for name in measured}
+    in_both = [name for name in dense if name in pruned]
+    for name in in_both:
+        before = dense[name]
+        after = pruned[name]
+        # A row of two zeros is left out.
+        if before or after:
+            rows[name] = f"{_number(before)} | {_number(after)}"
+    if not rows:
+        return ""
     lines = [f"| {name} | {numbers} |\n" for name, numbers in rows.items()]
-    return "| | dense | pruned |\n|---|---|---|\n" + "".join(lines) if lines else ""
+    return TABLE_HEAD + "".join(lines)
 
 
 def _number(value: float) -> str:

@@ -17,6 +17,8 @@ from heapr.artifacts import CHECKPOINT
 from heapr.report.terminal import open_console, print_lines
 from heapr.words import step_title
 
+Numbers = Mapping[str, float]  # metrics by name
+
 # From a size of the model to the name of its share removed.
 SIZE_ROWS = {
     "parameters": "parameters_removed_ratio",
@@ -35,6 +37,7 @@ COMPARISON_ROWS = {
     "truth/spearman": "{:.3f}",
     "truth/pearson": "{:.3f}",
 }
+AVERAGE = "accuracy/average"
 SPEED_ROWS = ("prefill_tokens_per_second", "decode_tokens_per_second")
 # From the forward that the experts use to its contestants (heapr/evaluation/throughput.py): dense and pruned.
 FORWARDS = {
@@ -64,53 +67,80 @@ def print_summary(summary: Mapping[str, Any], run_folder: str, console: Console 
     print_lines(console, "\n".join(places))
 
 
-def _metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> Table:
+def _metrics_table(metrics: Mapping[str, Numbers]) -> Table:
     table = Table("dense vs. pruned", "dense", "pruned", "change", box=SIMPLE_HEAD)
     for column in table.columns[1:]:
         column.justify = "right"
     _add_models(table, metrics["dense"], metrics["pruned"], metrics["size"])
     _add_comparison(table, metrics["comparison"])
     if not table.rows:
-        table.add_row("atomic experts", "", "", f"{-metrics['size']['atomic_experts_removed_ratio']:+.1%}")
+        removed = metrics["size"]["atomic_experts_removed_ratio"]
+        table.add_row("atomic experts", "", "", _change(-removed))
     return table
 
 
-def _add_models(
-    table: Table, dense: Mapping[str, float], pruned: Mapping[str, float], size: Mapping[str, float]
-) -> None:
-    for name in dense:
-        if name.startswith("perplexity/"):
-            before, after = dense[name], pruned[name]
-            table.add_row(name, f"{before:.2f}", f"{after:.2f}", f"{after / before - 1:+.1%}")
-    accuracies = [name for name in dense if name.startswith("accuracy/")]
-    if len(accuracies) <= 2 and "accuracy/average" in accuracies:
-        # The average of one task is that task's accuracy.
-        accuracies.remove("accuracy/average")
-    for name in accuracies:
-        before, after = dense[name], pruned[name]
-        table.add_row(name, f"{before:.2%}", f"{after:.2%}", f"{100 * (after - before):+.2f} points")
+def _add_models(table: Table, dense: Numbers, pruned: Numbers, size: Numbers) -> None:
+    """Add the metrics that both models have: perplexities, accuracies, then sizes."""
+    perplexities = [name for name in dense if name.startswith("perplexity/")]
+    for name in perplexities:
+        before = dense[name]
+        after = pruned[name]
+        change = after / before - 1
+        table.add_row(name, f"{before:.2f}", f"{after:.2f}", _change(change))
+    for name in _accuracies(dense):
+        before = dense[name]
+        after = pruned[name]
+        points = 100 * (after - before)
+        table.add_row(name, f"{before:.2%}", f"{after:.2%}", f"{points:+.2f} points")
+    _add_sizes(table, dense, pruned, size)
+
+
+def _add_sizes(table: Table, dense: Numbers, pruned: Numbers, size: Numbers) -> None:
+    """Add sizes with their change, and below the parameters how many of them are zeros."""
     for name, ratio in SIZE_ROWS.items():
         if name in dense:
+            before = _count(dense[name])
+            after = _count(pruned[name])
             # A difference, so that nothing removed is +0.0% and not -0.0%.
             change = 0.0 - size[ratio]
-            table.add_row(name, f"{dense[name]:,.0f}", f"{pruned[name]:,.0f}", f"{change:+.1%}")
+            table.add_row(name, before, after, _change(change))
         if name == "parameters" and pruned.get(ZEROS):
-            table.add_row(ZEROS, f"{dense.get(ZEROS, 0):,.0f}", f"{pruned[ZEROS]:,.0f}", "of these")
+            before = _count(dense.get(ZEROS, 0))
+            after = _count(pruned[ZEROS])
+            table.add_row(ZEROS, before, after, "of these")
 
 
-def _add_comparison(table: Table, comparison: Mapping[str, float]) -> None:
+def _accuracies(dense: Numbers) -> list[str]:
+    """Return the names of the accuracies; the average of one task is that task's accuracy."""
+    names = [name for name in dense if name.startswith("accuracy/")]
+    num_tasks = len(names) - names.count(AVERAGE)
+    return names if num_tasks > 1 else [name for name in names if name != AVERAGE]
+
+
+def _add_comparison(table: Table, comparison: Numbers) -> None:
+    """Add speeds of both models by the forward that the experts use, then distances between the models."""
     for name in SPEED_ROWS:
         for forward, (dense_contestant, pruned_contestant) in FORWARDS.items():
             dense = comparison.get(f"{name}/{dense_contestant}")
             # A ragged model has no other forward than the loop.
-            pruned = comparison.get(f"{name}/{pruned_contestant}") or comparison.get(f"{name}/pruned")
+            loop = comparison.get(f"{name}/pruned")
+            pruned = comparison.get(f"{name}/{pruned_contestant}") or loop
             if dense and pruned:
-                change = f"{pruned / dense - 1:+.1%}"
-                table.add_row(f"{name}, {forward}", f"{dense:,.0f}", f"{pruned:,.0f}", change)
+                change = pruned / dense - 1
+                table.add_row(f"{name}, {forward}", _count(dense), _count(pruned), _change(change))
     for beginning, form in COMPARISON_ROWS.items():
-        for name in comparison:
-            if name.startswith(beginning):
-                table.add_row(name, "", form.format(comparison[name]), "")
+        names = [name for name in comparison if name.startswith(beginning)]
+        for name in names:
+            number = form.format(comparison[name])
+            table.add_row(name, "", number, "")
+
+
+def _count(number: float) -> str:
+    return f"{number:,.0f}"
+
+
+def _change(share: float) -> str:
+    return f"{share:+.1%}"
 
 
 def _stages_table(stages: list[Mapping[str, Any]]) -> Table:
@@ -121,11 +151,12 @@ def _stages_table(stages: list[Mapping[str, Any]]) -> Table:
     table.add_column("peak memory", justify="right")
     table.add_column("artifact", no_wrap=True)
     for stage in stages:
-        name = step_title(stage["stage"], stage["what"])
+        title = step_title(stage["stage"], stage["what"])
         seconds = f"{stage['seconds']:.1f}"
         if stage["cached"]:
-            table.add_row(name, "cached", seconds, "", stage["key"])
+            state, peak = "cached", ""
         else:
-            peak = f"{stage['peak_memory_bytes'] / 2**30:.2f} GiB"
-            table.add_row(name, "made", seconds, peak, stage["key"])
+            gibibytes = stage["peak_memory_bytes"] / 2**30
+            state, peak = "made", f"{gibibytes:.2f} GiB"
+        table.add_row(title, state, seconds, peak, stage["key"])
     return table

@@ -15,12 +15,18 @@ from rich.table import Table
 from heapr.report.terminal import open_console, operations, print_lines
 from heapr.words import step_title
 
+DryRun = Mapping[str, Any]  # its numbers, by name
 Rows = list[tuple[str, str, str]]  # what it is, number, remark
 
 NOT_KNOWN = "not known for this family"
+# Of streamed stages: name of the number, what it is, remark.
+STREAMED = (
+    ("bytes_read", "read", "of the model's files"),
+    ("tape_bytes", "on disk", "activations between the layers, meanwhile"),
+)
 
 
-def print_dry_run(plan: Mapping[str, Any], console: Console | None = None) -> None:
+def print_dry_run(plan: DryRun, console: Console | None = None) -> None:
     """Print the model, what is removed, memory and arithmetic; then the artifacts, and what is missing.
 
     Args:
@@ -37,98 +43,109 @@ def print_dry_run(plan: Mapping[str, Any], console: Console | None = None) -> No
         print_lines(console, f"note: {note}")
 
 
-def _numbers_table(plan: Mapping[str, Any]) -> Table:
+def _numbers_table(plan: DryRun) -> Table:
     table = Table("dry run", "", plan["name"], box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.columns[1].justify = "right"
     table.columns[2].overflow = "fold"
-    for rows in (_model_rows(plan), _removed_rows(plan), _cost_rows(plan)):
+    sections = (_model_rows(plan), _removed_rows(plan), _cost_rows(plan))
+    for rows in sections:
         for row in rows:
             table.add_row(*row)
         table.add_section()
     return table
 
 
-def _model_rows(plan: Mapping[str, Any]) -> Rows:
+def _model_rows(plan: DryRun) -> Rows:
+    parameters = plan["parameters"]
+    of_experts = _percent(plan["expert_parameters"] / parameters)
     layers = str(plan["num_moe_layers"])
-    experts = _range(plan["num_experts"])
+    num_experts = _range(plan["num_experts"])
     width = _range(plan["width"])
-    atomic = f"{plan['atomic_experts']:,}"
-    parameters = f"{plan['parameters']:,}"
-    share = plan["expert_parameters"] / plan["parameters"]
     return [
         ("model", plan["architecture"], ""),
         ("MoE layers", layers, f"of {plan['num_layers']} layers"),
-        ("experts", experts, f"of a layer, {plan['experts_per_token']} per token"),
+        ("experts", num_experts, f"of a layer, {plan['experts_per_token']} per token"),
         ("width", width, "atomic experts of an expert"),
-        ("atomic experts", atomic, ""),
-        ("parameters", parameters, f"{share:.1%} in routed experts"),
+        ("atomic experts", _count(plan["atomic_experts"]), ""),
+        ("parameters", _count(parameters), f"{of_experts} in routed experts"),
     ]
 
 
-def _removed_rows(plan: Mapping[str, Any]) -> Rows:
+def _removed_rows(plan: DryRun) -> Rows:
+    """Say what is removed and left: the share of FLOPs alone if only scores tell how many atomic experts."""
     atomic = plan["atomic_experts_removed"]
     if atomic is None:
         remark = f"of the routed experts' {plan['budget']}; scores say how many atomic experts"
-        return [("removed", f"{plan['ratio']:.1%}", remark)]
-    before, removed = plan["parameters"], plan["parameters_removed"]
-    of_atomic = atomic / plan["atomic_experts"]
-    of_experts = removed / plan["expert_parameters"]
-    of_all = removed / before
+        return [("removed", _percent(plan["ratio"]), remark)]
+    before = plan["parameters"]
+    removed = plan["parameters_removed"]
+    left = before - removed
+    of_atomic = _percent(atomic / plan["atomic_experts"])
+    of_experts = _percent(removed / plan["expert_parameters"])
+    of_all = _percent(removed / before)
     rows = [
-        ("removed", f"{atomic:,}", f"atomic experts, {of_atomic:.1%}"),
-        ("", f"{removed:,}", f"parameters, {of_all:.1%} ({of_experts:.1%} of experts')"),
-        ("left", f"{before - removed:,}", "parameters"),
+        ("removed", _count(atomic), f"atomic experts, {of_atomic}"),
+        ("", _count(removed), f"parameters, {of_all} ({of_experts} of experts')"),
+        ("left", _count(left), "parameters"),
     ]
     if plan["form"] == "masked":
-        rows.append(("checkpoint", f"{before:,}", "parameters: what is removed becomes zeros"))
+        rows.append(("checkpoint", _count(before), "parameters: what is removed becomes zeros"))
     return rows
 
 
-def _cost_rows(plan: Mapping[str, Any]) -> Rows:
-    activations, flops = plan["activation_bytes"], plan["calibration_flops"]
-    weights, statistics = plan["weight_bytes"], plan["statistics_bytes"]
+def _cost_rows(plan: DryRun) -> Rows:
+    """Predicted memory and arithmetic of calibration, then the time of what is missing."""
+    weights = plan["weight_bytes"]
+    statistics = plan["statistics_bytes"]
     matrices = _size(plan["matrix_bytes"])
+    activations = plan["activation_bytes"]
+    flops = plan["calibration_flops"]
     rows = [
         ("weights", _size(weights), plan["dtype"]),
         ("statistics", _size(statistics), f"in place of {matrices} of matrices (D, D)"),
     ]
     if activations is None or flops is None:
-        unknown = [("activations", "", NOT_KNOWN), *_memory_rows(plan), ("calibration", "", NOT_KNOWN)]
-        return [*rows, *unknown, *_time_rows(plan)]
-    memory = _memory_rows(plan)
-    batch = f"a batch of {plan['batch_size']} x {plan['sequence_length']:,} tokens"
-    together = weights + statistics + activations
-    return [
-        *rows,
-        ("activations", _size(activations), batch),
-        ("together", _size(together), "what calibration in memory needs, at least"),
-        *memory,
-        ("calibration", operations(flops), f"forward and backward of {plan['num_samples']} sequences"),
-        *_time_rows(plan),
-    ]
-
-
-def _memory_rows(plan: Mapping[str, Any]) -> Rows:
-    """Predicted memory of the stages as they will be run; read and written bytes if they are streamed."""
-    rows: Rows = []
-    for stage, memory in plan["peak_memory"].items():
-        parts = ", ".join(f"{name} {_size(size)}" for name, size in memory.items())
-        rows.append(("" if rows else "peak memory", _size(sum(memory.values())), f"{stage}: {parts}"))
-    if plan["bytes_read"] is not None:
-        rows.append(("read", _size(plan["bytes_read"]), "of the model's files"))
-    if plan["tape_bytes"] is not None:
-        rows.append(("on disk", _size(plan["tape_bytes"]), "activations between the layers, meanwhile"))
+        rows.append(("activations", "", NOT_KNOWN))
+        arithmetic = ("calibration", "", NOT_KNOWN)
+    else:
+        together = weights + statistics + activations
+        length = _count(plan["sequence_length"])
+        batch = f"a batch of {plan['batch_size']} x {length} tokens"
+        passes = f"forward and backward of {plan['num_samples']} sequences"
+        rows.append(("activations", _size(activations), batch))
+        rows.append(("together", _size(together), "what calibration in memory needs, at least"))
+        arithmetic = ("calibration", operations(flops), passes)
+    rows += _memory_rows(plan)
+    rows.append(arithmetic)
+    rows += _time_rows(plan)
     return rows
 
 
-def _time_rows(plan: Mapping[str, Any]) -> Rows:
+def _memory_rows(plan: DryRun) -> Rows:
+    """Predicted memory of the stages as they will be run; read and written bytes if they are streamed."""
+    rows: Rows = []
+    label = "peak memory"
+    for stage, memory in plan["peak_memory"].items():
+        total = sum(memory.values())
+        parts = ", ".join(f"{name} {_size(size)}" for name, size in memory.items())
+        rows.append((label, _size(total), f"{stage}: {parts}"))
+        label = ""
+    for name, label, remark in STREAMED:
+        num_bytes = plan[name]
+        if num_bytes is not None:
+            rows.append((label, _size(num_bytes), remark))
+    return rows
+
+
+def _time_rows(plan: DryRun) -> Rows:
     """Time of what is missing from the store, as far as something like it was made before."""
     seconds, num_missing = plan["expected_seconds"], plan["num_missing"]
     if num_missing == 0:
         return []
     if seconds is None:
         return [("time", "", "no estimate: nothing like this was made here before")]
-    time = f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.1f} min"
+    minutes = seconds / 60
+    time = f"{seconds:.1f} s" if seconds < 60 else f"{minutes:.1f} min"
     remark = f"for {plan['num_expected']} of {num_missing} to be made, by earlier ones like them"
     return [("time", time, remark)]
 
@@ -144,11 +161,20 @@ def _stages_table(stages: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _range(ends: Sequence[int]) -> str:
-    least, most = ends
-    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
+    least, most = map(_count, ends)
+    return least if least == most else f"{least} to {most}"
+
+
+def _count(number: int) -> str:
+    return f"{number:,}"
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}"
 
 
 def _size(num_bytes: int) -> str:
-    if num_bytes >= 2**30:
-        return f"{num_bytes / 2**30:,.2f} GiB"
-    return f"{num_bytes / 2**20:,.2f} MiB"
+    mebibytes = num_bytes / 2**20
+    if mebibytes < 1024:
+        return f"{mebibytes:,.2f} MiB"
+    return f"{mebibytes / 1024:,.2f} GiB"

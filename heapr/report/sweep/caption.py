@@ -6,18 +6,15 @@ In: an entry of the layout, the groups and rows of its table. Out: text.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from heapr.report.sweep import metrics
+from heapr.report.sweep.averages import Group
 from heapr.report.sweep.doubt import explanation
 from heapr.report.sweep.factors import UNKNOWN, factor, header, show
 from heapr.report.sweep.report_layout import Entry
-from heapr.report.sweep.results import JobResult, finished
-
-if TYPE_CHECKING:
-    from heapr.report.sweep.table import Group, Row
-
-GAP = "—"
+from heapr.report.sweep.results import Jobs, finished
+from heapr.report.sweep.table_parts import GAP, Cell, Row
 
 
 def caption(
@@ -38,31 +35,48 @@ def caption(
         rows: of the finished table.
     """
     jobs = [job for group in groups for job in group.jobs]
-    done = finished(jobs)
-    cells = [cell for row in rows for cell in row.cells]
-    parts = [_in_all_rows(jobs, constant)]
+    sentences = [_in_all_rows(jobs, constant)]
     if entry.baseline:
-        parts.append(
-            "Share of increase: how far a metric is from the unpruned model's, divided by how far it is with"
-            f" {_described(entry.baseline)}."
-        )
-        parts.append(explanation([group.jobs for group in groups], names))
+        members = [group.jobs for group in groups]
+        sentences += [_share(entry.baseline), explanation(members, names)]
     if any(len(group.jobs) > 1 for group in groups):
-        parts.append(f"Mean ± sample standard deviation over {header(entry.average_over or '')}.")
-    errors = [metrics.standard_error(job, name) for job in done for name in names]
-    if any(error is not None for error in errors):
-        parts.append("In parentheses: standard error.")
-    if any(cell.text == GAP for cell in cells):
-        meaning = "no share, see the notes" if entry.baseline else "not measured"
-        parts.append(f"{GAP}: {meaning}.")
-    if any(cell.is_best for cell in cells):
-        parts.append("Bold: the best of those with the same model and ratio.")
+        averaged = header(entry.average_over or "")
+        sentences.append(f"Mean ± sample standard deviation over {averaged}.")
+    done = finished(jobs)
+    if _have_errors(done, names):
+        sentences.append("In parentheses: standard error.")
+    cells = [cell for row in rows for cell in row.cells]
+    sentences += _marks(cells, are_shares=bool(entry.baseline))
     if not all(row.is_ours for row in rows):
-        parts.append(f"Published numbers have protocols of their own; ours: {_protocol(done)}.")
-    return " ".join(filter(None, parts))
+        sentences.append(f"Published numbers have protocols of their own; ours: {_protocol(done)}.")
+    return " ".join(filter(None, sentences))
 
 
-def _in_all_rows(jobs: Sequence[JobResult], constant: Sequence[str]) -> str:
+def _share(baseline: Mapping[str, Any]) -> str:
+    return (
+        "Share of increase: how far a metric is from the unpruned model's, divided by how far it is with"
+        f" {_described(baseline)}."
+    )
+
+
+def _have_errors(jobs: Jobs, names: Sequence[str]) -> bool:
+    """Return whether the harness gave a standard error of any of the metrics."""
+    errors = [metrics.standard_error(job, name) for job in jobs for name in names]
+    return any(error is not None for error in errors)
+
+
+def _marks(cells: Sequence[Cell], *, are_shares: bool) -> list[str]:
+    """Explain gaps and bold cells, if there are any."""
+    sentences = []
+    if any(cell.text == GAP for cell in cells):
+        meaning = "no share, see the notes" if are_shares else "not measured"
+        sentences.append(f"{GAP}: {meaning}.")
+    if any(cell.is_best for cell in cells):
+        sentences.append("Bold: the best of those with the same model and ratio.")
+    return sentences
+
+
+def _in_all_rows(jobs: Jobs, constant: Sequence[str]) -> str:
     known: dict[str, Any] = {}
     for name in constant:
         for job in jobs:
@@ -76,7 +90,7 @@ def _described(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{header(name)} {show(name, value)}" for name, value in values.items())
 
 
-def _protocol(done: Sequence[JobResult]) -> str:
+def _protocol(done: Jobs) -> str:
     """Say how our numbers were measured: windows of corpora; version and shots of the harness for tasks."""
     records: dict[str, Mapping[str, Any]] = {}
     for job in done:

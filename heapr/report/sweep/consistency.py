@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from heapr.report.sweep import metrics
-from heapr.report.sweep.curves import Drawing, by_model
+from heapr.report.sweep.curves import Drawing
 from heapr.report.sweep.factors import describe, varying
-from heapr.report.sweep.published_results import Number
+from heapr.report.sweep.published_results import Numbers
 from heapr.report.sweep.report_layout import Entry
-from heapr.report.sweep.results import JobResult, details, stage_entries
+from heapr.report.sweep.results import JobResult, Jobs, details, stage_entries
+from heapr.report.sweep.series import by_model
 from heapr.report.sweep.style import DENSE_LINE, WIDTH, legend_above, look
 
 if TYPE_CHECKING:
@@ -22,8 +23,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PREDICTED, SCORE, MEASURED = "predicted_increase", "score_sum", "measured_increase"
+NO_LINE = {"linestyle": "none"}
+CROSS = {"marker": "x", "label": "not above zero, at the edge"}
 
 Groups = Sequence[Mapping[str, float]]  # one mapping per score quantile
+PointXY = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,12 @@ class Measurement:
         """Whether its criterion predicts increases in nats."""
         return all(PREDICTED in group for group in self.groups)
 
+    def points(self, across: str) -> list[PointXY]:
+        """Return one point per quantile: `PREDICTED` or `SCORE`, and the measured increase in nats."""
+        return [(group[across], group[MEASURED]) for group in self.groups]
 
-def consistency(entry: Entry, jobs: Sequence[JobResult], published: Sequence[Number]) -> list[Drawing]:
+
+def consistency(entry: Entry, jobs: Jobs, published: Numbers) -> list[Drawing]:
     """Draw one point per quantile on logarithmic axes, and the line where prediction equals measurement.
 
     Scores without a unit do not predict nats. They are drawn, as bare scores, only if no criterion of the
@@ -56,13 +64,17 @@ def consistency(entry: Entry, jobs: Sequence[JobResult], published: Sequence[Num
         measurements = _measurements(jobs_of_model)
         in_nats = [measurement for measurement in measurements if measurement.predicts]
         if in_nats:
-            drawings.append(Drawing(_figure(in_nats, PREDICTED, entry, model), model))
+            figure = _figure(in_nats, PREDICTED, entry, model)
         elif measurements:
-            drawings.append(Drawing(_figure(measurements, SCORE, entry, model), model))
+            figure = _figure(measurements, SCORE, entry, model)
+        else:
+            continue
+        drawings.append(Drawing(figure, model))
     return drawings
 
 
 def _figure(measurements: Sequence[Measurement], across: str, entry: Entry, model: str) -> Figure:
+    """Draw all measurements of a model over `PREDICTED` or over `SCORE`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, WIDTH), layout="constrained")
@@ -70,17 +82,17 @@ def _figure(measurements: Sequence[Measurement], across: str, entry: Entry, mode
     jobs = [measurement.job for measurement in measurements]
     names = varying(jobs, entry.series) or list(entry.series)
     all_groups = [group for measurement in measurements for group in measurement.groups]
-    edge = (_edge(all_groups, across), _edge(all_groups, MEASURED))
+    edges = (_edge(all_groups, across), _edge(all_groups, MEASURED))
     for number, measurement in enumerate(measurements):
+        points = measurement.points(across)
         label = _label(measurement.job, names)
-        how = look(number) | {"linestyle": "none", "label": label}
-        _scatter(axis, measurement.groups, across, edge, how)
+        _scatter(axis, points, edges, label=label, how=look(number) | NO_LINE)
     _finish(axis, across)
     legend_above(figure, [axis], title=model)
     return figure
 
 
-def _measurements(jobs: Sequence[JobResult]) -> list[Measurement]:
+def _measurements(jobs: Jobs) -> list[Measurement]:
     """Read every `truth` artifact once; jobs with the same scores share one."""
     found: dict[str, Measurement] = {}
     for job in jobs:
@@ -98,21 +110,26 @@ def _edge(groups: Groups, name: str) -> float:
     return min(positive, default=1.0) / 2
 
 
-def _scatter(axis: Axes, groups: Groups, across: str, edge: tuple[float, float], how: dict[str, Any]) -> None:
-    inside: list[tuple[float, float]] = []
-    outside: list[tuple[float, float]] = []
-    for group in groups:
-        x, y = group[across], group[MEASURED]
+def _scatter(
+    axis: Axes, points: Sequence[PointXY], edges: PointXY, *, label: str, how: dict[str, Any]
+) -> None:
+    """Draw the points that fit on logarithmic axes, and crosses on the edges for the others."""
+    inside: list[PointXY] = []
+    at_the_edge: list[PointXY] = []
+    for x, y in points:
         if x > 0 and y > 0:
             inside.append((x, y))
-        else:
-            outside.append((x if x > 0 else edge[0], y if y > 0 else edge[1]))
-    _plot(axis, inside, how)
-    if outside:
-        _plot(axis, outside, how | {"marker": "x", "label": "not above zero, at the edge"})
+            continue
+        edge_x, edge_y = edges
+        shown_x = x if x > 0 else edge_x
+        shown_y = y if y > 0 else edge_y
+        at_the_edge.append((shown_x, shown_y))
+    _plot(axis, inside, how | {"label": label})
+    if at_the_edge:
+        _plot(axis, at_the_edge, how | CROSS)
 
 
-def _plot(axis: Axes, points: Sequence[tuple[float, float]], how: dict[str, Any]) -> None:
+def _plot(axis: Axes, points: Sequence[PointXY], how: dict[str, Any]) -> None:
     xs = [x for x, _ in points]
     ys = [y for _, y in points]
     axis.plot(xs, ys, **how)
@@ -120,17 +137,20 @@ def _plot(axis: Axes, points: Sequence[tuple[float, float]], how: dict[str, Any]
 
 def _label(job: JobResult, names: Sequence[str]) -> str:
     """Return the series and its correlations; undefined correlations are left out."""
+    series = describe(job, names)
     correlations = []
     for name in ("spearman", "pearson"):
         value = metrics.value(job, f"truth/{name}")
         if value is not None:
             text = f"{name.title()} {value:.2f}"
             correlations.append(text.replace("-", "−"))
-    series = describe(job, names)
-    return f"{series}: {', '.join(correlations)}" if correlations else series
+    if not correlations:
+        return series
+    return f"{series}: {', '.join(correlations)}"
 
 
 def _finish(axis: Axes, across: str) -> None:
+    """Label the axes; where both are in nats, give them one scale and the line where they agree."""
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_ylabel("measured increase of the loss (nats)")
@@ -139,8 +159,8 @@ def _finish(axis: Axes, across: str) -> None:
         return
     axis.set_xlabel("predicted increase of the loss (nats)")
     ends = [*axis.get_xlim(), *axis.get_ylim()]
-    low, high = min(ends), max(ends)
-    axis.plot([low, high], [low, high], label="predicted = measured", zorder=1.5, **DENSE_LINE)
-    axis.set_xlim(low, high)
-    axis.set_ylim(low, high)
+    low_high = [min(ends), max(ends)]
+    axis.plot(low_high, low_high, label="predicted = measured", zorder=1.5, **DENSE_LINE)
+    axis.set_xlim(*low_high)
+    axis.set_ylim(*low_high)
     axis.set_aspect("equal")

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from heapr.report.sweep import metrics
-from heapr.report.sweep.results import JobResult
+from heapr.report.sweep.results import JobResult, Jobs
 
 MARK = "†"
 STANDARD_ERRORS = 3  # a smaller increase is doubtful
@@ -41,7 +41,7 @@ def increase_error(job: JobResult, name: str) -> float | None:
     return math.hypot(*known) if len(known) == len(errors) else None
 
 
-def is_doubtful(jobs: Sequence[JobResult], column: str) -> bool | None:
+def is_doubtful(jobs: Jobs, column: str) -> bool | None:
     """Return whether the mean increase of the jobs' baselines is below three standard errors.
 
     The standard error of the mean is taken as the mean of the standard errors: jobs with different seeds are
@@ -74,7 +74,7 @@ def is_doubtful(jobs: Sequence[JobResult], column: str) -> bool | None:
     return mean_increase < STANDARD_ERRORS * mean_error
 
 
-def explanation(groups: Iterable[Sequence[JobResult]], columns: Sequence[str], mark: str = MARK) -> str:
+def explanation(groups: Iterable[Jobs], columns: Sequence[str], mark: str = MARK) -> str:
     """Say what the mark means if a share has it, and which shares could not be tested.
 
     Args:

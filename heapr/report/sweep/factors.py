@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from heapr.report.sweep.results import JobResult
+from heapr.report.sweep.results import JobResult, Jobs
 from heapr.words import class_name, option_name
 
 UNKNOWN = "—"
@@ -93,7 +93,7 @@ def show(name: str, value: Any) -> str:
     return f"{value:,}" if is_integer else str(value)
 
 
-def varying(jobs: Sequence[JobResult], names: Sequence[str]) -> list[str]:
+def varying(jobs: Jobs, names: Sequence[str]) -> list[str]:
     """Return the factors that have more than one known value."""
     found = []
     for name in names:
@@ -103,7 +103,7 @@ def varying(jobs: Sequence[JobResult], names: Sequence[str]) -> list[str]:
     return found
 
 
-def telling_apart(jobs: Sequence[JobResult], names: Sequence[str], average_over: str | None) -> list[str]:
+def telling_apart(jobs: Jobs, names: Sequence[str], average_over: str | None) -> list[str]:
     """Return the factors to add to `names` until only jobs that are averaged agree in all of them.
 
     Args:
@@ -129,7 +129,7 @@ def telling_apart(jobs: Sequence[JobResult], names: Sequence[str], average_over:
     return added
 
 
-def by_values(jobs: Sequence[JobResult], names: Sequence[str]) -> dict[tuple[str, ...], list[JobResult]]:
+def by_values(jobs: Jobs, names: Sequence[str]) -> dict[tuple[str, ...], list[JobResult]]:
     """Group jobs by the values of some factors, in order of appearance."""
     groups: dict[tuple[str, ...], list[JobResult]] = {}
     for job in jobs:
@@ -147,7 +147,14 @@ def describe(job: JobResult, names: Sequence[str]) -> str:
     return " ".join(words)
 
 
-def selected(jobs: Sequence[JobResult], where: Mapping[str, Any]) -> list[JobResult]:
+def failure(job: JobResult) -> str:
+    """Say in one line which job failed, and why."""
+    what = " ".join(job.overrides) or describe(job, ["model", "criterion", "ratio"])
+    reason = (job.error or "no reason known").strip().splitlines()[0]
+    return f"Job {job.number} failed ({what}): {reason}"
+
+
+def selected(jobs: Jobs, where: Mapping[str, Any]) -> list[JobResult]:
     """Return the jobs whose factors have the wanted values: a value, or one of a list."""
     chosen = list(jobs)
     for name, wanted in where.items():
@@ -174,7 +181,7 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return fields
 
 
-def differing(jobs: Sequence[JobResult]) -> list[str]:
+def differing(jobs: Jobs) -> list[str]:
     """Return the dotted paths of fields that differ between the configurations that are known."""
     configs = [flat(config) for job in jobs if (config := job.config)]
     paths = dict.fromkeys(path for config in configs for path in config)
@@ -198,6 +205,7 @@ def _last(name: str) -> str:
 
 
 def _from_config(config: Mapping[str, Any], name: str) -> Any:
+    """Return a factor of a resolved configuration; None if it has no such field."""
     if name == "model":
         model = config["model"]
         return PurePosixPath(str(model["path"])).name if model["name"] == "hf" else model["name"]
@@ -227,6 +235,7 @@ def _method(job: JobResult) -> Any:
 
 
 def _method_from_overrides(overrides: Sequence[str]) -> str:
+    """Return the method of a job without a configuration; `UNKNOWN` if its overrides do not say it."""
     recipe = _chosen(overrides, "recipe")
     score = _chosen(overrides, "score")
     base = ", ".join(name for name in (recipe, score) if name is not None)
@@ -270,6 +279,7 @@ def _repair_name(entry: Mapping[str, Any]) -> str:
 
 
 def _from_overrides(overrides: Sequence[str], name: str) -> Any:
+    """Return a factor of a job without a configuration, as far as its overrides say it."""
     path = _chosen(overrides, "model.path")
     if name == "model" and path is not None:
         return PurePosixPath(path).name

@@ -5,10 +5,11 @@ In: jobs. Out: numbers and text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import NamedTuple
 
 from heapr.report.sweep.results import (
     JobResult,
+    Jobs,
     finished,
     pruning_peak_memory_bytes,
     pruning_time_ratio,
@@ -16,6 +17,24 @@ from heapr.report.sweep.results import (
 )
 
 LOWER, HIGHER = -1, 1
+
+
+class Kind(NamedTuple):
+    """What metrics of one kind have in common.
+
+    Attributes:
+        quantity: its name for a reader.
+        better: `LOWER` or `HIGHER`.
+        unit: in which it is printed.
+        decimals: with which it is printed.
+    """
+
+    quantity: str
+    better: int
+    unit: str
+    decimals: int
+
+
 ARROWS = {LOWER: "↓", HIGHER: "↑", 0: ""}
 LABELS = {
     "wikitext2": "WikiText-2",
@@ -35,23 +54,23 @@ SIZE_LABELS = {
     "bytes_removed_ratio": "bytes saved",
 }
 COSTS = {"seconds": "time", "peak_memory_bytes": "peak memory"}
-# From the first part of a name to its quantity, the direction that is better, unit and decimals.
+# By the first part of a name.
 KINDS = {
-    "perplexity": ("perplexity", LOWER, "", 2),
-    "accuracy": ("accuracy", HIGHER, "%", 2),
-    "accuracy_norm": ("normalised accuracy", HIGHER, "%", 2),
-    "kl_to_dense": ("KL to unpruned", LOWER, "nats", 4),
-    "top1_agreement": ("top-1 agreement", HIGHER, "%", 1),
-    "truth": ("correlation", HIGHER, "", 3),
-    "prefill_tokens_per_second": ("prefill tokens per second", HIGHER, "", 0),
-    "decode_tokens_per_second": ("decode tokens per second", HIGHER, "", 0),
-    "relative": ("share of increase", LOWER, "", 2),
-    "pruning_time_ratio": ("pruning time, in calibrations", LOWER, "", 1),
-    "pruning_peak_memory_bytes": ("pruning peak memory", LOWER, "GiB", 2),
-    "calibration_seconds": ("calibration time", LOWER, "s", 2),
-    "calibration_speedup": ("calibration speed-up", HIGHER, "", 2),
-    "calibration_state_bytes": ("calibration state", LOWER, "MiB", 2),
-    "calibration_peak_memory_bytes": ("calibration peak memory", LOWER, "MiB", 1),
+    "perplexity": Kind("perplexity", LOWER, "", 2),
+    "accuracy": Kind("accuracy", HIGHER, "%", 2),
+    "accuracy_norm": Kind("normalised accuracy", HIGHER, "%", 2),
+    "kl_to_dense": Kind("KL to unpruned", LOWER, "nats", 4),
+    "top1_agreement": Kind("top-1 agreement", HIGHER, "%", 1),
+    "truth": Kind("correlation", HIGHER, "", 3),
+    "prefill_tokens_per_second": Kind("prefill tokens per second", HIGHER, "", 0),
+    "decode_tokens_per_second": Kind("decode tokens per second", HIGHER, "", 0),
+    "relative": Kind("share of increase", LOWER, "", 2),
+    "pruning_time_ratio": Kind("pruning time, in calibrations", LOWER, "", 1),
+    "pruning_peak_memory_bytes": Kind("pruning peak memory", LOWER, "GiB", 2),
+    "calibration_seconds": Kind("calibration time", LOWER, "s", 2),
+    "calibration_speedup": Kind("calibration speed-up", HIGHER, "", 2),
+    "calibration_state_bytes": Kind("calibration state", LOWER, "MiB", 2),
+    "calibration_peak_memory_bytes": Kind("calibration peak memory", LOWER, "MiB", 1),
 }
 SCALES = {"%": 100.0, "MiB": 2.0**-20, "GiB": 2.0**-30}  # from our unit to the printed one
 UNASKED = {"accuracy_norm"}  # shown only on request
@@ -96,6 +115,7 @@ def value(job: JobResult, name: str, *, dense: bool = False) -> float | None:
 
 
 def _cost(job: JobResult, name: str) -> float | None:
+    """Return the cost of a stage or of the whole plan: seconds, bytes, or a ratio of times."""
     if name in PRUNING_COSTS:
         return PRUNING_COSTS[name](job)
     stage, _, quantity = name.removeprefix("stages/").rpartition("/")
@@ -134,7 +154,7 @@ def standard_error(job: JobResult, name: str, *, dense: bool = False) -> float |
     return value(job, f"{group}_stderr/{rest}", dense=dense)
 
 
-def known(jobs: Sequence[JobResult]) -> list[str]:
+def known(jobs: Jobs) -> list[str]:
     """Return the metrics that a table shows by default, in the order of the summaries.
 
     These are all that a job measured, except normalised accuracies and the average of a single task. The CSV
@@ -162,13 +182,14 @@ def better(name: str) -> int:
         return LOWER
     if name in {"truth/loss", "truth/num_tokens"}:
         return 0
-    return KINDS[group][1] if group in KINDS else 0
+    return KINDS[group].better if group in KINDS else 0
 
 
 def unit(name: str) -> str:
+    """Return the unit in which a metric is printed; empty if it has none."""
     group, _, rest = name.partition("/")
     if group in KINDS:
-        return KINDS[group][2]
+        return KINDS[group].unit
     if name.endswith("_ratio"):
         return "%"
     if group == "stages":
@@ -179,15 +200,17 @@ def unit(name: str) -> str:
 def label(name: str) -> str:
     """Return a metric's name for a reader, without unit and direction."""
     group, _, rest = name.partition("/")
+    in_words = rest.replace("_", " ")
     if group == "size":
-        return SIZE_LABELS.get(rest, rest.replace("_", " "))
+        return SIZE_LABELS.get(rest, in_words)
     if group == "stages":
         stage, _, quantity = rest.rpartition("/")
         return f"{stage} {COSTS.get(quantity, quantity)}"
     if group == "relative":
-        return f"{label(rest)}, {KINDS[group][0]}"
-    quantity = KINDS[group][0] if group in KINDS else group.replace("_", " ")
-    return f"{LABELS.get(rest, rest.replace('_', ' '))} {quantity}".strip()
+        return f"{label(rest)}, {KINDS[group].quantity}"
+    quantity = KINDS[group].quantity if group in KINDS else group.replace("_", " ")
+    where = LABELS.get(rest, in_words)
+    return f"{where} {quantity}".strip()
 
 
 def axis_label(name: str) -> str:
@@ -225,12 +248,13 @@ def signed(name: str, number: float, beside: float) -> str:
 
 
 def _decimals(name: str, number: float) -> int:
+    """Return how many decimals a number has in print; large perplexities and shares have fewer."""
     group = name.partition("/")[0]
     if group == "stages":
         return 2
     if group not in KINDS:
         return 1 if name.endswith("_ratio") else 0
-    decimals = KINDS[group][3]
+    decimals = KINDS[group].decimals
     if group not in {"perplexity", "relative"}:
         return decimals
     # Each digit before the point, from the third on, costs a decimal.

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from heapr.report.sweep.factors import differing, flat
+from heapr.report.sweep.factors import differing, failure, flat
 from heapr.report.sweep.render import to_html
 from heapr.report.sweep.report_layout import Entry, Layout
-from heapr.report.sweep.results import JobResult, artifact_folder, finished
-from heapr.report.sweep.table import Table, failure
+from heapr.report.sweep.results import Jobs, artifact_folder, finished
+from heapr.report.sweep.table_parts import Table
 
 CSS = """
 :root { color-scheme: light dark; --ink: #1d1d1f; --dim: #5c5f66; --paper: #ffffff; --line: #d5d7db; --shade: #f4f5f7; --link: #0b5cad;
@@ -63,7 +63,7 @@ class Picture:
     missing: str
 
 
-def page(layout: Layout, jobs: Sequence[JobResult], parts: Sequence[Table | Picture], folder: Path) -> str:
+def page(layout: Layout, jobs: Jobs, parts: Sequence[Table | Picture], folder: Path) -> str:
     """Return the whole page as HTML.
 
     Args:
@@ -103,7 +103,7 @@ def inline_svg(text: str) -> str:
     return f"{opening}>{rest}".strip()
 
 
-def _head(layout: Layout, jobs: Sequence[JobResult]) -> str:
+def _head(layout: Layout, jobs: Jobs) -> str:
     done = len(finished(jobs))
     text = f"{done} of {len(jobs)} jobs finished"
     if done < len(jobs):
@@ -134,14 +134,24 @@ def _parts(parts: Sequence[Table | Picture]) -> list[str]:
 
 
 def _figure(picture: Picture) -> str:
-    drawing = inline_svg(picture.files[0].read_text(encoding="utf-8")) if picture.files else ""
-    links = " ".join(f'<a href="{quote(path.name)}">{path.suffix[1:].upper()}</a>' for path in picture.files)
-    parts = [html.escape(picture.about), html.escape(picture.missing), links]
-    caption = " ".join(filter(None, parts))
+    """Return a drawing with what it shows, what is missing in it, and links to its files."""
+    drawing = ""
+    if picture.files:
+        svg, *_ = picture.files
+        drawing = inline_svg(svg.read_text(encoding="utf-8"))
+    about = html.escape(picture.about)
+    missing = html.escape(picture.missing)
+    links = map(_link_to_file, picture.files)
+    caption = " ".join(filter(None, (about, missing, *links)))
     return f"<figure>\n{drawing}\n<figcaption>{caption}</figcaption>\n</figure>\n"
 
 
-def _failures(jobs: Sequence[JobResult]) -> str:
+def _link_to_file(path: Path) -> str:
+    kind = path.suffix.removeprefix(".").upper()
+    return f'<a href="{quote(path.name)}">{kind}</a>'
+
+
+def _failures(jobs: Jobs) -> str:
     failed = [job for job in jobs if job.summary is None]
     if not failed:
         return ""
@@ -149,7 +159,7 @@ def _failures(jobs: Sequence[JobResult]) -> str:
     return f"<h2>Failed jobs</h2>\n<ul class=failed>{''.join(items)}</ul>\n"
 
 
-def _differences(jobs: Sequence[JobResult]) -> str:
+def _differences(jobs: Jobs) -> str:
     """List the fields of the configuration that differ between jobs, one row per job."""
     paths = differing(jobs)
     headers = [f"<th>{html.escape(name)}</th>" for name in ("job", *paths)]
@@ -167,7 +177,7 @@ def _scrolling_table(headers: str, rows: Sequence[str]) -> str:
     return f"<div class=scroll><table class=plain>{head}<tbody>{''.join(rows)}</tbody></table></div>"
 
 
-def _stages(jobs: Sequence[JobResult], folder: Path) -> str:
+def _stages(jobs: Jobs, folder: Path) -> str:
     """List every job's artifacts, folded."""
     headers = "<th>stage</th><th>artifact</th><th>seconds</th>"
     texts = ["<h2>Jobs and their artifacts</h2>\n"]
@@ -189,13 +199,15 @@ def _stages(jobs: Sequence[JobResult], folder: Path) -> str:
 
 
 def _stage_row(stage: Mapping[str, Any], link: str) -> str:
-    what = html.escape(f"{stage['stage']} {stage.get('what', '')}".strip())
+    """Return a row of a job's stages; its artifact is a link."""
+    what = f"{stage['stage']} {stage.get('what', '')}".strip()
+    key = html.escape(stage["key"])
+    artifact = f'<a class=local href="{link}">{key}</a>'
     seconds = "cached" if stage["cached"] else f"{stage['seconds']:.1f}"
-    artifact = f'<a class=local href="{link}">{html.escape(stage["key"])}</a>'
-    return f"<tr><td>{what}</td><td>{artifact}</td><td>{seconds}</td></tr>"
+    return f"<tr><td>{html.escape(what)}</td><td>{artifact}</td><td>{seconds}</td></tr>"
 
 
-def _common(jobs: Sequence[JobResult]) -> str:
+def _common(jobs: Jobs) -> str:
     """List the configuration that all jobs share, folded."""
     configs = [flat(job.config) for job in jobs if job.config]
     if not configs:
@@ -204,7 +216,9 @@ def _common(jobs: Sequence[JobResult]) -> str:
     rows = []
     for path, value in configs[0].items():
         if path not in apart:
-            rows.append(f"<tr><td>{html.escape(path)}</td><td>{html.escape(str(value))}</td></tr>")
+            name = html.escape(path)
+            text = html.escape(str(value))
+            rows.append(f"<tr><td>{name}</td><td>{text}</td></tr>")
     table = f"<table class=plain><tbody>{''.join(rows)}</tbody></table>"
     return f"<h2>Configuration</h2>\n<details><summary>What all jobs have in common</summary>\n{table}</details>\n"
 

@@ -81,6 +81,9 @@ class Number:
     source: str
 
 
+Numbers = Sequence[Number]
+
+
 def read_published(folder: Path | None) -> list[Number]:
     """Read the published numbers that have a counterpart here, the preferred sources first.
 
@@ -105,7 +108,7 @@ def read_published(folder: Path | None) -> list[Number]:
     return sorted(numbers, key=lambda number: _rank(number.source))
 
 
-def find(numbers: Sequence[Number], job: JobResult, metric: str, *, dense: bool = False) -> Number | None:
+def find(numbers: Numbers, job: JobResult, metric: str, *, dense: bool = False) -> Number | None:
     """Return the published counterpart of a job's metric, from the preferred source; None if there is none.
 
     Averages have a counterpart only if the same seven tasks were averaged.
@@ -120,7 +123,7 @@ def find(numbers: Sequence[Number], job: JobResult, metric: str, *, dense: bool 
     return None
 
 
-def curve(numbers: Sequence[Number], job: JobResult, metric: str) -> list[tuple[float, float]]:
+def curve(numbers: Numbers, job: JobResult, metric: str) -> list[tuple[float, float]]:
     """Return the published (ratio, value) of a job's model, criterion and scope, one per ratio, by ratio."""
     if metric in AVERAGES and not _averages_the_same(job):
         return []
@@ -131,13 +134,12 @@ def curve(numbers: Sequence[Number], job: JobResult, metric: str) -> list[tuple[
     return sorted(points.items())
 
 
-def _fitting(
-    numbers: Sequence[Number], job: JobResult, metric: str, method: tuple[str, str]
-) -> Iterator[Number]:
+def _fitting(numbers: Numbers, job: JobResult, metric: str, method: tuple[str, str]) -> Iterator[Number]:
     """Yield the numbers of a job's model, of a metric and a method, at any ratio."""
     names = {_plain(name) for name in model_names(job)}
     for number in numbers:
-        if number.metric == metric and number.method == method and _plain(number.model) in names:
+        is_of_model = _plain(number.model) in names
+        if is_of_model and number.metric == metric and number.method == method:
             yield number
 
 

@@ -1,254 +1,149 @@
-"""A metric's increase over the dense model's, as a share of a baseline's increase.
+"""Tables and curves of shares: a metric's increase over the dense model's, divided by a baseline's increase.
 
-In: an entry of the layout and the jobs of a sweep. Out: a table, drawings, and the jobs with shares among
-their numbers.
+In: an entry of the layout and the jobs of a sweep. Out: a table, or drawings.
 """
 
 from __future__ import annotations
 
-import json
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from heapr.errors import ConfigError
 from heapr.report.sweep import metrics
-from heapr.report.sweep.curves import (
-    Drawing,
-    Series,
-    by_model,
-    draw_line,
-    limits,
-    ratio_axis,
-    series_of,
-    share_logarithmic,
-)
-from heapr.report.sweep.doubt import SHARE, evidence, explanation, is_doubtful
-from heapr.report.sweep.factors import RESULTLESS, flat, header, paths_of, selected, show
-from heapr.report.sweep.published_results import Number
+from heapr.report.sweep.curves import Drawing, draw_line
+from heapr.report.sweep.doubt import explanation, is_doubtful
+from heapr.report.sweep.factors import selected, show
+from heapr.report.sweep.published_results import Numbers
 from heapr.report.sweep.report_layout import Entry
-from heapr.report.sweep.results import JobResult, finished
+from heapr.report.sweep.results import JobResult, Jobs
+from heapr.report.sweep.scales import ratio_axis, scale_with_zero, share_logarithmic
+from heapr.report.sweep.series import Point, Series, by_model, series_of
+from heapr.report.sweep.shares import Remarks, columns_of, share_name, with_shares
 from heapr.report.sweep.style import DENSE_LINE, HOLLOW, legend_above, look, panels
-from heapr.report.sweep.table import NOT_MEASURED, Remarks, Table, build_table
+from heapr.report.sweep.table import build_table
+from heapr.report.sweep.table_parts import Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-# Of an axis with zero and large numbers.
-LARGE_TICKS = [digit * 10.0**power for power in range(6) for digit in (2, 5, 10)]
-TICKS = (0.0, 0.5, 1.0, *LARGE_TICKS)
-WITHOUT_INFLUENCE = {"pruning.save_checkpoint", "calibration.batch_size"}
+LEAST_SPAN = 8  # of shares on a logarithmic axis
+HOLLOW_POINT: dict[str, Any] = {"linestyle": "none", "markerfacecolor": "white"}
+HOLLOW_IN_LEGEND: dict[str, Any] = {"color": "grey", "marker": "o", **HOLLOW_POINT}
 
 
-def relative_table(entry: Entry, jobs: Sequence[JobResult], published: Sequence[Number]) -> Table:
+def relative_table(entry: Entry, jobs: Jobs, published: Numbers) -> Table:
     """Build a table of shares; a job without a baseline is a gap with a note."""
     shared, remarks = with_shares(entry, jobs)
-    names = tuple(map(share_name, entry.metrics))
-    return build_table(replace(entry, metrics=names), shared, (), remarks)
+    of_shares = replace(entry, metrics=columns_of(entry))
+    return build_table(of_shares, shared, (), remarks)
 
 
-def relative_curve(entry: Entry, jobs: Sequence[JobResult], published: Sequence[Number]) -> list[Drawing]:
+def relative_curve(entry: Entry, jobs: Jobs, published: Numbers) -> list[Drawing]:
     """Draw shares against the ratio, a panel per metric; the baseline itself is the line at 1.
 
     Every model has a figure of its own.
     """
     shared, remarks = with_shares(entry, jobs)
-    columns = [share_name(name) for name in entry.metrics]
-    chosen = selected(shared, entry.where)
-    baselines = {job.number for job in selected(chosen, entry.baseline)}
+    columns = columns_of(entry)
+    others = _others(entry, shared)
     drawings = []
-    others = [job for job in chosen if job.number not in baselines]
     for model, of_model in by_model(others):
-        figure, axes = panels(len(entry.metrics), height=1.75, sharex=True)
-        all_series = list(enumerate(series_of(of_model, entry, x="ratio")))
-        # The legend lists them from the highest to the lowest.
-        all_series.sort(key=lambda found: _height(found[1], columns[0]), reverse=True)
-        for axis, column in zip(axes, columns, strict=True):
-            for number, series in all_series:
-                _line(axis, series, column, number)
-        _finish(axes, entry)
-        ratio_axis(axes[-1], of_model)
-        legend_above(figure, axes)
-        points = [point for _, series in all_series for point in series.points]
-        missing = [_missing(of_model, columns, remarks), explanation(points, columns, mark="Hollow")]
-        drawings.append(Drawing(figure, model, " ".join(filter(None, missing))))
+        all_series = series_of(of_model, entry, x="ratio")
+        figure = _figure(entry, of_model, all_series, columns)
+        not_drawn = _not_drawn(of_model, columns, remarks)
+        hollow = _hollow(all_series, columns)
+        sentences = filter(None, (not_drawn, hollow))
+        missing = " ".join(sentences)
+        drawings.append(Drawing(figure, model, missing))
     return drawings
 
 
-def share_name(metric: str) -> str:
-    """Return the name of a metric's share in `with_shares`.
-
-    A metric that is not compared with the dense model keeps its own name.
-    """
-    return f"{SHARE}/{metric}" if metric.partition("/")[0] in metrics.COMPARED else metric
-
-
-def with_shares(
-    entry: Entry, jobs: Sequence[JobResult], prefix: str = SHARE
-) -> tuple[list[JobResult], Remarks]:
-    """Add shares of the entry's metrics to the jobs that have a baseline.
-
-    Args:
-        entry: its metrics and baseline.
-        jobs: of the sweep; every job's baseline is looked for among them.
-        prefix: of the shares' names.
-
-    Returns:
-        All jobs, with their shares in their comparison, and beside each share the baseline's increase and
-        its standard error; and why a share is missing, by the job's number and the share's name.
-
-    Raises:
-        ConfigError: a job has two baselines, which differ.
-    """
-    baselines: dict[str, JobResult] = {}
-    for job in finished(selected(jobs, entry.baseline)):
-        first = baselines.setdefault(_conditions(job, entry.baseline), job)
-        _check_same(first, job, entry.baseline)
-    compared = [name for name in entry.metrics if share_name(name) != name]
-    described = _described(entry.baseline)
-    found = []
-    remarks: dict[tuple[int, str], str] = {}
-    for job in jobs:
-        baseline = baselines.get(_conditions(job, entry.baseline))
-        numbers: dict[str, float] = {}
-        for name in compared if job.summary is not None else ():
-            share = None if baseline is None else metrics.share_of_increase(job, baseline, name)
-            if share is None:
-                remarks[job.number, share_name(name)] = _reason(job, baseline, name, described)
-            else:
-                numbers[name] = share
-            if baseline is not None:
-                numbers |= evidence(baseline, name)
-        named = {f"{prefix}/{name}": number for name, number in numbers.items()}
-        found.append(_with_comparison(job, named) if named else job)
-    return found, remarks
+def _others(entry: Entry, jobs: Jobs) -> list[JobResult]:
+    """Return the jobs that the entry selects, without the baselines, whose shares are 1."""
+    chosen = selected(jobs, entry.where)
+    baselines = selected(chosen, entry.baseline)
+    numbers = {job.number for job in baselines}
+    return [job for job in chosen if job.number not in numbers]
 
 
-def _missing(jobs: Sequence[JobResult], columns: Sequence[str], remarks: Remarks) -> str:
+def _figure(entry: Entry, jobs: Jobs, all_series: Sequence[Series], columns: Sequence[str]) -> Figure:
+    """Draw a panel for each column; the legend lists the lines from the highest to the lowest."""
+    figure, axes = panels(len(columns), height=1.75, sharex=True)
+    first_column = columns[0]
+    heights = [series.mean(first_column) for series in all_series]
+    # A line keeps its number, and so its look, wherever it stands.
+    numbers = range(len(all_series))
+    from_the_highest = sorted(numbers, key=heights.__getitem__, reverse=True)
+    for axis, column in zip(axes, columns, strict=True):
+        for number in from_the_highest:
+            series = all_series[number]
+            _line(axis, series, column, number)
+    _finish(axes, entry)
+    ratio_axis(axes[-1], jobs)
+    legend_above(figure, axes)
+    return figure
+
+
+def _not_drawn(jobs: Jobs, columns: Sequence[str], remarks: Remarks) -> str:
     """Name the jobs that lack a share."""
     lacking = {number for number, column in remarks if column in columns}
-    numbers = [str(job.number) for job in jobs if job.number in lacking]
-    if not numbers:
+    named = [str(job.number) for job in jobs if job.number in lacking]
+    if not named:
         return ""
-    return f"Not drawn, because the baseline or a number is missing: jobs {', '.join(numbers)}."
+    listed = ", ".join(named)
+    return f"Not drawn, because the baseline or a number is missing: jobs {listed}."
 
 
-def _reason(job: JobResult, baseline: JobResult | None, name: str, described: str) -> str:
-    """Say why there is no share."""
-    if metrics.increase(job, name) is None:
-        return NOT_MEASURED
-    if baseline is None:
-        return f"No finished job with {described} and all else equal."
-    if metrics.increase(baseline, name) is None:
-        return f"Not measured with {described}: {metrics.label(name)}."
-    return f"No worse than unpruned with {described}: {metrics.label(name)}."
-
-
-def for_csv(entries: Sequence[Entry], jobs: Sequence[JobResult]) -> list[JobResult]:
-    """Return the jobs with the shares of all entries, under names that contain the baseline."""
-    found = list(jobs)
-    for entry in entries:
-        if entry.baseline:
-            found, _ = with_shares(entry, found, prefix=f"{SHARE} to {_described(entry.baseline)}")
-    return found
-
-
-def _conditions(job: JobResult, baseline: Mapping[str, Any]) -> str:
-    """Return the settings that a job and its baseline must share: all but those that the baseline names."""
-    named = [path for name in baseline for path in paths_of(name)]
-    settings = _settings(job)
-    shared = [path for path in settings if not any(_is_in(path, name) for name in named)]
-    return json.dumps({path: settings[path] for path in shared})
-
-
-def _settings(job: JobResult) -> dict[str, Any]:
-    """Return the fields of a job's configuration that change a result."""
-    settings = {}
-    for path, value in sorted(flat(job.config).items()):
-        group = path.partition(".")[0]
-        if group not in RESULTLESS and path not in WITHOUT_INFLUENCE:
-            settings[path] = value
-    return settings
-
-
-def _is_in(path: str, name: str) -> bool:
-    return path == name or path.startswith(f"{name}.")
-
-
-def _check_same(first: JobResult, second: JobResult, baseline: Mapping[str, Any]) -> None:
-    ours, theirs = _settings(first), _settings(second)
-    for path in ours | theirs:
-        if ours.get(path) != theirs.get(path):
-            raise ConfigError(
-                f"jobs {first.number} and {second.number} could both be the baseline"
-                f" ({_described(baseline)}), but differ in {path}; add it to the baseline"
-            )
-
-
-def _with_comparison(job: JobResult, shares: Mapping[str, float]) -> JobResult:
-    assert job.summary is not None
-    comparison = {**job.metrics["comparison"], **shares}
-    changed = {**job.metrics, "comparison": comparison}
-    return replace(job, summary={**job.summary, "metrics": changed})
-
-
-def _described(baseline: Mapping[str, Any]) -> str:
-    return ", ".join(f"{header(name)} {show(name, value)}" for name, value in baseline.items())
-
-
-def _height(series: Series, metric: str) -> float:
-    """Return the mean of a line."""
-    means = [point.mean for point in series.values(metric)]
-    return statistics.fmean(means or [0.0])
+def _hollow(all_series: Sequence[Series], columns: Sequence[str]) -> str:
+    """Say what hollow points mean, if there are any."""
+    points = [point for series in all_series for point in series.points]
+    return explanation(points, columns, mark="Hollow")
 
 
 def _line(axis: Axes, series: Series, metric: str, number: int) -> None:
+    """Draw a line of shares, with hollow marks where the baseline's increase may be chance."""
     how = look(number)
     points = series.values(metric)
-    xs = [100 * ratio for ratio in series.factors(points, "ratio")]
+    xs = series.percentages(points)
     draw_line(axis, xs, points, series.label, how)
-    doubtful_xs, doubtful_ys = [], []
-    for x, point in zip(xs, points, strict=True):
-        if is_doubtful(series.points[point.number], metric):
-            doubtful_xs.append(x)
-            doubtful_ys.append(point.mean)
-    if doubtful_xs:
-        hollow: dict[str, Any] = {"linestyle": "none", "markerfacecolor": "white"}
-        axis.plot(doubtful_xs, doubtful_ys, zorder=3, **(how | hollow))
-        axis.plot([], [], color="grey", marker="o", label=HOLLOW, **hollow)
+    doubtful = []
+    for point in points:
+        jobs = series.points[point.number]
+        if is_doubtful(jobs, metric):
+            doubtful.append(point)
+    if doubtful:
+        _hollow_marks(axis, series, doubtful, how)
+
+
+def _hollow_marks(axis: Axes, series: Series, points: Sequence[Point], how: dict[str, Any]) -> None:
+    """Make points of a line hollow, and say in the legend what that means."""
+    xs = series.percentages(points)
+    means = [point.mean for point in points]
+    hollow = how | HOLLOW_POINT
+    axis.plot(xs, means, zorder=3, **hollow)
+    # Nothing is drawn: the legend has one entry, whatever the colours of the lines.
+    axis.plot([], [], label=HOLLOW, **HOLLOW_IN_LEGEND)
 
 
 def _finish(axes: Sequence[Axes], entry: Entry) -> None:
     """Add the labels and the baseline's line, and choose the scale: one for the shares of all panels."""
-    name = " ".join(show(name, value) for name, value in entry.baseline.items())
     of_shares = []
     for axis, metric in zip(axes, entry.metrics, strict=True):
-        if share_name(metric) == metric:
-            axis.set_ylabel(metrics.axis_label(metric))
-            continue
-        axis.axhline(1.0, label=f"{name} (baseline)", zorder=1.5, **DENSE_LINE)
-        axis.set_ylabel(metrics.label(share_name(metric)).replace(", ", ",\n"))
-        of_shares.append(axis)
-    if share_logarithmic(of_shares, least_span=8):
-        return
-    ends = [limits(axis) for axis in of_shares]
-    is_wide = any(highest > 8 for _, highest in ends)
-    for axis, (lowest, highest) in zip(of_shares, ends, strict=True):
-        if is_wide:
-            _signed_logarithmic(axis, lowest, highest)
+        column = share_name(metric)
+        if column == metric:
+            label = metrics.axis_label(metric)
         else:
-            axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
+            label = metrics.label(column).replace(", ", ",\n")
+            _baseline_line(axis, entry)
+            of_shares.append(axis)
+        axis.set_ylabel(label)
+    if not share_logarithmic(of_shares, least_span=LEAST_SPAN):
+        scale_with_zero(of_shares, least_span=LEAST_SPAN)
 
 
-def _signed_logarithmic(axis: Axes, lowest: float, highest: float) -> None:
-    """Make the axis linear up to 1 and logarithmic above, for shares at or below zero beside large ones.
-
-    Such a share means no worse than the unpruned model.
-    """
-    from matplotlib.ticker import FuncFormatter
-
-    axis.set_yscale("symlog", linthresh=1.0)
-    axis.set_ylim(lowest - 0.1, 1.4 * highest)
-    axis.set_yticks([tick for tick in TICKS if tick <= highest])
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+def _baseline_line(axis: Axes, entry: Entry) -> None:
+    """Draw the baseline, whose shares are 1, with the values that make it the baseline as its label."""
+    values = [show(name, value) for name, value in entry.baseline.items()]
+    name = " ".join(values)
+    axis.axhline(1.0, label=f"{name} (baseline)", zorder=1.5, **DENSE_LINE)

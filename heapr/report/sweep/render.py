@@ -14,9 +14,9 @@ from collections.abc import Sequence
 
 from heapr.report.sweep.factors import METHOD, NAMES, factor
 from heapr.report.sweep.metrics import PRUNING_COSTS
-from heapr.report.sweep.published_results import Number, find
-from heapr.report.sweep.results import JobResult
-from heapr.report.sweep.table import Cell, Row, Table
+from heapr.report.sweep.published_results import Numbers, find
+from heapr.report.sweep.results import JobResult, Jobs
+from heapr.report.sweep.table_parts import Cell, Row, Table
 
 TEX_COLUMNS = 6  # as many as fit into one of a page's two columns
 TEX_FIT = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"
@@ -111,7 +111,7 @@ def to_html(table: Table) -> str:
     )
 
 
-def to_csv(jobs: Sequence[JobResult], published: Sequence[Number]) -> str:
+def to_csv(jobs: Jobs, published: Numbers) -> str:
     """Return one line per job: what identifies it, why it failed if it did, and all its metrics, unrounded.
 
     Published numbers follow under `published/<metric>` and `published_dense/<metric>`, in the same units.
@@ -179,14 +179,16 @@ def _html_cell(cell: Cell, tag: str) -> str:
     return f"<{tag}>{text}{marks}</{tag}>"
 
 
-def _csv_row(job: JobResult, published: Sequence[Number]) -> dict[str, object]:
+def _csv_row(job: JobResult, published: Numbers) -> dict[str, object]:
+    """Return what is known of a job, by column."""
     row: dict[str, object] = {
         "job": job.number,
         "status": "failed" if job.summary is None else "finished",
         "error": job.error or "",
         "overrides": " ".join(job.overrides),
     }
-    for name in (*NAMES, METHOD):
+    factors = (*NAMES, METHOD)
+    for name in factors:
         row[name] = factor(job, name)
     for group, measured in job.metrics.items():
         for name, number in measured.items():
@@ -195,15 +197,22 @@ def _csv_row(job: JobResult, published: Sequence[Number]) -> dict[str, object]:
         cost = measure(job)
         if cost is not None:
             row[f"cost/{name}"] = cost
+    return row | _published_values(job, published)
+
+
+def _published_values(job: JobResult, published: Numbers) -> dict[str, float]:
+    """Return the published numbers beside a job's metrics and sizes, by column."""
     sizes = [f"size/{name}" for name in job.metrics.get("size", {})]
-    for name in (*job.metrics.get("pruned", {}), *sizes):
+    names = [*job.metrics.get("pruned", {}), *sizes]
+    values = {}
+    for name in names:
         pruned = find(published, job, name)
         dense = find(published, job, name, dense=True)
         if pruned is not None:
-            row[f"published/{name}"] = pruned.value
+            values[f"published/{name}"] = pruned.value
         if dense is not None:
-            row[f"published_dense/{name}"] = dense.value
-    return row
+            values[f"published_dense/{name}"] = dense.value
+    return values
 
 
 def _pipes(cells: Sequence[str]) -> str:

@@ -19,15 +19,17 @@ from heapr.report.sweep.curves import Drawing, calibration_curve, ratio_curve
 from heapr.report.sweep.factors import factor, selected
 from heapr.report.sweep.layers import layer_heatmap
 from heapr.report.sweep.page import Picture, page
-from heapr.report.sweep.published_results import Number, read_published
-from heapr.report.sweep.relative import for_csv, relative_curve, relative_table
+from heapr.report.sweep.published_results import Numbers, read_published
+from heapr.report.sweep.relative import relative_curve, relative_table
 from heapr.report.sweep.render import to_csv, to_markdown, to_tex
 from heapr.report.sweep.report_layout import TITLES, Entry, default_entries, read_layout
-from heapr.report.sweep.results import JobResult, finished
+from heapr.report.sweep.results import Jobs, finished
+from heapr.report.sweep.shares import for_csv
 from heapr.report.sweep.style import style, write_figure
-from heapr.report.sweep.table import Table, build_table
+from heapr.report.sweep.table import build_table
+from heapr.report.sweep.table_parts import Table
 
-FIGURES: Mapping[str, Callable[[Entry, Sequence[JobResult], Sequence[Number]], list[Drawing]]] = {
+FIGURES: Mapping[str, Callable[[Entry, Jobs, Numbers], list[Drawing]]] = {
     "ratio_curve": ratio_curve,
     "calibration_curve": calibration_curve,
     "bars": bars,
@@ -35,16 +37,14 @@ FIGURES: Mapping[str, Callable[[Entry, Sequence[JobResult], Sequence[Number]], l
     "consistency": consistency,
     "relative_curve": relative_curve,
 }
-TABLES: Mapping[str, Callable[[Entry, Sequence[JobResult], Sequence[Number]], Table]] = {
+TABLES: Mapping[str, Callable[[Entry, Jobs, Numbers], Table]] = {
     "table": build_table,
     "relative_table": relative_table,
 }
 TEX_HEAD = "% Needs \\usepackage{booktabs,graphicx}; include with \\input.\n"
 
 
-def write_report(
-    jobs: Sequence[JobResult], layout: Mapping[str, Any], folder: Path, published: Path | None
-) -> list[Path]:
+def write_report(jobs: Jobs, layout: Mapping[str, Any], folder: Path, published: Path | None) -> list[Path]:
     """Write all files of a report.
 
     Args:
@@ -62,21 +62,14 @@ def write_report(
     """
     if not jobs:
         raise ConfigError(f"nothing to report in '{folder}': the sweep has no jobs")
-    checked, numbers = read_layout(layout), read_published(published)
+    checked = read_layout(layout)
+    numbers = read_published(published)
     check_protocols(jobs)
     folder.mkdir(parents=True, exist_ok=True)
     entries = checked.entries or default_entries(jobs)
     tables = [TABLES[entry.kind](entry, jobs, numbers) for entry in entries if entry.kind in TABLES]
-    # In these files, a table without a title of its own gets the title of the report.
-    titled = []
-    for table in tables:
-        is_untitled = table.title == TITLES["table"]
-        titled.append(replace(table, title=checked.title) if is_untitled else table)
-    files = [
-        _write(folder / "table.md", "\n".join(map(to_markdown, titled))),
-        _write(folder / "table.csv", to_csv(for_csv(entries, jobs), numbers)),
-        _write(folder / "table.tex", TEX_HEAD + "\n".join(map(to_tex, titled))),
-    ]
+    with_shares = for_csv(entries, jobs)
+    files = _write_tables(folder, tables, checked.title, csv=to_csv(with_shares, numbers))
     pictures: list[Picture] = []
     used: dict[str, int] = {}
     for entry in entries:
@@ -84,10 +77,12 @@ def write_report(
             pictures += _pictures(entry, jobs, numbers, folder, used)
     files += [path for picture in pictures for path in picture.files]
     ordered = _in_order(entries, tables, pictures)
-    return [*files, _write(folder / "report.html", page(checked, jobs, ordered, folder))]
+    whole_page = page(checked, jobs, ordered, folder)
+    files.append(_write(folder / "report.html", whole_page))
+    return files
 
 
-def check_protocols(jobs: Sequence[JobResult]) -> None:
+def check_protocols(jobs: Jobs) -> None:
     """Refuse results that cannot share a table.
 
     Raises:
@@ -97,17 +92,36 @@ def check_protocols(jobs: Sequence[JobResult]) -> None:
     done = finished(jobs)
     summaries = {f"job {job.number}": job.summary for job in done if job.summary is not None}
     differences = compare_models(summaries)
-    for model in dict.fromkeys(factor(job, "model") for job in done):
+    models = dict.fromkeys(factor(job, "model") for job in done)
+    for model in models:
         members = [f"job {job.number}" for job in done if factor(job, "model") == model]
-        differences += compare_summaries({name: summaries[name] for name in members})
+        of_model = {name: summaries[name] for name in members}
+        differences += compare_summaries(of_model)
     if differences:
         raise ConfigError(
             f"these results cannot stand in one table: {differences[0]}; report them in sweeps of their own"
         )
 
 
+def _write_tables(folder: Path, tables: Sequence[Table], title: str, *, csv: str) -> list[Path]:
+    """Write the files that hold tables alone; a table without a title of its own gets the report's."""
+    titled = [_titled(table, title) for table in tables]
+    texts = {
+        "table.md": "\n".join(map(to_markdown, titled)),
+        "table.csv": csv,
+        "table.tex": TEX_HEAD + "\n".join(map(to_tex, titled)),
+    }
+    return [_write(folder / name, text) for name, text in texts.items()]
+
+
+def _titled(table: Table, title: str) -> Table:
+    """Return the table, with the report's title if it has none of its own."""
+    is_untitled = table.title == TITLES["table"]
+    return replace(table, title=title) if is_untitled else table
+
+
 def _pictures(
-    entry: Entry, jobs: Sequence[JobResult], numbers: Sequence[Number], folder: Path, used: dict[str, int]
+    entry: Entry, jobs: Jobs, numbers: Numbers, folder: Path, used: dict[str, int]
 ) -> list[Picture]:
     """Write the figures of an entry; without any, return a picture that says so.
 
@@ -131,7 +145,7 @@ def _pictures(
     return pictures
 
 
-def _missing(jobs: Sequence[JobResult]) -> str:
+def _missing(jobs: Jobs) -> str:
     missing = [str(job.number) for job in jobs if job.summary is None]
     return f"Not drawn, because they failed: jobs {', '.join(missing)}." if missing else ""
 

@@ -33,7 +33,7 @@ from typing import Any
 from heapr.errors import ConfigError
 from heapr.report.sweep import metrics
 from heapr.report.sweep.factors import METHOD, NAMES, is_factor, varying
-from heapr.report.sweep.results import JobResult
+from heapr.report.sweep.results import Jobs
 from heapr.words import did_you_mean
 
 ROWS = ("model", "ratio", "criterion", "scope", "form", "corpus", "num_samples", "seed")
@@ -59,6 +59,15 @@ TITLES = {
     "relative_curve": "Share of the baseline's increase against the share removed",
 }
 RELATIVE_KINDS = ("relative_table", "relative_curve")
+LISTS = ("rows", "metrics", "series")  # keys whose value may be one name instead of a list
+# What an entry of a kind has if it does not say otherwise, where that differs from `Entry`.
+BY_METHOD = {"rows": ("model", "ratio", METHOD), "series": (METHOD,)}
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "calibration_curve": {"x": "num_samples"},
+    "bars": {"x": "criterion", "series": ("ratio",)},
+    "relative_table": BY_METHOD,
+    "relative_curve": BY_METHOD,
+}
 ORDERS = ("index", "sorted")
 
 
@@ -113,25 +122,33 @@ def read_layout(section: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None)
     Raises:
         ConfigError: a kind, key, factor or order is unknown, or an entry lacks its metrics or baseline.
     """
-    given: Mapping[str, Any] = section if isinstance(section, Mapping) else {"entries": section or []}
+    given: Mapping[str, Any] = section if isinstance(section, Mapping) else {"entries": section}
     known = [attribute.name for attribute in fields(Layout)]
     _check_keys(given, known, "report")
-    entries = [_entry(entry, f"report.{number}") for number, entry in enumerate(given.get("entries") or [])]
-    texts = {name: str(value) for name, value in given.items() if name != "entries" and value is not None}
+    texts: dict[str, str] = {}
+    for name, value in given.items():
+        if name != "entries" and value is not None:
+            texts[name] = str(value)
+    entries = []
+    for number, described in enumerate(given.get("entries") or []):
+        entry = _entry(described, f"report.{number}")
+        entries.append(entry)
     return Layout(**texts, entries=tuple(entries))
 
 
-def default_entries(jobs: Sequence[JobResult]) -> tuple[Entry, ...]:
+def default_entries(jobs: Jobs) -> tuple[Entry, ...]:
     """Return one table of everything, and the ratio curve if there are several ratios."""
     names = metrics.known(jobs)
     table = Entry(kind="table", title=TITLES["table"], metrics=tuple(names))
     if not varying(jobs, ["ratio"]) or not names:
         return (table,)
-    quality = [name for name in names if name.startswith("perplexity/")][:1]
+    perplexities = [name for name in names if name.startswith("perplexity/")]
+    quality = perplexities[:1]
     if "accuracy/average" in names:
         quality.append("accuracy/average")
     drawn = tuple(quality or names[:1])
-    return (table, Entry(kind="ratio_curve", title=TITLES["ratio_curve"], metrics=drawn))
+    curve = Entry(kind="ratio_curve", title=TITLES["ratio_curve"], metrics=drawn)
+    return (table, curve)
 
 
 def _entry(given: Mapping[str, Any], place: str) -> Entry:
@@ -139,17 +156,14 @@ def _entry(given: Mapping[str, Any], place: str) -> Entry:
     if kind not in KEYS:
         raise ConfigError(f"{place}.kind={kind!r} is unknown; choose one of {', '.join(KEYS)}")
     _check_keys(given, ["kind", "title", "where", *sorted(KEYS[kind])], place)
-    values = {name: value for name, value in given.items() if value is not None}
-    for name in ("rows", "metrics", "series"):
-        if name in values:
-            values[name] = (values[name],) if isinstance(values[name], str) else tuple(values[name])
-    values.setdefault("title", TITLES[kind])
-    values.setdefault("x", {"calibration_curve": "num_samples", "bars": "criterion"}.get(kind, ""))
-    if kind == "bars":
-        values.setdefault("series", ("ratio",))
-    if kind in RELATIVE_KINDS:
-        values.setdefault("rows", ("model", "ratio", METHOD))
-        values.setdefault("series", (METHOD,))
+    values = {"title": TITLES[kind], **DEFAULTS.get(kind, {})}
+    for name, value in given.items():
+        if name in LISTS and isinstance(value, str):
+            values[name] = (value,)
+        elif name in LISTS and value is not None:
+            values[name] = tuple(value)
+        elif value is not None:
+            values[name] = value
     entry = Entry(**values)
     _check_values(entry, place)
     return entry

@@ -55,6 +55,9 @@ class JobResult:
         return {} if self.summary is None else self.summary["metrics"]
 
 
+Jobs = Sequence[JobResult]
+
+
 @dataclass(frozen=True)
 class LayerRemoval:
     """Shares of atomic experts removed from a layer.
@@ -70,7 +73,7 @@ class LayerRemoval:
     share_E: tuple[float, ...]
 
 
-def finished(jobs: Sequence[JobResult]) -> list[JobResult]:
+def finished(jobs: Jobs) -> list[JobResult]:
     return [job for job in jobs if job.summary is not None]
 
 
@@ -83,7 +86,8 @@ def stage_entries(job: JobResult, stage: str) -> list[Mapping[str, Any]]:
 def stage_folder(job: JobResult, stage: str) -> Path | None:
     """Return the folder of a stage's artifact, or of an evaluation's by its name; None if there is none."""
     folders = [artifact_folder(job, entry) for entry in stage_entries(job, stage)]
-    return next((folder for folder in folders if folder.is_dir()), None)
+    existing = [folder for folder in folders if folder.is_dir()]
+    return existing[0] if existing else None
 
 
 def artifact_folder(job: JobResult, entry: Mapping[str, Any]) -> Path:
@@ -93,8 +97,12 @@ def artifact_folder(job: JobResult, entry: Mapping[str, Any]) -> Path:
     above the job's.
     """
     above = [] if job.folder is None else job.folder.resolve().parents
-    places: list[Path] = [start / entry["path"] for start in [Path.cwd(), *above]]
-    return next((place for place in places if place.is_dir()), places[0])
+    starts = [Path.cwd(), *above]
+    places: list[Path] = [start / entry["path"] for start in starts]
+    for place in places:
+        if place.is_dir():
+            return place
+    return places[0]
 
 
 def details(job: JobResult, evaluation: str) -> Mapping[str, Any] | None:
@@ -172,10 +180,12 @@ def _pruning_costs(job: JobResult, quantity: str) -> list[float]:
 
 
 def _cost(job: JobResult, entry: Mapping[str, Any], quantity: str) -> float | None:
+    """Return what an artifact cost: by its manifest, else by the stage's entry if this job made it."""
     described = read_manifest(artifact_folder(job, entry))
     made: dict[str, Any] = {} if entry["cached"] else dict(entry)
     if described is not None:
         part = entry.get("part")
-        made |= described["parts"].get(part, {}) if part else described
+        of_part = described["parts"].get(part, {}) if part else described
+        made |= of_part
     value = made.get(quantity)
     return None if value is None else float(value)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,27 +99,53 @@ def legend_above(figure: Figure, axes: Sequence[Axes], title: str = "") -> None:
     """Draw one legend above all panels, with every label once; its title serves as the figure's title."""
     found: dict[str, Any] = {}
     for panel in axes:
-        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+        handles, labels = panel.get_legend_handles_labels()
+        for label, handle in zip(labels, handles, strict=True):
             found.setdefault(label, handle)
     if not found:
         return
-    labels = sorted(found, key=lambda label: (label == HOLLOW, label == UNPRUNED, label.endswith(PUBLISHED)))
-    handles = [found[label] for label in labels]
+    ordered = sorted(found, key=_place_in_legend)
+    handles = [found[label] for label in ordered]
+    columns = _legend_columns(ordered)
+    rows = math.ceil(len(ordered) / columns)
+    if title:
+        rows += 1
+    # The panels keep their height.
+    height = figure.get_figheight()
+    figure.set_figheight(height + LEGEND_ROW * rows)
+    figure.legend(handles, ordered, loc="outside upper center", ncols=columns, title=title or None)
+
+
+def _place_in_legend(label: str) -> int:
+    """Return a key for sorting: our lines, published points, the unpruned model, what a hollow mark means."""
+    if label == HOLLOW:
+        return 3
+    if label == UNPRUNED:
+        return 2
+    return 1 if label.endswith(PUBLISHED) else 0
+
+
+def _legend_columns(labels: Sequence[str]) -> int:
+    """Return the most columns that fit into a figure's width; at least one."""
     columns = len(labels)
     while columns > 1 and _legend_width(labels, columns) > WIDTH:
         columns -= 1
-    rows = math.ceil(len(labels) / columns) + bool(title)
-    # The panels keep their height.
-    figure.set_figheight(figure.get_figheight() + LEGEND_ROW * rows)
-    figure.legend(handles, labels, loc="outside upper center", ncols=columns, title=title or None)
+    return columns
 
 
 def _legend_width(labels: Sequence[str], columns: int) -> float:
     """Return a legend's width in inches; matplotlib fills it by columns, the first of which are longer."""
-    rows, longer = divmod(len(labels), columns)
-    ends = [number * rows + min(number, longer) for number in range(columns + 1)]
-    longest = [max(map(len, labels[start:end]), default=0) for start, end in pairwise(ends)]
-    return sum(LEGEND_HANDLE + LEGEND_LETTER * letters for letters in longest)
+    rows, num_longer = divmod(len(labels), columns)
+    width = 0.0
+    start = 0
+    for number in range(columns):
+        end = start + rows
+        if number < num_longer:
+            end += 1
+        num_letters = max(map(len, labels[start:end]), default=0)
+        width += LEGEND_HANDLE + LEGEND_LETTER * num_letters
+        start = end
+    return width
 
 
 def write_figure(figure: Figure, path: Path) -> list[Path]:

@@ -6,119 +6,35 @@ In: jobs, an entry of the layout, published numbers. Out: a `Table` of finished 
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import Any
 
-from heapr.errors import ConfigError
 from heapr.report.sweep import metrics
-from heapr.report.sweep.caption import GAP, caption
+from heapr.report.sweep.averages import Group, grouped
+from heapr.report.sweep.caption import caption
 from heapr.report.sweep.doubt import MARK, is_doubtful
-from heapr.report.sweep.factors import (
-    PATHS,
-    RESULTLESS,
-    by_values,
-    describe,
-    differing,
-    factor,
-    header,
-    in_order,
-    selected,
-    show,
-    varying,
-)
-from heapr.report.sweep.published_results import Number, find, protocol_note
+from heapr.report.sweep.factors import by_values, factor, failure, header, in_order, selected, show, varying
+from heapr.report.sweep.published_results import Number, Numbers, find, protocol_note
 from heapr.report.sweep.report_layout import Entry
-from heapr.report.sweep.results import JobResult, finished
+from heapr.report.sweep.results import JobResult, Jobs
+from heapr.report.sweep.shares import Remarks
+from heapr.report.sweep.table_cells import (
+    best_places,
+    dense_text,
+    difference_cells,
+    measured_text,
+    published_cells,
+)
+from heapr.report.sweep.table_parts import GAP, NOT_MEASURED, Cell, Cells, Marks, Notes, Row, Table
 
+Measured = Sequence[float | None]  # by metric, in the order of the columns
+
+USUAL = ("ratio", "criterion")  # factors that have a column even if they are the same in all rows
 UNPRUNED, PUBLISHED, DIFFERENCE = "unpruned", "published", "difference"
-NOT_MEASURED = "not measured"  # a remark, and the text of a cell whose only remark it is
-Remarks = Mapping[tuple[int, str], str]  # by the job's number and the metric's name
 
 
-@dataclass(frozen=True)
-class Cell:
-    """Text, the numbers of its notes, and whether it is the best of its group."""
-
-    text: str = ""
-    notes: tuple[int, ...] = ()
-    is_best: bool = False
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of a table.
-
-    Attributes:
-        labels: cells before the metrics.
-        cells: one per metric.
-        is_ours: whether its numbers were measured here.
-        starts_group: whether to draw a rule above it.
-    """
-
-    labels: tuple[Cell, ...]
-    cells: tuple[Cell, ...]
-    is_ours: bool
-    starts_group: bool = False
-
-
-@dataclass(frozen=True)
-class Table:
-    """A finished table.
-
-    Attributes:
-        title: above it.
-        caption: what holds for all rows, and how to read it.
-        columns: headers of the labels, then of the metrics.
-        rows: in order.
-        notes: numbered from 1.
-    """
-
-    title: str
-    caption: str
-    columns: tuple[str, ...]
-    rows: tuple[Row, ...]
-    notes: tuple[str, ...]
-
-
-class Notes:
-    """Footnotes, each text once, numbered in order of appearance."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    def number(self, text: str) -> int:
-        if text not in self.texts:
-            self.texts.append(text)
-        return self.texts.index(text) + 1
-
-
-@dataclass(frozen=True)
-class Group:
-    """The jobs behind one row: a single job, or all that are averaged."""
-
-    jobs: tuple[JobResult, ...]
-
-    @property
-    def done(self) -> list[JobResult]:
-        return finished(self.jobs)
-
-    @property
-    def first(self) -> JobResult:
-        return (self.done or self.jobs)[0]
-
-    def values(self, metric: str) -> list[float]:
-        found = [metrics.value(job, metric) for job in self.done]
-        return [number for number in found if number is not None]
-
-    def mean(self, metric: str) -> float | None:
-        values = self.values(metric)
-        return statistics.fmean(values) if values else None
-
-
-def build_table(
-    entry: Entry, jobs: Sequence[JobResult], published: Sequence[Number], remarks: Remarks | None = None
-) -> Table:
+def build_table(entry: Entry, jobs: Jobs, published: Numbers, remarks: Remarks | None = None) -> Table:
     """Build the table of an entry, with a row for every job or average, whether it succeeded or not.
 
     Args:
@@ -135,55 +51,62 @@ def build_table(
 
 
 class _Builder:
-    def __init__(
-        self, entry: Entry, jobs: Sequence[JobResult], published: Sequence[Number], remarks: Remarks
-    ) -> None:
-        self.entry, self.jobs, self.published, self.remarks = entry, jobs, published, remarks
+    """Builds one table, row by row.
+
+    Attributes:
+        entry: of the layout.
+        jobs: those in the table.
+        published: numbers to put beside ours.
+        remarks: why shares are missing.
+        notes: footnotes so far; they are numbered in the order in which rows are built.
+        names: of the metrics, one per column.
+        shown: factors that have a column of their own.
+        constant: other factors, which go into the caption.
+        groups: jobs of each row.
+        is_numbered: whether rows need their job's number, because factors do not tell them apart.
+    """
+
+    def __init__(self, entry: Entry, jobs: Jobs, published: Numbers, remarks: Remarks) -> None:
+        self.entry = entry
+        self.jobs = jobs
+        self.published = published
+        self.remarks = remarks
+        self.notes = Notes()
         self.names = entry.metrics or tuple(metrics.known(jobs))
         identifying = [name for name in entry.rows if name != entry.average_over]
-        shown = (
-            varying(jobs, identifying)
-            or [name for name in identifying if name in {"ratio", "criterion"}]
-            or identifying[:1]
-        )
-        self.shown = [name for name in identifying if name in shown]
-        self.constant = [name for name in identifying if name not in shown]
+        self.shown = _shown(jobs, identifying)
+        self.constant = [name for name in identifying if name not in self.shown]
         self.groups = grouped(jobs, identifying, entry.average_over)
-        labels = by_values([group.first for group in self.groups], identifying)
+        firsts = [group.first for group in self.groups]
+        labels = by_values(firsts, identifying)
         self.is_numbered = len(labels) < len(self.groups)
-        self.notes = Notes()
 
     def build(self) -> Table:
+        """Build all rows, then the caption, which explains what occurs in them."""
         rows: list[Row] = []
-        models = dict.fromkeys(factor(job, "model") for job in self.jobs)
-        for model in models:
-            groups = [group for group in self.groups if factor(group.first, "model") == model]
-            rows += self._model_rows(groups)
-        columns = ["job"] if self.is_numbered else []
-        columns += map(header, self.shown)
-        columns += map(metrics.column_label, self.names)
+        for of_model in _by_factor(self.groups, "model").values():
+            rows += self._model_rows(of_model)
+        factors = map(header, self.shown)
+        labels = map(metrics.column_label, self.names)
+        columns = (*factors, *labels)
+        if self.is_numbered:
+            columns = ("job", *columns)
         text = caption(self.entry, self.groups, self.names, constant=self.constant, rows=rows)
-        return Table(self.entry.title, text, tuple(columns), tuple(rows), tuple(self.notes.texts))
+        notes = tuple(self.notes.texts)
+        return Table(self.entry.title, text, columns, tuple(rows), notes)
 
     def _model_rows(self, groups: Sequence[Group]) -> list[Row]:
-        """Build all rows of one model.
-
-        There is a rule between ratios, unless every ratio has a single row.
-        """
+        """Build all rows of one model: the unpruned one, then ratio after ratio."""
         done = [job for group in groups for job in group.done]
-        rows = self._dense_rows(done)
-        ratios = sorted({factor(group.first, "ratio") for group in groups}, key=in_order)
-        by_ratio = []
-        for ratio in ratios:
-            members = [group for group in groups if factor(group.first, "ratio") == ratio]
-            by_ratio.append(self._ratio_rows(members))
-        are_single = all(len(members) == 1 for members in by_ratio)
-        for number, of_ratio in enumerate(by_ratio):
-            has_rule = number == 0 or not are_single
-            rows += _with_rule(of_ratio) if has_rule else of_ratio
-        return rows
+        dense_rows = self._dense_rows(done)
+        groups_by_ratio = _by_factor(groups, "ratio")
+        rows_by_ratio = []
+        for ratio in sorted(groups_by_ratio, key=in_order):
+            rows = self._ratio_rows(groups_by_ratio[ratio])
+            rows_by_ratio.append(rows)
+        return dense_rows + _with_rules(rows_by_ratio)
 
-    def _dense_rows(self, jobs: Sequence[JobResult]) -> list[Row]:
+    def _dense_rows(self, jobs: Jobs) -> list[Row]:
         """Build the unpruned model's row, if any of its metrics was measured.
 
         There are several rows if jobs of one model disagree about the unpruned one.
@@ -192,185 +115,178 @@ class _Builder:
             # The unpruned model's shares are zero.
             return []
         rows: list[Row] = []
-        seen: list[list[float | None]] = []
+        seen: list[Measured] = []
         for job in jobs:
             numbers = [metrics.value(job, name, dense=True) for name in self.names]
             if numbers in seen:
                 continue
+            ours = self._dense_row(job, numbers, is_first=not seen)
+            beside = self._published_rows(job, numbers, dense=True)
+            rows += [ours, *beside]
             seen.append(numbers)
-            cells = []
-            for name, number in zip(self.names, numbers, strict=True):
-                text = _dense_text(job, name, number)
-                cells.append(Cell(text))
-            labels = [show(name, factor(job, name)) if name == "model" else "" for name in self.shown]
-            kind = UNPRUNED if len(seen) == 1 else f"{UNPRUNED} (job {job.number})"
-            row = Row(self._labels(labels, kind, job), tuple(cells), is_ours=True)
-            rows += [row, *self._published_rows(job, numbers, dense=True)]
         texts = {cell.text for row in rows for cell in row.cells}
-        return _with_rule(rows) if texts - {"", GAP} else []
+        numbers_in_text = texts - {"", GAP}
+        return _with_rule(rows) if numbers_in_text else []
+
+    def _dense_row(self, job: JobResult, numbers: Measured, *, is_first: bool) -> Row:
+        """Build a row of the unpruned model, which names the job unless it is the first of its model."""
+        cells = []
+        for name, number in zip(self.names, numbers, strict=True):
+            text = dense_text(job, name, number)
+            cells.append(Cell(text))
+        model = show("model", factor(job, "model"))
+        factors = [model if name == "model" else "" for name in self.shown]
+        kind = UNPRUNED if is_first else f"{UNPRUNED} (job {job.number})"
+        labels = self._labels(factors, kind)
+        return Row(labels, tuple(cells), is_ours=True)
 
     def _ratio_rows(self, groups: Sequence[Group]) -> list[Row]:
         """Build all rows of one model and ratio, with the best value of each metric marked."""
-        texts = {id(group): [self._text(group, name) for name in self.names] for group in groups}
-        best = {name: self._best(groups, name) for name in self.names}
+        best = {name: best_places(groups, name) for name in self.names}
         rows: list[Row] = []
-        for group in groups:
-            failures = self._failures(group)
-            cells = []
-            for name, text in zip(self.names, texts[id(group)], strict=True):
-                is_best = any(group is winner for winner in best[name])
-                notes = failures + self._remarks(group, name, text)
-                cells.append(Cell(text, notes, is_best))
-            labels = [show(name, factor(group.first, name)) for name in self.shown]
-            marks = () if group.done else failures
-            rows.append(Row(self._labels(labels, "", group.first, marks), tuple(cells), is_ours=True))
+        for place, group in enumerate(groups):
+            best_names = {name for name, places in best.items() if place in places}
+            ours = self._measured_row(group, best_names)
             means = [group.mean(name) for name in self.names]
-            rows += self._published_rows(group.first, means, dense=False)
+            beside = self._published_rows(group.first, means, dense=False)
+            rows += [ours, *beside]
         return rows
 
+    def _measured_row(self, group: Group, best_names: Collection[str]) -> Row:
+        """Build the row of a group, with bold cells for the metrics in which it is the best."""
+        failures = self._failures(group)
+        cells = []
+        for name in self.names:
+            text = self._text(group, name)
+            remarks = self._remarks(group, name, text)
+            cell = Cell(text, failures + remarks, is_best=name in best_names)
+            cells.append(cell)
+        factors = [show(name, factor(group.first, name)) for name in self.shown]
+        marks = () if group.done else failures
+        number = str(group.first.number)
+        labels = self._labels(factors, number=number, notes=marks)
+        return Row(labels, tuple(cells), is_ours=True)
+
     def _text(self, group: Group, name: str) -> str:
-        values = group.values(name)
-        if not values:
+        """Return the text of a cell, with a mark if its share may be chance."""
+        if not group.values(name):
             return NOT_MEASURED if self._is_not_measured(group, name) else GAP
-        if len(group.jobs) == 1:
-            text = _with_error(name, values[0], metrics.standard_error(group.done[0], name))
-        else:
-            text = metrics.text(name, statistics.fmean(values))
-            if len(values) > 1:
-                text += f" ± {metrics.text(name, statistics.stdev(values))}"
+        text = measured_text(group, name)
         return f"{text}{MARK}" if is_doubtful(group.jobs, name) else text
 
     def _is_not_measured(self, group: Group, name: str) -> bool:
-        found = [self.remarks.get((job.number, name)) for job in group.done]
-        return set(found) == {NOT_MEASURED}
+        """Return whether all that the remarks say of a gap is that there was no measurement."""
+        found = {self.remarks.get((job.number, name)) for job in group.done}
+        return found == {NOT_MEASURED}
 
-    def _failures(self, group: Group) -> tuple[int, ...]:
+    def _failures(self, group: Group) -> Marks:
         """Return the notes that name a row's failed jobs and say why they failed."""
-        return tuple(self.notes.number(failure(job)) for job in group.jobs if job.summary is None)
+        numbers = []
+        for job in group.jobs:
+            if job.summary is None:
+                note = failure(job)
+                numbers.append(self.notes.number(note))
+        return tuple(numbers)
 
-    def _remarks(self, group: Group, name: str, text: str) -> tuple[int, ...]:
+    def _remarks(self, group: Group, name: str, text: str) -> Marks:
         """Return the notes that say why shares are missing, where the text of the cell does not."""
         if text == NOT_MEASURED:
             return ()
-        notes = []
+        notes: dict[int, None] = {}
         for job in group.jobs:
             remark = self.remarks.get((job.number, name))
             if remark == NOT_MEASURED:
                 remark = f"Not measured in job {job.number}."
             if remark is not None:
-                notes.append(self.notes.number(remark))
-        return tuple(dict.fromkeys(notes))
+                number = self.notes.number(remark)
+                notes[number] = None
+        return tuple(notes)
 
-    def _best(self, groups: Sequence[Group], name: str) -> list[Group]:
-        """Return the groups that print the best value, or no group if all print the same.
+    def _published_rows(self, job: JobResult, ours: Measured, *, dense: bool) -> list[Row]:
+        """Build a row of published numbers and a row of differences; none without a published number.
 
-        Doubtful shares do not take part.
+        A single source is a note of the row. Of several, each is a note of its cells.
         """
-        direction = metrics.better(name)
-        means: list[tuple[float, Group]] = []
-        for group in groups:
-            mean = group.mean(name)
-            if mean is not None and not is_doubtful(group.jobs, name):
-                means.append((mean, group))
-        if direction == 0 or not means:
-            return []
-        winner = max(direction * mean for mean, _ in means)
-        printed = metrics.text(name, direction * winner)
-        best = [group for mean, group in means if metrics.text(name, mean) == printed]
-        return best if len(best) < len(means) else []
-
-    def _published_rows(self, job: JobResult, ours: Sequence[float | None], *, dense: bool) -> list[Row]:
-        """Build a row of published numbers and a row of differences; none without a published number."""
         found = [find(self.published, job, name, dense=dense) for name in self.names]
-        sources = dict.fromkeys(number.source for number in found if number is not None)
-        if not sources:
+        marks = self._source_marks(found)
+        if not marks:
             return []
-        marks = {source: self.notes.number(protocol_note(source)) for source in sources}
-        values, differences = [], []
-        for name, number, mine in zip(self.names, found, ours, strict=True):
-            value = difference = Cell()
-            if number is not None:
-                notes = (marks[number.source],) if len(sources) > 1 else ()
-                value = Cell(metrics.text(name, number.value), notes)
-            if number is not None and mine is not None:
-                difference = Cell(metrics.signed(name, mine - number.value, mine))
-            values.append(value)
-            differences.append(difference)
-        row_notes = tuple(marks.values()) if len(sources) == 1 else ()
-        blank = [""] * len(self.shown)
+        row_mark, *others = marks.values()
+        cell_marks = marks if others else {}
+        values = published_cells(self.names, found, cell_marks)
+        differences = difference_cells(self.names, found, ours)
         return [
-            Row(self._labels(blank, PUBLISHED, None, row_notes), tuple(values), is_ours=False),
-            Row(self._labels(blank, DIFFERENCE, None), tuple(differences), is_ours=False),
+            self._row_beside(PUBLISHED, values, () if others else row_mark),
+            self._row_beside(DIFFERENCE, differences),
         ]
 
+    def _source_marks(self, numbers: Sequence[Number | None]) -> dict[str, Marks]:
+        """Return the note that says how each source measured its numbers, by source."""
+        marks: dict[str, Marks] = {}
+        for number in numbers:
+            if number is not None and number.source not in marks:
+                note = protocol_note(number.source)
+                marks[number.source] = (self.notes.number(note),)
+        return marks
+
+    def _row_beside(self, kind: str, cells: Sequence[Cell], notes: Marks = ()) -> Row:
+        """Return a row below one of ours: it repeats no factor and no job."""
+        blank = [""] * len(self.shown)
+        labels = self._labels(blank, kind, notes=notes)
+        return Row(labels, tuple(cells), is_ours=False)
+
     def _labels(
-        self, labels: Sequence[str], kind: str, job: JobResult | None, notes: tuple[int, ...] = ()
-    ) -> tuple[Cell, ...]:
-        """Return the cells before the metrics: the job's number where rows need one, and the factors.
+        self, factors: Sequence[str], kind: str = "", *, number: str = "", notes: Marks = ()
+    ) -> Cells:
+        """Return the cells before the metrics.
 
-        The kind of a row joins its first factor other than the model.
+        Args:
+            factors: of the row, as text.
+            kind: of a row that is not one of ours; it joins the first factor other than the model.
+            number: of the job, for tables whose rows need it.
+            notes: beside the kind or that factor.
         """
-        cells = [Cell(text) for text in labels]
-        place = next((place for place, name in enumerate(self.shown) if name != "model"), 0)
-        texts = filter(None, (labels[place], kind))
-        cells[place] = Cell(", ".join(texts), notes)
-        if not self.is_numbered:
-            return tuple(cells)
-        number = "" if job is None or kind.startswith(UNPRUNED) else str(job.number)
-        return (Cell(number), *cells)
+        cells = [Cell(text) for text in factors]
+        others = [place for place, name in enumerate(self.shown) if name != "model"]
+        place = others[0] if others else 0
+        texts = filter(None, (factors[place], kind))
+        text = ", ".join(texts)
+        cells[place] = Cell(text, notes)
+        return (Cell(number), *cells) if self.is_numbered else tuple(cells)
 
 
-def grouped(jobs: Sequence[JobResult], identifying: Sequence[str], average_over: str | None) -> list[Group]:
-    """Group the jobs that are averaged together; without an average, every job is a group.
+def _shown(jobs: Jobs, identifying: Sequence[str]) -> list[str]:
+    """Return the factors that get a column: those that vary, else ratio and criterion, else the first."""
+    found = varying(jobs, identifying)
+    if found:
+        return found
+    usual = [name for name in identifying if name in USUAL]
+    return usual or list(identifying[:1])
 
-    Args:
-        jobs: to group.
-        identifying: factors that are equal within a group.
-        average_over: factor whose values are averaged.
 
-    Raises:
-        ConfigError: jobs of a group differ in more than the factor that is averaged over.
+def _by_factor(groups: Sequence[Group], name: str) -> dict[Any, list[Group]]:
+    """Return the groups by the value of a factor, in order of appearance."""
+    by_value: dict[Any, list[Group]] = {}
+    for group in groups:
+        value = factor(group.first, name)
+        by_value.setdefault(value, []).append(group)
+    return by_value
+
+
+def _with_rules(rows_by_ratio: Sequence[list[Row]]) -> list[Row]:
+    """Join the rows of all ratios, with rules between them unless every ratio has a single row.
+
+    There is always a rule above the first.
     """
-    if average_over is None:
-        return [Group((job,)) for job in jobs]
-    groups = by_values(jobs, identifying).values()
-    for members in groups:
-        _check_alike(members, average_over)
-    return [Group(tuple(members)) for members in groups]
-
-
-def failure(job: JobResult) -> str:
-    """Say in one line which job failed, and why."""
-    what = " ".join(job.overrides) or describe(job, ["model", "criterion", "ratio"])
-    reason = (job.error or "no reason known").strip().splitlines()[0]
-    return f"Job {job.number} failed ({what}): {reason}"
-
-
-def _check_alike(jobs: Sequence[JobResult], average_over: str) -> None:
-    """Refuse an average over jobs that differ in anything else that changes a result."""
-    last = average_over.rpartition(".")[2]
-    for path in differing(jobs):
-        is_averaged = path.endswith(f".{last}") or PATHS.get(last) == path
-        if path.split(".")[0] not in RESULTLESS and not is_averaged:
-            numbers = ", ".join(str(job.number) for job in jobs)
-            raise ConfigError(
-                f"jobs {numbers} would be averaged over {average_over}, but differ in {path}; add it to rows"
-                " or series"
-            )
+    are_single = all(len(rows) == 1 for rows in rows_by_ratio)
+    joined: list[Row] = []
+    for rows in rows_by_ratio:
+        has_rule = not joined or not are_single
+        joined += _with_rule(rows) if has_rule else rows
+    return joined
 
 
 def _with_rule(rows: Sequence[Row]) -> list[Row]:
     """Return the rows with a rule above the first."""
     first, *others = rows
     return [replace(first, starts_group=True), *others]
-
-
-def _dense_text(job: JobResult, name: str, number: float | None) -> str:
-    if number is None:
-        return "" if name.partition("/")[0] in metrics.OF_A_PAIR else GAP
-    return _with_error(name, number, metrics.standard_error(job, name, dense=True))
-
-
-def _with_error(name: str, number: float, error: float | None) -> str:
-    text = metrics.text(name, number)
-    return text if error is None else f"{text} ({metrics.text(name, error)})"

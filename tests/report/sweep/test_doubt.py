@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from heapr.report.sweep.doubt import is_doubtful
-from heapr.report.sweep.relative import relative_curve, relative_table, with_shares
+from heapr.report.sweep.relative import relative_curve, relative_table
 from heapr.report.sweep.report import write_report
 from heapr.report.sweep.results import JobResult
+from heapr.report.sweep.shares import with_shares
 from heapr.report.sweep.style import HOLLOW, style
-from heapr.report.sweep.table import GAP, Table
+from heapr.report.sweep.table_parts import GAP, Table
 from tests.report.sweep.sweeps import job
 from tests.report.sweep.test_relative import ACCURACY, BASELINE, KL, PERPLEXITY, entry, settings, texts
 

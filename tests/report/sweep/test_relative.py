@@ -14,12 +14,13 @@ import pytest
 from heapr.errors import ConfigError
 from heapr.report.sweep import metrics
 from heapr.report.sweep.factors import UNKNOWN, factor
-from heapr.report.sweep.relative import relative_curve, relative_table, with_shares
+from heapr.report.sweep.relative import relative_curve, relative_table
 from heapr.report.sweep.report import write_report
 from heapr.report.sweep.report_layout import Entry, read_layout
 from heapr.report.sweep.results import JobResult
+from heapr.report.sweep.shares import with_shares
 from heapr.report.sweep.style import style
-from heapr.report.sweep.table import GAP, Table
+from heapr.report.sweep.table_parts import GAP, Table
 from tests.report.sweep.sweeps import config, failed, job
 
 PERPLEXITY, ACCURACY, KL = "perplexity/wikitext2", "accuracy/piqa", "kl_to_dense/wikitext2"

@@ -17,7 +17,8 @@ from heapr.report.sweep.published_results import read_published
 from heapr.report.sweep.render import escape_tex, to_csv, to_html, to_markdown, to_tex
 from heapr.report.sweep.report_layout import Entry
 from heapr.report.sweep.results import JobResult
-from heapr.report.sweep.table import GAP, Table, build_table
+from heapr.report.sweep.table import build_table
+from heapr.report.sweep.table_parts import GAP, Table
 from tests.report.sweep.sweeps import config, failed, job, write_published
 
 PERPLEXITY, ACCURACY = "perplexity/wikitext2", "accuracy/piqa"

@@ -1,0 +1,122 @@
+"""Tasks of lm-eval: find one, load its data, check what it needs of a tokenizer.
+
+In: the name of a task, a folder with further ones. Out: a `LoadedTask`. lm-eval is imported inside functions
+because its import takes seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from heapr.errors import ConfigError
+from heapr.evaluation.zero_shot_local import NAME as LOCAL_TASK
+from heapr.evaluation.zero_shot_quiet import quiet, seeded
+from heapr.hub import hub_is_reachable, no_network
+from heapr.words import did_you_mean, first_line
+
+# lm-eval's folders of the paper's tasks. To read the files of all 14,000 tasks takes about 15 seconds.
+PAPER_FOLDERS = ("openbookqa", "arc", "winogrande", "hellaswag", "piqa", "mathqa")
+
+
+@dataclass(frozen=True)
+class LoadedTask:
+    """A task, group or tag of lm-eval with its data.
+
+    Attributes:
+        name: as requested.
+        manager: lm-eval's task manager, which knows the task.
+        tasks: single tasks by name.
+        roots: what lm-eval is given: groups, and tasks that belong to no group.
+    """
+
+    name: str
+    manager: Any
+    tasks: Mapping[str, Any]
+    roots: list[Any]
+
+
+def load_task(name: str, folder: Path | None, content: str) -> LoadedTask:
+    """Find a task and load its data from the local cache or the hub.
+
+    Args:
+        name: of a task, group or tag.
+        folder: with further tasks, which take precedence over lm-eval's own.
+        content: hash of the folder.
+
+    Raises:
+        ConfigError: the task is unknown, or its data cannot be loaded.
+    """
+    network = contextlib.nullcontext() if hub_is_reachable() else no_network()
+    with quiet(name), seeded(), network:
+        manager = _task_manager(folder, content, everything=False)
+        if name not in manager.all_tasks:
+            manager = _task_manager(folder, content, everything=True)
+        if name not in manager.all_tasks:
+            suggestion = did_you_mean(name, [*manager.all_tasks, LOCAL_TASK], most=3)
+            raise ConfigError(
+                f"zero-shot task '{name}' is unknown; {suggestion}lm-eval ls tasks lists all, include_path"
+                " adds your own"
+            )
+        try:
+            loaded = manager.load([name])
+        except OSError as error:
+            raise ConfigError(
+                f"the data of zero-shot task '{name}' are not on this machine: {first_line(error)}; "
+                "run python -m heapr.prefetch with the same overrides where there is a network"
+            ) from error
+        except (ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"zero-shot task '{name}' cannot be loaded: {first_line(error)}; see lm-eval's page on the"
+                " task"
+            ) from error
+    members = {member for names in loaded["group_map"].values() for member in names}
+    everything = {**loaded["tasks"], **loaded["groups"]}
+    roots = [item for key, item in everything.items() if key not in members]
+    return LoadedTask(name, manager, loaded["tasks"], roots)
+
+
+def generates_text(task: LoadedTask) -> bool:
+    """Whether the model has to generate text for it, token after token."""
+    return any(single.OUTPUT_TYPE == "generate_until" for single in task.tasks.values())
+
+
+def check_end_token(task: LoadedTask, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that the tokenizer has the special token that a task needs.
+
+    Before a text without context, lm-eval puts the tokenizer's beginning-of-text token, or its end-of-text
+    token if there is no other. Generated text ends at the end-of-text token.
+
+    Raises:
+        ConfigError: the tokenizer has no such token.
+    """
+    generates = generates_text(task)
+    has_beginning = tokenizer.bos_token_id is not None
+    if tokenizer.eos_token_id is not None or (has_beginning and not generates):
+        return
+    missing = "token for the end of a text" if generates else "token for the beginning or the end of a text"
+    raise ConfigError(
+        f"zero-shot task '{task.name}' needs a {missing}, which the model's tokenizer does not define; set"
+        " `eos_token` in its tokenizer_config.json, or skip zero-shot with evaluation.zero_shot=null"
+    )
+
+
+# Cached, because the result depends only on the arguments: `content` is the hash of the folder.
+@functools.lru_cache(maxsize=4)
+def _task_manager(folder: Path | None, content: str, *, everything: bool) -> Any:
+    """lm-eval's task manager for the paper's tasks, or for all its tasks, with the tasks of a folder."""
+    import lm_eval.tasks
+
+    folders: list[Path] = []
+    if not everything:
+        lm_evals = Path(lm_eval.tasks.__file__).parent
+        folders += [lm_evals / name for name in PAPER_FOLDERS if (lm_evals / name).is_dir()]
+    if folder is not None:
+        folders.append(folder)
+    return lm_eval.tasks.TaskManager(include_path=folders, include_defaults=everything)
