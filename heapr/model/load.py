@@ -267,6 +267,8 @@ def find_model(
     identity["dtype"] = dtype
     if trust_remote_code:
         identity["remote_code"] = "trusted"
+    widths = {layer.index: layer.widths for layer in layers}
+    atomic_expert_parameters = {layer.index: layer.atomic_expert_parameters for layer in layers}
     return ModelSource(
         folder=folder,
         identity=identity,
@@ -274,8 +276,8 @@ def find_model(
         stored_dtype=stored_dtype,
         config=config,
         architecture=type(model).__name__,
-        widths={layer.index: layer.widths for layer in layers},
-        atomic_expert_parameters={layer.index: layer.atomic_expert_parameters for layer in layers},
+        widths=widths,
+        atomic_expert_parameters=atomic_expert_parameters,
         experts_per_token=experts_per_token(model),
         trust_remote_code=trust_remote_code,
     )

@@ -104,7 +104,8 @@ def _remove_lowest(layers: Mapping[int, Tensor], number: int) -> dict[int, Tenso
     # Entries beyond an expert's width are -inf and sort first.
     num_absent = int((scores_S == -math.inf).sum())
     kept_S = keep_highest(scores_S, num_absent + number)
-    parts = kept_S.split([len(part_S) for part_S in flat])
+    sizes = [len(part_S) for part_S in flat]
+    parts = kept_S.split(sizes)
     kept = {}
     for (index, scores_EF), part_S in zip(layers.items(), parts, strict=True):
         kept[index] = part_S.view_as(scores_EF)

@@ -51,7 +51,8 @@ def load_pruned(
     model = source.load(place)
     if pruning is not None:
         remove(model, pruning.plan, pruning.repaired)
-        take_ragged_type(model.model, {layer.name: layer.widths for layer in model.layers})
+        widths = {layer.name: layer.widths for layer in model.layers}
+        take_ragged_type(model.model, widths)
     return model.model
 
 
