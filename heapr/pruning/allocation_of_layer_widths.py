@@ -6,7 +6,8 @@ experts of an expert, M multiples of the budget's `width_multiple` in F.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -39,10 +40,8 @@ def allocate_layer_widths(layers: Mapping[int, Tensor], budget: Budget) -> Plan:
     for index, scores_EF in layers.items():
         steps += _steps(index, scores_EF, budget.width_multiple)
     steps.sort()
-    wanted = budget.ratio * sum(scores_EF.numel() for scores_EF in layers.values())
-    removed = list(accumulate((step.size for step in steps), initial=0))
-    misses = [abs(total - wanted) for total in removed]
-    number = max(range(len(misses)), key=lambda number: (-misses[number], number))
+    total = sum(scores_EF.numel() for scores_EF in layers.values())
+    number = _number_nearest(steps, budget.ratio * total)
     width_of = {index: scores_EF.shape[1] for index, scores_EF in layers.items()}
     for step in steps[:number]:
         width_of[step.layer] -= budget.width_multiple
@@ -53,10 +52,24 @@ def allocate_layer_widths(layers: Mapping[int, Tensor], budget: Budget) -> Plan:
     return Plan(layers=kept)
 
 
+def _number_nearest(steps: Sequence[_Step], wanted: float) -> int:
+    """How many steps, taken in order, come nearest to the wanted number of atomic experts."""
+    sizes = [step.size for step in steps]
+    nearest, number = math.inf, 0
+    for place, removed in enumerate(accumulate(sizes, initial=0)):
+        miss = abs(removed - wanted)
+        # Of two equally near numbers the larger.
+        if miss <= nearest:
+            nearest, number = miss, place
+    return number
+
+
 def _steps(index: int, scores_EF: Tensor, multiple: int) -> list[_Step]:
     """What a layer may lose, lowest first."""
     num_experts = len(scores_EF)
     sorted_EF = torch.sort(scores_EF, dim=1).values
     loss_M = sorted_EF.view(num_experts, -1, multiple).mean(dim=(0, 2))
+    size = num_experts * multiple
+    # The last multiple stays.
     losses = loss_M.tolist()[:-1]
-    return [_Step(loss, index, number, num_experts * multiple) for number, loss in enumerate(losses)]
+    return [_Step(loss, index, number, size) for number, loss in enumerate(losses)]

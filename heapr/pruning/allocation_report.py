@@ -33,31 +33,23 @@ def report_allocation(
     """
     without_rounding = replace(budget, width_multiple=1, uniform_width=None, one_width_per_layer=False)
     exact = allocate(scores, widths, without_rounding, costs)
-    total = sum(map(sum, widths.values()))
-    removed = total - plan.num_kept
+    total = _size(widths)
     report: dict[str, Any] = {
         "atomic_experts": total,
-        "atomic_experts_removed": removed,
+        "atomic_experts_removed": total - plan.num_kept,
         "atomic_experts_exchanged": _exchanged(plan, exact),
         "kept_score": _kept_score(plan, scores),
         "kept_score_without_rounding": _kept_score(exact, scores),
     }
-    removal = f"removes {removed} of {total} atomic experts"
-    if costs is None:
-        asked = budget.ratio * total
-        removal += f" (asked for {asked:.6g})"
-    summary = [removal]
+    summary = [_about_removal(plan, total, budget.ratio if costs is None else None)]
     if budget.granularity is Granularity.EXPERT:
         summary.append(_about_experts(plan, widths))
-    elif budget.width_multiple > 1 or budget.uniform_width is not None or budget.one_width_per_layer:
+    elif _is_rounded(budget):
         summary.append(_about_rounding(plan, exact, budget, report))
     if costs is not None:
         removed_ratio = _cost_removed_ratio(plan, widths, costs)
         report[f"{budget.unit}_removed_ratio"] = removed_ratio
-        summary.append(
-            f"these are {removed_ratio:.3%} of the routed experts' {budget.unit} "
-            f"(asked for {budget.ratio:.3%})"
-        )
+        summary.append(_about_cost(removed_ratio, budget))
     if budget.protected_layers:
         without_protection = replace(budget, protected_layers=())
         unprotected = allocate(scores, widths, without_protection, costs)
@@ -67,6 +59,33 @@ def report_allocation(
     report["summary"] = summary
     report["not_reached"] = _not_reached(plan, widths, budget)
     return report
+
+
+def _size(widths: Widths) -> int:
+    """Number of all atomic experts."""
+    return sum(map(sum, widths.values()))
+
+
+def _is_rounded(budget: Budget) -> bool:
+    """Whether widths cannot be what the scores alone would make them."""
+    if budget.uniform_width is not None or budget.one_width_per_layer:
+        return True
+    return budget.width_multiple > 1
+
+
+def _about_removal(plan: Plan, total: int, ratio: float | None) -> str:
+    """How many atomic experts go; with a ratio, also how many it asks for."""
+    removed = total - plan.num_kept
+    removal = f"removes {removed} of {total} atomic experts"
+    if ratio is None:
+        return removal
+    asked = ratio * total
+    return f"{removal} (asked for {asked:.6g})"
+
+
+def _about_cost(removed_ratio: float, budget: Budget) -> str:
+    share = f"{removed_ratio:.3%} of the routed experts' {budget.unit}"
+    return f"these are {share} (asked for {budget.ratio:.3%})"
 
 
 def _about_experts(plan: Plan, widths: Widths) -> str:
@@ -90,19 +109,22 @@ def _about_rounding(plan: Plan, exact: Plan, budget: Budget, report: Mapping[str
     elif budget.one_width_per_layer:
         widths = [str(max(width_E)) for width_E in plan.widths.values()]
         form = f"one width per layer ({', '.join(widths)})"
+    exchanged = report["atomic_experts_exchanged"]
+    scores = _about_scores(report["kept_score_without_rounding"], report["kept_score"])
     return (
         f"rounding to {form}: {exact.num_kept} -> {plan.num_kept} kept, "
-        f"{report['atomic_experts_exchanged']} of which would be removed without rounding; "
-        f"sum of kept scores {report['kept_score_without_rounding']:.6g} -> {report['kept_score']:.6g}"
+        f"{exchanged} of which would be removed without rounding; {scores}"
     )
 
 
 def _about_protection(report: Mapping[str, Any]) -> str:
     exchanged = report["atomic_experts_exchanged_by_protection"]
-    return (
-        f"protected layers keep {exchanged} atomic experts that would otherwise be removed; "
-        f"sum of kept scores {report['kept_score_without_protection']:.6g} -> {report['kept_score']:.6g}"
-    )
+    scores = _about_scores(report["kept_score_without_protection"], report["kept_score"])
+    return f"protected layers keep {exchanged} atomic experts that would otherwise be removed; {scores}"
+
+
+def _about_scores(before: float, after: float) -> str:
+    return f"sum of kept scores {before:.6g} -> {after:.6g}"
 
 
 def _not_reached(plan: Plan, widths: Widths, budget: Budget) -> list[str]:
@@ -114,7 +136,7 @@ def _not_reached(plan: Plan, widths: Widths, budget: Budget) -> list[str]:
     is_chosen = budget.uniform_width is not None or budget.num_experts is not None
     if budget.unit != "atomic_experts" or is_chosen:
         return []
-    total = sum(map(sum, widths.values()))
+    total = _size(widths)
     asked = budget.ratio * total
     removed = total - plan.num_kept
     within = len(widths) * budget.width_multiple / 2
