@@ -53,12 +53,19 @@ def report_allocation(
     if budget.protected_layers:
         without_protection = replace(budget, protected_layers=())
         unprotected = allocate(scores, widths, without_protection, costs)
-        report["atomic_experts_exchanged_by_protection"] = _exchanged(plan, unprotected)
-        report["kept_score_without_protection"] = _kept_score(unprotected, scores)
+        report |= _protection(plan, unprotected, scores)
         summary.append(_about_protection(report))
     report["summary"] = summary
     report["not_reached"] = _not_reached(plan, widths, budget)
     return report
+
+
+def _protection(plan: Plan, unprotected: Plan, scores: Scores) -> dict[str, Any]:
+    """What protected layers change, by key."""
+    return {
+        "atomic_experts_exchanged_by_protection": _exchanged(plan, unprotected),
+        "kept_score_without_protection": _kept_score(unprotected, scores),
+    }
 
 
 def _size(widths: Widths) -> int:
@@ -89,11 +96,13 @@ def _about_cost(removed_ratio: float, budget: Budget) -> str:
 
 
 def _about_experts(plan: Plan, widths: Widths) -> str:
-    present = kept = 0
+    present = 0
+    kept = 0
     for index, width_E in widths.items():
         present += sum(width > 0 for width in width_E)
         kept += _num_experts_kept(plan, index)
-    return f"these are {present - kept} of {present} experts, removed whole"
+    removed = present - kept
+    return f"these are {removed} of {present} experts, removed whole"
 
 
 def _num_experts_kept(plan: Plan, index: int) -> int:
@@ -108,7 +117,8 @@ def _about_rounding(plan: Plan, exact: Plan, budget: Budget, report: Mapping[str
         form = f"one width of {budget.uniform_width}"
     elif budget.one_width_per_layer:
         widths = [str(max(width_E)) for width_E in plan.widths.values()]
-        form = f"one width per layer ({', '.join(widths)})"
+        listed = ", ".join(widths)
+        form = f"one width per layer ({listed})"
     exchanged = report["atomic_experts_exchanged"]
     scores = _about_scores(report["kept_score_without_rounding"], report["kept_score"])
     return (
@@ -177,10 +187,12 @@ def _missed(asked: float, removed: int, budget: Budget) -> str:
 
 def _cost_removed_ratio(plan: Plan, widths: Widths, costs: Costs) -> float:
     """Share of the cost of all atomic experts that the plan removes."""
-    before = after = 0.0
+    before = 0.0
+    after = 0.0
+    widths_left = plan.widths
     for index, cost_E in costs.items():
         before += cost_of_layer(cost_E, widths[index])
-        after += cost_of_layer(cost_E, plan.widths[index])
+        after += cost_of_layer(cost_E, widths_left[index])
     return 1 - after / before
 
 

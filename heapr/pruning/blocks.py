@@ -105,7 +105,8 @@ class BlockFactors:
             padded_SD[bucket.place_S] = right_SD[bucket.row_S]
             padded_BWD = padded_SD.view(num_blocks, width, -1)
             answer_BWD = torch.cholesky_solve(padded_BWD, bucket.factor_BWW)
-            solved_SD[bucket.row_S] = answer_BWD.flatten(0, 1)[bucket.place_S]
+            answer_SD = answer_BWD.flatten(0, 1)
+            solved_SD[bucket.row_S] = answer_SD[bucket.place_S]
         return solved_SD
 
 
@@ -132,7 +133,8 @@ def factored(C_SS: Tensor, ridge: float) -> Tensor:
     Raises:
         ConfigError: the ridge is so small that the matrix is singular in floating point.
     """
-    identity_SS = torch.eye(C_SS.shape[-1], dtype=C_SS.dtype, device=C_SS.device)
+    size = C_SS.shape[-1]
+    identity_SS = torch.eye(size, dtype=C_SS.dtype, device=C_SS.device)
     regular_SS = C_SS + max(ridge, _TINY) * identity_SS
     factor_SS: Tensor
     factor_SS, failed = torch.linalg.cholesky_ex(regular_SS)

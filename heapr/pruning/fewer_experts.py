@@ -15,8 +15,10 @@ from transformers import PretrainedConfig
 from heapr.errors import ConfigError
 from heapr.model.experts.layout import matrices_of
 from heapr.model.moe import MoELayer, MoEModel, find_moe_layers
-from heapr.pruning.budget import Widths, round_half_up
-from heapr.pruning.uniform import Settings, Shapes, fill_experts, integers_of, on_meta, shapes_of
+from heapr.pruning.budget import Widths
+from heapr.pruning.meta_shapes import Shapes, integers_of, on_meta, shapes_of
+from heapr.pruning.rounding import round_half_up
+from heapr.pruning.uniform import Settings, fill_experts
 
 
 def choose_num_experts(widths: Widths, ratio: float, experts_per_token: int) -> int:

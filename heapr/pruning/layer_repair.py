@@ -6,12 +6,15 @@ changed in place, and how much of the squared error is left. The methods are in 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+import torch
+from torch import Tensor
+
 from heapr.model.expert_inputs import ExpertInputs
-from heapr.model.experts.layout import Experts
+from heapr.model.experts.layout import Experts, matrices_of
 from heapr.model.experts.ragged import RaggedExperts
 from heapr.model.stream import StreamTarget
 from heapr.ranks import ONE_PROCESS, Ranks
@@ -77,3 +80,22 @@ class Repair(Protocol):
                 over all of them, so that all find the same weights.
         """
         ...
+
+
+def copy_weights(experts: Experts) -> list[tuple[Tensor, Tensor]]:
+    """A copy of every expert's rows of W_gate and W_up, and columns of W_down."""
+    copies = []
+    for matrices in matrices_of(experts):
+        inputs_GD = matrices.inputs_GD.detach().clone()
+        down_DF = matrices.down_DF.detach().clone()
+        copies.append((inputs_GD, down_DF))
+    return copies
+
+
+def num_changed(experts: Experts, old: Sequence[tuple[Tensor, Tensor]]) -> int:
+    """Experts with at least one weight that changed."""
+    number = 0
+    for (inputs_GD, down_DF), (old_GD, old_DF) in zip(copy_weights(experts), old, strict=True):
+        is_same = torch.equal(inputs_GD, old_GD) and torch.equal(down_DF, old_DF)
+        number += not is_same
+    return number

@@ -20,12 +20,37 @@ from heapr.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
+ROWS = 128  # rows of a layer's normal equations that are computed at once
 _TINY = 1e-30  # keeps a denominator of zeros from dividing by zero
 
 
 def solve(C_SS: Tensor, B_SD: Tensor, ridge: float) -> Tensor:
     """(C + ridge I)^-1 B in float64."""
     return torch.cholesky_solve(B_SD, factored(C_SS, ridge))
+
+
+def solve_directly(kept: Activations, lost_TD: Tensor, *, ridge: float, ranks: Ranks) -> Tensor:
+    """What `solve_by_steps` approximates, from the normal equations of the whole layer.
+
+    Arguments as there; float64 (S, D).
+
+    Raises:
+        ConfigError: see `solve`.
+    """
+    size = sum(kept.widths)
+    model_width = lost_TD.shape[1]
+    A_SS = torch.zeros(size, size, dtype=torch.float64, device=lost_TD.device)
+    B_SD = torch.zeros(size, model_width, dtype=torch.float64, device=lost_TD.device)
+    # Products of a chunk are float32, their sums float64.
+    for chunk, z_tS in kept.chunks_of_z():
+        # Only the lower triangle, because Cholesky reads nothing else.
+        for first in range(0, size, ROWS):
+            last = min(first + ROWS, size)
+            A_SS[first:last, :last] += z_tS[:, first:last].T @ z_tS[:, :last]
+        B_SD += z_tS.T @ lost_TD[chunk]
+    ranks.sum([A_SS, B_SD])
+    r = ridge * mean_of([A_SS.diagonal()])
+    return solve(A_SS, B_SD, r)
 
 
 def solve_by_steps(

@@ -331,5 +331,7 @@ def _is_aligned(tensor: Tensor) -> bool:
     if tensor.data_ptr() % ALIGNMENT_BYTES:
         return False
     smallest, *others = sorted(tensor.stride())
+    if smallest != 1:
+        return False
     item = tensor.element_size()
-    return smallest == 1 and all(stride * item % ALIGNMENT_BYTES == 0 for stride in others)
+    return all(stride * item % ALIGNMENT_BYTES == 0 for stride in others)

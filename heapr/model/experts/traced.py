@@ -30,9 +30,7 @@ def run_traced(experts: Experts, hidden_TD: Tensor, *routing: Tensor) -> Tensor:
     expert_S, order_S = torch.sort(expert_TK.reshape(-1), stable=True)
     num_chosen = expert_TK.shape[1]
     token_S = order_S // num_chosen
-    zero_E1 = torch.zeros(num_experts + 1, dtype=torch.int64, device=hidden_TD.device)
-    one_S = torch.ones_like(expert_S)
-    count_E1 = zero_E1.scatter_add(0, expert_S, one_S)
+    count_E1 = _counts(expert_S, num_experts + 1)
     hidden_SD = hidden_TD[token_S]
     output_SD = _outputs(experts, hidden_SD, expert_S, count_E1)
     is_routed_S = expert_S < num_experts
@@ -40,6 +38,13 @@ def run_traced(experts: Experts, hidden_TD: Tensor, *routing: Tensor) -> Tensor:
     p_S1 = (router_weight_S * is_routed_S).unsqueeze(-1)
     weighted_SD = output_SD * p_S1
     return total_TD.index_add(0, token_S, weighted_SD.to(hidden_TD.dtype))
+
+
+def _counts(number_S: Tensor, num_numbers: int) -> Tensor:
+    """How often each of the first numbers occurs, int64; bincount would look at the data for its shape."""
+    zeros = torch.zeros(num_numbers, dtype=torch.int64, device=number_S.device)
+    one_S = torch.ones_like(number_S)
+    return zeros.scatter_add(0, number_S, one_S)
 
 
 def _outputs(experts: Experts, hidden_SD: Tensor, expert_S: Tensor, count_E1: Tensor) -> Tensor:
@@ -89,13 +94,15 @@ def _padded_bias(experts: Experts) -> Tensor:
 
 
 Segment = tuple[slice, slice, int]  # an expert's pairs, its rows, and its width
+Operator = Callable[..., Tensor]
 # One for each argument of an operator, of which only the first two have any.
 Gradients = tuple[Tensor | None, Tensor | None, None, None, None]
 
 
 def _segments(count_E1: Tensor, widths: Sequence[int], num_blocks: int) -> Iterator[Segment]:
     """The experts that have pairs and rows."""
-    first_pair, first_row = 0, 0
+    first_pair = 0
+    first_row = 0
     # Not strict, because "none" has no width.
     for count, width in zip(count_E1.tolist(), widths, strict=False):
         pairs = slice(first_pair, first_pair + count)
@@ -124,12 +131,14 @@ def expand_segments(
     num_blocks: int,
 ) -> Tensor:
     """Each pair times its own expert's rows, (S, P); zero beyond an expert's width."""
-    num_pairs, widest = len(hidden_SD), max(widths)
+    num_pairs = len(hidden_SD)
+    widest = max(widths)
     expanded_SBF = hidden_SD.new_zeros(num_pairs, num_blocks, widest)
     for pairs, rows, width in _segments(count_E1, widths, num_blocks):
         hidden_nD = hidden_SD[pairs]
         own_nG = F.linear(hidden_nD, weight_RD[rows])
-        expanded_SBF[pairs, :, :width] = own_nG.view(-1, num_blocks, width)
+        own_nBF = own_nG.view(-1, num_blocks, width)
+        expanded_SBF[pairs, :, :width] = own_nBF
     return expanded_SBF.flatten(1)
 
 
@@ -141,7 +150,8 @@ def contract_segments(
     num_blocks: int,
 ) -> Tensor:
     """The transpose of `expand_segments`: sum over an expert's rows of entry times row, (S, D)."""
-    num_pairs, model_width = len(expanded_SP), weight_RD.shape[1]
+    num_pairs = len(expanded_SP)
+    model_width = weight_RD.shape[1]
     contracted_SD = expanded_SP.new_zeros(num_pairs, model_width)
     segments = _segments(count_E1, widths, num_blocks)
     for pairs, rows, own_nG in _own_entries(expanded_SP, segments, num_blocks, max(widths)):
@@ -158,7 +168,8 @@ def outer_segments(
     num_blocks: int,
 ) -> Tensor:
     """Sum over each expert's pairs of entry times hidden state, (R, D): both gradients for the weight."""
-    num_rows, model_width = num_blocks * sum(widths), hidden_SD.shape[1]
+    num_rows = num_blocks * sum(widths)
+    model_width = hidden_SD.shape[1]
     outer_RD = hidden_SD.new_zeros(num_rows, model_width)
     segments = _segments(count_E1, widths, num_blocks)
     for pairs, rows, own_nG in _own_entries(expanded_SP, segments, num_blocks, max(widths)):
@@ -173,28 +184,31 @@ def _expand_fake(*inputs: Any) -> Any:
     The data is not read, so it serves where there is none.
     """
     hidden_SD, _, _, widths, num_blocks = inputs
+    num_pairs = hidden_SD.shape[0]
     num_columns = num_blocks * max(widths)
-    return hidden_SD.new_empty(hidden_SD.shape[0], num_columns)
+    return hidden_SD.new_empty(num_pairs, num_columns)
 
 
 def _contract_fake(*inputs: Any) -> Any:
     """The same for `contract_segments`, (S, D)."""
     expanded_SP, weight_RD, *_ = inputs
+    num_pairs = expanded_SP.shape[0]
     model_width = weight_RD.shape[1]
-    return expanded_SP.new_empty(expanded_SP.shape[0], model_width)
+    return expanded_SP.new_empty(num_pairs, model_width)
 
 
 def _outer_fake(*inputs: Any) -> Any:
     """The same for `outer_segments`, (R, D)."""
     _, hidden_SD, _, widths, num_blocks = inputs
     num_rows = num_blocks * sum(widths)
-    return hidden_SD.new_empty(num_rows, hidden_SD.shape[1])
+    model_width = hidden_SD.shape[1]
+    return hidden_SD.new_empty(num_rows, model_width)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Keep an operator's arguments for its backward pass."""
-    values, weight_RD, count_E1, ctx.widths, ctx.num_blocks = inputs
-    ctx.save_for_backward(values, weight_RD, count_E1)
+    *tensors, ctx.widths, ctx.num_blocks = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _expand_backward(ctx: Any, grad_SP: Tensor) -> Gradients:
@@ -226,14 +240,12 @@ def _contract_backward(ctx: Any, grad_SD: Tensor) -> Gradients:
     return grad_SP, grad_RD, None, None, None
 
 
-def _define(
-    function: Callable[..., Tensor], fake: Callable[..., Tensor], backward: Callable[..., Gradients] | None
-) -> None:
+def _define(function: Operator, fake: Operator, backward: Callable[..., Gradients] | None) -> None:
     """Make a function an operator of torch.ops.heapr, unless another copy of this file has done so."""
-    name = f"heapr::{function.__name__}"
-    if hasattr(torch.ops.heapr, function.__name__):
+    name = function.__name__
+    if hasattr(torch.ops.heapr, name):
         return
-    operator = torch.library.custom_op(name, function, mutates_args=())
+    operator = torch.library.custom_op(f"heapr::{name}", function, mutates_args=())
     operator.register_fake(fake)
     if backward is not None:
         operator.register_autograd(backward, setup_context=_remember)
