@@ -23,6 +23,7 @@ from heapr.pruning.ranking import (
     highest,
     keep_best_of_each,
     keep_highest,
+    keep_number_of_each,
     lowest_first,
     only_existing,
     protect,
@@ -73,8 +74,7 @@ def _uniform(layers: Mapping[int, Tensor], width: int) -> Plan:
     """Keep the `width` best atomic experts of every expert."""
     kept = {}
     for index, scores_EF in layers.items():
-        width_E = torch.full((len(scores_EF),), width)
-        kept[index] = keep_best_of_each(scores_EF, width_E)
+        kept[index] = keep_number_of_each(scores_EF, width)
     return Plan(layers=kept)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from heapr.pruning.budget import Budget
-from heapr.pruning.ranking import keep_best_of_each
+from heapr.pruning.ranking import keep_number_of_each
 from heapr.types import Plan
 
 
@@ -47,8 +47,7 @@ def allocate_layer_widths(layers: Mapping[int, Tensor], budget: Budget) -> Plan:
         width_of[step.layer] -= budget.width_multiple
     kept = {}
     for index, scores_EF in layers.items():
-        width_E = torch.full((len(scores_EF),), width_of[index])
-        kept[index] = keep_best_of_each(scores_EF, width_E)
+        kept[index] = keep_number_of_each(scores_EF, width_of[index])
     return Plan(layers=kept)
 
 
@@ -68,8 +67,9 @@ def _steps(index: int, scores_EF: Tensor, multiple: int) -> list[_Step]:
     """What a layer may lose, lowest first."""
     num_experts = len(scores_EF)
     sorted_EF = torch.sort(scores_EF, dim=1).values
-    loss_M = sorted_EF.view(num_experts, -1, multiple).mean(dim=(0, 2))
+    scores_EMC = sorted_EF.view(num_experts, -1, multiple)
+    loss_M = scores_EMC.mean(dim=(0, 2))
     size = num_experts * multiple
     # The last multiple stays.
-    losses = loss_M.tolist()[:-1]
+    losses = loss_M[:-1].tolist()
     return [_Step(loss, index, number, size) for number, loss in enumerate(losses)]

@@ -91,11 +91,13 @@ def _about_removal(plan: Plan, total: int, ratio: float | None) -> str:
 
 
 def _about_cost(removed_ratio: float, budget: Budget) -> str:
+    """Which share of the cost goes, and how much the ratio asks for."""
     share = f"{removed_ratio:.3%} of the routed experts' {budget.unit}"
     return f"these are {share} (asked for {budget.ratio:.3%})"
 
 
 def _about_experts(plan: Plan, widths: Widths) -> str:
+    """How many whole experts go."""
     present = 0
     kept = 0
     for index, width_E in widths.items():
@@ -112,6 +114,7 @@ def _num_experts_kept(plan: Plan, index: int) -> int:
 
 
 def _about_rounding(plan: Plan, exact: Plan, budget: Budget, report: Mapping[str, Any]) -> str:
+    """What rounding exchanges, and the score that it costs."""
     form = f"multiples of {budget.width_multiple}"
     if budget.uniform_width is not None:
         form = f"one width of {budget.uniform_width}"
@@ -128,6 +131,7 @@ def _about_rounding(plan: Plan, exact: Plan, budget: Budget, report: Mapping[str
 
 
 def _about_protection(report: Mapping[str, Any]) -> str:
+    """What protected layers keep, and the score that it costs."""
     exchanged = report["atomic_experts_exchanged_by_protection"]
     scores = _about_scores(report["kept_score_without_protection"], report["kept_score"])
     return f"protected layers keep {exchanged} atomic experts that would otherwise be removed; {scores}"
@@ -177,8 +181,10 @@ def _layers_not_reached(plan: Plan, widths: Widths, budget: Budget) -> list[str]
 
 
 def _missed(asked: float, removed: int, budget: Budget) -> str:
+    """A target that was missed, and why."""
     stay = "stay whole"
-    if budget.granularity is Granularity.ATOMIC_EXPERT:
+    removes_atomic_experts = budget.granularity is Granularity.ATOMIC_EXPERT
+    if removes_atomic_experts:
         stay = f"keep a width of at least {budget.width_multiple}"
     routing = f"every token is routed to {budget.experts_per_token} experts"
     reason = f"because {routing} and as many of each layer {stay}"

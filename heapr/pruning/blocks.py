@@ -47,10 +47,11 @@ class BlockFactors:
 
     def __init__(self, widths: Sequence[int], device: torch.device) -> None:
         self.widths = list(widths)
+        size = sum(self.widths)
         on_gpu = device.type == "cuda"
         self._at_once = AT_ONCE if on_gpu else 1
         step = WIDTH_STEP if on_gpu else 1
-        row_S = torch.arange(sum(self.widths), device=device)
+        row_S = torch.arange(size, device=device)
         row_E = row_S.split(self.widths)
         self._buckets: list[_Bucket] = []
         self._where: dict[int, Tensor] = {}

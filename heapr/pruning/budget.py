@@ -61,11 +61,17 @@ class Budget:
     def __post_init__(self) -> None:
         assert 0 <= self.ratio < 1, self.ratio
         assert self.scope in {"global", "layer", "expert"}, self.scope
-        assert self.uniform_width is None or (self.uniform_width > 0 and self.scope == "expert")
-        assert self.granularity is Granularity.ATOMIC_EXPERT or self.scope != "expert"
         assert self.unit in {"atomic_experts", "flops"}, self.unit
-        assert self.is_plain or self.scope != "expert"
-        assert not self.one_width_per_layer or (self.scope == "expert" and self.uniform_width is None)
+        by_expert = self.scope == "expert"
+        if by_expert:
+            assert self.granularity is Granularity.ATOMIC_EXPERT
+            assert self.is_plain
+        if self.uniform_width is not None:
+            assert self.uniform_width > 0
+            assert by_expert
+        if self.one_width_per_layer:
+            assert self.uniform_width is None
+            assert by_expert
 
     @property
     def is_plain(self) -> bool:
@@ -147,11 +153,13 @@ class Budget:
         return min(self.experts_per_token, num_present)
 
     def _check_removable(self, numbers: Sequence[int], removable: Sequence[int]) -> None:
+        """Refuse to remove more than the limits."""
         for number, limit in zip(numbers, removable, strict=True):
             if number > limit:
                 raise self.too_little_left()
 
     def _check_protected_layers(self, widths: Widths) -> None:
+        """Check that protected layers exist, and that some layer is not protected."""
         layers = ", ".join(map(str, widths))
         unknown = set(self.protected_layers) - set(widths)
         if unknown:
@@ -162,6 +170,7 @@ class Budget:
             raise ConfigError(f"{reason}, so nothing can be removed; name fewer")
 
     def _check_multiples(self, widths: Widths) -> None:
+        """Check that every width is a multiple of `width_multiple`."""
         others = {width for width_E in widths.values() for width in width_E if width % self.width_multiple}
         if others:
             divisor = math.gcd(self.width_multiple, *others)
@@ -171,6 +180,7 @@ class Budget:
             )
 
     def _check_one_width_per_layer(self, widths: Widths) -> None:
+        """Check that the experts of each layer have one width."""
         for index, width_E in widths.items():
             num_widths = len(set(width_E))
             if num_widths > 1:

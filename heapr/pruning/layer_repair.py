@@ -41,7 +41,8 @@ def report_repair(found: Mapping[int, LayerRepair]) -> dict[str, Any]:
     after = sum(layer.error_after for layer in found.values())
     summary = "nothing was lost, so nothing was repaired"
     if before > 0:
-        summary = f"repair reduces the squared error of the layers' outputs to {after / before:.1%}"
+        share = after / before
+        summary = f"repair reduces the squared error of the layers' outputs to {share:.1%}"
     layers = {str(index): asdict(layer) for index, layer in found.items()}
     return {"layers": layers, "summary": [summary], "not_reached": []}
 
@@ -95,7 +96,7 @@ def copy_weights(experts: Experts) -> list[tuple[Tensor, Tensor]]:
 def num_changed(experts: Experts, old: Sequence[tuple[Tensor, Tensor]]) -> int:
     """Experts with at least one weight that changed."""
     number = 0
-    for (inputs_GD, down_DF), (old_GD, old_DF) in zip(copy_weights(experts), old, strict=True):
-        is_same = torch.equal(inputs_GD, old_GD) and torch.equal(down_DF, old_DF)
+    for new_weights, old_weights in zip(copy_weights(experts), old, strict=True):
+        is_same = all(map(torch.equal, new_weights, old_weights))
         number += not is_same
     return number

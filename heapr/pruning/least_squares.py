@@ -46,8 +46,10 @@ def solve_directly(kept: Activations, lost_TD: Tensor, *, ridge: float, ranks: R
         # Only the lower triangle, because Cholesky reads nothing else.
         for first in range(0, size, ROWS):
             last = min(first + ROWS, size)
-            A_SS[first:last, :last] += z_tS[:, first:last].T @ z_tS[:, :last]
-        B_SD += z_tS.T @ lost_TD[chunk]
+            rows_t = z_tS[:, first:last]
+            A_SS[first:last, :last] += rows_t.T @ z_tS[:, :last]
+        lost_tD = lost_TD[chunk]
+        B_SD += z_tS.T @ lost_tD
     ranks.sum([A_SS, B_SD])
     r = ridge * mean_of([A_SS.diagonal()])
     return solve(A_SS, B_SD, r)
@@ -167,10 +169,13 @@ def _factored_blocks(kept: Activations, ridge: float, ranks: Ranks) -> tuple[Blo
 
 def _applied(kept: Activations, change_SD: Tensor) -> Tensor:
     """V^T z of every token (T, D), float32."""
-    image_TD = torch.zeros(len(kept.inputs.hidden_TD), change_SD.shape[1], device=change_SD.device)
+    num_tokens = len(kept.inputs.hidden_TD)
+    model_width = change_SD.shape[1]
+    image_TD = torch.zeros(num_tokens, model_width, device=change_SD.device)
     for expert, block_SD in enumerate(change_SD.split(kept.widths)):
         image_nD = kept.z(expert) @ block_SD.float()
-        image_TD.index_add_(0, kept.tokens(expert), image_nD)
+        token_n = kept.tokens(expert)
+        image_TD.index_add_(0, token_n, image_nD)
     return image_TD
 
 
@@ -178,8 +183,10 @@ def _pulled_back(kept: Activations, image_TD: Tensor, ranks: Ranks) -> Tensor:
     """sum z d^T (S, D) over the tokens of all ranks, float64."""
     rows = []
     for expert in range(len(kept.widths)):
-        image_nD = image_TD.index_select(0, kept.tokens(expert))
-        rows.append(kept.z(expert).T @ image_nD)
+        token_n = kept.tokens(expert)
+        image_nD = image_TD.index_select(0, token_n)
+        own_SD = kept.z(expert).T @ image_nD
+        rows.append(own_SD)
     pulled_SD = torch.cat(rows).double()
     ranks.sum([pulled_SD])
     return pulled_SD

@@ -64,6 +64,13 @@ def keep_highest(scores_S: Tensor, num_removed: int) -> Tensor:
     return kept_S
 
 
+def keep_number_of_each(scores_EF: Tensor, number: int) -> Tensor:
+    """Mask of the `number` best atomic experts of each expert, as below."""
+    num_experts = len(scores_EF)
+    width_E = torch.full((num_experts,), number)
+    return keep_best_of_each(scores_EF, width_E)
+
+
 def keep_best_of_each(scores_EF: Tensor, width_E: Tensor) -> Tensor:
     """Mask of the `width_E` best atomic experts of each expert. Of equal scores the last stay."""
     order_EF = lowest_first(scores_EF)

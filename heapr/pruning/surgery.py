@@ -182,4 +182,5 @@ def _with_masks(layer: MoELayer, plan: Plan) -> Iterator[tuple[Matrices, Tensor,
         down_DF = matrices.down_DF
         width = down_DF.shape[1]
         kept_F = padded_F[:width].to(down_DF.device)
-        yield matrices, kept_F, rows(kept_F)
+        kept_G = rows(kept_F)
+        yield matrices, kept_F, kept_G

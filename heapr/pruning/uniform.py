@@ -223,6 +223,7 @@ class _Configuration:
         return [number * self.width for number in self.shared.values()]
 
     def _divides_a_shared_width(self, width: int) -> bool:
+        """Whether shared experts could be a whole number of experts of this width."""
         return any(shared % width == 0 for shared in self._shared_widths())
 
 
@@ -253,8 +254,7 @@ def _become(layer: MoELayer, dense: Experts) -> None:
 def fill_experts(dense: Experts, matrices: Sequence[Matrices]) -> None:
     """Give experts on the meta device weights, expert by expert."""
     layout = layout_of(dense)
-    inputs = [each.inputs_GD for each in matrices]
-    down = [each.down_DF for each in matrices]
+    inputs, inputs_biases, down, down_biases = zip(*matrices, strict=True)
     inputs_EGD = torch.stack(inputs)
     down_EDF = torch.stack(down)
     if layout.is_transposed:
@@ -262,8 +262,6 @@ def fill_experts(dense: Experts, matrices: Sequence[Matrices]) -> None:
         down_EDF = down_EDF.transpose(1, 2).contiguous()
     tensors = {layout.input_name: inputs_EGD, "down_proj": down_EDF}
     if layout.has_bias:
-        inputs_biases = [each.inputs_bias_G for each in matrices if each.inputs_bias_G is not None]
-        down_biases = [each.down_bias_D for each in matrices if each.down_bias_D is not None]
         tensors[f"{layout.input_name}_bias"] = torch.stack(inputs_biases)
         tensors["down_proj_bias"] = torch.stack(down_biases)
     for name, parameter in dense.named_parameters():

@@ -27,7 +27,8 @@ def run_traced(experts: Experts, hidden_TD: Tensor, *routing: Tensor) -> Tensor:
     if not any(widths_of(experts)) and not layout_of(experts).has_bias:
         return total_TD
     num_experts = int(experts.num_experts)
-    expert_S, order_S = torch.sort(expert_TK.reshape(-1), stable=True)
+    unsorted_S = expert_TK.reshape(-1)
+    expert_S, order_S = torch.sort(unsorted_S, stable=True)
     num_chosen = expert_TK.shape[1]
     token_S = order_S // num_chosen
     count_E1 = _counts(expert_S, num_experts + 1)
@@ -35,9 +36,10 @@ def run_traced(experts: Experts, hidden_TD: Tensor, *routing: Tensor) -> Tensor:
     output_SD = _outputs(experts, hidden_SD, expert_S, count_E1)
     is_routed_S = expert_S < num_experts
     router_weight_S = router_weight_TK.reshape(-1)[order_S]
-    p_S1 = (router_weight_S * is_routed_S).unsqueeze(-1)
-    weighted_SD = output_SD * p_S1
-    return total_TD.index_add(0, token_S, weighted_SD.to(hidden_TD.dtype))
+    p_S = router_weight_S * is_routed_S
+    weighted_SD = output_SD * p_S.unsqueeze(-1)
+    weighted_SD = weighted_SD.to(hidden_TD.dtype)
+    return total_TD.index_add(0, token_S, weighted_SD)
 
 
 def _counts(number_S: Tensor, num_numbers: int) -> Tensor:
@@ -53,16 +55,19 @@ def _outputs(experts: Experts, hidden_SD: Tensor, expert_S: Tensor, count_E1: Te
     widths = widths_of(experts)
     num_blocks, rows_of = _blocks(experts)
     weight_RD = getattr(experts, layout.input_name)
-    known_S = expert_S.clamp(max=len(widths) - 1)
+    last = len(widths) - 1
+    known_S = expert_S.clamp(max=last)
     inputs_SP = torch.ops.heapr.expand_segments(hidden_SD, weight_RD, count_E1, rows_of, num_blocks)
     if layout.has_bias:
         bias_EP = _padded_bias(experts)
-        inputs_SP = inputs_SP + bias_EP[known_S]
+        bias_SP = bias_EP[known_S]
+        inputs_SP = inputs_SP + bias_SP
     activation = activation_of(experts)
     h_SF = activation(inputs_SP)
     output_SD: Tensor = torch.ops.heapr.contract_segments(h_SF, experts.down_proj, count_E1, widths, 1)
     if layout.has_bias:
-        output_SD = output_SD + experts.down_proj_bias[known_S]
+        bias_SD = experts.down_proj_bias[known_S]
+        output_SD = output_SD + bias_SD
     return output_SD
 
 
