@@ -57,7 +57,8 @@ def tile_statistics(
     partial_max_NF = partial_NKF[:, -1].contiguous()
     sum_EKF = torch.segment_reduce(partial_sum_NKF, "sum", offsets=tile_offsets, unsafe=True)
     max_EF = torch.segment_reduce(partial_max_NF, "max", offsets=tile_offsets, unsafe=True, initial=0)
-    statistics = dict(zip(SUMS, sum_EKF.unbind(1), strict=True))
+    sums = sum_EKF.unbind(1)
+    statistics = dict(zip(SUMS, sums, strict=True))
     statistics[MAXIMUM] = max_EF
     return statistics
 
@@ -67,7 +68,8 @@ def _tile_offsets(offsets: Tensor) -> Tensor:
     count_E = offsets.diff()
     tiles_E = (count_E + (TILE_ROWS - 1)) // TILE_ROWS
     none = torch.zeros_like(offsets[:1])
-    return torch.cat([none, tiles_E.cumsum(0)])
+    stop_E = tiles_E.cumsum(0)
+    return torch.cat([none, stop_E])
 
 
 def _tile_bounds(offsets: Tensor, tile_offsets: Tensor, num_tiles: int) -> Tensor:

@@ -13,6 +13,7 @@ from heapr.pruning.allocation import allocate
 from heapr.pruning.budget import Budget, Costs, Widths, cost_of_layer
 from heapr.types import Granularity, Plan, Scores
 
+NO_ROUNDING: dict[str, Any] = {"width_multiple": 1, "uniform_width": None, "one_width_per_layer": False}
 TOLERANCE = 1e-6  # atomic experts, of floating point
 
 
@@ -31,7 +32,7 @@ def report_allocation(
         numbers by key; "summary", lines to read; "not_reached", a line for each target that was missed. JSON
         types only.
     """
-    without_rounding = replace(budget, width_multiple=1, uniform_width=None, one_width_per_layer=False)
+    without_rounding = replace(budget, **NO_ROUNDING)
     exact = allocate(scores, widths, without_rounding, costs)
     total = _size(widths)
     report: dict[str, Any] = {

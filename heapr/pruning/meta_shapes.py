@@ -45,7 +45,8 @@ def resized_shapes(model: PreTrainedModel, width: int) -> Shapes:
     for layer in find_moe_layers(model):
         resized = _resized(layer.experts, width)
         for child, shape in resized:
-            shapes[f"{layer.name}.{child}"] = shape
+            name = f"{layer.name}.{child}"
+            shapes[name] = shape
     return shapes
 
 

@@ -114,7 +114,8 @@ class ExpertRepair:
         num_tokens = torch.tensor(len(h_nS), dtype=torch.float64)
         ranks.sum([C_SS, B_SD, num_tokens])
         width = h_nS.shape[1]
-        share = width / max(1.0, float(num_tokens))
+        n = max(1.0, float(num_tokens))
+        share = width / n
         ridge = self.ridge * (1 + share) * mean_of([C_SS.diagonal()])
         change_SD = solve(C_SS, B_SD, ridge)
         repaired_DS = (down_DS.double() + change_SD.T).to(down_DS.dtype)  # (18)

@@ -36,8 +36,10 @@ class RepairedLayers(Mapping[int, TensorDict]):
         reports = files.state.get("found", {})
         for key, report in reports.items():
             index = int(key)
-            names = files.state["names"]
-            self._layers[index] = {name: files.get(_key(index, name)) for name in names}
+            tensors = {}
+            for name in files.state["names"]:
+                tensors[name] = files.get(_key(index, name))
+            self._layers[index] = tensors
             self.found[index] = LayerRepair(**report)
 
     def __getitem__(self, index: int) -> TensorDict:

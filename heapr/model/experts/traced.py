@@ -85,12 +85,14 @@ def _blocks(experts: Experts) -> tuple[int, list[int]]:
 def _padded_bias(experts: Experts) -> Tensor:
     """Biases of the input projection, (E, P), zero where an expert has no row."""
     layout = layout_of(experts)
-    bias_R = getattr(experts, f"{layout.input_name}_bias")
+    name = f"{layout.input_name}_bias"
+    bias_R = getattr(experts, name)
     num_blocks, widths = _blocks(experts)
     widest = max(widths)
     sizes = [num_blocks * width for width in widths]
+    bias_E = bias_R.split(sizes)
     padded = []
-    for bias, width in zip(bias_R.split(sizes), widths, strict=True):
+    for bias, width in zip(bias_E, widths, strict=True):
         blocks = bias.view(num_blocks, width)
         missing = widest - width
         filled = F.pad(blocks, (0, missing))
@@ -110,8 +112,9 @@ def _segments(count_E1: Tensor, widths: Sequence[int], num_blocks: int) -> Itera
     first_row = 0
     # Not strict, because "none" has no width.
     for count, width in zip(count_E1.tolist(), widths, strict=False):
+        num_rows = num_blocks * width
         pairs = slice(first_pair, first_pair + count)
-        rows = slice(first_row, first_row + num_blocks * width)
+        rows = slice(first_row, first_row + num_rows)
         first_pair = pairs.stop
         first_row = rows.stop
         if count and width:
@@ -125,7 +128,9 @@ def _own_entries(
     expanded_SBF = expanded_SP.view(-1, num_blocks, widest)
     for pairs, rows, width in segments:
         own_nBF = expanded_SBF[pairs, :, :width]
-        yield pairs, rows, own_nBF.reshape(-1, num_blocks * width)
+        num_rows = num_blocks * width
+        own_nG = own_nBF.reshape(-1, num_rows)
+        yield pairs, rows, own_nG
 
 
 def expand_segments(
@@ -160,8 +165,8 @@ def contract_segments(
     contracted_SD = expanded_SP.new_zeros(num_pairs, model_width)
     segments = _segments(count_E1, widths, num_blocks)
     for pairs, rows, own_nG in _own_entries(expanded_SP, segments, num_blocks, max(widths)):
-        own_DG = weight_RD[rows].T
-        contracted_SD[pairs] = F.linear(own_nG, own_DG)
+        own_GD = weight_RD[rows]
+        contracted_SD[pairs] = F.linear(own_nG, own_GD.T)
     return contracted_SD
 
 
