@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 import heapr.dry_run
-import heapr.model.load
+import heapr.model.find_folder
 from heapr.dry_run import DryRun, dry_run
 from heapr.errors import ConfigError
 from heapr.main import one_line_errors
@@ -238,7 +238,7 @@ def test_of_a_hub_model_config_json_alone_is_downloaded(
         asked.append(allow_patterns)
         return str(folder)
 
-    monkeypatch.setattr(heapr.model.load, "hub_is_reachable", lambda: True)
+    monkeypatch.setattr(heapr.model.find_folder, "hub_is_reachable", lambda: True)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     source = find_model("Qwen/Qwen3-30B-A3B", dtype="bfloat16", config_only=True)
     assert asked == [["config.json"]] and source.identity == {

@@ -167,8 +167,9 @@ def _of_all_ranks(observers: Sequence[LayerObserver], totals: _Totals, ranks: Ra
     for observer in observers:
         ranks.sum(sums for name, sums in observer.sums.items() if name not in MAXIMA)
         ranks.maximum(sums for name, sums in observer.sums.items() if name in MAXIMA)
+    layers = {observer.index: observer.statistics() for observer in observers}
     return Statistics(
-        layers={observer.index: observer.statistics() for observer in observers},
+        layers=layers,
         num_tokens=ranks.total(totals.num_tokens),
         num_predicted_tokens=ranks.total(totals.num_predicted_tokens),
         loss_sum=ranks.total(totals.loss_sum),

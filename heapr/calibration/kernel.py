@@ -32,77 +32,124 @@ def tile_statistics(
         offsets: int64 (E+1,), on the same device.
     """
     num_pairs, width = h_SF.shape
+    num_experts = len(offsets) - 1
     tile_offsets = _tile_offsets(offsets)
     # As many as there can be: each expert's last tile may be almost empty.
-    num_tiles = -(-num_pairs // TILE_ROWS) + len(offsets) - 1
+    num_tiles = triton.cdiv(num_pairs, TILE_ROWS) + num_experts
     bounds_N2 = _tile_bounds(offsets, tile_offsets, num_tiles)
-    partial_NKF = h_SF.new_empty(num_tiles, len(SUMS) + 1, width, dtype=torch.float32)
-    grid = (num_tiles, triton.cdiv(width, STEP_COLUMNS))
-    _add_up_tiles[grid](
-        h_SF.contiguous(), grad_SF.contiguous(), router_weight_S.contiguous(), bounds_N2, partial_NKF, width,
-        STEP_ROWS=STEP_ROWS, STEP_COLUMNS=STEP_COLUMNS,
-    )  # fmt: skip
+    num_results = len(SUMS) + 1
+    partial_NKF = h_SF.new_empty(num_tiles, num_results, width, dtype=torch.float32)
+    num_steps = triton.cdiv(width, STEP_COLUMNS)
+    add_up = _add_up_tiles[num_tiles, num_steps]
+    add_up(
+        h_SF.contiguous(),
+        grad_SF.contiguous(),
+        router_weight_S.contiguous(),
+        bounds_N2,
+        partial_NKF,
+        width,
+        NUM_RESULTS=num_results,
+        STEP_ROWS=STEP_ROWS,
+        STEP_COLUMNS=STEP_COLUMNS,
+    )
     partial_NKF = partial_NKF.double()
-    reduce = torch.segment_reduce
-    sum_EKF = reduce(partial_NKF[:, :-1].contiguous(), "sum", offsets=tile_offsets, unsafe=True)
-    max_EF = reduce(partial_NKF[:, -1].contiguous(), "max", offsets=tile_offsets, unsafe=True, initial=0)
-    return dict(zip(SUMS, sum_EKF.unbind(1), strict=True)) | {MAXIMUM: max_EF}
+    partial_sum_NKF = partial_NKF[:, :-1].contiguous()
+    partial_max_NF = partial_NKF[:, -1].contiguous()
+    sum_EKF = torch.segment_reduce(partial_sum_NKF, "sum", offsets=tile_offsets, unsafe=True)
+    max_EF = torch.segment_reduce(partial_max_NF, "max", offsets=tile_offsets, unsafe=True, initial=0)
+    sums = sum_EKF.unbind(1)
+    statistics = dict(zip(SUMS, sums, strict=True))
+    statistics[MAXIMUM] = max_EF
+    return statistics
 
 
 def _tile_offsets(offsets: Tensor) -> Tensor:
     """Expert e owns the tiles [e] to [e + 1]: (E+1,)."""
-    tiles_E = (offsets.diff() + (TILE_ROWS - 1)) // TILE_ROWS
-    return torch.cat([torch.zeros_like(offsets[:1]), tiles_E.cumsum(0)])
+    count_E = offsets.diff()
+    tiles_E = (count_E + (TILE_ROWS - 1)) // TILE_ROWS
+    none = torch.zeros_like(offsets[:1])
+    stop_E = tiles_E.cumsum(0)
+    return torch.cat([none, stop_E])
 
 
 def _tile_bounds(offsets: Tensor, tile_offsets: Tensor, num_tiles: int) -> Tensor:
     """First row of each tile and the one behind its last: (N, 2). A tile of no expert has no rows."""
     tile_N = torch.arange(num_tiles, device=offsets.device)
     num_experts = len(offsets) - 1
-    expert_N = torch.searchsorted(tile_offsets, tile_N, right=True) - 1
-    is_used_N = expert_N < num_experts
-    expert_N = expert_N.clamp(max=num_experts - 1)
-    first_N = offsets[expert_N] + (tile_N - tile_offsets[expert_N]) * TILE_ROWS
-    stop_N = torch.minimum(first_N + TILE_ROWS, offsets[expert_N + 1])
-    return torch.stack([first_N, torch.where(is_used_N, stop_N, first_N)], dim=1)
+    place_N = torch.searchsorted(tile_offsets, tile_N, right=True) - 1
+    is_used_N = place_N < num_experts
+    expert_N = place_N.clamp(max=num_experts - 1)
+    number_N = tile_N - tile_offsets[expert_N]
+    first_N = offsets[expert_N] + number_N * TILE_ROWS
+    expert_stop_N = offsets[expert_N + 1]
+    stop_N = torch.minimum(first_N + TILE_ROWS, expert_stop_N)
+    stop_N = torch.where(is_used_N, stop_N, first_N)
+    return torch.stack([first_N, stop_N], dim=1)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _add_up_tiles(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917 - of a kernel
-    h_ptr, grad_ptr, p_ptr, bounds_ptr, out_ptr, width, STEP_ROWS: tl.constexpr, STEP_COLUMNS: tl.constexpr
+    h_ptr, grad_ptr, p_ptr, bounds_ptr, out_ptr, width,
+    NUM_RESULTS: tl.constexpr, STEP_ROWS: tl.constexpr, STEP_COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    """Add up the rows of one tile, for `STEP_COLUMNS` atomic experts."""
     tile = tl.program_id(0)
+    bounds_ptr += 2 * tile
+    first = tl.load(bounds_ptr)
+    stop = tl.load(bounds_ptr + 1)
     columns = tl.program_id(1) * STEP_COLUMNS + tl.arange(0, STEP_COLUMNS)
-    first = tl.load(bounds_ptr + 2 * tile)
-    stop = tl.load(bounds_ptr + 2 * tile + 1)
-    h_sq = tl.zeros((STEP_ROWS, STEP_COLUMNS), tl.float32)
-    g_sq = tl.zeros((STEP_ROWS, STEP_COLUMNS), tl.float32)
-    gh_sq = tl.zeros((STEP_ROWS, STEP_COLUMNS), tl.float32)
-    gh = tl.zeros((STEP_ROWS, STEP_COLUMNS), tl.float32)
-    h_abs = tl.zeros((STEP_ROWS, STEP_COLUMNS), tl.float32)
-    ph_sq = tl.zeros((STEP_ROWS, STEP_COLUMNS), tl.float32)
-    ph_max = tl.zeros((STEP_ROWS, STEP_COLUMNS), tl.float32)
+    is_column = columns < width
+    zero = tl.zeros((STEP_ROWS, STEP_COLUMNS), tl.float32)
+    h_sq = zero
+    g_sq = zero
+    gh_sq = zero
+    gh_sum = zero
+    h_abs = zero
+    ph_sq = zero
+    ph_max = zero
     for start in range(first, stop, STEP_ROWS):
         rows = start + tl.arange(0, STEP_ROWS)
-        is_there = (rows < stop)[:, None] & (columns < width)[None, :]
+        is_row = rows < stop
+        is_there = is_row[:, None] & is_column[None, :]
         where = rows.to(tl.int64)[:, None] * width + columns[None, :]
-        h = tl.load(h_ptr + where, mask=is_there, other=0.0).to(tl.float32)
-        g = tl.load(grad_ptr + where, mask=is_there, other=0.0).to(tl.float32)
-        p = tl.load(p_ptr + rows, mask=rows < stop, other=0.0).to(tl.float32)[:, None]
-        ph = tl.abs(p * h)
+        h = _loaded(h_ptr + where, is_there)
+        g = _loaded(grad_ptr + where, is_there)
+        p = _loaded(p_ptr + rows, is_row)
+        gh = g * h
+        ph = tl.abs(p[:, None] * h)
         h_sq += h * h
         g_sq += g * g
-        gh_sq += (g * h) * (g * h)
-        gh += g * h
+        gh_sq += gh * gh
+        gh_sum += gh
         h_abs += tl.abs(h)
         ph_sq += ph * ph
         ph_max = tl.maximum(ph_max, ph)
-    out_ptr += tile.to(tl.int64) * 7 * width + columns
-    is_own = columns < width
-    tl.store(out_ptr, tl.sum(h_sq, 0), mask=is_own)
-    tl.store(out_ptr + width, tl.sum(g_sq, 0), mask=is_own)
-    tl.store(out_ptr + 2 * width, tl.sum(gh_sq, 0), mask=is_own)
-    tl.store(out_ptr + 3 * width, tl.sum(gh, 0), mask=is_own)
-    tl.store(out_ptr + 4 * width, tl.sum(h_abs, 0), mask=is_own)
-    tl.store(out_ptr + 5 * width, tl.sum(ph_sq, 0), mask=is_own)
-    tl.store(out_ptr + 6 * width, tl.max(ph_max, 0), mask=is_own)
+    out_ptr += tile.to(tl.int64) * NUM_RESULTS * width + columns
+    _store_sums(out_ptr, width, is_column, h_sq, g_sq, gh_sq, gh_sum, h_abs, ph_sq)
+    out_ptr += (NUM_RESULTS - 1) * width
+    tl.store(out_ptr, tl.max(ph_max, 0), mask=is_column)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _loaded(pointers, is_there):  # type: ignore[no-untyped-def]
+    """float32; 0 where there is nothing."""
+    values = tl.load(pointers, mask=is_there, other=0.0)
+    return values.to(tl.float32)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _store_sums(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917 - in the order of SUMS
+    out_ptr, width, is_column, h_sq, g_sq, gh_sq, gh_sum, h_abs, ph_sq
+):  # fmt: skip
+    """Write the sums below each other, from the row of `out_ptr` on."""
+    tl.store(out_ptr, tl.sum(h_sq, 0), mask=is_column)
+    out_ptr += width
+    tl.store(out_ptr, tl.sum(g_sq, 0), mask=is_column)
+    out_ptr += width
+    tl.store(out_ptr, tl.sum(gh_sq, 0), mask=is_column)
+    out_ptr += width
+    tl.store(out_ptr, tl.sum(gh_sum, 0), mask=is_column)
+    out_ptr += width
+    tl.store(out_ptr, tl.sum(h_abs, 0), mask=is_column)
+    out_ptr += width
+    tl.store(out_ptr, tl.sum(ph_sq, 0), mask=is_column)

@@ -54,8 +54,9 @@ class Segments:
         return torch.segment_reduce(rows, "sum", offsets=self.offsets, unsafe=True)
 
     def weighted_sum(self, weight_S: Tensor, rows: Tensor) -> Tensor:
-        weight = weight_S.unsqueeze(1) if rows.dim() > 1 else weight_S
-        return self.sum(weight * rows)
+        if rows.dim() > 1:
+            weight_S = weight_S.unsqueeze(1)
+        return self.sum(weight_S * rows)
 
     def largest(self, rows: Tensor) -> Tensor:
         """The largest row, at least 0; 0 for an expert without rows."""
@@ -77,15 +78,18 @@ def segment_statistics(pairs: Pairs) -> dict[str, Tensor]:
     One kernel reads activations and gradients once where Triton is installed and they are on a GPU;
     otherwise torch reads them once for each statistic.
     """
-    over, p_S = Segments(pairs.offsets), pairs.router_weight_S
-    found = expert_statistics(p_S, pairs.output_norm_S, over)
-    if not pairs.h_SF.shape[1]:
-        return found
-    if pairs.h_SF.device.type == "cuda" and find_spec("triton") is not None:
+    over = Segments(pairs.offsets)
+    h_SF, grad_SF, p_S = pairs.h_SF, pairs.grad_SF, pairs.router_weight_S
+    of_experts = expert_statistics(p_S, pairs.output_norm_S, over)
+    width = h_SF.shape[1]
+    if not width:
+        return of_experts
+    is_on_gpu = h_SF.device.type == "cuda"
+    if is_on_gpu and find_spec("triton") is not None:
         from heapr.calibration.kernel import tile_statistics
 
-        return found | tile_statistics(pairs.h_SF, pairs.grad_SF, p_S, pairs.offsets)
-    return found | atomic_statistics(pairs.h_SF, p_S, pairs.grad_SF, over)
+        return of_experts | tile_statistics(h_SF, grad_SF, p_S, pairs.offsets)
+    return of_experts | atomic_statistics(h_SF, p_S, grad_SF, over)
 
 
 def expert_statistics(router_weight_S: Tensor, output_norm_S: Tensor, over: Reduction) -> dict[str, Tensor]:
@@ -102,8 +106,13 @@ def atomic_statistics(
     h_SF: Tensor, router_weight_S: Tensor, grad_SF: Tensor, over: Reduction
 ) -> dict[str, Tensor]:
     """The statistics of atomic experts, by name."""
-    h_SF, g_SF, p_S = h_SF.float(), grad_SF.float(), router_weight_S.float()
-    gh_SF, h_sq_SF, h_abs_SF = g_SF * h_SF, h_SF.square(), h_SF.abs()
+    h_SF = h_SF.float()
+    g_SF = grad_SF.float()
+    p_S = router_weight_S.float()
+    p_S1 = p_S.unsqueeze(1)
+    gh_SF = g_SF * h_SF
+    h_sq_SF = h_SF.square()
+    h_abs_SF = h_SF.abs()
     return {
         "h_sq_sum_EF": over.sum(h_sq_SF),
         "g_sq_sum_EF": over.sum(g_SF.square()),
@@ -111,5 +120,5 @@ def atomic_statistics(
         "gh_sum_EF": over.sum(gh_SF),
         "h_abs_sum_EF": over.sum(h_abs_SF),
         "ph_sq_sum_EF": over.weighted_sum(p_S.square(), h_sq_SF),
-        "ph_abs_max_EF": over.largest(p_S.unsqueeze(1) * h_abs_SF),
+        "ph_abs_max_EF": over.largest(p_S1 * h_abs_SF),
     }

@@ -54,11 +54,7 @@ def write_config(original: Path, folder: Path) -> None:
         dense = dense.get_text_config()
     after = _all_fields(pruned)
     fields = _with_changes(described, _all_fields(dense), after, dense.attribute_map)
-    for name in (*AS_WRITTEN, *DROPPED):
-        fields.pop(name, None)
-    for name in AS_WRITTEN:
-        if written.get(name):
-            fields[name] = written[name]
+    _take_as_written(fields, written)
     # All versions read `torch_dtype`, those since 4.56 read `dtype`.
     fields["torch_dtype"] = after["dtype"]
     if "dtype" in described:
@@ -74,6 +70,15 @@ def write_config(original: Path, folder: Path) -> None:
             differing,
         )
         write_json(folder / CONFIG_FILE, _without_heads(written))
+
+
+def _take_as_written(fields: Fields, written: Fields) -> None:
+    """Take the fields that are the pruned model's own from what transformers wrote, in place."""
+    for name in (*AS_WRITTEN, *DROPPED):
+        fields.pop(name, None)
+    for name in AS_WRITTEN:
+        if written.get(name):
+            fields[name] = written[name]
 
 
 def prediction_heads(config: PretrainedConfig) -> int:

@@ -121,12 +121,13 @@ def _joined(layer: MoELayer, inputs: Sequence[ExpertInputs]) -> ExpertInputs:
     Raises:
         FloatingPointError: an input is NaN or infinite.
     """
-    hidden_TD = torch.cat([part.hidden_TD for part in inputs])
+    hidden = [part.hidden_TD for part in inputs]
+    chosen = [part.expert_TK for part in inputs]
+    router_weights = [part.router_weight_TK for part in inputs]
+    hidden_TD = torch.cat(hidden)
     if not hidden_TD.isfinite().all():
         raise FloatingPointError(
             f"repair: an input of layer {layer.index}'s experts is NaN or infinite; use a wider model.dtype,"
             " or look at weights and text"
         )
-    expert_TK = torch.cat([part.expert_TK for part in inputs])
-    router_weight_TK = torch.cat([part.router_weight_TK for part in inputs])
-    return ExpertInputs(hidden_TD, expert_TK, router_weight_TK)
+    return ExpertInputs(hidden_TD, torch.cat(chosen), torch.cat(router_weights))

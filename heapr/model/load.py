@@ -15,18 +15,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import huggingface_hub
 import torch
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from heapr.errors import ConfigError, TooLargeError
-from heapr.files import user_path
 from heapr.hub import hub_is_reachable
 from heapr.model.config_file import prediction_heads
 from heapr.model.description import CONFIG_FILE, UNUSABLE, read_config, read_tokenizer
+from heapr.model.find_folder import download, find_folder, is_on_hub
 from heapr.model.heap import give_back_freed_memory
 from heapr.model.model_files import (
     DESCRIPTION_FILES,
@@ -44,9 +42,7 @@ from heapr.model.tensors import check_tensors, report_left_out
 from heapr.model.weights import LayerWeights
 from heapr.words import first_line
 
-BUILTIN_PREFIX = "builtin:"
 DTYPES = ("float32", "bfloat16", "float16", "float64")  # that weights may have
-BUILTIN_FOLDER = Path(__file__).parent / "builtin"
 
 
 @dataclass(frozen=True)
@@ -182,7 +178,7 @@ class ModelSource:
         if hub_id is not None:
             index = self.folder / INDEX
             shards = shards_of(index) if index.is_file() else ()
-            _download(hub_id, self.identity["commit"], [WEIGHTS, *shards])
+            download(hub_id, self.identity["commit"], [WEIGHTS, *shards])
             if not self.has_weights and not hub_is_reachable():
                 raise ConfigError(
                     f"the weights of model.path='{hub_id}' are not all in '{self.folder}', and the hub cannot"
@@ -251,22 +247,21 @@ def find_model(
             capability, or its weights are damaged.
     """
     description = [CONFIG_FILE] if config_only else DESCRIPTION_FILES
-    folder = _find_folder(path, revision, description, has_code=trust_remote_code)
+    folder = find_folder(path, revision, description, has_code=trust_remote_code)
     config = read_config(folder, trust_remote_code)
     # Before a model is built, which sets the configuration's dtype.
     stored_dtype: torch.dtype | None = config.get_text_config().dtype
     dtype = dtype or _dtype_of(config, folder)
     model = _on_meta(config, path, trust_remote_code)
     layers = find_moe_layers(model)
-    if _is_on_hub(path):
-        identity = {"hub": path, "commit": folder.name}
-    else:
-        if weight_files(folder) or not config_only:
-            check_weight_files(folder)
-        identity = {"sha256": hash_folder(folder, digests, has_code=trust_remote_code)}
+    if not is_on_hub(path) and (weight_files(folder) or not config_only):
+        check_weight_files(folder)
+    identity = _identity_of(path, folder, digests, has_code=trust_remote_code)
     identity["dtype"] = dtype
     if trust_remote_code:
         identity["remote_code"] = "trusted"
+    widths = {layer.index: layer.widths for layer in layers}
+    atomic_expert_parameters = {layer.index: layer.atomic_expert_parameters for layer in layers}
     return ModelSource(
         folder=folder,
         identity=identity,
@@ -274,36 +269,18 @@ def find_model(
         stored_dtype=stored_dtype,
         config=config,
         architecture=type(model).__name__,
-        widths={layer.index: layer.widths for layer in layers},
-        atomic_expert_parameters={layer.index: layer.atomic_expert_parameters for layer in layers},
+        widths=widths,
+        atomic_expert_parameters=atomic_expert_parameters,
         experts_per_token=experts_per_token(model),
         trust_remote_code=trust_remote_code,
     )
 
 
-def _find_folder(path: str, revision: str | None, description: list[str], *, has_code: bool) -> Path:
-    """Folder with a model's configuration and tokenizer; those of a hub model are downloaded first."""
-    if path.startswith(BUILTIN_PREFIX):
-        return _builtin(path.removeprefix(BUILTIN_PREFIX))
-    if _is_on_hub(path):
-        patterns = [*description, "*.py"] if has_code else description
-        return _download(path, revision, patterns)
-    folder = user_path(path)
-    if not folder.is_dir():
-        raise ConfigError(
-            f"model.path='{path}': no such folder; give a folder with config.json and safetensors, or a hub"
-            " id 'owner/name'"
-        )
-    return folder
-
-
-def _is_on_hub(path: str) -> bool:
-    """Whether a path is a hub id and no local folder has that name."""
-    return (
-        path.count("/") == 1
-        and not path.startswith((BUILTIN_PREFIX, "/", ".", "~"))
-        and not Path(path).is_dir()
-    )
+def _identity_of(path: str, folder: Path, digests: Path | None, *, has_code: bool) -> dict[str, str]:
+    """What identifies a model's files."""
+    if is_on_hub(path):
+        return {"hub": path, "commit": folder.name}
+    return {"sha256": hash_folder(folder, digests, has_code=has_code)}
 
 
 def _dtype_of(config: PretrainedConfig, folder: Path) -> str:
@@ -319,37 +296,6 @@ def _dtype_of(config: PretrainedConfig, folder: Path) -> str:
             f"config.json in '{folder}' says dtype {dtype}; give model.dtype as one of {', '.join(DTYPES)}"
         )
     return dtype
-
-
-def _builtin(name: str) -> Path:
-    """Folder of a built-in model."""
-    known = sorted(entry.name for entry in BUILTIN_FOLDER.iterdir() if entry.is_dir())
-    if name not in known:
-        paths = [BUILTIN_PREFIX + known_name for known_name in known]
-        raise ConfigError(
-            f"model.path='{BUILTIN_PREFIX}{name}': no such built-in model; known: {', '.join(paths)}"
-        )
-    return BUILTIN_FOLDER / name
-
-
-def _download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
-    """Folder of a hub model with the files that match the patterns.
-
-    They come from the hub if it can be reached, else from the local cache.
-    """
-    online = hub_is_reachable()
-    try:
-        folder = huggingface_hub.snapshot_download(
-            hub_id, revision=revision, allow_patterns=patterns, local_files_only=not online
-        )
-    except LocalEntryNotFoundError:
-        raise ConfigError(
-            f"model.path='{hub_id}' is neither a local folder nor in the local hub cache, and the hub cannot"
-            " be reached; download it where there is a network (hf download) or give a local folder"
-        ) from None
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise ConfigError(f"model.path='{hub_id}' cannot be downloaded: {first_line(error)}") from error
-    return Path(folder)
 
 
 def _on_meta(

@@ -241,7 +241,10 @@ def _layer_by_layer(
     on_device = [ids_NW.to(model.device) for ids_NW in batches]
     shelf = model.shelf()
     numbers = count()
-    tapes_of = [[Tape(ids_NW, shelf, next(numbers)) for ids_NW in on_device] for _ in variants]
+    tapes_of = []
+    for _ in variants:
+        tapes = [Tape(ids_NW, shelf, next(numbers)) for ids_NW in on_device]
+        tapes_of.append(tapes)
     for span in progress(model.spans, total=num_layers, description="layers", unit="layer"):
         with model.hold(span):
             _advance_variants(model, span, zip(variants, tapes_of, strict=True), reads)

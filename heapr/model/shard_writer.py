@@ -20,6 +20,7 @@ from heapr.model.moe import MoEModel
 from heapr.tensors_file import TensorsFile
 
 PATTERN = "model{suffix}.safetensors"
+METADATA = {"format": "pt"}  # of every file
 
 State = dict[str, Tensor]
 
@@ -36,9 +37,7 @@ def write_weights(model: MoEModel, folder: Path, *, max_shard_size: str, by_fami
         by_family: tensors are written under the names and in the shapes of the family's published
             checkpoints, otherwise as the model has them.
     """
-    tied = set(getattr(model.model, "all_tied_weights_keys", None) or {})
-    if by_family and not type(model.model).__module__.startswith("transformers."):
-        tied = set()
+    tied = _left_out(model, by_family=by_family)
     shapes: State = {}
     for state in _parts(model, tied, in_memory=False):
         shapes |= _as_written(model, state, by_family=by_family)
@@ -48,20 +47,31 @@ def write_weights(model: MoEModel, folder: Path, *, max_shard_size: str, by_fami
     files = {}
     for file_name, names in split.filename_to_tensors.items():
         of_file = {name: shapes[name] for name in names}
-        files[file_name] = TensorsFile(folder / file_name, of_file, {"format": "pt"})
+        files[file_name] = TensorsFile(folder / file_name, of_file, METADATA)
     for state in _parts(model, tied, in_memory=True):
         for name, tensor in _as_written(model, state, by_family=by_family).items():
-            files[split.tensor_to_filename[name]].write(name, tensor)
+            file_name = split.tensor_to_filename[name]
+            files[file_name].write(name, tensor)
     if split.is_sharded:
         weight_map = dict(sorted(split.tensor_to_filename.items()))
         write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": weight_map})
+
+
+def _left_out(model: MoEModel, *, by_family: bool) -> set[str]:
+    """Names of the tied weights that are not written."""
+    is_of_transformers = type(model.model).__module__.startswith("transformers.")
+    if by_family and not is_of_transformers:
+        return set()
+    tied = getattr(model.model, "all_tied_weights_keys", None)
+    return set(tied or {})
 
 
 def _parts(model: MoEModel, tied: Collection[str], *, in_memory: bool) -> Iterator[State]:
     """What lies beside the decoder layers, then layer after layer."""
     prefix = f"{model.layers_name}."
     names = [name for name in model.model.state_dict() if name not in tied]
-    yield _state_of(model, [name for name in names if not name.startswith(prefix)], in_memory=in_memory)
+    beside = [name for name in names if not name.startswith(prefix)]
+    yield _state_of(model, beside, in_memory=in_memory)
     for layer in range(len(model.decoder_layers)):
         of_layer = [name for name in names if name.startswith(f"{prefix}{layer}.")]
         with model.hold([layer] if in_memory else []):

@@ -61,9 +61,9 @@ class StreamTarget:
     @classmethod
     def joined(cls, targets: Sequence[StreamTarget]) -> StreamTarget:
         """The targets of all batches in one."""
-        output_TD = torch.cat([target.output_TD for target in targets])
-        weight_T = torch.cat([target.weight_T for target in targets])
-        return cls(output_TD, weight_T)
+        outputs = [target.output_TD for target in targets]
+        weights = [target.weight_T for target in targets]
+        return cls(torch.cat(outputs), torch.cat(weights))
 
 
 @torch.no_grad()

@@ -45,7 +45,7 @@ class Tape:
         for output in outputs:
             layer = len(self._outputs)
             parts = [self._kept(layer, place, part) for place, part in enumerate(parts_of(output))]
-            self._outputs.append(tuple(parts) if isinstance(output, tuple) else parts[0])
+            self._outputs.append(_like(output, parts))
 
     def answers(self, num_layers: int, read: Collection[int] | None = None) -> list[Output]:
         """The outputs of the first `num_layers` layers: new tensors on the model's device that share memory
@@ -58,7 +58,8 @@ class Tape:
         answers = []
         for layer, output in enumerate(self._outputs[:num_layers]):
             is_read = read is None or layer in read
-            answers.append(_each(self._leaf if is_read else _forgotten, output))
+            answer = _each(self._leaf, output) if is_read else _each(_forgotten, output)
+            answers.append(answer)
         return answers
 
     def keep(self, layers: Collection[int]) -> None:
@@ -68,7 +69,8 @@ class Tape:
                 continue
             for place, part in enumerate(parts_of(output)):
                 if isinstance(part, Tensor):
-                    self._shelf.drop(self._name_of(layer, place))
+                    name = self._name_of(layer, place)
+                    self._shelf.drop(name)
             self._outputs[layer] = _each(_forgotten, output)
 
     def add_gradients(self, first_layer: int, answers: Sequence[Output]) -> None:
@@ -83,13 +85,15 @@ class Tape:
                 grad = part.grad if isinstance(part, Tensor) else None
                 if grad is None:
                     continue
-                if (layer, place) in self._grads:
-                    name, before = self._grads[layer, place]
+                where = (layer, place)
+                if where in self._grads:
+                    old_name, before = self._grads[where]
                     grad = before.to(grad.device) + grad
-                    self._shelf.drop(name)
+                    self._shelf.drop(old_name)
                 # A new name for each sum, so that the one before outlives a crash in this span.
                 name = f"gradient-{self._number}-{layer}-{place}-{first_layer}"
-                self._grads[layer, place] = (name, self._shelf.put(name, grad))
+                kept = self._shelf.put(name, grad)
+                self._grads[where] = (name, kept)
 
     def gradient(self, layer: int) -> Tensor | None:
         """The gradient collected for a layer's hidden states; None if there is none."""
@@ -121,33 +125,42 @@ class Tape:
         for output in self._outputs:
             kinds = [_kind_of(part) for part in parts_of(output)]
             outputs.append(kinds if isinstance(output, tuple) else kinds[0])
-        grads = [[layer, place, name] for (layer, place), (name, _) in self._grads.items()]
+        grads = []
+        for (layer, place), (name, _) in self._grads.items():
+            grads.append([layer, place, name])
         return {"outputs": outputs, "gradients": grads}
 
     def recover(self, description: Mapping[str, Any], files: Files) -> None:
         """Take over what an earlier process left in files and described."""
         for layer, kinds in enumerate(description["outputs"]):
-            parts: list[Any] = []
-            for place, kind in enumerate(kinds if isinstance(kinds, list) else [kinds]):
-                if kind == TENSOR:
-                    parts.append(files.get(self._name_of(layer, place)))
-                else:
-                    parts.append(_Forgotten() if kind == FORGOTTEN else None)
-            self._outputs.append(tuple(parts) if isinstance(kinds, list) else parts[0])
+            is_tuple = isinstance(kinds, list)
+            parts = []
+            for place, kind in enumerate(kinds if is_tuple else [kinds]):
+                name = self._name_of(layer, place)
+                parts.append(_recovered(kind, name, files))
+            self._outputs.append(tuple(parts) if is_tuple else parts[0])
         for layer, place, name in description["gradients"]:
-            self._grads[layer, place] = (name, files.get(name))
+            grad = files.get(name)
+            self._grads[layer, place] = (name, grad)
 
     def _kept(self, layer: int, place: int, part: Any) -> Any:
-        return self._shelf.put(self._name_of(layer, place), part) if isinstance(part, Tensor) else part
+        """A part as it is kept."""
+        if not isinstance(part, Tensor):
+            return part
+        name = self._name_of(layer, place)
+        return self._shelf.put(name, part)
 
     def _name_of(self, layer: int, place: int) -> str:
+        """Name of an output's part on the shelf."""
         return f"output-{self._number}-{layer}-{place}"
 
     def _leaf(self, part: Any) -> Any:
+        """A part as an answer, see `answers`."""
         if not isinstance(part, Tensor):
             return part
+        on_device = part.to(self.ids_NW.device)
         needs_grad = part.is_floating_point() and torch.is_grad_enabled()
-        return part.to(self.ids_NW.device).detach().requires_grad_(needs_grad)
+        return on_device.detach().requires_grad_(needs_grad)
 
 
 def parts_of(output: Output) -> tuple[Any, ...]:
@@ -170,10 +183,26 @@ class _Forgotten:
 
 def _each(function: Callable[[Any], Any], output: Output) -> Output:
     """The output with a function applied to each of its parts."""
-    return tuple(map(function, output)) if isinstance(output, tuple) else function(output)
+    parts = [function(part) for part in parts_of(output)]
+    return _like(output, parts)
+
+
+def _like(output: Output, parts: Sequence[Any]) -> Output:
+    """Parts as a tuple, or alone, as an output is."""
+    if isinstance(output, tuple):
+        return tuple(parts)
+    return parts[0]
+
+
+def _recovered(kind: str, name: str, files: Files) -> Any:
+    """A part of an output from its description."""
+    if kind == TENSOR:
+        return files.get(name)
+    return _Forgotten() if kind == FORGOTTEN else None
 
 
 def _kind_of(part: Any) -> str:
+    """A part of an output, for descriptions."""
     if isinstance(part, Tensor):
         return TENSOR
     assert part is None or isinstance(part, _Forgotten), f"{type(part)} in a decoder layer's output"

@@ -159,14 +159,20 @@ def _load(model: PreTrainedModel, headers: Headers) -> _Loaded:
         if not reports:
             raise
     (report,) = reports
+    return _found(report, dropped)
+
+
+def _found(report: Any, dropped: Iterable[str]) -> _Loaded:
+    """What transformers reports about loading, in order."""
     mismatched = []
     for name, found, wanted in report.mismatched_keys:
         mismatched.append(f"{name} of shape {tuple(found)}, not {tuple(wanted)}")
-    known = [name for name in dropped if not BUFFERS.search(name)]
+    known = sorted(name for name in dropped if not BUFFERS.search(name))
+    unknown = sorted(report.unexpected_keys)
     return _Loaded(
         missing=sorted(report.missing_keys),
         mismatched=sorted(mismatched) + sorted(report.conversion_errors),
-        left_out=LeftOut(known=tuple(sorted(known)), unknown=tuple(sorted(report.unexpected_keys))),
+        left_out=LeftOut(tuple(known), tuple(unknown)),
     )
 
 

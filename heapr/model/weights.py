@@ -52,8 +52,10 @@ class LayerWeights:
     """
 
     def __init__(self, model: PreTrainedModel, layers: str, folder: Path, device: torch.device) -> None:
-        self.device, self.shards = device, Shards(folder)
-        self._model, self._layers = model, layers
+        self.device = device
+        self.shards = Shards(folder)
+        self._model = model
+        self._layers = layers
         self._conversions = get_model_conversion_mapping(model)
         self._merges: dict[str, dict[str, list[str]]] = {}
         self._sources = self._sources_by_part()
@@ -98,26 +100,31 @@ class LayerWeights:
         renamings = [each for each in self._conversions if isinstance(each, WeightRenaming)]
         converters = [each for each in self._conversions if isinstance(each, WeightConverter)]
         prefix = self._model.base_model_prefix
-        groups: dict[int, dict[str, list[str]]] = {part: {} for part in range(BESIDE, self.num_layers)}
+        parts: dict[int, dict[str, list[str]]] = {part: {} for part in range(BESIDE, self.num_layers)}
         converter_of = {pattern: each for each in converters for pattern in each.source_patterns}
         # In transformers' order, because some renamings depend on what came before.
         for source in sorted(self.shards, key=dot_natural_key):
             target, pattern = rename_source_key(source, renamings, converters, prefix, known)
             if target not in known and source in known:
                 target, pattern = rename_source_key(source, [], [], prefix, known)
-            if target in known:
-                group = SINGLE if pattern is None else target
-                groups[self._part_of(target)].setdefault(group, []).append(source)
-                if pattern is not None and _is_merge(converter_of[pattern]):
-                    order = converter_of[pattern].source_patterns
-                    self._merges.setdefault(target, {each: [] for each in order})[pattern].append(source)
-        return groups
+            if target not in known:
+                continue
+            group = SINGLE if pattern is None else target
+            groups = parts[self._part_of(target)]
+            groups.setdefault(group, []).append(source)
+            if pattern is not None and _is_merge(converter_of[pattern]):
+                order = converter_of[pattern].source_patterns
+                none: dict[str, list[str]] = {each: [] for each in order}
+                merge = self._merges.setdefault(target, none)
+                merge[pattern].append(source)
+        return parts
 
     def _part_of(self, target: str) -> int:
         """The decoder layer of a tensor of the model, or `BESIDE`."""
-        if not target.startswith(f"{self._layers}."):
+        prefix = f"{self._layers}."
+        if not target.startswith(prefix):
             return BESIDE
-        number, _, _ = target.removeprefix(f"{self._layers}.").partition(".")
+        number, _, _ = target.removeprefix(prefix).partition(".")
         return int(number)
 
     def _check_parts(self) -> dict[int, list[tuple[nn.Module, str, Tensor]]]:
@@ -158,7 +165,9 @@ class LayerWeights:
         info = LoadStateDictInfo(set(self._absent), set(), set(), [], {}, set())
         with silent():
             for group, names in self._sources[BESIDE].items():
-                convert_and_load_state_dict_in_model(self._model, self._read(group, names), config)
+                tensors = self._read(group, names)
+                convert_and_load_state_dict_in_model(self._model, tensors, config)
+                del tensors
             info = self._model._finalize_model_loading(self._model, config, info)
         if info.missing_keys:
             missing = sorted(info.missing_keys)
@@ -235,9 +244,14 @@ class LayerWeights:
 
 def _is_merge(converter: WeightConverter) -> bool:
     """Whether a conversion is what `LayerWeights._merge` does."""
-    kinds = [(type(operation), getattr(operation, "dim", None)) for operation in converter.operations]
-    stack, join = (MergeModulelist, 0), (Concatenate, 1)
-    return kinds == [stack, join] or (kinds == [stack] and len(converter.source_patterns) == 1)
+    kinds = []
+    for operation in converter.operations:
+        dim = getattr(operation, "dim", None)
+        kinds.append((type(operation), dim))
+    stack = (MergeModulelist, 0)
+    join = (Concatenate, 1)
+    is_single = len(converter.source_patterns) == 1
+    return kinds == [stack, join] or (is_single and kinds == [stack])
 
 
 class _Lazy:

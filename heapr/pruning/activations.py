@@ -91,11 +91,13 @@ class Activations:
         Each slice is in the order of atomic experts.
         """
         width = self.widths[expert]
+        first_half = slice(0, width)
+        second_half = slice(width, 2 * width)
+        even = slice(0, None, 2)
+        odd = slice(1, None, 2)
         if not self._layout.has_gate:
-            return [slice(0, width)]
-        if self._layout.is_concatenated:
-            return [slice(0, width), slice(width, 2 * width)]
-        return [slice(0, None, 2), slice(1, None, 2)]
+            return [first_half]
+        return [first_half, second_half] if self._layout.is_concatenated else [even, odd]
 
     def chunks_of_z(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield z of all experts (t, S), chunk by chunk, with the slice of tokens that each chunk covers."""
@@ -103,16 +105,20 @@ class Activations:
         num_tokens = len(hidden_TD)
         size = sum(self.widths)
         for start in range(0, num_tokens, CHUNK):
-            stop = min(start + CHUNK, num_tokens)
-            z_tS = torch.zeros(stop - start, size, dtype=torch.float32, device=hidden_TD.device)
+            chunk = slice(start, min(start + CHUNK, num_tokens))
+            z_tS = torch.zeros(chunk.stop - start, size, dtype=torch.float32, device=hidden_TD.device)
             for expert, columns_tS in enumerate(z_tS.split(self.widths, dim=1)):
-                token_n = self.tokens(expert)
-                is_chosen_n = (token_n >= start) & (token_n < stop)
-                chosen_n = token_n[is_chosen_n]
-                p_n1 = self.p(expert)[is_chosen_n]
-                z_nS = p_n1 * self.h(expert, chosen_n)
-                columns_tS.index_add_(0, chosen_n - start, z_nS)
-            yield slice(start, stop), z_tS
+                self._add_z(columns_tS, expert, chunk)
+            yield chunk, z_tS
+
+    def _add_z(self, columns_tS: Tensor, expert: int, chunk: slice) -> None:
+        """Add an expert's z of a chunk's tokens to the rows of these tokens."""
+        token_n = self.tokens(expert)
+        is_chosen_n = (token_n >= chunk.start) & (token_n < chunk.stop)
+        chosen_n = token_n[is_chosen_n]
+        p_n1 = self.p(expert)[is_chosen_n]
+        z_nS = p_n1 * self.h(expert, chosen_n)
+        columns_tS.index_add_(0, chosen_n - chunk.start, z_nS)
 
     def _projected(self, expert: int, token_n: Tensor) -> Tensor:
         """Inputs of the activation function (n, G)."""

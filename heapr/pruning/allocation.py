@@ -18,15 +18,17 @@ from torch import Tensor
 from heapr.pruning.allocation_by_cost import allocate_by_cost
 from heapr.pruning.allocation_of_layer_widths import allocate_layer_widths
 from heapr.pruning.allocation_of_whole_experts import allocate_whole_experts
-from heapr.pruning.budget import Budget, Costs, Widths, round_half_up
+from heapr.pruning.budget import Budget, Costs, Widths
 from heapr.pruning.ranking import (
     highest,
     keep_best_of_each,
     keep_highest,
+    keep_number_of_each,
     lowest_first,
     only_existing,
     protect,
 )
+from heapr.pruning.rounding import round_half_up
 from heapr.types import Granularity, Plan, Scores
 
 
@@ -72,8 +74,7 @@ def _uniform(layers: Mapping[int, Tensor], width: int) -> Plan:
     """Keep the `width` best atomic experts of every expert."""
     kept = {}
     for index, scores_EF in layers.items():
-        width_E = torch.full((len(scores_EF),), width)
-        kept[index] = keep_best_of_each(scores_EF, width_E)
+        kept[index] = keep_number_of_each(scores_EF, width)
     return Plan(layers=kept)
 
 
@@ -90,7 +91,8 @@ def _exact(layers: Mapping[int, Tensor], widths: Widths, budget: Budget) -> Plan
     kept: dict[int, Tensor] = {}
     for (index, scores_EF), number in zip(protected.items(), numbers, strict=True):
         if budget.scope == "layer":
-            kept |= _remove_lowest({index: scores_EF}, number)
+            of_layer = {index: scores_EF}
+            kept |= _remove_lowest(of_layer, number)
         else:
             width_E = torch.tensor(widths[index])
             kept[index] = _remove_same_share(scores_EF, width_E, number)
@@ -102,9 +104,11 @@ def _remove_lowest(layers: Mapping[int, Tensor], number: int) -> dict[int, Tenso
     flat = [scores_EF.flatten() for scores_EF in layers.values()]
     scores_S = torch.cat(flat)
     # Entries beyond an expert's width are -inf and sort first.
-    num_absent = int((scores_S == -math.inf).sum())
+    is_absent_S = scores_S == -math.inf
+    num_absent = int(is_absent_S.sum())
     kept_S = keep_highest(scores_S, num_absent + number)
-    parts = kept_S.split([len(part_S) for part_S in flat])
+    sizes = [len(part_S) for part_S in flat]
+    parts = kept_S.split(sizes)
     kept = {}
     for (index, scores_EF), part_S in zip(layers.items(), parts, strict=True):
         kept[index] = part_S.view_as(scores_EF)
@@ -121,7 +125,8 @@ def _remove_same_share(scores_EF: Tensor, width_E: Tensor, number: int) -> Tenso
     width_E1 = width_E.unsqueeze(1)
     sorted_EF = torch.sort(scores_EF, dim=1, stable=True).values
     # j - 1, and negative for entries beyond the expert's width: these are -inf and sort first.
-    rank_EF = torch.arange(widest) - (widest - width_E1)
+    place_F = torch.arange(widest)
+    rank_EF = place_F - (widest - width_E1)
     share_EF = (rank_EF.double() + 0.5) / width_E1.clamp(min=1)
     share_EF[sorted_EF == math.inf] = math.inf
 
@@ -131,7 +136,8 @@ def _remove_same_share(scores_EF: Tensor, width_E: Tensor, number: int) -> Tenso
     order_S = by_score_S[by_share_S]
 
     num_absent = int((rank_EF < 0).sum())
-    expert_S = order_S[: num_absent + number] // widest
+    removed_S = order_S[: num_absent + number]
+    expert_S = removed_S // widest
     num_removed_E = torch.bincount(expert_S, minlength=num_experts)
     return keep_best_of_each(scores_EF, widest - num_removed_E)
 
@@ -141,7 +147,8 @@ def _round_widths(plan: Plan, layers: Mapping[int, Tensor], budget: Budget) -> P
     kept = {}
     for index, kept_EF in plan.layers.items():
         scores_EF = layers[index]
-        width_E = _rounded_widths(scores_EF, kept_EF.sum(dim=1), budget)
+        exact_E = kept_EF.sum(dim=1)
+        width_E = _rounded_widths(scores_EF, exact_E, budget)
         kept[index] = keep_best_of_each(scores_EF, width_E)
     return Plan(layers=kept)
 
@@ -160,19 +167,24 @@ def _rounded_widths(scores_EF: Tensor, width_E: Tensor, budget: Budget) -> Tenso
     gain_E = gain_E.masked_fill(~is_between_E, -math.inf)
     forced_gain_E = gain_E.masked_fill(~would_be_empty_E, -math.inf)
 
-    num_left_over = int((width_E - lower_E).sum())
+    left_over_E = width_E - lower_E
+    num_left_over = int(left_over_E.sum())
     num_up = round_half_up(num_left_over / multiple)
-    num_present = int((width_E > 0).sum())
-    num_needed = min(budget.experts_per_token, num_present)
-    num_not_empty = int((lower_E > 0).sum())
+    num_needed = min(budget.experts_per_token, _num_above_zero(width_E))
+    num_not_empty = _num_above_zero(lower_E)
     num_forced = max(0, num_needed - num_not_empty)
     forced = highest(forced_gain_E, num_forced)
     others = [expert for expert in highest(gain_E, num_up) if expert not in forced]
     num_others = max(0, num_up - num_forced)
 
+    rounded_up = forced + others[:num_others]
     rounded_E = lower_E.clone()
-    rounded_E[forced + others[:num_others]] += multiple
+    rounded_E[rounded_up] += multiple
     return rounded_E
+
+
+def _num_above_zero(width_E: Tensor) -> int:
+    return int((width_E > 0).sum())
 
 
 def _gain(scores_EF: Tensor, width_E: Tensor, multiple: int) -> Tensor:
@@ -183,5 +195,7 @@ def _gain(scores_EF: Tensor, width_E: Tensor, multiple: int) -> Tensor:
     widest = scores_EF.shape[1]
     width_E1 = width_E.unsqueeze(1)
     next_E1 = (width_E1 + multiple).clamp(max=widest)
-    gain_E1 = total_EW.gather(1, next_E1) - total_EW.gather(1, width_E1)
+    now_E1 = total_EW.gather(1, width_E1)
+    then_E1 = total_EW.gather(1, next_E1)
+    gain_E1 = then_E1 - now_E1
     return gain_E1.squeeze(1)

@@ -60,8 +60,10 @@ def allocate_by_cost(layers: Mapping[int, Tensor], widths: Widths, budget: Budge
     items = []
     for index, scores_EF in layers.items():
         cost_E = costs[index]
-        rates_EF = scores_EF / cost_E.clamp(min=least).unsqueeze(1)
-        items.append(_items_of(index, rates_EF, widths[index], cost_E, budget))
+        divisor_E1 = cost_E.clamp(min=least).unsqueeze(1)
+        rates_EF = scores_EF / divisor_E1
+        of_layer = _items_of(index, rates_EF, widths[index], cost_E, budget)
+        items.append(of_layer)
     stays = _remove(items, budget)
     half = budget.width_multiple * largest / 2
     if not _is_reached(items, stays, budget, half):
@@ -69,8 +71,9 @@ def allocate_by_cost(layers: Mapping[int, Tensor], widths: Widths, budget: Budge
     kept = {}
     for (index, scores_EF), of_layer, stays_S in zip(layers.items(), items, stays, strict=True):
         gone_S = of_layer.expert_S[~stays_S]
-        num_gone_E = torch.bincount(gone_S, minlength=len(scores_EF))
-        width_E = torch.tensor(widths[index]) - budget.width_multiple * num_gone_E
+        num_items_E = torch.bincount(gone_S, minlength=len(scores_EF))
+        num_gone_E = budget.width_multiple * num_items_E
+        width_E = torch.tensor(widths[index]) - num_gone_E
         kept[index] = keep_best_of_each(scores_EF, width_E)
     return Plan(layers=kept)
 
@@ -86,7 +89,8 @@ def _items_of(index: int, rates_EF: Tensor, width_E: Sequence[int], cost_E: Tens
         budget: how much to remove.
     """
     multiple = budget.width_multiple
-    sorted_EF = protect(rates_EF, index, budget).sort(dim=1).values
+    protected_EF = protect(rates_EF, index, budget)
+    sorted_EF = protected_EF.sort(dim=1).values
     rate_EC = sorted_EF.view(len(cost_E), -1, multiple).mean(dim=-1)
     # Infinite where atomic experts must stay, -inf beyond the expert's width.
     is_free_EC = rate_EC.isfinite()
@@ -115,7 +119,8 @@ def _remove(items: Sequence[_Items], budget: Budget) -> Sequence[Tensor]:
     cost_S = torch.cat(costs)
     wanted = _cost_wanted(items, budget)
     # Cost of the first 0, 1, 2, ... items.
-    removed_S = F.pad(cost_S[order_S].cumsum(0), (1, 0))
+    total_S = cost_S[order_S].cumsum(0)
+    removed_S = F.pad(total_S, (1, 0))
     miss_S = (removed_S - wanted).abs()
     is_nearest_S = miss_S == miss_S.min()
     number = int(is_nearest_S.nonzero()[0])
@@ -166,10 +171,12 @@ def _is_reached(items: Sequence[_Items], stays: Sequence[Tensor], budget: Budget
     if budget.scope == "global":
         return wanted - sum(removed) <= tolerance
     free = sum(each.size for each in items if not each.is_protected)
-    if free == 0:  # no token reached the layers that may lose something
+    if free == 0:
+        # No token reached the layers that may lose something.
         return wanted <= tolerance
     for each, stays_S, gone in zip(items, stays, removed, strict=True):
         is_exhausted = not (each.is_protected or stays_S.any())
-        if is_exhausted and wanted * each.size / free - gone > tolerance:
+        wanted_here = wanted * each.size / free
+        if is_exhausted and wanted_here - gone > tolerance:
             return False
     return True

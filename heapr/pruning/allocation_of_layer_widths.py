@@ -6,7 +6,8 @@ experts of an expert, M multiples of the budget's `width_multiple` in F.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from heapr.pruning.budget import Budget
-from heapr.pruning.ranking import keep_best_of_each
+from heapr.pruning.ranking import keep_number_of_each
 from heapr.types import Plan
 
 
@@ -39,24 +40,36 @@ def allocate_layer_widths(layers: Mapping[int, Tensor], budget: Budget) -> Plan:
     for index, scores_EF in layers.items():
         steps += _steps(index, scores_EF, budget.width_multiple)
     steps.sort()
-    wanted = budget.ratio * sum(scores_EF.numel() for scores_EF in layers.values())
-    removed = list(accumulate((step.size for step in steps), initial=0))
-    misses = [abs(total - wanted) for total in removed]
-    number = max(range(len(misses)), key=lambda number: (-misses[number], number))
+    total = sum(scores_EF.numel() for scores_EF in layers.values())
+    number = _number_nearest(steps, budget.ratio * total)
     width_of = {index: scores_EF.shape[1] for index, scores_EF in layers.items()}
     for step in steps[:number]:
         width_of[step.layer] -= budget.width_multiple
     kept = {}
     for index, scores_EF in layers.items():
-        width_E = torch.full((len(scores_EF),), width_of[index])
-        kept[index] = keep_best_of_each(scores_EF, width_E)
+        kept[index] = keep_number_of_each(scores_EF, width_of[index])
     return Plan(layers=kept)
+
+
+def _number_nearest(steps: Sequence[_Step], wanted: float) -> int:
+    """How many steps, taken in order, come nearest to the wanted number of atomic experts."""
+    sizes = [step.size for step in steps]
+    nearest, number = math.inf, 0
+    for place, removed in enumerate(accumulate(sizes, initial=0)):
+        miss = abs(removed - wanted)
+        # Of two equally near numbers the larger.
+        if miss <= nearest:
+            nearest, number = miss, place
+    return number
 
 
 def _steps(index: int, scores_EF: Tensor, multiple: int) -> list[_Step]:
     """What a layer may lose, lowest first."""
     num_experts = len(scores_EF)
     sorted_EF = torch.sort(scores_EF, dim=1).values
-    loss_M = sorted_EF.view(num_experts, -1, multiple).mean(dim=(0, 2))
-    losses = loss_M.tolist()[:-1]
-    return [_Step(loss, index, number, num_experts * multiple) for number, loss in enumerate(losses)]
+    scores_EMC = sorted_EF.view(num_experts, -1, multiple)
+    loss_M = scores_EMC.mean(dim=(0, 2))
+    size = num_experts * multiple
+    # The last multiple stays.
+    losses = loss_M[:-1].tolist()
+    return [_Step(loss, index, number, size) for number, loss in enumerate(losses)]

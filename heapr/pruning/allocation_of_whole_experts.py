@@ -41,7 +41,8 @@ def allocate_whole_experts(layers: Mapping[int, Tensor], widths: Widths, budget:
         pieces += of_layer
     pieces.sort()
     sizes = map(sum, widths.values())
-    number = _number_nearest(pieces, budget.ratio * sum(sizes))
+    wanted = budget.ratio * sum(sizes)
+    number = _number_nearest(pieces, wanted)
     if budget.num_experts is not None:
         removed = [len(width_E) - budget.num_experts for width_E in widths.values()]
         number = sum(removed)

@@ -13,6 +13,7 @@ from heapr.pruning.allocation import allocate
 from heapr.pruning.budget import Budget, Costs, Widths, cost_of_layer
 from heapr.types import Granularity, Plan, Scores
 
+NO_ROUNDING: dict[str, Any] = {"width_multiple": 1, "uniform_width": None, "one_width_per_layer": False}
 TOLERANCE = 1e-6  # atomic experts, of floating point
 
 
@@ -31,50 +32,80 @@ def report_allocation(
         numbers by key; "summary", lines to read; "not_reached", a line for each target that was missed. JSON
         types only.
     """
-    without_rounding = replace(budget, width_multiple=1, uniform_width=None, one_width_per_layer=False)
+    without_rounding = replace(budget, **NO_ROUNDING)
     exact = allocate(scores, widths, without_rounding, costs)
-    total = sum(map(sum, widths.values()))
-    removed = total - plan.num_kept
+    total = _size(widths)
     report: dict[str, Any] = {
         "atomic_experts": total,
-        "atomic_experts_removed": removed,
+        "atomic_experts_removed": total - plan.num_kept,
         "atomic_experts_exchanged": _exchanged(plan, exact),
         "kept_score": _kept_score(plan, scores),
         "kept_score_without_rounding": _kept_score(exact, scores),
     }
-    removal = f"removes {removed} of {total} atomic experts"
-    if costs is None:
-        asked = budget.ratio * total
-        removal += f" (asked for {asked:.6g})"
-    summary = [removal]
+    summary = [_about_removal(plan, total, budget.ratio if costs is None else None)]
     if budget.granularity is Granularity.EXPERT:
         summary.append(_about_experts(plan, widths))
-    elif budget.width_multiple > 1 or budget.uniform_width is not None or budget.one_width_per_layer:
+    elif _is_rounded(budget):
         summary.append(_about_rounding(plan, exact, budget, report))
     if costs is not None:
         removed_ratio = _cost_removed_ratio(plan, widths, costs)
         report[f"{budget.unit}_removed_ratio"] = removed_ratio
-        summary.append(
-            f"these are {removed_ratio:.3%} of the routed experts' {budget.unit} "
-            f"(asked for {budget.ratio:.3%})"
-        )
+        summary.append(_about_cost(removed_ratio, budget))
     if budget.protected_layers:
         without_protection = replace(budget, protected_layers=())
         unprotected = allocate(scores, widths, without_protection, costs)
-        report["atomic_experts_exchanged_by_protection"] = _exchanged(plan, unprotected)
-        report["kept_score_without_protection"] = _kept_score(unprotected, scores)
+        report |= _protection(plan, unprotected, scores)
         summary.append(_about_protection(report))
     report["summary"] = summary
     report["not_reached"] = _not_reached(plan, widths, budget)
     return report
 
 
+def _protection(plan: Plan, unprotected: Plan, scores: Scores) -> dict[str, Any]:
+    """What protected layers change, by key."""
+    return {
+        "atomic_experts_exchanged_by_protection": _exchanged(plan, unprotected),
+        "kept_score_without_protection": _kept_score(unprotected, scores),
+    }
+
+
+def _size(widths: Widths) -> int:
+    """Number of all atomic experts."""
+    return sum(map(sum, widths.values()))
+
+
+def _is_rounded(budget: Budget) -> bool:
+    """Whether widths cannot be what the scores alone would make them."""
+    if budget.uniform_width is not None or budget.one_width_per_layer:
+        return True
+    return budget.width_multiple > 1
+
+
+def _about_removal(plan: Plan, total: int, ratio: float | None) -> str:
+    """How many atomic experts go; with a ratio, also how many it asks for."""
+    removed = total - plan.num_kept
+    removal = f"removes {removed} of {total} atomic experts"
+    if ratio is None:
+        return removal
+    asked = ratio * total
+    return f"{removal} (asked for {asked:.6g})"
+
+
+def _about_cost(removed_ratio: float, budget: Budget) -> str:
+    """Which share of the cost goes, and how much the ratio asks for."""
+    share = f"{removed_ratio:.3%} of the routed experts' {budget.unit}"
+    return f"these are {share} (asked for {budget.ratio:.3%})"
+
+
 def _about_experts(plan: Plan, widths: Widths) -> str:
-    present = kept = 0
+    """How many whole experts go."""
+    present = 0
+    kept = 0
     for index, width_E in widths.items():
         present += sum(width > 0 for width in width_E)
         kept += _num_experts_kept(plan, index)
-    return f"these are {present - kept} of {present} experts, removed whole"
+    removed = present - kept
+    return f"these are {removed} of {present} experts, removed whole"
 
 
 def _num_experts_kept(plan: Plan, index: int) -> int:
@@ -84,25 +115,31 @@ def _num_experts_kept(plan: Plan, index: int) -> int:
 
 
 def _about_rounding(plan: Plan, exact: Plan, budget: Budget, report: Mapping[str, Any]) -> str:
+    """What rounding exchanges, and the score that it costs."""
     form = f"multiples of {budget.width_multiple}"
     if budget.uniform_width is not None:
         form = f"one width of {budget.uniform_width}"
     elif budget.one_width_per_layer:
         widths = [str(max(width_E)) for width_E in plan.widths.values()]
-        form = f"one width per layer ({', '.join(widths)})"
+        listed = ", ".join(widths)
+        form = f"one width per layer ({listed})"
+    exchanged = report["atomic_experts_exchanged"]
+    scores = _about_scores(report["kept_score_without_rounding"], report["kept_score"])
     return (
         f"rounding to {form}: {exact.num_kept} -> {plan.num_kept} kept, "
-        f"{report['atomic_experts_exchanged']} of which would be removed without rounding; "
-        f"sum of kept scores {report['kept_score_without_rounding']:.6g} -> {report['kept_score']:.6g}"
+        f"{exchanged} of which would be removed without rounding; {scores}"
     )
 
 
 def _about_protection(report: Mapping[str, Any]) -> str:
+    """What protected layers keep, and the score that it costs."""
     exchanged = report["atomic_experts_exchanged_by_protection"]
-    return (
-        f"protected layers keep {exchanged} atomic experts that would otherwise be removed; "
-        f"sum of kept scores {report['kept_score_without_protection']:.6g} -> {report['kept_score']:.6g}"
-    )
+    scores = _about_scores(report["kept_score_without_protection"], report["kept_score"])
+    return f"protected layers keep {exchanged} atomic experts that would otherwise be removed; {scores}"
+
+
+def _about_scores(before: float, after: float) -> str:
+    return f"sum of kept scores {before:.6g} -> {after:.6g}"
 
 
 def _not_reached(plan: Plan, widths: Widths, budget: Budget) -> list[str]:
@@ -114,7 +151,7 @@ def _not_reached(plan: Plan, widths: Widths, budget: Budget) -> list[str]:
     is_chosen = budget.uniform_width is not None or budget.num_experts is not None
     if budget.unit != "atomic_experts" or is_chosen:
         return []
-    total = sum(map(sum, widths.values()))
+    total = _size(widths)
     asked = budget.ratio * total
     removed = total - plan.num_kept
     within = len(widths) * budget.width_multiple / 2
@@ -145,8 +182,10 @@ def _layers_not_reached(plan: Plan, widths: Widths, budget: Budget) -> list[str]
 
 
 def _missed(asked: float, removed: int, budget: Budget) -> str:
+    """A target that was missed, and why."""
     stay = "stay whole"
-    if budget.granularity is Granularity.ATOMIC_EXPERT:
+    removes_atomic_experts = budget.granularity is Granularity.ATOMIC_EXPERT
+    if removes_atomic_experts:
         stay = f"keep a width of at least {budget.width_multiple}"
     routing = f"every token is routed to {budget.experts_per_token} experts"
     reason = f"because {routing} and as many of each layer {stay}"
@@ -155,10 +194,12 @@ def _missed(asked: float, removed: int, budget: Budget) -> str:
 
 def _cost_removed_ratio(plan: Plan, widths: Widths, costs: Costs) -> float:
     """Share of the cost of all atomic experts that the plan removes."""
-    before = after = 0.0
+    before = 0.0
+    after = 0.0
+    widths_left = plan.widths
     for index, cost_E in costs.items():
         before += cost_of_layer(cost_E, widths[index])
-        after += cost_of_layer(cost_E, plan.widths[index])
+        after += cost_of_layer(cost_E, widths_left[index])
     return 1 - after / before
 
 

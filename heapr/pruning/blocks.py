@@ -47,21 +47,22 @@ class BlockFactors:
 
     def __init__(self, widths: Sequence[int], device: torch.device) -> None:
         self.widths = list(widths)
+        size = sum(self.widths)
         on_gpu = device.type == "cuda"
         self._at_once = AT_ONCE if on_gpu else 1
-        buckets = width_buckets(self.widths, WIDTH_STEP if on_gpu else 1)
-        rows_of = torch.arange(sum(self.widths), device=device).split(self.widths)
-        self._buckets, self._where = [], {}
-        for width, members in buckets.items():
+        step = WIDTH_STEP if on_gpu else 1
+        row_S = torch.arange(size, device=device)
+        row_E = row_S.split(self.widths)
+        self._buckets: list[_Bucket] = []
+        self._where: dict[int, Tensor] = {}
+        for width, members in width_buckets(self.widths, step).items():
             if width == 0:
                 continue
-            factor_BWW = torch.zeros(len(members), width, width, dtype=torch.float64, device=device)
-            row_S = torch.cat([rows_of[expert] for expert in members])
-            places = []
-            for place, expert in enumerate(members):
-                self._where[expert] = factor_BWW[place]
-                places.append(place * width + torch.arange(self.widths[expert], device=device))
-            self._buckets.append(_Bucket(members, factor_BWW, row_S, torch.cat(places)))
+            rows = [row_E[expert] for expert in members]
+            bucket = _empty_bucket(members, rows, width)
+            self._buckets.append(bucket)
+            for expert, block_WW in zip(members, bucket.factor_BWW, strict=True):
+                self._where[expert] = block_WW
 
     def set_block(self, expert: int, C_SS: Tensor) -> None:
         """Give an expert's C; an expert of width 0 has none."""
@@ -75,8 +76,13 @@ class BlockFactors:
 
     def diagonal(self) -> Tensor:
         """The diagonals of all C (S,)."""
-        diagonals = [self._where[expert].diagonal()[: self.widths[expert]] for expert in sorted(self._where)]
-        return torch.cat(diagonals) if diagonals else torch.zeros(0, dtype=torch.float64)
+        if not self._where:
+            return torch.zeros(0, dtype=torch.float64)
+        diagonals = []
+        for expert in sorted(self._where):
+            diagonal_W = self._where[expert].diagonal()
+            diagonals.append(diagonal_W[: self.widths[expert]])
+        return torch.cat(diagonals)
 
     def factor(self, ridge: float) -> None:
         """Replace every C with the Cholesky factor of C + ridge I.
@@ -85,10 +91,9 @@ class BlockFactors:
             ConfigError: see `factored`.
         """
         for bucket in self._buckets:
-            num_missing_B = [bucket.factor_BWW.shape[1] - self.widths[expert] for expert in bucket.members]
-            for block_WW, num_missing in zip(bucket.factor_BWW, num_missing_B, strict=True):
-                if num_missing:
-                    block_WW.diagonal()[-num_missing:] = 1
+            for expert, block_WW in zip(bucket.members, bucket.factor_BWW, strict=True):
+                beyond = block_WW.diagonal()[self.widths[expert] :]
+                beyond.fill_(1)
             for some_BWW in bucket.factor_BWW.split(self._at_once):
                 some_BWW.copy_(factored(some_BWW, ridge))
 
@@ -101,8 +106,26 @@ class BlockFactors:
             padded_SD[bucket.place_S] = right_SD[bucket.row_S]
             padded_BWD = padded_SD.view(num_blocks, width, -1)
             answer_BWD = torch.cholesky_solve(padded_BWD, bucket.factor_BWW)
-            solved_SD[bucket.row_S] = answer_BWD.flatten(0, 1)[bucket.place_S]
+            answer_SD = answer_BWD.flatten(0, 1)
+            solved_SD[bucket.row_S] = answer_SD[bucket.place_S]
         return solved_SD
+
+
+def _empty_bucket(members: list[int], rows: Sequence[Tensor], width: int) -> _Bucket:
+    """A bucket whose blocks are zero.
+
+    Args:
+        members: the experts.
+        rows: the rows of the layer that each of them owns.
+        width: their rounded width.
+    """
+    device = rows[0].device
+    factor_BWW = torch.zeros(len(members), width, width, dtype=torch.float64, device=device)
+    places = []
+    for number, row_n in enumerate(rows):
+        place_n = torch.arange(len(row_n), device=device)
+        places.append(number * width + place_n)
+    return _Bucket(members, factor_BWW, torch.cat(list(rows)), torch.cat(places))
 
 
 def factored(C_SS: Tensor, ridge: float) -> Tensor:
@@ -111,7 +134,8 @@ def factored(C_SS: Tensor, ridge: float) -> Tensor:
     Raises:
         ConfigError: the ridge is so small that the matrix is singular in floating point.
     """
-    identity_SS = torch.eye(C_SS.shape[-1], dtype=C_SS.dtype, device=C_SS.device)
+    size = C_SS.shape[-1]
+    identity_SS = torch.eye(size, dtype=C_SS.dtype, device=C_SS.device)
     regular_SS = C_SS + max(ridge, _TINY) * identity_SS
     factor_SS: Tensor
     factor_SS, failed = torch.linalg.cholesky_ex(regular_SS)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from heapr.errors import ConfigError
+from heapr.pruning.rounding import equal_shares, near_widths, round_half_up
 from heapr.types import Granularity, Statistics
 
 Widths = Mapping[int, Sequence[int]]  # atomic experts of every expert, by decoder layer index
@@ -60,11 +61,17 @@ class Budget:
     def __post_init__(self) -> None:
         assert 0 <= self.ratio < 1, self.ratio
         assert self.scope in {"global", "layer", "expert"}, self.scope
-        assert self.uniform_width is None or (self.uniform_width > 0 and self.scope == "expert")
-        assert self.granularity is Granularity.ATOMIC_EXPERT or self.scope != "expert"
         assert self.unit in {"atomic_experts", "flops"}, self.unit
-        assert self.is_plain or self.scope != "expert"
-        assert not self.one_width_per_layer or (self.scope == "expert" and self.uniform_width is None)
+        by_expert = self.scope == "expert"
+        if by_expert:
+            assert self.granularity is Granularity.ATOMIC_EXPERT
+            assert self.is_plain
+        if self.uniform_width is not None:
+            assert self.uniform_width > 0
+            assert by_expert
+        if self.one_width_per_layer:
+            assert self.uniform_width is None
+            assert by_expert
 
     @property
     def is_plain(self) -> bool:
@@ -146,11 +153,13 @@ class Budget:
         return min(self.experts_per_token, num_present)
 
     def _check_removable(self, numbers: Sequence[int], removable: Sequence[int]) -> None:
+        """Refuse to remove more than the limits."""
         for number, limit in zip(numbers, removable, strict=True):
             if number > limit:
                 raise self.too_little_left()
 
     def _check_protected_layers(self, widths: Widths) -> None:
+        """Check that protected layers exist, and that some layer is not protected."""
         layers = ", ".join(map(str, widths))
         unknown = set(self.protected_layers) - set(widths)
         if unknown:
@@ -161,6 +170,7 @@ class Budget:
             raise ConfigError(f"{reason}, so nothing can be removed; name fewer")
 
     def _check_multiples(self, widths: Widths) -> None:
+        """Check that every width is a multiple of `width_multiple`."""
         others = {width for width_E in widths.values() for width in width_E if width % self.width_multiple}
         if others:
             divisor = math.gcd(self.width_multiple, *others)
@@ -170,11 +180,13 @@ class Budget:
             )
 
     def _check_one_width_per_layer(self, widths: Widths) -> None:
+        """Check that the experts of each layer have one width."""
         for index, width_E in widths.items():
-            if len(set(width_E)) > 1:
+            num_widths = len(set(width_E))
+            if num_widths > 1:
                 raise ConfigError(
                     f"pruning.form=per_layer needs experts of one width in each layer, layer {index} has "
-                    f"{len(set(width_E))} widths; use pruning.form=ragged"
+                    f"{num_widths} widths; use pruning.form=ragged"
                 )
 
     def _check_whole_experts(self, widths: Widths) -> None:
@@ -191,9 +203,10 @@ class Budget:
         sizes = []
         stay = []
         for width_E in widths.values():
-            narrowest = sorted(filter(None, width_E))
+            present = filter(None, width_E)
+            narrowest = sorted(present)[: self.experts_per_token]
             sizes.append(sum(width_E))
-            stay.append(sum(narrowest[: self.experts_per_token]))
+            stay.append(sum(narrowest))
         if self.scope == "global":
             sizes = [sum(sizes)]
             stay = [sum(stay)]
@@ -231,47 +244,6 @@ def the_width(widths: Widths) -> int:
     return present.pop()
 
 
-def near_widths(width: int, ratio: float, multiple: int) -> list[int]:
-    """Widths at a distance below `multiple` from width * (1 - ratio), nearest first.
-
-    Of two equally near widths, the larger comes first. Candidates are the positive multiples and the present
-    width.
-    """
-    # Rounded, because 80 * (1 - 0.9) is 7.999999999999998.
-    exact = round(width * (1 - ratio), 9)
-    candidates = {*range(multiple, width + 1, multiple), width}
-
-    def distance(candidate: int) -> float:
-        return abs(candidate - exact)
-
-    near = [each for each in candidates if distance(each) < multiple]
-    return sorted(near, key=lambda each: (distance(each), -each))
-
-
-def equal_shares(sizes: Sequence[int], number: int) -> list[int]:
-    """How many of `number` items each group gives, such that all give the same share.
-
-    The j-th item of a group of size s is placed at the share (j - 1/2) / s, and the first `number` of all
-    items are counted; of equal shares, the first group's. So each group gives t s, rounded to the nearest
-    integer, with one share t for all groups, and no group gives fewer when `number` grows.
-    """
-    total = sum(sizes)
-    # Up to the share (number - margin) / total there are at most `number` items.
-    margin = len(sizes) / 2 + 1
-    counts = []
-    for size in sizes:
-        count = math.ceil(size * (number - margin) / total - 0.5)
-        counts.append(max(0, count))
-    groups = [group for group, size in enumerate(sizes) if size]
-
-    def share_of_next(group: int) -> float:
-        return (counts[group] + 0.5) / sizes[group]
-
-    while sum(counts) < number:
-        counts[min(groups, key=share_of_next)] += 1
-    return counts
-
-
 def costs_of(unit: str, statistics: Statistics, parameters: Mapping[int, int]) -> Costs | None:
     """Cost of an atomic expert, up to a common factor. None for "atomic_experts".
 
@@ -298,10 +270,6 @@ def cost_of_layer(cost_E: Tensor, width_E: Sequence[int]) -> float:
     """Cost of all atomic experts of a layer."""
     of_expert_E = cost_E * torch.tensor(width_E)
     return float(of_expert_E.sum())
-
-
-def round_half_up(number: float) -> int:
-    return math.floor(number + 0.5)
 
 
 def _size(widths: Widths, costs: Costs | None) -> float:

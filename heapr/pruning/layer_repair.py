@@ -6,12 +6,15 @@ changed in place, and how much of the squared error is left. The methods are in 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+import torch
+from torch import Tensor
+
 from heapr.model.expert_inputs import ExpertInputs
-from heapr.model.experts.layout import Experts
+from heapr.model.experts.layout import Experts, matrices_of
 from heapr.model.experts.ragged import RaggedExperts
 from heapr.model.stream import StreamTarget
 from heapr.ranks import ONE_PROCESS, Ranks
@@ -38,7 +41,8 @@ def report_repair(found: Mapping[int, LayerRepair]) -> dict[str, Any]:
     after = sum(layer.error_after for layer in found.values())
     summary = "nothing was lost, so nothing was repaired"
     if before > 0:
-        summary = f"repair reduces the squared error of the layers' outputs to {after / before:.1%}"
+        share = after / before
+        summary = f"repair reduces the squared error of the layers' outputs to {share:.1%}"
     layers = {str(index): asdict(layer) for index, layer in found.items()}
     return {"layers": layers, "summary": [summary], "not_reached": []}
 
@@ -77,3 +81,22 @@ class Repair(Protocol):
                 over all of them, so that all find the same weights.
         """
         ...
+
+
+def copy_weights(experts: Experts) -> list[tuple[Tensor, Tensor]]:
+    """A copy of every expert's rows of W_gate and W_up, and columns of W_down."""
+    copies = []
+    for matrices in matrices_of(experts):
+        inputs_GD = matrices.inputs_GD.detach().clone()
+        down_DF = matrices.down_DF.detach().clone()
+        copies.append((inputs_GD, down_DF))
+    return copies
+
+
+def num_changed(experts: Experts, old: Sequence[tuple[Tensor, Tensor]]) -> int:
+    """Experts with at least one weight that changed."""
+    number = 0
+    for new_weights, old_weights in zip(copy_weights(experts), old, strict=True):
+        is_same = all(map(torch.equal, new_weights, old_weights))
+        number += not is_same
+    return number

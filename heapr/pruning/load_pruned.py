@@ -6,11 +6,12 @@ In: folders. Out: a transformers model.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from heapr.errors import ConfigError
@@ -18,7 +19,7 @@ from heapr.model.device import find_device
 from heapr.model.load import ModelSource, find_model
 from heapr.model.ragged_type import take_ragged_type
 from heapr.pruning.surgery import remove
-from heapr.types import Plan, Pruning, TensorDict
+from heapr.types import Plan, Pruning, RepairedWeights, TensorDict
 
 # Shape and dtype of each layer's tensor in a plan.
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -51,7 +52,8 @@ def load_pruned(
     model = source.load(place)
     if pruning is not None:
         remove(model, pruning.plan, pruning.repaired)
-        take_ragged_type(model.model, {layer.name: layer.widths for layer in model.layers})
+        widths = {layer.name: layer.widths for layer in model.layers}
+        take_ragged_type(model.model, widths)
     return model.model
 
 
@@ -74,16 +76,19 @@ def find_pruning(path: Path, source: ModelSource) -> Pruning:
         )
     repaired_tensors, _ = _read(beside, "repaired weights")
     repaired = Pruning.repaired_from_tensors(repaired_tensors)
+    num_kept = {index: sum(width_E) for index, width_E in plan.widths.items()}
+    if _num_rows(repaired) != num_kept:
+        raise ConfigError(f"'{beside}' does not fit plan '{path}'; give the two files of one prune artifact")
+    return Pruning(plan, repaired)
+
+
+def _num_rows(repaired: RepairedWeights) -> dict[int, int]:
+    """Atomic experts of each layer for which there are repaired columns."""
     num_rows = {}
     for index, layer in repaired.items():
         if "down_proj" in layer:
             num_rows[index] = len(layer["down_proj"])
-    num_kept = {}
-    for index, width_E in plan.widths.items():
-        num_kept[index] = sum(width_E)
-    if num_rows != num_kept:
-        raise ConfigError(f"'{beside}' does not fit plan '{path}'; give the two files of one prune artifact")
-    return Pruning(plan, repaired)
+    return num_rows
 
 
 def _read(path: Path, what: str) -> tuple[TensorDict, dict[str, str]]:
@@ -106,10 +111,7 @@ def _checked(path: Path, tensors: TensorDict, made_for: Mapping[str, str], sourc
     shapes: Shapes = {}
     for name, tensor in tensors.items():
         shapes[name] = (tuple(tensor.shape), tensor.dtype)
-    expected: Shapes = {}
-    for index, width_E in source.widths.items():
-        shape = (len(width_E), max(width_E))
-        expected[f"layers.{index}"] = (shape, torch.bool)
+    expected = _expected_shapes(source)
     if shapes != expected:
         difference = f"it has {_described(shapes)}, the model {_described(expected)}"
         raise ConfigError(f"plan '{path}' does not fit: {difference}; give its own plan")
@@ -121,20 +123,37 @@ def _checked(path: Path, tensors: TensorDict, made_for: Mapping[str, str], sourc
         )
     plan = Plan.from_tensors(tensors)
     for index, width_E in source.widths.items():
-        position_F = torch.arange(max(width_E))
-        absent_EF = position_F >= torch.tensor(width_E).unsqueeze(1)
-        wrongly_kept_EF = plan.layers[index] & absent_EF
-        if wrongly_kept_EF.any():
+        if _keeps_absent(plan.layers[index], width_E):
             reason = f"keeps atomic experts of layer {index} that the model does not have"
             raise ConfigError(f"plan '{path}' {reason}; give its own plan")
     return plan
 
 
+def _expected_shapes(source: ModelSource) -> Shapes:
+    """What the plans of a model have."""
+    expected: Shapes = {}
+    for index, width_E in source.widths.items():
+        shape = (len(width_E), max(width_E))
+        expected[f"layers.{index}"] = (shape, torch.bool)
+    return expected
+
+
+def _keeps_absent(kept_EF: Tensor, width_E: Sequence[int]) -> bool:
+    """Whether a mask keeps anything beyond an expert's width."""
+    position_F = torch.arange(max(width_E))
+    width_E1 = torch.tensor(width_E).unsqueeze(1)
+    is_absent_EF = position_F >= width_E1
+    wrongly_kept_EF = kept_EF & is_absent_EF
+    return bool(wrongly_kept_EF.any())
+
+
 def _without_dtype(identity: Mapping[str, str]) -> dict[str, str]:
+    """What identifies the weights, in whichever dtype they are loaded."""
     return {name: value for name, value in identity.items() if name != "dtype"}
 
 
 def _described(shapes: Shapes) -> str:
+    """How many layers there are, and their different shapes."""
     kinds = set()
     for shape, dtype in shapes.values():
         name = str(dtype).removeprefix("torch.")

@@ -16,9 +16,11 @@ from heapr.pruning.budget import Budget
 
 def only_existing(scores_EF: Tensor, width_E: Sequence[int]) -> Tensor:
     """Scores as float64, with -inf beyond each expert's width."""
-    position_F = torch.arange(scores_EF.shape[1])
+    widest = scores_EF.shape[1]
+    position_F = torch.arange(widest)
     width_E1 = torch.tensor(width_E).unsqueeze(1)
-    return scores_EF.double().masked_fill(position_F >= width_E1, -math.inf)
+    is_beyond_EF = position_F >= width_E1
+    return scores_EF.double().masked_fill(is_beyond_EF, -math.inf)
 
 
 def protect(scores_EF: Tensor, index: int, budget: Budget) -> Tensor:
@@ -28,7 +30,8 @@ def protect(scores_EF: Tensor, index: int, budget: Budget) -> Tensor:
     first of equals) of each of the K best experts.
     """
     if index in budget.protected_layers:
-        return scores_EF.masked_fill(scores_EF > -math.inf, math.inf)
+        exists_EF = scores_EF > -math.inf
+        return scores_EF.masked_fill(exists_EF, math.inf)
     protected_EF = scores_EF.clone()
     best_E = scores_EF.amax(dim=1)
     num_present = int((best_E > -math.inf).sum())
@@ -42,7 +45,8 @@ def protect(scores_EF: Tensor, index: int, budget: Budget) -> Tensor:
 def highest(score_E: Tensor, number: int) -> list[int]:
     """Indices of the `number` highest scores, highest first. Of equal scores the first are chosen."""
     order_E = torch.sort(score_E, descending=True, stable=True).indices
-    indices: list[int] = order_E[:number].tolist()
+    highest_E = order_E[:number]
+    indices: list[int] = highest_E.tolist()
     return indices
 
 
@@ -53,10 +57,18 @@ def lowest_first(scores: Tensor) -> Tensor:
 
 def keep_highest(scores_S: Tensor, num_removed: int) -> Tensor:
     """Mask that drops the `num_removed` lowest scores. Of equal scores the first are dropped."""
-    removed_S = lowest_first(scores_S)[:num_removed]
+    order_S = lowest_first(scores_S)
+    removed_S = order_S[:num_removed]
     kept_S = torch.ones(len(scores_S), dtype=torch.bool)
     kept_S[removed_S] = False
     return kept_S
+
+
+def keep_number_of_each(scores_EF: Tensor, number: int) -> Tensor:
+    """Mask of the `number` best atomic experts of each expert, as below."""
+    num_experts = len(scores_EF)
+    width_E = torch.full((num_experts,), number)
+    return keep_best_of_each(scores_EF, width_E)
 
 
 def keep_best_of_each(scores_EF: Tensor, width_E: Tensor) -> Tensor:
@@ -64,6 +76,8 @@ def keep_best_of_each(scores_EF: Tensor, width_E: Tensor) -> Tensor:
     order_EF = lowest_first(scores_EF)
     widest = scores_EF.shape[1]
     num_removed_E1 = widest - width_E.unsqueeze(1)
-    stays_EF = torch.arange(widest) >= num_removed_E1  # in sorted order
+    # In sorted order.
+    place_F = torch.arange(widest)
+    stays_EF = place_F >= num_removed_E1
     kept_EF = torch.zeros_like(stays_EF)
     return kept_EF.scatter(1, order_EF, stays_EF)

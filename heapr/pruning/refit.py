@@ -80,22 +80,27 @@ class _Problem:
     """
 
     def __init__(self, kept: Activations, ridge: float, ranks: Ranks) -> None:
+        self.kept = kept
+        self._ranks = ranks
         experts = range(len(kept.widths))
-        self.kept, self._ranks = kept, ranks
         self.slopes = [kept.p(expert) * kept.slopes(expert) for expert in experts]
         self.scales = [self._scale(expert) for expert in experts]
         ranks.sum(self.scales)
         scale_G = torch.cat(self.scales)
         self.penalty = ridge * float(scale_G.mean())
-
-        hidden_TD = kept.inputs.hidden_TD.float()
-        num_tokens = max(1, ranks.total(len(hidden_TD)))
-        self.moment_DD = hidden_TD.T @ hidden_TD / num_tokens
-        ranks.sum([self.moment_DD])
-        diagonal_D = self.moment_DD.diagonal()
-        diagonal_D.add_(ridge * diagonal_D.mean())
+        self.moment_DD = self._moment(ridge)
         inverse_DD = torch.linalg.inv(self.moment_DD.double())
         self.inverse_DD = inverse_DD.float()
+
+    def _moment(self, ridge: float) -> Tensor:
+        """M, from the tokens of all ranks."""
+        hidden_TD = self.kept.inputs.hidden_TD.float()
+        num_tokens = max(1, self._ranks.total(len(hidden_TD)))
+        moment_DD = hidden_TD.T @ hidden_TD / num_tokens
+        self._ranks.sum([moment_DD])
+        diagonal_D = moment_DD.diagonal()
+        diagonal_D.add_(ridge * diagonal_D.mean())
+        return moment_DD
 
     def normal(self, change: Change) -> Change:
         """(J^T J + q M) change."""
@@ -110,7 +115,8 @@ class _Problem:
         """J^T output."""
         rows = []
         for expert, slope_nG in enumerate(self.slopes):
-            output_nD = output_TD.index_select(0, self.kept.tokens(expert))
+            token_n = self.kept.tokens(expert)
+            output_nD = output_TD.index_select(0, token_n)
             down_DS = self.kept.down(expert).float()
             pulled_nS = output_nD @ down_DS
             pulled_nG = torch.empty_like(slope_nG)
@@ -126,22 +132,24 @@ class _Problem:
         preconditioned = []
         for residual_GD, scale_G in zip(residual, self.scales, strict=True):
             divisor_G = (scale_G + self.penalty).clamp(min=1e-30)
+            divisor_G1 = divisor_G.unsqueeze(1)
             solved_GD = residual_GD @ self.inverse_DD
-            preconditioned.append(solved_GD / divisor_G.unsqueeze(1))
+            preconditioned.append(solved_GD / divisor_G1)
         return preconditioned
 
     def _applied(self, change: Change) -> Tensor:
         """J change (T, D)."""
         output_TD = torch.zeros_like(self.kept.inputs.hidden_TD, dtype=torch.float32)
-        for expert, (slope_nG, change_GD) in enumerate(zip(self.slopes, change, strict=True)):
+        for expert, change_GD in enumerate(change):
             projected_nG = self.kept.x(expert) @ change_GD.T
-            moved_nG = slope_nG * projected_nG
+            moved_nG = self.slopes[expert] * projected_nG
             moved_nS = torch.zeros(())
             for chosen in self.kept.row_sets(expert):
                 moved_nS = moved_nS + moved_nG[:, chosen]
             down_DS = self.kept.down(expert).float()
             output_nD = moved_nS @ down_DS.T
-            output_TD.index_add_(0, self.kept.tokens(expert), output_nD)
+            token_n = self.kept.tokens(expert)
+            output_TD.index_add_(0, token_n, output_nD)
         return output_TD
 
     def _scale(self, expert: int) -> Tensor:

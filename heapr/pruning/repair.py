@@ -8,7 +8,6 @@ expert, or of the layer).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -17,17 +16,16 @@ from torch import Tensor
 
 from heapr.errors import ConfigError
 from heapr.model.expert_inputs import ExpertInputs
-from heapr.model.experts.layout import Experts, matrices_of
+from heapr.model.experts.layout import Experts
 from heapr.model.experts.ragged import RaggedExperts
 from heapr.model.stream import StreamTarget
 from heapr.pruning.activations import Activations, layer_output
-from heapr.pruning.layer_repair import LayerRepair
-from heapr.pruning.least_squares import mean_of, solve, solve_by_steps, squared
+from heapr.pruning.layer_repair import LayerRepair, copy_weights, num_changed
+from heapr.pruning.least_squares import mean_of, solve, solve_by_steps, solve_directly, squared
 from heapr.pruning.refit import refit_inputs
 from heapr.ranks import ONE_PROCESS, Ranks
 
 STEP_SIZES = (1.0, 0.5, 0.25)  # of a Gauss-Newton step, tried in this order
-ROWS = 128  # rows of the layer's normal equations that are computed at once
 
 
 class ExpertRepair:
@@ -88,8 +86,8 @@ class ExpertRepair:
                 num_repaired += 1
                 down_DS = repaired_DS
             columns.append(down_DS)
-        repaired_SD = torch.cat(columns, dim=1).T
-        after.down_proj.copy_(repaired_SD)
+        repaired_DS = torch.cat(columns, dim=1)
+        after.down_proj.copy_(repaired_DS.T)
         num_tokens = ranks.total(len(inputs.hidden_TD))
         error = ranks.total(error)
         error_after = max(0.0, error + change)
@@ -109,15 +107,22 @@ class ExpertRepair:
 
         sum u ||d - V^T h||^2 - sum u ||d||^2 = tr(V^T C V) - 2 tr(V^T B),   V = (W' - W)^T
         """
-        C_SS = (h_nS.T @ (u_n1 * h_nS)).double()
-        B_SD = (h_nS.T @ (u_n1 * lost_nD)).double()
+        weighted_nS = u_n1 * h_nS
+        C_SS = (h_nS.T @ weighted_nS).double()
+        weighted_nD = u_n1 * lost_nD
+        B_SD = (h_nS.T @ weighted_nD).double()
         num_tokens = torch.tensor(len(h_nS), dtype=torch.float64)
         ranks.sum([C_SS, B_SD, num_tokens])
         width = h_nS.shape[1]
-        ridge = self.ridge * (1 + width / max(1.0, float(num_tokens))) * mean_of([C_SS.diagonal()])
-        repaired_DS = (down_DS.double() + solve(C_SS, B_SD, ridge).T).to(down_DS.dtype)  # (18)
+        n = max(1.0, float(num_tokens))
+        share = width / n
+        ridge = self.ridge * (1 + share) * mean_of([C_SS.diagonal()])
+        change_SD = solve(C_SS, B_SD, ridge)
+        repaired_DS = (down_DS.double() + change_SD.T).to(down_DS.dtype)  # (18)
+        # After rounding.
         change_SD = (repaired_DS.double() - down_DS.double()).T
-        error_change = (change_SD * (C_SS @ change_SD - 2 * B_SD)).sum()
+        slope_SD = C_SS @ change_SD - 2 * B_SD
+        error_change = (change_SD * slope_SD).sum()
         return repaired_DS, float(error_change)
 
 
@@ -194,7 +199,7 @@ class JointRepair:
         target: StreamTarget | None = None,
         ranks: Ranks = ONE_PROCESS,
     ) -> LayerRepair:
-        old = _weights(after)
+        old = copy_weights(after)
         num_tokens = ranks.total(len(inputs.hidden_TD))
         if target is None:
             wanted_TD = layer_output(before, inputs)
@@ -208,7 +213,8 @@ class JointRepair:
             lost_TD = self._refit_inputs(after, inputs, wanted_TD, lost_TD, ranks=ranks)
             lost_TD = self._solve_columns(after, inputs, wanted_TD, lost_TD, ranks=ranks)
         error_after = ranks.total(squared(lost_TD))
-        return LayerRepair(error_before / num_tokens, error_after / num_tokens, _num_changed(after, old))
+        num_repaired = num_changed(after, old)
+        return LayerRepair(error_before / num_tokens, error_after / num_tokens, num_repaired)
 
     def _solve_columns(
         self,
@@ -227,7 +233,7 @@ class JointRepair:
         kept = Activations(after, inputs)
         old_SD = after.down_proj.detach().clone()
         if sum(after.widths) <= self.direct_up_to:
-            change_SD = self._direct(kept, lost_TD, ranks)
+            change_SD = solve_directly(kept, lost_TD, ridge=self.ridge, ranks=ranks)
         else:
             change_SD = self._stepwise(kept, lost_TD, ranks)
         # In float64, and in place because it is the layer's largest tensor.
@@ -264,23 +270,8 @@ class JointRepair:
                 return reached_TD
         return lost_TD
 
-    def _direct(self, kept: Activations, lost_TD: Tensor, ranks: Ranks) -> Tensor:
-        """Change of the columns (S, D), from the normal equations of the whole layer."""
-        size = sum(kept.widths)
-        A_SS = torch.zeros(size, size, dtype=torch.float64, device=lost_TD.device)
-        B_SD = torch.zeros(size, lost_TD.shape[1], dtype=torch.float64, device=lost_TD.device)
-        # Products of a chunk are float32, their sums float64.
-        for chunk, z_tS in kept.chunks_of_z():
-            # Only the lower triangle, because Cholesky reads nothing else.
-            for first in range(0, size, ROWS):
-                last = min(first + ROWS, size)
-                A_SS[first:last, :last] += z_tS[:, first:last].T @ z_tS[:, :last]
-            B_SD += z_tS.T @ lost_TD[chunk]
-        ranks.sum([A_SS, B_SD])
-        return solve(A_SS, B_SD, self.ridge * mean_of([A_SS.diagonal()]))
-
     def _stepwise(self, kept: Activations, lost_TD: Tensor, ranks: Ranks) -> Tensor:
-        """The same by conjugate gradients, without forming these equations."""
+        """Change of the columns (S, D), without forming the normal equations."""
         return solve_by_steps(
             kept,
             lost_TD,
@@ -307,22 +298,3 @@ def _accept(parameter: Tensor, old: Tensor, reached_TD: Tensor, lost_TD: Tensor,
         return reached_TD
     parameter.copy_(old)
     return lost_TD
-
-
-def _weights(experts: Experts) -> list[tuple[Tensor, Tensor]]:
-    """A copy of every expert's rows of W_gate and W_up, and columns of W_down."""
-    copies = []
-    for matrices in matrices_of(experts):
-        inputs_GD = matrices.inputs_GD.detach().clone()
-        down_DF = matrices.down_DF.detach().clone()
-        copies.append((inputs_GD, down_DF))
-    return copies
-
-
-def _num_changed(experts: Experts, old: Sequence[tuple[Tensor, Tensor]]) -> int:
-    """Experts with at least one weight that changed."""
-    num_changed = 0
-    for (inputs_GD, down_DF), (old_GD, old_DF) in zip(_weights(experts), old, strict=True):
-        is_same = torch.equal(inputs_GD, old_GD) and torch.equal(down_DF, old_DF)
-        num_changed += not is_same
-    return num_changed

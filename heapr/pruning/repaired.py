@@ -29,10 +29,18 @@ class RepairedLayers(Mapping[int, TensorDict]):
         self._shelf = Memory() if files is None else files
         self._layers: dict[int, TensorDict] = {}
         if files is not None:
-            for index, report in files.state.get("found", {}).items():
-                names = files.state["names"]
-                self._layers[int(index)] = {name: files.get(f"{index}-{name}") for name in names}
-                self.found[int(index)] = LayerRepair(**report)
+            self._recover(files)
+
+    def _recover(self, files: Files) -> None:
+        """Take over what an earlier process left."""
+        reports = files.state.get("found", {})
+        for key, report in reports.items():
+            index = int(key)
+            tensors = {}
+            for name in files.state["names"]:
+                tensors[name] = files.get(_key(index, name))
+            self._layers[index] = tensors
+            self.found[index] = LayerRepair(**report)
 
     def __getitem__(self, index: int) -> TensorDict:
         return self._layers[index]
@@ -46,15 +54,24 @@ class RepairedLayers(Mapping[int, TensorDict]):
     def forget_all_but(self, layers: Collection[int]) -> None:
         """Keep these layers; the others will be added again."""
         for index in set(self._layers) - set(layers):
-            for name in self._layers.pop(index):
-                self._shelf.drop(f"{index}-{name}")
+            forgotten = self._layers.pop(index)
+            for name in forgotten:
+                self._shelf.drop(_key(index, name))
             del self.found[index]
 
     def add(self, index: int, tensors: TensorDict, found: LayerRepair) -> None:
         """Keep a layer's weights; in files, they are there after a crash too."""
-        kept = {name: self._shelf.put(f"{index}-{name}", tensor) for name, tensor in tensors.items()}
+        kept = {}
+        for name, tensor in tensors.items():
+            kept[name] = self._shelf.put(_key(index, name), tensor)
         self._layers[index] = kept
         self.found[index] = found
-        if self._files is not None:
-            reports = {str(number): asdict(report) for number, report in self.found.items()}
-            self._files.commit(found=reports, names=list(tensors))
+        if self._files is None:
+            return
+        reports = {str(number): asdict(report) for number, report in self.found.items()}
+        self._files.commit(found=reports, names=list(tensors))
+
+
+def _key(index: int, name: str) -> str:
+    """Name of a layer's tensor on the shelf."""
+    return f"{index}-{name}"

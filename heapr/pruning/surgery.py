@@ -24,6 +24,8 @@ from heapr.pruning.repaired import RepairedLayers
 from heapr.ranks import ONE_PROCESS, Ranks
 from heapr.types import Plan, RepairedWeights
 
+NOTHING_LOST = LayerRepair(error_before=0.0, error_after=0.0, num_repaired=0)
+
 
 @torch.no_grad()
 def remove(model: MoEModel, plan: Plan, repaired: RepairedWeights | None = None) -> None:
@@ -75,21 +77,20 @@ def remove_and_repair(
         FloatingPointError: NaN or infinity; the message names the layer.
     """
     repaired = RepairedLayers() if repaired is None else repaired
+    _forget_unfinished(repaired, ranks)
     names = _repaired_names(model, repair)
-    # After a crash, ranks may have finished different layers.
-    by_all = set.intersection(*map(set, ranks.gather(list(repaired))))
-    repaired.forget_all_but(by_all)
     walk = walk_layers(model, batches, follow_stream=repair.follows_stream, ranks=ranks)
     bar = progress(walk, total=len(model.layers), description="repair", unit="layer")
     for layer, inputs, target in bar:
         is_done = layer.index in repaired
         after = _cut(layer, plan, repaired if is_done else None)
         if not is_done:
-            found = LayerRepair(error_before=0.0, error_after=0.0, num_repaired=0)
+            found = NOTHING_LOST
             if after.widths != tuple(layer.widths):
                 found = repair(layer.experts, after, inputs, target=target, ranks=ranks)
             tensors = {name: after.get_parameter(name).detach() for name in names}
-            ranks.copy_first(tensors.values())  # processors may round differently
+            # Processors may round differently.
+            ranks.copy_first(tensors.values())
             repaired.add(layer.index, tensors, found)
         if repair.is_sequential:
             layer.replace_experts(after)
@@ -101,10 +102,22 @@ def remove_and_repair(
     return repaired.found
 
 
+def _forget_unfinished(repaired: RepairedLayers, ranks: Ranks) -> None:
+    """Forget the layers that some rank has not repaired.
+
+    After a crash, ranks may have finished different layers.
+    """
+    finished = ranks.gather(list(repaired))
+    by_all = set.intersection(*map(set, finished))
+    repaired.forget_all_but(by_all)
+
+
 def _repaired_names(model: MoEModel, repair: Repair) -> list[str]:
     """Names of the ragged experts' parameters that a repair may change."""
-    inputs = [layout_of(model.layers[0].experts).input_name] if repair.refits_inputs else []
-    return [*inputs, "down_proj"]
+    if not repair.refits_inputs:
+        return ["down_proj"]
+    layout = layout_of(model.layers[0].experts)
+    return [layout.input_name, "down_proj"]
 
 
 @torch.no_grad()
@@ -124,19 +137,22 @@ def _mask(layer: MoELayer, plan: Plan, repaired: RepairedWeights | None) -> None
     masks = _with_masks(layer, plan)
     kept_matrices = matrices_of(_cut(layer, plan, repaired))
     for (matrices, kept_F, kept_G), left in zip(masks, kept_matrices, strict=True):
+        gone_F = ~kept_F
+        gone_G = ~kept_G
         matrices.down_DF[:, kept_F] = left.down_DF
         matrices.inputs_GD[kept_G] = left.inputs_GD
-        matrices.down_DF[:, ~kept_F] = 0
-        matrices.inputs_GD[~kept_G] = 0
+        matrices.down_DF[:, gone_F] = 0
+        matrices.inputs_GD[gone_G] = 0
         if matrices.inputs_bias_G is not None:
-            matrices.inputs_bias_G[~kept_G] = 0
+            matrices.inputs_bias_G[gone_G] = 0
 
 
 def _cut(layer: MoELayer, plan: Plan, repaired: RepairedWeights | None) -> RaggedExperts:
     """New ragged experts with a layer's kept weights, repaired where repaired weights are given."""
     width_E = plan.layers[layer.index].sum(dim=1)
     experts = RaggedExperts(layer.experts, width_E.tolist())
-    if layer.experts.down_proj.is_meta:  # only the shape, of a layer that is not in memory
+    if layer.experts.down_proj.is_meta:
+        # Only the shape, of a layer that is not in memory.
         return experts
     experts.fill(_kept_matrices(layer, plan))
     if repaired is not None:
@@ -166,4 +182,5 @@ def _with_masks(layer: MoELayer, plan: Plan) -> Iterator[tuple[Matrices, Tensor,
         down_DF = matrices.down_DF
         width = down_DF.shape[1]
         kept_F = padded_F[:width].to(down_DF.device)
-        yield matrices, kept_F, rows(kept_F)
+        kept_G = rows(kept_F)
+        yield matrices, kept_F, kept_G

@@ -8,21 +8,21 @@ Shape letters: D model width, E experts, F atomic experts of an expert, G rows o
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from heapr.errors import ConfigError
-from heapr.model.experts.layout import Experts, Matrices, layout_of, matrices_of, model_width_of
+from heapr.model.experts.layout import Experts, Matrices, layout_of, matrices_of
 from heapr.model.moe import MoELayer, MoEModel, find_moe_layers
-from heapr.pruning.budget import Budget, Widths, near_widths, the_width
+from heapr.pruning.budget import Budget, Widths, the_width
+from heapr.pruning.meta_shapes import integers_of, on_meta, resized_shapes, shapes_of
+from heapr.pruning.rounding import near_widths
 
 Settings = Mapping[str, int]
-Shapes = dict[str, tuple[int, ...]]
 
 # grouped_mm needs rows of the down projection that are a multiple of so many bytes.
 KERNEL_BYTES = 16
@@ -96,6 +96,7 @@ def _nothing_removed(configuration: _Configuration, budget: Budget, itemsize: in
 
 
 def _asked(old: int, budget: Budget) -> str:
+    """The beginning of messages: which width the ratio asks for."""
     exact = old * (1 - budget.ratio)
     return f"pruning.form=uniform: pruning.ratio={budget.ratio:g} asks for a width of {exact:.6g} of {old}"
 
@@ -107,7 +108,8 @@ def describe_uniform_width(widths: Widths, ratio: float, width: int) -> str:
     reached = 1 - width / old
     asked = f"uniform width: ratio {ratio:.6g} asks for {exact:.6g} of {old} atomic experts"
     taken = f"{width} are kept, which is ratio {reached:.6g}"
-    if width % 8 == 0 or width == old:
+    runs_in_every_dtype = width % 8 == 0
+    if runs_in_every_dtype or width == old:
         return f"{asked}; {taken}"
     return f"{asked}; {taken}; transformers' default experts kernel (grouped_mm) runs it in float32 alone"
 
@@ -146,7 +148,8 @@ class _Configuration:
     def __init__(self, config: PretrainedConfig) -> None:
         self.config = config
         self.model = on_meta(config)
-        self.width = next(iter(find_moe_layers(self.model))).width
+        first_layer = next(iter(find_moe_layers(self.model)))
+        self.width = first_layer.width
         self.shared: dict[str, int] = {}
         self.fields = integers_of(config)
         for name, value in self.fields.items():
@@ -154,6 +157,7 @@ class _Configuration:
                 self.shared[name] = value
 
     def can_express(self, width: int) -> bool:
+        """Whether it can give every routed expert a width and change nothing else."""
         return self.settings(width) is not None
 
     def settings(self, width: int) -> Settings | None:
@@ -161,12 +165,15 @@ class _Configuration:
 
         Candidates are tried on the meta device, where the shapes of all parameters are compared.
         """
-        wanted = _resized_shapes(self.model, width)
+        wanted = resized_shapes(self.model, width)
         for field, value in self.fields.items():
             if value != self.width:
                 continue
             for change in self._changes(field, width):
-                if width == self.width or shapes_of(on_meta(self.config, change)) == wanted:
+                if width == self.width:
+                    return change
+                changed = on_meta(self.config, change)
+                if shapes_of(changed) == wanted:
                     return change
         return None
 
@@ -187,9 +194,9 @@ class _Configuration:
         if in_the_way and self.width in self.fields.values():
             shared = min(in_the_way)
             reason = f"shared experts of width {shared} have the same field, and {width} does not divide it"
-            possible = self.ratios_that_work(width, multiple, itemsize)
+            possible = " or ".join(self.ratios_that_work(width, multiple, itemsize))
             if possible:
-                advice = f"choose {' or '.join(possible)}, or pruning.form=ragged"
+                advice = f"choose {possible}, or pruning.form=ragged"
         name = type(self.model).__name__
         subject = f"the configuration of {name} cannot give all routed experts a width of {width}"
         return ConfigError(f"pruning.form=uniform: {subject}: {reason}; {advice}")
@@ -203,7 +210,7 @@ class _Configuration:
         candidates = range(multiple, self.width, multiple)
         runnable = [other for other in candidates if _runs(other, itemsize)]
         nearest = sorted(runnable, key=distance)
-        divisors = list(filter(self._divides_a_shared_width, nearest))
+        divisors = [other for other in nearest if self._divides_a_shared_width(other)]
         tried = {*divisors[:NUM_TRIED], *nearest[:NUM_TRIED]}
         ratios = []
         for other in filter(self.can_express, sorted(tried, reverse=True)):
@@ -216,6 +223,7 @@ class _Configuration:
         return [number * self.width for number in self.shared.values()]
 
     def _divides_a_shared_width(self, width: int) -> bool:
+        """Whether shared experts could be a whole number of experts of this width."""
         return any(shared % width == 0 for shared in self._shared_widths())
 
 
@@ -232,19 +240,21 @@ def make_uniform(model: MoEModel, settings: Settings) -> None:
     for field, value in settings.items():
         setattr(config, field, value)
     for layer in model.layers:
-        model.change(layer, partial(_become, layer, template.get_submodule(layer.name)))
+        dense = template.get_submodule(layer.name)
+        model.change(layer, partial(_become, layer, dense))
 
 
 def _become(layer: MoELayer, dense: Experts) -> None:
-    fill_experts(dense, list(matrices_of(layer.experts)))
+    """Replace a layer's experts by dense ones on the meta device, with their weights."""
+    matrices = list(matrices_of(layer.experts))
+    fill_experts(dense, matrices)
     layer.replace_experts(dense)
 
 
 def fill_experts(dense: Experts, matrices: Sequence[Matrices]) -> None:
     """Give experts on the meta device weights, expert by expert."""
     layout = layout_of(dense)
-    inputs = [each.inputs_GD for each in matrices]
-    down = [each.down_DF for each in matrices]
+    inputs, inputs_biases, down, down_biases = zip(*matrices, strict=True)
     inputs_EGD = torch.stack(inputs)
     down_EDF = torch.stack(down)
     if layout.is_transposed:
@@ -252,59 +262,9 @@ def fill_experts(dense: Experts, matrices: Sequence[Matrices]) -> None:
         down_EDF = down_EDF.transpose(1, 2).contiguous()
     tensors = {layout.input_name: inputs_EGD, "down_proj": down_EDF}
     if layout.has_bias:
-        biases = [each.inputs_bias_G for each in matrices if each.inputs_bias_G is not None]
-        tensors[f"{layout.input_name}_bias"] = torch.stack(biases)
-        down_biases = [each.down_bias_D for each in matrices if each.down_bias_D is not None]
+        tensors[f"{layout.input_name}_bias"] = torch.stack(inputs_biases)
         tensors["down_proj_bias"] = torch.stack(down_biases)
     for name, parameter in dense.named_parameters():
         tensor = tensors[name]
         assert parameter.shape == tensor.shape, name
         setattr(dense, name, nn.Parameter(tensor))
-
-
-def integers_of(config: PretrainedConfig) -> dict[str, int]:
-    """The fields of the configuration's text part that are integers."""
-    fields = config.get_text_config().to_dict()
-    return {name: value for name, value in fields.items() if type(value) is int}
-
-
-def on_meta(config: PretrainedConfig, changes: Settings | None = None) -> PreTrainedModel:
-    """The configuration's model on the meta device, with some fields of its text part changed."""
-    changed = copy.deepcopy(config)
-    for field, value in (changes or {}).items():
-        setattr(changed.get_text_config(), field, value)
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(changed)
-    return model
-
-
-def shapes_of(model: PreTrainedModel) -> Shapes:
-    """Shapes of all parameters."""
-    return {name: parameter.shape for name, parameter in model.named_parameters()}
-
-
-def _resized_shapes(model: PreTrainedModel, width: int) -> Shapes:
-    """Shapes of all parameters if every routed expert had another width."""
-    shapes = shapes_of(model)
-    for layer in find_moe_layers(model):
-        for child, shape in _resized(layer.experts, width):
-            shapes[f"{layer.name}.{child}"] = shape
-    return shapes
-
-
-def _resized(experts: Experts, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of the experts' parameters if they had another width."""
-    layout = layout_of(experts)
-    num_experts = experts.num_experts
-    model_width = model_width_of(experts)
-    num_inputs = 2 * width if layout.has_gate else width
-    inputs = (num_inputs, model_width)
-    down = (model_width, width)
-    if layout.is_transposed:
-        inputs = inputs[::-1]
-        down = down[::-1]
-    yield layout.input_name, (num_experts, *inputs)
-    yield "down_proj", (num_experts, *down)
-    if layout.has_bias:
-        yield f"{layout.input_name}_bias", (num_experts, num_inputs)
-        yield "down_proj_bias", (num_experts, model_width)

@@ -11,7 +11,8 @@ import torch
 from heapr.errors import ConfigError
 from heapr.pruning.allocation import allocate
 from heapr.pruning.allocation_report import report_allocation
-from heapr.pruning.budget import Budget, near_widths, the_width
+from heapr.pruning.budget import Budget, the_width
+from heapr.pruning.rounding import near_widths
 from heapr.schema import SCOPES
 from heapr.types import Plan, Scores
 

@@ -13,7 +13,8 @@ import torch
 
 from heapr.errors import ConfigError
 from heapr.pruning.allocation import allocate
-from heapr.pruning.budget import Budget, Costs, Widths, equal_shares
+from heapr.pruning.budget import Budget, Costs, Widths
+from heapr.pruning.rounding import equal_shares
 from heapr.types import Granularity, Plan, Scores
 
 WHOLE = {"granularity": Granularity.EXPERT}

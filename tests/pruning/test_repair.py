@@ -87,7 +87,7 @@ class Layer:
 
 @pytest.fixture(autouse=True)
 def normal_equations_in_several_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("heapr.pruning.repair.ROWS", 5)
+    monkeypatch.setattr("heapr.pruning.least_squares.ROWS", 5)
 
 
 @pytest.fixture(scope="module")

@@ -158,7 +158,8 @@ def skip_experts(model: PreTrainedModel) -> Iterator[None]:
 @contextmanager
 def forwards(modules: Sequence[nn.Module], make: Callable[[nn.Module], Callable[..., Any]]) -> Iterator[None]:
     """Inside the context, give each module its own forward; a device map's hook is restored too."""
-    with exchanged([(module, "forward", make(module)) for module in modules]):
+    replaced = [(module, "forward", make(module)) for module in modules]
+    with exchanged(replaced):
         yield
 
 

@@ -8,6 +8,7 @@ heapr is not installed: it imports torch alone. Shape letters: layout.py; B expe
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from .loop import run_experts
 from .packed import Bucket, buckets_of
 
 ALIGNMENT_BYTES = 16  # what grouped_mm asks of strides and addresses
+PROBE_COUNTS = [0, 5, 0, 11, 0]  # rows of each group in the probe of `grouped_mm_works`
 
 
 class Pairs(NamedTuple):
@@ -84,19 +86,25 @@ def is_grouped(experts: Experts, hidden_TD: Tensor) -> bool:
     bytes, weights that train, an observer without `add`, or a build of torch whose grouped_mm is wrong
     (`grouped_mm_works`). It does serve transposed matrices, and alternating rows of gate and up.
     """
-    layout, down = layout_of(experts), experts.down_proj
-    inputs = getattr(experts, layout.input_name)
+    layout = layout_of(experts)
     if layout.has_bias or layout.weighs_input or 0 in hidden_TD.shape:
         return False
-    if (down.dtype, down.device) != (hidden_TD.dtype, hidden_TD.device):
+    down = experts.down_proj
+    inputs = getattr(experts, layout.input_name)
+    if down.dtype != hidden_TD.dtype or down.device != hidden_TD.device:
         return False
-    if torch.is_grad_enabled() and (down.requires_grad or inputs.requires_grad):
+    trains = down.requires_grad or inputs.requires_grad
+    if trains and torch.is_grad_enabled():
         return False
     observer = getattr(experts, "observer", None)
     if observer is not None and not hasattr(observer, "add"):
         return False
-    stored = (down[:0], inputs[:0]) if is_ragged(experts) else (down, inputs)
-    return all(map(_is_aligned, stored)) and grouped_mm_works(down.device.type, down.dtype)
+    if is_ragged(experts):
+        # Their copies are aligned if their strides are.
+        down = down[:0]
+        inputs = inputs[:0]
+    are_aligned = _is_aligned(down) and _is_aligned(inputs)
+    return are_aligned and grouped_mm_works(down.device.type, down.dtype)
 
 
 @functools.cache
@@ -108,22 +116,33 @@ def grouped_mm_works(device: str, dtype: torch.dtype) -> bool:
     """
     if not hasattr(F, "grouped_mm"):
         return False
-    counts = [0, 5, 0, 11, 0]
-    rows_SD = torch.linspace(-1, 1, 16 * 32, device=device).view(16, 32).to(dtype)
-    weights_EGD = torch.linspace(-1, 1, 5 * 48 * 32, device=device).view(5, 48, 32).to(dtype)
-    ends = torch.tensor(counts, device=device).cumsum(0, dtype=torch.int32)
+    rows_SD = _ramp(16, 32, device=device).to(dtype)
+    weights_EGD = _ramp(len(PROBE_COUNTS), 48, 32, device=device).to(dtype)
+    counts = torch.tensor(PROBE_COUNTS, device=device)
+    ends = counts.cumsum(0, dtype=torch.int32)
     try:
         there_SG = F.grouped_mm(rows_SD, weights_EGD.transpose(1, 2), offs=ends)
         back_SD = F.grouped_mm(there_SG, weights_EGD, offs=ends)
     except (RuntimeError, NotImplementedError):
         return False
-    tolerance = 4 * torch.finfo(dtype).eps
-    for got, rows, matrices in ((there_SG, rows_SD, weights_EGD.mT), (back_SD, there_SG, weights_EGD)):
-        split = zip(rows.double().split(counts), matrices.double(), strict=True)
-        expected = torch.cat([rows_n @ matrix for rows_n, matrix in split])
-        if not (got.double() - expected).norm() <= tolerance * expected.norm():
-            return False
-    return True
+    is_there = _is_probe_product(there_SG, rows_SD, weights_EGD.mT)
+    return is_there and _is_probe_product(back_SD, there_SG, weights_EGD)
+
+
+def _ramp(*shape: int, device: str) -> Tensor:
+    """Numbers from -1 to 1, equally far apart."""
+    numbers = torch.linspace(-1, 1, math.prod(shape), device=device)
+    return numbers.view(shape)
+
+
+def _is_probe_product(got: Tensor, rows_S: Tensor, matrices_E: Tensor) -> bool:
+    """Whether a grouped product of the probe's rows is what single products give, to 4 roundings."""
+    rows_E = rows_S.double().split(PROBE_COUNTS)
+    products = [rows_n @ matrix for rows_n, matrix in zip(rows_E, matrices_E.double(), strict=True)]
+    expected = torch.cat(products)
+    tolerance = 4 * torch.finfo(got.dtype).eps
+    error = (got.double() - expected).norm()
+    return bool(error <= tolerance * expected.norm())
 
 
 def run_grouped(experts: Experts, hidden_TD: Tensor, *routing: Tensor) -> Tensor:
@@ -138,11 +157,13 @@ def run_grouped(experts: Experts, hidden_TD: Tensor, *routing: Tensor) -> Tensor
     expert_TK, router_weight_TK = routing
     observer = getattr(experts, "observer", None)
     buckets = buckets_of(experts)
-    if observer is None:  # experts without atomic experts contribute nothing
+    if observer is None:
+        # Experts without atomic experts contribute nothing.
         buckets = [bucket for bucket in buckets if bucket.down_BDF.shape[2]]
     if not buckets:
         return torch.zeros_like(hidden_TD)
-    layer = Layer(buckets, activation_of(experts), None if observer is None else observer.add)
+    add = None if observer is None else observer.add
+    layer = Layer(buckets, activation_of(experts), add)
     routed = _sorted(buckets, expert_TK, router_weight_TK, experts.num_experts)
     total_TD: Tensor = _Grouped.apply(hidden_TD, router_weight_TK, routed, layer)
     return total_TD
@@ -155,19 +176,24 @@ class _Grouped(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_TD: Tensor, router_weight_TK: Tensor, routed: Routed, layer: Layer
     ) -> Tensor:
-        pre_B, outputs = [], []
+        saved, outputs = [], []
         for bucket, rows, offsets in _of_buckets(routed, layer):
             ends = _ends(offsets, rows)
-            hidden_SD = hidden_TD[routed.token_S[rows]]
-            pre_SG = _product(hidden_SD, bucket.inputs_BGD.mT, ends)
-            outputs.append(_product(layer.activation(pre_SG), bucket.down_BDF.mT, ends))
-            pre_B.append(pre_SG)
+            token_S = routed.token_S[rows]
+            pre_SG = _product(hidden_TD[token_S], bucket.inputs_BGD.mT, ends)
+            h_SF = layer.activation(pre_SG)
+            output_SD = _product(h_SF, bucket.down_BDF.mT, ends)
+            saved.append(pre_SG)
+            outputs.append(output_SD)
+            # Free it before the next bucket's is computed.
+            del h_SF
         output_SD = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-        norms = []
         if layer.add is not None:
-            norms = [torch.linalg.vector_norm(output_SD, dim=1, dtype=torch.float32)]
-        ctx.routed, ctx.layer = routed, layer
-        ctx.save_for_backward(*pre_B, *norms)
+            norm_S = torch.linalg.vector_norm(output_SD, dim=1, dtype=torch.float32)
+            saved.append(norm_S)
+        ctx.routed = routed
+        ctx.layer = layer
+        ctx.save_for_backward(*saved)
         return _summed(output_SD, routed, router_weight_TK)
 
     @staticmethod
@@ -175,50 +201,76 @@ class _Grouped(torch.autograd.Function):
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None]:
         routed, layer = ctx.routed, ctx.layer
         saved = ctx.saved_tensors
-        grads_SD, grads_p = [], []
-        for number, (bucket, rows, offsets) in enumerate(_of_buckets(routed, layer)):
-            ends, p_S = _ends(offsets, rows), routed.router_weight_S[rows]
+        grads_hidden, grads_p = [], []
+        for pre_SG, (bucket, rows, offsets) in zip(saved, _of_buckets(routed, layer), strict=False):
+            ends = _ends(offsets, rows)
+            p_S = routed.router_weight_S[rows]
+            token_S = routed.token_S[rows]
             # dloss/dh = p W_down^T dloss/dy; without p, its product with h is dloss/dp.
-            unweighted_SF = _product(grad_TD[routed.token_S[rows]], bucket.down_BDF, ends)
-            h_SF, pull = _pullback(layer.activation, saved[number])
-            grads_p.append((h_SF * unweighted_SF).sum(1, dtype=torch.float32))
+            unweighted_SF = _product(grad_TD[token_S], bucket.down_BDF, ends)
+            h_SF, pull = _pullback(layer.activation, pre_SG)
+            grad_p_S = (h_SF * unweighted_SF).sum(1, dtype=torch.float32)
+            grads_p.append(grad_p_S)
             grad_SF = (unweighted_SF * p_S.unsqueeze(1)).to(h_SF.dtype)
             if layer.add is not None:
-                layer.add(Pairs(bucket.experts, offsets, h_SF, grad_SF, p_S, saved[-1][rows]))
-            grads_SD.append(_product(pull(grad_SF), bucket.inputs_BGD, ends))
-        hidden_grad_TD = _summed(torch.cat(grads_SD), routed, routed.is_routed_TK.to(grad_TD.dtype))
-        grad_p_TK = torch.cat(grads_p)[routed.position_TK] * routed.is_routed_TK
-        return hidden_grad_TD, grad_p_TK.to(routed.router_weight_S.dtype), None, None
+                norm_S = saved[-1][rows]
+                layer.add(Pairs(bucket.experts, offsets, h_SF, grad_SF, p_S, norm_S))
+            grad_SD = _product(pull(grad_SF), bucket.inputs_BGD, ends)
+            grads_hidden.append(grad_SD)
+        one_TK = routed.is_routed_TK.to(grad_TD.dtype)
+        grad_hidden_TD = _summed(torch.cat(grads_hidden), routed, one_TK)
+        grad_p_S = torch.cat(grads_p)
+        grad_p_TK = grad_p_S[routed.position_TK] * routed.is_routed_TK
+        return grad_hidden_TD, grad_p_TK.to(routed.router_weight_S.dtype), None, None
 
 
 def _sorted(
     buckets: Sequence[Bucket], expert_TK: Tensor, router_weight_TK: Tensor, num_experts: int
 ) -> Routed:
     """The pairs in the buckets' order."""
-    rank_TK, sizes = expert_TK, [num_experts]
-    chosen_B = [bucket.experts for bucket in buckets if isinstance(bucket.experts, Tensor)]
-    if chosen_B:  # some, in another order
-        sizes = [len(chosen) for chosen in chosen_B]
-        rank_E = torch.full((num_experts + 1,), sum(sizes), device=expert_TK.device)
-        rank_E[torch.cat(chosen_B)] = torch.arange(sum(sizes), device=expert_TK.device)
-        rank_TK = rank_E[expert_TK]
+    device = expert_TK.device
+    rank_TK, sizes = _ranked(buckets, expert_TK, num_experts)
+    num_ranked = sum(sizes)
     rank_S, order_S = torch.sort(rank_TK.reshape(-1), stable=True)
     # Not bincount, which waits for the device.
-    ranks = torch.arange(sum(sizes) + 1, device=rank_S.device)
+    ranks = torch.arange(num_ranked + 1, device=device)
     offsets = torch.searchsorted(rank_S, ranks)
     firsts = list(accumulate(sizes, initial=0))
     bounds = [0, len(order_S)] if len(buckets) == 1 else offsets[firsts].tolist()
+    offsets_B = []
+    for first, last in pairwise(firsts):
+        own_offsets = offsets[first : last + 1]
+        offsets_B.append(own_offsets - offsets[first])
     order_S = order_S[: bounds[-1]]
-    position_S = torch.zeros(rank_S.shape, dtype=torch.int64, device=rank_S.device)
-    position_S.scatter_(0, order_S, torch.arange(len(order_S), device=rank_S.device))
+    row_S = torch.arange(len(order_S), device=device)
+    position_S = torch.zeros(rank_S.shape, dtype=torch.int64, device=device)
+    position_S.scatter_(0, order_S, row_S)
+    num_chosen = expert_TK.shape[1]
+    router_weight_S = router_weight_TK.detach().reshape(-1)
     return Routed(
-        token_S=order_S // expert_TK.shape[1],
-        router_weight_S=router_weight_TK.detach().reshape(-1)[order_S],
+        token_S=order_S // num_chosen,
+        router_weight_S=router_weight_S[order_S],
         position_TK=position_S.view_as(expert_TK),
-        is_routed_TK=rank_TK < sum(sizes),
+        is_routed_TK=rank_TK < num_ranked,
         bounds=bounds,
-        offsets=[offsets[first : last + 1] - offsets[first] for first, last in pairwise(firsts)],
+        offsets=offsets_B,
     )
+
+
+def _ranked(buckets: Sequence[Bucket], expert_TK: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:
+    """Each pair's expert by its place in the buckets' order, and how many experts each bucket has.
+
+    Experts in no bucket are behind all others, with those that are none.
+    """
+    chosen_B = [bucket.experts for bucket in buckets if isinstance(bucket.experts, Tensor)]
+    if not chosen_B:
+        return expert_TK, [num_experts]
+    sizes = [len(chosen) for chosen in chosen_B]
+    num_ranked = sum(sizes)
+    device = expert_TK.device
+    rank_E1 = torch.full((num_experts + 1,), num_ranked, device=device)
+    rank_E1[torch.cat(chosen_B)] = torch.arange(num_ranked, device=device)
+    return rank_E1[expert_TK], sizes
 
 
 def _of_buckets(routed: Routed, layer: Layer) -> list[tuple[Bucket, slice, Tensor]]:
@@ -252,7 +304,12 @@ def _pullback(
     leaf_SG = pre_SG.detach().requires_grad_()
     with torch.enable_grad():
         h_SF = activation(leaf_SG)
-    return h_SF.detach(), lambda grad_SF: torch.autograd.grad(h_SF, leaf_SG, grad_SF)[0]
+
+    def pull(grad_SF: Tensor) -> Tensor:
+        (grad_SG,) = torch.autograd.grad(h_SF, leaf_SG, grad_SF)
+        return grad_SG
+
+    return h_SF.detach(), pull
 
 
 def _summed(rows_SD: Tensor, routed: Routed, weight_TK: Tensor) -> Tensor:
@@ -261,17 +318,20 @@ def _summed(rows_SD: Tensor, routed: Routed, weight_TK: Tensor) -> Tensor:
         return rows_SD.new_zeros(len(weight_TK), rows_SD.shape[1])
     weight_TK = torch.where(routed.is_routed_TK, weight_TK, 0)
     rows_TKD = rows_SD[routed.position_TK]
-    if weight_TK.dtype != rows_SD.dtype:  # router weights that a family keeps in float32
-        return (rows_TKD * weight_TK.unsqueeze(2)).sum(1).to(rows_SD.dtype)
-    return torch.bmm(weight_TK.unsqueeze(1), rows_TKD).squeeze(1)
+    if weight_TK.dtype != rows_SD.dtype:
+        # A family that keeps router weights in float32.
+        weighted_TKD = rows_TKD * weight_TK.unsqueeze(2)
+        return weighted_TKD.sum(1).to(rows_SD.dtype)
+    weight_T1K = weight_TK.unsqueeze(1)
+    return torch.bmm(weight_T1K, rows_TKD).squeeze(1)
 
 
 def _is_aligned(tensor: Tensor) -> bool:
     """Whether grouped_mm takes a tensor: its address and all strides but a 1 are multiples of 16 bytes."""
+    if tensor.data_ptr() % ALIGNMENT_BYTES:
+        return False
+    smallest, *others = sorted(tensor.stride())
+    if smallest != 1:
+        return False
     item = tensor.element_size()
-    strides = sorted(tensor.stride())
-    return (
-        tensor.data_ptr() % ALIGNMENT_BYTES == 0
-        and strides[0] == 1
-        and all(stride * item % ALIGNMENT_BYTES == 0 for stride in strides[1:])
-    )
+    return all(stride * item % ALIGNMENT_BYTES == 0 for stride in others)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .layout import Experts, is_ragged, layout_of, matrices_of, widths_of
+from .layout import Experts, Layout, Matrices, is_ragged, layout_of, matrices_of, widths_of
 
 WIDTH_STEP = 64  # ragged widths are rounded up to multiples of it
 ALIGNED_WIDTH = 8  # widths that are multiples of it have strides that grouped_mm takes, in every dtype
@@ -46,10 +46,7 @@ def buckets_of(experts: Experts) -> list[Bucket]:
     experts themselves, and what rounding widths up to multiples of 64 adds.
     """
     if not is_ragged(experts):
-        layout = layout_of(experts)
-        inputs, down = getattr(experts, layout.input_name), experts.down_proj
-        stored = (inputs.mT, down.mT) if layout.is_transposed else (inputs, down)
-        return [Bucket(slice(None), stored[0].detach(), stored[1].detach())]
+        return [_as_stored(experts)]
     state = _state_of(experts)
     packed: Packed | None = experts.packed
     if packed is None or packed.state != state:
@@ -57,24 +54,46 @@ def buckets_of(experts: Experts) -> list[Bucket]:
     return packed.buckets
 
 
+def _as_stored(experts: Experts) -> Bucket:
+    """Dense experts in their own memory."""
+    layout = layout_of(experts)
+    inputs_BGD = getattr(experts, layout.input_name).detach()
+    down_BDF = experts.down_proj.detach()
+    if layout.is_transposed:
+        inputs_BGD = inputs_BGD.mT
+        down_BDF = down_BDF.mT
+    return Bucket(slice(None), inputs_BGD, down_BDF)
+
+
 @torch.no_grad()
 def pack(experts: Experts) -> list[Bucket]:
     """Copy ragged experts' weights, by width; experts of width 0 come last, in a bucket of width 0."""
-    layout, widths, matrices_E = layout_of(experts), widths_of(experts), list(matrices_of(experts))
+    matrices_E = list(matrices_of(experts))
     buckets = []
-    for width, members in width_buckets(widths).items():
-        num_rows = (2 if layout.has_gate else 1) * width
-        like, model_width = experts.down_proj, int(experts.down_proj.shape[1])
-        inputs_BGD = like.new_zeros(len(members), num_rows, model_width)
-        down_BDF = like.new_zeros(len(members), model_width, width)
-        for place, expert in enumerate(members):
-            own_F = torch.arange(width, device="cpu") < widths[expert]
-            # An index, because a GPU would have to be asked how many rows a mask has.
-            row_G = layout.rows(own_F).nonzero().squeeze(1).to(like.device)
-            inputs_BGD[place].index_copy_(0, row_G, matrices_E[expert].inputs_GD)
-            down_BDF[place, :, : widths[expert]] = matrices_E[expert].down_DF
-        buckets.append(Bucket(torch.tensor(members, device=like.device), inputs_BGD, down_BDF))
+    for width, members in width_buckets(widths_of(experts)).items():
+        chosen = [matrices_E[expert] for expert in members]
+        inputs_BGD, down_BDF = _side_by_side(layout_of(experts), chosen, width)
+        member_B = torch.tensor(members, device=down_BDF.device)
+        buckets.append(Bucket(member_B, inputs_BGD, down_BDF))
     return buckets
+
+
+def _side_by_side(layout: Layout, matrices_B: Sequence[Matrices], width: int) -> tuple[Tensor, Tensor]:
+    """Input projections (B, G, D) and down projections (B, D, F) of some experts, filled up to one width."""
+    like_DF = matrices_B[0].down_DF
+    num_experts, model_width = len(matrices_B), len(like_DF)
+    num_rows = 2 * width if layout.has_gate else width
+    inputs_BGD = like_DF.new_zeros(num_experts, num_rows, model_width)
+    down_BDF = like_DF.new_zeros(num_experts, model_width, width)
+    place_F = torch.arange(width, device="cpu")
+    for matrices, inputs_GD, down_DF in zip(matrices_B, inputs_BGD, down_BDF, strict=True):
+        own_width = matrices.down_DF.shape[1]
+        is_own_G = layout.rows(place_F < own_width)
+        # An index, because a GPU would have to be asked how many rows a mask has.
+        row_G = is_own_G.nonzero().squeeze(1)
+        inputs_GD.index_copy_(0, row_G.to(like_DF.device), matrices.inputs_GD)
+        down_DF[:, :own_width] = matrices.down_DF
+    return inputs_BGD, down_BDF
 
 
 def width_buckets(widths: Sequence[int], step: int = WIDTH_STEP) -> dict[int, list[int]]:
@@ -87,20 +106,31 @@ def width_buckets(widths: Sequence[int], step: int = WIDTH_STEP) -> dict[int, li
     buckets: dict[int, list[int]] = {}
     for expert, width in enumerate(widths):
         rounded = -(-width // step) * step
-        buckets.setdefault(min(rounded, limit), []).append(expert)
-    return dict(sorted(buckets.items(), reverse=True))
+        members = buckets.setdefault(min(rounded, limit), [])
+        members.append(expert)
+    largest_first = sorted(buckets.items(), reverse=True)
+    return dict(largest_first)
 
 
 def packed_bytes(experts: Experts) -> tuple[int, int]:
     """Memory of ragged experts' weights, and of the copies that the grouped forward makes of them."""
-    own = experts.down_proj.nbytes + getattr(experts, layout_of(experts).input_name).nbytes
-    copies = sum(bucket.inputs_BGD.nbytes + bucket.down_BDF.nbytes for bucket in buckets_of(experts))
+    own = sum(weight.nbytes for weight in _weights(experts))
+    copies = 0
+    for bucket in buckets_of(experts):
+        copies += bucket.inputs_BGD.nbytes + bucket.down_BDF.nbytes
     return own, copies
 
 
 def _state_of(experts: Experts) -> list[Any]:
     """Changes whenever a weight does."""
     state: list[Any] = []
-    for weight in (getattr(experts, layout_of(experts).input_name), experts.down_proj):
-        state += [weight.data_ptr(), weight.device, 0 if weight.is_inference() else weight._version]
+    for weight in _weights(experts):
+        version = 0 if weight.is_inference() else weight._version
+        state += [weight.data_ptr(), weight.device, version]
     return state
+
+
+def _weights(experts: Experts) -> tuple[Tensor, Tensor]:
+    """The tensors that hold all input projections and all down projections."""
+    layout = layout_of(experts)
+    return getattr(experts, layout.input_name), experts.down_proj
