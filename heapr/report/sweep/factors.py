@@ -40,7 +40,7 @@ HEADERS = {
     "corpus": "calibrated on",
 }
 # Groups that do not change the pruned model.
-RESULTLESS = {"paths", "runtime", "tracking", "evaluation", "dry_run"}
+RESULTLESS = {"paths", "runtime", "tracking", "evaluation", "dry_run", "objective"}
 NAMES = ("model", "criterion", "corpus", *PATHS)
 METHOD = "method"  # the criterion, and what goes beyond the paper, in words
 METHOD_PATHS = ("score", "pruning.scope", "pruning.rounds", "pruning.repair")
