@@ -12,8 +12,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from heapr.files import fsync, hash_file, readable_by_umask
-from heapr.measure import StageMeter
+from heapr.measure import StageMeter, machine
 
 RECORDED_LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "numpy")
 
@@ -44,6 +46,16 @@ def provenance(folder: Path, meter: StageMeter) -> dict[str, Any]:
         "seconds": round(meter.seconds, 3),
         "peak_memory_bytes": meter.peak_memory_bytes,
         "files": files,
+    }
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """With what and where a run is made: versions, the code's commit, and what timings depend on."""
+    return {
+        "version": importlib.metadata.version("heapr"),
+        "git_commit": _git_commit(),
+        "libraries": {name: importlib.metadata.version(name) for name in RECORDED_LIBRARIES},
+        "machine": machine(device),
     }
 
 

@@ -67,7 +67,7 @@ ALLOWED: dict[str, set[str]] = {
     "gpu_slots": {"errors", "locks"},
     "findings": {"types", "evaluation"},
     "pipeline": {"artifacts", "calibration", "evaluation", "experiment", "findings", "model", "progress", "provider", "pruning", "report", "step_results", "steps", "store", "text", "tracking", "types"},
-    "run_experiment": {"artifacts", "experiment", "gpu_slots", "pipeline", "prepare", "ranks", "ready", "report", "schema", "tracking", "types"},
+    "run_experiment": {"artifacts", "experiment", "gpu_slots", "manifest", "pipeline", "prepare", "ranks", "ready", "report", "schema", "tracking", "types"},
     "dry_run": {"experiment", "model", "past_seconds", "placement", "prepare", "pruning", "schema", "types"},
     "explain": {"overrides", "unknown_keys", "words"},
     "main": {"artifacts", "dry_run", "errors", "explain", "objective", "overrides", "ranks", "report", "run_experiment", "schema", "signals", "words"},

@@ -6,6 +6,7 @@ Jobs run in this process, but for those of which one process must not be in the 
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 import time
@@ -230,3 +231,15 @@ def test_the_command_line_answers_a_mistake_in_one_line(tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False)
     assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1
     assert "did you mean ratio_curve?" in result.stderr
+
+
+def test_the_command_to_send_a_sweeps_own_run_is_shown(tmp_path: Path) -> None:
+    """sweep.py shows warnings alone, but this."""
+    told = logging.getLogger("heapr.tracking.wandb")
+    before = told.level
+    try:
+        with pytest.raises(SystemExit):
+            main([f"report_dir={tmp_path}"], ROOT)
+        assert told.isEnabledFor(logging.INFO)
+    finally:
+        told.setLevel(before)
