@@ -322,19 +322,19 @@ def citizenship(model, folder, ids_NW):
         "pickled": torch.load(copy, weights_only=False),
         "saved": AutoModelForCausalLM.from_pretrained(folder + "/saved", trust_remote_code=True).eval(),
     }
-    body = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    bodies = {}
+    if "AutoModelForSequenceClassification" in config.auto_map:  # first: asking for AutoModel makes its class known
+        classifier = AutoModelForSequenceClassification.from_pretrained(
+            folder, trust_remote_code=True, dtype=torch.float32
+        )
+        bodies["classifier's body"] = classifier.eval().model
+    bodies["body"] = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
     fresh = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
     deviations = [p.std().item() for name, p in fresh.named_parameters() if ".experts." in name]
     with torch.no_grad():
         run = functools.partial(torch.nn.Module.__call__, input_ids=ids_NW, use_cache=False)
         found = {name: (run(other).logits - run(model).logits).abs().max().item() for name, other in others.items()}
-        bodies = {"body": body}
-        if "AutoModelForSequenceClassification" in config.auto_map:
-            classifier = AutoModelForSequenceClassification.from_pretrained(
-                folder, trust_remote_code=True, dtype=torch.float32
-            )
-            bodies["classifier's body"] = classifier.eval().model
         for name, other in bodies.items():
             found[name] = (run(other).last_hidden_state - run(model.model).last_hidden_state).abs().max().item()
     found["new"] = max(abs(deviation / config.initializer_range - 1) for deviation in deviations)
