@@ -103,14 +103,14 @@ def _check_no_option(arguments: Sequence[str], config_folder: Path, saved: Path)
 
 def _settings_of_hydra(config_folder: Path) -> list[str]:
     """What conf/config.yaml says about Hydra itself, as overrides, and where its options are."""
-    content = OmegaConf.load(config_folder / CONFIG)
+    content: Any = OmegaConf.to_container(OmegaConf.load(config_folder / CONFIG))
     options = []
-    for entry in OmegaConf.to_container(content.defaults):
+    for entry in content["defaults"]:
         items = entry.items() if isinstance(entry, dict) else ()
         for name, option in items:
             if str(name).startswith(OVERRIDE):
                 options.append(f"{str(name).removeprefix(OVERRIDE)}={option}")
-    fields = list(_fields(OmegaConf.to_container(content.hydra), "hydra"))
+    fields = list(_fields(content["hydra"], "hydra"))
     return [f'hydra.searchpath=["file://{config_folder}"]', *options, *fields]
 
 

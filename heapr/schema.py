@@ -147,7 +147,9 @@ def resolve(config: DictConfig) -> ExperimentConfig:
     """
     check_keys(config, ExperimentConfig)
     if OmegaConf.get_type(config) is not ExperimentConfig:  # a saved configuration, which has no types
-        config = OmegaConf.merge(OmegaConf.structured(ExperimentConfig), config)
+        merged = OmegaConf.merge(OmegaConf.structured(ExperimentConfig), config)
+        assert isinstance(merged, DictConfig)
+        config = merged
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ConfigError(

@@ -83,8 +83,9 @@ def _without_unknown(given: Tree, schema: type) -> dict[str, Any]:
     known: dict[str, Any] = {}
     for field in fields(schema):
         value = given.get(field.name)
-        is_group = is_dataclass(types[field.name]) and isinstance(value, Mapping)
-        known[field.name] = _without_unknown(value, types[field.name]) if is_group else value
+        if is_dataclass(types[field.name]) and isinstance(value, Mapping):
+            value = _without_unknown(value, types[field.name])
+        known[field.name] = value
     return known
 
 

@@ -62,7 +62,7 @@ def ratio_curve(entry: Entry, jobs: Jobs, published: Numbers) -> list[Drawing]:
         beyond = [_cut_off(axis, name, all_series) for axis, name in zip(axes, names, strict=True)]
         finish_axes(axes, names, of_model)
         for axis in axes:
-            ratio_axis(axis, of_model)
+            ratio_axis(axis, of_model, from_zero=True)
         legend_above(figure, axes, title=model)
         caption = " ".join(filter(None, beyond))
         drawings.append(Drawing(figure, model, caption=caption))

@@ -54,7 +54,8 @@ CAPTIONS = {
     "consistency": "A point for each score quantile, removed alone: the increase of the loss that its scores"
     " predict, and the one that was measured.",
     "relative_curve": "How far a metric is from the unpruned model's, divided by how far it is with the"
-    " baseline (dashed); lower is better. All panels have one scale.",
+    " baseline (dashed); lower is better. All panels have one scale, that of the points; error bars may leave"
+    " it.",
 }
 TEX_HEAD = "% Needs \\usepackage{booktabs,graphicx}; include with \\input.\n"
 

@@ -23,6 +23,7 @@ TICKS = (0.0, 0.5, 1.0, *LARGE_TICKS)
 NARROW_SPAN = 4
 # A line whose increase is more than so many times the median of at least so many lines is cut off.
 WEAK, LEAST_LINES = 3.0, 5
+ROOM, LOG_ROOM = 0.06, 1.2  # of shares: above and below what is drawn, as a part of it and as a factor
 MARGIN = 1.1  # times the increase of the highest line that is not cut off
 # From the factor that an axis spans at most to the digits at its ticks; beyond, powers of ten.
 TICK_DIGITS = (
@@ -55,6 +56,8 @@ def share_logarithmic(axes: Sequence[Axes], least_span: float) -> bool:
 def one_scale(axes: Sequence[Axes], least_span: float) -> None:
     """Give the shares on all panels one scale and the same ends.
 
+    The points set them; error bars may leave the panel, since those of a share that means nothing are huge.
+
     Args:
         axes: the panels, of one figure or several.
         least_span: from which span on the scale is logarithmic.
@@ -64,9 +67,18 @@ def one_scale(axes: Sequence[Axes], least_span: float) -> None:
         axis.autoscale(axis="y")
     if not share_logarithmic(axes, least_span):
         scale_with_zero(axes, least_span)
-    ends = [axis.get_ylim() for axis in axes]
+    ends = [limits(axis) for axis in axes]
+    lowest, highest = min(low for low, _ in ends), max(high for _, high in ends)
+    is_linear = axes[0].get_yscale() == "linear"
     for axis in axes:
-        axis.set_ylim(min(low for low, _ in ends), max(high for _, high in ends))
+        if is_linear:
+            room = ROOM * (highest - min(0.0, lowest))
+            axis.set_ylim(min(0.0, lowest) - room, highest + room)
+        elif axis.get_yscale() == "log":
+            axis.set_ylim(lowest / LOG_ROOM, highest * LOG_ROOM)
+            logarithmic(axis, highest / lowest, which="y")
+        else:
+            _signed_logarithmic(axis, lowest, highest)
 
 
 def scale_with_zero(axes: Sequence[Axes], least_span: float) -> None:
@@ -102,7 +114,7 @@ def _signed_logarithmic(axis: Axes, lowest: float, highest: float) -> None:
 
 
 def limits(axis: Axes) -> tuple[float, float]:
-    """Return the smallest and the largest y of the lines that are drawn, without margins.
+    """Return the smallest and the largest y of the lines that are drawn, without margins and error bars.
 
     Lines that leave the panel at its top (`cut_off_weak`) do not count beyond it.
     """
@@ -110,7 +122,9 @@ def limits(axis: Axes) -> tuple[float, float]:
 
     ys: list[float] = []
     for line in axis.get_lines():
-        ys += map(float, np.asarray(line.get_ydata()))
+        is_end_of_error_bar = line.get_marker() in {"_", "|"}
+        if not is_end_of_error_bar:
+            ys += map(float, np.asarray(line.get_ydata()))
     top = math.inf if axis.get_autoscaley_on() else axis.get_ylim()[1]
     inside = [y for y in ys if y <= top]
     return min(inside, default=1.0), max(inside, default=1.0)
@@ -176,16 +190,19 @@ def _round_ticks(span: float, shown_span: float) -> Locator:
     return LogLocator(subs=(1.0,))
 
 
-def ratio_axis(axis: Axes, jobs: Jobs) -> None:
-    """Begin at zero, and put ticks at the ratios that were asked for, if there are at most 10."""
+def ratio_axis(axis: Axes, jobs: Jobs, *, from_zero: bool = False) -> None:
+    """Put ticks at ratios that were asked for, if there are at most 10, and at zero if it starts there."""
     from matplotlib.ticker import FixedLocator, FuncFormatter
 
-    percentages = {0.0} | {100 * factor(job, "ratio") for job in jobs}
+    percentages = {100 * factor(job, "ratio") for job in jobs}
+    if from_zero:
+        percentages.add(0.0)
     ratios = sorted(percentages)
     if len(ratios) <= 10:
         axis.xaxis.set_major_locator(FixedLocator(ratios))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
-    axis.set_xlim(left=-0.02 * ratios[-1])
+    if from_zero:
+        axis.set_xlim(left=-0.02 * ratios[-1])
     axis.set_xlabel("atomic experts removed (%)")
 
 

@@ -392,3 +392,12 @@ def test_all_figures_of_a_report_have_one_scale(tmp_path: Path, monkeypatch: pyt
     panels = [figure.axes[0] for figure in drawn]
     assert len(panels) == 2 and panels[0].get_ylim() == panels[1].get_ylim()
     assert {panel.get_yscale() for panel in panels} == {"log"} and panels[1].get_ylim()[1] > 18
+
+
+def test_an_error_bar_does_not_set_the_scale() -> None:
+    """Shares of 0.25 and 4 over two seeds: their mean is 2.1, their deviation 2.7."""
+    jobs = seeds({"Heapr": (8.5, 8.5), "Fisher": (7.75, 11.5)})
+    (drawing,) = relative_curve(entry("relative_curve"), jobs, [])
+    (axis,) = drawing.figure.axes
+    low, high = axis.get_ylim()
+    assert -0.2 < low < 0 and 2.125 < high < 2.3 and drawing.shares == (axis,)
