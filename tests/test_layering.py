@@ -46,7 +46,7 @@ ALLOWED: dict[str, set[str]] = {
     "process_group": {"errors", "lifelines", "rank_environment", "ranks", "signals", "words"},
     "shared_folder": {"errors", "ranks"},
     "start_ranks": {"process_group", "rank_environment", "ranks"},
-    "store": {"artifacts", "errors", "files", "locks", "measure", "origin", "os_errors", "ranks", "remembered_hashes", "sealed", "shared_folder", "signals"},
+    "store": {"artifacts", "errors", "files", "locks", "measure", "origin", "os_errors", "ranks", "remembered_hashes", "report", "sealed", "shared_folder", "signals"},
     "text": {"errors", "files", "hub", "plugins", "progress", "types", "words"},
     "score": {"errors", "types"},
     "model": {"errors", "files", "hub", "progress", "remembered_hashes", "tensors_file", "types", "words", "ranks"},

@@ -16,12 +16,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from heapr.artifacts import ARTIFACTS
 from heapr.errors import ConfigError
 from heapr.os_errors import one_line_about
+from heapr.report.terminal import open_console, print_lines
 from heapr.sealed import DamagedError
 from heapr.signals import one_line_ends
 from heapr.store.garbage import find_garbage, remove_garbage
@@ -53,21 +54,24 @@ def _list(root: Path, options: argparse.Namespace) -> int:
     found = entries(root)
     users, (needs, unreadable) = made_from(found), needs_of_runs(root)
     table = Table("stage", "key", "size", "made", "parts", "made from", "needed by", box=None)
+    for column in table.columns:
+        column.no_wrap = True
     for entry in found:
         num_runs = sum(entry.name in artifacts for artifacts in needs.values())
         needed = f"{_count(num_runs, 'run')}, {_count(len(users.get(entry.name, [])), 'artifact')}"
         created = entry.problem if entry.manifest is None else entry.manifest["created"][:16]
         made = " ".join(entry.upstream)
         stage, key = entry.path.parent.name, entry.path.name
-        table.add_row(stage, key, _size(entry.num_bytes), created, " ".join(entry.parts), made, needed)
-    console = _console()
+        cells = [stage, key, _size(entry.num_bytes), created, " ".join(entry.parts), made, needed]
+        table.add_row(*map(Text, cells))
+    console = open_console()
     console.print(table)
     copies = damaged_copies(root)
     total = sum(entry.num_bytes for entry in found)
     damaged = f"; {_count(len(copies), 'damaged copy', 'damaged copies')}" if copies else ""
-    console.print(f"{_count(len(found), 'artifact')}, {_size(total)} in {root}{damaged}")
+    print_lines(console, f"{_count(len(found), 'artifact')}, {_size(total)} in {root}{damaged}")
     for line in unreadable:
-        console.print(f"cannot be read: {line}")
+        print_lines(console, f"cannot be read: {line}")
     return 0
 
 
@@ -75,17 +79,17 @@ def _show(root: Path, options: argparse.Namespace) -> int:
     """Print all that is known of one artifact."""
     found = entries(root)
     (entry,) = _chosen(found, [options.key])
-    console = _console()
-    console.print(f"{entry.name}, {_size(entry.num_bytes)}, in {entry.path}")
+    console = open_console()
+    print_lines(console, f"{entry.name}, {_size(entry.num_bytes)}, in {entry.path}")
     if entry.manifest is None:
-        console.print(f"damaged: {entry.problem}")
+        print_lines(console, f"damaged: {entry.problem}")
         return DAMAGE
-    console.print(json.dumps(dict(entry.manifest), indent=2))
-    console.print("made from: " + (", ".join(entry.upstream) or "nothing in the store"))
-    console.print("made from it: " + (", ".join(made_from(found).get(entry.name, [])) or "nothing"))
+    print_lines(console, json.dumps(dict(entry.manifest), indent=2))
+    print_lines(console, "made from: " + (", ".join(entry.upstream) or "nothing in the store"))
+    print_lines(console, "made from it: " + (", ".join(made_from(found).get(entry.name, [])) or "nothing"))
     needs, _ = needs_of_runs(root)
     runs = sorted(str(folder) for folder, artifacts in needs.items() if entry.name in artifacts)
-    console.print("needed by: " + (", ".join(runs) or "no run"))
+    print_lines(console, "needed by: " + (", ".join(runs) or "no run"))
     return 0
 
 
@@ -93,16 +97,16 @@ def _verify(root: Path, options: argparse.Namespace) -> int:
     """Read every file of the chosen artifacts again; print those that are not as they were made."""
     found = entries(root)
     chosen = _chosen(found, options.keys) if options.keys else found
-    console = _console()
+    console = open_console()
     num_damaged = 0
     for entry in chosen:
         problems = _problems(entry)
         num_damaged += bool(problems)
         for problem in problems:
-            console.print(f"{entry.name} is damaged: {problem}")
+            print_lines(console, f"{entry.name} is damaged: {problem}")
     checked = f"{_count(len(chosen), 'artifact')}, {_size(sum(entry.num_bytes for entry in chosen))}"
     again = "; a run that needs them moves them aside and makes them again" if num_damaged else ""
-    console.print(f"{checked} read, {num_damaged} damaged{again}")
+    print_lines(console, f"{checked} read, {num_damaged} damaged{again}")
     return DAMAGE if num_damaged else 0
 
 
@@ -110,19 +114,19 @@ def _collect_garbage(root: Path, options: argparse.Namespace) -> int:
     """Print what nothing needs, and remove it if that was asked for."""
     also = [entry.name for entry in _chosen(entries(root), options.also)] if options.also else []
     garbage = find_garbage(root, also)
-    console = _console()
+    console = open_console()
     for entry in garbage.artifacts:
         why = "was asked for" if entry.name in also else "no run needs it"
-        console.print(f"{entry.name}, {_size(entry.num_bytes)}: {entry.problem or why}")
+        print_lines(console, f"{entry.name}, {_size(entry.num_bytes)}: {entry.problem or why}")
     for copy in garbage.copies:
-        console.print(f"{copy.parent.name}/{copy.name}, {_size(size_of(copy))}: a damaged copy")
+        print_lines(console, f"{copy.parent.name}/{copy.name}, {_size(size_of(copy))}: a damaged copy")
     what = f"{_count(len(garbage.artifacts), 'artifact')}, {_size(garbage.num_bytes)} in all"
     if not options.delete:
-        console.print(f"{what}; nothing is removed without --delete")
+        print_lines(console, f"{what}; nothing is removed without --delete")
         return 0
     removed = remove_garbage(root, garbage, also)
     kept = [entry.name for entry in garbage.artifacts if entry.path not in removed]
-    console.print(f"{what}; removed" + (f", except for {', '.join(kept)}: in use" if kept else ""))
+    print_lines(console, f"{what}; removed" + (f", except for {', '.join(kept)}: in use" if kept else ""))
     return 0
 
 
@@ -181,10 +185,6 @@ def _parser() -> argparse.ArgumentParser:
     collect.add_argument("--also", nargs="+", default=[], metavar="KEY", help="although a run needs it")
     collect.set_defaults(do=_collect_garbage)
     return parser
-
-
-def _console() -> Console:
-    return Console(soft_wrap=True, markup=False, highlight=False, emoji=False)
 
 
 def _count(number: int, one: str, many: str = "") -> str:

@@ -45,7 +45,9 @@ def tiny_steps(seed: int) -> list[Made]:
     tokens = TokenWindows(torch.randint(0, 9, (2, 4), generator=generator))
     plan = Plan({1: values_EF > values_EF.min()})
     repaired = Pruning(plan, {1: {"down_proj": torch.rand(plan.num_kept, 4, generator=generator)}})
-    calibrate = Origin("calibrate", 1, {"seed": seed, "share": 0.1}, {})
+    calibrate = Origin(
+        "calibrate", 1, {"seed": seed, "share": 0.1, "num_samples": 2, "sequence_length": 4}, {}
+    )
     score = Origin("score", 1, {"criterion": {"name": "heapr"}}, {"calibrate": calibrate.key})
     prune = Origin("prune", 1, {"ratio": 0.2}, {"score": score.key})
     evaluate = Origin("evaluate", 1, {"evaluator": {}}, {"prune": prune.key})
