@@ -11,19 +11,22 @@ import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from heapr import artifacts
 from heapr.experiment import Experiment
 from heapr.gpu_slots import gpu_slot
-from heapr.manifest import environment
+from heapr.measure import machine
+from heapr.os_errors import one_line_about
 from heapr.pipeline import Pipeline
 from heapr.prepare import prepare
 from heapr.ranks import ONE_PROCESS, Ranks
 from heapr.ready import make_ready
 from heapr.report.run.protocol import protocol_differences
 from heapr.schema import ExperimentConfig
+from heapr.store.manifest import versions
 from heapr.tracking import values
 from heapr.tracking.open_tracker import open_tracker
 from heapr.tracking.tracker import DENSE, Run, Several, Tracker
@@ -68,11 +71,18 @@ def run(
         ranks: the processes that share the work, all of which call this.
 
     Raises:
-        ConfigError: the user's mistake, found before the first expensive step.
+        ConfigError: the user's mistake, found before the first expensive step; or no space, or permission
+            lost, at any time: what was finished is kept.
         FloatingPointError: NaN or infinity; the message says where.
     """
+    with one_line_about(Path(config.paths.outputs)), one_line_about(folder):
+        return _run(config, folder, sweep=sweep, ranks=ranks)
+
+
+def _run(config: ExperimentConfig, folder: Path, *, sweep: str | None, ranks: Ranks) -> Summary:
     started = time.perf_counter()
     experiment = prepare(config, ranks=ranks)
+    experiment.store.refer(folder, [step.origin for step in experiment.steps])
     tokens = make_ready(experiment)
     logger.info("%-9s %s, results in %s", "run", experiment.name, folder)
     resolved = asdict(config)
@@ -96,11 +106,24 @@ def run(
         protocols=protocols,
         stages=pipeline.stages,
         config=resolved,
-        environment=environment(experiment.device) | {"seconds": seconds},
+        environment=_environment(experiment, seconds),
     )
     if experiment.ranks.is_first:
         artifacts.write_summary(folder, asdict(summary))
     return summary
+
+
+def _environment(experiment: Experiment, seconds: float) -> dict[str, Any]:
+    """With what and where a run was made, and how long it took."""
+    own = {"version": _own_version(), "machine": machine(experiment.device), "seconds": seconds}
+    return own | versions()
+
+
+def _own_version() -> str:
+    try:
+        return version("heapr")
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _tracker(experiment: Experiment, tracked: Run, folder: Path) -> AbstractContextManager[Tracker]:

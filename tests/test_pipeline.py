@@ -79,7 +79,7 @@ def test_artifacts_follow_the_contract(experiment: Experiment) -> None:
     )
 
     written = json.loads((experiment.folder / "run" / "summary.json").read_text())
-    assert written.keys() == {"metrics", "protocols", "stages", "config"}
+    assert written.keys() == {"metrics", "protocols", "stages", "config", "environment"}
     assert written["metrics"] == summary.metrics
     assert all(
         isinstance(value, int | float) for values in written["metrics"].values() for value in values.values()
