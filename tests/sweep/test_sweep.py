@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from heapr.errors import ConfigError
-from heapr.sweep.collect import Record, collect_jobs
+from heapr.sweep.collect import Record, collect_jobs, newest_sweep
 from heapr.sweep.command_line import keep_results, main
 from heapr.sweep.launch import launch, new_folder
 from tests.command import ROOT, run_here
@@ -230,3 +230,17 @@ def test_the_command_line_answers_a_mistake_in_one_line(tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False)
     assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1
     assert "did you mean ratio_curve?" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "content", [b"{", b"null", b"[]", b"\xff", b'{"experiment": "criteria"}', b"[" * 100_000]
+)
+def test_a_damaged_record_hides_no_other_sweep(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes
+) -> None:
+    for name in ("2026-01-01", "2026-01-02"):
+        (tmp_path / name).mkdir()
+        Record("criteria", "tiny", "python sweep.py", name, []).write(tmp_path / name)
+    (tmp_path / "2026-01-02" / "sweep.json").write_bytes(content)
+    assert newest_sweep(tmp_path, "criteria", "tiny") == tmp_path / "2026-01-01"
+    assert "2026-01-02/sweep.json' is damaged" in caplog.text
