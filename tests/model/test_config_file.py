@@ -187,7 +187,7 @@ def test_of_a_wrapper_the_language_model_is_left_and_the_card_says_so(
     )
     assert "as the original model does" not in card
     source = find_model(str(checkpoint), dtype="float32")
-    assert source.left_out == []
+    assert source.remarks == []
     source.load(torch.device("cpu"))
 
 

@@ -80,7 +80,8 @@ def test_quantised_weights_are_refused_whatever_the_configuration_says(
         "heapr.model.load.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("it was loaded")
     )
     with pytest.raises(
-        ConfigError, match=rf"are quantised \(.*{message}.*\), and gradients need them whole; give a bfloat16"
+        ConfigError,
+        match=rf"are quantised \(.*{message}.*\), config.json has no quantization_config that says how, and gradients need them whole; give a bfloat16",
     ) as caught:
         find_model(str(folder), dtype="float32").load(torch.device("cpu"))
     assert "\n" not in str(caught.value)
@@ -108,7 +109,7 @@ def test_unknown_tensors_are_warned_of_once_with_their_number(
         str(changed(tmp_path / "model", **{name: torch.ones(2) for name in names})), dtype="float32"
     )
     source.load(torch.device("cpu"))
-    _ = source.left_out
+    _ = source.remarks
     (warning,) = [
         record.message
         for record in caplog.records
@@ -178,4 +179,4 @@ def test_prediction_heads_are_said_to_be_left_out_and_not_promised(
     )
     assert json.loads((checkpoint / "config.json").read_text())[field] == 0
     assert "Heads that predict further tokens are not in it." in (checkpoint / "README.md").read_text()
-    assert find_model(str(checkpoint), dtype="float32").left_out == []
+    assert find_model(str(checkpoint), dtype="float32").remarks == []

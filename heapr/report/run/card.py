@@ -90,6 +90,11 @@ def _loading(about: Mapping[str, Any]) -> str:
     wrapper = about.get("language_model_of")
     how = "as a language model" if wrapper else "as the original model does"
     text = Template(LOADING[about["form"]]).substitute(how=how)
+    if "dequantised_from" in about:
+        text += (
+            f"The original weights are quantised ({about['dequantised_from']}). They were dequantised before"
+            f" pruning, and these are written as {about['pruned_from']['dtype']}.\n"
+        )
     missing = []
     if wrapper:
         missing.append(f"of the original `{wrapper}` only the language model is in it")
