@@ -277,7 +277,7 @@ def test_two_models_that_do_not_fit_are_answered_in_one_line(
         loaded.append(1)
         return load(*arguments, **settings)
 
-    monkeypatch.setattr("heapr.model.load.AutoModelForCausalLM.from_pretrained", load_one)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", load_one)
     with pytest.raises(
         ConfigError, match="do not fit on 'cpu' together; leave out .* evaluation.fidelity=null"
     ) as caught:

@@ -15,11 +15,11 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedModel
 
 from heapr.errors import ConfigError
+from heapr.model.auto_class import CAUSAL_LM
 from heapr.model.config_file import write_config
 from heapr.model.description import GENERATION_FILE, copy_tokenizer
 from heapr.model.model_files import write_index
 from heapr.model.modelling_file import (
-    CAUSAL_LM,
     RAGGED_PREFIX,
     auto_map,
     family_classes,

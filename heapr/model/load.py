@@ -18,11 +18,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from heapr.errors import ConfigError, TooLargeError
 from heapr.hub import hub_is_reachable
+from heapr.model.auto_class import CAUSAL_LM, auto_class, auto_class_name
 from heapr.model.config_file import prediction_heads
 from heapr.model.description import CONFIG_FILE, UNUSABLE, read_config, read_tokenizer
 from heapr.model.find_folder import download, find_folder, is_on_hub
@@ -37,7 +38,7 @@ from heapr.model.model_files import (
     shards_of,
     weight_files,
 )
-from heapr.model.moe import MoEModel, experts_per_token, find_moe_layers
+from heapr.model.moe import MoEModel, experts_per_token, find_moe_layers, layers_name_of
 from heapr.model.quantised import (
     Quantization,
     dequantising,
@@ -47,7 +48,7 @@ from heapr.model.quantised import (
     with_quantization,
 )
 from heapr.model.residency import Streamed
-from heapr.model.tensors import check_tensors, report_left_out
+from heapr.model.tensors import carried_over, check_tensors, report_left_out
 from heapr.model.weights import LayerWeights
 from heapr.words import first_line
 
@@ -66,8 +67,7 @@ class ModelSource:
         dtype: of the loaded weights.
         stored_dtype: of the files, as config.json says; None if it does not.
         config: transformers' configuration.
-        architecture: name of the model's class; for a wrapper, such as one with vision, the class of its
-            language model.
+        architecture: name of the model's class.
         widths: atomic experts of every expert, by decoder layer index.
         atomic_expert_parameters: parameters removed with one atomic expert, by decoder layer index.
         experts_per_token: K.
@@ -133,24 +133,33 @@ class ModelSource:
         """
         model = self.on_meta().model
         left_out = check_tensors(model, read_headers(self.folder), self.folder, self.quantization)
-        for line in self.on_quantization:
+        lines = self.on_quantization
+        if self._is_wrapper:
+            lines += carried_over(model, layers_name_of(model))
+        for line in lines:
             logger.info("%-9s %s", "model", line)
-        return self.on_quantization + report_left_out(left_out, type(model).__name__)
+        return lines + report_left_out(left_out, type(model).__name__)
 
     @property
     def left_behind(self) -> dict[str, str | int]:
         """What a pruned model loses of its configuration: the rest of a wrapper, prediction heads, and
-        quantisation."""
+        quantisation; or which wrapper it is the text decoder of."""
         left_behind: dict[str, str | int] = {}
-        original = next(iter(self.config.architectures or ()), self.architecture)
-        if original != self.architecture:
-            left_behind["language_model_of"] = original
+        if self._is_wrapper and auto_class_name(self.config) == CAUSAL_LM:
+            left_behind["language_model_of"] = type(self.config).__name__.removesuffix("Config")
+        elif self._is_wrapper:
+            left_behind["text_decoder_of"] = self.architecture
         heads = prediction_heads(self.config)
         if heads:
             left_behind["prediction_heads_left_out"] = heads
         if self.quantization is not None:
             left_behind["dequantised_from"] = method_of(self.quantization)
         return left_behind
+
+    @property
+    def _is_wrapper(self) -> bool:
+        """Whether the configuration is one of a language model together with other models."""
+        return self.config.get_text_config() is not self.config
 
     @property
     def num_layers(self) -> int:
@@ -220,7 +229,7 @@ class ModelSource:
     def _load_weights(self, placement: torch.device | str) -> PreTrainedModel:
         try:
             with _bar_on_terminals_only(), dequantising():
-                model, found = AutoModelForCausalLM.from_pretrained(
+                model, found = auto_class(self.config).from_pretrained(
                     self.folder,
                     config=with_quantization(self.config, self.quantization),
                     dtype=self.dtype,
@@ -344,7 +353,7 @@ def _on_meta(
     """
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            model: PreTrainedModel = auto_class(config).from_config(
                 config, dtype=dtype, trust_remote_code=trust_remote_code
             )
     except ValueError as error:

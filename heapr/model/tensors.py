@@ -118,6 +118,26 @@ def report_left_out(left_out: LeftOut, model_name: str) -> list[str]:
     return lines
 
 
+def carried_over(model: PreTrainedModel, layers: str) -> list[str]:
+    """One line about what a wrapper has beside its text decoder, none if that is nothing.
+
+    Args:
+        layers: name of the list of decoder layers in the model.
+    """
+    decoder = layers.rpartition(".")[0]
+    head = model.get_output_embeddings()
+    heads = {id(parameter) for parameter in head.parameters()} if head is not None else set()
+    beside = []
+    for name, parameter in model.named_parameters():
+        if not name.startswith(f"{decoder}.") and id(parameter) not in heads:
+            beside.append(name)
+    if not beside:
+        return []
+    return [
+        f"only the text decoder of {type(model).__name__} is pruned; {_summary(beside)} are carried over unchanged"
+    ]
+
+
 def _check_scales(
     left_out: LeftOut, headers: Headers, folder: Path, quantization: Quantization | None
 ) -> None:
@@ -244,8 +264,8 @@ def _without_memory(headers: Headers) -> Iterator[tuple[str, Tensor]]:
 
 def _quantised(folder: Path, what: str) -> str:
     return (
-        f"{quantised(folder, what)}, config.json has no quantization_config that says how, and gradients need them"
-        " whole; give a bfloat16 or float32 copy"
+        f"{quantised(folder, what)}, config.json has no quantization_config that says how, and gradients need"
+        " them whole; give a bfloat16 or float32 copy"
     )
 
 

@@ -58,7 +58,7 @@ def write_fp8(folder: Path, family: str) -> Tensors:
     weights = load_file(folder / WEIGHTS)
     files, whole = dict(weights), dict(weights)
     for name, weight in weights.items():
-        if ".layers." in name and name.endswith("_proj.weight") or "kv_a_proj" in name:
+        if (".layers." in name and name.endswith("_proj.weight")) or "kv_a_proj" in name:
             files[name], scales, whole[name] = eight_bits(weight)
             files[f"{name}_scale_inv"] = scales
     finish(folder, files, FP8)

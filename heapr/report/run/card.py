@@ -95,6 +95,11 @@ def _loading(about: Mapping[str, Any]) -> str:
             f"The original weights are quantised ({about['dequantised_from']}). They were dequantised before"
             f" pruning, and these are written as {about['pruned_from']['dtype']}.\n"
         )
+    if "text_decoder_of" in about:
+        text += (
+            f"It is a `{about['text_decoder_of']}` as the original: `AutoModelForImageTextToText` loads it too."
+            " The text decoder was pruned, everything else is unchanged.\n"
+        )
     missing = []
     if wrapper:
         missing.append(f"of the original `{wrapper}` only the language model is in it")
