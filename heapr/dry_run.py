@@ -131,7 +131,10 @@ def dry_run(config: ExperimentConfig) -> DryRun:
     source, budget = experiment.source, experiment.budget
     notes += experiment.notes_on_budget
     model = source.on_meta()
-    notes += source.remarks if source.has_weights else source.on_quantization
+    if source.has_weights:
+        notes += source.remarks + experiment.notes_on_heads
+    else:
+        notes += source.on_quantization
     if "hub" not in source.identity and not source.has_weights:
         notes.append(
             f"'{source.folder}' holds no weights; the keys will change when they are there, because weights"

@@ -42,6 +42,8 @@ def make_ready(experiment: Experiment) -> TokenWindows | None:
             experiment.source.fetch()
     if experiment.source.has_weights:  # otherwise they are fetched, and checked, when the model is loaded
         _ = experiment.source.remarks
+        for note in experiment.notes_on_heads:
+            logger.info("%-9s %s", "prune", note)
     for note in experiment.notes_on_budget:
         logger.info("%-9s %s", "prune", note)
     _check_placement(missing, experiment)

@@ -27,8 +27,21 @@ def sections(*lengths: int) -> dict[str, object]:
     return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(lengths)}
 
 
-TOWERS = {"aria": "idefics3_vision", "mistral3": "pixtral", "mistral_large4": "pixtral"}  # that could be others
-TOKENS = ("image", "video", "audio", "vision", "boi", "eoi", "boa", "eoa")  # of which configurations give numbers
+TOWERS = {
+    "aria": "idefics3_vision",
+    "mistral3": "pixtral",
+    "mistral_large4": "pixtral",
+}  # that could be others
+TOKENS = (
+    "image",
+    "video",
+    "audio",
+    "vision",
+    "boi",
+    "eoi",
+    "boa",
+    "eoa",
+)  # of which configurations give numbers
 WRAPPERS: dict[str, dict[str, object]] = {  # model type -> what its text part needs beyond the common settings
     "aria": FAMILIES["aria"],
     "deepseek_ocr2": {**DENSE_THEN_SPARSE, "num_key_value_heads": 2},
@@ -72,8 +85,8 @@ def wrapper_config(model_type: str, **changes: object) -> PretrainedConfig:
     for name, part in config_class.sub_configs.items():
         if name == "text_config":
             text = WRAPPERS[model_type]
-            part = CONFIG_MAPPING[str(text["model_type"])] if "model_type" in text else part
-            parts[name] = {**_known(COMMON, part), **text, **changes}
+            text_part = CONFIG_MAPPING[str(text["model_type"])] if "model_type" in text else part
+            parts[name] = {**_known(COMMON, text_part), **text, **changes}
         else:
             kind = TOWERS.get(model_type)
             parts[name] = {**_tower(CONFIG_MAPPING[kind]), "model_type": kind} if kind else _tower(part)

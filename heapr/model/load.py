@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from heapr.errors import ConfigError, TooLargeError
 from heapr.hub import hub_is_reachable
-from heapr.model.auto_class import CAUSAL_LM, auto_class, auto_class_name
+from heapr.model.auto_class import CAUSAL_LM, WRAPPER, auto_class, auto_class_name
 from heapr.model.config_file import prediction_heads
 from heapr.model.description import CONFIG_FILE, UNUSABLE, read_config, read_tokenizer
 from heapr.model.find_folder import download, find_folder, is_on_hub
@@ -38,7 +38,7 @@ from heapr.model.model_files import (
     shards_of,
     weight_files,
 )
-from heapr.model.moe import MoEModel, experts_per_token, find_moe_layers, layers_name_of
+from heapr.model.moe import OTHER_PARTS, MoEModel, experts_per_token, find_moe_layers, layers_name_of
 from heapr.model.quantised import (
     Quantization,
     dequantising,
@@ -48,7 +48,7 @@ from heapr.model.quantised import (
     with_quantization,
 )
 from heapr.model.residency import Streamed
-from heapr.model.tensors import carried_over, check_tensors, report_left_out
+from heapr.model.tensors import LeftOut, carried_over, check_tensors, names_in_files, report_left_out
 from heapr.model.weights import LayerWeights
 from heapr.words import first_line
 
@@ -131,8 +131,8 @@ class ModelSource:
         Raises:
             ConfigError: the weights cannot be dequantised, or do not fit the configuration.
         """
+        left_out = self._left_out
         model = self.on_meta().model
-        left_out = check_tensors(model, read_headers(self.folder), self.folder, self.quantization)
         lines = self.on_quantization
         if self._is_wrapper:
             lines += carried_over(model, layers_name_of(model))
@@ -140,18 +140,28 @@ class ModelSource:
             logger.info("%-9s %s", "model", line)
         return lines + report_left_out(left_out, type(model).__name__)
 
+    @cached_property
+    def heads(self) -> tuple[str, ...]:
+        """The tensors in the folder of heads that predict further tokens; no model here computes with them."""
+        if not prediction_heads(self.config):
+            return ()
+        known = [name for name in self._left_out.known if not OTHER_PARTS.search(name)]
+        model, headers = self.on_meta().model, read_headers(self.folder)
+        return tuple(names_in_files(model, headers, known, self.quantization))
+
+    @cached_property
+    def _left_out(self) -> LeftOut:
+        return check_tensors(self.on_meta().model, read_headers(self.folder), self.folder, self.quantization)
+
     @property
-    def left_behind(self) -> dict[str, str | int]:
-        """What a pruned model loses of its configuration: the rest of a wrapper, prediction heads, and
-        quantisation; or which wrapper it is the text decoder of."""
-        left_behind: dict[str, str | int] = {}
+    def left_behind(self) -> dict[str, str]:
+        """What a pruned model loses of its configuration: the rest of a wrapper, and quantisation; or which
+        wrapper it is the text decoder of."""
+        left_behind: dict[str, str] = {}
         if self._is_wrapper and auto_class_name(self.config) == CAUSAL_LM:
             left_behind["language_model_of"] = type(self.config).__name__.removesuffix("Config")
         elif self._is_wrapper:
             left_behind["text_decoder_of"] = self.architecture
-        heads = prediction_heads(self.config)
-        if heads:
-            left_behind["prediction_heads_left_out"] = heads
         if self.quantization is not None:
             left_behind["dequantised_from"] = method_of(self.quantization)
         return left_behind
@@ -304,6 +314,8 @@ def find_model(
     identity["dtype"] = dtype
     if trust_remote_code:
         identity["remote_code"] = "trusted"
+    if auto_class_name(config) == WRAPPER:
+        identity["loaded_as"] = type(model).__name__
     widths = {layer.index: layer.widths for layer in layers}
     atomic_expert_parameters = {layer.index: layer.atomic_expert_parameters for layer in layers}
     return ModelSource(

@@ -210,8 +210,8 @@ class _Dequantize(Fp8Dequantize):  # type: ignore[misc]
 
 def _cast(value: Tensor | list[Tensor], dtype: torch.dtype | None) -> Tensor | list[Tensor]:
     if isinstance(value, list):
-        return [tensor.to(dtype) for tensor in value]
-    return value.to(dtype)
+        return [tensor.to(dtype=dtype) for tensor in value]
+    return value.to(dtype=dtype)
 
 
 def _missing(length: int, block: int, num_blocks: int) -> int:

@@ -20,7 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.core_model_loading import WeightConverter, WeightTransform
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    dot_natural_key,
+    rename_source_key,
+)
 from transformers.utils import logging as transformers_logging
 
 from heapr.errors import ConfigError
@@ -28,6 +34,7 @@ from heapr.model.model_files import Headers
 from heapr.model.quantised import (
     Quantization,
     check_modules,
+    conversions_of,
     dequantising,
     method_of,
     quantised,
@@ -102,20 +109,38 @@ def report_left_out(left_out: LeftOut, model_name: str) -> list[str]:
     """
     lines = []
     if left_out.known:
-        line = (
-            f"{model_name} leaves out what it has no part for: {_summary(left_out.known)}; the pruned model"
-            " will not have it"
-        )
+        line = f"{model_name} leaves out what it has no part for: {summary(left_out.known)}"
         logger.info("%-9s %s", "model", line)
         lines.append(line)
     if left_out.unknown:
         line = (
             f"{len(left_out.unknown)} tensors in the files are unknown to {model_name} and not used:"
-            f" {_summary(left_out.unknown)}"
+            f" {summary(left_out.unknown)}"
         )
         logger.warning("%s", line)
         lines.append(line)
     return lines
+
+
+def names_in_files(
+    model: PreTrainedModel, headers: Headers, names: Iterable[str], quantization: Quantization | None
+) -> Iterator[str]:
+    """The tensors in the files that transformers' conversion, which may merge several into one, makes into
+    tensors of these names.
+
+    Args:
+        model: on the meta device.
+        headers: the headers of its files.
+    """
+    wanted = set(names)
+    conversions, _ = conversions_of(model, quantization)
+    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+    converters = [each for each in conversions if isinstance(each, WeightConverter)]
+    known = model.state_dict()
+    for name in sorted(headers, key=dot_natural_key):
+        target, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        if target in wanted:
+            yield name
 
 
 def carried_over(model: PreTrainedModel, layers: str) -> list[str]:
@@ -134,7 +159,8 @@ def carried_over(model: PreTrainedModel, layers: str) -> list[str]:
     if not beside:
         return []
     return [
-        f"only the text decoder of {type(model).__name__} is pruned; {_summary(beside)} are carried over unchanged"
+        f"only the text decoder of {type(model).__name__} is pruned; {summary(beside)} are carried over"
+        " unchanged"
     ]
 
 
@@ -269,7 +295,7 @@ def _quantised(folder: Path, what: str) -> str:
     )
 
 
-def _summary(names: Iterable[str]) -> str:
+def summary(names: Iterable[str]) -> str:
     """How many tensors there are below each part of a model: the four largest parts."""
     counts: Counter[str] = Counter()
     for name in names:

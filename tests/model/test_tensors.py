@@ -150,13 +150,20 @@ HEADS = {
 }
 
 
-@pytest.mark.parametrize("family", HEADS)
-def test_prediction_heads_are_said_to_be_left_out_and_not_promised(
-    family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+CASES = [(family, "masked", None) for family in HEADS] + [
+    ("mellum", "uniform", None),  # without experts
+    ("qwen3_next", "uniform", "their experts have the old shape"),
+    ("qwen3_next", "ragged", "no engine computes with them in pruning.form=ragged"),
+]
+
+
+@pytest.mark.parametrize(("family", "form", "why_left_out"), CASES)
+def test_prediction_heads_are_copied_where_engines_can_use_them_and_else_not_promised(
+    family: str, form: str, why_left_out: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
     tensor, field = HEADS[family]
-    folder = changed(tmp_path / "model", family, **{tensor: torch.ones(2)})
+    folder = changed(tmp_path / "model", family, **{tensor: torch.tensor([3.0, 7.0], dtype=torch.float16)})
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {field: 1}))
     overrides = [
@@ -166,17 +173,28 @@ def test_prediction_heads_are_said_to_be_left_out_and_not_promised(
         *write_texts(tmp_path),
         *NOT_MEASURED,
     ]
-    summary = run_in(tmp_path, *overrides, "pruning.form=masked")
-    place = ".".join(tensor.split(".")[:3]) if "layers" in tensor else "mtp"
-    assert (
-        f"leaves out what it has no part for: 1 below {place}; the pruned model will not have it"
-        in caplog.text
+    scope = (
+        ["pruning.ratio=0.5", "pruning.scope=expert", "pruning.width_multiple=1"] if form == "uniform" else []
     )
-    said = next(record.created for record in caplog.records if "leaves out" in record.message)
+    summary = run_in(tmp_path, *overrides, f"pruning.form={form}", *scope)
+    place = ".".join(tensor.split(".")[:3]) if "layers" in tensor else "mtp"
+    assert f"leaves out what it has no part for: 1 below {place}" in caplog.text
+    what = why_left_out or "are copied into the checkpoint unchanged"
+    said = next(record.created for record in caplog.records if what in record.message)
     assert said < next(record.created for record in caplog.records if record.message.startswith("calibrate"))
     checkpoint = (
         next(Path(stage["path"]) for stage in summary.stages if stage["stage"] == "prune") / "checkpoint"
     )
-    assert json.loads((checkpoint / "config.json").read_text())[field] == 0
-    assert "Heads that predict further tokens are not in it." in (checkpoint / "README.md").read_text()
-    assert find_model(str(checkpoint), dtype="float32").remarks == []
+    number = json.loads((checkpoint / "config.json").read_text())[field]
+    found = load_file(checkpoint / WEIGHTS)
+    card = (checkpoint / "README.md").read_text()
+    if why_left_out:
+        assert (
+            number == 0 and tensor not in found and "Heads that predict further tokens are not in it." in card
+        )
+    else:
+        assert number == 1 and "Heads that predict further tokens are the original's, unchanged." in card
+        assert found[tensor].dtype == torch.float16 and found[tensor].tolist() == [3.0, 7.0]
+    source = find_model(str(checkpoint), dtype="float32")
+    source.load(torch.device("cpu"))
+    assert source.heads == (() if why_left_out else (tensor,))

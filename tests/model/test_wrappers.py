@@ -32,7 +32,11 @@ from tests.wrappers import WRAPPERS, tiny_wrapper
 
 CPU = torch.device("cpu")
 IDS_NW = tiny_ids(num_sequences=2, length=10) % 240 + 1  # none stands for an image
-NO_UNIFORM = {"ernie4_5_vl_moe", "inkling_mm_model", "llama4"}  # no field is the width of the text's experts alone
+NO_UNIFORM = {
+    "ernie4_5_vl_moe",
+    "inkling_mm_model",
+    "llama4",
+}  # no field is the width of the text's experts alone
 OTHER_PARTS = ("vision", "visual", "audio", "projector", "resampler", "embed_vision")
 
 

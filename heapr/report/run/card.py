@@ -97,12 +97,14 @@ def _loading(about: Mapping[str, Any]) -> str:
         )
     if "text_decoder_of" in about:
         text += (
-            f"It is a `{about['text_decoder_of']}` as the original: `AutoModelForImageTextToText` loads it too."
-            " The text decoder was pruned, everything else is unchanged.\n"
+            f"It is a `{about['text_decoder_of']}` as the original: `AutoModelForImageTextToText` loads it."
+            " Its text decoder was pruned, everything else is unchanged.\n"
         )
     missing = []
     if wrapper:
         missing.append(f"of the original `{wrapper}` only the language model is in it")
+    if about.get("prediction_heads_kept"):
+        text += "Heads that predict further tokens are the original's, unchanged.\n"
     if about.get("prediction_heads_left_out"):
         missing.append("heads that predict further tokens are not in it")
     sentence = "; ".join(missing)
