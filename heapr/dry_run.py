@@ -132,7 +132,9 @@ def dry_run(config: ExperimentConfig) -> DryRun:
     notes += experiment.notes_on_budget
     model = source.on_meta()
     if source.has_weights:
-        notes += source.left_out
+        notes += source.remarks + experiment.notes_on_heads
+    else:
+        notes += source.on_quantization
     if "hub" not in source.identity and not source.has_weights:
         notes.append(
             f"'{source.folder}' holds no weights; the keys will change when they are there, because weights"

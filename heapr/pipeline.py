@@ -189,7 +189,9 @@ class Pipeline:
 
         def write(folder: Path, model: MoEModel) -> None:
             checkpoint = folder / CHECKPOINT
-            save_checkpoint(model, experiment.source.folder, checkpoint, about=self._about())
+            source = experiment.source
+            heads = source.heads if experiment.heads_left_out is None else ()
+            save_checkpoint(model, source.folder, checkpoint, about=self._about(), carried=heads)
             (checkpoint / CARD).write_text(model_card(self._about(), {}), encoding="utf-8")
             plans = checkpoint / artifacts.PLANS
             plans.mkdir()

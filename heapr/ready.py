@@ -43,7 +43,9 @@ def make_ready(experiment: Experiment) -> TokenWindows | None:
         with ranks.in_turn():
             experiment.source.fetch()
     if experiment.source.has_weights:  # otherwise they are fetched, and checked, when the model is loaded
-        _ = experiment.source.left_out
+        _ = experiment.source.remarks
+        for note in experiment.notes_on_heads:
+            logger.info("%-9s %s", "prune", note)
     for note in experiment.notes_on_budget:
         logger.info("%-9s %s", "prune", note)
     _check_placement(missing, experiment)

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
@@ -28,6 +27,7 @@ from transformers.modeling_utils import LoadStateDictConfig, LoadStateDictInfo
 
 from heapr.errors import ConfigError
 from heapr.model.heap import trim_heap
+from heapr.model.quantised import Quantization, conversions_of, forget_conversions
 from heapr.model.shards import Shards
 from heapr.model.tensors import silent, without_cpu
 
@@ -46,17 +46,27 @@ class LayerWeights:
         layers: name of its list of decoder layers.
         folder: with its weights.
         device: where they go.
+        quantization: how they are quantised in the files; they are dequantised as they are read.
 
     Raises:
         ConfigError: tensors are missing or of other shapes, or a layer's are stored together with others'.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: str, folder: Path, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: str,
+        folder: Path,
+        device: torch.device,
+        *,
+        quantization: Quantization | None = None,
+    ) -> None:
         self.device = device
         self.shards = Shards(folder)
         self._model = model
         self._layers = layers
-        self._conversions = get_model_conversion_mapping(model)
+        self._quantization = quantization
+        self._conversions, self._quantizer = conversions_of(model, quantization)
         self._merges: dict[str, dict[str, list[str]]] = {}
         self._sources = self._sources_by_part()
         self._empty = self._check_parts()
@@ -175,6 +185,7 @@ class LayerWeights:
                 f"the weights of {type(self._model).__name__} do not fit its config.json: missing keys"
                 f" {missing[0]} and {len(missing) - 1} more; get them again"
             )
+        forget_conversions(self._model, self._quantization)
         self._model.requires_grad_(False)
 
     def _load(self, part: int, *, on_meta: bool = False) -> set[str]:
@@ -200,6 +211,7 @@ class LayerWeights:
                     f"the weights of {type(self._model).__name__} do not fit its config.json: {problems[0]}"
                 )
             loaded |= self._model.state_dict().keys() - info.missing_keys
+        forget_conversions(self._model, self._quantization)
         return loaded
 
     def _merge(self, target: str) -> None:
@@ -226,6 +238,7 @@ class LayerWeights:
             dtype=dtype,
             dtype_plan=self._model._get_dtype_plan(dtype),
             weight_mapping=conversions,
+            hf_quantizer=self._quantizer,
         )
 
     def _read(self, group: str, names: Sequence[str]) -> dict[str, Any]:
@@ -262,3 +275,7 @@ class _Lazy:
 
     def __getitem__(self, _: Any) -> Tensor:
         return self._shards.read(self._name)
+
+    def get_dtype(self) -> str:
+        """Of safetensors' names, the letter that quantizers look at: F for floating point."""
+        return "F" if self._shards.place(self._name).dtype.is_floating_point else "I"

@@ -336,7 +336,7 @@ class FamilyContract:
         dense.save_pretrained(tmp_path)
         source = find_model(str(shutil.copytree(original, tmp_path, dirs_exist_ok=True)), dtype="float32")
         headers = read_headers(tmp_path)
-        assert source.left_out == [] and len(headers) > 10
+        assert source.remarks == [] and len(headers) > 10
         weights = [name for name in headers if name.endswith(("weight", "proj"))]
         name = max(weights, key=lambda name: math.prod(headers[name]["shape"]))
         eight_bits = {**headers, name: {**headers[name], "dtype": "F8_E4M3"}}
