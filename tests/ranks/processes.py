@@ -1,7 +1,7 @@
 """Start the ranks of one experiment, with the environment that torchrun gives them.
 
 They are forked from one process that has imported everything, because imports take longer than all that is
-tested here; each has a meeting point, an environment, a stderr and an exit code of its own.
+tested here; each has an environment, an output and an exit code of its own.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ IMPORTED = ["tests.ranks.failing", "tests.ranks.several_runs", "lm_eval", "trans
 
 
 class Started(NamedTuple):
-    """A rank that runs, and what it writes on stderr."""
+    """A rank that runs, and the file that gets its stdout and stderr."""
 
     process: ForkServerProcess
-    stderr: Path
+    output: Path
 
 
 def free_port() -> int:
@@ -51,20 +51,20 @@ def start(
     started = []
     for rank in range(size):
         environment = {**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        stderr = folder / f"{rank}.txt"
-        process = context.Process(target=_run, args=(environment, stderr, function, arguments))
+        output = folder / f"{rank}.txt"
+        process = context.Process(target=_run, args=(environment, output, function, arguments))
         process.start()
-        started.append(Started(process, stderr))
+        started.append(Started(process, output))
     return started
 
 
 def _run(
-    environment: Mapping[str, str], stderr: Path, function: Callable[..., None], arguments: tuple[Any, ...]
+    environment: Mapping[str, str], output: Path, function: Callable[..., None], arguments: tuple[Any, ...]
 ) -> None:
     """Call a function as if it were a program of its own, and end the process as Python ends one."""
     os.environ.update(environment)
     os.chdir(ROOT)
-    with stderr.open("w") as file:
+    with output.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115 - until the process ends
@@ -77,21 +77,22 @@ def _run(
         traceback.print_exc()
         code = 1
     atexit._run_exitfuncs()
+    sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def finish(started: list[Started], seconds: float) -> list[tuple[int, str]]:
-    """Exit code (minus the signal's number if one ended it) and stderr of every rank; none is left behind.
+    """Exit code (minus the signal's number if one ended it) and output of every rank; none is left behind.
 
     Raises:
         AssertionError: one has not ended by itself.
     """
     try:
-        for process, stderr in started:
+        for process, output in started:
             process.join(seconds)
-            assert process.exitcode is not None, f"{process.name} hangs: {stderr.read_text()}"
-        return [(int(process.exitcode or 0), stderr.read_text()) for process, stderr in started]
+            assert process.exitcode is not None, f"{process.name} hangs: {output.read_text()}"
+        return [(int(process.exitcode or 0), output.read_text()) for process, output in started]
     finally:
         for process, _ in started:
             process.kill()

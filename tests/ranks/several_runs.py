@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -44,6 +46,12 @@ def main(folder: Path, experiments: dict[str, list[str]], kill: Kill | None = No
             summary = run(config, run_folder, ranks=ranks)
             found = {"metrics": asdict(summary)["metrics"], "records": len(records) - before}
             (folder / name / f"rank-{ranks.rank}.json").write_text(json.dumps(found))
+
+
+def command(arguments: list[str]) -> None:
+    """`python run.py <arguments>`, as torchrun starts it."""
+    sys.argv = ["run.py", *arguments]
+    runpy.run_path("run.py", run_name="__main__")
 
 
 def counted(kind: type, method: str, *, fatal: int | None = None) -> list[None]:

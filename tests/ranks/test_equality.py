@@ -135,3 +135,19 @@ def test_more_ranks_than_batches_find_what_one_process_finds(tmp_path: Path) -> 
     ended = finish(started, 150)
     assert [code for code, _ in ended] == [0] * 3, ended
     assert_same(tmp_path / "several" / "idle", tmp_path / "alone", size=3, tolerance=ROUNDING)
+
+
+@pytest.mark.slow
+def test_rank_0_alone_writes_and_prints(tmp_path: Path) -> None:
+    """As torchrun starts run.py; the second time everything is found."""
+    model, outputs = f"model.path={write_model(tmp_path / 'model')}", tmp_path / "outputs"
+    texts = [text for text in write_texts(tmp_path) if "evaluation" not in text]
+    options = ["model=hf", model, *texts, "evaluation=none", "tracking=none", f"paths.outputs={outputs}"]
+    for number in (1, 2):
+        ended = finish(start(2, several_runs.command, options), 60)
+        assert [code for code, _ in ended] == [0, 0], ended
+        (_, first), (_, second) = ended
+        assert first.count("dense vs. pruned") == 1
+        assert second == ""
+        assert len([*outputs.glob("runs/*/summary.json")]) == len([*outputs.glob("runs/*")]) == number
+    assert first.count("cached") >= len(["calibrate", "score", "prune"])

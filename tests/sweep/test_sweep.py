@@ -19,6 +19,7 @@ import pytest
 
 from heapr.errors import ConfigError
 from heapr.sweep.collect import Record, collect_jobs
+from heapr.overrides import LAUNCHER_EXTRAS
 from heapr.sweep.command_line import keep_results, main
 from heapr.sweep.launch import launch, new_folder
 from tests.command import ROOT, run_here
@@ -230,3 +231,19 @@ def test_the_command_line_answers_a_mistake_in_one_line(tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False)
     assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1
     assert "did you mean ratio_curve?" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("launcher", "extra"),
+    [("joblib", "joblib"), ("submitit_local", "slurm"), ("submitit_slurm", "slurm"), ("ray", "ray")],
+)
+def test_a_launcher_that_is_not_installed_is_refused_with_its_extra(
+    launcher: str, extra: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in LAUNCHER_EXTRAS:
+        monkeypatch.setitem(sys.modules, f"hydra_plugins.{module}", None)
+    assert f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text()
+    assert sweep("experiment=ratio_curve", "model=tiny", "pruning.ratio=0.1", f"launcher={launcher}") == 2
+    message = capsys.readouterr().err
+    assert message.endswith(f"install it: pip install 'heapr[{extra}]'\n")
+    assert message.count("\n") == 1
