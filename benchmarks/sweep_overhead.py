@@ -1,8 +1,8 @@
 """What a job of a sweep costs outside its stages: composing, checking, loading, reporting.
 
 Run:  python benchmarks/sweep_overhead.py
-Out:  for a process of its own per job, for the basic launcher and, if it is installed, for joblib: seconds per
-      job outside the stages, also as a share of the first; and by how much a sweep's process grows per job.
+Out:  for a process of its own per job, the basic launcher and, if it is installed, joblib: seconds per job
+      outside the stages, also as a share of the first; and by how much a sweep's process grows per job.
 
 Jobs prune the built-in model by different ratios. In sweeps, starting and the first jobs, which import what
 later ones find, are not counted: the figure is the slope from a few jobs to all.

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from heapr.errors import ConfigError
-from heapr.sweep.collect import Record, collect_jobs
 from heapr.overrides import LAUNCHER_EXTRAS
+from heapr.sweep.collect import Record, collect_jobs
 from heapr.sweep.command_line import keep_results, main
 from heapr.sweep.launch import launch, new_folder
 from tests.command import ROOT, run_here
