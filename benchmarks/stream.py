@@ -166,7 +166,7 @@ def measure(arguments: argparse.Namespace, shape: Shape) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=arguments.folder.parent) as folder, PeakMeter() as meter:
         started = time.perf_counter()
         if arguments.streamed:
-            model = source.stream(CPU, tapes=Path(folder) / "tapes")
+            model = source.stream(CPU, tapes=Path(folder) / "tapes", read_ahead=arguments.read_ahead)
             model.reads = [[layer - 1] if layer else [] for layer in range(shape.layers + 1)]
         else:
             model = source.load(CPU)
@@ -312,6 +312,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", choices=WORK)
     parser.add_argument("--streamed", action="store_true")
     parser.add_argument("--cold", action="store_true")
+    parser.add_argument("--read-ahead", action="store_true", help="the next layer, in a thread")
     parser.add_argument("--growth", action="store_true", help="how streamed calibration grows instead")
     parser.add_argument("--limit", type=int, default=0)
     parser.add_argument("--dtype", default="float32", help="of the weights in memory")

@@ -150,13 +150,16 @@ class ModelSource:
         model.check_head()
         return model
 
-    def stream(self, device: torch.device, *, tapes: Path | None = None) -> MoEModel:
+    def stream(
+        self, device: torch.device, *, tapes: Path | None = None, read_ahead: bool = False
+    ) -> MoEModel:
         """The model with one decoder layer in memory at a time.
 
         Args:
             device: where a layer goes.
             tapes: folder for what layers put out while they are not in memory; None leaves it in the CPU's
                 memory.
+            read_ahead: read the next layer in a thread while one computes; the CPU's memory then holds it too.
 
         Raises:
             ConfigError: see `load`; or a layer's weights cannot be read by themselves.
@@ -165,7 +168,9 @@ class ModelSource:
         _ = self.left_out
         give_back_freed_memory()
         model = self.on_meta()
-        weights = LayerWeights(model.model, model.layers_name, self.folder, device)
+        weights = LayerWeights(
+            model.model, model.layers_name, self.folder, device, read_ahead=read_ahead
+        )
         return MoEModel(model.model, Streamed(model.decoder_layers, model.layers, weights, tapes))
 
     def fetch(self) -> None:
