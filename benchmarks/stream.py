@@ -33,6 +33,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from heapr.calibration.collector import collect
 from heapr.model.checkpoint import save_checkpoint
 from heapr.model.footprint import batch_bytes, footprint, free_memory, loading_factor
+from heapr.model.kernels import kernels_of
 from heapr.model.load import ModelSource, find_model
 from heapr.model.loss import next_token_loss
 from heapr.model.moe import MoEModel
@@ -224,6 +225,7 @@ def predicted(source: ModelSource, shape: Shape, *, is_streamed: bool) -> Placem
         kept=KEPT,
         activations=batch_bytes(model, shape.batch_size, shape.length),
         statistics=sum(layer.num_bytes for layer in statistics),
+        kernels=kernels_of(CPU, source.dtype, is_streamed=is_streamed),
         num_batches=len(batches_of(shape)),
         loading=loading_factor(CPU, source.stored_dtype, source.dtype),
         free=0,

@@ -18,6 +18,7 @@ from heapr.artifacts import CHECKPOINT_PART, REPAIR_PART
 from heapr.errors import ConfigError
 from heapr.model.check_walk import check_streamed, check_walk
 from heapr.model.footprint import BUFFERS, Footprint, batch_bytes, footprint, free_memory, loading_factor
+from heapr.model.kernels import Kernels, kernels_of
 from heapr.model.load import ModelSource
 from heapr.model.moe import MoEModel
 from heapr.model.passes import Way
@@ -32,6 +33,7 @@ AUTO, RAM = "auto", "ram"
 TAPES, WALKS = ".tapes", ".walks"  # below the folder of results
 # Activations of a batch are surely below so many times its hidden states behind all layers.
 SURELY_BELOW = 64
+LARGEST_SHARE = 5  # the most tokens that an expert gets in practice, divided by the mean
 MAX_MAPS = 60_000  # files that one process can have mapped on Linux, less some
 GB = 1e9
 CALIBRATE, REPAIR, CHECKPOINT = "calibrate", REPAIR_PART, CHECKPOINT_PART
@@ -52,6 +54,7 @@ class Placement:
         kept: share of the atomic experts that stays.
         activations: bytes that a batch holds between forward and backward in memory; None if not known.
         statistics: bytes of the calibration statistics.
+        kernels: that products leave behind.
         num_batches: of the calibration, of one of several processes.
         loading: memory that loading the whole model takes, divided by its weights.
         free: bytes free on the device.
@@ -66,6 +69,7 @@ class Placement:
     kept: float
     activations: int | None
     statistics: int
+    kernels: Kernels
     num_batches: int
     loading: float
     free: int
@@ -95,6 +99,9 @@ class Placement:
             stage: one of `MEMORY_STAGES`.
         """
         working = self._working_bytes(stage) | {"buffers": BUFFERS}
+        kernels = self.kernels.num_bytes(self._num_shapes(stage))
+        if kernels:
+            working["kernels"] = kernels
         if self.is_streamed:
             return {"beside the layers": self.sizes.beside, "one layer": self.sizes.layer} | working
         parts = {"weights": self.sizes.weights} | working
@@ -106,17 +113,33 @@ class Placement:
         """What a stage takes beside weights."""
         cut = round(self.kept * self.sizes.experts)
         after = {"the layer after surgery": cut}
-        columns = cut // 3  # W_down of three matrices, or half of two in experts without a gate
         if stage == REPAIR:
             inputs = 2 * self.sizes.hidden * self.num_batches  # of single batches, and joined
-            return after | {"new columns, twice": 2 * columns, "inputs of the experts": inputs}
+            return after | {"inputs of the experts": inputs}
         if stage == CHECKPOINT:
+            columns = cut // 3  # W_down of three matrices, or half of two in experts without a gate
             return after | {"a copy of its largest tensor": cut - columns}
         if stage == EVALUATE_PRUNED:
             return after | {"a batch in it": self._evaluated_bytes}
         if stage == EVALUATE_DENSE:
             return {"a batch in it": self._evaluated_bytes}
         return self._calibration_bytes()
+
+    def _num_shapes(self, stage: str) -> int:
+        """Different shapes of the experts' products, two for each forward pass and two for a backward pass.
+
+        Experts of one width differ in their numbers of tokens, up to a multiple of the mean. Widths that
+        pruning left differ too.
+        """
+        if stage == CHECKPOINT:
+            return 0
+        batch = self.evaluated if stage in {EVALUATE_DENSE, EVALUATE_PRUNED} else self.sizes
+        if stage == EVALUATE_PRUNED:
+            return 2 * batch.num_experts
+        if stage == REPAIR:  # single batches, and all tokens together
+            return 2 * batch.num_experts * (self.num_batches + 1)
+        spread = min(batch.num_experts * self.num_batches, LARGEST_SHARE * batch.expert_tokens)
+        return (4 if stage == CALIBRATE else 2) * spread
 
     @property
     def _evaluated_bytes(self) -> int:
@@ -277,6 +300,7 @@ def choose_placement(
         kept=1 - config.pruning.ratio,
         activations=activations,
         statistics=statistics,
+        kernels=kernels_of(device, source.dtype, is_streamed=is_streamed),
         num_batches=math.ceil(calibration.num_samples / (batch_size * ranks.size)),
         loading=loading,
         free=free,

@@ -26,6 +26,7 @@ from heapr.model.config_file import prediction_heads
 from heapr.model.description import CONFIG_FILE, UNUSABLE, read_config, read_tokenizer
 from heapr.model.find_folder import download, find_folder, is_on_hub
 from heapr.model.heap import give_back_freed_memory
+from heapr.model.kernels import keep_few_kernels
 from heapr.model.model_files import (
     DESCRIPTION_FILES,
     INDEX,
@@ -159,7 +160,7 @@ class ModelSource:
             device: where a layer goes.
             tapes: folder for what layers put out while they are not in memory; None leaves it in the CPU's
                 memory.
-            read_ahead: read the next layer in a thread while one computes; the CPU's memory then holds it too.
+            read_ahead: read the next layer in a thread while one computes; the CPU's memory holds it too.
 
         Raises:
             ConfigError: see `load`; or a layer's weights cannot be read by themselves.
@@ -167,10 +168,9 @@ class ModelSource:
         self.fetch()
         _ = self.left_out
         give_back_freed_memory()
+        keep_few_kernels()
         model = self.on_meta()
-        weights = LayerWeights(
-            model.model, model.layers_name, self.folder, device, read_ahead=read_ahead
-        )
+        weights = LayerWeights(model.model, model.layers_name, self.folder, device, read_ahead=read_ahead)
         return MoEModel(model.model, Streamed(model.decoder_layers, model.layers, weights, tapes))
 
     def fetch(self) -> None:

@@ -34,7 +34,9 @@ class ReadAhead(Generic[Read]):
         self.forget()
         self._layer = layer
         self._future = Future()
-        self._thread = Thread(target=_fill, args=(self._future, self._read, layer), name=f"read layer {layer}")
+        self._thread = Thread(
+            target=_fill, args=(self._future, self._read, layer), name=f"read layer {layer}"
+        )
         self._thread.start()
 
     def take(self, layer: int) -> Read | None:

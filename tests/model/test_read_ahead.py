@@ -97,7 +97,10 @@ def test_an_error_arrives_with_its_own_message_where_the_layer_is_asked_for(fold
     tiny_model("qwen3_moe", seed=1, num_hidden_layers=4).save_pretrained(folder)
     with model.hold([1]):  # read before
         pass
-    with pytest.raises(ConfigError, match="model.safetensors' has changed while it was in use"), model.hold([2]):
+    with (
+        pytest.raises(ConfigError, match="model.safetensors' has changed while it was in use"),
+        model.hold([2]),
+    ):
         pass
 
 
