@@ -92,6 +92,15 @@ class Placement:
         in_layers = sizes.weights - sizes.beside
         return sizes.beside + 2 * in_layers - in_layers // sizes.num_layers
 
+    @property
+    def work_ratio(self) -> float:
+        """FLOPs of the calibration, divided by those of a forward and a backward pass.
+
+        Where a layer is computed again it is one forward pass more. The backward pass goes to the activations
+        alone and takes as much as a forward pass.
+        """
+        return 1.5 if self.is_streamed or self.by_layer else 1.0
+
     def peak_bytes(self, stage: str = CALIBRATE) -> dict[str, int]:
         """Predicted memory of a stage, by part, without the interpreter (docs/scale.md has the formulas).
 

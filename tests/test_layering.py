@@ -20,6 +20,7 @@ PACKAGE = Path(__file__).parents[1] / "heapr"
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "files": set(),
+    "machine_speed": set(),
     "measure": set(),
     "origin": set(),
     "network": set(),
@@ -65,7 +66,7 @@ ALLOWED: dict[str, set[str]] = {
     "findings": {"types", "evaluation"},
     "pipeline": {"artifacts", "calibration", "evaluation", "experiment", "findings", "model", "progress", "provider", "pruning", "report", "step_results", "steps", "store", "text", "tracking", "types"},
     "run_experiment": {"artifacts", "experiment", "gpu_slots", "pipeline", "prepare", "ranks", "ready", "report", "schema", "tracking", "types"},
-    "dry_run": {"experiment", "model", "past_seconds", "placement", "prepare", "pruning", "schema", "types"},
+    "dry_run": {"experiment", "machine_speed", "model", "past_seconds", "placement", "prepare", "pruning", "schema", "types"},
     "explain": {"overrides", "words"},
     "main": {"artifacts", "dry_run", "errors", "explain", "overrides", "ranks", "report", "run_experiment", "schema", "signals", "words"},
     "sweep": {"artifacts", "dry_run", "errors", "explain", "files", "main", "model", "origin", "overrides", "past_seconds", "prepare", "report", "schema", "signals", "tracking", "words"},
