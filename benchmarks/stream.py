@@ -40,10 +40,11 @@ from heapr.model.moe import MoEModel
 from heapr.model.passes import Way, final_hidden_states
 from heapr.model.shelf import Files
 from heapr.model.span import reads_of
-from heapr.placement import CALIBRATE, CHECKPOINT, EVALUATE_DENSE, REPAIR, Placement
+from heapr.placement import Placement
 from heapr.pruning.repair import ExpertRepair
 from heapr.pruning.repaired import RepairedLayers
 from heapr.pruning.surgery import remove, remove_and_repair
+from heapr.stage_memory import CALIBRATE, CHECKPOINT, EVALUATE_DENSE, REPAIR
 from heapr.types import LayerStatistics, Plan
 
 MB = 1e6

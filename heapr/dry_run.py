@@ -20,10 +20,11 @@ from heapr.model.load import ModelSource
 from heapr.model.model_files import weight_files
 from heapr.model.moe import MoEModel
 from heapr.past_seconds import PastSeconds
-from heapr.placement import MEMORY_STAGES, memory_stages
+from heapr.placement import memory_stages
 from heapr.prepare import prepare
 from heapr.pruning.budget import Budget
 from heapr.schema import CalibrationConfig, ExperimentConfig
+from heapr.stage_memory import MEMORY_STAGES
 from heapr.types import LayerStatistics
 
 MATRIX_ELEMENT_BYTES = 4  # the published procedure's D x D matrices are float32

@@ -97,6 +97,22 @@ def test_parts_add_up_and_the_tape_counts_in_memory_alone(
         replace(streamed, num_batches=10**6, free=10**12).check(CPU)
 
 
+def test_a_gpu_needs_memory_of_the_cpu_to_read_ahead(
+    config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = chosen(replace(config, runtime=replace(config.runtime, stream=True)), 10**12, monkeypatch)
+    needed = 2 * place.sizes.layer
+    monkeypatch.setattr(placement, "free_memory", lambda device: needed if device == CPU else 0)
+    place.check(torch.device("cuda"))
+    needed -= 1
+    place.check(CPU)
+    with pytest.raises(ConfigError, match="reading a layer while 'cuda' computes takes .* GB are free"):
+        place.check(torch.device("cuda"))
+    needed += place.tape_bytes
+    with pytest.raises(ConfigError, match="give runtime.activations=disk"):
+        replace(place, on_disk=False).check(torch.device("cuda"))
+
+
 def test_half_precision_leaves_kernels_behind_on_a_cpu_that_compiles_them(
     config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
