@@ -102,7 +102,7 @@ def _ids_by_pieces(
     what: str,
 ) -> Tensor | None:
     """The same without the whole text in memory; None if the pieces cannot be joined."""
-    special = _special_ids(tokenizer)
+    special = special_ids(tokenizer)
     if special is None:
         return None
     before, behind = special
@@ -221,7 +221,7 @@ def _joined(left: Span, right: Span) -> Span:
     return Span(left.start, left.text + right.text[num_shared:])
 
 
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]] | None:
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]] | None:
     """Tokens that the tokenizer adds before and after a text; None if they cannot be found with one word."""
     around = tokenizer("word")["input_ids"]
     own = tokenizer("word", add_special_tokens=False)["input_ids"]

@@ -72,6 +72,15 @@ def windows(
         ConfigError: the corpus is shorter than one window.
     """
     tokens_T = tokenize(corpus, tokenizer, max_characters=max_characters, seed=seed)
+    return cut(tokens_T, corpus, length)
+
+
+def cut(tokens_T: Tensor, corpus: Corpus, length: int) -> TokenWindows:
+    """The non-overlapping windows of a corpus's tokens, in order, without the remainder.
+
+    Raises:
+        ConfigError: there are fewer tokens than one window has.
+    """
     num_windows, num_left = divmod(len(tokens_T), length)
     if num_windows == 0:
         raise ConfigError(
