@@ -90,9 +90,12 @@ def token_ids(
 
 def joined_length(documents: Iterable[str]) -> int:
     """Number of characters of the documents when they are joined by blank lines."""
-    lengths = [len(document) for document in documents]
-    num_separators = max(len(lengths) - 1, 0)
-    return sum(lengths) + num_separators * len(DOCUMENT_SEPARATOR)
+    num_documents = num_characters = 0
+    for document in documents:
+        num_documents += 1
+        num_characters += len(document)
+    num_separators = max(num_documents - 1, 0)
+    return num_characters + num_separators * len(DOCUMENT_SEPARATOR)
 
 
 def _ids_by_pieces(
