@@ -1,7 +1,8 @@
 """Memory that calibrating on a large file of JSON lines takes, beyond the interpreter's own.
 
 Run:  python -m benchmarks.large_text [--gigabytes 1] [--folder /tmp]
-It writes a file of random words, draws windows from it as a calibration does, and prints the peak. Linux alone.
+It writes a file of random words, draws windows from it as a calibration does, and prints the peak memory
+(Linux only).
 """
 
 from __future__ import annotations
@@ -59,11 +60,10 @@ def main() -> None:
         draw(corpus, tokenizer, length=256, num_samples=128, seed=0, max_characters=MAX_CHARACTERS)
         end = time.perf_counter()
         peak = resident("VmHWM") - before
-        print(
-            f"{path.stat().st_size / GIGABYTE:.2f} GB, {num_documents:,} documents: peak {peak / MEBIBYTE:.0f} MiB"
-            f" beyond the {before / MEBIBYTE:.0f} MiB before; identity {identified - start:.0f} s,"
-            f" windows {end - identified:.0f} s"
-        )
+        size = path.stat().st_size / GIGABYTE
+    print(f"{size:.2f} GB, {num_documents:,} documents")
+    print(f"peak {peak / MEBIBYTE:.0f} MiB beyond the {before / MEBIBYTE:.0f} MiB before")
+    print(f"identity {identified - start:.0f} s, windows {end - identified:.0f} s")
 
 
 if __name__ == "__main__":
