@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from heapr.errors import ConfigError
 from heapr.model.experts.dispatch import exchanged
 from heapr.model.moe import MoEModel
 
@@ -77,8 +78,14 @@ def continuations(
         temperature: by which logits are divided if tokens are sampled, above 0.
 
     Raises:
+        ConfigError: the model's class cannot generate.
         FloatingPointError: a logit is NaN.
     """
+    if not model.model.can_generate():
+        raise ConfigError(
+            f"{type(model.model).__name__} cannot generate text, because its class has no `generate`; give"
+            " evaluation.generation=null"
+        )
     end_ids = end_tokens(model)
     settings = GenerationConfig(
         do_sample=False,

@@ -128,6 +128,14 @@ def test_settings_of_the_model_do_not_count_and_are_left_alone(model: MoEModel) 
     assert model.model.generation_config is settings and settings.repetition_penalty == 9.0
 
 
+def test_a_class_that_cannot_generate_is_refused(model: MoEModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(model.model), "can_generate", classmethod(lambda _: False))
+    with pytest.raises(
+        ConfigError, match="Qwen3MoeForCausalLM cannot generate text, .* evaluation.generation=null"
+    ):
+        continuations(model, tiny_ids(2, 7), 3)
+
+
 def test_the_batch_size_does_not_matter(model: MoEModel, tmp_path: Path) -> None:
     whole = prepared(tmp_path, batch_size=100)(of_model(model))
     single = prepared(tmp_path, batch_size=1)(of_model(model))
