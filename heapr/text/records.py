@@ -14,6 +14,7 @@ from heapr.errors import ConfigError
 from heapr.text.chat import chat_field, conversation
 from heapr.text.lines import complaints, is_utf8, lines
 
+ROWS_AT_ONCE = 1024  # of parquet
 NOT_JSON = (ValueError, RecursionError)  # what json raises, also for numbers and depths beyond its limits
 
 
@@ -93,7 +94,8 @@ def parquet_rows(path: Path, column: str) -> Iterator[str]:
     from pyarrow.parquet import ParquetFile
 
     with complaints(path, lambda: "as parquet"):
-        table = ParquetFile(path)
+        # pre_buffer would read all row groups ahead.
+        table = ParquetFile(path, pre_buffer=False)
         schema = table.schema_arrow
         chat = chat_field(column, schema.names)
         if chat is not None and types.is_list(schema.field(chat).type):
@@ -108,7 +110,7 @@ def parquet_rows(path: Path, column: str) -> Iterator[str]:
         if not is_text:
             hint = "rename the one with the text, or give another file"
             raise ConfigError(f"column '{column}' of '{path}' holds {kind}, not text; {hint}")
-        for batch in table.iter_batches(columns=[column]):
+        for batch in table.iter_batches(ROWS_AT_ONCE, columns=[column]):
             rows = batch.column(0).cast("string").fill_null("")
             yield from rows.to_pylist()
 
@@ -116,7 +118,7 @@ def parquet_rows(path: Path, column: str) -> Iterator[str]:
 def _parquet_chats(table: Any, column: str, path: Path) -> Iterator[str]:
     """The conversations of a column of pyarrow's `ParquetFile`."""
     number = 0
-    for batch in table.iter_batches(columns=[column]):
+    for batch in table.iter_batches(ROWS_AT_ONCE, columns=[column]):
         for messages in batch.column(0).to_pylist():
             number += 1
             yield "" if messages is None else conversation(messages, f"row {number} of '{path}'")

@@ -14,6 +14,7 @@ from heapr.errors import ConfigError
 from heapr.text.chat import Conversation, as_text
 from heapr.text.corpora import TextFiles
 from heapr.text.windows import draw, tokenize
+from tests.experiment import cached_stages, run_in, write_model
 from tests.tiny import byte_tokenizer
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -106,3 +107,20 @@ def test_what_cannot_be_written_is_refused_in_one_line(
     with pytest.raises(ConfigError, match=message) as caught:
         list(as_text(documents, with_template(template), corpus="mine"))
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_calibrates_on_chats_and_another_template_is_another_model(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model")
+    chat = json.dumps({"messages": [{"role": "user", "content": "How many things? " * 4}, CHATS[0][1]]})
+    lines = [chat.replace("How", f"{number} how") for number in range(20)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(lines))
+    settings = [
+        "model=hf", f"model.path={folder}", "model.dtype=float32", "evaluation=none", "pruning.save_checkpoint=false",
+        "calibration=text_files", f"calibration.corpus.paths=[{tmp_path / 'chats.jsonl'}]",
+        "calibration.num_samples=4", "calibration.sequence_length=32",
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="conversation 1 of corpus 'text_files' cannot become text"):
+        run_in(tmp_path, *settings)
+    for template, is_cached in ((TEMPLATE, False), (TEMPLATE, True), ("{{ messages[0].content }}", False)):
+        (folder / "chat_template.jinja").write_text(template)
+        assert cached_stages(run_in(tmp_path, *settings))["calibrate"] is is_cached
