@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from heapr.artifacts import CHECKPOINT_PART, REPAIR_PART
+from heapr.evaluation.generation import Generation
 from heapr.evaluation.zero_shot import ZeroShot
 from heapr.experiment import Experiment
 from heapr.placement import memory_stages
@@ -57,7 +58,7 @@ def make_ready(experiment: Experiment) -> TokenWindows | None:
     with ranks.in_turn():
         for measurement in distinct.values():
             measurement.prepare(experiment.source)
-            if experiment.placement.is_streamed and isinstance(measurement, ZeroShot):
+            if experiment.placement.is_streamed and isinstance(measurement, ZeroShot | Generation):
                 measurement.refuse_generation()
         return None if is_calibrated else _calibration_tokens(experiment)
 
