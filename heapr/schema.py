@@ -18,6 +18,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from heapr.errors import ConfigError
 from heapr.files import user_path
+from heapr.unknown_keys import check_keys
 
 
 @dataclass
@@ -114,6 +115,8 @@ class ExperimentConfig:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
     dry_run: bool = False  # print what a run would do, from the model's config.json alone
+    # The metric that a run returns to a sweeper, such as kl_to_dense/pydocs; null returns nothing.
+    objective: str | None = None
 
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -142,8 +145,13 @@ def resolve(config: DictConfig) -> ExperimentConfig:
     `pruning.width_multiple` gets its default, and ~ is expanded in `paths.outputs`.
 
     Raises:
-        ConfigError: a value is missing, out of range, or contradicts another.
+        ConfigError: a key is unknown, or a value is missing, out of range, or contradicts another.
     """
+    check_keys(config, ExperimentConfig)
+    if OmegaConf.get_type(config) is not ExperimentConfig:  # a saved configuration, which has no types
+        merged = OmegaConf.merge(OmegaConf.structured(ExperimentConfig), config)
+        assert isinstance(merged, DictConfig)
+        config = merged
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ConfigError(

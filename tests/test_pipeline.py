@@ -108,9 +108,10 @@ def test_artifacts_follow_the_contract(experiment: Experiment) -> None:
     )
     lines = (experiment.folder / "run" / "tracking.jsonl").read_text().splitlines()
     assert all(isinstance(value, int | float) for value in json.loads(lines[-1]).values())
-    assert (
-        json.loads(lines[-1])["perplexity/text_files"] == summary.metrics["pruned"]["perplexity/text_files"]
-    )
+    name = "perplexity/text_files"
+    before, after = summary.metrics["dense"][name], summary.metrics["pruned"][name]
+    assert json.loads(lines[-1])[f"pruned/{name}"] == after
+    assert json.loads(lines[-1])[f"change/{name}"] == pytest.approx(after / before - 1)
 
 
 def test_pruned_perplexity_is_that_of_the_masked_model(experiment: Experiment) -> None:

@@ -22,6 +22,8 @@ from heapr.origin import Origin, canonical
 from heapr.sealed import DamagedError, read_sealed
 
 if TYPE_CHECKING:
+    import torch
+
     from heapr.measure import StageMeter
 
 RECORDED_LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "numpy")
@@ -107,6 +109,18 @@ def trusted_manifest(path: Path, origin: Origin | None = None) -> dict[str, Any]
         if (said.stage, said.version, said.config, said.upstream) != expected:
             raise DamagedError(f"{MANIFEST} belongs to another configuration")
     return manifest
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """With what and where a run is made: versions, the code's commit, and what timings depend on."""
+    from heapr.measure import machine
+
+    return {
+        "version": importlib.metadata.version("heapr"),
+        "git_commit": _git_commit(),
+        "libraries": {name: importlib.metadata.version(name) for name in RECORDED_LIBRARIES},
+        "machine": machine(device),
+    }
 
 
 def provenance(folder: Path, meter: StageMeter) -> dict[str, Any]:
