@@ -1,6 +1,6 @@
 """Whether an artifact on disk is what its manifest and its place in the store say.
 
-In: an artifact's folder, and what it must be. Out: nothing, or what is missing or wrong. Nothing is changed.
+In: an artifact's folder. Out: nothing, or what is missing or wrong. Nothing is changed.
 Checked are the folder (no link), the manifest (its checksum, and that it belongs to this stage, version,
 configuration and key), every file's size and hash, what is in the files by their headers, and that there are
 no others.
@@ -17,7 +17,6 @@ from typing import Any
 
 from heapr.artifacts import MANIFEST
 from heapr.files import hash_file
-from heapr.origin import Origin
 from heapr.remembered_hashes import hash_file_once, is_settled, state_of
 from heapr.sealed import DamagedError
 from heapr.store.contents import CONTENTS, contents_of
@@ -56,14 +55,13 @@ class Hashes:
         return digest
 
 
-def verify(path: Path, part: str, hashes: Hashes, origin: Origin | None = None) -> dict[str, Any]:
+def verify(path: Path, part: str, hashes: Hashes) -> dict[str, Any]:
     """Check an artifact, or a part of it.
 
     Args:
         path: folder of the artifact.
         part: its name; empty for the artifact itself.
         hashes: computes hashes of files.
-        origin: what the artifact must be; with None, whatever the folder's name says.
 
     Returns:
         the manifest.
@@ -74,7 +72,7 @@ def verify(path: Path, part: str, hashes: Hashes, origin: Origin | None = None) 
         DamagedError: the artifact is not.
         OSError: it cannot be read.
     """
-    manifest = trusted_manifest(path, origin)
+    manifest = trusted_manifest(path)
     files = entry_of(manifest, part)["files"]
     try:
         for name, described in files.items():
