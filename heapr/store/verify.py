@@ -22,6 +22,8 @@ from heapr.sealed import DamagedError
 from heapr.store.contents import CONTENTS, contents_of
 from heapr.store.manifest import NEXT, entry_of, trusted_manifest
 
+# Files that NFS makes of those that are removed while they are open, and that macOS makes for its own use.
+NOBODYS = (".nfs", ".DS_Store", "._")
 LARGE_FILE = 64 * 2**20  # bytes; hashes of smaller files are remembered in this process only
 
 
@@ -128,14 +130,13 @@ def _has_place(stage: str, part: str, name: str) -> bool:
 def _files_below(path: Path) -> Iterator[str]:
     """Everything below a folder but folders that hold something: files, links, empty folders.
 
-    Names that begin with .nfs are left out: a file system makes them of files that are removed while they
-    are open.
+    What file systems and desktops put everywhere is left out.
     """
     for place, folders, files in os.walk(path):
         below = Path(place)
         links = [name for name in folders if (below / name).is_symlink()]
         for name in [*files, *links]:
-            if not name.startswith(".nfs"):
+            if not name.startswith(NOBODYS):
                 yield (below / name).relative_to(path).as_posix()
         if not folders and not files:
             yield below.relative_to(path).as_posix()
