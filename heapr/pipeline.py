@@ -21,7 +21,7 @@ from torch import Tensor
 from heapr import artifacts
 from heapr.artifacts import CARD, CHECKPOINT, CHECKPOINT_PART, REPAIR_PART, Report
 from heapr.calibration.collector import collect
-from heapr.calibration.coverage import report_coverage
+from heapr.calibration.coverage import Coverage, coverage_of, report_coverage
 from heapr.errors import ConfigError
 from heapr.evaluation.measurement import Material, Need, measure
 from heapr.evaluation.routing import layer_routing
@@ -75,11 +75,13 @@ class Pipeline:
     Attributes:
         findings: what the evaluations found.
         stages: one entry per artifact, for `summary.json`.
+        coverage: how well the first calibration covers the experts; None before it is there.
     """
 
     def __init__(self, experiment: Experiment, tracker: Tracker, tokens: TokenWindows | None) -> None:
         self.experiment, self.tracker = experiment, tracker
         self.stages: list[dict[str, Any]] = []
+        self.coverage: Coverage | None = None
         names = [measurement.name for measurement in experiment.plugins.measurements]
         self.findings = Findings(names)
         self.models = ModelProvider(
@@ -126,7 +128,9 @@ class Pipeline:
         loss = statistics.loss_sum / statistics.num_predicted_tokens
         self.tracker.log({NUM_TOKENS: statistics.num_tokens, "calibration/loss": loss})
         if step is self.experiment.steps.first("calibrate"):
-            report_coverage(statistics, self.experiment.source.widths)
+            self.coverage = coverage_of(statistics, self.experiment.source.widths)
+            report_coverage(self.coverage)
+            self.tracker.log(self.coverage.metrics)
 
     def score(self, step: Step) -> None:
         """Give every atomic expert its importance."""
@@ -189,7 +193,9 @@ class Pipeline:
 
         def write(folder: Path, model: MoEModel) -> None:
             checkpoint = folder / CHECKPOINT
-            save_checkpoint(model, experiment.source.folder, checkpoint, about=self._about())
+            source = experiment.source
+            heads = source.heads if experiment.heads_left_out is None else ()
+            save_checkpoint(model, source.folder, checkpoint, about=self._about(), carried=heads)
             (checkpoint / CARD).write_text(model_card(self._about(), {}), encoding="utf-8")
             plans = checkpoint / artifacts.PLANS
             plans.mkdir()

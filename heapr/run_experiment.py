@@ -41,12 +41,14 @@ class Summary:
         metrics: by contract name, for the "dense" and the "pruned" model, the change of "size", and the
             "comparison" of both models.
         protocols: how each corpus or task was measured on the "dense" and on the "pruned" model.
+        coverage: how well the first calibration covers the experts: a `heapr.calibration.coverage.Coverage`.
         stages: one entry per artifact, in the order in which they were needed.
         config: the whole resolved configuration.
     """
 
     metrics: dict[str, Metrics]
     protocols: dict[str, dict[str, ProtocolRecord]]
+    coverage: dict[str, Any]
     stages: list[dict[str, Any]]
     config: dict[str, Any]
 
@@ -93,7 +95,14 @@ def _run(config: ExperimentConfig, folder: Path, *, sweep: str | None, ranks: Ra
     protocols = pipeline.findings.protocols
     for difference in protocol_differences(protocols):
         logger.warning("dense and pruned cannot be compared: %s", difference)
-    summary = Summary(metrics=metrics, protocols=protocols, stages=pipeline.stages, config=resolved)
+    assert pipeline.coverage is not None
+    summary = Summary(
+        metrics=metrics,
+        protocols=protocols,
+        coverage=asdict(pipeline.coverage),
+        stages=pipeline.stages,
+        config=resolved,
+    )
     if experiment.ranks.is_first:
         artifacts.write_summary(folder, asdict(summary))
     return summary

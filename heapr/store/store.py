@@ -253,14 +253,19 @@ class Store:
             if self._ranks.is_first:
                 self._put_damaged_aside(origin, part)
                 remove_leftovers(self.root)
-                self._make(origin, compute, write, part)
-            else:
-                compute()
-            self._ranks.barrier()
-            if self._ranks.is_first:
+                self._make(origin, partial(self._computed_by_all, compute), write, part)
                 shutil.rmtree(scratch_of(path, part), ignore_errors=True)
+            else:
+                self._computed_by_all(compute)
+            self._ranks.barrier()
         wait_to_see(path, partial(_is_listed, path, part), self._ranks)
         return True
+
+    def _computed_by_all(self, compute: Callable[[], T]) -> T:
+        """What this rank computes, once all have computed: none needs its scratch any more."""
+        value = compute()
+        self._ranks.barrier()
+        return value
 
     def _make(
         self, origin: Origin, compute: Callable[[], T], write: Callable[[Path, T], None], part: str

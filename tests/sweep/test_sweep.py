@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from heapr.errors import ConfigError
+from heapr.overrides import LAUNCHER_EXTRAS
 from heapr.sweep.collect import Record, collect_jobs, newest_sweep
 from heapr.sweep.command_line import keep_results, main
 from heapr.sweep.launch import launch, new_folder
@@ -244,3 +245,19 @@ def test_a_damaged_record_hides_no_other_sweep(
     (tmp_path / "2026-01-02" / "sweep.json").write_bytes(content)
     assert newest_sweep(tmp_path, "criteria", "tiny") == tmp_path / "2026-01-01"
     assert "2026-01-02/sweep.json' is damaged" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("launcher", "extra"),
+    [("joblib", "joblib"), ("submitit_local", "slurm"), ("submitit_slurm", "slurm"), ("ray", "ray")],
+)
+def test_a_launcher_that_is_not_installed_is_refused_with_its_extra(
+    launcher: str, extra: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in LAUNCHER_EXTRAS:
+        monkeypatch.setitem(sys.modules, f"hydra_plugins.{module}", None)
+    assert f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text()
+    assert sweep("experiment=ratio_curve", "model=tiny", "pruning.ratio=0.1", f"launcher={launcher}") == 2
+    message = capsys.readouterr().err
+    assert message.endswith(f"install it: pip install 'heapr[{extra}]'\n")
+    assert message.count("\n") == 1
