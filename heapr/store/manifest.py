@@ -83,12 +83,14 @@ def entry_of(manifest: Mapping[str, Any], part: str) -> Mapping[str, Any]:
     return entry
 
 
-def trusted_manifest(path: Path, origin: Origin | None = None) -> dict[str, Any]:
+def trusted_manifest(path: Path) -> dict[str, Any]:
     """Read an artifact's manifest and check everything that it says, except for its files.
+
+    The folder's name is the hash of stage, version, configuration and upstream: a manifest that says anything
+    else of them belongs to another artifact.
 
     Args:
         path: folder of the artifact, `<root>/<stage>/<key>`.
-        origin: what the artifact must be; with None, whatever the folder's name says.
 
     Raises:
         MissingError: there is no artifact.
@@ -104,10 +106,6 @@ def trusted_manifest(path: Path, origin: Origin | None = None) -> dict[str, Any]
     folder = (path.parent.name, path.name)
     if (said.stage, manifest["key"]) != folder or _key(said) != path.name:
         raise DamagedError(f"{MANIFEST} belongs to another artifact: {said.stage} {manifest['key']}")
-    if origin is not None:
-        expected = (origin.stage, origin.version, canonical(origin.config), dict(origin.upstream))
-        if (said.stage, said.version, said.config, said.upstream) != expected:
-            raise DamagedError(f"{MANIFEST} belongs to another configuration")
     return manifest
 
 
