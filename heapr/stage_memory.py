@@ -64,7 +64,7 @@ class StageMemory:
 
     @property
     def bytes_read(self) -> int:
-        """What streamed calibration reads from files of the model's dtype: layers twice, but those at the end."""
+        """What streamed calibration reads from files of the model's dtype: layers twice, but not the last."""
         sizes = self.sizes
         in_layers = sizes.weights - sizes.beside
         return sizes.beside + 2 * in_layers - self.num_last * in_layers // sizes.num_layers
