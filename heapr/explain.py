@@ -26,6 +26,7 @@ COMMA_OUTSIDE_SWEEP = "Ambiguous value for argument"  # a=1,2
 UNKNOWN_PLUGIN = "Unknown plugin class"  # a launcher whose package is not installed
 UNREADABLE_VALUE = "Error merging override"  # a value of the wrong type
 
+OF_LAUNCHER = "hydra.launcher."
 MOST_SUGGESTIONS = 3  # keys of the same name in other places
 
 USED_WITH = {  # groups whose options are chosen inside other groups
@@ -70,9 +71,23 @@ def explain(error: Exception, config_folder: Path | None, overrides: Sequence[st
     match = re.search(r"Could not (?:find|load) '([^']+)'", text)
     if match and config_folder is not None and (config_folder / match[1]).parent.is_dir():
         return _unknown_option(match[1], config_folder)
+    match = re.search(r"In '([^']+)': ConfigKeyError.*full_key: (\S+)", text, re.DOTALL)
+    if match:
+        return f"conf/{match[1]}.yaml sets '{match[2]}': {_unknown_field(match[2])}"
     if text.startswith(UNREADABLE_VALUE) and error.__cause__ is not None:
         return _explain_unreadable(text, first_line(error.__cause__), config_folder)
     return text
+
+
+def _unknown_field(path: str) -> str:
+    """Why a file or an override cannot set a field that the chosen options do not have."""
+    if path.startswith(OF_LAUNCHER):
+        return (
+            "the launcher that is chosen has no such option; choose one with launcher=<name> (of run.py -m:"
+            " hydra/launcher=<name>), and keep options of your own in conf/hydra/launcher/<name>.yaml"
+            " (docs/cluster.md)"
+        )
+    return "the options that are chosen have no such field; see --help"
 
 
 def _explain_unreadable(text: str, reason: str, config_folder: Path | None) -> str:
@@ -97,6 +112,8 @@ def _explain_unmatched(path: str, text: str, config_folder: Path, overrides: Seq
     """The message for a key that is not in the configuration, or a group that is used inside others."""
     if path in USED_WITH:
         return f"options of '{path}' are chosen where they are used; write {USED_WITH[path]}"
+    if path.startswith(OF_LAUNCHER):
+        return f"'{path}': {_unknown_field(path)}"
     is_unknown_key = "To append to your config" in text
     return _explain_unknown_key(path, config_folder, overrides) if is_unknown_key else text
 
