@@ -71,12 +71,17 @@ def explain(error: Exception, config_folder: Path | None, overrides: Sequence[st
     match = re.search(r"Could not (?:find|load) '([^']+)'", text)
     if match and config_folder is not None and (config_folder / match[1]).parent.is_dir():
         return _unknown_option(match[1], config_folder)
-    match = re.search(r"In '([^']+)': ConfigKeyError.*full_key: (\S+)", text, re.DOTALL)
-    if match:
-        return f"conf/{match[1]}.yaml sets '{match[2]}': {_unknown_field(match[2])}"
     if text.startswith(UNREADABLE_VALUE) and error.__cause__ is not None:
         return _explain_unreadable(text, first_line(error.__cause__), config_folder)
-    return text
+    return _explain_file(text)
+
+
+def _explain_file(text: str) -> str:
+    """The message for a file that sets a field which is not there; any other text as it is."""
+    match = re.search(r"In '([^']+)': ConfigKeyError.*full_key: (\S+)", text, re.DOTALL)
+    if match is None:
+        return text
+    return f"conf/{match[1]}.yaml sets '{match[2]}': {_unknown_field(match[2])}"
 
 
 def _unknown_field(path: str) -> str:
