@@ -142,7 +142,7 @@ class ModelSource:
 
     @cached_property
     def heads(self) -> tuple[str, ...]:
-        """The tensors in the folder of heads that predict further tokens; no model here computes with them."""
+        """The tensors in the folder of heads that predict further tokens; no model here runs them."""
         if not prediction_heads(self.config):
             return ()
         known = [name for name in self._left_out.known if not OTHER_PARTS.search(name)]
