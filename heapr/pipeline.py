@@ -36,8 +36,8 @@ from heapr.pruning.allocation import allocate
 from heapr.pruning.allocation_report import report_allocation
 from heapr.pruning.budget import costs_of
 from heapr.pruning.layer_repair import report_repair
-from heapr.report.run.card import model_card
 from heapr.pruning.super_experts import SuperExpert, describe_super_experts, find_super_experts
+from heapr.report.run.card import model_card
 from heapr.step_results import StepResults
 from heapr.steps import Step
 from heapr.store import Artifact
@@ -175,9 +175,9 @@ class Pipeline:
         self._log_report(artifacts.read_allocation(artifact.path))
 
     def _super_experts(self, step: Step) -> tuple[SuperExpert, ...]:
-        """The super experts of the dense model: found in the first round, read from its report later.
+        """The dense model's super experts: found in the first round, read from its report later.
 
-        Of a streamed model they are looked for only if they are to be protected, because all weights are read.
+        Of a streamed model they are looked for only if they are to be protected: it reads all weights.
         """
         first = self.experiment.steps.first("prune")
         if step is not first:

@@ -15,8 +15,8 @@ from heapr.model.experts.dispatch import observe_experts
 from heapr.model.moe import MoEModel
 from heapr.pruning.allocation import allocate
 from heapr.pruning.budget import Budget
-from heapr.pruning.surgery import remove
 from heapr.pruning.super_experts import describe_super_experts, find_super_experts
+from heapr.pruning.surgery import remove
 from heapr.types import Plan, Scores
 from tests.experiment import compose_experiment, run_in, write_model, write_texts
 from tests.same import logits
