@@ -79,7 +79,8 @@ def test_artifacts_follow_the_contract(experiment: Experiment) -> None:
     )
 
     written = json.loads((experiment.folder / "run" / "summary.json").read_text())
-    assert written.keys() == {"metrics", "protocols", "stages", "config"}
+    assert written.keys() == {"metrics", "protocols", "coverage", "stages", "config"}
+    assert written["coverage"]["num_tokens"] == 6 * 32
     assert written["metrics"] == summary.metrics
     assert all(
         isinstance(value, int | float) for values in written["metrics"].values() for value in values.values()

@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from heapr.errors import ConfigError
 from heapr.model.auto_class import CAUSAL_LM
 from heapr.model.config_file import write_config
 from heapr.model.description import GENERATION_FILE, copy_tokenizer
+from heapr.model.experts.dispatch import exchanged
 from heapr.model.model_files import write_index
 from heapr.model.modelling_file import (
     RAGGED_PREFIX,
@@ -44,8 +45,8 @@ def save_checkpoint(
 ) -> None:
     """Write a pruned model as a Hugging Face folder: sharded safetensors and the files that describe it.
 
-    The files for the tokenizer and the generation settings are copied from the original; the configuration is
-    the original's plus what pruning changed.
+    The files for the tokenizer and the generation settings are copied from the original (`copy_tokenizer`);
+    the configuration is the original's plus what pruning changed.
 
     Args:
         model: ragged, uniform or masked.
@@ -95,7 +96,9 @@ def _save_stock(model: PreTrainedModel, folder: Path, about: Mapping[str, Any]) 
             beside = module_beside(type(model), folder).removeprefix(".")
             classes = {"AutoConfig": type(model.config), **family_classes(type(model.config))}
             model.config.auto_map = {name: f"{beside}.{each.__name__}" for name, each in classes.items()}
-    model.save_pretrained(folder, state_dict={})  # all but the weights
+    # Without the generation settings, which it refuses to save if some have no effect; they are copied.
+    with exchanged([(model, "generation_config", GenerationConfig())]):
+        model.save_pretrained(folder, state_dict={})  # all but the weights
 
 
 def _save_ragged(model: MoEModel, folder: Path, about: Mapping[str, Any]) -> None:

@@ -28,6 +28,7 @@ from heapr.model.config_file import prediction_heads
 from heapr.model.description import CONFIG_FILE, UNUSABLE, read_config, read_tokenizer
 from heapr.model.find_folder import download, find_folder, is_on_hub
 from heapr.model.heap import give_back_freed_memory
+from heapr.model.kernels import keep_few_kernels
 from heapr.model.model_files import (
     DESCRIPTION_FILES,
     INDEX,
@@ -142,7 +143,7 @@ class ModelSource:
 
     @cached_property
     def heads(self) -> tuple[str, ...]:
-        """The tensors in the folder of heads that predict further tokens; no model here runs them."""
+        """The tensors in the folder of heads that predict further tokens; no model computes with them."""
         if not prediction_heads(self.config):
             return ()
         known = [name for name in self._left_out.known if not OTHER_PARTS.search(name)]
@@ -198,13 +199,16 @@ class ModelSource:
         model.check_head()
         return model
 
-    def stream(self, device: torch.device, *, tapes: Path | None = None) -> MoEModel:
+    def stream(
+        self, device: torch.device, *, tapes: Path | None = None, read_ahead: bool = False
+    ) -> MoEModel:
         """The model with one decoder layer in memory at a time.
 
         Args:
             device: where a layer goes.
             tapes: folder for what layers put out while they are not in memory; None leaves it in the CPU's
                 memory.
+            read_ahead: read the next layer in a thread while one computes; the CPU's memory holds it too.
 
         Raises:
             ConfigError: see `load`; or a layer's weights cannot be read by themselves.
@@ -212,9 +216,15 @@ class ModelSource:
         self.fetch()
         _ = self.remarks
         give_back_freed_memory()
+        keep_few_kernels()
         model = self.on_meta()
         weights = LayerWeights(
-            model.model, model.layers_name, self.folder, device, quantization=self.quantization
+            model.model,
+            model.layers_name,
+            self.folder,
+            device,
+            quantization=self.quantization,
+            read_ahead=read_ahead,
         )
         return MoEModel(model.model, Streamed(model.decoder_layers, model.layers, weights, tapes))
 

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     WeightTransform,
@@ -279,6 +281,18 @@ def without_cpu(conversions: Sequence[WeightTransform]) -> list[WeightTransform]
         if isinstance(conversion, WeightConverter):
             conversion.force_cpu = False
     return copies
+
+
+def merges_experts(converter: WeightConverter) -> bool:
+    """Whether a conversion stacks single experts' matrices: [W_gate; W_up] of each, or one matrix of each."""
+    kinds = []
+    for operation in converter.operations:
+        dim = getattr(operation, "dim", None)
+        kinds.append((type(operation), dim))
+    stack = (MergeModulelist, 0)
+    join = (Concatenate, 1)
+    is_single = len(converter.source_patterns) == 1
+    return kinds == [stack, join] or (is_single and kinds == [stack])
 
 
 def _without_memory(headers: Headers) -> Iterator[tuple[str, Tensor]]:

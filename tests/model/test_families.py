@@ -213,7 +213,7 @@ class FamilyContract:
     def test_checkpoints_are_the_same_streamed(self, deep_source: ModelSource, tmp_path: Path) -> None:
         """Byte by byte, in several files, under the names of the family's published checkpoints."""
         for name, model in (
-            ("streamed", deep_source.stream(CPU)),
+            ("streamed", deep_source.stream(CPU, read_ahead=True)),
             ("in_memory", deep_source.load(CPU)),
         ):
             mask(model, random_plan(model))
