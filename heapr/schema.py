@@ -65,6 +65,8 @@ class PruningConfig:
     budget: str = "atomic_experts"
     # Indices of decoder layers that lose nothing.
     protected_layers: list[int] = field(default_factory=list)
+    # true: super experts, whose outputs are far larger than all others', lose nothing.
+    protect_super_experts: bool = False
 
 
 @dataclass
@@ -265,7 +267,7 @@ def _check_fewer_experts(pruning: PruningConfig) -> None:
 
 def _check_scope_expert(pruning: PruningConfig) -> None:
     default = PruningConfig()
-    for name in ("budget", "protected_layers"):
+    for name in ("budget", "protected_layers", "protect_super_experts"):
         value = getattr(pruning, name)
         if value != getattr(default, name):
             raise ConfigError(

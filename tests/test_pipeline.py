@@ -101,6 +101,7 @@ def test_artifacts_follow_the_contract(experiment: Experiment) -> None:
         "save_checkpoint": True,
         "budget": "atomic_experts",
         "protected_layers": [],
+        "protect_super_experts": False,
     }
     assert written["metrics"]["size"]["atomic_experts_removed_ratio"] == 0.25
     assert written["metrics"]["size"]["parameters_removed_ratio"] == pytest.approx(
