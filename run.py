@@ -7,8 +7,15 @@ Run:  python run.py                              the built-in model, offline
       torchrun --nproc-per-node=2 run.py         several processes share the batches
 """
 
+
+
 import sys
 from pathlib import Path
+
+from heapr.signals import end_at_once, end_with_parent
+
+if __name__ == "__main__":
+    end_at_once()
 
 import hydra
 from omegaconf import DictConfig
@@ -18,7 +25,6 @@ from heapr.overrides import options_first
 from heapr.ranks import Ranks
 from heapr.saved_run import with_saved_run
 from heapr.schema import register
-from heapr.signals import end_with_parent
 from heapr.start_ranks import started_ranks
 
 

@@ -42,6 +42,9 @@ OF_FIELD = r"\n *full_key: (\S+)"  # a value of the wrong type in a saved config
 NOT_THERE = "Could not delete from config. '([^']+)' does not exist"  # ~foo
 
 OF_ITS_TYPE = "give a value of the field's type (heapr/schema.py)"
+OF_LAUNCHER = "hydra.launcher."
+# A file sets a field that is not there.
+IN_FILE = r"In '([^']+)': ConfigKeyError.*full_key: (\S+)"
 
 
 def explain_builtin(text: str, config_folder: Path | None) -> str | None:
@@ -88,6 +91,9 @@ def explain(error: Exception, config_folder: Path | None, overrides: Sequence[st
 
 def _explain_name(text: str, config_folder: Path, overrides: Sequence[str]) -> str | None:
     """The message for a key or an option that is not there; None for any other mistake."""
+    match = re.search(IN_FILE, text, re.DOTALL)
+    if match:
+        return f"conf/{match[1]}.yaml sets '{match[2]}': {_unknown_field(match[2])}"
     match = re.match(r"Could not override '([^']+)'", text)
     if match:
         return _explain_unmatched(match[1], text, config_folder, overrides)
@@ -110,6 +116,17 @@ def _explain_there_already(key: str, overrides: Sequence[str]) -> str:
     return f"'{key}' is given twice; give it once, without a +"
 
 
+def _unknown_field(path: str) -> str:
+    """Why a file or an override cannot set a field that the chosen options do not have."""
+    if path.startswith(OF_LAUNCHER):
+        return (
+            "the launcher that is chosen has no such option; choose one with launcher=<name> (of run.py -m:"
+            " hydra/launcher=<name>), and keep options of your own in conf/hydra/launcher/<name>.yaml"
+            " (docs/cluster.md)"
+        )
+    return "the options that are chosen have no such field; see --help"
+
+
 def _explain_unreadable(text: str, reason: str, config_folder: Path | None) -> str:
     """The message for a value of the wrong type, such as the name of an option for a field."""
     override = text.removeprefix(UNREADABLE_VALUE).removeprefix(" ")
@@ -130,6 +147,8 @@ def _explain_unparsed(override: str, text: str, overrides: Sequence[str]) -> str
 
 def _explain_unmatched(path: str, text: str, config_folder: Path, overrides: Sequence[str]) -> str:
     """The message for a key that is not in the configuration, or a group that is used inside others."""
+    if path.startswith(OF_LAUNCHER):
+        return f"'{path}': {_unknown_field(path)}"
     is_unknown_key = "To append to your config" in text
     if path in USED_WITH or path == EXPERIMENT or is_unknown_key:
         return explain_unknown_key(path, _composed(overrides, config_folder))

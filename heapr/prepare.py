@@ -235,6 +235,11 @@ def _find_budget(config: ExperimentConfig, source: ModelSource, criterion: Crite
     Raises:
         ConfigError: that is more than the model can lose.
     """
+    if config.pruning.protect_super_experts and criterion.granularity is Granularity.EXPERT:
+        raise ConfigError(
+            "pruning.protect_super_experts is for criteria that remove atomic experts, but this one removes"
+            " whole experts; choose another score or leave it out"
+        )
     budget = Budget(
         ratio=config.pruning.ratio,
         scope=config.pruning.scope,

@@ -11,14 +11,12 @@ import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from heapr import artifacts
 from heapr.experiment import Experiment
 from heapr.gpu_slots import gpu_slot
-from heapr.measure import machine
 from heapr.os_errors import one_line_about
 from heapr.pipeline import Pipeline
 from heapr.prepare import prepare
@@ -26,7 +24,7 @@ from heapr.ranks import ONE_PROCESS, Ranks
 from heapr.ready import make_ready
 from heapr.report.run.protocol import protocol_differences
 from heapr.schema import ExperimentConfig
-from heapr.store.manifest import versions
+from heapr.store.manifest import environment
 from heapr.tracking import values
 from heapr.tracking.open_tracker import open_tracker
 from heapr.tracking.tracker import DENSE, Run, Several, Tracker
@@ -46,6 +44,7 @@ class Summary:
         metrics: by contract name, for the "dense" and the "pruned" model, the change of "size", and the
             "comparison" of both models.
         protocols: how each corpus or task was measured on the "dense" and on the "pruned" model.
+        coverage: how well the first calibration covers the experts: a `heapr.calibration.coverage.Coverage`.
         stages: one entry per artifact, in the order in which they were needed.
         config: the whole resolved configuration.
         environment: versions, machine, and the seconds that the run took.
@@ -53,6 +52,7 @@ class Summary:
 
     metrics: dict[str, Metrics]
     protocols: dict[str, dict[str, ProtocolRecord]]
+    coverage: dict[str, Any]
     stages: list[dict[str, Any]]
     config: dict[str, Any]
     environment: dict[str, Any]
@@ -101,29 +101,18 @@ def _run(config: ExperimentConfig, folder: Path, *, sweep: str | None, ranks: Ra
     for difference in protocol_differences(protocols):
         logger.warning("dense and pruned cannot be compared: %s", difference)
     seconds = round(time.perf_counter() - started, 1)
+    assert pipeline.coverage is not None
     summary = Summary(
         metrics=metrics,
         protocols=protocols,
+        coverage=asdict(pipeline.coverage),
         stages=pipeline.stages,
         config=resolved,
-        environment=_environment(experiment, seconds),
+        environment=environment(experiment.device) | {"seconds": seconds},
     )
     if experiment.ranks.is_first:
         artifacts.write_summary(folder, asdict(summary))
     return summary
-
-
-def _environment(experiment: Experiment, seconds: float) -> dict[str, Any]:
-    """With what and where a run was made, and how long it took."""
-    own = {"version": _own_version(), "machine": machine(experiment.device), "seconds": seconds}
-    return own | versions()
-
-
-def _own_version() -> str:
-    try:
-        return version("heapr")
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _tracker(experiment: Experiment, tracked: Run, folder: Path) -> AbstractContextManager[Tracker]:

@@ -29,7 +29,7 @@ def assert_refused(result: Completed, message: str) -> None:
             "pruning.ratoi=0.3",
             (
                 "unknown key 'pruning.ratoi'; did you mean pruning.ratio? known here: budget, form,"
-                " protected_layers, ratio, "
+                " protect_super_experts, protected_layers, ratio, "
             ),
         ),
         ("evaluation.perplexity.windo=3", "did you mean evaluation.perplexity.window?"),
@@ -43,6 +43,10 @@ def assert_refused(result: Completed, message: str) -> None:
         ("launcher=joblib", "write -m hydra/launcher=<name>; launcher=<name> is for sweep.py"),
         ("--dry-run", "unknown option '--dry-run'; fields are set without dashes (dry_run=...)"),
         ("pruning.ratio=0.2,1.5 -m hydra/launcher=ray", "pip install 'heapr[ray]'"),
+        (
+            "hydra.launcher.n_jobs=2 -m",
+            "'hydra.launcher.n_jobs': the launcher that is chosen has no such option;",
+        ),
         ("pruning.ratio=lots", "pruning.ratio"),
         ("pruning.ratio=1.5", "pruning.ratio=1.5 is not in [0, 1)"),
         (

@@ -20,7 +20,13 @@ from heapr.words import first_line
 
 MODEL, CRITERION = "labels.model", "labels.criterion"  # in a run's configuration
 # Beginnings of the names of what pruning costs in quality.
-DAMAGE = (f"{CHANGE}perplexity/", f"{CHANGE}accuracy/", "kl_to_dense/")
+DAMAGE = (
+    f"{CHANGE}perplexity/",
+    f"{CHANGE}accuracy/",
+    "kl_to_dense/",
+    f"{CHANGE}loop_rate_greedy/",
+    "greedy_agreement/",
+)
 TABLES = ("comparison", "layers")
 PROGRESS = ("calibration/loss", "calibration/tokens_per_second")
 EFFICIENCY = ("parameters_removed_ratio", "flops_removed_ratio")
