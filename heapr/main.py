@@ -23,19 +23,25 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from heapr.artifacts import clear_error, write_error
+from heapr.composition import checked_compositions
 from heapr.errors import ConfigError, RankEnded
 from heapr.explain import explain, explain_builtin
 from heapr.overrides import check_one_option
 from heapr.ranks import Ranks
 from heapr.schema import ExperimentConfig, register, resolve
+from heapr.secrets import without_secrets
 from heapr.signals import one_line_ends
 from heapr.words import first_line
 
 logger = logging.getLogger(__name__)
 
 EXIT_CODE = 2
+# What Hydra, OmegaConf and PyYAML let through.
+BUILTIN = (ValueError, RuntimeError, AssertionError, AttributeError, YAMLError)
+DEBUG = "debug=true"  # on the command line: the stack trace of a mistake too
 OPTIONS_OF_OTHERS = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=rank"]
 
 
@@ -76,7 +82,7 @@ def _recorded_failure(folder: Path) -> Iterator[None]:
         else:
             line = f"{type(error).__name__}: {line}"
             logger.error("this job failed: %s", line, exc_info=error)
-        write_error(folder, line)
+        write_error(folder, without_secrets(line))
         raise
 
 
@@ -127,14 +133,14 @@ def one_line_errors(config_folder: Path | None = None) -> Iterator[None]:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # otherwise Hydra prints errors itself and exits with 1
     print_whatever_the_encoding()
     try:
-        with one_line_ends(), explained(config_folder):
+        with one_line_ends(), explained(config_folder), checked_compositions():
             yield
     except RankEnded as end:
         _stop(end.line, code=end.code)
     except ConfigError as error:
-        _stop(str(error))
+        _stop(str(error), error=error)
     except FloatingPointError as error:
-        _stop(str(error), code=1)
+        _stop(str(error), code=1, error=error)
 
 
 @contextmanager
@@ -153,8 +159,8 @@ def explained(config_folder: Path | None = None) -> Iterator[None]:
         raise
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error, config_folder, sys.argv[1:])) from error
-    except (ValueError, RuntimeError, AssertionError) as error:
-        message = explain_builtin(str(error), config_folder)
+    except BUILTIN as error:
+        message = explain_builtin(error, config_folder)
         if message is None:
             raise
         raise ConfigError(message) from error
@@ -176,10 +182,13 @@ def print_whatever_the_encoding() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _stop(message: str, code: int = EXIT_CODE) -> None:
+def _stop(message: str, code: int = EXIT_CODE, error: BaseException | None = None) -> None:
     """End the process; an empty message has been told by another one."""
     if message:
-        sys.stderr.write(f"error: {message}\n")
+        if error is not None and not {DEBUG, f"++{DEBUG}"}.isdisjoint(sys.argv):
+            sys.stderr.write(without_secrets("".join(traceback.format_exception(error))))
+        line = " ".join(message.split())  # what a library or a file said may hold the ends of lines
+        sys.stderr.write(f"error: {without_secrets(line)}\n")
         sys.stderr.flush()
     sys.exit(code)
 

@@ -64,7 +64,14 @@ def prepare(
     with ranks.in_turn():
         plugins = build_plugins(config, notes)
     artifacts = Path(config.paths.outputs) / ARTIFACTS
-    store = Store(artifacts, device, ranks=ranks, wait_minutes=config.runtime.wait_minutes)
+    allowed = {"packages": config.plugins.allow, "trust_remote_code": config.model.trust_remote_code}
+    store = Store(
+        artifacts,
+        device,
+        ranks=ranks,
+        wait_minutes=config.runtime.wait_minutes,
+        record={"allowed_code": allowed},
+    )
     check_is_shared(store.root, ranks)
     with ranks.in_turn():
         source = find_source(config.model, digests=store.digests, config_only=notes is not None)

@@ -2,7 +2,7 @@
 
 In: the configuration that Hydra composed from conf/. Out: a checked `ExperimentConfig`, whose `_target_`
 entries are built elsewhere (heapr/plugins.py). No torch here, so that a mistyped command line is answered at
-once.
+once. Bounds of numbers and names: heapr/limits.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -18,6 +18,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from heapr.errors import ConfigError
 from heapr.files import user_path
+from heapr.limits import at_least, check_keys, check_limits
+from heapr.targets import check_targets
 
 
 @dataclass
@@ -100,6 +102,13 @@ class PathsConfig:
 
 
 @dataclass
+class PluginsConfig:
+    """Which code besides heapr's own a `_target_` may name; changes no result."""
+
+    allow: list[str] = field(default_factory=list)  # packages; only the command line may set it
+
+
+@dataclass
 class ExperimentConfig:
     """One experiment: calibrate -> score -> prune -> evaluate."""
 
@@ -111,7 +120,9 @@ class ExperimentConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
+    plugins: PluginsConfig = field(default_factory=PluginsConfig)
     dry_run: bool = False  # print what a run would do, from the model's config.json alone
+    debug: bool = False  # print the stack trace of a mistake too
 
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -142,6 +153,7 @@ def resolve(config: DictConfig) -> ExperimentConfig:
     Raises:
         ConfigError: a value is missing, out of range, or contradicts another.
     """
+    check_keys(config, ExperimentConfig)
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ConfigError(
@@ -163,17 +175,12 @@ def check(config: ExperimentConfig) -> None:
     Raises:
         ConfigError: a value is not allowed; the message names the field, the value and what is allowed.
     """
+    check_limits(asdict(config))
+    check_targets(asdict(config), config.plugins.allow)
     _check_pruning(config.pruning)
     _check_runtime(config.runtime)
     _choice("model.dtype", config.model.dtype, DTYPES)
     _check_tracking(config.tracking)
-    calibration = config.calibration
-    _at_least("calibration.num_samples", calibration.num_samples, 1)
-    _at_least("calibration.sequence_length", calibration.sequence_length, 2)
-    _at_least("calibration.batch_size", calibration.batch_size, 1)
-    _at_least("calibration.seed", calibration.seed, 0)
-    if calibration.max_characters is not None:
-        _at_least("calibration.max_characters", calibration.max_characters, 1)
 
 
 def _check_runtime(runtime: RuntimeConfig) -> None:
@@ -184,10 +191,8 @@ def _check_runtime(runtime: RuntimeConfig) -> None:
     _choice("runtime.activations", runtime.activations, ACTIVATIONS)
     if runtime.device_map is not None:
         _choice("runtime.device_map", runtime.device_map, DEVICE_MAPS)
-    if runtime.num_threads is not None:
-        _at_least("runtime.num_threads", runtime.num_threads, 1)
     if runtime.wait_minutes is not None:
-        _at_least("runtime.wait_minutes", runtime.wait_minutes, 0)
+        at_least("runtime.wait_minutes", runtime.wait_minutes, 0)
     if runtime.stream is True and runtime.device_map is not None:
         raise ConfigError(
             f"runtime.stream=true has one layer on one device, and runtime.device_map={runtime.device_map}"
@@ -210,7 +215,6 @@ def _check_pruning(pruning: PruningConfig) -> None:
             f"pruning.ratio={pruning.ratio} is not in [0, 1); give the share of atomic experts to remove, for"
             " example 0.25"
         )
-    _at_least("pruning.rounds", pruning.rounds, 1)
     _choice("pruning.scope", pruning.scope, SCOPES)
     _choice("pruning.form", pruning.form, FORMS)
     if pruning.form in ONE_WIDTH and pruning.scope != "expert":
@@ -274,8 +278,3 @@ def _check_tracking(tracking: TrackingConfig) -> None:
 def _choice(name: str, value: str | int, known: Collection[str | int]) -> None:
     if value not in known:
         raise ConfigError(f"{name}={value!r} is unknown; choose one of {', '.join(map(str, known))}")
-
-
-def _at_least(name: str, value: float, minimum: int) -> None:
-    if value < minimum:
-        raise ConfigError(f"{name}={value} is below {minimum}; give a whole number of at least {minimum}")

@@ -94,6 +94,7 @@ class Store:
         device: its peak memory is measured while an artifact is made.
         ranks: the processes that make artifacts together. All of them call `has` and `get`, in one order.
         wait_minutes: for an artifact that another run is making; None waits as long as it takes.
+        record: what else the manifests say; it determines no result.
 
     Raises:
         ConfigError: the folder is not writable.
@@ -106,9 +107,10 @@ class Store:
         *,
         ranks: Ranks = ONE_PROCESS,
         wait_minutes: float | None = None,
+        record: Mapping[str, Any] | None = None,
     ) -> None:
         self.root, self.device, self._wait_minutes = root, device, wait_minutes
-        self._ranks = ranks
+        self._ranks, self._record = ranks, dict(record or {})
         try:
             root.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=root):
@@ -243,7 +245,7 @@ class Store:
             meter = StageMeter(self.device)
             with _one_line_about_space(self.root), meter:
                 write(temporary, compute())
-            described = provenance(temporary, meter)
+            described = {**provenance(temporary, meter), **self._record}
             if part:
                 add_part(part, temporary, path, described)
             else:

@@ -12,13 +12,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+import yaml
 
 from heapr.artifacts import LOG, read_error, read_summary
 from heapr.errors import ConfigError
 from heapr.files import write_json
 from heapr.report.sweep.results import JobResult
 from heapr.sweep.definition import grid
+from heapr.words import first_line
 
 RECORD = "sweep.json"
 OVERRIDES, MULTIRUN, BASIC_SWEEPER = ".hydra/overrides.yaml", "multirun.yaml", "BasicSweeper"  # Hydra's names
@@ -100,8 +101,7 @@ def _overrides_of_jobs(folder: Path) -> dict[int, tuple[str, ...]]:
     started: dict[int, tuple[str, ...]] = {}
     for path in folder.iterdir():
         if path.name.isdigit() and (path / OVERRIDES).is_file():
-            overrides = OmegaConf.load(path / OVERRIDES)
-            started[int(path.name)] = tuple(map(str, overrides))
+            started[int(path.name)] = tuple(_texts(_read_yaml(path / OVERRIDES)))
     return _asked_of_hydra(folder) | dict(sorted(started.items()))
 
 
@@ -109,13 +109,38 @@ def _asked_of_hydra(folder: Path) -> dict[int, tuple[str, ...]]:
     """Return the overrides of all jobs of a `python run.py -m`; empty for other sweepers than Hydra's own."""
     if not (folder / MULTIRUN).is_file():
         return {}
-    hydra = OmegaConf.load(folder / MULTIRUN).hydra
-    if not str(hydra.sweeper._target_).endswith(BASIC_SWEEPER):
+    content = _read_yaml(folder / MULTIRUN)
+    try:
+        sweeper, asked = content["hydra"]["sweeper"]["_target_"], content["hydra"]["overrides"]["task"]
+    except (KeyError, TypeError) as error:
+        raise _damaged(folder / MULTIRUN, error) from error
+    if not str(sweeper).endswith(BASIC_SWEEPER):
         return {}
     jobs = {}
-    for number, job in enumerate(grid(list(hydra.overrides.task))):
+    for number, job in enumerate(grid(_texts(asked))):
         jobs[number] = tuple(f"{key}={value}" for key, value in job.items())
     return jobs
+
+
+def _read_yaml(path: Path) -> Any:
+    """The content of one of Hydra's files. A ${...} in it stays as it is, because it may name a secret.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    try:
+        return yaml.safe_load(path.read_bytes())
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise _damaged(path, error) from error
+
+
+def _texts(values: Any) -> list[str]:
+    """A list of overrides; empty for anything else."""
+    return [str(value) for value in values] if isinstance(values, list) else []
+
+
+def _damaged(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(f"'{path}' is damaged ({first_line(error)}); remove it, or get it again")
 
 
 def _collect_job(folder: Path, number: int, overrides: tuple[str, ...]) -> JobResult:

@@ -14,6 +14,7 @@ from typing import Protocol, runtime_checkable
 
 from heapr.errors import ConfigError, NotHereError
 from heapr.files import user_path
+from heapr.limits import check_name
 from heapr.text.docstrings import docstrings, source_hash
 from heapr.text.reader import Source, kind_of
 from heapr.text.splits import check_split, select_split
@@ -82,9 +83,15 @@ class PackageDocs(_Docstrings):
 
     Raises:
         NotHereError: the package is not installed.
+        ConfigError: that is no package's name.
     """
 
     def __init__(self, package: str, split: str) -> None:
+        if not package.isidentifier():  # to find a package in another one imports the other one
+            raise ConfigError(
+                f"corpus of package '{package}': that is not the name of a package; give one without dots, such"
+                " as numpy"
+            )
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
             problem = "no such package is installed; install it or name another"
@@ -116,7 +123,7 @@ class TextFiles:
         if not paths:
             example = "calibration.corpus.paths=[my.txt]"
             raise ConfigError(f"text_files has no paths; give them, for example {example}")
-        self.name, self.split = name, check_split(split)
+        self.name, self.split = check_name("text_files.name", name), check_split(split)
         files = [user_path(path) for path in paths]
         for file in files:
             _check_file(file)
