@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from heapr.errors import ConfigError
 from heapr.files import write_json, write_text
+from heapr.words import first_line
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -116,13 +118,22 @@ def read_plan(folder: Path) -> Plan:
 
 
 def read_kept(folder: Path) -> dict[int, NDArray[Any]] | None:
-    """The plan as numpy arrays (E, F) by decoder layer index, for reports; None if there is no plan."""
+    """The plan as numpy arrays (E, F) by decoder layer index, for reports; None if there is no plan.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     path = folder / PLAN
     if not path.is_file():
         return None
-    return {int(name.removeprefix("layers.")): kept_EF for name, kept_EF in load_file(path).items()}
+    try:
+        tensors = load_file(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _damaged(path, error) from error
+    return {int(name.removeprefix("layers.")): kept_EF for name, kept_EF in tensors.items()}
 
 
 def read_allocation(folder: Path) -> Report:
@@ -197,8 +208,24 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _must_read_json(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    """The object in a file.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, error) from error
+    if not isinstance(content, dict):
+        raise _damaged(path, TypeError(f"it holds a {type(content).__name__}, not an object"))
     return content
+
+
+def _damaged(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"'{path}' is damaged ({first_line(error)}); remove it, and run the same command again"
+    )
 
 
 def _save(path: Path, tensors: TensorDict, metadata: Mapping[str, str] | None = None) -> None:

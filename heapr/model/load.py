@@ -36,7 +36,7 @@ from heapr.model.model_files import (
     shards_of,
     weight_files,
 )
-from heapr.model.moe import MoEModel, experts_per_token, find_moe_layers
+from heapr.model.moe import MoELayer, MoEModel, experts_per_token, find_moe_layers
 from heapr.model.residency import Streamed
 from heapr.model.tensors import check_tensors, report_left_out
 from heapr.model.weights import LayerWeights
@@ -252,10 +252,13 @@ def find_model(
     # Before a model is built, which sets the configuration's dtype.
     stored_dtype: torch.dtype | None = config.get_text_config().dtype
     dtype = dtype or _dtype_of(config, folder)
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype='{dtype}' is unknown; choose one of {', '.join(DTYPES)}")
     model = _on_meta(config, path, trust_remote_code)
     layers = find_moe_layers(model)
     if not is_on_hub(path) and (weight_files(folder) or not config_only):
         check_weight_files(folder)
+    _check_numbers(config, layers, experts_per_token(model), folder)
     identity = _identity_of(path, folder, digests, has_code=trust_remote_code)
     identity["dtype"] = dtype
     if trust_remote_code:
@@ -274,6 +277,30 @@ def find_model(
         experts_per_token=experts_per_token(model),
         trust_remote_code=trust_remote_code,
     )
+
+
+def _check_numbers(
+    config: PretrainedConfig, layers: Sequence[MoELayer], num_routed: int, folder: Path
+) -> None:
+    """Check that a model of these sizes can read a token and send it to experts.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    text = config.get_text_config()
+    fewest = min(len(layer.widths) for layer in layers)
+    narrowest = min(min(layer.widths, default=0) for layer in layers)
+    problem = ""
+    if fewest < 1 or narrowest < 1:
+        problem = "has a layer without experts, or an expert without atomic experts"
+    elif not 1 <= num_routed <= fewest:
+        problem = f"sends every token to {num_routed} of {fewest} experts"
+    elif text.vocab_size < 1 or text.hidden_size < 1:
+        problem = f"has a vocabulary of {text.vocab_size} tokens and a width of {text.hidden_size}"
+    elif getattr(text, "max_position_embeddings", None) == 0:
+        problem = f"accepts {text.max_position_embeddings} tokens"
+    if problem:
+        raise ConfigError(f"config.json in '{folder}' {problem}; correct it, or get it again")
 
 
 def _identity_of(path: str, folder: Path, digests: Path | None, *, has_code: bool) -> dict[str, str]:

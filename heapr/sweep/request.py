@@ -85,6 +85,8 @@ def read_request(arguments: Sequence[str], experiments: Sequence[str]) -> Reques
         )
     settings = [argument for argument in rest if argument.startswith(OF_HYDRA)]
     overrides = [argument for argument in rest if argument not in settings]
+    if own.get("report_dir") == "":
+        raise ConfigError("report_dir= names no folder; give one below outputs/sweeps")
     report_dir = user_path(own["report_dir"]) if "report_dir" in own else None
     switches = {key: _switch(key, own.get(key, "false")) for key in SWITCHES}
     return Request(

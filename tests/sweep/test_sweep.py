@@ -207,7 +207,10 @@ def test_jobs_that_never_started_are_not_forgotten(tmp_path: Path) -> None:
     for number in (0, 1):
         (tmp_path / str(number) / ".hydra").mkdir(parents=True)
         (tmp_path / str(number) / ".hydra" / "overrides.yaml").write_text(f"- pruning.ratio=0.{number + 2}\n")
-    (tmp_path / "0" / "summary.json").write_text("{}")
+    corpus = {"corpus": {"_target_": "a.B"}}
+    config = {"model": {}, "calibration": corpus, "score": {"_target_": "a.B"}, "pruning": {"ratio": 0.5}}
+    summary = {"metrics": {}, "protocols": {}, "stages": [], "config": config}
+    (tmp_path / "0" / "summary.json").write_text(json.dumps(summary))
     jobs = collect_jobs(tmp_path)
     assert [job.overrides for job in jobs] == [
         ("pruning.ratio=0.2",),
