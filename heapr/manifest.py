@@ -52,10 +52,14 @@ def describe(file: Path) -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """Commit of the code that runs, if it runs from a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    """Commit of the code that runs, if git tracks it.
+
+    Otherwise, a repository around it is somebody else's, such as one with a virtual environment in it.
+    """
+    git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        tracked = subprocess.run([*git, "ls-files", Path(__file__).name], capture_output=True, text=True, check=False)
+        result = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     except OSError:
         return None
-    return result.stdout.strip() or None
+    return result.stdout.strip() or None if tracked.stdout.strip() else None

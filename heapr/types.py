@@ -201,7 +201,11 @@ class ExpertWeights:
 
 @dataclass(frozen=True)
 class Scores:
-    """Importance of every atomic expert, bigger is more important: float32 (E, F) by decoder layer index."""
+    """Importance of every atomic expert, bigger is more important: float32 (E, F) by decoder layer index.
+
+    Raises:
+        FloatingPointError: one is NaN or infinite; the message names it.
+    """
 
     layers: Mapping[int, Tensor]
 
@@ -209,7 +213,14 @@ class Scores:
         for index, scores_EF in self.layers.items():
             assert scores_EF.dim() == 2, (index, scores_EF.shape)
             assert scores_EF.dtype == torch.float32, (index, scores_EF.dtype)
-            assert scores_EF.isfinite().all(), f"scores of layer {index} are not finite"
+            bad_N2 = (~scores_EF.isfinite()).nonzero()
+            if len(bad_N2) > 0:
+                expert, place = bad_N2[0].tolist()
+                raise FloatingPointError(
+                    f"score: atomic expert {place} of expert {expert} of layer {index} is"
+                    f" {scores_EF[expert, place]}, not a finite number; look at the criterion, or use a wider"
+                    " model.dtype"
+                )
 
     def to_tensors(self) -> TensorDict:
         return {f"layers.{index}": scores_EF for index, scores_EF in self.layers.items()}

@@ -221,17 +221,18 @@ def check_finite(batch: int, loss: Tensor, observers: Sequence[LayerObserver]) -
     Raises:
         FloatingPointError: a value is NaN or infinite; the message names layer and batch.
     """
-    places, values = [], []
+    places: list[tuple[str, Tensor]] = []
+    values = []
 
     def add(observer: LayerObserver, names: Sequence[str]) -> None:
         for name in names:
-            places.append(f"statistic {name} of layer {observer.index}")
+            places.append((f"statistic {name} of layer {observer.index}", observer.sums[name]))
             total = observer.sums[name].sum()
             values.append(total.to(loss.device, torch.float64))
 
     for observer in observers:
         add(observer, FORWARD)
-    places.append("the loss, behind the last layer,")
+    places.append(("the loss, behind the last layer,", loss))
     values.append(loss.to(torch.float64))
     for observer in reversed(observers):
         add(observer, BACKWARD)
@@ -239,8 +240,17 @@ def check_finite(batch: int, loss: Tensor, observers: Sequence[LayerObserver]) -
     finite = torch.stack(values).isfinite().tolist()
     if all(finite):
         return
-    first = places[finite.index(False)]
+    first, tensor = places[finite.index(False)]
     raise FloatingPointError(
-        f"calibration: {first} is NaN or infinite in batch {batch}; use a wider model.dtype, or look at"
+        f"calibration: {first}{_in_expert(tensor)} is NaN or infinite in batch {batch}; use a wider model.dtype, or look at"
         " weights and text"
     )
+
+
+def _in_expert(tensor: Tensor) -> str:
+    """Words that name the first expert whose statistic is not finite; empty for the loss."""
+    if tensor.dim() == 0:
+        return ""
+    is_bad_E = ~tensor.flatten(start_dim=1).isfinite().all(dim=1) if tensor.dim() > 1 else ~tensor.isfinite()
+    bad = is_bad_E.nonzero().flatten().tolist()
+    return f", expert {bad[0]}," if bad else ""

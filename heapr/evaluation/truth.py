@@ -170,13 +170,13 @@ class Truth:
             passed = final_hidden_states(model, shared, variants)
             for _ in variants:
                 of_batches = []
-                for ids_NW, hidden in islice(passed, len(shared)):
-                    of_batches.append(next_token_loss(model, hidden, ids_NW).double().sum().item())
+                for number, (ids_NW, hidden) in enumerate(islice(passed, len(shared))):
+                    loss = next_token_loss(model, hidden, ids_NW).double().sum().item()
+                    if not math.isfinite(loss):
+                        problem = f"the loss is NaN or infinite in batch {ranks.number(number)}"
+                        raise FloatingPointError(f"{self.name}: {problem}; use a wider model.dtype")
+                    of_batches.append(loss)
                 total = sum(ranks.in_order(of_batches))
-                if not math.isfinite(total):
-                    raise FloatingPointError(
-                        f"{self.name}: the loss is NaN or infinite; use a wider model.dtype"
-                    )
                 yield total / tokens.num_predicted_tokens
 
 
