@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from heapr.errors import ConfigError
-from heapr.files import write_json, write_text
+from heapr.files import hash_file, write_json, write_text
 from heapr.words import first_line
 
 if TYPE_CHECKING:
@@ -109,6 +109,24 @@ def write_plan(
         belongs_to["repaired"] = REPAIRED
     write_json(folder / ALLOCATION, report)
     _save(folder / PLAN, plan.to_tensors(), belongs_to)
+
+
+def copy_plan(folder: Path, copy: Path, *, code: Path) -> None:
+    """Copy a plan, and add the hashes of the Python files that a checkpoint is read with.
+
+    Args:
+        folder: holds the plan.
+        copy: the folder that receives it.
+        code: the checkpoint's folder.
+    """
+    from safetensors import safe_open
+
+    with safe_open(folder / PLAN, framework="pt") as file:
+        metadata = dict(file.metadata() or {})
+    hashes = {path.name: hash_file(path) for path in sorted(code.glob("*.py"))}
+    if hashes:
+        metadata["code_sha256"] = json.dumps(hashes)
+    _save(copy / PLAN, _load(folder / PLAN), metadata)
 
 
 def read_plan(folder: Path) -> Plan:

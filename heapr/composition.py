@@ -189,8 +189,8 @@ def _check_commands(hydra: Mapping[str, Any], given: Mapping[str, Any]) -> None:
         is_given = any(key.startswith(f"hydra.{name}") for key in given)
         if _at(hydra, name) and not is_given:
             raise ConfigError(
-                f"hydra.{name} runs commands, and with --config-dir it may come from elsewhere; give it on the"
-                " command line, or in conf/"
+                f"hydra.{name} runs commands, and with --config-dir it may come from elsewhere; give it on"
+                " the command line, or in conf/"
             )
 
 

@@ -105,7 +105,7 @@ def check_limits(config: Mapping[str, Any]) -> None:
     layers = config["pruning"]["protected_layers"]
     if any(layer < 0 for layer in layers) or len(set(layers)) < len(layers):
         raise ConfigError(
-            f"pruning.protected_layers={layers} are not different indices of layers; count from 0, and give"
+            f"pruning.protected_layers={layers} are not different indices of layers; count from 0 and give"
             " each once"
         )
 
@@ -120,8 +120,8 @@ def _check_sample(calibration: Mapping[str, Any]) -> None:
     if most is not None and asked > most / CHARACTERS_PER_TOKEN:
         raise ConfigError(
             f"calibration.num_samples={calibration['num_samples']} sequences of"
-            f" {calibration['sequence_length']} tokens are more than calibration.max_characters={most} of text"
-            " can give; ask for fewer, or raise max_characters"
+            f" {calibration['sequence_length']} tokens are more than calibration.max_characters={most}"
+            " of text can give; ask for fewer, or raise max_characters"
         )
 
 
@@ -143,7 +143,7 @@ def check_name(place: str, name: str) -> str:
     """
     if not is_name(name):
         raise ConfigError(
-            f"{place}='{name[:LONGEST_PART]}' ({len(name)} letters) cannot be a part of a file's name; give 1 to"
-            f" {LONGEST_PART} letters without / and \\"
+            f"{place}='{name[:LONGEST_PART]}' ({len(name)} letters) cannot be a part of a file's name; give 1"
+            f" to {LONGEST_PART} letters without / and \\"
         )
     return name

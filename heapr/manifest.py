@@ -58,7 +58,9 @@ def _git_commit() -> str | None:
     """
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        tracked = subprocess.run([*git, "ls-files", Path(__file__).name], capture_output=True, text=True, check=False)
+        tracked = subprocess.run(
+            [*git, "ls-files", Path(__file__).name], capture_output=True, text=True, check=False
+        )
         result = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     except OSError:
         return None

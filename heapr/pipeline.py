@@ -8,7 +8,6 @@ returns a result that it already has.
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -191,7 +190,7 @@ class Pipeline:
             (checkpoint / CARD).write_text(model_card(self._about(), {}), encoding="utf-8")
             plans = checkpoint / artifacts.PLANS
             plans.mkdir()
-            shutil.copy(self.results.folder(step) / artifacts.PLAN, plans)
+            artifacts.copy_plan(self.results.folder(step), plans, code=checkpoint)
 
         self._get(step, lambda: self._final_model(step), write)
 

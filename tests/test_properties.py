@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from heapr.targets import check_targets
 from heapr.types import LayerStatistics, Plan, Scores
 
 tried = settings(
-    max_examples=60, deadline=None, derandomize=True, database=None,
+    max_examples=40, deadline=None, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 FINITE = st.floats(-(2.0**99), 2.0**99, width=32)
@@ -110,7 +111,9 @@ def test_a_score_that_is_no_number_is_named(given_scores, bad, choose) -> None:
     expert, place = choose.randrange(num_experts), choose.randrange(width)
     layers = {key: scores_EF.clone() for key, scores_EF in scores.layers.items()}
     layers[index][expert, place] = bad
-    with pytest.raises(FloatingPointError, match=f"atomic expert {place} of expert {expert} of layer {index} is"):
+    with pytest.raises(
+        FloatingPointError, match=f"atomic expert {place} of expert {expert} of layer {index} is"
+    ):
         Scores(layers=layers)
 
 
@@ -130,7 +133,11 @@ def statistics(draw: st.DrawFn) -> LayerStatistics:
 def test_merging_is_associative_commutative_and_has_a_zero(a, b, c) -> None:
     """Bit by bit, because the sums of these whole numbers are exact."""
     zero = LayerStatistics.zeros(2, 3, torch.device("cpu"))
-    for left, right in ((a.merge(b), b.merge(a)), (a.merge(b).merge(c), a.merge(b.merge(c))), (a.merge(zero), a)):
+    for left, right in (
+        (a.merge(b), b.merge(a)),
+        (a.merge(b).merge(c), a.merge(b.merge(c))),
+        (a.merge(zero), a),
+    ):
         for name, tensor in left.items():
             assert torch.equal(tensor, getattr(right, name)), name
 
@@ -179,7 +186,9 @@ def test_different_configurations_have_different_keys(one, other) -> None:
 def same(one: Any, other: Any) -> bool:
     if isinstance(one, bool) or isinstance(other, bool) or type(one) is not type(other):
         is_number = all(type(value) in {int, float} for value in (one, other))
-        return (is_number and math.isclose(one, other, rel_tol=1e-11)) or (type(one) is type(other) and one == other)
+        return (is_number and math.isclose(one, other, rel_tol=1e-11)) or (
+            type(one) is type(other) and one == other
+        )
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
     if isinstance(one, list):
@@ -189,7 +198,17 @@ def same(one: Any, other: Any) -> bool:
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [(1, True), (0, False), (0, None), ("1", 1), ([], {}), ([1], 1), ("", None), ([[1], 2], [1, [2]]), ({"a": {"b": 1}}, {"a.b": 1})],
+    [
+        (1, True),
+        (0, False),
+        (0, None),
+        ("1", 1),
+        ([], {}),
+        ([1], 1),
+        ("", None),
+        ([[1], 2], [1, [2]]),
+        ({"a": {"b": 1}}, {"a.b": 1}),
+    ],
 )
 def test_values_that_look_alike_are_different(one: Any, other: Any) -> None:
     assert key_of({"x": one}) != key_of({"x": other})
@@ -209,10 +228,17 @@ def test_parsers_give_a_value_or_our_own_error(content, tmp_path: Path) -> None:
     }.items():  # fmt: skip
         header = len(content).to_bytes(8, "little") if name.endswith(".safetensors") else b""
         (tmp_path / name).write_bytes(header + content)
-        try:
-            read(tmp_path)
-        except ConfigError as error:
-            assert str(tmp_path) in str(error) and "\n" not in str(error)
+        said = said_by(lambda read=read: read(tmp_path))
+        assert said == "" or (str(tmp_path) in said and "\n" not in said)
+
+
+def said_by(read: Callable[[], object]) -> str:
+    """What our own error says; empty if there is none."""
+    try:
+        read()
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 @tried

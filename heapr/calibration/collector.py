@@ -241,8 +241,9 @@ def check_finite(batch: int, loss: Tensor, observers: Sequence[LayerObserver]) -
     if all(finite):
         return
     first, tensor = places[finite.index(False)]
+    place = f"{first}{_in_expert(tensor)}"
     raise FloatingPointError(
-        f"calibration: {first}{_in_expert(tensor)} is NaN or infinite in batch {batch}; use a wider model.dtype, or look at"
+        f"calibration: {place} is NaN or infinite in batch {batch}; use a wider model.dtype, or look at"
         " weights and text"
     )
 

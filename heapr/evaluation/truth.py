@@ -172,12 +172,20 @@ class Truth:
                 of_batches = []
                 for number, (ids_NW, hidden) in enumerate(islice(passed, len(shared))):
                     loss = next_token_loss(model, hidden, ids_NW).double().sum().item()
-                    if not math.isfinite(loss):
-                        problem = f"the loss is NaN or infinite in batch {ranks.number(number)}"
-                        raise FloatingPointError(f"{self.name}: {problem}; use a wider model.dtype")
-                    of_batches.append(loss)
+                    of_batches.append(self._finite(loss, ranks.number(number)))
                 total = sum(ranks.in_order(of_batches))
                 yield total / tokens.num_predicted_tokens
+
+    def _finite(self, loss: float, batch: int) -> float:
+        """The loss of a batch.
+
+        Raises:
+            FloatingPointError: it is NaN or infinite.
+        """
+        if not math.isfinite(loss):
+            problem = f"the loss is NaN or infinite in batch {batch}"
+            raise FloatingPointError(f"{self.name}: {problem}; use a wider model.dtype")
+        return loss
 
 
 def _without(model: MoEModel, removed: Mapping[int, Tensor], span: Span) -> AbstractContextManager[None]:

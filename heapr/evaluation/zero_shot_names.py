@@ -52,7 +52,7 @@ def check_task_name(name: str, folder: Path | None) -> None:
         return
     suggestion = did_you_mean(name, [*own, *known, LOCAL_TASK], most=3)
     raise ConfigError(
-        f"zero-shot task '{name}' is unknown; {suggestion}lm-eval ls tasks lists all, include_path adds your own"
+        f"zero-shot task '{name}' is unknown; {suggestion}see lm-eval ls tasks; include_path adds your own"
     )
 
 
@@ -81,8 +81,12 @@ def _yaml_files(folder: Path) -> Iterator[Path]:
 def _check_yaml(folder: Path) -> None:
     """Check that the files of a user's folder are YAML; lm-eval skips those that are not."""
     for file in _yaml_files(folder):
-        try:
-            for _ in yaml.parse(file.read_bytes(), Loader=yaml.SafeLoader):
-                pass
-        except (yaml.YAMLError, ValueError) as error:
-            raise ConfigError(f"'{file}' is not YAML: {first_line(error)}; correct or remove it") from error
+        _check_one_yaml(file)
+
+
+def _check_one_yaml(file: Path) -> None:
+    try:
+        for _ in yaml.parse(file.read_bytes(), Loader=yaml.SafeLoader):
+            pass
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"'{file}' is not YAML: {first_line(error)}; correct or remove it") from error

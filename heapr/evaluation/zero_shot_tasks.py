@@ -70,7 +70,7 @@ def load_task(name: str, folder: Path | None, content: str) -> LoadedTask:
         except Exception as error:  # a task's templates and code may raise anything
             reason = f"{type(error).__name__}: {first_line(error)}"
             raise ConfigError(
-                f"zero-shot task '{name}' cannot be loaded ({reason}); correct its YAML, or see lm-eval's page"
+                f"zero-shot task '{name}' cannot be loaded ({reason}); correct its YAML or see lm-eval's page"
                 " on the task"
             ) from error
     members = {member for names in loaded["group_map"].values() for member in names}

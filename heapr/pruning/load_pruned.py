@@ -73,8 +73,8 @@ def find_pruning(path: Path, source: ModelSource) -> Pruning:
     name = metadata["repaired"]
     if name != REPAIRED:
         raise ConfigError(
-            f"plan '{path}' cannot be read: it names repaired weights '{name:.100}', not '{REPAIRED}'; give the"
-            f" {path.name} that prune wrote"
+            f"plan '{path}' cannot be read: it names repaired weights '{name:.100}', not '{REPAIRED}'; give"
+            f" the {path.name} that prune wrote"
         )
     beside = path.with_name(name)
     if not beside.is_file():

@@ -83,8 +83,8 @@ def load_definition(experiments: Path, name: str) -> Definition:
     for name_of_field in COMMAND_LINE_ONLY:
         if name_of_field in str(content):
             raise ConfigError(
-                f"experiments/{name}/{FILE} sets {name_of_field}, which lets code run; leave it out there, and"
-                " give it on the command line"
+                f"experiments/{name}/{FILE} sets {name_of_field}, which lets code run; leave it out there"
+                " and give it on the command line"
             )
     missing = [key for key in fields[:5] if not content.get(key)]
     if missing:

@@ -89,8 +89,8 @@ class PackageDocs(_Docstrings):
     def __init__(self, package: str, split: str) -> None:
         if not package.isidentifier():  # to find a package in another one imports the other one
             raise ConfigError(
-                f"corpus of package '{package}': that is not the name of a package; give one without dots, such"
-                " as numpy"
+                f"corpus of package '{package}': that is not the name of a package; give one without dots,"
+                " such as numpy"
             )
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:

@@ -41,8 +41,7 @@ def refused_call(call: Callable[[], object]) -> str:
             with one_line_errors(CONF):
                 call()
         except SystemExit as stopped:
-            assert isinstance(stopped.code, int)
-            code = stopped.code
+            code = int(stopped.code or 0)
     return line_of(Completed([], code, "", stderr.getvalue()))
 
 

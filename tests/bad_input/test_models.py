@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from heapr.artifacts import PLAN, REPAIRED
+from heapr.artifacts import PLAN, PLANS, REPAIRED
+from heapr.files import hash_file
 from heapr.model.load import find_model
 from heapr.model.model_files import INDEX, WEIGHTS
 from heapr.prepare import prepare
@@ -213,8 +215,6 @@ def plan(change: Callable[[dict[str, torch.Tensor]], object], **metadata: str) -
     """Rewrite the plan with other tensors or other metadata."""
 
     def rewrite(folder: Path) -> None:
-        from safetensors import safe_open
-
         with safe_open(folder / PLAN, framework="pt") as file:
             before = dict(file.metadata())
         tensors = load_file(folder / PLAN)
@@ -228,7 +228,7 @@ def nothing(tensors: dict[str, torch.Tensor]) -> None:
     """Leave the plan's tensors as they are."""
 
 
-PLANS: dict[str, tuple[Change, str]] = {
+BAD_PLANS: dict[str, tuple[Change, str]] = {
     "not there": (lambda folder: (folder / PLAN).unlink(), "cannot be read"),
     "a folder": (lambda folder: ((folder / PLAN).unlink(), (folder / PLAN).mkdir()), "cannot be read"),
     "empty": (content(PLAN, b""), "cannot be read"),
@@ -271,10 +271,10 @@ PLANS: dict[str, tuple[Change, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", BAD_PLANS)
 def test_a_plan_that_cannot_be(name: str, pruned: Path, original: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(pruned, tmp_path / "prune", ignore=shutil.ignore_patterns("checkpoint")))
-    change, part = PLANS[name]
+    change, part = BAD_PLANS[name]
     change(folder)
     line = refused_call(lambda: load_pruned(original / "model", plan=folder / PLAN))
     assert part in line and str(folder) in line
@@ -327,3 +327,14 @@ def test_code_beside_weights_runs_only_if_the_user_says_so(model: Path, tmp_path
     assert "model.trust_remote_code=true" in refused_call(lambda: find_model(str(model), dtype="float32"))
     assert "model.trust_remote_code=true" in refused_call(lambda: load_pruned(model))
     assert not (tmp_path / "ran").exists()
+
+
+def test_the_plan_in_a_checkpoint_has_the_hashes_of_its_code_which_is_short(pruned: Path) -> None:
+    checkpoint = pruned / "checkpoint"
+    with safe_open(checkpoint / PLANS / PLAN, framework="pt") as file:
+        hashes = json.loads(file.metadata()["code_sha256"])
+    code = list(checkpoint.glob("*.py"))
+    assert hashes == {path.name: hash_file(path) for path in code} and len(code) >= 1
+    assert sum(path.stat().st_size for path in code) < 50_000
+    copied, original = load_file(checkpoint / PLANS / PLAN), load_file(pruned / PLAN)
+    assert all(torch.equal(copied[name], kept_EF) for name, kept_EF in original.items())

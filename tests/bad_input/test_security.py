@@ -157,29 +157,31 @@ def test_targets_that_conf_names_are_known_and_others_are_allowed_by_package(pac
     assert plug_in(entry, "score").__name__ == "Mine"
 
 
-def test_what_the_user_allows_is_built_recorded_and_told(tmp_path: Path, package: Path) -> None:
+def test_what_the_user_allows_is_built_recorded_and_told_and_no_secret_is_written(
+    tmp_path: Path, package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole run, with wandb offline and a checkpoint, and secrets in the environment."""
+    for name in ("HF_TOKEN", "PLANTED_SECRET", "AWS_SECRET_ACCESS_KEY", "DATABASE_PASSWORD"):
+        monkeypatch.setenv(name, f"{SECRET}-{name}")
     write_model(tmp_path / "model")
-    settings = [
-        "model=hf",
-        f"model.path={tmp_path / 'model'}",
-        "model.dtype=float32",
-        "tracking=none",
-        *write_texts(tmp_path),
-    ]
-    settings = [setting for setting in settings if not setting.startswith("evaluation")]
-    arguments = [
-        "plugins.allow=[foreign_package]",
-        "score=magnitude",
-        "score._target_=foreign_package.Mine",
-        "evaluation=none",
-    ]
-    result = run_py_here(*settings, *arguments, "pruning.save_checkpoint=false", folder=tmp_path)
+    texts = [setting for setting in write_texts(tmp_path) if not setting.startswith("evaluation")]
+    model = ["model=hf", f"model.path={tmp_path / 'model'}", "model.dtype=float32"]
+    allowed = ["plugins.allow=[foreign_package]", "score=magnitude", "score._target_=foreign_package.Mine"]
+    arguments = [*model, *texts, *allowed, "evaluation=none", "tracking=wandb_offline"]
+    result = run_py_here(*arguments, folder=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "code of package foreign_package is allowed" in result.stderr
-    (manifest,) = (tmp_path / "outputs" / "artifacts" / "score").glob(f"*/{MANIFEST}")
+    outputs = tmp_path / "outputs"
+    (manifest,) = (outputs / "artifacts" / "score").glob(f"*/{MANIFEST}")
     content = json.loads(manifest.read_text())
     assert content["config"]["criterion"]["_target_"] == "foreign_package.Mine"
     assert content["allowed_code"] == {"packages": ["foreign_package"], "trust_remote_code": False}
+    written = [file for file in outputs.rglob("*") if file.is_file()]
+    assert any(file.suffix == ".wandb" for file in written) and any(
+        file.name == "README.md" for file in written
+    )
+    assert [file for file in written if SECRET.encode() in file.read_bytes()] == []
+    assert SECRET not in result.stdout + result.stderr
 
 
 def test_secrets_are_refused_before_anything_is_written(
@@ -233,12 +235,10 @@ def test_no_pickle_no_eval_no_shell_in_the_product() -> None:
         r"|os\.popen|shell=True|yaml\.(load|full_load|unsafe_load)\(|allow_pickle=True|weights_only=False|\b__import__\("
     )
     found = []
-    for folder in ("heapr", "hydra_plugins"):
-        for file in (ROOT / folder).rglob("*.py"):
-            for number, line in enumerate(file.read_text().splitlines(), start=1):
-                code = line.split("#")[0]
-                if forbidden.search(code):
-                    found.append(f"{file.relative_to(ROOT)}:{number}: {line.strip()}")
+    for file in [*(ROOT / "heapr").rglob("*.py"), *(ROOT / "hydra_plugins").rglob("*.py")]:
+        for number, line in enumerate(file.read_text().splitlines(), start=1):
+            if forbidden.search(line.split("#")[0]):
+                found.append(f"{file.relative_to(ROOT)}:{number}: {line.strip()}")
     assert [line for line in found if not ALLOWED.search(line)] == []
 
 

@@ -1,4 +1,4 @@
-"""Whether the summary of a job has what a report reads: a file that was edited or cut must not end in a trace.
+"""Whether the summary of a job has what a report reads: a file that was edited or cut ends in one line.
 
 In: the content of a summary.json. Out: nothing, or what is wrong with it.
 """
