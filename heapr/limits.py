@@ -59,7 +59,7 @@ def _check_section(config: Any, schema: type, where: str) -> None:
             raise ConfigError(unknown_key(f"{before}{key}", known))
     for name in known:
         place = f"{before}{name}"
-        if name not in config:
+        if config._get_node(name) is None:
             raise ConfigError(f"{place} was taken out, and a run needs it; leave ~{place} out")
         if dataclasses.is_dataclass(hints[name]):
             _check_section(config._get_node(name), hints[name], place)

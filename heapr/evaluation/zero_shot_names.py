@@ -18,9 +18,11 @@ from heapr.evaluation.zero_shot_local import NAME as LOCAL_TASK
 from heapr.files import is_name
 from heapr.words import did_you_mean, first_line
 
-# A name in lm-eval's YAML: of a task, group or tag, or an element of a list of these.
+# A name in lm-eval's YAML, which may be JSON: of a task, group or tag, or an element of a list of these.
 NAME = re.compile(
-    rb"^(?:task|group|tag):[ \t]*['\"]?([\w.:+-]+)|^[ \t]*-[ \t]*['\"]?([\w.:+-]+)", re.MULTILINE
+    rb"""(?:^|[{,])[ \t]*['"]?(?:task|group|tag)['"]?[ \t]*:[ \t]*['"]?([\w.:+-]+)"""
+    rb"""|^[ \t]*-[ \t]*['"]?([\w.:+-]+)""",
+    re.MULTILINE,
 )
 ENDINGS = ("*.yaml", "*.yml")
 # lm-eval's folders of the paper's tasks, which are looked at first: there are 14,000 files in all.

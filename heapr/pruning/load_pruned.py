@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from heapr.artifacts import REPAIRED
 from heapr.errors import ConfigError
+from heapr.files import is_name
 from heapr.model.device import find_device
 from heapr.model.experts.ragged import RaggedExperts
 from heapr.model.load import ModelSource, find_model
@@ -71,9 +71,9 @@ def find_pruning(path: Path, source: ModelSource) -> Pruning:
     if "repaired" not in metadata:
         return Pruning(plan)
     name = metadata["repaired"]
-    if name != REPAIRED:
+    if not is_name(name):
         raise ConfigError(
-            f"plan '{path}' cannot be read: it names repaired weights '{name:.100}', not '{REPAIRED}'; give"
+            f"plan '{path}' cannot be read: its repaired weights '{name:.100}' are not beside it; give"
             f" the {path.name} that prune wrote"
         )
     beside = path.with_name(name)
