@@ -7,8 +7,15 @@ Run:  python run.py                              the built-in model, offline
       torchrun --nproc-per-node=2 run.py         several processes share the batches
 """
 
+
+
 import sys
 from pathlib import Path
+
+from heapr.signals import end_at_once, end_with_parent
+
+if __name__ == "__main__":
+    end_at_once()
 
 import hydra
 from omegaconf import DictConfig
@@ -17,7 +24,6 @@ from heapr.main import explained, one_line_errors, options_of_rank, run_job
 from heapr.overrides import options_first
 from heapr.ranks import Ranks
 from heapr.schema import register
-from heapr.signals import end_with_parent
 from heapr.start_ranks import started_ranks
 
 

@@ -70,11 +70,13 @@ def prepare(
         device,
         ranks=ranks,
         wait_minutes=config.runtime.wait_minutes,
+        full_check=config.runtime.full_check,
         record={"allowed_code": allowed},
     )
     check_is_shared(store.root, ranks)
     with ranks.in_turn():
-        source = find_source(config.model, digests=store.digests, config_only=notes is not None)
+        digests = None if is_full_check else store.digests
+        source = find_source(config.model, digests=digests, config_only=notes is not None)
     _check_lengths(config, source)
     budget = _find_budget(config, source, plugins.criterion)
     if config.pruning.save_checkpoint:

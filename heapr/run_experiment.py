@@ -16,6 +16,7 @@ from typing import Any
 from heapr import artifacts
 from heapr.experiment import Experiment
 from heapr.gpu_slots import gpu_slot
+from heapr.os_errors import one_line_about
 from heapr.pipeline import Pipeline
 from heapr.prepare import prepare
 from heapr.ranks import ONE_PROCESS, Ranks
@@ -40,12 +41,14 @@ class Summary:
         metrics: by contract name, for the "dense" and the "pruned" model, the change of "size", and the
             "comparison" of both models.
         protocols: how each corpus or task was measured on the "dense" and on the "pruned" model.
+        coverage: how well the first calibration covers the experts: a `heapr.calibration.coverage.Coverage`.
         stages: one entry per artifact, in the order in which they were needed.
         config: the whole resolved configuration.
     """
 
     metrics: dict[str, Metrics]
     protocols: dict[str, dict[str, ProtocolRecord]]
+    coverage: dict[str, Any]
     stages: list[dict[str, Any]]
     config: dict[str, Any]
 
@@ -63,10 +66,17 @@ def run(
         ranks: the processes that share the work, all of which call this.
 
     Raises:
-        ConfigError: the user's mistake, found before the first expensive step.
+        ConfigError: the user's mistake, found before the first expensive step; or no space, or permission
+            lost, at any time: what was finished is kept.
         FloatingPointError: NaN or infinity; the message says where.
     """
+    with one_line_about(Path(config.paths.outputs)), one_line_about(folder):
+        return _run(config, folder, sweep=sweep, ranks=ranks)
+
+
+def _run(config: ExperimentConfig, folder: Path, *, sweep: str | None, ranks: Ranks) -> Summary:
     experiment = prepare(config, ranks=ranks)
+    experiment.store.refer(folder, [step.origin for step in experiment.steps])
     tokens = make_ready(experiment)
     logger.info("%-9s %s, results in %s", "run", experiment.name, folder)
     resolved = asdict(config)
@@ -85,7 +95,14 @@ def run(
     protocols = pipeline.findings.protocols
     for difference in protocol_differences(protocols):
         logger.warning("dense and pruned cannot be compared: %s", difference)
-    summary = Summary(metrics=metrics, protocols=protocols, stages=pipeline.stages, config=resolved)
+    assert pipeline.coverage is not None
+    summary = Summary(
+        metrics=metrics,
+        protocols=protocols,
+        coverage=asdict(pipeline.coverage),
+        stages=pipeline.stages,
+        config=resolved,
+    )
     if experiment.ranks.is_first:
         artifacts.write_summary(folder, asdict(summary))
     return summary

@@ -80,9 +80,7 @@ def test_what_is_in_range_is_passed_on() -> None:
 
 
 def test_misspelt_missing_and_unknown_are_refused() -> None:
-    with pytest.raises(
-        ConfigError, match=r"unknown key 'x.example.windw'; did you mean x.example.window\?"
-    ):
+    with pytest.raises(ConfigError, match=r"unknown key 'x.example.windw'; did you mean x.example.window\?"):
         example(windw=3)
     with pytest.raises(ConfigError, match="score lacks alpha; give it, for example score.alpha=..."):
         build({"_target_": "heapr.score.activation.Camera"}, "score")

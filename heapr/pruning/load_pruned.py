@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from heapr.errors import ConfigError
-from heapr.files import is_name
+from heapr.files import hash_file, is_name
 from heapr.model.device import find_device
 from heapr.model.experts.ragged import RaggedExperts
 from heapr.model.load import ModelSource, find_model
@@ -82,7 +82,11 @@ def find_pruning(path: Path, source: ModelSource) -> Pruning:
             f"plan '{path}' belongs to a repaired model, but its weights '{beside.name}' are not beside it; "
             "load the checkpoint instead, or give the plan in the folder that prune wrote"
         )
-    repaired_tensors, _ = _read(beside, "repaired weights")
+    repaired_tensors, belongs_to = _read(beside, "repaired weights")
+    if belongs_to.get("plan") != hash_file(path):
+        raise ConfigError(
+            f"'{beside}' was made for another plan than '{path}'; give the two files of one prune artifact"
+        )
     if not _fit(repaired_tensors, plan, source):
         raise ConfigError(f"'{beside}' does not fit plan '{path}'; give the two files of one prune artifact")
     for key, tensor in repaired_tensors.items():

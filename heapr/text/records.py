@@ -1,4 +1,4 @@
-"""Reads text from files of records: a field of JSON objects, or a column of a parquet file.
+"""Reads text or chats from files of records: a field of JSON objects, or a column of a parquet file.
 
 In: a path and the name of the field or column. Out: documents, in order. Errors in JSON name the line.
 """
@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from heapr.errors import ConfigError
+from heapr.text.chat import chat_field, conversation
 from heapr.text.lines import complaints, is_utf8, lines
 
-CHAT_FIELDS = ("messages", "conversations", "conversation")
+ROWS_AT_ONCE = 1024  # of parquet
 NOT_JSON = (ValueError, RecursionError)  # what json raises, also for numbers and depths beyond its limits
 
 
@@ -84,17 +85,22 @@ class _Array:
 
 
 def parquet_rows(path: Path, column: str) -> Iterator[str]:
-    """The rows of a text column; null is an empty row.
+    """The rows of a text column, or the conversations of a column of chats; null is an empty row.
 
     Raises:
-        ConfigError: the file is not parquet, or has no such text column.
+        ConfigError: the file is not parquet, or has no such column.
     """
     from pyarrow import types  # imported here because it takes a fraction of a second
     from pyarrow.parquet import ParquetFile
 
     with complaints(path, lambda: "as parquet"):
-        table = ParquetFile(path)
+        # pre_buffer would read all row groups ahead.
+        table = ParquetFile(path, pre_buffer=False)
         schema = table.schema_arrow
+        chat = chat_field(column, schema.names)
+        if chat is not None and types.is_list(schema.field(chat).type):
+            yield from _parquet_chats(table, chat, path)
+            return
         if column not in schema.names:
             raise ConfigError(f"'{path}' {_no_such_field('column', column, schema.names)}")
         kind = schema.field(column).type
@@ -104,39 +110,54 @@ def parquet_rows(path: Path, column: str) -> Iterator[str]:
         if not is_text:
             hint = "rename the one with the text, or give another file"
             raise ConfigError(f"column '{column}' of '{path}' holds {kind}, not text; {hint}")
-        for batch in table.iter_batches(columns=[column]):
+        for batch in table.iter_batches(ROWS_AT_ONCE, columns=[column]):
             rows = batch.column(0).cast("string").fill_null("")
             yield from rows.to_pylist()
 
 
+def _parquet_chats(table: Any, column: str, path: Path) -> Iterator[str]:
+    """The conversations of a column of pyarrow's `ParquetFile`."""
+    number = 0
+    for batch in table.iter_batches(ROWS_AT_ONCE, columns=[column]):
+        for messages in batch.column(0).to_pylist():
+            number += 1
+            yield "" if messages is None else conversation(messages, f"row {number} of '{path}'")
+
+
 def _text_of(value: Any, field: str, number: int, path: Path) -> str:
-    """The text in a field of a JSON value; `number` is its line.
+    """The text or conversation in a field of a JSON value; `number` is its line.
 
     Raises:
-        ConfigError: it has none.
+        ConfigError: it has neither.
     """
+    where = f"line {number} of '{path}'"
     problem = _problem(value, field)
     if problem is not None:
-        raise ConfigError(f"line {number} of '{path}' {problem}")
-    text: str = value[field]
+        raise ConfigError(f"{where} {problem}")
+    chat = chat_field(field, value)
+    has_chat = chat is not None and not isinstance(value[chat], str)
+    text: str = conversation(value[chat], where) if has_chat else value[field]
+    if not is_utf8(text):
+        surrogate = "a lone surrogate, \\ud800 to \\udfff"
+        raise ConfigError(
+            f"{where} has half a character in the field '{chat or field}' ({surrogate}); fix it or leave it"
+            " out"
+        )
     return text
 
 
 def _problem(value: Any, field: str) -> str | None:
-    """Why a JSON value has no text in a field, and what to do about it; None if it has text."""
+    """Why a JSON value has neither text nor a chat, and what to do about it; None if it has one."""
     expected = f"is not a JSON object with text in the field '{field}'"
     if not isinstance(value, dict):
         return f"{expected}, but a {type(value).__name__}; fix it"
-    is_chat = field in CHAT_FIELDS and isinstance(value.get(field), list)
-    if field not in value or is_chat:
+    chat = chat_field(field, value)
+    if chat is not None and (chat == field or isinstance(value[chat], list)):
+        return None
+    if field not in value:
         return _no_such_field("field", field, value)
     text = value[field]
-    if not isinstance(text, str):
-        return f"{expected}, which holds {json.dumps(text):.40}; fix it"
-    if not is_utf8(text):
-        surrogate = "a lone surrogate, \\ud800 to \\udfff"
-        return f"has half a character in the field '{field}' ({surrogate}); fix it or leave it out"
-    return None
+    return None if isinstance(text, str) else f"{expected}, which holds {json.dumps(text):.40}; fix it"
 
 
 def _no_such_field(what: str, field: str, known: Collection[str]) -> str:
@@ -147,18 +168,9 @@ def _no_such_field(what: str, field: str, known: Collection[str]) -> str:
         field: the wanted name.
         known: the existing names.
     """
-    chat = [name for name in CHAT_FIELDS if name in known]
-    if not chat:
-        names = ", ".join(known) or "nothing"
-        hint = "rename the one with the text, or, for text_files, name it with text_field"
-        return f"has no {what} '{field}' but {names}; {hint}"
-    target = "text" if field == chat[0] else field
-    return (
-        f"is chat data ({what} '{chat[0]}'), which cannot be used directly, "
-        "because its text depends on the model's chat template; "
-        f"write every conversation as one text into the {what} '{target}', for example with "
-        "tokenizer.apply_chat_template(messages, tokenize=False)"
-    )
+    names = ", ".join(known) or "nothing"
+    hint = "rename the one with the text, or, for text_files, name it with text_field"
+    return f"has no {what} '{field}' but {names}; {hint}"
 
 
 def _not_json(number: int, path: Path, reason: str) -> ConfigError:

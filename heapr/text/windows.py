@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from heapr.errors import ConfigError
+from heapr.text.chat import as_text
 from heapr.text.corpora import Corpus
 from heapr.text.mixture import Mixture, apportion, parts_of
-from heapr.text.passages import drawn
+from heapr.text.passages import Documents, drawn
 from heapr.text.tokenizing import joined_length, token_ids
 from heapr.types import TokenWindows
 
@@ -46,18 +47,22 @@ def tokenize(
         ConfigError: the text is too short for `least` tokens, with any tokenizer.
     """
     what = _in_words(corpus)
-    documents = corpus.documents
+
+    def documents() -> Iterable[str]:
+        return as_text(corpus.documents(), tokenizer, corpus=corpus.name)
+
+    chosen: Documents = documents
     if max_characters is not None:
-        documents = drawn(documents, max_characters, seed=seed, what=what)
-    num_characters = joined_length(documents())
+        chosen = drawn(documents, max_characters, seed=seed, what=what)
+    num_characters = joined_length(chosen())
     if least > num_characters:  # otherwise it would be found only when all of the text is tokenized
-        num_bytes = sum(len(document.encode()) for document in documents())
+        num_bytes = sum(len(document.encode()) for document in chosen())
         if least > num_bytes + num_characters:
             raise ConfigError(
                 f"corpus '{corpus.name}' (split {corpus.split}) has {num_bytes} bytes, which cannot give"
                 f" {least} tokens; ask for fewer or shorter sequences, or give more text"
             )
-    return token_ids(documents, tokenizer, num_characters=num_characters, what=what)
+    return token_ids(chosen, tokenizer, num_characters=num_characters, what=what)
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -87,6 +92,15 @@ def windows(
     """
     num_tokens = length * (least if least > 1 else 0)
     tokens_T = tokenize(corpus, tokenizer, max_characters=max_characters, seed=seed, least=num_tokens)
+    return cut(tokens_T, corpus, length)
+
+
+def cut(tokens_T: Tensor, corpus: Corpus, length: int) -> TokenWindows:
+    """The non-overlapping windows of a corpus's tokens, in order, without the remainder.
+
+    Raises:
+        ConfigError: there are fewer tokens than one window has.
+    """
     num_windows, num_left = divmod(len(tokens_T), length)
     if num_windows == 0:
         raise ConfigError(

@@ -19,7 +19,8 @@ from heapr.tracking.wandb import has_key, is_reachable
 from heapr.words import first_line
 
 MODEL, CRITERION = "labels.model", "labels.criterion"  # in a run's configuration
-QUALITY = ("perplexity/", "accuracy/", "kl_to_dense/")  # beginnings of the names that are compared
+# Beginnings of the names that are compared.
+QUALITY = ("perplexity/", "accuracy/", "kl_to_dense/", "loop_rate_greedy/", "greedy_agreement/")
 TABLES = ("comparison", "layers")
 PROGRESS = ("calibration/loss", "calibration/tokens_per_second")
 EFFICIENCY = ("parameters_removed_ratio", "flops_removed_ratio")

@@ -139,7 +139,7 @@ MODELS: dict[str, tuple[Change, str]] = {
     "not a mixture": (fields(model_type="llama"), "model"),
     "architectures are text": (fields(architectures="x"), "config.json"),
     "auto_map is a list": (fields(auto_map=["x"]), "config.json"),
-    "quantised": (fields(quantization_config={"quant_method": "fp8"}), "quantised"),
+    "quantised": (fields(quantization_config={"quant_method": "nonsense"}), "quantised"),
     "quantisation is text": (fields(quantization_config="fp8"), "quantization_config"),
     "config.json is a list": (content("config.json", "[]"), "config.json"),
     "config.json is null": (content("config.json", "null"), "config.json"),
@@ -224,6 +224,13 @@ def plan(change: Callable[[dict[str, torch.Tensor]], object], **metadata: str) -
     return rewrite
 
 
+def save_like(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Replace a file's tensors and keep its metadata."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    save_file(tensors, path, metadata)
+
+
 def nothing(tensors: dict[str, torch.Tensor]) -> None:
     """Leave the plan's tensors as they are."""
 
@@ -250,22 +257,22 @@ BAD_PLANS: dict[str, tuple[Change, str]] = {
     "repaired weights missing": (lambda folder: (folder / REPAIRED).unlink(), "are not beside it"),
     "repaired weights empty": (content(REPAIRED, b""), "cannot be read"),
     "repaired weights of other names": (
-        lambda folder: save_file({"a": torch.zeros(1), "b.c": torch.zeros(1)}, folder / REPAIRED), "does not fit",
+        lambda folder: save_like({"a": torch.zeros(1), "b.c": torch.zeros(1)}, folder / REPAIRED), "does not fit",
     ),
     "repaired weights of other shapes": (
-        lambda folder: save_file({name: value[..., None] for name, value in load_file(folder / REPAIRED).items()}, folder / REPAIRED),
+        lambda folder: save_like({name: value[..., None] for name, value in load_file(folder / REPAIRED).items()}, folder / REPAIRED),
         "does not fit",
     ),
     "repaired weights of a layer too few": (
-        lambda folder: save_file({name: value for name, value in load_file(folder / REPAIRED).items() if "layers.1" not in name}, folder / REPAIRED),
+        lambda folder: save_like({name: value for name, value in load_file(folder / REPAIRED).items() if "layers.1" not in name}, folder / REPAIRED),
         "does not fit",
     ),
     "repaired weights of integers": (
-        lambda folder: save_file({name: value.int() for name, value in load_file(folder / REPAIRED).items()}, folder / REPAIRED),
+        lambda folder: save_like({name: value.int() for name, value in load_file(folder / REPAIRED).items()}, folder / REPAIRED),
         "does not fit",
     ),
     "repaired weights that are NaN": (
-        lambda folder: save_file({name: value * float("nan") for name, value in load_file(folder / REPAIRED).items()}, folder / REPAIRED),
+        lambda folder: save_like({name: value * float("nan") for name, value in load_file(folder / REPAIRED).items()}, folder / REPAIRED),
         "NaN or infinite",
     ),
 }  # fmt: skip

@@ -102,13 +102,17 @@ MISTAKES = {
         '{"text": null}',
         "line 3 of '.*' is not a JSON object with text in the field 'text', which holds null",
     ),
-    "chat": (
-        '{"messages": [{"role": "user", "content": "hi"}]}',
-        "line 3 of '.*' is chat data \\(field 'messages'\\), .* into the field 'text'",
+    "empty chat": (
+        '{"messages": []}',
+        "line 3 of '.*' holds no list of messages but \\[\\]; fix it",
     ),
-    "shared chat": (
-        '{"conversations": [{"from": "human", "value": "hi"}]}',
-        "line 3 of '.*' is chat data .*apply_chat_template",
+    "chat without roles": (
+        '{"conversations": [{"human": "hi"}]}',
+        'line 3 of \'.*\' has a message without role and content .or from and value.: ."human": "hi".',
+    ),
+    "surrogate in a chat": (
+        '{"messages": [{"role": "user", "content": "a \\ud83d b"}]}',
+        "line 3 of '.*' has half a character in the field 'messages'",
     ),
     "surrogate": ('{"text": "a \\ud83d b"}', "line 3 of '.*' has half a character in the field 'text'"),
 }
@@ -140,12 +144,6 @@ def test_broken_arrays_are_told_with_their_line(text: str, line: int, tmp_path: 
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(ConfigError, match=f"line {line} of .* is not JSON"):
         read(tmp_path / "a.json")
-
-
-def test_a_chat_under_the_name_of_its_field_is_no_text(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"messages": [{"role": "user", "content": "hi"}]}')
-    with pytest.raises(ConfigError, match="is chat data .* into the field 'text'"):
-        read(tmp_path / "a.jsonl", "messages")
 
 
 @pytest.mark.parametrize(
@@ -185,7 +183,7 @@ def test_files_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
         "cut.txt.gz": "cannot be read after line", "broken.txt.gz": "cannot be read after line",
         "plain.txt.gz": "cannot be read after line 0",
         "plain.parquet": "cannot be read as parquet", "blank.txt": "holds no text", "blank.json": "holds no text",
-        "numbers.parquet": "column 'text' of '.*' holds int64, not text", "chat.parquet": r"is chat data \(column 'messages'\)",
+        "numbers.parquet": "column 'text' of '.*' holds int64, not text", "chat.parquet": "has no column 'text' but messages",
     }  # fmt: skip
     for name, message in cases.items():
         with pytest.raises(ConfigError, match=message) as caught:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from heapr.report.sweep.calibrations import coverage_section
 from heapr.report.sweep.factors import differing, failure, flat
 from heapr.report.sweep.render import to_html
 from heapr.report.sweep.report_layout import Entry, Layout
@@ -77,6 +78,7 @@ def page(layout: Layout, jobs: Jobs, parts: Sequence[Table | Picture], folder: P
         _head(layout, jobs),
         *_parts(parts),
         _failures(jobs),
+        coverage_section(jobs),
         _differences(jobs),
         _stages(jobs, folder),
         _common(jobs),
