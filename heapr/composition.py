@@ -45,6 +45,7 @@ LOGGING = (
     "logging.FileHandler",
     "logging.Formatter",
     "heapr.secrets.Formatter",
+    "heapr.log_file.LogFile",
     "ext://sys.stdout",
     "ext://sys.stderr",
 )

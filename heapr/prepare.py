@@ -75,7 +75,7 @@ def prepare(
     )
     check_is_shared(store.root, ranks)
     with ranks.in_turn():
-        digests = None if is_full_check else store.digests
+        digests = None if config.runtime.full_check else store.digests
         source = find_source(config.model, digests=digests, config_only=notes is not None)
     _check_lengths(config, source)
     budget = _find_budget(config, source, plugins.criterion)

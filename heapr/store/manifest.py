@@ -35,7 +35,6 @@ DESCRIBED: Mapping[str, type | tuple[type, ...]] = {
     "files": dict,
 }
 FIELDS = {"stage": str, "stage_version": int, "key": str, "upstream": dict, "config": dict, "parts": dict}
-HEAD = ["rev-parse", "HEAD"]
 SHA256 = re.compile(r"[0-9a-f]{64}")
 # What a file will be next, while it is being rewritten.
 NEXT = "next"
@@ -209,13 +208,11 @@ def _git_commit() -> str | None:
     """
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        listed = subprocess.run(
-            [*git, "ls-files", "manifest.py"], capture_output=True, text=True, check=False
-        )
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        listed = _output_of([*git, "ls-files", Path(__file__).name])
+        head = _output_of([*git, "rev-parse", "HEAD"])
     except OSError:
         return None
-    return head or None if listed else None
+    return head if head and listed else None
 
 
 def _output_of(command: list[str]) -> str:
