@@ -84,8 +84,9 @@ def check_composed(config: DictConfig, overrides: Sequence[str]) -> None:
     """
     given = _given(overrides)
     refuse_secrets(list(overrides), "an argument of the command line")
-    plain = OmegaConf.to_container(config, resolve=False)
-    assert isinstance(plain, dict)
+    content = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(content, dict)
+    plain = {str(key): value for key, value in content.items()}
     hydra = plain.pop("hydra", {})
     refuse_secrets(plain, "")
     if "oc.env" in str(plain):

@@ -54,7 +54,7 @@ def _check_section(config: Any, schema: type, where: str) -> None:
     hints = get_type_hints(schema)
     known = [field.name for field in dataclasses.fields(schema)]
     before = f"{where}." if where else ""
-    for key in config:
+    for key in map(str, config):
         if key not in known and not (where == "" and key == "hydra"):
             raise ConfigError(unknown_key(f"{before}{key}", known))
     for name in known:

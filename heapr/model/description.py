@@ -109,7 +109,8 @@ def _check_json(folder: Path) -> None:
         ) from error
     if not isinstance(fields, dict):
         raise ConfigError(
-            f"{CONFIG_FILE} in '{folder}' cannot be used: it holds a {type(fields).__name__}, not an object; get it again"
+            f"{CONFIG_FILE} in '{folder}' cannot be used: it holds a {type(fields).__name__}, not an"
+            " object; get it again"
         )
     for name, kind in JSON_TYPES.items():
         value = fields.get(name)

@@ -196,8 +196,8 @@ def _collect_job(folder: Path, number: int, overrides: tuple[str, ...]) -> JobRe
         return JobResult(number, overrides, folder, None, str(damage))
     problem = None if summary is None else problem_of(summary)
     if problem is not None:
-        damage = _damaged(folder / SUMMARY, TypeError(problem))
-        return JobResult(number, overrides, folder, None, str(damage))
+        told = _damaged(folder / SUMMARY, TypeError(problem))
+        return JobResult(number, overrides, folder, None, str(told))
     if summary is None and error is None:
         error = f"was stopped before it finished; its log: {folder / LOG}"
     if summary is not None:

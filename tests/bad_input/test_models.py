@@ -342,6 +342,6 @@ def test_the_plan_in_a_checkpoint_has_the_hashes_of_its_code_which_is_short(prun
         hashes = json.loads(file.metadata()["code_sha256"])
     code = list(checkpoint.glob("*.py"))
     assert hashes == {path.name: hash_file(path) for path in code} and len(code) >= 1
-    assert sum(path.stat().st_size for path in code) < 50_000
+    assert sum(path.stat().st_size for path in code) < 60_000
     copied, original = load_file(checkpoint / PLANS / PLAN), load_file(pruned / PLAN)
     assert all(torch.equal(copied[name], kept_EF) for name, kept_EF in original.items())

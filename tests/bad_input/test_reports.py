@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 
 from heapr import prefetch
-from heapr.artifacts import read_details, read_kept, read_manifest
+from heapr.artifacts import read_details, read_kept
 from tests.bad_input.refusals import line_of, refused, refused_call
 from tests.command import ROOT, Completed, run_here, run_py
 from tests.experiment import write_model, write_texts
@@ -152,7 +152,6 @@ def test_damaged_files_of_artifacts(tmp_path: Path) -> None:
     for name, read in (
         ("plan.safetensors", read_kept),
         ("details.json", read_details),
-        ("manifest.json", read_manifest),
     ):
         for text in (b"", b"{", b"[]", b"null", b"\xff", b"\0" * 40, DEEP.encode()):
             (tmp_path / name).write_bytes(text)
