@@ -1,4 +1,4 @@
-"""Bounds of the configuration's numbers, lists and names, and the refusal of keys that no schema has.
+"""Bounds of the configuration's numbers and names, and the refusal of sections that are none.
 
 In: a composed configuration, or its values. Out: nothing, or a refusal.
 """
@@ -14,7 +14,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from heapr.errors import ConfigError
 from heapr.files import LONGEST_PART, is_name
-from heapr.words import unknown_key
 
 LARGEST = 2**31 - 1  # of what is counted
 LARGEST_SEED = 2**63 - 1  # Python's, numpy's and torch's generators take it
@@ -33,17 +32,15 @@ NAMES = ("model.name",)
 MAPPINGS = ("calibration.corpus", "score", "evaluation")
 
 
-def check_keys(config: DictConfig, schema: type) -> None:
-    """Check that every section is there, and has no key that its dataclass lacks.
-
-    Overrides with + and ++ add any key, and set a section to any value.
+def check_sections(config: DictConfig, schema: type) -> None:
+    """Check that every section is there, and is one: an override with ++ sets it to any value.
 
     Args:
-        config: as composed; with Hydra's node or without it.
+        config: as composed.
         schema: dataclass of the whole configuration.
 
     Raises:
-        ConfigError: a key is unknown, or a section is missing or null.
+        ConfigError: a section is missing, null, or something else.
     """
     _check_section(config, schema, "")
 
@@ -52,13 +49,9 @@ def _check_section(config: Any, schema: type, where: str) -> None:
     if not isinstance(config, DictConfig) or config._is_none():
         raise ConfigError(f"{where}={_shown(config)} is no section; leave it out, or set one of its fields")
     hints = get_type_hints(schema)
-    known = [field.name for field in dataclasses.fields(schema)]
     before = f"{where}." if where else ""
-    for key in map(str, config):
-        if key not in known and not (where == "" and key == "hydra"):
-            raise ConfigError(unknown_key(f"{before}{key}", known))
-    for name in known:
-        place = f"{before}{name}"
+    for field in dataclasses.fields(schema):
+        name, place = field.name, f"{before}{field.name}"
         if config._get_node(name) is None:
             raise ConfigError(f"{place} was taken out, and a run needs it; leave ~{place} out")
         if dataclasses.is_dataclass(hints[name]):
