@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +22,8 @@ from torch import Tensor
 from heapr import artifacts
 from heapr.artifacts import CARD, CHECKPOINT, CHECKPOINT_PART, REPAIR_PART, Report
 from heapr.calibration.collector import collect
-from heapr.calibration.coverage import report_coverage
+from heapr.calibration.coverage import Coverage, coverage_of, report_coverage
+from heapr.errors import ConfigError
 from heapr.evaluation.measurement import Material, Need, measure
 from heapr.evaluation.routing import layer_routing
 from heapr.experiment import Experiment
@@ -35,13 +37,15 @@ from heapr.pruning.allocation import allocate
 from heapr.pruning.allocation_report import report_allocation
 from heapr.pruning.budget import costs_of
 from heapr.pruning.layer_repair import report_repair
+from heapr.pruning.super_experts import SuperExpert, describe_super_experts, find_super_experts
 from heapr.report.run.card import model_card
+from heapr.report.run.widths import draw_widths
 from heapr.step_results import StepResults
 from heapr.steps import Step
 from heapr.store import Artifact
 from heapr.text.windows import batches
 from heapr.tracking import values
-from heapr.tracking.tracker import NUM_TOKENS, Tracker
+from heapr.tracking.tracker import FIGURES, NUM_TOKENS, Figure, Tracker, Value
 from heapr.types import (
     Evaluation,
     ExpertWeights,
@@ -58,6 +62,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 GIB = 2**30  # bytes
+WIDTHS = f"{FIGURES}widths"
+SUPER_EXPERTS = "super_experts"  # in the report of a plan
 
 
 class Pipeline:
@@ -74,11 +80,13 @@ class Pipeline:
     Attributes:
         findings: what the evaluations found.
         stages: one entry per artifact, for `summary.json`.
+        coverage: how well the first calibration covers the experts; None before it is there.
     """
 
     def __init__(self, experiment: Experiment, tracker: Tracker, tokens: TokenWindows | None) -> None:
         self.experiment, self.tracker = experiment, tracker
         self.stages: list[dict[str, Any]] = []
+        self.coverage: Coverage | None = None
         names = [measurement.name for measurement in experiment.plugins.measurements]
         self.findings = Findings(names)
         self.models = ModelProvider(
@@ -125,7 +133,9 @@ class Pipeline:
         loss = statistics.loss_sum / statistics.num_predicted_tokens
         self.tracker.log({NUM_TOKENS: statistics.num_tokens, "calibration/loss": loss})
         if step is self.experiment.steps.first("calibrate"):
-            report_coverage(statistics, self.experiment.source.widths)
+            self.coverage = coverage_of(statistics, self.experiment.source.widths)
+            report_coverage(self.coverage)
+            self.tracker.log(self.coverage.metrics)
 
     def score(self, step: Step) -> None:
         """Give every atomic expert its importance."""
@@ -155,14 +165,42 @@ class Pipeline:
             widths = earlier.plan.widths if earlier else source.widths
             ratio = step.origin.config["ratio"]
             round_budget = budget.of_round(ratio, widths, source.widths, costs)
+            found = self._super_experts(step)
+            if self.experiment.config.pruning.protect_super_experts:
+                protected = tuple((each.layer, each.expert) for each in found)
+                round_budget = replace(round_budget, protected_experts=protected)
             plan = allocate(scores, widths, round_budget, costs)
             report = report_allocation(plan, scores, widths, round_budget, costs)
+            report[SUPER_EXPERTS] = [each._asdict() for each in found]
+            if found and earlier is None:
+                report["summary"].append(describe_super_experts(found))
             return earlier.plan.then(plan) if earlier else plan, report
 
         is_repaired = self.experiment.plugins.repair is not None
         write = partial(artifacts.write_plan, model=source.identity, is_repaired=is_repaired)
         artifact = self._get(step, compute, write)
         self._log_report(artifacts.read_allocation(artifact.path))
+
+    def _super_experts(self, step: Step) -> tuple[SuperExpert, ...]:
+        """The dense model's super experts: found in the first round, read from its report later.
+
+        Of a streamed model they are looked for only if they are to be protected: it reads all weights.
+        """
+        first = self.experiment.steps.first("prune")
+        if step is not first:
+            report = artifacts.read_allocation(self.results.folder(first))
+            return tuple(SuperExpert(**each) for each in report.get(SUPER_EXPERTS, ()))
+        is_asked = self.experiment.config.pruning.protect_super_experts
+        if self.experiment.placement.is_streamed and not is_asked:
+            return ()
+        model = self.models.dense()
+        layers = {layer.index: layer for layer in model.layers}
+
+        def down_max_of(index: int) -> Tensor:
+            with model.hold([index]):
+                return layers[index].down_abs_max()
+
+        return find_super_experts(self.results.statistics(step), down_max_of)
 
     def repair(self, step: Step) -> None:
         """Refit the kept weights so that they make up for what is removed."""
@@ -178,7 +216,8 @@ class Pipeline:
             pruning, found = self.models.repaired(plan, earlier, calibration_batches, files)
             return pruning, report_repair(found)
 
-        artifact = self._get(step, compute, artifacts.write_repair)
+        write = partial(artifacts.write_repair, plan_folder=self.results.folder(step))
+        artifact = self._get(step, compute, write)
         self._log_report(artifacts.read_repair(artifact.path))
 
     def write_checkpoint(self, step: Step) -> None:
@@ -187,7 +226,9 @@ class Pipeline:
 
         def write(folder: Path, model: MoEModel) -> None:
             checkpoint = folder / CHECKPOINT
-            save_checkpoint(model, experiment.source.folder, checkpoint, about=self._about())
+            source = experiment.source
+            heads = source.heads if experiment.heads_left_out is None else ()
+            save_checkpoint(model, source.folder, checkpoint, about=self._about(), carried=heads)
             (checkpoint / CARD).write_text(model_card(self._about(), {}), encoding="utf-8")
             plans = checkpoint / artifacts.PLANS
             plans.mkdir()
@@ -216,8 +257,15 @@ class Pipeline:
             card = partial(model_card, self._about(), metrics)
             checkpoint = experiment.steps.last(CHECKPOINT_PART)
             if experiment.ranks.is_first:
-                experiment.store.rewrite(checkpoint.origin, checkpoint.part, f"{CHECKPOINT}/{CARD}", card)
+                self._rewrite_card(checkpoint, card)
         return metrics
+
+    def _rewrite_card(self, checkpoint: Step, card: Callable[[str], str]) -> None:
+        """Write the metrics into the model card; a run does not fail because of it."""
+        try:
+            self.experiment.store.rewrite(checkpoint.origin, checkpoint.part, f"{CHECKPOINT}/{CARD}", card)
+        except ConfigError as error:
+            logger.warning("%-9s the model card of the checkpoint lacks the metrics: %s", "prune", error)
 
     def _kept_ratio(self) -> float:
         plan: Plan = self.results.of(self.experiment.steps.last("prune"))
@@ -231,13 +279,18 @@ class Pipeline:
         return about
 
     def log_layers_and_artifacts(self) -> None:
-        """Send the tracker a table of the layers, and the artifacts."""
+        """Send the tracker a table and a figure of the layers, the checkpoint's path, and the artifacts."""
         steps = self.experiment.steps
         statistics = self.results.of(steps.first("calibrate"))
         plan = self.results.of(steps.last("prune"))
         widths = self.experiment.source.widths
         layers = [layer_routing(index, plan, width_E, statistics) for index, width_E in widths.items()]
-        self.tracker.log({"layers": values.layer_table(layers), **values.artifacts(self.stages)})
+        draw = partial(draw_widths, layers, self.experiment.name)
+        shown: dict[str, Value] = {"layers": values.layer_table(layers), WIDTHS: Figure(draw)}
+        if self.experiment.config.pruning.save_checkpoint:
+            folder = self.results.folder(steps.last(CHECKPOINT_PART))
+            shown[CHECKPOINT] = str((folder / CHECKPOINT).resolve())
+        self.tracker.log(shown | values.artifacts(self.stages))
 
     def _get(self, step: Step, compute: Callable[[], T], write: Callable[[Path, T], None]) -> Artifact:
         """The step's artifact, from the store or newly made; one log line either way."""

@@ -48,14 +48,14 @@ def test_a_rank_that_fails_ends_the_others_and_leaves_the_store_intact(
     assert all(code != 0 for code in codes)
     (line,) = lines
     assert line.startswith("error: rank 1 on ") and error in line
-    assert not [*tmp_path.glob("score/[!.]*")]
+    assert not [*tmp_path.glob("made/[!.]*")]
     if how == "killed":
         codes, lines = run_failing(tmp_path, "nobody")
         assert (codes, lines) == ([0, 0, 0], [])
-        (found,) = tmp_path.glob("score/*/found.txt")
+        (found,) = tmp_path.glob("made/*/found.txt")
         numbers = "[[0, 0.1], [1, 0.1], [2, 0.1]]"
         assert found.read_text() == f"3 {numbers} ['a', 'b', 'c', 'd', 'e']"
-        assert not [*tmp_path.glob("score/.*tmp*")]
+        assert not [*tmp_path.glob("made/.*tmp*")]
 
 
 @pytest.mark.slow

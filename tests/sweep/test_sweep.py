@@ -6,6 +6,7 @@ Jobs run in this process, but for those of which one process must not be in the 
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ import pytest
 
 from heapr.errors import ConfigError
 from heapr.overrides import LAUNCHER_EXTRAS
-from heapr.sweep.collect import Record, collect_jobs
+from heapr.sweep.collect import Record, collect_jobs, newest_sweep
 from heapr.sweep.command_line import keep_results, main
 from heapr.sweep.launch import launch, new_folder
 from tests.command import ROOT, run_here
@@ -234,6 +235,20 @@ def test_the_command_line_answers_a_mistake_in_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "content", [b"{", b"null", b"[]", b"\xff", b'{"experiment": "criteria"}', b"[" * 100_000]
+)
+def test_a_damaged_record_hides_no_other_sweep(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes
+) -> None:
+    for name in ("2026-01-01", "2026-01-02"):
+        (tmp_path / name).mkdir()
+        Record("criteria", "tiny", "python sweep.py", name, []).write(tmp_path / name)
+    (tmp_path / "2026-01-02" / "sweep.json").write_bytes(content)
+    assert newest_sweep(tmp_path, "criteria", "tiny") == tmp_path / "2026-01-01"
+    assert "2026-01-02/sweep.json' is damaged" in caplog.text
+
+
+@pytest.mark.parametrize(
     ("launcher", "extra"),
     [("joblib", "joblib"), ("submitit_local", "slurm"), ("submitit_slurm", "slurm"), ("ray", "ray")],
 )
@@ -258,3 +273,15 @@ def test_options_of_the_launcher_and_the_sweeper_are_checked_before_anything_run
     message = capsys.readouterr().err
     assert "'hydra.launcher.n_jobs': the launcher that is chosen has no such option" in message
     assert message.count("\n") == 1
+
+
+def test_the_command_to_send_a_sweeps_own_run_is_shown(tmp_path: Path) -> None:
+    """sweep.py shows warnings alone, but this."""
+    told = logging.getLogger("heapr.tracking.wandb")
+    before = told.level
+    try:
+        with pytest.raises(SystemExit):
+            main([f"report_dir={tmp_path}"], ROOT)
+        assert told.isEnabledFor(logging.INFO)
+    finally:
+        told.setLevel(before)
