@@ -23,7 +23,7 @@ from rich.console import Console
 
 from heapr.artifacts import SWEEPS
 from heapr.errors import ConfigError
-from heapr.explain import explain
+from heapr.explain import OF_LAUNCHER, explain
 from heapr.main import compose_experiment, one_line_errors, print_whatever_the_encoding
 from heapr.overrides import explain_launcher
 from heapr.schema import ExperimentConfig, register
@@ -32,6 +32,7 @@ from heapr.sweep.request import Request, read_request
 
 logger = logging.getLogger(__name__)
 
+SWEEPER = "hydra/sweeper=jobs"
 MAX_FIGURE = 300_000  # bytes of a figure that is kept with an experiment
 
 
@@ -237,14 +238,16 @@ def _finish(root: Path, request: Request, folder: Path) -> int:
 
 
 def _check_settings(settings: Sequence[str], config_folder: Path) -> None:
-    """Refuse an unknown launcher before anything runs."""
+    """Refuse an unknown launcher, and options that it or the sweeper does not have, before anything runs."""
     register()
     with initialize_config_dir(str(config_folder), version_base="1.3"):
         try:
-            composed = compose("config", overrides=list(settings), return_hydra_config=True)
+            composed = compose("config", overrides=[SWEEPER, *settings], return_hydra_config=True)
         except HydraException as error:
             message = str(error).partition("Config search path")[0]
             reason = " ".join(message.removeprefix("In 'hydra/config': ").split())
+            if OF_LAUNCHER in reason:
+                reason = explain(error, config_folder, settings)
             raise ConfigError(f"{' '.join(settings)}: {reason}") from error
     target = str(composed.hydra.launcher._target_)
     try:

@@ -267,6 +267,17 @@ def test_a_launcher_that_is_not_installed_is_refused_with_its_extra(
     assert message.count("\n") == 1
 
 
+def test_options_of_the_launcher_and_the_sweeper_are_checked_before_anything_runs(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["experiment=ratio_curve", "model=tiny", "pruning.ratio=0.1", "--dry-run"]
+    assert sweep(*arguments, "hydra.sweeper.at_once=1") == 0
+    assert sweep(*arguments, "hydra.launcher.n_jobs=2") == 2
+    message = capsys.readouterr().err
+    assert "'hydra.launcher.n_jobs': the launcher that is chosen has no such option" in message
+    assert message.count("\n") == 1
+
+
 def test_the_command_to_send_a_sweeps_own_run_is_shown(tmp_path: Path) -> None:
     """sweep.py shows warnings alone, but this."""
     told = logging.getLogger("heapr.tracking.wandb")
