@@ -39,12 +39,13 @@ from heapr.pruning.budget import costs_of
 from heapr.pruning.layer_repair import report_repair
 from heapr.pruning.super_experts import SuperExpert, describe_super_experts, find_super_experts
 from heapr.report.run.card import model_card
+from heapr.report.run.widths import draw_widths
 from heapr.step_results import StepResults
 from heapr.steps import Step
 from heapr.store import Artifact
 from heapr.text.windows import batches
 from heapr.tracking import values
-from heapr.tracking.tracker import NUM_TOKENS, Tracker
+from heapr.tracking.tracker import FIGURES, NUM_TOKENS, Figure, Tracker, Value
 from heapr.types import (
     Evaluation,
     ExpertWeights,
@@ -61,6 +62,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 GIB = 2**30  # bytes
+WIDTHS = f"{FIGURES}widths"
 SUPER_EXPERTS = "super_experts"  # in the report of a plan
 
 
@@ -277,13 +279,18 @@ class Pipeline:
         return about
 
     def log_layers_and_artifacts(self) -> None:
-        """Send the tracker a table of the layers, and the artifacts."""
+        """Send the tracker a table and a figure of the layers, the checkpoint's path, and the artifacts."""
         steps = self.experiment.steps
         statistics = self.results.of(steps.first("calibrate"))
         plan = self.results.of(steps.last("prune"))
         widths = self.experiment.source.widths
         layers = [layer_routing(index, plan, width_E, statistics) for index, width_E in widths.items()]
-        self.tracker.log({"layers": values.layer_table(layers), **values.artifacts(self.stages)})
+        draw = partial(draw_widths, layers, self.experiment.name)
+        shown: dict[str, Value] = {"layers": values.layer_table(layers), WIDTHS: Figure(draw)}
+        if self.experiment.config.pruning.save_checkpoint:
+            folder = self.results.folder(steps.last(CHECKPOINT_PART))
+            shown[CHECKPOINT] = str((folder / CHECKPOINT).resolve())
+        self.tracker.log(shown | values.artifacts(self.stages))
 
     def _get(self, step: Step, compute: Callable[[], T], write: Callable[[Path, T], None]) -> Artifact:
         """The step's artifact, from the store or newly made; one log line either way."""

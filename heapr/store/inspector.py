@@ -1,6 +1,6 @@
 """Looks at artifacts that other processes may be changing at the same time, and says what is wrong with them.
 
-In: an artifact's folder, and what it must be. Out: whether it is intact, and a warning if it is damaged.
+In: an artifact's folder. Out: whether it is intact, and a warning if it is damaged.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import logging
 import time
 from pathlib import Path
 
-from heapr.origin import Origin
 from heapr.sealed import DamagedError
 from heapr.store.manifest import MissingError
 from heapr.store.verify import Hashes, verify
@@ -31,17 +30,17 @@ class Inspector:
         self._hashes = hashes
         self._told: set[str] = set()
 
-    def is_intact(self, path: Path, part: str, origin: Origin) -> bool:
+    def is_intact(self, path: Path, part: str) -> bool:
         """Whether an artifact, or a part, is what it must be; a warning says what is wrong with it, once."""
-        problem = self._problem(path, part, origin)
+        problem = self._problem(path, part)
         if problem:
-            line = f"{origin.stage} {origin.key} is damaged ({problem}); it will be made again"
+            line = f"{path.parent.name} {path.name} is damaged ({problem}); it will be made again"
             if line not in self._told:
                 logger.warning("%s", line)
             self._told.add(line)
         return problem is None
 
-    def _problem(self, path: Path, part: str, origin: Origin) -> str | None:
+    def _problem(self, path: Path, part: str) -> str | None:
         """What is wrong with an artifact; empty if it is not there, None if it is intact.
 
         While another process publishes or rewrites, its files may not fit together for a moment. A problem
@@ -50,7 +49,7 @@ class Inspector:
         seen: list[str] = []
         while len(seen) < LOOKS:
             try:
-                verify(path, part, self._hashes, origin)
+                verify(path, part, self._hashes)
                 return None
             except MissingError:
                 return ""

@@ -211,7 +211,7 @@ class Store:
                 return
             with self._locked(path):
                 try:
-                    manifest = verify(path, part, self._hashes, origin)
+                    manifest = verify(path, part, self._hashes)
                 except (MissingError, DamagedError) as error:
                     raise ConfigError(f"{origin.stage} {origin.key} {part} is damaged: {error}") from error
                 text = change(file.read_text(encoding="utf-8"))
@@ -287,7 +287,7 @@ class Store:
         """Move what is damaged out of the way of what will be made. The lock is held."""
         path = self.path(origin)
         try:
-            verify(path, part, self._hashes, origin)
+            verify(path, part, self._hashes)
         except MissingError:
             if part:
                 self._manifest(origin)
@@ -303,7 +303,7 @@ class Store:
 
     def _first_finds_intact(self, origin: Origin, part: str) -> bool:
         """Whether rank 0 finds an artifact complete and undamaged; all ranks go by that."""
-        is_intact = self._ranks.is_first and self._inspector.is_intact(self.path(origin), part, origin)
+        is_intact = self._ranks.is_first and self._inspector.is_intact(self.path(origin), part)
         return self._ranks.of_first(is_intact)
 
     def _manifest(self, origin: Origin) -> dict[str, Any]:
@@ -313,7 +313,7 @@ class Store:
             ConfigError: somebody removed or damaged the artifact meanwhile.
         """
         try:
-            return trusted_manifest(self.path(origin), origin)
+            return trusted_manifest(self.path(origin))
         except (MissingError, DamagedError) as error:
             what = str(error) or "it is gone"
             raise ConfigError(

@@ -14,93 +14,20 @@ from pathlib import Path
 
 import pytest
 
-from heapr import files
 from heapr.errors import ConfigError
 from heapr.log_file import LogFile
 from heapr.main import explained
-from heapr.store import Store, manifest, publishing
+from heapr.store import Store
 from tests.experiment import run_in, write_model, write_texts
-from tests.store.mutations import CPU, STEPS, Made, make_all, nothing
+from tests.store.mutations import CPU, STEPS, make_all, nothing
+from tests.store.refusals import check_refusals
 
-SCORE, PLAN, CHECKPOINT, EVALUATE = STEPS[1], STEPS[2], STEPS[4], STEPS[5]
-
-
-@pytest.fixture(scope="module")
-def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store that has calibration, scores and plan."""
-    root = tmp_path_factory.mktemp("half") / "store"
-    store = Store(root, CPU)
-    for step in STEPS[:3]:
-        store.get(step.origin, nothing, step.write)
-    return root
+SCORE, PLAN, CHECKPOINT = STEPS[1], STEPS[2], STEPS[4]
 
 
-def get(store: Store, step: Made) -> None:
-    store.get(step.origin, nothing, step.write, step.part)
-
-
-OPERATIONS = [
-    (os, "open"), (os, "rename"), (os, "replace"), (os, "mkdir"), (os, "fsync"), (Path, "write_text"),
-    (Path, "open"), (Path, "chmod"), (publishing, "fsync"), (manifest, "fsync"), (files, "fsync"),
-    (shutil, "copy"),
-]  # fmt: skip
-
-
-REFUSALS = [
-    pytest.param(
-        number, step, marks=[] if (number, step) == (errno.ENOSPC, CHECKPOINT) else pytest.mark.faults
-    )
-    for number in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO)
-    for step in (CHECKPOINT, EVALUATE)
-]
-
-
-class Refusing:
-    """Refuses one operation on files: the one with a given number.
-
-    Args:
-        turn: its number, from 1 on.
-        error: what is raised in its place.
-    """
-
-    def __init__(self, turn: int, error: OSError) -> None:
-        self.left, self.error = turn, error
-
-    def in_place_of(self, function: Callable[..., object]) -> Callable[..., object]:
-        def call(*args: object, **kwargs: object) -> object:
-            self.left -= 1
-            if self.left == 0:
-                raise self.error
-            return function(*args, **kwargs)
-
-        return call
-
-
-@pytest.mark.parametrize(("number", "step"), REFUSALS)
-def test_a_refusal_at_any_moment_is_one_line_and_costs_nothing_that_was_finished(
-    half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, step: Made
-) -> None:
-    """Each operation on files in turn is refused; then it goes on from there."""
-    for turn in range(1, 200):
-        root = shutil.copytree(half, tmp_path / str(turn))
-        refusing = Refusing(turn, OSError(number, os.strerror(number), str(root / "file")))
-        line = ""  # it stays empty if the operation is not needed, such as writing the lock holder's name
-        with monkeypatch.context() as patch:
-            for owner, name in OPERATIONS:
-                patch.setattr(owner, name, refusing.in_place_of(getattr(owner, name)))
-            try:
-                get(Store(root, CPU), step)
-            except ConfigError as error:
-                line = str(error)
-        if refusing.left > 0:
-            break  # it had fewer operations
-        assert "\n" not in line, turn
-        fresh = Store(root, CPU)
-        assert all(fresh.has(done.origin) for done in STEPS[:3]), turn
-        get(fresh, step)
-        assert fresh.has(step.origin, step.part), turn
-        shutil.rmtree(root)
-    assert 15 < turn < 199
+def test_a_full_disk_at_any_moment_is_one_line_and_costs_nothing_that_was_finished(tmp_path: Path) -> None:
+    """More codes and steps in tests/faults."""
+    check_refusals(tmp_path, errno.ENOSPC, CHECKPOINT)
 
 
 @pytest.fixture
