@@ -29,6 +29,7 @@ from heapr.model.description import CONFIG_FILE, UNUSABLE, read_config, read_tok
 from heapr.model.find_folder import download, find_folder, is_on_hub
 from heapr.model.heap import give_back_freed_memory
 from heapr.model.kernels import keep_few_kernels
+from heapr.model.left_out import LeftOut, carried_over, names_in_files, report_left_out
 from heapr.model.model_files import (
     DESCRIPTION_FILES,
     INDEX,
@@ -56,7 +57,7 @@ from heapr.model.quantised import (
     with_quantization,
 )
 from heapr.model.residency import Streamed
-from heapr.model.tensors import LeftOut, carried_over, check_tensors, names_in_files, report_left_out
+from heapr.model.tensors import check_tensors
 from heapr.model.weights import LayerWeights
 from heapr.words import first_line
 
