@@ -8,8 +8,15 @@ Run:  python sweep.py experiment=main_table model=tiny         the built-in mode
       python sweep.py --help                                   all experiments
 """
 
+
+
 import sys
 from pathlib import Path
+
+from heapr.signals import end_at_once
+
+if __name__ == "__main__":
+    end_at_once()
 
 from heapr.sweep.command_line import main
 

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from heapr.model import deepseek_moe
 from heapr.model.costs import calibration_flops
 from heapr.model.footprint import LOADING_AS_STORED, batch_bytes, footprint
+from heapr.model.kernels import Kernels
 from heapr.model.moe import MoEModel
 from heapr.placement import Placement
 from heapr.types import LayerStatistics
@@ -76,6 +77,7 @@ def placed(model: MoEModel, *, is_streamed: bool) -> Placement:
         kept=0.75,
         activations=batch_bytes(model, BATCH, LENGTH),
         statistics=sum(layer.num_bytes for layer in statistics),
+        kernels=Kernels(()),
         num_batches=SAMPLES // BATCH,
         loading=LOADING_AS_STORED,
         free=0,

@@ -27,6 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from heapr.artifacts import clear_error, write_error
 from heapr.errors import ConfigError, RankEnded
 from heapr.explain import explain, explain_builtin
+from heapr.os_errors import NO_SPACE
 from heapr.overrides import check_one_option
 from heapr.ranks import Ranks
 from heapr.schema import ExperimentConfig, register, resolve
@@ -36,31 +37,40 @@ from heapr.words import first_line
 logger = logging.getLogger(__name__)
 
 EXIT_CODE = 2
-OPTIONS_OF_OTHERS = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=rank"]
+WITHOUT_FOLDER = ["hydra.run.dir=.", "hydra.output_subdir=null"]
+OPTIONS_OF_OTHERS = [*WITHOUT_FOLDER, "hydra/job_logging=rank"]
+OPTIONS_OF_DRY_RUNS = [*WITHOUT_FOLDER, "hydra/job_logging=console"]
 
 
 def options_of_rank(ranks: Ranks, arguments: Sequence[str]) -> list[str]:
-    """What the command line of a rank is given besides what it has: ranks but the first have no folder.
+    """What the command line is given besides what it has: ranks but the first and dry runs have no folder.
 
     Raises:
         ConfigError: several processes would run a sweep.
     """
-    if ranks.size > 1 and not {"-m", "--multirun"}.isdisjoint(arguments):
+    is_sweep = not {"-m", "--multirun"}.isdisjoint(arguments)
+    if ranks.size > 1 and is_sweep:
         raise ConfigError(
             f"{ranks.size} processes cannot share the jobs of run.py -m; start one process, and give it a"
             " launcher (docs/cluster.md), or several processes for a single job"
         )
-    return [] if ranks.is_first else OPTIONS_OF_OTHERS
+    if not ranks.is_first:
+        return OPTIONS_OF_OTHERS
+    is_dry_run = "dry_run=true" in [argument.lstrip("+").lower() for argument in arguments]
+    return OPTIONS_OF_DRY_RUNS if is_dry_run and not is_sweep else []
 
 
-def run_job(config: DictConfig, ranks: Ranks) -> None:
-    """Run one job. In a sweep, a mistake fails only its own job, and Hydra continues with the others."""
+def run_job(config: DictConfig, ranks: Ranks) -> float | None:
+    """Run one job. In a sweep, a mistake fails only its own job, and Hydra continues with the others.
+
+    Returns:
+        the metric that `objective` names, for a sweeper; None without an objective.
+    """
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         with _recorded_failure(Path(HydraConfig.get().runtime.output_dir)):
-            _run(config, ranks)
-        return
+            return _run(config, ranks)
     with one_line_errors(), ranks.together():  # here, because Hydra would add a line of its own
-        _run(config, ranks)
+        return _run(config, ranks)
 
 
 @contextmanager
@@ -80,19 +90,20 @@ def _recorded_failure(folder: Path) -> Iterator[None]:
         raise
 
 
-def _run(config: DictConfig, ranks: Ranks) -> None:
+def _run(config: DictConfig, ranks: Ranks) -> float | None:
     """Check the configuration; then run the pipeline, or predict what it would do, and print the tables."""
     check_one_option(list(HydraConfig.get().overrides.task))
     typed = resolve(config)  # before torch is imported, so that a mistake is answered at once
     ranks.check_same("configuration", flat(asdict(typed)))
     if typed.dry_run:
         if not ranks.is_first:
-            return
+            return None
         from heapr.dry_run import dry_run
         from heapr.report.run.dry_run_table import print_dry_run
 
         print_dry_run(asdict(dry_run(typed)))
-        return
+        return None
+    from heapr.objective import objective_value
     from heapr.report.run.console import print_summary
     from heapr.run_experiment import run
 
@@ -102,6 +113,7 @@ def _run(config: DictConfig, ranks: Ranks) -> None:
     summary = run(typed, folder, sweep=sweep, ranks=ranks)
     if ranks.is_first:
         print_summary(asdict(summary), str(folder))
+    return objective_value(typed.objective, summary.metrics)
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -159,10 +171,13 @@ def explained(config_folder: Path | None = None) -> Iterator[None]:
             raise
         raise ConfigError(message) from error
     except OSError as error:
-        if error.filename is None or _came_from_job(error):
+        is_space = error.errno in NO_SPACE
+        if _came_from_job(error) or (error.filename is None and not is_space):
             raise
+        what = "the run's folder" if error.filename is None else f"'{error.filename}'"
         raise ConfigError(
-            f"cannot write '{error.filename}': {error.strerror}; choose another folder with paths.outputs=..."
+            f"cannot write {what}: {error.strerror}; choose another folder with paths.outputs=..., or, if all"
+            " results are there already, another one for the run's own files with hydra.run.dir=..."
         ) from error
 
 

@@ -22,6 +22,7 @@ from heapr import artifacts
 from heapr.artifacts import CARD, CHECKPOINT, CHECKPOINT_PART, REPAIR_PART, Report
 from heapr.calibration.collector import collect
 from heapr.calibration.coverage import Coverage, coverage_of, report_coverage
+from heapr.errors import ConfigError
 from heapr.evaluation.measurement import Material, Need, measure
 from heapr.evaluation.routing import layer_routing
 from heapr.experiment import Experiment
@@ -36,12 +37,13 @@ from heapr.pruning.allocation_report import report_allocation
 from heapr.pruning.budget import costs_of
 from heapr.pruning.layer_repair import report_repair
 from heapr.report.run.card import model_card
+from heapr.report.run.widths import draw_widths
 from heapr.step_results import StepResults
 from heapr.steps import Step
 from heapr.store import Artifact
 from heapr.text.windows import batches
 from heapr.tracking import values
-from heapr.tracking.tracker import NUM_TOKENS, Tracker
+from heapr.tracking.tracker import FIGURES, NUM_TOKENS, Figure, Tracker, Value
 from heapr.types import (
     Evaluation,
     ExpertWeights,
@@ -58,6 +60,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 GIB = 2**30  # bytes
+WIDTHS = f"{FIGURES}widths"
 
 
 class Pipeline:
@@ -182,7 +185,8 @@ class Pipeline:
             pruning, found = self.models.repaired(plan, earlier, calibration_batches, files)
             return pruning, report_repair(found)
 
-        artifact = self._get(step, compute, artifacts.write_repair)
+        write = partial(artifacts.write_repair, plan_folder=self.results.folder(step))
+        artifact = self._get(step, compute, write)
         self._log_report(artifacts.read_repair(artifact.path))
 
     def write_checkpoint(self, step: Step) -> None:
@@ -191,7 +195,9 @@ class Pipeline:
 
         def write(folder: Path, model: MoEModel) -> None:
             checkpoint = folder / CHECKPOINT
-            save_checkpoint(model, experiment.source.folder, checkpoint, about=self._about())
+            source = experiment.source
+            heads = source.heads if experiment.heads_left_out is None else ()
+            save_checkpoint(model, source.folder, checkpoint, about=self._about(), carried=heads)
             (checkpoint / CARD).write_text(model_card(self._about(), {}), encoding="utf-8")
             plans = checkpoint / artifacts.PLANS
             plans.mkdir()
@@ -220,8 +226,15 @@ class Pipeline:
             card = partial(model_card, self._about(), metrics)
             checkpoint = experiment.steps.last(CHECKPOINT_PART)
             if experiment.ranks.is_first:
-                experiment.store.rewrite(checkpoint.origin, checkpoint.part, f"{CHECKPOINT}/{CARD}", card)
+                self._rewrite_card(checkpoint, card)
         return metrics
+
+    def _rewrite_card(self, checkpoint: Step, card: Callable[[str], str]) -> None:
+        """Write the metrics into the model card; a run does not fail because of it."""
+        try:
+            self.experiment.store.rewrite(checkpoint.origin, checkpoint.part, f"{CHECKPOINT}/{CARD}", card)
+        except ConfigError as error:
+            logger.warning("%-9s the model card of the checkpoint lacks the metrics: %s", "prune", error)
 
     def _kept_ratio(self) -> float:
         plan: Plan = self.results.of(self.experiment.steps.last("prune"))
@@ -235,13 +248,18 @@ class Pipeline:
         return about
 
     def log_layers_and_artifacts(self) -> None:
-        """Send the tracker a table of the layers, and the artifacts."""
+        """Send the tracker a table and a figure of the layers, the checkpoint's path, and the artifacts."""
         steps = self.experiment.steps
         statistics = self.results.of(steps.first("calibrate"))
         plan = self.results.of(steps.last("prune"))
         widths = self.experiment.source.widths
         layers = [layer_routing(index, plan, width_E, statistics) for index, width_E in widths.items()]
-        self.tracker.log({"layers": values.layer_table(layers), **values.artifacts(self.stages)})
+        draw = partial(draw_widths, layers, self.experiment.name)
+        shown: dict[str, Value] = {"layers": values.layer_table(layers), WIDTHS: Figure(draw)}
+        if self.experiment.config.pruning.save_checkpoint:
+            folder = self.results.folder(steps.last(CHECKPOINT_PART))
+            shown[CHECKPOINT] = str((folder / CHECKPOINT).resolve())
+        self.tracker.log(shown | values.artifacts(self.stages))
 
     def _get(self, step: Step, compute: Callable[[], T], write: Callable[[Path, T], None]) -> Artifact:
         """The step's artifact, from the store or newly made; one log line either way."""

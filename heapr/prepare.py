@@ -23,6 +23,7 @@ from heapr.measure import machine
 from heapr.model.checkpoint import check_form
 from heapr.model.device import find_device
 from heapr.model.load import ModelSource, find_model
+from heapr.objective import check_objective
 from heapr.placement import (
     choose_placement,
 )
@@ -63,11 +64,17 @@ def prepare(
     device = _device_of_rank(device, ranks, config.runtime.device_map)
     with ranks.in_turn():
         plugins = build_plugins(config, notes)
+    if not notes:  # of a dry run that lacks texts
+        check_objective(config.objective, plugins.measurements)
     artifacts = Path(config.paths.outputs) / ARTIFACTS
-    store = Store(artifacts, device, ranks=ranks, wait_minutes=config.runtime.wait_minutes)
+    is_full_check = config.runtime.full_check
+    store = Store(
+        artifacts, device, ranks=ranks, wait_minutes=config.runtime.wait_minutes, full_check=is_full_check
+    )
     check_is_shared(store.root, ranks)
     with ranks.in_turn():
-        source = find_source(config.model, digests=store.digests, config_only=notes is not None)
+        digests = None if is_full_check else store.digests
+        source = find_source(config.model, digests=digests, config_only=notes is not None)
     _check_lengths(config, source)
     budget = _find_budget(config, source, plugins.criterion)
     if config.pruning.save_checkpoint:
@@ -79,6 +86,8 @@ def prepare(
             " machine or pruning.form=ragged"
         )
     plugins, left_out = _without_timings(plugins) if placement.is_streamed else (plugins, [])
+    if not notes:
+        check_objective(config.objective, plugins.measurements)
     steps = Steps()
     if plugins.text is not None:
         here = ranks.of_first(_machine(config, device))

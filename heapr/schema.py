@@ -18,6 +18,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from heapr.errors import ConfigError
 from heapr.files import user_path
+from heapr.unknown_keys import check_keys
 
 
 @dataclass
@@ -85,6 +86,8 @@ class RuntimeConfig:
     num_threads: int | None = None  # CPU threads, at least 1; null leaves the number to torch
     # How long to wait for a free GPU, or for an artifact that another process is making; null has no limit.
     wait_minutes: float | None = None
+    # true: large weights are read and hashed again, whatever the store remembers of them.
+    full_check: bool = False
     # true: one decoder layer at a time is read from the files; auto: if the weights do not fit on the device.
     stream: Any = "auto"
     activations: str = "auto"  # of a streamed model, between layers: ram, disk, or auto, which is disk
@@ -112,6 +115,8 @@ class ExperimentConfig:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
     dry_run: bool = False  # print what a run would do, from the model's config.json alone
+    # The metric that a run returns to a sweeper, such as kl_to_dense/pydocs; null returns nothing.
+    objective: str | None = None
 
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -140,8 +145,13 @@ def resolve(config: DictConfig) -> ExperimentConfig:
     `pruning.width_multiple` gets its default, and ~ is expanded in `paths.outputs`.
 
     Raises:
-        ConfigError: a value is missing, out of range, or contradicts another.
+        ConfigError: a key is unknown, or a value is missing, out of range, or contradicts another.
     """
+    check_keys(config, ExperimentConfig)
+    if OmegaConf.get_type(config) is not ExperimentConfig:  # a saved configuration, which has no types
+        merged = OmegaConf.merge(OmegaConf.structured(ExperimentConfig), config)
+        assert isinstance(merged, DictConfig)
+        config = merged
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ConfigError(

@@ -26,6 +26,7 @@ from heapr.errors import ConfigError
 from heapr.files import write_json
 from heapr.model import deepseek_moe
 from heapr.model.model_files import INDEX, WEIGHTS
+from heapr.model.quantised import without_quantization
 from heapr.model.ragged_type import register_ragged
 from heapr.words import first_line
 
@@ -55,7 +56,7 @@ UNUSABLE = (
 
 
 def read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
-    """The configuration of a model whose weights are unquantised and in the folder itself.
+    """The configuration of a model whose weights are in the folder itself, as it is without quantisation.
 
     Raises:
         ConfigError: there is no such configuration, or it cannot be used.
@@ -88,16 +89,15 @@ def read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
         raise ConfigError(f"config.json in '{folder}' cannot be used: {first_line(error)}") from error
     _check_fields(config, folder, trust_remote_code)
     _check_generation(folder)
-    return config
+    return without_quantization(config)
 
 
 def _check_fields(config: PretrainedConfig, folder: Path, trust_remote_code: bool) -> None:
-    """Refuse fields that point to weights or code outside the folder, or that say the weights are quantised.
+    """Refuse fields that point to weights or code outside the folder.
 
     Raises:
         ConfigError: there is such a field.
     """
-    _check_quantization(config, folder)
     if getattr(config, "transformers_weights", None):
         raise ConfigError(
             f"config.json in '{folder}' names its weights in `transformers_weights`, which other tools do not"
@@ -110,28 +110,6 @@ def _check_fields(config: PretrainedConfig, folder: Path, trust_remote_code: boo
             f"config.json in '{folder}' takes its Python code from elsewhere ({elsewhere[0]}), where it may"
             " change; copy the code beside the weights and remove everything up to `--` from auto_map"
         )
-
-
-def _check_quantization(config: PretrainedConfig, folder: Path) -> None:
-    """Refuse a quantization_config, because gradients need unquantised weights.
-
-    Raises:
-        ConfigError: there is one.
-    """
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is None:
-        quantization = getattr(config.get_text_config(), "quantization_config", None)
-    if quantization is None:
-        return
-    if not quantization:
-        raise ConfigError(f"config.json in '{folder}' has an empty quantization_config; remove this field")
-    method = type(quantization).__name__
-    if isinstance(quantization, dict):
-        method = quantization.get("quant_method", "unknown")
-    raise ConfigError(
-        f"the weights in '{folder}' are quantised ({method}), and gradients need them whole; give a bfloat16"
-        " or float32 copy"
-    )
 
 
 def _check_generation(folder: Path) -> None:

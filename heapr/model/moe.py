@@ -29,6 +29,8 @@ from heapr.types import ExpertWeights
 
 # Names of K in the families' configurations.
 TOP_K_FIELDS = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k")
+# In a module's name, what is not the text decoder; text never reaches such experts.
+OTHER_PARTS = re.compile(r"vision|visual|audio|speech|talker")
 DECODER_LAYER = re.compile(r"\.(\d+)\.")  # in a module's name, such as `model.layers.3.mlp.experts`
 
 
@@ -153,8 +155,7 @@ class MoEModel:
     @property
     def layers_name(self) -> str:
         """Name of the list of decoder layers in the model."""
-        name: str = DECODER_LAYER.split(self.layers[0].name)[0]
-        return name
+        return _list_of(self.layers[0])
 
     @property
     def spans(self) -> list[range]:
@@ -226,7 +227,7 @@ def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
     """
     layers = []
     for name, module in model.named_modules():
-        if not is_experts(module):
+        if not is_experts(module) or OTHER_PARTS.search(name):
             continue
         for attribute, description in CAPABILITIES.items():
             if getattr(module, attribute, False):
@@ -239,6 +240,16 @@ def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
             " Mixture-of-Experts model"
         )
     return sorted(layers, key=lambda layer: layer.index)
+
+
+def layers_name_of(model: PreTrainedModel) -> str:
+    """Name of the list of decoder layers in a model."""
+    return _list_of(find_moe_layers(model)[0])
+
+
+def _list_of(layer: MoELayer) -> str:
+    name: str = DECODER_LAYER.split(layer.name)[0]
+    return name
 
 
 def experts_per_token(model: PreTrainedModel) -> int:
@@ -275,17 +286,31 @@ class _PassThrough(nn.Module):
 
 def _without_body(model: PreTrainedModel) -> PreTrainedModel:
     """A model that shares all parameters and whose forward starts at the final hidden states."""
-    head = copy.copy(model)
-    # With a device map, accelerate sets a forward that is bound to the whole model.
-    head.__dict__.pop("forward", None)
-    head._modules = {**model._modules, _body_name(model): _PassThrough()}
+    head: PreTrainedModel = _with_child(model, _body_name(model), _PassThrough())
     return head
 
 
+def _with_child(module: Any, name: str, child: nn.Module) -> Any:
+    """A module that shares everything with another but the submodule of this name."""
+    copied = copy.copy(module)
+    # With a device map, accelerate sets a forward that is bound to the whole model.
+    copied.__dict__.pop("forward", None)
+    first, _, rest = name.partition(".")
+    replacement = _with_child(module._modules[first], rest, child) if rest else child
+    copied._modules = {**module._modules, first: replacement}
+    return copied
+
+
 def _body_name(model: PreTrainedModel) -> str:
-    """Name of the child that computes the final hidden states; not base_model_prefix in every family."""
-    names = (name for name, child in model.named_children() if isinstance(child, PreTrainedModel))
-    return str(next(names))
+    """Name of the submodule that computes the final hidden states; not base_model_prefix in every family.
+
+    It is the child with the experts. If that has a head itself, as in some wrappers, it is inside of it.
+    """
+    children = [(name, child) for name, child in model.named_children() if isinstance(child, PreTrainedModel)]
+    with_experts = [(name, child) for name, child in children if any(map(is_experts, child.modules()))]
+    name, body = (with_experts or children)[0]
+    has_head = body.get_output_embeddings() is not None
+    return f"{name}.{_body_name(body)}" if has_head else name
 
 
 def _layer_index(name: str) -> int:

@@ -13,8 +13,9 @@ from heapr.model.load import find_model
 from heapr.model.moe import MoEModel
 from heapr.model.passes import Way, final_hidden_states
 from heapr.model.weights import LayerWeights
+from heapr.pruning import surgery
 from heapr.pruning.repair import ExpertRepair
-from heapr.pruning.surgery import remove_and_repair
+from heapr.pruning.surgery import _cut, remove_and_repair
 from heapr.types import Plan
 from tests.tiny import byte_tokenizer, tiny_ids, tiny_model
 
@@ -50,6 +51,26 @@ def seen(streamed: MoEModel, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]
 
     monkeypatch.setattr(LayerWeights, "load", counted)
     return after
+
+
+def test_a_layer_that_is_changed_in_memory_is_there_once(
+    streamed: MoEModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan(layers={layer.index: KEPT_EF for layer in streamed.layers})
+    cut = []
+    monkeypatch.setattr(surgery, "_cut", lambda layer, *rest: cut.append(layer.index) or _cut(layer, *rest))
+    layer = streamed.layers[1]
+    dense = layer.experts
+    with streamed.hold([layer.index]):
+        surgery.remove(streamed, plan)
+        here = layer.experts
+        assert cut == [0, 1, 2, 3]
+        assert all(weight.is_meta for weight in dense.parameters())
+        assert not any(weight.is_meta for weight in here.parameters())
+        expected = [weight.clone() for weight in here.parameters()]
+    assert layer.experts is here and all(weight.is_meta for weight in here.parameters())
+    with streamed.hold([layer.index]):
+        assert layer.experts is here and all(map(torch.equal, here.parameters(), expected))
 
 
 def test_one_layer_at_a_time(streamed: MoEModel, seen: list[list[int]], tmp_path: Path) -> None:
