@@ -216,3 +216,16 @@ def test_names_in_a_manifest_stay_inside_the_folder(tmp_path: Path, name: str) -
     (path / MANIFEST).write_text(sealed_text({**manifest, "files": {}}))
     with pytest.raises(DamagedError, match="names no files"):
         verify(path, "", Hashes(None))
+
+
+def test_who_makes_a_part_does_not_wait_for_itself(tmp_path: Path) -> None:
+    """It reads the artifact under the lock that it holds."""
+    store = Store(tmp_path, CPU, wait_minutes=0.05)
+    path = store.get(ORIGIN, nothing, write).path
+
+    def compute() -> None:
+        (path / "data.txt").unlink()
+        store.read(ORIGIN, lambda folder: (folder / "data.txt").read_text())
+
+    with pytest.raises(ConfigError, match="it was removed during the run; start again"):
+        store.get(ORIGIN, compute, write_card, "checkpoint")
