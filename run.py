@@ -23,14 +23,15 @@ from omegaconf import DictConfig
 from heapr.main import explained, one_line_errors, options_of_rank, run_job
 from heapr.overrides import options_first
 from heapr.ranks import Ranks
+from heapr.saved_run import with_saved_run
 from heapr.schema import register
 from heapr.start_ranks import started_ranks
 
 
 def main(ranks: Ranks) -> None:
     @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-    def job(config: DictConfig) -> None:
-        run_job(config, ranks)
+    def job(config: DictConfig) -> float | None:
+        return run_job(config, ranks)
 
     job()
 
@@ -40,5 +41,6 @@ if __name__ == "__main__":
     end_with_parent()
     conf = Path(__file__).resolve().parent / "conf"
     with one_line_errors(conf), started_ranks() as ranks, explained(conf):
-        sys.argv[1:] = options_first(sys.argv[1:]) + options_of_rank(ranks, sys.argv[1:])
+        arguments = with_saved_run(options_first(sys.argv[1:]), conf)
+        sys.argv[1:] = arguments + options_of_rank(ranks, sys.argv[1:])
         main(ranks)

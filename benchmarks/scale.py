@@ -71,6 +71,7 @@ def placed(model: MoEModel, *, is_streamed: bool) -> Placement:
     return Placement(
         is_streamed=is_streamed,
         on_disk=True,
+        num_last=1,
         by_layer=False,
         sizes=footprint(model, BATCH, LENGTH),
         evaluated=footprint(model, BATCH, LENGTH),

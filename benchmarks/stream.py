@@ -220,6 +220,7 @@ def predicted(source: ModelSource, shape: Shape, *, is_streamed: bool) -> Placem
     return Placement(
         is_streamed=is_streamed,
         on_disk=True,
+        num_last=1,
         by_layer=False,
         sizes=footprint(model, shape.batch_size, shape.length),
         evaluated=footprint(model, shape.batch_size, shape.length),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,13 +37,15 @@ from heapr.pruning.allocation import allocate
 from heapr.pruning.allocation_report import report_allocation
 from heapr.pruning.budget import costs_of
 from heapr.pruning.layer_repair import report_repair
+from heapr.pruning.super_experts import SuperExpert, describe_super_experts, find_super_experts
 from heapr.report.run.card import model_card
+from heapr.report.run.widths import draw_widths
 from heapr.step_results import StepResults
 from heapr.steps import Step
 from heapr.store import Artifact
 from heapr.text.windows import batches
 from heapr.tracking import values
-from heapr.tracking.tracker import NUM_TOKENS, Tracker
+from heapr.tracking.tracker import FIGURES, NUM_TOKENS, Figure, Tracker, Value
 from heapr.types import (
     Evaluation,
     ExpertWeights,
@@ -59,6 +62,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 GIB = 2**30  # bytes
+WIDTHS = f"{FIGURES}widths"
+SUPER_EXPERTS = "super_experts"  # in the report of a plan
 
 
 class Pipeline:
@@ -160,14 +165,42 @@ class Pipeline:
             widths = earlier.plan.widths if earlier else source.widths
             ratio = step.origin.config["ratio"]
             round_budget = budget.of_round(ratio, widths, source.widths, costs)
+            found = self._super_experts(step)
+            if self.experiment.config.pruning.protect_super_experts:
+                protected = tuple((each.layer, each.expert) for each in found)
+                round_budget = replace(round_budget, protected_experts=protected)
             plan = allocate(scores, widths, round_budget, costs)
             report = report_allocation(plan, scores, widths, round_budget, costs)
+            report[SUPER_EXPERTS] = [each._asdict() for each in found]
+            if found and earlier is None:
+                report["summary"].append(describe_super_experts(found))
             return earlier.plan.then(plan) if earlier else plan, report
 
         is_repaired = self.experiment.plugins.repair is not None
         write = partial(artifacts.write_plan, model=source.identity, is_repaired=is_repaired)
         artifact = self._get(step, compute, write)
         self._log_report(artifacts.read_allocation(artifact.path))
+
+    def _super_experts(self, step: Step) -> tuple[SuperExpert, ...]:
+        """The dense model's super experts: found in the first round, read from its report later.
+
+        Of a streamed model they are looked for only if they are to be protected: it reads all weights.
+        """
+        first = self.experiment.steps.first("prune")
+        if step is not first:
+            report = artifacts.read_allocation(self.results.folder(first))
+            return tuple(SuperExpert(**each) for each in report.get(SUPER_EXPERTS, ()))
+        is_asked = self.experiment.config.pruning.protect_super_experts
+        if self.experiment.placement.is_streamed and not is_asked:
+            return ()
+        model = self.models.dense()
+        layers = {layer.index: layer for layer in model.layers}
+
+        def down_max_of(index: int) -> Tensor:
+            with model.hold([index]):
+                return layers[index].down_abs_max()
+
+        return find_super_experts(self.results.statistics(step), down_max_of)
 
     def repair(self, step: Step) -> None:
         """Refit the kept weights so that they make up for what is removed."""
@@ -246,13 +279,18 @@ class Pipeline:
         return about
 
     def log_layers_and_artifacts(self) -> None:
-        """Send the tracker a table of the layers, and the artifacts."""
+        """Send the tracker a table and a figure of the layers, the checkpoint's path, and the artifacts."""
         steps = self.experiment.steps
         statistics = self.results.of(steps.first("calibrate"))
         plan = self.results.of(steps.last("prune"))
         widths = self.experiment.source.widths
         layers = [layer_routing(index, plan, width_E, statistics) for index, width_E in widths.items()]
-        self.tracker.log({"layers": values.layer_table(layers), **values.artifacts(self.stages)})
+        draw = partial(draw_widths, layers, self.experiment.name)
+        shown: dict[str, Value] = {"layers": values.layer_table(layers), WIDTHS: Figure(draw)}
+        if self.experiment.config.pruning.save_checkpoint:
+            folder = self.results.folder(steps.last(CHECKPOINT_PART))
+            shown[CHECKPOINT] = str((folder / CHECKPOINT).resolve())
+        self.tracker.log(shown | values.artifacts(self.stages))
 
     def _get(self, step: Step, compute: Callable[[], T], write: Callable[[Path, T], None]) -> Artifact:
         """The step's artifact, from the store or newly made; one log line either way."""

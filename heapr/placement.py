@@ -93,7 +93,9 @@ class Placement(StageMemory):
         """
         if self.is_streamed:
             shelf = files() if self.on_disk else Memory(CPU)
-            return Way(model.spans, shelf)
+            first_of_last = len(model.spans) - self.num_last
+            last = range(first_of_last, len(model.spans))
+            return Way([*model.spans[:first_of_last], last], shelf)
         if self.by_layer:
             single_layers = [range(layer, layer + 1) for layer in range(len(model.decoder_layers))]
             return Way(single_layers, together=False)
@@ -208,6 +210,7 @@ def choose_placement(
     return Placement(
         is_streamed=is_streamed,
         on_disk=runtime.activations != RAM,
+        num_last=min(runtime.last_layers, sizes.num_layers),
         by_layer=by_layer,
         sizes=sizes,
         evaluated=_evaluated(config, model),

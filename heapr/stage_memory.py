@@ -26,6 +26,7 @@ class StageMemory:
     Attributes:
         is_streamed: one decoder layer at a time is in memory.
         on_disk: what layers put out lies in files meanwhile, if the model is streamed.
+        num_last: layers at the end of a streamed model that calibration keeps in memory together.
         by_layer: activations inside a layer are computed again for the backward pass.
         sizes: of model and batch.
         evaluated: the same for the largest batch of an evaluation.
@@ -39,6 +40,7 @@ class StageMemory:
 
     is_streamed: bool
     on_disk: bool
+    num_last: int
     by_layer: bool
     sizes: Footprint
     evaluated: Footprint
@@ -56,15 +58,16 @@ class StageMemory:
 
     @property
     def tape_bytes(self) -> int:
-        """What streamed calibration keeps of all layers' outputs, and the gradients of two of them."""
-        return (self.sizes.num_layers + 2) * self.sizes.hidden * self.num_batches
+        """What streamed calibration keeps of all spans' outputs, and the gradients of two of them."""
+        num_spans = self.sizes.num_layers - self.num_last + 1
+        return (num_spans + 2) * self.sizes.hidden * self.num_batches
 
     @property
     def bytes_read(self) -> int:
-        """What streamed calibration reads from files of the model's dtype: layers twice, but for the last."""
+        """What streamed calibration reads from files of the model's dtype: layers twice, but not the last."""
         sizes = self.sizes
         in_layers = sizes.weights - sizes.beside
-        return sizes.beside + 2 * in_layers - in_layers // sizes.num_layers
+        return sizes.beside + 2 * in_layers - self.num_last * in_layers // sizes.num_layers
 
     @property
     def work_ratio(self) -> float:
@@ -73,7 +76,10 @@ class StageMemory:
         Where a layer is computed again it is one forward pass more. The backward pass goes to the activations
         alone and takes as much as a forward pass.
         """
-        return 1.5 if self.is_streamed or self.by_layer else 1.0
+        if self.is_streamed:
+            num_again = self.sizes.num_layers - self.num_last
+            return 1 + num_again / (2 * self.sizes.num_layers)
+        return 1.5 if self.by_layer else 1.0
 
     def peak_bytes(self, stage: str = CALIBRATE) -> dict[str, int]:
         """Predicted memory of a stage, by part, without the interpreter (docs/scale.md has the formulas).
@@ -86,7 +92,10 @@ class StageMemory:
         if kernels:
             working["kernels"] = kernels
         if self.is_streamed:
-            return {"beside the layers": self.sizes.beside, "one layer": self.sizes.layer} | working
+            layers = {"one layer": self.sizes.layer}
+            if stage == CALIBRATE and self.num_last > 1:
+                layers = {f"{self.num_last} layers": self.num_last * self.sizes.layer}
+            return {"beside the layers": self.sizes.beside} | layers | working
         parts = {"weights": self.sizes.weights} | working
         if self.loading_bytes > sum(parts.values()):
             return {f"weights, {self.loading} times while they are loaded": self.loading_bytes}
@@ -143,7 +152,7 @@ class StageMemory:
         of_layer = of_layers // sizes.num_layers
         parts = {"statistics": self.statistics}
         if self.is_streamed:
-            parts["a batch in it"] = max(of_layer, sizes.logits)
+            parts["a batch in it"] = max(self.num_last * of_layer, sizes.logits)
             if not self.on_disk:
                 parts["between the layers"] = self.tape_bytes
             return parts

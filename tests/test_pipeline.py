@@ -79,7 +79,7 @@ def test_artifacts_follow_the_contract(experiment: Experiment) -> None:
     )
 
     written = json.loads((experiment.folder / "run" / "summary.json").read_text())
-    assert written.keys() == {"metrics", "protocols", "coverage", "stages", "config"}
+    assert written.keys() == {"metrics", "protocols", "coverage", "stages", "config", "environment"}
     assert written["coverage"]["num_tokens"] == 6 * 32
     assert written["metrics"] == summary.metrics
     assert all(
@@ -101,6 +101,7 @@ def test_artifacts_follow_the_contract(experiment: Experiment) -> None:
         "save_checkpoint": True,
         "budget": "atomic_experts",
         "protected_layers": [],
+        "protect_super_experts": False,
     }
     assert written["metrics"]["size"]["atomic_experts_removed_ratio"] == 0.25
     assert written["metrics"]["size"]["parameters_removed_ratio"] == pytest.approx(
@@ -108,9 +109,10 @@ def test_artifacts_follow_the_contract(experiment: Experiment) -> None:
     )
     lines = (experiment.folder / "run" / "tracking.jsonl").read_text().splitlines()
     assert all(isinstance(value, int | float) for value in json.loads(lines[-1]).values())
-    assert (
-        json.loads(lines[-1])["perplexity/text_files"] == summary.metrics["pruned"]["perplexity/text_files"]
-    )
+    name = "perplexity/text_files"
+    before, after = summary.metrics["dense"][name], summary.metrics["pruned"][name]
+    assert json.loads(lines[-1])[f"pruned/{name}"] == after
+    assert json.loads(lines[-1])[f"change/{name}"] == pytest.approx(after / before - 1)
 
 
 def test_pruned_perplexity_is_that_of_the_masked_model(experiment: Experiment) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 from heapr import placement
 from heapr.errors import ConfigError
 from heapr.model import footprint, kernels
+from heapr.model.shelf import Memory
 from heapr.placement import Placement, choose_placement
 from heapr.prepare import find_source
 from heapr.ranks import ONE_PROCESS
@@ -95,6 +97,28 @@ def test_parts_add_up_and_the_tape_counts_in_memory_alone(
     assert streamed.bytes_read < 2 * streamed.sizes.weights
     with pytest.raises(ConfigError, match="are more than the 60000 files"):
         replace(streamed, num_batches=10**6, free=10**12).check(CPU)
+
+
+def test_layers_that_stay_together_are_read_and_run_once(
+    config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = replace(config.runtime, stream=True)
+    one = chosen(replace(config, runtime=runtime), 10**12, monkeypatch)
+    three = chosen(replace(config, runtime=replace(runtime, last_layers=3)), 10**12, monkeypatch)
+    assert (one.work_ratio, three.work_ratio) == (1 + 3 / 8, 1 + 1 / 8)
+    assert three.tape_bytes == (2 + 2) * 3 * three.sizes.hidden
+    in_layers = one.sizes.weights - one.sizes.beside
+    assert one.bytes_read - three.bytes_read == in_layers // 2
+    assert three.peak_bytes()["3 layers"] == 3 * one.sizes.layer
+    assert three.peak_bytes("repair") == one.peak_bytes("repair")
+    spans = three.way(SimpleNamespace(spans=one_by_one(4)), Memory).spans
+    assert list(spans) == [range(1), range(1, 4)]
+    every = chosen(replace(config, runtime=replace(runtime, last_layers=9)), 10**12, monkeypatch)
+    assert every.num_last == 4 and every.bytes_read == every.sizes.weights
+
+
+def one_by_one(number: int) -> list[range]:
+    return [range(layer, layer + 1) for layer in range(number)]
 
 
 def test_a_gpu_needs_memory_of_the_cpu_to_read_ahead(

@@ -241,6 +241,11 @@ def test_a_family_that_cannot_be_separated_is_refused_by_name(tmp_path: Path) ->
     ("options", "message"),
     [
         ([STREAMED, "runtime.device_map=auto"], "one layer on one device"),
+        (
+            [IN_MEMORY, "runtime.last_layers=2"],
+            "runtime.last_layers=2 has no effect with runtime.stream=false",
+        ),
+        (["runtime.last_layers=0"], "runtime.last_layers"),
         ([STREAMED, "runtime.gradient_checkpointing=true"], "no effect with runtime.stream=true"),
         ([IN_MEMORY, "runtime.activations=disk"], "no effect with runtime.stream=false"),
         (["runtime.stream=perhaps"], "runtime.stream='perhaps' is unknown; choose one of true, false, auto"),

@@ -87,6 +87,17 @@ class MoELayer:
         num_rows = 2 if layout.has_gate else 1
         return num_rows * (self.model_width + layout.has_bias) + self.model_width
 
+    def down_abs_max(self) -> Tensor:
+        """max over d of |w_kd|, the largest weight of each column k of W_down, (E, F); zero past an expert's
+        width."""
+        width = self.width
+        largest = []
+        for matrices in matrices_of(self.experts):
+            down_DF = matrices.down_DF.detach()
+            largest_F = down_DF.abs().amax(dim=0)
+            largest.append(F.pad(largest_F, (0, width - len(largest_F))))
+        return torch.stack(largest)
+
     def weights(self) -> ExpertWeights:
         """A copy of the experts' weights; experts narrower than the widest are padded with zeros."""
         layout, width = layout_of(self.experts), self.width

@@ -196,15 +196,14 @@ class _Dequantize(Fp8Dequantize):  # type: ignore[misc]
     ) -> Tensor:
         block = self.hf_quantizer.quantization_config.weight_block_size
         if block is None or scales.dim() < 2 or quantized.dtype not in EIGHT_BITS:
-            return super()._dequantize_one(quantized, scales, output_dtype)
+            whole: Tensor = super()._dequantize_one(quantized, scales, output_dtype)
+            return whole
         rows, columns = quantized.shape[-2:]
         num_down, num_across = scales.shape[-2:]
         missing_rows = _missing(rows, block[0], num_down)
         missing_columns = _missing(columns, block[1], num_across)
-        if not missing_rows and not missing_columns:
-            return super()._dequantize_one(quantized, scales, output_dtype)
         filled = F.pad(quantized.to(torch.float32), (0, missing_columns, 0, missing_rows))
-        whole: Tensor = super()._dequantize_one(filled, scales, output_dtype)
+        whole = super()._dequantize_one(filled, scales, output_dtype)
         return whole[..., :rows, :columns].contiguous()
 
 

@@ -22,6 +22,8 @@ from heapr.origin import Origin, canonical
 from heapr.sealed import DamagedError, read_sealed
 
 if TYPE_CHECKING:
+    import torch
+
     from heapr.measure import StageMeter
 
 RECORDED_LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "numpy")
@@ -105,6 +107,18 @@ def trusted_manifest(path: Path) -> dict[str, Any]:
     if (said.stage, manifest["key"]) != folder or _key(said) != path.name:
         raise DamagedError(f"{MANIFEST} belongs to another artifact: {said.stage} {manifest['key']}")
     return manifest
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """With what and where a run is made: versions, the code's commit, and what timings depend on."""
+    from heapr.measure import machine
+
+    return {
+        "version": importlib.metadata.version("heapr"),
+        "git_commit": _git_commit(),
+        "libraries": {name: importlib.metadata.version(name) for name in RECORDED_LIBRARIES},
+        "machine": machine(device),
+    }
 
 
 def provenance(folder: Path, meter: StageMeter) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from heapr.text.chat import chat_field, conversation
 from heapr.text.lines import complaints, is_utf8, lines
 
 ROWS_AT_ONCE = 1024  # of parquet
+READ_ON = 1 << 16  # characters of an array
 NOT_JSON = (ValueError, RecursionError)  # what json raises, also for numbers and depths beyond its limits
 
 
@@ -24,14 +25,12 @@ def json_records(path: Path, field: str) -> Iterator[str]:
     Raises:
         ConfigError: a line or element is not JSON, or has no text in the field.
     """
-    numbered = enumerate(lines(path), start=1)
-    for number, line in numbered:
+    found = lines(path)
+    for number, line in enumerate(found, start=1):
         if line.lstrip().startswith("["):
-            blank = "\n" * (number - 1)  # so that the array's lines have the file's line numbers
-            rest = [later for _, later in numbered]
-            array = "".join([blank, line, *rest])
-            yield from _Array(path, array).texts(field)
-        elif line.strip():
+            yield from _Array(path, line, number, found).texts(field)
+            return
+        if line.strip():
             try:
                 value = json.loads(line)
             except NOT_JSON as error:
@@ -40,48 +39,92 @@ def json_records(path: Path, field: str) -> Iterator[str]:
 
 
 class _Array:
-    """A JSON array, possibly of many lines, whose elements are decoded one at a time."""
+    """A JSON array, possibly of many lines, whose elements are decoded one at a time.
 
-    def __init__(self, path: Path, text: str) -> None:
-        self._path, self._text = path, text
+    Lines are read as they are needed, so memory holds a few elements, or a line if that is longer.
+
+    Args:
+        path: of the file, for messages.
+        text: the line that the array begins in.
+        number: of that line.
+        further: the lines behind it.
+    """
+
+    def __init__(self, path: Path, text: str, number: int, further: Iterator[str]) -> None:
+        self._path, self._further = path, further
+        self._text = text  # what has been read and not been dropped yet
+        self._position = 0  # in the text; what is before it is done
+        self._number = number  # of the line that the position is in
         self._decode = json.JSONDecoder().raw_decode
 
     def texts(self, field: str) -> Iterator[str]:
         """The text of every element."""
-        position = self._skip_blanks(self._text.index("[") + 1)
-        while not self._text.startswith("]", position):
-            value, end = self._element(position)
-            yield _text_of(value, field, self._line_of(position), self._path)
-            position = self._behind_comma(end)
-        behind = self._skip_blanks(position + 1)
-        if behind < len(self._text):
-            raise _not_json(self._line_of(behind), self._path, "there is more text after the array")
+        self._go_to(self._text.index("[") + 1)
+        self._skip_blanks()
+        while not self._is_at("]"):
+            number = self._number
+            value = self._element()
+            yield _text_of(value, field, number, self._path)
+            self._skip_comma()
+        self._go_to(self._position + 1)
+        self._skip_blanks()
+        if self._position < len(self._text):
+            raise _not_json(self._number, self._path, "there is more text after the array")
 
-    def _element(self, position: int) -> tuple[Any, int]:
-        """The value that begins at a position, and the position of its end."""
-        try:
-            return self._decode(self._text, position)
-        except NOT_JSON as error:
-            number = getattr(error, "lineno", None) or self._line_of(position)
-            raise _not_json(number, self._path, _reason(error)) from error
+    def _element(self) -> Any:
+        """The value that begins here; then the position is behind it."""
+        while True:
+            try:
+                value, end = self._decode(self._text, self._position)
+            except NOT_JSON as error:
+                place = getattr(error, "pos", self._position)
+                # Strings end in the line they begin in, so what is cut off ends with the text.
+                is_cut = not self._text[place:].strip()
+                if is_cut and self._read_on():
+                    continue
+                self._go_to(place)
+                raise _not_json(self._number, self._path, _reason(error)) from error
+            self._go_to(end)
+            return value
 
-    def _behind_comma(self, position: int) -> int:
-        """The position of the next element, or of the array's end, after the end of an element."""
-        position = self._skip_blanks(position)
-        if self._text.startswith(",", position):
-            return self._skip_blanks(position + 1)
-        if not self._text.startswith("]", position):
-            raise _not_json(self._line_of(position), self._path, "expected ',' or ']' after an element")
-        return position
+    def _skip_comma(self) -> None:
+        """Go from the end of an element to the next one, or to the end of the array."""
+        self._skip_blanks()
+        if self._is_at(","):
+            self._go_to(self._position + 1)
+            self._skip_blanks()
+        elif not self._is_at("]"):
+            raise _not_json(self._number, self._path, "expected ',' or ']' after an element")
 
-    def _skip_blanks(self, position: int) -> int:
-        """The next position without white space."""
-        while self._text[position : position + 1].isspace():
-            position += 1
-        return position
+    def _skip_blanks(self) -> None:
+        """Go to the next character that is not white space, or to the end of the file."""
+        is_more = True
+        while is_more:
+            place = self._position
+            while self._text[place : place + 1].isspace():
+                place += 1
+            self._go_to(place)
+            is_more = place == len(self._text) and self._read_on()
 
-    def _line_of(self, position: int) -> int:
-        return self._text.count("\n", 0, position) + 1
+    def _is_at(self, character: str) -> bool:
+        return self._text.startswith(character, self._position)
+
+    def _go_to(self, position: int) -> None:
+        self._number += self._text.count("\n", self._position, position)
+        self._position = position
+
+    def _read_on(self) -> bool:
+        """Drop what is done, and read as much again as is left; False at the end of the file."""
+        rest = self._text[self._position :]
+        parts = [rest]
+        num_missing = max(READ_ON, len(rest))
+        for line in self._further:
+            parts.append(line)
+            num_missing -= len(line)
+            if num_missing <= 0:
+                break
+        self._text, self._position = "".join(parts), 0
+        return len(parts) > 1
 
 
 def parquet_rows(path: Path, column: str) -> Iterator[str]:

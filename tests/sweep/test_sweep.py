@@ -6,6 +6,7 @@ Jobs run in this process, but for those of which one process must not be in the 
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 import time
@@ -261,3 +262,15 @@ def test_a_launcher_that_is_not_installed_is_refused_with_its_extra(
     message = capsys.readouterr().err
     assert message.endswith(f"install it: pip install 'heapr[{extra}]'\n")
     assert message.count("\n") == 1
+
+
+def test_the_command_to_send_a_sweeps_own_run_is_shown(tmp_path: Path) -> None:
+    """sweep.py shows warnings alone, but this."""
+    told = logging.getLogger("heapr.tracking.wandb")
+    before = told.level
+    try:
+        with pytest.raises(SystemExit):
+            main([f"report_dir={tmp_path}"], ROOT)
+        assert told.isEnabledFor(logging.INFO)
+    finally:
+        told.setLevel(before)

@@ -148,12 +148,16 @@ def increase(job: JobResult, name: str) -> float | None:
     It is pruned - dense, or dense - pruned for a metric that is better when higher.
     """
     pruned = value(job, name)
-    dense = value(job, name, dense=True)
-    if dense is None:
-        dense = OF_THE_DENSE.get(name.partition("/")[0])
+    dense = dense_value(job, name)
     if pruned is None or dense is None:
         return None
     return -better(name) * (pruned - dense)
+
+
+def dense_value(job: JobResult, name: str) -> float | None:
+    """Return the dense model's metric: as measured, or as it is by definition, such as its own divergence."""
+    measured = value(job, name, dense=True)
+    return OF_THE_DENSE.get(name.partition("/")[0]) if measured is None else measured
 
 
 def standard_error(job: JobResult, name: str, *, dense: bool = False) -> float | None:
@@ -174,7 +178,7 @@ def known(jobs: Jobs) -> list[str]:
         for name in (*job.metrics["pruned"], *job.metrics["comparison"]):
             if name.partition("/")[0] in shown and better(name):
                 names[name] = None
-        for name in ("parameters_removed_ratio", "flops_removed_ratio"):
+        for name in ("parameters_removed_ratio", "flops_removed_ratio", "flops_routed_removed_ratio"):
             if name in job.metrics["size"]:
                 names[f"size/{name}"] = None
     accuracies = [name for name in names if name.startswith("accuracy/")]
