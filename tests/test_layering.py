@@ -18,12 +18,13 @@ PACKAGE = Path(__file__).parents[1] / "heapr"
 
 # What each part may import of the package, besides itself. The order is that of the floors.
 ALLOWED: dict[str, set[str]] = {
+    "definitions": set(),
     "errors": set(),
     "files": set(),
     "measure": set(),
     "origin": set(),
     "network": set(),
-    "overrides": {"errors"},
+    "overrides": {"definitions", "errors"},
     "progress": set(),
     "tensors_file": set(),
     "types": set(),
@@ -67,9 +68,10 @@ ALLOWED: dict[str, set[str]] = {
     "run_experiment": {"artifacts", "experiment", "gpu_slots", "pipeline", "prepare", "ranks", "ready", "report", "schema", "tracking", "types"},
     "dry_run": {"experiment", "model", "past_seconds", "placement", "prepare", "pruning", "schema", "types"},
     "explain": {"overrides", "words"},
-    "main": {"artifacts", "dry_run", "errors", "explain", "overrides", "ranks", "report", "run_experiment", "schema", "signals", "words"},
-    "sweep": {"artifacts", "dry_run", "errors", "explain", "files", "main", "model", "origin", "overrides", "past_seconds", "prepare", "report", "schema", "signals", "tracking", "words"},
-    "prefetch": {"errors", "evaluation", "hub", "main", "prepare", "schema", "text"},
+    "main": {"artifacts", "definitions", "dry_run", "errors", "explain", "overrides", "ranks", "report", "run_experiment", "schema", "signals", "start_ranks", "words"},
+    "__main__": {"main"},
+    "sweep": {"artifacts", "definitions", "dry_run", "errors", "explain", "files", "main", "model", "origin", "overrides", "past_seconds", "prepare", "report", "schema", "signals", "tracking", "words"},
+    "prefetch": {"definitions", "errors", "evaluation", "hub", "main", "overrides", "prepare", "schema", "text"},
 }  # fmt: skip
 
 

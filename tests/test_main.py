@@ -119,7 +119,7 @@ def test_help_shows_groups_and_fields(tmp_path: Path) -> None:
             " reap, taylor"
         ),
         "ratio: 0.25",
-        "python run.py -m pruning.ratio=0.2,0.3,0.4",
+        "heapr -m pruning.ratio=0.2,0.3,0.4",
     ):
         assert text in result.stdout
 
