@@ -109,6 +109,13 @@ def write_plan(
     _save(folder / PLAN, plan.to_tensors(), belongs_to)
 
 
+def write_card_and_plan(checkpoint: Path, card: str, plan: Plan) -> None:
+    """Write into a checkpoint what `PLANS` and `CARD` say, without the identity of the dense model."""
+    write_text(checkpoint / CARD, card)
+    (checkpoint / PLANS).mkdir()
+    _save(checkpoint / PLANS / PLAN, plan.to_tensors())
+
+
 def read_plan(folder: Path) -> Plan:
     from heapr.types import Plan
 

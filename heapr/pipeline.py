@@ -31,11 +31,9 @@ from heapr.model.moe import MoEModel
 from heapr.model.shelf import Files
 from heapr.progress import progress
 from heapr.provider import ModelProvider
-from heapr.pruning.allocation import allocate
-from heapr.pruning.allocation_report import report_allocation
-from heapr.pruning.budget import costs_of
 from heapr.pruning.layer_repair import report_repair
 from heapr.report.run.card import model_card
+from heapr.stages import Planning, layer_weights, log_report
 from heapr.step_results import StepResults
 from heapr.steps import Step
 from heapr.store import Artifact
@@ -44,7 +42,6 @@ from heapr.tracking import values
 from heapr.tracking.tracker import NUM_TOKENS, Tracker
 from heapr.types import (
     Evaluation,
-    ExpertWeights,
     Metrics,
     Plan,
     Pruning,
@@ -130,12 +127,8 @@ class Pipeline:
     def score(self, step: Step) -> None:
         """Give every atomic expert its importance."""
 
-        def weights(index: int) -> ExpertWeights:
-            model = self._model(step)
-            with model.hold([index]):
-                return next(layer.weights() for layer in model.layers if layer.index == index)
-
         def compute() -> Scores:
+            weights = partial(layer_weights, partial(self._model, step))
             return self.experiment.plugins.criterion(self.results.statistics(step), weights)
 
         self._get(step, compute, artifacts.write_scores)
@@ -145,24 +138,18 @@ class Pipeline:
 
         From the second round on, the choice is among what the round before kept.
         """
-        source, budget = self.experiment.source, self.experiment.budget
+        source = self.experiment.source
 
         def compute() -> tuple[Plan, Report]:
-            scores = self.results.scores(step)
-            statistics = self.results.statistics(step)
             earlier = self.results.pruning(step)
-            costs = costs_of(budget.unit, statistics, source.atomic_expert_parameters)
-            widths = earlier.plan.widths if earlier else source.widths
-            ratio = step.origin.config["ratio"]
-            round_budget = budget.of_round(ratio, widths, source.widths, costs)
-            plan = allocate(scores, widths, round_budget, costs)
-            report = report_allocation(plan, scores, widths, round_budget, costs)
-            return earlier.plan.then(plan) if earlier else plan, report
+            planning = Planning(source, self.experiment.budget, self.results.statistics(step))
+            scores, ratio = self.results.scores(step), step.origin.config["ratio"]
+            return planning.plan(scores, ratio, earlier.plan if earlier else None)
 
         is_repaired = self.experiment.plugins.repair is not None
         write = partial(artifacts.write_plan, model=source.identity, is_repaired=is_repaired)
         artifact = self._get(step, compute, write)
-        self._log_report(artifacts.read_allocation(artifact.path))
+        log_report(artifacts.read_allocation(artifact.path))
 
     def repair(self, step: Step) -> None:
         """Refit the kept weights so that they make up for what is removed."""
@@ -179,7 +166,7 @@ class Pipeline:
             return pruning, report_repair(found)
 
         artifact = self._get(step, compute, artifacts.write_repair)
-        self._log_report(artifacts.read_repair(artifact.path))
+        log_report(artifacts.read_repair(artifact.path))
 
     def write_checkpoint(self, step: Step) -> None:
         """Save the pruned model as a folder that transformers loads, with a model card and the plan."""
@@ -255,13 +242,6 @@ class Pipeline:
         }
         self.tracker.log(measured)
         return artifact
-
-    def _log_report(self, report: Report) -> None:
-        """Log the lines of a report that are meant to be read."""
-        for line in report["summary"]:
-            logger.info("%-9s %s", "prune", line)
-        for line in report["not_reached"]:
-            logger.warning("%-9s %s", "prune", line)
 
     def _model(self, step: Step) -> MoEModel:
         """The model that a step works on: dense, or pruned so far."""

@@ -64,12 +64,17 @@ ALLOWED: dict[str, set[str]] = {
     "provider": {"errors", "ranks", "types", "model", "pruning"},
     "gpu_slots": {"errors", "locks"},
     "findings": {"types", "evaluation"},
-    "pipeline": {"artifacts", "calibration", "evaluation", "experiment", "findings", "model", "progress", "provider", "pruning", "report", "step_results", "steps", "store", "text", "tracking", "types"},
+    "stages": {"artifacts", "model", "pruning", "types"},
+    "pipeline": {"artifacts", "calibration", "evaluation", "experiment", "findings", "model", "progress", "provider", "pruning", "report", "stages", "step_results", "steps", "store", "text", "tracking", "types"},
     "run_experiment": {"artifacts", "experiment", "gpu_slots", "pipeline", "prepare", "ranks", "ready", "report", "schema", "tracking", "types"},
     "dry_run": {"experiment", "model", "past_seconds", "placement", "prepare", "pruning", "schema", "types"},
     "explain": {"overrides", "words"},
     "main": {"artifacts", "definitions", "dry_run", "errors", "explain", "overrides", "ranks", "report", "run_experiment", "schema", "signals", "start_ranks", "words"},
     "__main__": {"main"},
+    "library": {
+        "artifacts", "calibration", "definitions", "errors", "evaluation", "experiment", "findings", "main", "model", "overrides", "plugins", "prepare",
+        "progress", "provider", "pruning", "report", "schema", "score", "stages", "steps", "text", "types", "words",
+    },
     "sweep": {"artifacts", "definitions", "dry_run", "errors", "explain", "files", "main", "model", "origin", "overrides", "past_seconds", "prepare", "report", "schema", "signals", "tracking", "words"},
     "prefetch": {"definitions", "errors", "evaluation", "hub", "main", "overrides", "prepare", "schema", "text"},
 }  # fmt: skip

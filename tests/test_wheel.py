@@ -30,7 +30,8 @@ sweep()
 sys.argv = ["heapr", "--config-dir", "mine", "score=mine", "pruning.ratio=0.5", *small]
 run()
 prefetch(["--config-dir", "mine", "score=mine", *small])
-sys.argv = ["heapr-sweep", "experiment=ratio_curve", "model=tiny", "score=mine", "--config-dir=mine", "--dry-run"]
+sys.argv = ["heapr-sweep", "experiment=ratio_curve", "model=tiny", "score=mine", "pruning.ratio=0.2"]
+sys.argv += ["evaluation=none", "--config-dir=mine", "--dry-run"]
 sweep()
 """
 
@@ -83,6 +84,7 @@ def test_both_commands_are_there(wheel: Path) -> None:
     assert all(callable(point.load()) for point in commands)
 
 
+@pytest.mark.slow
 def test_commands_run_in_an_empty_folder(wheel: Path, tmp_path: Path) -> None:
     (tmp_path / "mine" / "score").mkdir(parents=True)
     own = tmp_path / "mine" / "score" / "mine.yaml"
@@ -94,7 +96,7 @@ def test_commands_run_in_an_empty_folder(wheel: Path, tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert "heapr-sweep experiment=<name>" in result.stdout and "ratio_curve" in result.stdout
-    assert "9 jobs" in result.stdout and "here     model builtin" in result.stderr
+    assert "1 jobs" in result.stdout and "here     model builtin" in result.stderr
     (summary,) = (tmp_path / "outputs" / "runs").glob("*/summary.json")
     config = json.loads(summary.read_text())["config"]
     assert config["score"] == {"_target_": "heapr.score.data_free.Magnitude"}

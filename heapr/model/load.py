@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,7 +36,8 @@ from heapr.model.model_files import (
     shards_of,
     weight_files,
 )
-from heapr.model.moe import MoEModel, experts_per_token, find_moe_layers
+from heapr.model.model_shape import ModelShape, shape_of
+from heapr.model.moe import MoEModel
 from heapr.model.residency import Streamed
 from heapr.model.tensors import check_tensors, report_left_out
 from heapr.model.weights import LayerWeights
@@ -46,32 +47,22 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")  # that weights may have
 
 
 @dataclass(frozen=True)
-class ModelSource:
+class ModelSource(ModelShape):
     """A model that was found and checked but not loaded yet.
 
     Attributes:
         folder: local folder with configuration and tokenizer; for a hub model, its folder in the cache.
         identity: identifies the model: hub id and commit, or a hash of the folder's content; and the dtype.
-        dtype: of the loaded weights.
         stored_dtype: of the files, as config.json says; None if it does not.
-        config: transformers' configuration.
         architecture: name of the model's class; for a wrapper, such as one with vision, the class of its
             language model.
-        widths: atomic experts of every expert, by decoder layer index.
-        atomic_expert_parameters: parameters removed with one atomic expert, by decoder layer index.
-        experts_per_token: K.
         trust_remote_code: whether Python files in the folder may run.
     """
 
     folder: Path
     identity: dict[str, str]
-    dtype: torch.dtype
     stored_dtype: torch.dtype | None
-    config: PretrainedConfig
     architecture: str
-    widths: Mapping[int, Sequence[int]]
-    atomic_expert_parameters: Mapping[int, int]
-    experts_per_token: int
     trust_remote_code: bool = False
 
     @cached_property
@@ -82,15 +73,6 @@ class ModelSource:
             ConfigError: there is none, or it belongs to another model.
         """
         return read_tokenizer(self.folder, self.config, self.trust_remote_code)
-
-    @property
-    def num_atomic_experts(self) -> int:
-        return sum(sum(width_E) for width_E in self.widths.values())
-
-    @property
-    def max_sequence_length(self) -> int | None:
-        """The longest sequence in tokens; None if the configuration sets no limit."""
-        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
     @property
     def has_weights(self) -> bool:
@@ -253,15 +235,13 @@ def find_model(
     stored_dtype: torch.dtype | None = config.get_text_config().dtype
     dtype = dtype or _dtype_of(config, folder)
     model = _on_meta(config, path, trust_remote_code)
-    layers = find_moe_layers(model)
+    shape = shape_of(model)
     if not is_on_hub(path) and (weight_files(folder) or not config_only):
         check_weight_files(folder)
     identity = _identity_of(path, folder, digests, has_code=trust_remote_code)
     identity["dtype"] = dtype
     if trust_remote_code:
         identity["remote_code"] = "trusted"
-    widths = {layer.index: layer.widths for layer in layers}
-    atomic_expert_parameters = {layer.index: layer.atomic_expert_parameters for layer in layers}
     return ModelSource(
         folder=folder,
         identity=identity,
@@ -269,10 +249,8 @@ def find_model(
         stored_dtype=stored_dtype,
         config=config,
         architecture=type(model).__name__,
-        widths=widths,
-        atomic_expert_parameters=atomic_expert_parameters,
-        experts_per_token=experts_per_token(model),
         trust_remote_code=trust_remote_code,
+        **shape,
     )
 
 
