@@ -206,6 +206,12 @@ class Pipeline:
                 experiment.store.rewrite(checkpoint.origin, checkpoint.part, f"{CHECKPOINT}/{CARD}", card)
         return metrics
 
+    @property
+    def checkpoint(self) -> Path:
+        """The folder of the checkpoint, where one is saved."""
+        step = self.experiment.steps.last(CHECKPOINT_PART)
+        return self.experiment.store.path(step.origin) / CHECKPOINT
+
     def _kept_ratio(self) -> float:
         plan: Plan = self.results.of(self.experiment.steps.last("prune"))
         return plan.num_kept / self.experiment.source.num_atomic_experts

@@ -18,6 +18,7 @@ from heapr.experiment import Experiment
 from heapr.gpu_slots import gpu_slot
 from heapr.pipeline import Pipeline
 from heapr.prepare import prepare
+from heapr.push import check_destination, push
 from heapr.ranks import ONE_PROCESS, Ranks
 from heapr.ready import make_ready
 from heapr.report.run.protocol import protocol_differences
@@ -66,6 +67,9 @@ def run(
         ConfigError: the user's mistake, found before the first expensive step.
         FloatingPointError: NaN or infinity; the message says where.
     """
+    pruning = config.pruning
+    if pruning.push_to is not None and ranks.is_first:
+        check_destination(pruning.push_to, is_public=pruning.push_public)
     experiment = prepare(config, ranks=ranks)
     tokens = make_ready(experiment)
     logger.info("%-9s %s, results in %s", "run", experiment.name, folder)
@@ -88,6 +92,8 @@ def run(
     summary = Summary(metrics=metrics, protocols=protocols, stages=pipeline.stages, config=resolved)
     if experiment.ranks.is_first:
         artifacts.write_summary(folder, asdict(summary))
+        if pruning.push_to is not None:
+            push(pipeline.checkpoint, pruning.push_to, is_public=pruning.push_public)
     return summary
 
 

@@ -25,7 +25,7 @@ STAGE_VERSIONS = {"calibrate": 2, "score": 1, "prune": 3, "evaluate": 3}
 
 # Fields of `PruningConfig` that enter every key, and those that change no plan.
 ALWAYS_IN_KEY = ("ratio", "scope", "width_multiple", "form")
-WITHOUT_INFLUENCE = ("save_checkpoint", "rounds")
+WITHOUT_INFLUENCE = ("save_checkpoint", "push_to", "push_public", "rounds")
 
 
 @dataclass(frozen=True)
