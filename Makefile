@@ -10,7 +10,7 @@ run: $(STAMP) ## prune the built-in model on real text, offline
 	$(BIN)/python run.py
 
 test: $(STAMP) ## the test suite
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -m 'not launcher'
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -m 'not launcher and not faults'
 
 launchers: $(STAMP) ## sweeps through joblib, submitit, Ray and a fake SLURM
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[joblib,slurm,ray]'

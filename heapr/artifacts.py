@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from heapr.files import write_json, write_text
+from heapr.files import hash_file, write_json, write_text
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         TokenWindows,
     )
 
-ARTIFACTS, SWEEPS = "artifacts", "sweeps"  # folders in the folder of outputs
+ARTIFACTS, RUNS, SWEEPS = "artifacts", "runs", "sweeps"  # folders in the folder of outputs
 
 # Every artifact: what it is, and size and hash of each file.
 MANIFEST = "manifest.json"
@@ -56,8 +56,12 @@ Report = dict[str, Any]  # JSON types only; "summary" and "not_reached" are line
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of an artifact; None if the folder holds no artifact."""
-    return _read_json(folder / MANIFEST)
+    """The manifest of an artifact, as it is; None if the folder holds no artifact, or a damaged one."""
+    try:
+        manifest = _read_json(folder / MANIFEST)
+    except (OSError, ValueError, RecursionError):
+        return None
+    return manifest if isinstance(manifest, dict) else None
 
 
 def write_calibration(folder: Path, made: tuple[TokenWindows, Statistics]) -> None:
@@ -136,13 +140,22 @@ def read_allocation(folder: Path) -> Report:
     return _must_read_json(folder / ALLOCATION)
 
 
-def write_repair(folder: Path, made: tuple[Pruning, Report]) -> None:
-    """Write the weights that repair changed, and its report."""
+def write_repair(folder: Path, made: tuple[Pruning, Report], *, plan_folder: Path) -> None:
+    """Write the weights that repair changed, and its report.
+
+    The metadata of the weights say which plan they belong to, so that `heapr.load_pruned` can check it.
+
+    Args:
+        folder: receives the files.
+        made: the plan with the repaired weights, and the report.
+        plan_folder: holds the plan's file.
+    """
     from heapr.tensors_file import save_layers
 
     pruning, report = made
     assert pruning.repaired is not None
-    save_layers(folder / REPAIRED, pruning.repaired)
+    belongs_to = {"plan": hash_file(plan_folder / PLAN)}
+    save_layers(folder / REPAIRED, pruning.repaired, belongs_to)
     write_json(folder / REPAIR, report)
 
 

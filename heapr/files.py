@@ -38,23 +38,6 @@ def hash_files(folder: Path, paths: Iterable[Path], hash_one: Callable[[Path], s
     return digest.hexdigest()
 
 
-def hash_file_once(path: Path, memory: Path) -> str:
-    """As `hash_file`, but remembers the hash in a folder, so that large weights are read only once.
-
-    A file is recognized by path, size, time of modification and ctime; no copying tool can set the last.
-    """
-    stat, place = path.stat(), path.resolve()
-    state = f"{place}\0{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ctime_ns}"
-    name = hashlib.sha256(state.encode()).hexdigest()
-    remembered = memory / f"{name}.json"
-    if remembered.is_file():
-        return str(json.loads(remembered.read_text())["sha256"])
-    digest = hash_file(path)
-    memory.mkdir(parents=True, exist_ok=True)
-    write_json(remembered, {"file": str(place), "sha256": digest})
-    return digest
-
-
 def readable_by_umask(mode: int) -> int:
     """A mode without the bits that the process's umask removes."""
     umask = os.umask(0)

@@ -67,6 +67,7 @@ def locked(path: Path, what: str, *, wait_minutes: float | None = None) -> Itera
     Raises:
         ConfigError: it is still held after `wait_minutes`.
     """
+    _make_way(path)
     lock = lock_of(path)
     try:
         lock.acquire(timeout=0)
@@ -74,6 +75,15 @@ def locked(path: Path, what: str, *, wait_minutes: float | None = None) -> Itera
         _wait(lock, what, wait_minutes)
     with held(lock):
         yield
+
+
+def _make_way(path: Path) -> None:
+    """Move aside what is in the place of a lock and cannot be one: a folder, or a link."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        aside = path.with_name(f"{path.name}.damaged-{datetime.now():%Y-%m-%d_%H-%M-%S-%f}")
+        with suppress(FileNotFoundError):  # another process was faster
+            path.rename(aside)
+            logger.warning("%s is no lock; it is kept as %s", path, aside)
 
 
 def lock_of(path: Path) -> FileLock:
@@ -99,7 +109,7 @@ def holder_of(path: Path) -> Holder | None:
     try:
         fields: dict[str, Any] = json.loads(_holder_file(path).read_text(encoding="utf-8"))
         return Holder(**fields)
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
 
 

@@ -28,6 +28,7 @@ from heapr.artifacts import clear_error, write_error
 from heapr.definitions import conf_folder
 from heapr.errors import ConfigError, RankEnded
 from heapr.explain import explain, explain_builtin
+from heapr.os_errors import NO_SPACE
 from heapr.overrides import check_one_option, options_first
 from heapr.ranks import Ranks
 from heapr.schema import ExperimentConfig, register, resolve
@@ -38,7 +39,9 @@ from heapr.words import first_line
 logger = logging.getLogger(__name__)
 
 EXIT_CODE = 2
-OPTIONS_OF_OTHERS = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=rank"]
+WITHOUT_FOLDER = ["hydra.run.dir=.", "hydra.output_subdir=null"]
+OPTIONS_OF_OTHERS = [*WITHOUT_FOLDER, "hydra/job_logging=rank"]
+OPTIONS_OF_DRY_RUNS = [*WITHOUT_FOLDER, "hydra/job_logging=console"]
 
 
 def main() -> None:
@@ -62,17 +65,21 @@ def _run_hydra(conf: Path, ranks: Ranks) -> None:
 
 
 def options_of_rank(ranks: Ranks, arguments: Sequence[str]) -> list[str]:
-    """What the command line of a rank is given besides what it has: ranks but the first have no folder.
+    """What the command line is given besides what it has: ranks but the first and dry runs have no folder.
 
     Raises:
         ConfigError: several processes would run a sweep.
     """
-    if ranks.size > 1 and not {"-m", "--multirun"}.isdisjoint(arguments):
+    is_sweep = not {"-m", "--multirun"}.isdisjoint(arguments)
+    if ranks.size > 1 and is_sweep:
         raise ConfigError(
             f"{ranks.size} processes cannot share the jobs of run.py -m; start one process, and give it a"
             " launcher (docs/cluster.md), or several processes for a single job"
         )
-    return [] if ranks.is_first else OPTIONS_OF_OTHERS
+    if not ranks.is_first:
+        return OPTIONS_OF_OTHERS
+    is_dry_run = "dry_run=true" in [argument.lstrip("+").lower() for argument in arguments]
+    return OPTIONS_OF_DRY_RUNS if is_dry_run and not is_sweep else []
 
 
 def run_job(config: DictConfig, ranks: Ranks) -> None:
@@ -181,10 +188,13 @@ def explained(config_folder: Path | None = None) -> Iterator[None]:
             raise
         raise ConfigError(message) from error
     except OSError as error:
-        if error.filename is None or _came_from_job(error):
+        is_space = error.errno in NO_SPACE
+        if _came_from_job(error) or (error.filename is None and not is_space):
             raise
+        what = "the run's folder" if error.filename is None else f"'{error.filename}'"
         raise ConfigError(
-            f"cannot write '{error.filename}': {error.strerror}; choose another folder with paths.outputs=..."
+            f"cannot write {what}: {error.strerror}; choose another folder with paths.outputs=..., or, if all"
+            " results are there already, another one for the run's own files with hydra.run.dir=..."
         ) from error
 
 

@@ -11,11 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from heapr.artifacts import MANIFEST, REPAIR_PART, read_manifest
+from heapr.artifacts import REPAIR_PART
 from heapr.origin import canonical_json
 from heapr.store import WHOLE
-
-STAGES = ("calibrate", "score", "prune", "evaluate")
+from heapr.store.inventory import STAGES, intact_manifests
 
 
 class Kind(Protocol):
@@ -42,8 +41,7 @@ class PastSeconds:
     """
 
     def __init__(self, artifacts: Path) -> None:
-        found = [read_manifest(path.parent) for path in artifacts.glob(f"*/[!.]*/{MANIFEST}")]
-        manifests = [manifest for manifest in found if manifest is not None]
+        manifests = intact_manifests(artifacts)
         self._models: dict[str, Any] = {}  # of each artifact, by key
         for stage in STAGES:
             for manifest in manifests:
@@ -51,8 +49,8 @@ class PastSeconds:
                     self._models[manifest["key"]] = self._model(manifest)
         self._seconds: dict[str, list[float]] = defaultdict(list)
         for manifest in manifests:
-            model = self._models[manifest["key"]]
-            for part, made in [(WHOLE, manifest), *manifest.get("parts", {}).items()]:
+            model = self._models.get(manifest["key"])
+            for part, made in [(WHOLE, manifest), *manifest["parts"].items()]:
                 kind, amount = _kind(manifest["stage"], part, manifest["config"], model)
                 self._seconds[kind].append(made["seconds"] / amount)
 

@@ -22,6 +22,7 @@ from heapr import artifacts
 from heapr.artifacts import CARD, CHECKPOINT, CHECKPOINT_PART, REPAIR_PART, Report
 from heapr.calibration.collector import collect
 from heapr.calibration.coverage import report_coverage
+from heapr.errors import ConfigError
 from heapr.evaluation.measurement import Material, Need, measure
 from heapr.evaluation.routing import layer_routing
 from heapr.experiment import Experiment
@@ -165,7 +166,8 @@ class Pipeline:
             pruning, found = self.models.repaired(plan, earlier, calibration_batches, files)
             return pruning, report_repair(found)
 
-        artifact = self._get(step, compute, artifacts.write_repair)
+        write = partial(artifacts.write_repair, plan_folder=self.results.folder(step))
+        artifact = self._get(step, compute, write)
         log_report(artifacts.read_repair(artifact.path))
 
     def write_checkpoint(self, step: Step) -> None:
@@ -203,7 +205,7 @@ class Pipeline:
             card = partial(model_card, self._about(), metrics)
             checkpoint = experiment.steps.last(CHECKPOINT_PART)
             if experiment.ranks.is_first:
-                experiment.store.rewrite(checkpoint.origin, checkpoint.part, f"{CHECKPOINT}/{CARD}", card)
+                self._rewrite_card(checkpoint, card)
         return metrics
 
     @property
@@ -211,6 +213,13 @@ class Pipeline:
         """The folder of the checkpoint, where one is saved."""
         step = self.experiment.steps.last(CHECKPOINT_PART)
         return self.experiment.store.path(step.origin) / CHECKPOINT
+
+    def _rewrite_card(self, checkpoint: Step, card: Callable[[str], str]) -> None:
+        """Write the metrics into the model card; a run does not fail because of it."""
+        try:
+            self.experiment.store.rewrite(checkpoint.origin, checkpoint.part, f"{CHECKPOINT}/{CARD}", card)
+        except ConfigError as error:
+            logger.warning("%-9s the model card of the checkpoint lacks the metrics: %s", "prune", error)
 
     def _kept_ratio(self) -> float:
         plan: Plan = self.results.of(self.experiment.steps.last("prune"))

@@ -65,10 +65,14 @@ def prepare(
     with ranks.in_turn():
         plugins = build_plugins(config, notes)
     artifacts = Path(config.paths.outputs) / ARTIFACTS
-    store = Store(artifacts, device, ranks=ranks, wait_minutes=config.runtime.wait_minutes)
+    is_full_check = config.runtime.full_check
+    store = Store(
+        artifacts, device, ranks=ranks, wait_minutes=config.runtime.wait_minutes, full_check=is_full_check
+    )
     check_is_shared(store.root, ranks)
     with ranks.in_turn():
-        source = find_source(config.model, digests=store.digests, config_only=notes is not None)
+        digests = None if is_full_check else store.digests
+        source = find_source(config.model, digests=digests, config_only=notes is not None)
     _check_lengths(config, source)
     budget = find_budget(config.pruning, source, plugins.criterion)
     if config.pruning.save_checkpoint:

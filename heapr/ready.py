@@ -33,9 +33,11 @@ def make_ready(experiment: Experiment) -> TokenWindows | None:
         ConfigError: a step cannot be made as asked; the message says why.
     """
     ranks = experiment.ranks
+    missing = [step for step in experiment.steps if not experiment.store.has(step.origin, step.part)]
+    if missing and ranks.is_first:
+        experiment.store.check_writable()
     if experiment.config.runtime.num_threads is not None:
         torch.set_num_threads(experiment.config.runtime.num_threads)
-    missing = [step for step in experiment.steps if not experiment.store.has(step.origin, step.part)]
     is_calibrated = experiment.store.has(experiment.steps.first("calibrate").origin)
     if ranks.size > 1 and missing and not ranks.of_first(experiment.source.has_weights):
         with ranks.in_turn():

@@ -16,6 +16,7 @@ from typing import Any
 from heapr import artifacts
 from heapr.experiment import Experiment
 from heapr.gpu_slots import gpu_slot
+from heapr.os_errors import one_line_about
 from heapr.pipeline import Pipeline
 from heapr.prepare import prepare
 from heapr.push import check_destination, push
@@ -64,13 +65,21 @@ def run(
         ranks: the processes that share the work, all of which call this.
 
     Raises:
-        ConfigError: the user's mistake, found before the first expensive step.
+        ConfigError: the user's mistake, found before the first expensive step; or no space, or permission
+            lost, at any time: what was finished is kept.
         FloatingPointError: NaN or infinity; the message says where.
     """
     pruning = config.pruning
     if pruning.push_to is not None and ranks.is_first:
         check_destination(pruning.push_to, is_public=pruning.push_public)
+    with one_line_about(Path(config.paths.outputs)), one_line_about(folder):
+        return _run(config, folder, sweep=sweep, ranks=ranks)
+
+
+def _run(config: ExperimentConfig, folder: Path, *, sweep: str | None, ranks: Ranks) -> Summary:
+    pruning = config.pruning
     experiment = prepare(config, ranks=ranks)
+    experiment.store.refer(folder, [step.origin for step in experiment.steps])
     tokens = make_ready(experiment)
     logger.info("%-9s %s, results in %s", "run", experiment.name, folder)
     resolved = asdict(config)

@@ -88,6 +88,8 @@ class RuntimeConfig:
     num_threads: int | None = None  # CPU threads, at least 1; null leaves the number to torch
     # How long to wait for a free GPU, or for an artifact that another process is making; null has no limit.
     wait_minutes: float | None = None
+    # true: large weights are read and hashed again, whatever the store remembers of them.
+    full_check: bool = False
     # true: one decoder layer at a time is read from the files; auto: if the weights do not fit on the device.
     stream: Any = "auto"
     activations: str = "auto"  # of a streamed model, between layers: ram, disk, or auto, which is disk

@@ -43,7 +43,7 @@ class StepResults:
     def of(self, step: Step) -> Any:
         """What a step made: statistics, scores, the plan or repaired weights."""
         if step.id not in self._read:
-            self._read[step.id] = READERS[step.kind](self.folder(step))
+            self._read[step.id] = self._store.read(step.origin, READERS[step.kind])
         return self._read[step.id]
 
     def statistics(self, step: Step) -> Statistics:
@@ -70,7 +70,7 @@ class StepResults:
     def tokens(self, step: Step) -> TokenWindows:
         """Tokens of the first calibration, which all later steps use too."""
         if "tokens" in step.needs:
-            return artifacts.read_tokens(self.folder(step.needs["tokens"]))
+            return self._store.read(step.needs["tokens"].origin, artifacts.read_tokens)
         assert self._drawn_tokens is not None, "the calibration was in the store and is not any more"
         return self._drawn_tokens
 

@@ -77,18 +77,21 @@ class TensorsFile:
             file.write(_bytes_of(tensor))
 
 
-def save_layers(path: Path, layers: Mapping[int, Mapping[str, Tensor]]) -> None:
+def save_layers(
+    path: Path, layers: Mapping[int, Mapping[str, Tensor]], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write tensors as `layers.<index>.<name>`, with those of one layer in memory at a time.
 
     Args:
         path: the file.
         layers: tensors by layer index and name; each layer is asked for twice.
+        metadata: strings by name.
     """
     shapes = {}
     for index, tensors in layers.items():
         for name, tensor in tensors.items():
             shapes[f"layers.{index}.{name}"] = torch.empty_like(tensor, device="meta")
-    file = TensorsFile(path, shapes)
+    file = TensorsFile(path, shapes, metadata)
     for index, tensors in layers.items():
         for name, tensor in tensors.items():
             file.write(f"layers.{index}.{name}", tensor)

@@ -310,7 +310,7 @@ WITHOUT_HEAPR = """
 import functools, io, json, os, sys
 sys.modules["heapr"] = None  # importing it fails
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 def citizenship(model, folder, ids_NW):
     # What transformers' own models can do, each as a difference that should be none.
@@ -322,14 +322,21 @@ def citizenship(model, folder, ids_NW):
         "pickled": torch.load(copy, weights_only=False),
         "saved": AutoModelForCausalLM.from_pretrained(folder + "/saved", trust_remote_code=True).eval(),
     }
-    body = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    bodies = {}
+    if "AutoModelForSequenceClassification" in config.auto_map:  # first: asking for AutoModel makes its class known
+        classifier = AutoModelForSequenceClassification.from_pretrained(
+            folder, trust_remote_code=True, dtype=torch.float32
+        )
+        bodies["classifier's body"] = classifier.eval().model
+    bodies["body"] = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
     fresh = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
     deviations = [p.std().item() for name, p in fresh.named_parameters() if ".experts." in name]
     with torch.no_grad():
         run = functools.partial(torch.nn.Module.__call__, input_ids=ids_NW, use_cache=False)
         found = {name: (run(other).logits - run(model).logits).abs().max().item() for name, other in others.items()}
-        found["body"] = (run(body).last_hidden_state - run(model.model).last_hidden_state).abs().max().item()
+        for name, other in bodies.items():
+            found[name] = (run(other).last_hidden_state - run(model.model).last_hidden_state).abs().max().item()
     found["new"] = max(abs(deviation / config.initializer_range - 1) for deviation in deviations)
     return found
 
@@ -352,17 +359,24 @@ cli_evaluate()
 
 
 def write_stock_forms(folder: Path) -> list[Path]:
-    """DeepSeekMoE is not in transformers: its file goes with it, in the ragged form too."""
+    """DeepSeekMoE is not in transformers: its file goes with it, in the ragged form too. Qwen3 is, and has
+    classes with other heads."""
     folders = []
-    original = write_description(folder / "original", tiny_model("deepseek"))
-    for form in ("uniform", "masked", "ragged"):
-        model = MoEModel(tiny_model("deepseek"))
+    families = {
+        "uniform": "deepseek",
+        "masked": "deepseek",
+        "ragged": "deepseek",
+        "ragged_qwen3": "qwen3_moe",
+    }
+    for form, family in families.items():
+        model = MoEModel(tiny_model(family))
+        original = write_description(folder / f"original_{form}", model.model)
         plan = Plan(layers={layer.index: torch.arange(8).expand(4, 8) < 4 for layer in model.layers})
         if form == "uniform":
             settings = uniform_settings(model.model.config, 4)
             remove(model, plan)
             make_uniform(model, settings)
-        elif form == "ragged":
+        elif form.startswith("ragged"):
             remove(model, plan)
         else:
             mask(model, plan)
@@ -404,6 +418,13 @@ def test_stock_forms_of_our_own_family_have_tied_weights_twice_for_tools_that_do
     assert again.lm_head.weight is again.model.embed_tokens.weight
 
 
+def test_a_tied_head_is_written_once_for_tools_that_tie(tmp_path: Path) -> None:
+    model = MoEModel(tiny_model("qwen3_moe", tie_word_embeddings=True))
+    original = write_description(tmp_path / "original", model.model)
+    save_checkpoint(model, original, tmp_path / "masked", about={})
+    assert "lm_head.weight" not in load_file(tmp_path / "masked" / "model.safetensors")
+
+
 def test_only_the_index_of_a_checkpoint_says_what_its_weights_are(finished: Run) -> None:
     """vLLM reads every file of tensors in a folder as weights where there is no index."""
     folder = artifact(finished("pruning.ratio=0.4")) / "checkpoint"
@@ -414,10 +435,14 @@ def test_only_the_index_of_a_checkpoint_says_what_its_weights_are(finished: Run)
     assert list(config["auto_map"])[:3] == ["AutoConfig", "AutoModel", "AutoModelForCausalLM"]
 
 
-def test_a_ragged_model_is_a_citizen_of_transformers_without_heapr(elsewhere: Path) -> None:
-    found = json.loads((elsewhere / "ragged" / "found.json").read_text())
+@pytest.mark.parametrize(("form", "bodies"), [("ragged", 1), ("ragged_qwen3", 2)])
+def test_a_ragged_model_is_a_citizen_of_transformers_without_heapr(
+    elsewhere: Path, form: str, bodies: int
+) -> None:
+    found = json.loads((elsewhere / form / "found.json").read_text())
     assert found.pop("new") < 0.3  # the spread of new weights, beside the configuration's
-    assert found.keys() == {"pickled", "saved", "body"} and max(found.values()) < 1e-5
+    assert found.keys() == {"pickled", "saved", *["body", "classifier's body"][:bodies]}
+    assert max(found.values()) < 1e-5
 
 
 @pytest.mark.parametrize("form", ["uniform", "masked", "ragged"])

@@ -147,3 +147,31 @@ def test_a_gpu_is_known_by_its_uuid_and_becomes_the_current_one(
             pass
     with gpu_slot(torch.device("cpu"), all_of_them=False, wait_minutes=0):
         assert current == [1]
+
+
+def a_folder(path: Path) -> None:
+    (path / "in the way").mkdir(parents=True)
+
+
+def a_link(path: Path) -> None:
+    path.symlink_to(path.with_name("nowhere"))
+
+
+@pytest.mark.parametrize("make", [a_folder, a_link])
+def test_what_is_in_the_place_of_a_lock_is_moved_aside(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, make: Callable[[Path], None]
+) -> None:
+    path = tmp_path / ".lock"
+    make(path)
+    with locked(path, "it", wait_minutes=SOON):
+        assert path.is_file()
+    assert len(list(tmp_path.glob(".lock.damaged-*"))) == 1 and "is no lock" in caplog.text
+
+
+@pytest.mark.parametrize("content", [b"\xff", b"[]", b"{}", b'{"host": 1}', b"[" * 100_000])
+def test_a_damaged_name_of_a_holder_is_nobody(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / ".lock"
+    path.with_name(".lock.holder").write_bytes(content)
+    assert holder_of(path) is None
+    with locked(path, "it", wait_minutes=SOON):
+        assert holder_of(path) is not None

@@ -23,6 +23,8 @@ from heapr.pruning.allocation import Budget, allocate
 from heapr.pruning.repair import JointRepair
 from heapr.pruning.surgery import remove_and_repair
 from heapr.score.gradient import Fisher
+from heapr.sealed import read_sealed, sealed_text
+from heapr.tensors_file import save_tensors
 from tests.experiment import cached_stages, compose_experiment, run_in, write_model, write_texts
 from tests.same import assert_same_model, logits
 from tests.tiny import byte_tokenizer, no_weights, tiny_ids, tiny_model, tiny_qwen3_moe
@@ -94,17 +96,17 @@ def lose(folder: Path, part: str) -> None:
     if not part:
         shutil.rmtree(folder, ignore_errors=True)
     elif folder.is_dir():
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = read_sealed(folder / "manifest.json")
         for name in manifest["parts"].pop(part)["files"]:
             (folder / name).unlink()
-        (folder / "manifest.json").write_text(json.dumps(manifest))
+        (folder / "manifest.json").write_text(sealed_text(manifest))
 
 
 def results_in(folder: Path) -> dict[str, bytes]:
-    """Every tensor and metric below a folder, by place."""
+    """Every tensor and metric below a folder, by place; without damaged ones that were moved aside."""
     paths = [
         path
-        for path in folder.rglob("*")
+        for path in folder.glob("artifacts/*/[!.]*/**/*")
         if path.suffix == ".safetensors" or path.name in {"metrics.json", "repair.json"}
     ]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
@@ -245,6 +247,19 @@ def test_dense_model_and_plan_are_the_checkpoint(finished: tuple[Path, Any], ove
         match="belongs to a repaired model, but its weights 'repaired.safetensors' are not beside it",
     ):
         heapr.load_pruned(dense, plan=folder / "checkpoint" / "heapr" / "plan.safetensors")
+
+
+def test_repaired_weights_of_another_plan_are_refused(
+    tmp_path: Path, finished: tuple[Path, Any], overrides: list[str]
+) -> None:
+    """Of the same shapes, as two artifacts of scope layer have them."""
+    folder = Path(stages(finished[1], "prune")[-1]["path"])
+    shutil.copy(folder / "plan.safetensors", tmp_path)
+    save_tensors(
+        tmp_path / "repaired.safetensors", load_file(folder / "repaired.safetensors"), {"plan": "0" * 64}
+    )
+    with pytest.raises(ConfigError, match="repaired.safetensors' was made for another plan"):
+        heapr.load_pruned(overrides[1].partition("=")[2], plan=tmp_path / "plan.safetensors")
 
 
 def test_masked_form_is_the_same_function(

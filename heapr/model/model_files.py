@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from heapr.errors import ConfigError
-from heapr.files import hash_file, hash_file_once, hash_files, write_json
+from heapr.files import hash_file, hash_files, write_json
+from heapr.remembered_hashes import hash_file_once
 
 DESCRIPTION_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 # What transformers looks for, in this order.

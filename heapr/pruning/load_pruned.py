@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from heapr.errors import ConfigError
+from heapr.files import hash_file
 from heapr.model.device import find_device
 from heapr.model.load import ModelSource, find_model
 from heapr.model.ragged_type import take_ragged_type
@@ -74,7 +75,11 @@ def find_pruning(path: Path, source: ModelSource) -> Pruning:
             f"plan '{path}' belongs to a repaired model, but its weights '{beside.name}' are not beside it; "
             "load the checkpoint instead, or give the plan in the folder that prune wrote"
         )
-    repaired_tensors, _ = _read(beside, "repaired weights")
+    repaired_tensors, belongs_to = _read(beside, "repaired weights")
+    if belongs_to.get("plan") != hash_file(path):
+        raise ConfigError(
+            f"'{beside}' was made for another plan than '{path}'; give the two files of one prune artifact"
+        )
     repaired = Pruning.repaired_from_tensors(repaired_tensors)
     num_kept = {index: sum(width_E) for index, width_E in plan.widths.items()}
     if _num_rows(repaired) != num_kept:

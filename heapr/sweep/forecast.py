@@ -16,9 +16,10 @@ from heapr.dry_run import StepState, sequence_flops, step_states
 from heapr.errors import ConfigError
 from heapr.model.load import ModelSource
 from heapr.origin import canonical_json
-from heapr.past_seconds import STAGES, PastSeconds
+from heapr.past_seconds import PastSeconds
 from heapr.prepare import prepare
 from heapr.schema import ExperimentConfig
+from heapr.store.inventory import STAGES
 
 EXPENSIVE = ("calibrate", "evaluate")  # worth waiting for, where several jobs need the same one
 

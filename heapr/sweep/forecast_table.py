@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from heapr.past_seconds import STAGES
 from heapr.report.terminal import open_console, operations, print_lines
+from heapr.store.inventory import STAGES
 from heapr.sweep.definition import Job
 from heapr.sweep.forecast import Forecast
 

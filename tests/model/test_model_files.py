@@ -4,9 +4,7 @@ meant in two ways."""
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +14,6 @@ import transformers.modeling_utils
 from safetensors.torch import load_file, save_file
 
 from heapr.errors import ConfigError
-from heapr.files import hash_file, hash_file_once
 from heapr.model.load import find_model
 from heapr.model.model_files import INDEX, WEIGHTS, weight_files
 from tests.experiment import write_model
@@ -84,16 +81,6 @@ def test_weights_that_are_not_loaded_change_no_identity(name: str, tmp_path: Pat
     (folder / name).write_bytes(b"something else")
     assert identity(folder) == before
     find_model(str(folder), dtype="float32").load(torch.device("cpu"))
-
-
-def test_a_hash_is_not_remembered_for_other_content_with_the_same_size_and_time(tmp_path: Path) -> None:
-    file = tmp_path / "file"
-    for content in (b"one", b"two"):
-        time.sleep(0.02)  # the clock of file systems ticks slowly
-        file.write_bytes(content)
-        os.utime(file, ns=(1, 1))
-        assert hash_file_once(file, tmp_path / "digests") == hash_file(file)
-    assert len(list((tmp_path / "digests").iterdir())) == 2
 
 
 def test_an_index_of_the_one_file_beside_it_is_no_second_candidate(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def main(folder: Path, how: str) -> None:
         root = folder / str(ranks.rank) if how == "blind" else folder
         store = Store(root, torch.device("cpu"), ranks=ranks)
         check_is_shared(root, ranks)
-        origin = Origin(stage="score", version=1, config={}, upstream={})
+        origin = Origin(stage="made", version=1, config={}, upstream={})
         artifact = store.get(
             origin, lambda: compute(ranks, how), lambda path, text: (path / "found.txt").write_text(text)
         )

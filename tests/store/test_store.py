@@ -18,10 +18,11 @@ from safetensors.torch import save_file
 from heapr.errors import ConfigError
 from heapr.files import write_text
 from heapr.origin import Origin, canonical_json
-from heapr.store import SCRATCH_DAYS, Store
+from heapr.store import Store
+from heapr.store.leftovers import SCRATCH_DAYS
 
 CPU = torch.device("cpu")
-ORIGIN = Origin(stage="score", version=1, config={"ratio": 0.5}, upstream={"calibrate": "abc"})
+ORIGIN = Origin(stage="made", version=1, config={"ratio": 0.5}, upstream={"calibrate": "abc"})
 
 
 def nothing() -> None:
@@ -51,7 +52,7 @@ def test_made_once_then_cached(tmp_path: Path) -> None:
     assert not store.has(ORIGIN)
     first, second = store.get(ORIGIN, nothing, make_file), store.get(ORIGIN, nothing, forbidden)
     assert (first.cached, second.cached) == (False, True)
-    assert second.path == tmp_path / "score" / ORIGIN.key
+    assert second.path == tmp_path / "made" / ORIGIN.key
     assert (second.path / "data.txt").read_text() == "result"
     assert store.has(ORIGIN)
 
@@ -77,7 +78,7 @@ def test_manifest_says_what_it_is(tmp_path: Path) -> None:
     manifest = json.loads(
         (Store(tmp_path, CPU).get(ORIGIN, nothing, make_file).path / "manifest.json").read_text()
     )
-    assert manifest["stage"] == "score" and manifest["stage_version"] == 1 and manifest["key"] == ORIGIN.key
+    assert manifest["stage"] == "made" and manifest["stage_version"] == 1 and manifest["key"] == ORIGIN.key
     assert manifest["upstream"] == {"calibrate": "abc"} and manifest["config"] == {"ratio": 0.5}
     assert manifest["files"]["data.txt"]["size"] == 6 and len(manifest["files"]["data.txt"]["sha256"]) == 64
     assert {"torch", "transformers"} <= manifest["libraries"].keys()
@@ -92,10 +93,10 @@ def test_manifest_says_what_it_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "other",
     [
-        Origin("prune", 1, {"ratio": 0.5}, {"calibrate": "abc"}),
-        Origin("score", 2, {"ratio": 0.5}, {"calibrate": "abc"}),
-        Origin("score", 1, {"ratio": 0.4}, {"calibrate": "abc"}),
-        Origin("score", 1, {"ratio": 0.5}, {"calibrate": "abd"}),
+        Origin("other", 1, {"ratio": 0.5}, {"calibrate": "abc"}),
+        Origin("made", 2, {"ratio": 0.5}, {"calibrate": "abc"}),
+        Origin("made", 1, {"ratio": 0.4}, {"calibrate": "abc"}),
+        Origin("made", 1, {"ratio": 0.5}, {"calibrate": "abd"}),
     ],
 )
 def test_everything_that_matters_is_in_the_key(other: Origin) -> None:
@@ -104,8 +105,7 @@ def test_everything_that_matters_is_in_the_key(other: Origin) -> None:
 
 def test_noise_in_floats_and_order_of_keys_do_not_matter() -> None:
     assert (
-        Origin("score", 1, {"ratio": 0.6}, {}).key
-        == Origin("score", 1, {"ratio": 0.6000000000000001}, {}).key
+        Origin("made", 1, {"ratio": 0.6}, {}).key == Origin("made", 1, {"ratio": 0.6000000000000001}, {}).key
     )
     assert canonical_json({"b": 1, "a": [0.1 + 0.2]}) == '{"a":[0.3],"b":1}'
 
@@ -136,7 +136,7 @@ def test_a_failed_make_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="half-way"):
         store.get(ORIGIN, nothing, fail)
     assert not store.has(ORIGIN)
-    assert [path.name for path in (tmp_path / "score").iterdir() if path.is_dir()] == []
+    assert [path.name for path in (tmp_path / "made").iterdir() if path.is_dir()] == []
     assert not store.get(ORIGIN, nothing, make_file).cached
 
 
@@ -165,10 +165,10 @@ def test_kill_9_leaves_no_half_artifact_and_the_next_takes_over(tmp_path: Path) 
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    assert list((root / "score").glob(".*.tmp-*"))  # what the killed process left
+    assert list((root / "made").glob(".*.tmp-*"))  # what the killed process left
     assert not Store(root, CPU).has(ORIGIN)
     assert not Store(root, CPU).get(ORIGIN, nothing, make_file).cached
-    assert not list((root / "score").glob(".*.tmp-*"))
+    assert not list((root / "made").glob(".*.tmp-*"))
 
 
 def count_up(root: str, steps: int, pause_at: int) -> None:
@@ -197,7 +197,7 @@ def test_scratch_outlives_kill_9_and_is_swept_with_the_artifact_published(tmp_pa
     process = multiprocessing.get_context("fork").Process(target=count_up, args=(str(tmp_path), 4, 2))
     process.start()
     deadline = time.time() + 20
-    while not list(tmp_path.glob("score/.*.scratch-whole/1")) and time.time() < deadline:
+    while not list(tmp_path.glob("made/.*.scratch-whole/1")) and time.time() < deadline:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
@@ -236,7 +236,7 @@ def test_scratch_of_a_failed_computation_stays_and_parts_have_their_own(tmp_path
 
 def test_old_scratch_is_swept_unless_it_is_in_use_or_was_changed(tmp_path: Path) -> None:
     store = Store(tmp_path, CPU)
-    old, changed, in_use = (Origin("score", 1, {"ratio": ratio}, {}) for ratio in (0.1, 0.2, 0.3))
+    old, changed, in_use = (Origin("made", 1, {"ratio": ratio}, {}) for ratio in (0.1, 0.2, 0.3))
     long_ago = time.time() - (SCRATCH_DAYS + 1) * 24 * 3600
     for origin in (old, changed, in_use):
         (store.scratch(origin) / "piece").touch()
@@ -379,7 +379,7 @@ def as_user(user: int, group: int, action: Callable[[], None]) -> str:
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become two users")
 def test_two_users_share_a_store_or_are_told_in_one_line() -> None:
-    group, other = ORIGIN, Origin("score", 1, {"ratio": 0.4}, {})
+    group, other = ORIGIN, Origin("made", 1, {"ratio": 0.4}, {})
     with tempfile.TemporaryDirectory(dir="/tmp") as name:  # below a folder that others may enter
         root = Path(name) / "store"
         os.chmod(name, 0o777)
@@ -389,7 +389,7 @@ def test_two_users_share_a_store_or_are_told_in_one_line() -> None:
         assert (
             as_user(12001, 12000, lambda: Store(root, CPU).get(group, nothing, make_part, "extra")) == "done"
         )
-        (root / "score" / ORIGIN.key / "data.txt").chmod(0o600)
+        (root / "made" / ORIGIN.key / "data.txt").chmod(0o600)
         refused = as_user(12002, 12000, lambda: Store(root, CPU).get(group, nothing, forbidden))
         assert (
             "no permission for" in refused

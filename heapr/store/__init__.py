@@ -1,0 +1,5 @@
+"""The artifact store. `python -m heapr.store` says what is in it (heapr/store/commands.py)."""
+
+from heapr.store.store import WHOLE, Artifact, Store
+
+__all__ = ["WHOLE", "Artifact", "Store"]
