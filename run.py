@@ -9,7 +9,7 @@ Run:  python run.py                              the built-in model, offline
 After pip install, the command `heapr` is the same, in any folder.
 """
 
-from heapr.main import main
+from heapr.__main__ import main
 
 if __name__ == "__main__":
     main()

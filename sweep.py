@@ -10,7 +10,7 @@ Run:  python sweep.py experiment=main_table model=tiny         the built-in mode
 After pip install, the command `heapr-sweep` is the same, in any folder.
 """
 
-from heapr.sweep.command_line import main
+from heapr.sweep.__main__ import main
 
 if __name__ == "__main__":
     main()

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from heapr.model import deepseek_moe
 from heapr.model.costs import calibration_flops
 from heapr.model.footprint import LOADING_AS_STORED, batch_bytes, footprint
+from heapr.model.kernels import Kernels
 from heapr.model.moe import MoEModel
 from heapr.placement import Placement
 from heapr.types import LayerStatistics
@@ -70,12 +71,14 @@ def placed(model: MoEModel, *, is_streamed: bool) -> Placement:
     return Placement(
         is_streamed=is_streamed,
         on_disk=True,
+        num_last=1,
         by_layer=False,
         sizes=footprint(model, BATCH, LENGTH),
         evaluated=footprint(model, BATCH, LENGTH),
         kept=0.75,
         activations=batch_bytes(model, BATCH, LENGTH),
         statistics=sum(layer.num_bytes for layer in statistics),
+        kernels=Kernels(()),
         num_batches=SAMPLES // BATCH,
         loading=LOADING_AS_STORED,
         free=0,

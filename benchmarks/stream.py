@@ -33,16 +33,18 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from heapr.calibration.collector import collect
 from heapr.model.checkpoint import save_checkpoint
 from heapr.model.footprint import batch_bytes, footprint, free_memory, loading_factor
+from heapr.model.kernels import kernels_of
 from heapr.model.load import ModelSource, find_model
 from heapr.model.loss import next_token_loss
 from heapr.model.moe import MoEModel
 from heapr.model.passes import Way, final_hidden_states
 from heapr.model.shelf import Files
 from heapr.model.span import reads_of
-from heapr.placement import CALIBRATE, CHECKPOINT, EVALUATE_DENSE, REPAIR, Placement
+from heapr.placement import Placement
 from heapr.pruning.repair import ExpertRepair
 from heapr.pruning.repaired import RepairedLayers
 from heapr.pruning.surgery import remove, remove_and_repair
+from heapr.stage_memory import CALIBRATE, CHECKPOINT, EVALUATE_DENSE, REPAIR
 from heapr.types import LayerStatistics, Plan
 
 MB = 1e6
@@ -166,7 +168,7 @@ def measure(arguments: argparse.Namespace, shape: Shape) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=arguments.folder.parent) as folder, PeakMeter() as meter:
         started = time.perf_counter()
         if arguments.streamed:
-            model = source.stream(CPU, tapes=Path(folder) / "tapes")
+            model = source.stream(CPU, tapes=Path(folder) / "tapes", read_ahead=arguments.read_ahead)
             model.reads = [[layer - 1] if layer else [] for layer in range(shape.layers + 1)]
         else:
             model = source.load(CPU)
@@ -218,12 +220,14 @@ def predicted(source: ModelSource, shape: Shape, *, is_streamed: bool) -> Placem
     return Placement(
         is_streamed=is_streamed,
         on_disk=True,
+        num_last=1,
         by_layer=False,
         sizes=footprint(model, shape.batch_size, shape.length),
         evaluated=footprint(model, shape.batch_size, shape.length),
         kept=KEPT,
         activations=batch_bytes(model, shape.batch_size, shape.length),
         statistics=sum(layer.num_bytes for layer in statistics),
+        kernels=kernels_of(CPU, source.dtype, is_streamed=is_streamed),
         num_batches=len(batches_of(shape)),
         loading=loading_factor(CPU, source.stored_dtype, source.dtype),
         free=0,
@@ -312,6 +316,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", choices=WORK)
     parser.add_argument("--streamed", action="store_true")
     parser.add_argument("--cold", action="store_true")
+    parser.add_argument("--read-ahead", action="store_true", help="the next layer, in a thread")
     parser.add_argument("--growth", action="store_true", help="how streamed calibration grows instead")
     parser.add_argument("--limit", type=int, default=0)
     parser.add_argument("--dtype", default="float32", help="of the weights in memory")

@@ -13,15 +13,18 @@ from typing import Any
 import torch
 
 from heapr.experiment import Experiment
+from heapr.machine_speed import bytes_per_second, flops_per_second
 from heapr.model.costs import activation_bytes, calibration_flops
 from heapr.model.footprint import interpreter_bytes
 from heapr.model.load import ModelSource
+from heapr.model.model_files import weight_files
 from heapr.model.moe import MoEModel
 from heapr.past_seconds import PastSeconds
-from heapr.placement import MEMORY_STAGES, memory_stages
+from heapr.placement import memory_stages
 from heapr.prepare import prepare
 from heapr.pruning.budget import Budget
 from heapr.schema import CalibrationConfig, ExperimentConfig
+from heapr.stage_memory import MEMORY_STAGES
 from heapr.types import LayerStatistics
 
 MATRIX_ELEMENT_BYTES = 4  # the published procedure's D x D matrices are float32
@@ -77,6 +80,8 @@ class DryRun:
             in memory.
         calibration_flops: forward and backward over all samples; None if not known for this family.
         expected_seconds: for the missing steps like which others were made before; None if there are none.
+        estimated_seconds: for the calibration, at least, if it is missing and none like it was made before:
+            from its FLOPs and what is read, and this machine's speed; None if it is not known.
         num_expected, num_missing: how many steps that is, and how many are missing.
         stages: in the order of a run; empty if a corpus is missing that keys depend on.
         notes: one line for each thing that is not on this machine, and how a uniform width rounds the ratio.
@@ -111,6 +116,7 @@ class DryRun:
     tape_bytes: int | None
     calibration_flops: int | None
     expected_seconds: float | None
+    estimated_seconds: float | None
     num_expected: int
     num_missing: int
     stages: list[StepState]
@@ -132,7 +138,9 @@ def dry_run(config: ExperimentConfig) -> DryRun:
     notes += experiment.notes_on_budget
     model = source.on_meta()
     if source.has_weights:
-        notes += source.left_out
+        notes += source.remarks + experiment.notes_on_heads
+    else:
+        notes += source.on_quantization
     if "hub" not in source.identity and not source.has_weights:
         notes.append(
             f"'{source.folder}' holds no weights; the keys will change when they are there, because weights"
@@ -143,6 +151,7 @@ def dry_run(config: ExperimentConfig) -> DryRun:
     if experiment.left_out:
         notes.append(f"left out where a model is streamed: {', '.join(experiment.left_out)}")
     stages = step_states(experiment)
+    costs = _costs(model, config.calibration)
     return DryRun(
         name=experiment.name,
         path=config.model.path,
@@ -158,9 +167,9 @@ def dry_run(config: ExperimentConfig) -> DryRun:
         stages=stages,
         notes=notes,
         **_sizes(model, source, budget),
-        **_costs(model, config.calibration),
+        **costs,
         **_places(experiment),
-        **_time(experiment, stages),
+        **_time(experiment, stages, costs["calibration_flops"]),
     )
 
 
@@ -235,17 +244,41 @@ def _places(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def _time(experiment: Experiment, stages: Sequence[StepState]) -> dict[str, Any]:
-    """Expected time of what is missing, from what was made before."""
+def _time(experiment: Experiment, stages: Sequence[StepState], flops: int | None) -> dict[str, Any]:
+    """Expected time of what is missing, from what was made before; an estimate of a calibration like none."""
     missing = [stage for stage in stages if not stage.cached]
     past = PastSeconds(experiment.store.root)
     expected = [past.expected(stage, model=stages[0].config["model"]) for stage in missing]
     known = [seconds for seconds in expected if seconds is not None]
+    is_new = False
+    for stage, seconds in zip(missing, expected, strict=True):
+        is_new |= stage.stage == "calibrate" and seconds is None
     return {
         "expected_seconds": sum(known) if known else None,
+        "estimated_seconds": _estimated_seconds(experiment, flops) if is_new else None,
         "num_expected": len(known),
         "num_missing": len(missing),
     }
+
+
+def _estimated_seconds(experiment: Experiment, flops: int | None) -> float | None:
+    """The calibration's time, if all of it were products like an expert's, and reading.
+
+    None if FLOPs are not known, or the device that is asked for is not on this machine.
+    """
+    placement, source, device = experiment.placement, experiment.source, experiment.device
+    is_here = experiment.config.runtime.device in {"auto", str(device)}
+    if flops is None or not is_here:
+        return None
+    layer = source.on_meta().layers[0]
+    shape = (placement.sizes.expert_tokens, layer.model_width, layer.width)
+    seconds = placement.work_ratio * flops / flops_per_second(device, source.dtype, shape)
+    files = [source.folder / name for name in weight_files(source.folder)]
+    speed = bytes_per_second(files)
+    if speed is not None:
+        num_bytes = placement.bytes_read if placement.is_streamed else placement.sizes.weights
+        seconds += num_bytes / speed
+    return seconds
 
 
 def _costs(model: MoEModel, calibration: CalibrationConfig) -> dict[str, Any]:

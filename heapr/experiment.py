@@ -13,6 +13,8 @@ import torch
 from transformers import PretrainedConfig
 
 from heapr.evaluation.measurement import Measurement
+from heapr.model.config_file import prediction_heads
+from heapr.model.heads import KEPT, LEFT_OUT, describe_heads, why_left_out
 from heapr.model.load import ModelSource
 from heapr.model.moe import MoEModel
 from heapr.placement import (
@@ -126,6 +128,24 @@ class Experiment:
         return [] if width is None else [describe_uniform_width(widths, budget.ratio, width)]
 
     @property
+    def heads_left_out(self) -> str | None:
+        """Why the checkpoint lacks the heads that predict further tokens; None if it has them, or there are
+        none."""
+        is_quantised = self.source.quantization is not None
+        return why_left_out(self.source.heads, self.config.pruning.form, is_quantised=is_quantised)
+
+    @property
+    def notes_on_heads(self) -> list[str]:
+        """What becomes of the heads that predict further tokens; empty if there are none or nothing is saved.
+
+        Needs the weight files.
+        """
+        heads = self.source.heads
+        if not heads or not self.config.pruning.save_checkpoint:
+            return []
+        return [describe_heads(heads, self.heads_left_out)]
+
+    @property
     def about(self) -> dict[str, Any]:
         """What is done to the model, in JSON types, for the checkpoint's config.json and card."""
         calibrate = self.steps.first("calibrate").origin
@@ -133,6 +153,10 @@ class Experiment:
         prune = self.steps.last("prune").origin
         calibration = {name: value for name, value in calibrate.config.items() if name != "model"}
         width = {} if self.budget.uniform_width is None else {"width": self.budget.uniform_width}
+        heads = {}
+        if prediction_heads(self.source.config):
+            is_kept = bool(self.source.heads) and self.heads_left_out is None
+            heads[KEPT if is_kept else LEFT_OUT] = prediction_heads(self.source.config)
         return {
             "model": self.config.model.name,
             "pruned_from": self.source.identity,
@@ -142,6 +166,7 @@ class Experiment:
             **width,
             "rounds": self.config.pruning.rounds,
             **self.source.left_behind,
+            **heads,
             "keys": {origin.stage: origin.key for origin in (calibrate, score, prune)},
         }
 

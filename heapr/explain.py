@@ -8,16 +8,26 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, OverrideParseException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ValidationError
 
-from heapr.overrides import explain_comma, explain_launcher, explain_option, explain_override, options_of
-from heapr.words import did_you_mean, first_line, unknown_key
+from heapr.overrides import (
+    config_folders,
+    explain_comma,
+    explain_launcher,
+    explain_option,
+    explain_override,
+    options_of,
+)
+from heapr.unknown_keys import EXPERIMENT, USED_WITH, explain_unknown_key
+from heapr.words import did_you_mean, first_line
 
 # How messages of omegaconf and Hydra begin:
 FIELD_OF_NOTHING = "Unexpected type for root: NoneType"  # an override sets a field of null
@@ -25,15 +35,16 @@ OPTION_WITHOUT_NAME = "Config group override must be a string or a list"  # scor
 COMMA_OUTSIDE_SWEEP = "Ambiguous value for argument"  # a=1,2
 UNKNOWN_PLUGIN = "Unknown plugin class"  # a launcher whose package is not installed
 UNREADABLE_VALUE = "Error merging override"  # a value of the wrong type
+# +pruning.ratio=1, and +score=fisher
+THERE_ALREADY = "An item is already at '([^']+)'|Multiple values for ([^ ]+)\\. To override"
+NOT_A_FIELD = r"Key '[^']+' not in '\w+'\n *full_key: (\S+)"  # +corpus=c4
+OF_FIELD = r"\n *full_key: (\S+)"  # a value of the wrong type in a saved configuration
+NOT_THERE = "Could not delete from config. '([^']+)' does not exist"  # ~foo
 
-MOST_SUGGESTIONS = 3  # keys of the same name in other places
-
-USED_WITH = {  # groups whose options are chosen inside other groups
-    "corpus": "calibration=<name> to calibrate on one, evaluation/corpora=[<name>,...] to measure on some",
-    "calibration/parts": "calibration=mixture 'calibration/parts@calibration.corpus.parts=[<name>,...]'",
-    "launcher": "-m hydra/launcher=<name>; launcher=<name> is for sweep.py",
-    "evaluation/evaluators": "'evaluation/evaluators@evaluation=[<name>,...]'",
-}
+OF_ITS_TYPE = "give a value of the field's type (heapr/schema.py)"
+OF_LAUNCHER = "hydra.launcher."
+# A file sets a field that is not there.
+IN_FILE = r"In '([^']+)': ConfigKeyError.*full_key: (\S+)"
 
 
 def explain_builtin(text: str, config_folder: Path | None) -> str | None:
@@ -64,15 +75,56 @@ def explain(error: Exception, config_folder: Path | None, overrides: Sequence[st
     if text.startswith(COMMA_OUTSIDE_SWEEP):
         quoted = text.splitlines()[0].removeprefix(COMMA_OUTSIDE_SWEEP).strip()
         return explain_comma(quoted[1:-1])
-    match = re.match(r"Could not override '([^']+)'", text)
-    if match and config_folder is not None:
-        return _explain_unmatched(match[1], text, config_folder, overrides)
-    match = re.search(r"Could not (?:find|load) '([^']+)'", text)
-    if match and config_folder is not None and (config_folder / match[1]).parent.is_dir():
-        return _unknown_option(match[1], config_folder)
+    match = re.search(THERE_ALREADY, text)
+    if match:
+        return _explain_there_already(match[1] or match[2], overrides)
+    if config_folder is not None:
+        message = _explain_name(text, config_folder, overrides)
+        if message is not None:
+            return message
     if text.startswith(UNREADABLE_VALUE) and error.__cause__ is not None:
         return _explain_unreadable(text, first_line(error.__cause__), config_folder)
-    return text
+    match = re.search(OF_FIELD, text)
+    is_of_field = match is not None and isinstance(error, ValidationError)
+    return f"{match[1]}: {first_line(error)}; {OF_ITS_TYPE}" if match and is_of_field else text
+
+
+def _explain_name(text: str, config_folder: Path, overrides: Sequence[str]) -> str | None:
+    """The message for a key or an option that is not there; None for any other mistake."""
+    match = re.search(IN_FILE, text, re.DOTALL)
+    if match:
+        return f"conf/{match[1]}.yaml sets '{match[2]}': {_unknown_field(match[2])}"
+    match = re.match(r"Could not override '([^']+)'", text)
+    if match:
+        return _explain_unmatched(match[1], text, config_folder, overrides)
+    match = re.match(NOT_THERE, text) or re.search(NOT_A_FIELD, text)
+    if match:
+        return explain_unknown_key(match[1], _composed(overrides, config_folder))
+    match = re.search(r"Could not (?:find|load) '([^']+)'", text)
+    folders = config_folders(config_folder, overrides)
+    if match and any((folder / match[1]).parent.is_dir() for folder in folders):
+        return _unknown_option(match[1], folders)
+    return None
+
+
+def _explain_there_already(key: str, overrides: Sequence[str]) -> str:
+    """The message for a + before a key that the configuration has."""
+    for override in overrides:
+        name = override.partition("=")[0]
+        if name.startswith("+") and name.lstrip("+") == key:
+            return f"argument '{override}': a + adds what is not there; write {override.lstrip('+')}"
+    return f"'{key}' is given twice; give it once, without a +"
+
+
+def _unknown_field(path: str) -> str:
+    """Why a file or an override cannot set a field that the chosen options do not have."""
+    if path.startswith(OF_LAUNCHER):
+        return (
+            "the launcher that is chosen has no such option; choose one with launcher=<name> (of run.py -m:"
+            " hydra/launcher=<name>), and keep options of your own in conf/hydra/launcher/<name>.yaml"
+            " (docs/cluster.md)"
+        )
+    return "the options that are chosen have no such field; see --help"
 
 
 def _explain_unreadable(text: str, reason: str, config_folder: Path | None) -> str:
@@ -82,7 +134,7 @@ def _explain_unreadable(text: str, reason: str, config_folder: Path | None) -> s
     group = key.replace(".", "/")
     if config_folder is not None and (config_folder / group).is_dir():
         return f"'{override}': options of a group are chosen with a slash; write {group}={value}"
-    return f"{override}: {reason}; give a value of the field's type (heapr/schema.py)"
+    return f"{override}: {reason}; {OF_ITS_TYPE}"
 
 
 def _explain_unparsed(override: str, text: str, overrides: Sequence[str]) -> str:
@@ -95,54 +147,38 @@ def _explain_unparsed(override: str, text: str, overrides: Sequence[str]) -> str
 
 def _explain_unmatched(path: str, text: str, config_folder: Path, overrides: Sequence[str]) -> str:
     """The message for a key that is not in the configuration, or a group that is used inside others."""
-    if path in USED_WITH:
-        return f"options of '{path}' are chosen where they are used; write {USED_WITH[path]}"
+    if path.startswith(OF_LAUNCHER):
+        return f"'{path}': {_unknown_field(path)}"
     is_unknown_key = "To append to your config" in text
-    return _explain_unknown_key(path, config_folder, overrides) if is_unknown_key else text
+    if path in USED_WITH or path == EXPERIMENT or is_unknown_key:
+        return explain_unknown_key(path, _composed(overrides, config_folder))
+    return text
 
 
-def _unknown_option(path: str, config_folder: Path) -> str:
+def _unknown_option(path: str, folders: Sequence[Path]) -> str:
     """The message for a misspelled option of a group."""
     group, _, option = path.rpartition("/")
-    known = options_of(group, config_folder)
+    known = options_of(group, folders)
     suggestion = did_you_mean(option, known)
     return f"unknown option '{path}'; {suggestion}known options of {group}: {', '.join(known)}"
 
 
-def _explain_unknown_key(path: str, config_folder: Path, overrides: Sequence[str]) -> str:
-    """The message for a misspelled key, compared part by part with the options that were chosen."""
-    config = _compose_groups(overrides, config_folder)
-    node = config
-    parts = path.split(".")
-    for number, part in enumerate(parts, start=1):
-        if not isinstance(node, DictConfig) or part not in node:
-            known = [str(key) for key in node] if isinstance(node, DictConfig) else []
-            elsewhere = [key for key in _keys(config) if key.rpartition(".")[2] == parts[-1]]
-            is_bare = len(parts) == 1  # pruning.ratio without its group looks like "calibration"
-            if elsewhere and (is_bare or not did_you_mean(part, known)):
-                return f"unknown key '{path}'; did you mean {' or '.join(elsewhere[:MOST_SUGGESTIONS])}?"
-            return unknown_key(".".join(parts[:number]), known)
-        node = node[part]
-    return f"'{path}' is not a field that can be set; see --help"
-
-
-def _compose_groups(overrides: Sequence[str], config_folder: Path) -> DictConfig:
+def _composed(overrides: Sequence[str], config_folder: Path) -> Mapping[str, Any]:
     """The configuration with the first option chosen for each group, and no other override."""
     matches = [re.fullmatch(r"([a-z_/]+)=([a-z_0-9]+)(,.*)?", override) for override in overrides]
     choices = [f"{match[1]}={match[2]}" for match in matches if match]
+    _, *of_user = config_folders(config_folder, overrides)
+    searched = [f'hydra.searchpath=["file://{folder}"]' for folder in of_user]
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_folder), version_base="1.3"):
         try:
-            return compose("config", overrides=choices)
+            config = compose("config", overrides=[*searched, *choices])
         except HydraException:  # one of them is misspelled itself
-            return compose("config")
+            config = compose("config")
+    return _plain(config)
 
 
-def _keys(node: DictConfig, before: str = "") -> Iterator[str]:
-    """Every key of a configuration, with the path to it."""
-    for key in node:
-        path = f"{before}{key!s}"
-        yield path
-        value = node._get_node(key)
-        if isinstance(value, DictConfig) and not value._is_none() and not value._is_missing():
-            yield from _keys(value, f"{path}.")
+def _plain(config: DictConfig) -> Mapping[str, Any]:
+    content = OmegaConf.to_container(config)
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}

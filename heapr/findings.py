@@ -7,8 +7,10 @@ Out: metrics and protocols as `summary.json` holds them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from heapr.evaluation.efficiency import size_change
+from heapr.evaluation.generation import CONTINUATIONS, compare_continuations
 from heapr.evaluation.perplexity import WINDOW_LOSSES, perplexity_increases
 from heapr.evaluation.zero_shot import average_accuracy
 from heapr.types import Evaluation, Metrics, ProtocolRecord
@@ -30,6 +32,7 @@ class Findings:
         self._measurements = measurements
         self._metrics: dict[str, Metrics] = {"dense": {}, "pruned": {}, COMPARISON: {}}
         self._window_losses: dict[str, dict[str, list[float]]] = {"dense": {}, "pruned": {}}
+        self._continuations: dict[str, dict[str, Any]] = {"dense": {}, "pruned": {}}
         self.protocols: dict[str, dict[str, ProtocolRecord]] = {"dense": {}, "pruned": {}}
 
     def add(self, variant: str, found: Evaluation) -> None:
@@ -38,6 +41,7 @@ class Findings:
         if variant != COMPARISON:
             self.protocols[variant] |= found.details.get("protocols", {})
             self._window_losses[variant] |= found.details.get(WINDOW_LOSSES, {})
+            self._continuations[variant] |= found.details.get(CONTINUATIONS, {})
 
     def measured(self, variant: str) -> Metrics:
         """Metrics of the "dense" or the "pruned" model so far, with averages over tasks."""
@@ -54,9 +58,10 @@ class Findings:
         pruned = self.measured("pruned")
         removed = {"atomic_experts_removed_ratio": 1 - kept_ratio}
         increases = perplexity_increases(self._window_losses["dense"], self._window_losses["pruned"])
+        written = compare_continuations(self._continuations["dense"], self._continuations["pruned"])
         return {
             "dense": dense,
             "pruned": pruned,
             "size": removed | size_change(dense, pruned),
-            "comparison": increases | self._metrics[COMPARISON],
+            "comparison": increases | written | self._metrics[COMPARISON],
         }

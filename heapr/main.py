@@ -31,6 +31,7 @@ from heapr.explain import explain, explain_builtin
 from heapr.os_errors import NO_SPACE
 from heapr.overrides import check_one_option, options_first
 from heapr.ranks import Ranks
+from heapr.saved_run import with_saved_run
 from heapr.schema import ExperimentConfig, register, resolve
 from heapr.signals import end_with_parent, one_line_ends
 from heapr.start_ranks import started_ranks
@@ -50,7 +51,8 @@ def main() -> None:
     end_with_parent()
     conf = conf_folder()
     with one_line_errors(conf), started_ranks() as ranks, explained(conf):
-        sys.argv[1:] = options_first(sys.argv[1:]) + options_of_rank(ranks, sys.argv[1:])
+        arguments = with_saved_run(options_first(sys.argv[1:]), conf)
+        sys.argv[1:] = arguments + options_of_rank(ranks, sys.argv[1:])
         _run_hydra(conf, ranks)
 
 
@@ -58,8 +60,8 @@ def _run_hydra(conf: Path, ranks: Ranks) -> None:
     """Let Hydra compose the configuration, or those of a sweep, and call us back with it."""
 
     @hydra.main(version_base="1.3", config_path=str(conf), config_name="config")
-    def job(config: DictConfig) -> None:
-        run_job(config, ranks)
+    def job(config: DictConfig) -> float | None:
+        return run_job(config, ranks)
 
     job()
 
@@ -82,14 +84,17 @@ def options_of_rank(ranks: Ranks, arguments: Sequence[str]) -> list[str]:
     return OPTIONS_OF_DRY_RUNS if is_dry_run and not is_sweep else []
 
 
-def run_job(config: DictConfig, ranks: Ranks) -> None:
-    """Run one job. In a sweep, a mistake fails only its own job, and Hydra continues with the others."""
+def run_job(config: DictConfig, ranks: Ranks) -> float | None:
+    """Run one job. In a sweep, a mistake fails only its own job, and Hydra continues with the others.
+
+    Returns:
+        the metric that `objective` names, for a sweeper; None without an objective.
+    """
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         with _recorded_failure(Path(HydraConfig.get().runtime.output_dir)):
-            _run(config, ranks)
-        return
+            return _run(config, ranks)
     with one_line_errors(), ranks.together():  # here, because Hydra would add a line of its own
-        _run(config, ranks)
+        return _run(config, ranks)
 
 
 @contextmanager
@@ -109,19 +114,20 @@ def _recorded_failure(folder: Path) -> Iterator[None]:
         raise
 
 
-def _run(config: DictConfig, ranks: Ranks) -> None:
+def _run(config: DictConfig, ranks: Ranks) -> float | None:
     """Check the configuration; then run the pipeline, or predict what it would do, and print the tables."""
     check_one_option(list(HydraConfig.get().overrides.task))
     typed = resolve(config)  # before torch is imported, so that a mistake is answered at once
     ranks.check_same("configuration", flat(asdict(typed)))
     if typed.dry_run:
         if not ranks.is_first:
-            return
+            return None
         from heapr.dry_run import dry_run
         from heapr.report.run.dry_run_table import print_dry_run
 
         print_dry_run(asdict(dry_run(typed)))
-        return
+        return None
+    from heapr.objective import objective_value
     from heapr.report.run.console import print_summary
     from heapr.run_experiment import run
 
@@ -131,6 +137,7 @@ def _run(config: DictConfig, ranks: Ranks) -> None:
     summary = run(typed, folder, sweep=sweep, ranks=ranks)
     if ranks.is_first:
         print_summary(asdict(summary), str(folder))
+    return objective_value(typed.objective, summary.metrics)
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

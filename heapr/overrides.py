@@ -36,8 +36,8 @@ SWEEP_OPTIONS = {"-m", "--multirun"}
 OPTIONS = {"--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m"}
 OPTIONS |= {"--info", "-i", "--shell-completion", "-sc"}
 OPTIONS_WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"}
-CONFIG_DIR = ("--config-dir", "-cd")
-OPTIONS_WITH_VALUE |= {*CONFIG_DIR, "--experimental-rerun"}
+CONFIG_DIR = {"--config-dir", "-cd"}
+OPTIONS_WITH_VALUE |= CONFIG_DIR | {"--experimental-rerun"}
 SEARCH_PATH = "hydra.searchpath="
 
 
@@ -168,24 +168,37 @@ def explain_option(arguments: Sequence[str], config_folder: Path) -> str:
         arguments: all arguments; one of them is at fault.
         config_folder: its folders are the groups.
     """
+    folders = config_folders(config_folder, arguments)
     for argument in arguments:
         key, equals, value = argument.partition("=")
         group = key.lstrip("+~").partition("@")[0]
-        if not equals or not (config_folder / group).is_dir() or isinstance(_read(argument), str | list):
+        is_group = any((folder / group).is_dir() for folder in folders)
+        if not equals or not is_group or isinstance(_read(argument), str | list):
             continue
         if not group:
             return explain_override(argument, arguments)
-        known = ", ".join(options_of(group, config_folder))
+        known = ", ".join(options_of(group, folders))
         return (
             f"argument '{argument}': {value} is not the name of an option; known options of {group}: {known}"
         )
     return "an option of a group is not a name; see --help"
 
 
-def options_of(group: str, config_folder: Path) -> list[str]:
-    """Names of a group's options, sorted."""
-    names = [file.stem for file in (config_folder / group).glob("*.yaml")]
+def options_of(group: str, folders: Sequence[Path]) -> list[str]:
+    """Names of a group's options in all folders, sorted."""
+    names = {file.stem for folder in folders for file in (folder / group).glob("*.yaml")}
     return sorted(names)
+
+
+def config_folders(config_folder: Path, arguments: Sequence[str]) -> list[Path]:
+    """conf/, and the user's own folder of options if --config-dir names one."""
+    folders = [config_folder]
+    for number, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name in CONFIG_DIR:
+            following = "".join(arguments[number + 1 : number + 2])
+            folders.append(Path(value if equals else following).absolute())
+    return folders
 
 
 def quoted_override(key: str, value: str, *, is_sweep: bool, always: bool = False) -> str | None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from heapr import artifacts
 from heapr.artifacts import CARD, CHECKPOINT, CHECKPOINT_PART, REPAIR_PART, Report
 from heapr.calibration.collector import collect
-from heapr.calibration.coverage import report_coverage
+from heapr.calibration.coverage import Coverage, coverage_of, report_coverage
 from heapr.errors import ConfigError
 from heapr.evaluation.measurement import Material, Need, measure
 from heapr.evaluation.routing import layer_routing
@@ -33,14 +33,16 @@ from heapr.model.shelf import Files
 from heapr.progress import progress
 from heapr.provider import ModelProvider
 from heapr.pruning.layer_repair import report_repair
+from heapr.pruning.super_experts import SuperExpert
 from heapr.report.run.card import model_card
-from heapr.stages import Planning, layer_weights, log_report
+from heapr.report.run.widths import draw_widths
+from heapr.stages import SUPER_EXPERTS, Planning, layer_weights, log_report, super_experts_of
 from heapr.step_results import StepResults
 from heapr.steps import Step
 from heapr.store import Artifact
 from heapr.text.windows import batches
 from heapr.tracking import values
-from heapr.tracking.tracker import NUM_TOKENS, Tracker
+from heapr.tracking.tracker import FIGURES, NUM_TOKENS, Figure, Tracker, Value
 from heapr.types import (
     Evaluation,
     Metrics,
@@ -56,6 +58,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 GIB = 2**30  # bytes
+WIDTHS = f"{FIGURES}widths"
 
 
 class Pipeline:
@@ -72,11 +75,13 @@ class Pipeline:
     Attributes:
         findings: what the evaluations found.
         stages: one entry per artifact, for `summary.json`.
+        coverage: how well the first calibration covers the experts; None before it is there.
     """
 
     def __init__(self, experiment: Experiment, tracker: Tracker, tokens: TokenWindows | None) -> None:
         self.experiment, self.tracker = experiment, tracker
         self.stages: list[dict[str, Any]] = []
+        self.coverage: Coverage | None = None
         names = [measurement.name for measurement in experiment.plugins.measurements]
         self.findings = Findings(names)
         self.models = ModelProvider(
@@ -123,7 +128,9 @@ class Pipeline:
         loss = statistics.loss_sum / statistics.num_predicted_tokens
         self.tracker.log({NUM_TOKENS: statistics.num_tokens, "calibration/loss": loss})
         if step is self.experiment.steps.first("calibrate"):
-            report_coverage(statistics, self.experiment.source.widths)
+            self.coverage = coverage_of(statistics, self.experiment.source.widths)
+            report_coverage(self.coverage)
+            self.tracker.log(self.coverage.metrics)
 
     def score(self, step: Step) -> None:
         """Give every atomic expert its importance."""
@@ -143,7 +150,9 @@ class Pipeline:
 
         def compute() -> tuple[Plan, Report]:
             earlier = self.results.pruning(step)
-            planning = Planning(source, self.experiment.budget, self.results.statistics(step))
+            protects = self.experiment.config.pruning.protect_super_experts
+            statistics, found = self.results.statistics(step), self._super_experts(step)
+            planning = Planning(source, self.experiment.budget, statistics, found, protects)
             scores, ratio = self.results.scores(step), step.origin.config["ratio"]
             return planning.plan(scores, ratio, earlier.plan if earlier else None)
 
@@ -151,6 +160,20 @@ class Pipeline:
         write = partial(artifacts.write_plan, model=source.identity, is_repaired=is_repaired)
         artifact = self._get(step, compute, write)
         log_report(artifacts.read_allocation(artifact.path))
+
+    def _super_experts(self, step: Step) -> tuple[SuperExpert, ...]:
+        """The dense model's super experts: found in the first round, read from its report later.
+
+        Of a streamed model they are looked for only if they are to be protected: it reads all weights.
+        """
+        first = self.experiment.steps.first("prune")
+        if step is not first:
+            report = artifacts.read_allocation(self.results.folder(first))
+            return tuple(SuperExpert(**each) for each in report.get(SUPER_EXPERTS, ()))
+        is_asked = self.experiment.config.pruning.protect_super_experts
+        if self.experiment.placement.is_streamed and not is_asked:
+            return ()
+        return super_experts_of(self.models.dense(), self.results.statistics(step))
 
     def repair(self, step: Step) -> None:
         """Refit the kept weights so that they make up for what is removed."""
@@ -176,7 +199,9 @@ class Pipeline:
 
         def write(folder: Path, model: MoEModel) -> None:
             checkpoint = folder / CHECKPOINT
-            save_checkpoint(model, experiment.source.folder, checkpoint, about=self._about())
+            source = experiment.source
+            heads = source.heads if experiment.heads_left_out is None else ()
+            save_checkpoint(model, source.folder, checkpoint, about=self._about(), carried=heads)
             (checkpoint / CARD).write_text(model_card(self._about(), {}), encoding="utf-8")
             plans = checkpoint / artifacts.PLANS
             plans.mkdir()
@@ -233,13 +258,18 @@ class Pipeline:
         return about
 
     def log_layers_and_artifacts(self) -> None:
-        """Send the tracker a table of the layers, and the artifacts."""
+        """Send the tracker a table and a figure of the layers, the checkpoint's path, and the artifacts."""
         steps = self.experiment.steps
         statistics = self.results.of(steps.first("calibrate"))
         plan = self.results.of(steps.last("prune"))
         widths = self.experiment.source.widths
         layers = [layer_routing(index, plan, width_E, statistics) for index, width_E in widths.items()]
-        self.tracker.log({"layers": values.layer_table(layers), **values.artifacts(self.stages)})
+        draw = partial(draw_widths, layers, self.experiment.name)
+        shown: dict[str, Value] = {"layers": values.layer_table(layers), WIDTHS: Figure(draw)}
+        if self.experiment.config.pruning.save_checkpoint:
+            folder = self.results.folder(steps.last(CHECKPOINT_PART))
+            shown[CHECKPOINT] = str((folder / CHECKPOINT).resolve())
+        self.tracker.log(shown | values.artifacts(self.stages))
 
     def _get(self, step: Step, compute: Callable[[], T], write: Callable[[Path, T], None]) -> Artifact:
         """The step's artifact, from the store or newly made; one log line either way."""

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from heapr.artifacts import CHECKPOINT_PART, REPAIR_PART
 from heapr.errors import ConfigError
 from heapr.model.check_walk import check_streamed, check_walk
-from heapr.model.footprint import BUFFERS, Footprint, batch_bytes, footprint, free_memory, loading_factor
+from heapr.model.footprint import Footprint, batch_bytes, footprint, free_memory, loading_factor
+from heapr.model.kernels import kernels_of
 from heapr.model.load import ModelSource
 from heapr.model.moe import MoEModel
 from heapr.model.passes import Way
@@ -25,124 +25,37 @@ from heapr.model.shelf import Files, Memory
 from heapr.origin import KEY_LENGTH, canonical_json
 from heapr.ranks import Ranks
 from heapr.schema import ExperimentConfig
+from heapr.stage_memory import (
+    CALIBRATE,
+    CHECKPOINT,
+    EVALUATE_DENSE,
+    EVALUATE_PRUNED,
+    MEMORY_STAGES,
+    REPAIR,
+    SURELY_BELOW,
+    StageMemory,
+)
 from heapr.steps import Step
 from heapr.types import LayerStatistics
 
 AUTO, RAM = "auto", "ram"
 TAPES, WALKS = ".tapes", ".walks"  # below the folder of results
-# Activations of a batch are surely below so many times its hidden states behind all layers.
-SURELY_BELOW = 64
 MAX_MAPS = 60_000  # files that one process can have mapped on Linux, less some
 GB = 1e9
-CALIBRATE, REPAIR, CHECKPOINT = "calibrate", REPAIR_PART, CHECKPOINT_PART
-EVALUATE_DENSE, EVALUATE_PRUNED = "evaluate dense", "evaluate pruned"
-MEMORY_STAGES = (CALIBRATE, REPAIR, CHECKPOINT, EVALUATE_DENSE, EVALUATE_PRUNED)
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class Placement:
-    """Where things are.
+class Placement(StageMemory):
+    """Where things are, and what the stages need.
 
     Attributes:
-        is_streamed: one decoder layer at a time is in memory.
-        on_disk: what layers put out lies in files meanwhile, if the model is streamed.
-        by_layer: activations inside a layer are computed again for the backward pass.
-        sizes: of model and batch.
-        evaluated: the same for the largest batch of an evaluation.
-        kept: share of the atomic experts that stays.
-        activations: bytes that a batch holds between forward and backward in memory; None if not known.
-        statistics: bytes of the calibration statistics.
-        num_batches: of the calibration, of one of several processes.
-        loading: memory that loading the whole model takes, divided by its weights.
         free: bytes free on the device.
         why: one line, or None if nothing is to be said.
     """
 
-    is_streamed: bool
-    on_disk: bool
-    by_layer: bool
-    sizes: Footprint
-    evaluated: Footprint
-    kept: float
-    activations: int | None
-    statistics: int
-    num_batches: int
-    loading: float
     free: int
     why: str | None
-
-    @property
-    def loading_bytes(self) -> int:
-        """Memory while the whole model is loaded."""
-        return int(self.loading * self.sizes.weights)
-
-    @property
-    def tape_bytes(self) -> int:
-        """What streamed calibration keeps of all layers' outputs, and the gradients of two of them."""
-        return (self.sizes.num_layers + 2) * self.sizes.hidden * self.num_batches
-
-    @property
-    def bytes_read(self) -> int:
-        """What streamed calibration reads from files of the model's dtype: layers twice, but for the last."""
-        sizes = self.sizes
-        in_layers = sizes.weights - sizes.beside
-        return sizes.beside + 2 * in_layers - in_layers // sizes.num_layers
-
-    def peak_bytes(self, stage: str = CALIBRATE) -> dict[str, int]:
-        """Predicted memory of a stage, by part, without the interpreter (docs/scale.md has the formulas).
-
-        Args:
-            stage: one of `MEMORY_STAGES`.
-        """
-        working = self._working_bytes(stage) | {"buffers": BUFFERS}
-        if self.is_streamed:
-            return {"beside the layers": self.sizes.beside, "one layer": self.sizes.layer} | working
-        parts = {"weights": self.sizes.weights} | working
-        if self.loading_bytes > sum(parts.values()):
-            return {f"weights, {self.loading} times while they are loaded": self.loading_bytes}
-        return parts
-
-    def _working_bytes(self, stage: str) -> dict[str, int]:
-        """What a stage takes beside weights."""
-        cut = round(self.kept * self.sizes.experts)
-        after = {"the layer after surgery": cut}
-        columns = cut // 3  # W_down of three matrices, or half of two in experts without a gate
-        if stage == REPAIR:
-            inputs = 2 * self.sizes.hidden * self.num_batches  # of single batches, and joined
-            return after | {"new columns, twice": 2 * columns, "inputs of the experts": inputs}
-        if stage == CHECKPOINT:
-            return after | {"a copy of its largest tensor": cut - columns}
-        if stage == EVALUATE_PRUNED:
-            return after | {"a batch in it": self._evaluated_bytes}
-        if stage == EVALUATE_DENSE:
-            return {"a batch in it": self._evaluated_bytes}
-        return self._calibration_bytes()
-
-    @property
-    def _evaluated_bytes(self) -> int:
-        """Of an evaluation's batch: logits and their softmax, or half of what a layer keeps for gradients."""
-        batch, sizes = self.evaluated, self.sizes
-        in_layer = self._layers_activations // sizes.num_layers * batch.hidden // sizes.hidden
-        return max(2 * batch.logits // 3, in_layer // 2)
-
-    @property
-    def _layers_activations(self) -> int:
-        """What a batch of the calibration holds in all layers."""
-        sizes = self.sizes
-        activations = self.activations or SURELY_BELOW // 4 * sizes.num_layers * sizes.hidden
-        return max(0, activations - sizes.logits)
-
-    def _calibration_bytes(self) -> dict[str, int]:
-        sizes, of_layers = self.sizes, self._layers_activations
-        of_layer = of_layers // sizes.num_layers
-        parts = {"statistics": self.statistics}
-        if self.is_streamed:
-            parts["a batch in it"] = max(of_layer, sizes.logits)
-            if not self.on_disk:
-                parts["between the layers"] = self.tape_bytes
-            return parts
-        held = of_layer + sizes.num_layers * sizes.hidden if self.by_layer else of_layers
-        return parts | {"activations": max(held, sizes.logits)}
 
     def load(
         self, source: ModelSource, device: torch.device, folder: Path, *, device_map: str | None = None
@@ -159,7 +72,8 @@ class Placement:
             ConfigError: it cannot be loaded, or not be run layer by layer.
         """
         if self.is_streamed:
-            model = source.stream(device, tapes=folder / TAPES if self.on_disk else None)
+            tapes = folder / TAPES if self.on_disk else None
+            model = source.stream(device, tapes=tapes, read_ahead=reads_ahead(device))
             content = canonical_json(source.identity).encode()
             name = hashlib.sha256(content).hexdigest()[:KEY_LENGTH]
             check_streamed(model, folder / WALKS / f"{name}.json")
@@ -178,8 +92,10 @@ class Placement:
             files: opens files that outlive the process.
         """
         if self.is_streamed:
-            shelf = files() if self.on_disk else Memory(torch.device("cpu"))
-            return Way(model.spans, shelf)
+            shelf = files() if self.on_disk else Memory(CPU)
+            first_of_last = len(model.spans) - self.num_last
+            last = range(first_of_last, len(model.spans))
+            return Way([*model.spans[:first_of_last], last], shelf)
         if self.by_layer:
             single_layers = [range(layer, layer + 1) for layer in range(len(model.decoder_layers))]
             return Way(single_layers, together=False)
@@ -213,12 +129,35 @@ class Placement:
                 f" ({parts}), and {self.free / GB:.3g} GB are free on '{device}'; give a smaller"
                 " calibration.batch_size or sequence_length, runtime.activations=disk, or more memory"
             )
+        if reads_ahead(device):
+            self._check_host(device)
         if self.on_disk and self.sizes.num_layers * self.num_batches > MAX_MAPS:
             raise ConfigError(
                 f"runtime.activations=disk: {self.num_batches} batches in {self.sizes.num_layers} layers are"
                 f" more than the {MAX_MAPS} files that a process can map; give a larger"
                 " calibration.batch_size"
             )
+
+    def _check_host(self, device: torch.device) -> None:
+        """Refuse a layer that is read ahead and does not fit into the CPU's memory."""
+        tape = 0 if self.on_disk else self.tape_bytes
+        needed = 2 * self.sizes.layer + tape
+        free = free_memory(CPU)
+        if needed > free:
+            raise ConfigError(
+                f"runtime.stream: reading a layer while '{device}' computes takes {needed / GB:.3g} GB of"
+                f" the CPU's memory (a layer as read and in pinned memory {2 * self.sizes.layer / GB:.3g},"
+                f" between the layers {tape / GB:.3g}), and {free / GB:.3g} GB are free; give"
+                " runtime.activations=disk, or more memory"
+            )
+
+
+def reads_ahead(device: torch.device) -> bool:
+    """Whether a thread reads the next layer while one computes.
+
+    On a CPU it would only take time from those that compute, and another layer's memory.
+    """
+    return device.type != "cpu"
 
 
 def memory_stages(steps: Iterable[Step]) -> list[str]:
@@ -271,12 +210,14 @@ def choose_placement(
     return Placement(
         is_streamed=is_streamed,
         on_disk=runtime.activations != RAM,
+        num_last=min(runtime.last_layers, sizes.num_layers),
         by_layer=by_layer,
         sizes=sizes,
         evaluated=_evaluated(config, model),
         kept=1 - config.pruning.ratio,
         activations=activations,
         statistics=statistics,
+        kernels=kernels_of(device, source.dtype, is_streamed=is_streamed),
         num_batches=math.ceil(calibration.num_samples / (batch_size * ranks.size)),
         loading=loading,
         free=free,

@@ -24,6 +24,7 @@ from heapr.model.checkpoint import check_form
 from heapr.model.device import find_device
 from heapr.model.load import ModelSource, find_model
 from heapr.model.model_shape import ModelShape
+from heapr.objective import check_objective
 from heapr.placement import (
     choose_placement,
 )
@@ -64,6 +65,8 @@ def prepare(
     device = _device_of_rank(device, ranks, config.runtime.device_map)
     with ranks.in_turn():
         plugins = build_plugins(config, notes)
+    if not notes:  # of a dry run that lacks texts
+        check_objective(config.objective, plugins.measurements)
     artifacts = Path(config.paths.outputs) / ARTIFACTS
     is_full_check = config.runtime.full_check
     store = Store(
@@ -84,6 +87,8 @@ def prepare(
             " machine or pruning.form=ragged"
         )
     plugins, left_out = _without_timings(plugins) if placement.is_streamed else (plugins, [])
+    if not notes:
+        check_objective(config.objective, plugins.measurements)
     steps = Steps()
     if plugins.text is not None:
         here = ranks.of_first(_machine(config, device))
@@ -240,6 +245,11 @@ def find_budget(pruning: PruningConfig, shape: ModelShape, criterion: Criterion)
     Raises:
         ConfigError: that is more than the model can lose.
     """
+    if pruning.protect_super_experts and criterion.granularity is Granularity.EXPERT:
+        raise ConfigError(
+            "pruning.protect_super_experts is for criteria that remove atomic experts, but this one removes"
+            " whole experts; choose another score or leave it out"
+        )
     budget = Budget(
         ratio=pruning.ratio,
         scope=pruning.scope,

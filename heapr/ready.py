@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from heapr.artifacts import CHECKPOINT_PART, REPAIR_PART
+from heapr.evaluation.generation import Generation
 from heapr.evaluation.zero_shot import ZeroShot
 from heapr.experiment import Experiment
 from heapr.placement import memory_stages
@@ -43,7 +44,9 @@ def make_ready(experiment: Experiment) -> TokenWindows | None:
         with ranks.in_turn():
             experiment.source.fetch()
     if experiment.source.has_weights:  # otherwise they are fetched, and checked, when the model is loaded
-        _ = experiment.source.left_out
+        _ = experiment.source.remarks
+        for note in experiment.notes_on_heads:
+            logger.info("%-9s %s", "prune", note)
     for note in experiment.notes_on_budget:
         logger.info("%-9s %s", "prune", note)
     _check_placement(missing, experiment)
@@ -55,7 +58,7 @@ def make_ready(experiment: Experiment) -> TokenWindows | None:
     with ranks.in_turn():
         for measurement in distinct.values():
             measurement.prepare(experiment.source)
-            if experiment.placement.is_streamed and isinstance(measurement, ZeroShot):
+            if experiment.placement.is_streamed and isinstance(measurement, ZeroShot | Generation):
                 measurement.refuse_generation()
         return None if is_calibrated else _calibration_tokens(experiment)
 

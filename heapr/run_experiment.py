@@ -7,6 +7,7 @@ is tracked; a GPU that no other job uses meanwhile. How the steps themselves are
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -24,8 +25,10 @@ from heapr.ranks import ONE_PROCESS, Ranks
 from heapr.ready import make_ready
 from heapr.report.run.protocol import protocol_differences
 from heapr.schema import ExperimentConfig
+from heapr.store.manifest import environment
+from heapr.tracking import values
 from heapr.tracking.open_tracker import open_tracker
-from heapr.tracking.tracker import RATIO, Run, Several, Tracker
+from heapr.tracking.tracker import DENSE, Run, Several, Tracker
 from heapr.types import (
     Metrics,
     ProtocolRecord,
@@ -42,14 +45,18 @@ class Summary:
         metrics: by contract name, for the "dense" and the "pruned" model, the change of "size", and the
             "comparison" of both models.
         protocols: how each corpus or task was measured on the "dense" and on the "pruned" model.
+        coverage: how well the first calibration covers the experts: a `heapr.calibration.coverage.Coverage`.
         stages: one entry per artifact, in the order in which they were needed.
         config: the whole resolved configuration.
+        environment: versions, machine, and the seconds that the run took.
     """
 
     metrics: dict[str, Metrics]
     protocols: dict[str, dict[str, ProtocolRecord]]
+    coverage: dict[str, Any]
     stages: list[dict[str, Any]]
     config: dict[str, Any]
+    environment: dict[str, Any]
 
 
 def run(
@@ -77,28 +84,37 @@ def run(
 
 
 def _run(config: ExperimentConfig, folder: Path, *, sweep: str | None, ranks: Ranks) -> Summary:
+    started = time.perf_counter()
     pruning = config.pruning
     experiment = prepare(config, ranks=ranks)
     experiment.store.refer(folder, [step.origin for step in experiment.steps])
     tokens = make_ready(experiment)
     logger.info("%-9s %s, results in %s", "run", experiment.name, folder)
     resolved = asdict(config)
-    tracked = _tracked_run(experiment, sweep, resolved)
+    tracked = _tracked_run(experiment, folder, sweep, resolved)
     with _own_gpu(experiment), _tracker(experiment, tracked, folder) as tracker:
         pipeline = Pipeline(experiment, tracker, tokens)
         pipeline.take(experiment.steps.dense)  # first, because pruning changes the model in place
         dense = pipeline.findings.measured("dense")
-        tracker.log({RATIO: 0.0, **dense})
+        tracker.log(values.under(DENSE, dense))
         pipeline.take(experiment.steps.pruning)
         pipeline.take(experiment.steps.pruned)
         metrics = pipeline.conclude(dense)
         pipeline.log_layers_and_artifacts()
-        after_pruning = metrics["pruned"] | metrics["size"] | metrics["comparison"]
-        tracker.log({RATIO: config.pruning.ratio, **after_pruning})
+        tracker.log(values.results(metrics, config.pruning.ratio))
     protocols = pipeline.findings.protocols
     for difference in protocol_differences(protocols):
         logger.warning("dense and pruned cannot be compared: %s", difference)
-    summary = Summary(metrics=metrics, protocols=protocols, stages=pipeline.stages, config=resolved)
+    seconds = round(time.perf_counter() - started, 1)
+    assert pipeline.coverage is not None
+    summary = Summary(
+        metrics=metrics,
+        protocols=protocols,
+        coverage=asdict(pipeline.coverage),
+        stages=pipeline.stages,
+        config=resolved,
+        environment=environment(experiment.device) | {"seconds": seconds},
+    )
     if experiment.ranks.is_first:
         artifacts.write_summary(folder, asdict(summary))
         if pruning.push_to is not None:
@@ -123,12 +139,18 @@ def _own_gpu(experiment: Experiment) -> AbstractContextManager[None]:
     return gpu_slot(experiment.device, all_of_them=is_spread, wait_minutes=runtime.wait_minutes)
 
 
-def _tracked_run(experiment: Experiment, sweep: str | None, resolved: Mapping[str, Any]) -> Run:
+def _tracked_run(experiment: Experiment, folder: Path, sweep: str | None, resolved: Mapping[str, Any]) -> Run:
+    """The run as trackers know it.
+
+    Its id belongs to the experiment and the folder, so that two runs of one experiment stay two. The
+    experiment's key is in the configuration: it is the same for both.
+    """
+    key = experiment.steps.key
     return Run(
         name=experiment.name,
-        id=experiment.steps.key,
+        id=values.run_id(key, str(folder.resolve())),
         job_type="experiment",
         group=sweep,
         tags=tuple(experiment.labels.values()),
-        config={**resolved, "labels": experiment.labels},
+        config={**resolved, "labels": experiment.labels, "key": key},
     )

@@ -18,6 +18,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from heapr.errors import ConfigError
 from heapr.files import user_path
+from heapr.unknown_keys import check_keys
 
 
 @dataclass
@@ -67,6 +68,8 @@ class PruningConfig:
     budget: str = "atomic_experts"
     # Indices of decoder layers that lose nothing.
     protected_layers: list[int] = field(default_factory=list)
+    # true: super experts, whose outputs are far larger than all others', lose nothing.
+    protect_super_experts: bool = False
 
 
 @dataclass
@@ -93,6 +96,9 @@ class RuntimeConfig:
     # true: one decoder layer at a time is read from the files; auto: if the weights do not fit on the device.
     stream: Any = "auto"
     activations: str = "auto"  # of a streamed model, between layers: ram, disk, or auto, which is disk
+    # Of a streamed model, so many layers at its end are in memory together in calibration, at least 1: they
+    # are read once and run once.
+    last_layers: int = 1
     # true: activations inside a layer are computed again for the backward pass; auto: if they do not fit.
     gradient_checkpointing: Any = "auto"
 
@@ -117,6 +123,8 @@ class ExperimentConfig:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
     dry_run: bool = False  # print what a run would do, from the model's config.json alone
+    # The metric that a run returns to a sweeper, such as kl_to_dense/pydocs; null returns nothing.
+    objective: str | None = None
 
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -145,8 +153,13 @@ def resolve(config: DictConfig) -> ExperimentConfig:
     `pruning.width_multiple` gets its default, and ~ is expanded in `paths.outputs`.
 
     Raises:
-        ConfigError: a value is missing, out of range, or contradicts another.
+        ConfigError: a key is unknown, or a value is missing, out of range, or contradicts another.
     """
+    check_keys(config, ExperimentConfig)
+    if OmegaConf.get_type(config) is not ExperimentConfig:  # a saved configuration, which has no types
+        merged = OmegaConf.merge(OmegaConf.structured(ExperimentConfig), config)
+        assert isinstance(merged, DictConfig)
+        config = merged
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ConfigError(
@@ -193,6 +206,11 @@ def _check_runtime(runtime: RuntimeConfig) -> None:
         _at_least("runtime.num_threads", runtime.num_threads, 1)
     if runtime.wait_minutes is not None:
         _at_least("runtime.wait_minutes", runtime.wait_minutes, 0)
+    _at_least("runtime.last_layers", runtime.last_layers, 1)
+    if runtime.stream is False and runtime.last_layers > 1:
+        raise ConfigError(
+            f"runtime.last_layers={runtime.last_layers} has no effect with runtime.stream=false; leave it out"
+        )
     if runtime.stream is True and runtime.device_map is not None:
         raise ConfigError(
             f"runtime.stream=true has one layer on one device, and runtime.device_map={runtime.device_map}"
@@ -261,7 +279,7 @@ def _check_fewer_experts(pruning: PruningConfig) -> None:
 
 def _check_scope_expert(pruning: PruningConfig) -> None:
     default = PruningConfig()
-    for name in ("budget", "protected_layers"):
+    for name in ("budget", "protected_layers", "protect_super_experts"):
         value = getattr(pruning, name)
         if value != getattr(default, name):
             raise ConfigError(

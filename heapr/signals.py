@@ -24,24 +24,55 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, as an exception that unwinds the stack like Ctrl-C."""
 
 
+def end_at_once() -> None:
+    """Turn Ctrl-C and SIGTERM into one line and the end of the process, as long as there is nothing to undo:
+    before the slow imports."""
+    for number in _heeded():
+        signal.signal(number, _end)
+
+
 @contextmanager
 def one_line_ends() -> Iterator[None]:
-    """Turn Ctrl-C and SIGTERM into one line on stderr and exit codes 130 and 143."""
-    previous = signal.signal(signal.SIGTERM, _raise_terminated)
+    """Turn Ctrl-C and SIGTERM into one line on stderr and exit codes 130 and 143.
+
+    Libraries may turn the exception into one of their own, such as an import that failed: any error behind a
+    signal counts as the end that was asked for.
+    """
+    received: list[int] = []
+
+    def unwind(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+    previous = {number: signal.signal(number, unwind) for number in _heeded()}
     try:
         yield
-    except KeyboardInterrupt as end:
-        is_term = isinstance(end, Terminated)
-        how = "terminated" if is_term else "interrupted"
-        sys.stderr.write(f"{how}: finished artifacts are in the store; the same command goes on from there\n")
-        sys.stderr.flush()
-        sys.exit(TERMINATED if is_term else INTERRUPTED)
+    except (KeyboardInterrupt, Exception) as end:
+        if not received and not isinstance(end, KeyboardInterrupt):
+            raise
+        is_term = isinstance(end, Terminated) or received[:1] == [signal.SIGTERM]
+        sys.exit(_say_end(signal.SIGTERM if is_term else signal.SIGINT))
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
-def _raise_terminated(number: int, frame: FrameType | None) -> None:
-    raise Terminated
+def _heeded() -> list[int]:
+    """The signals that end a process; without Ctrl-C where it runs in the background and ignores it."""
+    both = (signal.SIGTERM, signal.SIGINT)
+    return [number for number in both if signal.getsignal(number) != signal.SIG_IGN]
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    os._exit(_say_end(number))
+
+
+def _say_end(number: int) -> int:
+    """Say in one line what a signal ends; return the exit code that a shell expects."""
+    how = "terminated" if number == signal.SIGTERM else "interrupted"
+    sys.stderr.write(f"{how}: finished artifacts are in the store; the same command goes on from there\n")
+    sys.stderr.flush()
+    return TERMINATED if number == signal.SIGTERM else INTERRUPTED
 
 
 def end_with_parent() -> None:

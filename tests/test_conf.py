@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 
 from heapr import main
 from heapr.evaluation.build import build_measurements
+from heapr.explain import explain
 from heapr.plugins import build
+from heapr.schema import register
 from heapr.text.corpora import Corpus
 from heapr.text.mixture import Mixture
 from heapr.types import Granularity
@@ -137,6 +140,27 @@ def test_options_are_documented_in_their_first_line() -> None:
     for path in CONF.rglob("*.yaml"):
         if "hydra" not in path.parts and path.parent.name not in {"paths"}:
             assert path.read_text().startswith("# "), path
+
+
+def test_a_launcher_of_your_own_is_a_file_beside_ours(tmp_path: Path) -> None:
+    """As docs/cluster.md writes it; options of a launcher that is not chosen are refused in one line."""
+    conf = tmp_path / "conf"
+    shutil.copytree(CONF, conf, ignore=shutil.ignore_patterns("local"))
+    mine = "defaults: [submitit_slurm]\npartition: gpu\naccount: myaccount\n"
+    (conf / "hydra" / "launcher" / "mycluster.yaml").write_text(mine)
+    register()
+    with initialize_config_dir(str(conf), version_base="1.3"):
+        config = compose("config", overrides=["hydra/launcher=mycluster"], return_hydra_config=True)
+        assert (config.hydra.launcher.partition, config.hydra.launcher.timeout_min) == ("gpu", 240)
+        (conf / "local").mkdir()
+        misplaced = "# @package _global_\nhydra: {launcher: {partition: gpu}}\n"
+        (conf / "local" / "default.yaml").write_text(misplaced)
+        with pytest.raises(ConfigCompositionException) as refusal:
+            compose("config")
+    message = explain(refusal.value, conf, [])
+    assert message.startswith("conf/local/default.yaml sets 'hydra.launcher.partition': the launcher that is")
+    assert "conf/hydra/launcher/<name>.yaml (docs/cluster.md)" in message
+    assert "\n" not in message
 
 
 def test_your_own_machines_settings_are_taken_from_conf_local(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ parts."""
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import huggingface_hub
@@ -14,6 +15,7 @@ import heapr.dry_run
 import heapr.model.find_folder
 from heapr.dry_run import DryRun, dry_run
 from heapr.errors import ConfigError
+from heapr.machine_speed import bytes_per_second
 from heapr.main import one_line_errors
 from heapr.model.load import find_model
 from heapr.types import Statistics
@@ -86,6 +88,28 @@ def test_qwen3_30b_in_all_its_numbers(tmp_path: Path, monkeypatch: pytest.Monkey
     assert plan.matrix_bytes == 48 * 128 * 2048**2 * 4  # 103 GB
 
 
+def test_without_a_past_the_time_comes_from_work_and_this_machines_speed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ["model=hf", f"model.path={write_model(tmp_path / 'model')}", *calibration_in(tmp_path)]
+    measured = plan_in(tmp_path, *settings)
+    assert measured.estimated_seconds is not None and measured.estimated_seconds > 0
+    shapes = []
+    monkeypatch.setattr(heapr.dry_run, "flops_per_second", lambda *what: shapes.append(what[2]) or 1e6)
+    monkeypatch.setattr(heapr.dry_run, "bytes_per_second", lambda paths: 1e3)
+    plan = plan_in(tmp_path, *settings)
+    expected = plan.calibration_flops / 1e6 + plan.weight_bytes / 1e3
+    assert plan.estimated_seconds == pytest.approx(expected)
+    streamed = plan_in(tmp_path, *settings, "runtime.stream=true")
+    expected = 1.5 * plan.calibration_flops / 1e6 + streamed.bytes_read / 1e3
+    assert streamed.estimated_seconds == pytest.approx(expected)
+    tokens = plan.batch_size * plan.sequence_length * plan.experts_per_token / plan.num_experts[0]
+    assert shapes[0] == (math.ceil(tokens), 16, plan.width[0])
+    assert bytes_per_second([tmp_path / "missing"]) is None
+    monkeypatch.setattr(heapr.dry_run, "calibration_flops", no_values)
+    assert plan_in(tmp_path, *settings).estimated_seconds is None
+
+
 def test_a_dry_run_tells_what_a_run_then_does(tmp_path: Path) -> None:
     settings = [
         "model=hf",
@@ -111,7 +135,7 @@ def test_a_dry_run_tells_what_a_run_then_does(tmp_path: Path) -> None:
     statistics = Statistics.from_tensors(load_file(folder))
     assert after.statistics_bytes == sum(layer.num_bytes for layer in statistics.layers.values())
 
-    assert (after.expected_seconds, after.num_missing) == (None, 0)
+    assert (after.expected_seconds, after.estimated_seconds, after.num_missing) == (None, None, 0)
 
     longer = plan_in(tmp_path, *settings, "calibration.num_samples=1")
     made = json.loads((folder.parent / "manifest.json").read_text())

@@ -29,7 +29,7 @@ def assert_refused(result: Completed, message: str) -> None:
             "pruning.ratoi=0.3",
             (
                 "unknown key 'pruning.ratoi'; did you mean pruning.ratio? known here: budget, form,"
-                " protected_layers, ratio, "
+                " protect_super_experts, protected_layers, ratio, "
             ),
         ),
         ("evaluation.perplexity.windo=3", "did you mean evaluation.perplexity.window?"),
@@ -43,6 +43,10 @@ def assert_refused(result: Completed, message: str) -> None:
         ("launcher=joblib", "write -m hydra/launcher=<name>; launcher=<name> is for sweep.py"),
         ("--dry-run", "unknown option '--dry-run'; fields are set without dashes (dry_run=...)"),
         ("pruning.ratio=0.2,1.5 -m hydra/launcher=ray", "pip install 'heapr[ray]'"),
+        (
+            "hydra.launcher.n_jobs=2 -m",
+            "'hydra.launcher.n_jobs': the launcher that is chosen has no such option;",
+        ),
         ("pruning.ratio=lots", "pruning.ratio"),
         ("pruning.ratio=1.5", "pruning.ratio=1.5 is not in [0, 1)"),
         (
@@ -100,6 +104,24 @@ def assert_refused(result: Completed, message: str) -> None:
             "argument 'score=null': null is not the name of an option; known options of score: activation,",
         ),
         ("=3", "argument '=3': '' cannot be the name of a field"),
+        ("+experiment=criteria", "are run by sweep.py; write python sweep.py experiment=<name>"),
+        ("experiment=criteria", "are run by sweep.py; write python sweep.py experiment=<name>"),
+        ("+foo=1", "unknown key 'foo'; known here: calibration, dry_run, evaluation, model, "),
+        ("++prunning=1", "unknown key 'prunning'; did you mean pruning?"),
+        ("+pruning.foo=1", "unknown key 'pruning.foo'; known here: budget, form, "),
+        ("+pruning.raito=0.5", "unknown key 'pruning.raito'; did you mean pruning.ratio?"),
+        ("+ratio=0.5", "unknown key 'ratio'; did you mean pruning.ratio?"),
+        ("+corpus=c4", "options of 'corpus' are chosen where they are used"),
+        ("+pruning.ratio=0.5", "a + adds what is not there; write pruning.ratio=0.5"),
+        ("+score=fisher", "a + adds what is not there; write score=fisher"),
+        ("~pruning.raito", "unknown key 'pruning.raito'; did you mean pruning.ratio?"),
+        ("--experimental-rerun runs/1/.hydra/config.pickle", "write --config-path=runs/1/.hydra"),
+        ("--config-path runs/1", "--config-path=runs/1 is not a folder; give the folder of a run"),
+        (
+            "objective=kl_to_dense/pydoc",
+            "objective=kl_to_dense/pydoc is not measured here; did you mean kl_to_dense/pydocs? with this",
+        ),
+        ("objective=perplexity", "a run can return: atomic_experts_removed_ratio, perplexity/pydocs, "),
     ],
 )
 def test_a_mistake_costs_one_line_and_exit_code_2(tmp_path: Path, override: str, message: str) -> None:

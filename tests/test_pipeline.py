@@ -79,7 +79,8 @@ def test_artifacts_follow_the_contract(experiment: Experiment) -> None:
     )
 
     written = json.loads((experiment.folder / "run" / "summary.json").read_text())
-    assert written.keys() == {"metrics", "protocols", "stages", "config"}
+    assert written.keys() == {"metrics", "protocols", "coverage", "stages", "config", "environment"}
+    assert written["coverage"]["num_tokens"] == 6 * 32
     assert written["metrics"] == summary.metrics
     assert all(
         isinstance(value, int | float) for values in written["metrics"].values() for value in values.values()
@@ -100,6 +101,7 @@ def test_artifacts_follow_the_contract(experiment: Experiment) -> None:
         "save_checkpoint": True,
         "budget": "atomic_experts",
         "protected_layers": [],
+        "protect_super_experts": False,
     }
     assert written["metrics"]["size"]["atomic_experts_removed_ratio"] == 0.25
     assert written["metrics"]["size"]["parameters_removed_ratio"] == pytest.approx(
@@ -107,9 +109,10 @@ def test_artifacts_follow_the_contract(experiment: Experiment) -> None:
     )
     lines = (experiment.folder / "run" / "tracking.jsonl").read_text().splitlines()
     assert all(isinstance(value, int | float) for value in json.loads(lines[-1]).values())
-    assert (
-        json.loads(lines[-1])["perplexity/text_files"] == summary.metrics["pruned"]["perplexity/text_files"]
-    )
+    name = "perplexity/text_files"
+    before, after = summary.metrics["dense"][name], summary.metrics["pruned"][name]
+    assert json.loads(lines[-1])[f"pruned/{name}"] == after
+    assert json.loads(lines[-1])[f"change/{name}"] == pytest.approx(after / before - 1)
 
 
 def test_pruned_perplexity_is_that_of_the_masked_model(experiment: Experiment) -> None:
@@ -277,7 +280,7 @@ def test_two_models_that_do_not_fit_are_answered_in_one_line(
         loaded.append(1)
         return load(*arguments, **settings)
 
-    monkeypatch.setattr("heapr.model.load.AutoModelForCausalLM.from_pretrained", load_one)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", load_one)
     with pytest.raises(
         ConfigError, match="do not fit on 'cpu' together; leave out .* evaluation.fidelity=null"
     ) as caught:
@@ -398,7 +401,7 @@ BAD_INPUT = [
     (["model.path=builtin:nothing"], "no such built-in model; known: builtin:deepseek_moe_tiny, builtin:qwen3_moe_tiny"),
     (["model.path={folder}/empty"], "has no config.json"),
     (["model.path={folder}/llama"], "has no MoE layer"),
-    (["model.path={folder}/quantised"], r"are quantised \(mxfp4\)"),
+    (["model.path={folder}/quantised"], r"are quantised \(gptq\)"),
     (["model.path={folder}/pickled"], "are pickled"),
     (["model.path={folder}/shard_missing"], "model-00002-of-00003.safetensors is missing"),
     (["model.path={folder}/unfinished"], "weights in .* cannot be loaded"),
@@ -481,7 +484,7 @@ def bad_place(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
     LlamaConfig(**small).save_pretrained(experiment.folder / "llama")
     config = write_model(experiment.folder / "quantised") / "config.json"
     config.write_text(
-        json.dumps(json.loads(config.read_text()) | {"quantization_config": {"quant_method": "mxfp4"}})
+        json.dumps(json.loads(config.read_text()) | {"quantization_config": {"quant_method": "gptq"}})
     )
     (write_model(experiment.folder / "pickled") / "model.safetensors").rename(
         experiment.folder / "pickled" / "pytorch_model.bin"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -14,6 +15,7 @@ import torch
 
 from heapr import placement
 from heapr.errors import ConfigError
+from heapr.model.load import ModelSource
 from heapr.model.shelf import Files
 from heapr.run_experiment import Summary
 from tests.experiment import run_in, write_model, write_texts
@@ -201,6 +203,28 @@ def test_a_disk_too_small_for_the_tape_is_refused_before_anything_is_computed(
         run_in(tmp_path, *small, STREAMED)
 
 
+def test_a_task_that_generates_is_refused_before_the_model_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = {
+        "task": "say", "dataset_path": "json", "output_type": "generate_until", "test_split": "test",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "say.jsonl")}, "cache_dir": str(tmp_path / "cache")},
+        "doc_to_text": "{{question}}", "doc_to_target": "{{answer}}", "metric_list": [{"metric": "exact_match"}],
+    }  # fmt: skip
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "say.yaml").write_text(json.dumps(task))
+    (tmp_path / "say.jsonl").write_text(json.dumps({"question": "1 + 1 =", "answer": "2"}))
+    texts = [option for option in write_texts(tmp_path) if option != "evaluation.zero_shot=null"]
+    options = ["model=hf", f"model.path={write_model(tmp_path / 'model')}", "model.dtype=float32", *texts]
+    options += [*NOT_MEASURED, "evaluation.zero_shot.tasks=[say]"]
+    options += [f"evaluation.zero_shot.include_path={tmp_path / 'tasks'}", STREAMED]
+    monkeypatch.setattr(ModelSource, "stream", lambda *_, **__: pytest.fail("the model was read"))
+    with pytest.raises(
+        ConfigError, match="zero-shot task 'say' generates text, .* give runtime.stream=false"
+    ):
+        run_in(tmp_path, *options)
+
+
 def test_a_family_that_cannot_be_separated_is_refused_by_name(tmp_path: Path) -> None:
     from tests.tiny import SHARED_INSIDE, byte_tokenizer, deep_model
 
@@ -217,6 +241,11 @@ def test_a_family_that_cannot_be_separated_is_refused_by_name(tmp_path: Path) ->
     ("options", "message"),
     [
         ([STREAMED, "runtime.device_map=auto"], "one layer on one device"),
+        (
+            [IN_MEMORY, "runtime.last_layers=2"],
+            "runtime.last_layers=2 has no effect with runtime.stream=false",
+        ),
+        (["runtime.last_layers=0"], "runtime.last_layers"),
         ([STREAMED, "runtime.gradient_checkpointing=true"], "no effect with runtime.stream=true"),
         ([IN_MEMORY, "runtime.activations=disk"], "no effect with runtime.stream=false"),
         (["runtime.stream=perhaps"], "runtime.stream='perhaps' is unknown; choose one of true, false, auto"),

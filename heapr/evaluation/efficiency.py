@@ -60,6 +60,7 @@ class Efficiency:
 
     name = "efficiency"
     needs = frozenset({Need.MODEL, Need.STATISTICS})
+    objectives = (*REMOVED_RATIOS, *REMOVED_RATIOS.values())
 
     def __init__(self, window: Annotated[int, Ge(2)]) -> None:
         self.window = window

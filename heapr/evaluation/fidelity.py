@@ -56,6 +56,7 @@ class Fidelity:
         self.batch_size = batch_size
         self.max_windows = max_windows
         self.name = f"fidelity/{corpus.name}"
+        self.objectives = (f"kl_to_dense/{corpus.name}", f"top1_agreement/{corpus.name}")
         self._windows: TokenWindows | None = None
 
     def identity(self) -> dict[str, Any]:

@@ -66,6 +66,8 @@ class Measurement(Protocol):
     Attributes:
         name: unique among the measurements of an experiment.
         needs: the same for all instances of a class.
+
+    A measurement may also have `objectives`: names of the metrics that a run can return to a sweeper.
     """
 
     name: str

@@ -56,6 +56,7 @@ class Perplexity:
         self.window = window
         self.batch_size = batch_size
         self.name = f"perplexity/{corpus.name}"
+        self.objectives = (self.name, f"perplexity_increase/{corpus.name}")
         self._windows: TokenWindows | None = None
         self._special_tokens: list[str] = []
 

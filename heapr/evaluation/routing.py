@@ -32,6 +32,7 @@ class Routing:
 
     name = "routing"
     needs = frozenset({Need.PLAN, Need.STATISTICS})
+    objectives = ("routing/spearman", "routing/empty_experts", "routing/kept_ratio_lowest")
 
     def identity(self) -> dict[str, Any]:
         return {"evaluator": self.name}

@@ -72,6 +72,7 @@ class Throughput:
 
     name = "throughput"
     needs = frozenset({Need.DENSE_AND_PRUNED, Need.TOKENS, Need.MACHINE})
+    objectives = ("prefill_speedup", "decode_speedup")
 
     def __init__(
         self,

@@ -84,6 +84,7 @@ class Truth:
 
     name = "truth"
     needs = frozenset({Need.DENSE, Need.SCORES, Need.STATISTICS, Need.TOKENS})
+    objectives = ("truth/spearman", "truth/pearson")
 
     def __init__(
         self,

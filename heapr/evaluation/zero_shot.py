@@ -29,6 +29,7 @@ from heapr.types import Evaluation, Metrics
 logger = logging.getLogger(__name__)
 
 PREFIX = "accuracy/"
+AVERAGE = f"{PREFIX}average"
 
 
 class ZeroShot:
@@ -63,6 +64,7 @@ class ZeroShot:
         self.limit = limit
         self.batch_size = batch_size
         self.name = f"{PREFIX}{task}"
+        self.objectives = (self.name,)
         self._folder = None if include_path is None else user_path(include_path)
         if self._folder is not None and not self._folder.is_dir():
             raise ConfigError(

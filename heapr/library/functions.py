@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from heapr.calibration.collector import collect
-from heapr.calibration.coverage import report_coverage
+from heapr.calibration.coverage import coverage_of, report_coverage
 from heapr.errors import ConfigError
 from heapr.evaluation.efficiency import count
 from heapr.evaluation.perplexity import WINDOW_LOSSES, mean_losses, weighted_perplexity
@@ -35,7 +35,7 @@ from heapr.progress import progress
 from heapr.provider import ModelProvider
 from heapr.pruning.layer_repair import report_repair
 from heapr.score.criterion import Criterion
-from heapr.stages import Planning, layer_weights, log_report
+from heapr.stages import Planning, layer_weights, log_report, super_experts_of
 from heapr.steps import ratio_of_round, settings_of_plan
 from heapr.text.corpora import Corpus
 from heapr.text.mixture import Mixture
@@ -197,7 +197,7 @@ class _Pruning:
     def prune(self, given: Given, tokenizer: PreTrainedTokenizerBase | None) -> Pruned:
         """Go through all rounds."""
         statistics = _calibrated(self._models.dense(), given)
-        report_coverage(statistics, self._shape.widths)
+        report_coverage(coverage_of(statistics, self._shape.widths))
         findings = Findings([])
         self._measure(findings, "dense", self._models.dense(), statistics)
         pruning = self._rounds(given, statistics)
@@ -215,7 +215,9 @@ class _Pruning:
     def _rounds(self, given: Given, first: Statistics) -> Pruning:
         """Score, plan and repair; from the second round on, calibrate on what the round before left."""
         settings = self._settings
-        planning = Planning(self._shape, self._budget, first)
+        found = super_experts_of(self._models.dense(), first)
+        protects = settings.pruning.protect_super_experts
+        planning = Planning(self._shape, self._budget, first, found, protects)
         done: Pruning | None = None
         for number in range(1, settings.pruning.rounds + 1):
             model = self._models.dense() if done is None else self._models.pruned(done)
@@ -228,8 +230,8 @@ class _Pruning:
             if settings.repair is None:
                 done = Pruning(plan)
                 continue
-            done, found = self._models.repaired(plan, done, partial(_ids, given))
-            log_report(report_repair(found))
+            done, repaired = self._models.repaired(plan, done, partial(_ids, given))
+            log_report(report_repair(repaired))
         assert done is not None
         return done
 

@@ -60,11 +60,11 @@ class PruningOptions(SamplingOptions, total=False):
     width_multiple: int
     budget: str
     protected_layers: list[int]
+    protect_super_experts: bool
     evaluate_on: Any
 
 
 SAMPLING = tuple(get_type_hints(SamplingOptions))
-OF_PRUNING = ("form", "rounds", "width_multiple", "budget", "protected_layers")
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def _choice(name: str, value: Any) -> str | None:
         if name in {"score", "repair"} and callable(value) and not isinstance(value, type):
             return None
         raise ConfigError(f"{name}={value!r} is a {type(value).__name__}; give the name of an option")
-    known = options_of(group, conf_folder())
+    known = options_of(group, [conf_folder()])
     if value not in known:
         raise ConfigError(
             f"{name}='{value}' is unknown; {did_you_mean(value, known)}known: {', '.join(known)}"

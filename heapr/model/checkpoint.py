@@ -8,18 +8,19 @@ transformers alone; uniform and masked models use the family's own class.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from heapr.errors import ConfigError
+from heapr.model.auto_class import CAUSAL_LM
 from heapr.model.config_file import write_config
 from heapr.model.description import GENERATION_FILE, copy_tokenizer
+from heapr.model.experts.dispatch import exchanged
 from heapr.model.model_files import write_index
 from heapr.model.modelling_file import (
-    CAUSAL_LM,
     RAGGED_PREFIX,
     auto_map,
     family_classes,
@@ -28,33 +29,42 @@ from heapr.model.modelling_file import (
 )
 from heapr.model.moe import MoEModel
 from heapr.model.ragged_type import family_config_class, ragged_classes
-from heapr.model.shard_writer import write_weights
+from heapr.model.shard_writer import Carried, write_weights
 
 REMOTE_MODULES = "transformers_modules."  # where transformers imports Python code beside weights from
 MAX_SHARD_SIZE = "5GB"
 
 
-def save_checkpoint(model: MoEModel, original: Path, folder: Path, *, about: Mapping[str, Any]) -> None:
+def save_checkpoint(
+    model: MoEModel,
+    original: Path,
+    folder: Path,
+    *,
+    about: Mapping[str, Any],
+    carried: Sequence[str] = (),
+) -> None:
     """Write a pruned model as a Hugging Face folder: sharded safetensors and the files that describe it.
 
-    The files for the tokenizer and the generation settings are copied from the original; the configuration is
-    the original's plus what pruning changed.
+    The files for the tokenizer and the generation settings are copied from the original (`copy_tokenizer`);
+    the configuration is the original's plus what pruning changed.
 
     Args:
         model: ragged, uniform or masked.
         original: folder with the configuration and the tokenizer of the model before pruning.
         folder: the new folder; it must not exist.
         about: what was done to the model; becomes `heapr` in config.json. JSON types only.
+        carried: tensors in the original's files that the model does not have, prediction heads, to be copied.
     """
     folder.mkdir(parents=True)
     if model.is_ragged:
         _save_ragged(model, folder, about)
     else:
         _save_stock(model.model, folder, about)
-    write_weights(model, folder, max_shard_size=MAX_SHARD_SIZE, by_family=not model.is_ragged)
+    heads = Carried(original, carried)
+    write_weights(model, folder, max_shard_size=MAX_SHARD_SIZE, by_family=not model.is_ragged, carried=heads)
     write_index(folder)
     if not type(model.model.config).__module__.startswith(REMOTE_MODULES):
-        write_config(original, folder)
+        write_config(original, folder, keeps_heads=bool(carried))
     (folder / GENERATION_FILE).unlink(missing_ok=True)
     if (original / GENERATION_FILE).is_file():
         shutil.copyfile(original / GENERATION_FILE, folder / GENERATION_FILE)
@@ -86,7 +96,9 @@ def _save_stock(model: PreTrainedModel, folder: Path, about: Mapping[str, Any]) 
             beside = module_beside(type(model), folder).removeprefix(".")
             classes = {"AutoConfig": type(model.config), **family_classes(type(model.config))}
             model.config.auto_map = {name: f"{beside}.{each.__name__}" for name, each in classes.items()}
-    model.save_pretrained(folder, state_dict={})  # all but the weights
+    # Without the generation settings, which it refuses to save if some have no effect; they are copied.
+    with exchanged([(model, "generation_config", GenerationConfig())]):
+        model.save_pretrained(folder, state_dict={})  # all but the weights
 
 
 def _save_ragged(model: MoEModel, folder: Path, about: Mapping[str, Any]) -> None:

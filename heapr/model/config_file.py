@@ -33,15 +33,15 @@ OLDER_NAMES = ("num_experts",)  # fields that transformers 5 renames in some fam
 NOT_COMPARED = {"transformers_version", "torch_dtype", "_name_or_path"}
 
 
-def write_config(original: Path, folder: Path) -> None:
+def write_config(original: Path, folder: Path, *, keeps_heads: bool = False) -> None:
     """Replace the config.json that transformers wrote for a pruned model.
 
-    If transformers 5 would read the new file differently, its own is kept, without prediction heads, and a
-    warning names the fields.
+    If transformers 5 would read the new file differently, its own is kept and a warning names the fields.
 
     Args:
         original: folder of the model before pruning.
         folder: folder with the config.json of the pruned model.
+        keeps_heads: whether the pruned model's files have the prediction heads; otherwise their number is 0.
     """
     dense = read_config(original, trust_remote_code=False)
     described: Fields = json.loads((original / CONFIG_FILE).read_text())
@@ -60,7 +60,7 @@ def write_config(original: Path, folder: Path) -> None:
     if "dtype" in described:
         fields["dtype"] = after["dtype"]
     fields = _with_older_names(fields, dense.attribute_map)
-    write_json(folder / CONFIG_FILE, _without_heads(fields))
+    write_json(folder / CONFIG_FILE, fields if keeps_heads else _without_heads(fields))
     found = _all_fields(AutoConfig.from_pretrained(folder, local_files_only=True))
     differing = _differing_fields(found, after)
     if differing:
@@ -69,7 +69,7 @@ def write_config(original: Path, folder: Path) -> None:
             " %s differently",
             differing,
         )
-        write_json(folder / CONFIG_FILE, _without_heads(written))
+        write_json(folder / CONFIG_FILE, written if keeps_heads else _without_heads(written))
 
 
 def _take_as_written(fields: Fields, written: Fields) -> None:

@@ -10,6 +10,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer
@@ -22,8 +23,10 @@ from transformers import (
 )
 
 from heapr.errors import ConfigError
+from heapr.files import write_json
 from heapr.model import deepseek_moe
 from heapr.model.model_files import INDEX, WEIGHTS
+from heapr.model.quantised import without_quantization
 from heapr.model.ragged_type import register_ragged
 from heapr.words import first_line
 
@@ -35,6 +38,10 @@ TOKENIZER_FILES = [
     "additional_chat_templates/*", "tokenization_*.py",
 ]  # fmt: skip
 CONFIG_FILE, GENERATION_FILE, ADAPTER_FILE = "config.json", "generation_config.json", "adapter_config.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+# What transformers 5 writes in it, and what it reads just the same.
+NEWER_CLASS, OLDER_CLASS = "TokenizersBackend", "PreTrainedTokenizerFast"
+NEWER_TOKENS, OLDER_TOKENS = "extra_special_tokens", "additional_special_tokens"
 # What transformers raises for a config.json with impossible values.
 UNUSABLE = (
     OSError,
@@ -49,7 +56,7 @@ UNUSABLE = (
 
 
 def read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
-    """The configuration of a model whose weights are unquantised and in the folder itself.
+    """The configuration of a model whose weights are in the folder itself, as it is without quantisation.
 
     Raises:
         ConfigError: there is no such configuration, or it cannot be used.
@@ -82,16 +89,15 @@ def read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
         raise ConfigError(f"config.json in '{folder}' cannot be used: {first_line(error)}") from error
     _check_fields(config, folder, trust_remote_code)
     _check_generation(folder)
-    return config
+    return without_quantization(config)
 
 
 def _check_fields(config: PretrainedConfig, folder: Path, trust_remote_code: bool) -> None:
-    """Refuse fields that point to weights or code outside the folder, or that say the weights are quantised.
+    """Refuse fields that point to weights or code outside the folder.
 
     Raises:
         ConfigError: there is such a field.
     """
-    _check_quantization(config, folder)
     if getattr(config, "transformers_weights", None):
         raise ConfigError(
             f"config.json in '{folder}' names its weights in `transformers_weights`, which other tools do not"
@@ -104,28 +110,6 @@ def _check_fields(config: PretrainedConfig, folder: Path, trust_remote_code: boo
             f"config.json in '{folder}' takes its Python code from elsewhere ({elsewhere[0]}), where it may"
             " change; copy the code beside the weights and remove everything up to `--` from auto_map"
         )
-
-
-def _check_quantization(config: PretrainedConfig, folder: Path) -> None:
-    """Refuse a quantization_config, because gradients need unquantised weights.
-
-    Raises:
-        ConfigError: there is one.
-    """
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is None:
-        quantization = getattr(config.get_text_config(), "quantization_config", None)
-    if quantization is None:
-        return
-    if not quantization:
-        raise ConfigError(f"config.json in '{folder}' has an empty quantization_config; remove this field")
-    method = type(quantization).__name__
-    if isinstance(quantization, dict):
-        method = quantization.get("quant_method", "unknown")
-    raise ConfigError(
-        f"the weights in '{folder}' are quantised ({method}), and gradients need them whole; give a bfloat16"
-        " or float32 copy"
-    )
 
 
 def _check_generation(folder: Path) -> None:
@@ -169,15 +153,35 @@ def read_tokenizer(
 
 
 def copy_tokenizer(original: Path, folder: Path) -> None:
-    """Copy the tokenizer's files unchanged.
+    """Copy the tokenizer's files, chat templates included.
 
-    Other versions and other tools cannot read what transformers writes for a tokenizer in memory.
+    They stay as they are, but for names in tokenizer_config.json that transformers 5 alone reads.
     """
     paths = {path for pattern in TOKENIZER_FILES for path in original.glob(pattern)}
     for path in sorted(paths):
         copy = folder / path.relative_to(original)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, copy)
+    _write_older_names(folder / TOKENIZER_CONFIG_FILE)
+
+
+def _write_older_names(path: Path) -> None:
+    """Replace names that transformers 5 writes by those that all versions, llama.cpp and MLX read.
+
+    Args:
+        path: of a tokenizer_config.json; left as it is if it has no such name, or does not exist.
+    """
+    if not path.is_file():
+        return
+    fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    changed = dict(fields)
+    if fields.get("tokenizer_class") == NEWER_CLASS:
+        changed["tokenizer_class"] = OLDER_CLASS
+    # A list; older versions read a mapping under this name.
+    if isinstance(fields.get(NEWER_TOKENS), list):
+        changed[OLDER_TOKENS] = changed.pop(NEWER_TOKENS)
+    if changed != fields:
+        write_json(path, changed)
 
 
 def _leave_out_tokens_without_embedding(

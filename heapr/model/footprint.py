@@ -6,6 +6,7 @@ estimates for activations.
 
 from __future__ import annotations
 
+import math
 import resource
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from heapr.model.costs import activation_bytes
 from heapr.model.loss import LOGITS_CHUNK
-from heapr.model.moe import MoEModel
+from heapr.model.moe import MoEModel, experts_per_token
 
 MEMORY, STATUS = Path("/proc/meminfo"), Path("/proc/self/status")
 CGROUP = Path("/sys/fs/cgroup")
@@ -39,6 +40,8 @@ class Footprint:
         hidden: hidden states of one batch behind one layer.
         logits: one chunk of logits with its softmax and gradient, float32.
         num_layers: decoder layers.
+        num_experts: routed experts of all layers.
+        expert_tokens: tokens of one batch that an expert gets, on average.
     """
 
     weights: int
@@ -48,6 +51,8 @@ class Footprint:
     hidden: int
     logits: int
     num_layers: int
+    num_experts: int
+    expert_tokens: int
 
 
 def footprint(model: MoEModel, num_sequences: int, length: int) -> Footprint:
@@ -58,6 +63,7 @@ def footprint(model: MoEModel, num_sequences: int, length: int) -> Footprint:
     embeddings = model.model.get_input_embeddings().weight
     vocabulary_size: int = model.model.get_output_embeddings().weight.shape[0]
     chunk = min(LOGITS_CHUNK, num_tokens * vocabulary_size)
+    most_experts = max(layer.num_experts for layer in model.layers)
     return Footprint(
         weights=weights,
         beside=weights - sum(layers),
@@ -66,6 +72,8 @@ def footprint(model: MoEModel, num_sequences: int, length: int) -> Footprint:
         hidden=num_tokens * int(embeddings.shape[-1]) * embeddings.element_size(),
         logits=3 * FLOAT * chunk,
         num_layers=len(layers),
+        num_experts=sum(layer.num_experts for layer in model.layers),
+        expert_tokens=math.ceil(num_tokens * experts_per_token(model.model) / most_experts),
     )
 
 

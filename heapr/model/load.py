@@ -8,6 +8,7 @@ is refused here.
 from __future__ import annotations
 
 import copy
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,15 +18,17 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from heapr.errors import ConfigError, TooLargeError
 from heapr.hub import hub_is_reachable
+from heapr.model.auto_class import CAUSAL_LM, WRAPPER, auto_class, auto_class_name
 from heapr.model.config_file import prediction_heads
 from heapr.model.description import CONFIG_FILE, UNUSABLE, read_config, read_tokenizer
 from heapr.model.find_folder import download, find_folder, is_on_hub
 from heapr.model.heap import give_back_freed_memory
+from heapr.model.kernels import keep_few_kernels
 from heapr.model.model_files import (
     DESCRIPTION_FILES,
     INDEX,
@@ -37,11 +40,21 @@ from heapr.model.model_files import (
     weight_files,
 )
 from heapr.model.model_shape import ModelShape, shape_of
-from heapr.model.moe import MoEModel
+from heapr.model.moe import OTHER_PARTS, MoEModel, layers_name_of
+from heapr.model.quantised import (
+    Quantization,
+    dequantising,
+    forget_conversions,
+    method_of,
+    read_quantization,
+    with_quantization,
+)
 from heapr.model.residency import Streamed
-from heapr.model.tensors import check_tensors, report_left_out
+from heapr.model.tensors import LeftOut, carried_over, check_tensors, names_in_files, report_left_out
 from heapr.model.weights import LayerWeights
 from heapr.words import first_line
+
+logger = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")  # that weights may have
 
@@ -54,9 +67,9 @@ class ModelSource(ModelShape):
         folder: local folder with configuration and tokenizer; for a hub model, its folder in the cache.
         identity: identifies the model: hub id and commit, or a hash of the folder's content; and the dtype.
         stored_dtype: of the files, as config.json says; None if it does not.
-        architecture: name of the model's class; for a wrapper, such as one with vision, the class of its
-            language model.
+        architecture: name of the model's class.
         trust_remote_code: whether Python files in the folder may run.
+        quantization: how the weights in the files are quantised; None if they are not.
     """
 
     folder: Path
@@ -64,6 +77,7 @@ class ModelSource(ModelShape):
     stored_dtype: torch.dtype | None
     architecture: str
     trust_remote_code: bool = False
+    quantization: Quantization | None = None
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -80,30 +94,65 @@ class ModelSource(ModelShape):
         names = weight_files(self.folder)
         return bool(names) and all((self.folder / name).is_file() for name in names)
 
+    @property
+    def on_quantization(self) -> list[str]:
+        """One line if the weights are quantised, else none."""
+        if self.quantization is None:
+            return []
+        return [
+            f"the weights are quantised ({method_of(self.quantization)}): they are dequantised to"
+            f" {self.identity['dtype']} as they are loaded, and the pruned model is written in it"
+        ]
+
     @cached_property
-    def left_out(self) -> list[str]:
-        """Tensors in the folder that the model does not use, as the lines that were logged.
+    def remarks(self) -> list[str]:
+        """What there is to say about the tensors in the folder, as the lines that were logged: that they are
+        quantised, and which of them the model does not use.
 
         Needs the weight files, but loads no weights.
 
         Raises:
-            ConfigError: the weights are quantised, or do not fit the configuration.
+            ConfigError: the weights cannot be dequantised, or do not fit the configuration.
         """
+        left_out = self._left_out
         model = self.on_meta().model
-        left_out = check_tensors(model, read_headers(self.folder), self.folder)
-        return report_left_out(left_out, type(model).__name__)
+        lines = self.on_quantization
+        if self._is_wrapper:
+            lines += carried_over(model, layers_name_of(model))
+        for line in lines:
+            logger.info("%-9s %s", "model", line)
+        return lines + report_left_out(left_out, type(model).__name__)
+
+    @cached_property
+    def heads(self) -> tuple[str, ...]:
+        """The tensors in the folder of heads that predict further tokens; no model computes with them."""
+        if not prediction_heads(self.config):
+            return ()
+        known = [name for name in self._left_out.known if not OTHER_PARTS.search(name)]
+        model, headers = self.on_meta().model, read_headers(self.folder)
+        return tuple(names_in_files(model, headers, known, self.quantization))
+
+    @cached_property
+    def _left_out(self) -> LeftOut:
+        return check_tensors(self.on_meta().model, read_headers(self.folder), self.folder, self.quantization)
 
     @property
-    def left_behind(self) -> dict[str, str | int]:
-        """What a pruned model loses of its configuration: the rest of a wrapper, and prediction heads."""
-        left_behind: dict[str, str | int] = {}
-        original = next(iter(self.config.architectures or ()), self.architecture)
-        if original != self.architecture:
-            left_behind["language_model_of"] = original
-        heads = prediction_heads(self.config)
-        if heads:
-            left_behind["prediction_heads_left_out"] = heads
+    def left_behind(self) -> dict[str, str]:
+        """What a pruned model loses of its configuration: the rest of a wrapper, and quantisation; or which
+        wrapper it is the text decoder of."""
+        left_behind: dict[str, str] = {}
+        if self._is_wrapper and auto_class_name(self.config) == CAUSAL_LM:
+            left_behind["language_model_of"] = type(self.config).__name__.removesuffix("Config")
+        elif self._is_wrapper:
+            left_behind["text_decoder_of"] = self.architecture
+        if self.quantization is not None:
+            left_behind["dequantised_from"] = method_of(self.quantization)
         return left_behind
+
+    @property
+    def _is_wrapper(self) -> bool:
+        """Whether the configuration is one of a language model together with other models."""
+        return self.config.get_text_config() is not self.config
 
     @property
     def num_layers(self) -> int:
@@ -126,28 +175,39 @@ class ModelSource(ModelShape):
             ConfigError: weights are missing, damaged, too large, or do not fit the configuration.
         """
         self.fetch()
-        _ = self.left_out  # refuses weights that would silently load as something else
+        _ = self.remarks  # refuses weights that would silently load as something else
         placement = device if device_map is None else device_map
         model = MoEModel(self._load_weights(placement))
         model.check_head()
         return model
 
-    def stream(self, device: torch.device, *, tapes: Path | None = None) -> MoEModel:
+    def stream(
+        self, device: torch.device, *, tapes: Path | None = None, read_ahead: bool = False
+    ) -> MoEModel:
         """The model with one decoder layer in memory at a time.
 
         Args:
             device: where a layer goes.
             tapes: folder for what layers put out while they are not in memory; None leaves it in the CPU's
                 memory.
+            read_ahead: read the next layer in a thread while one computes; the CPU's memory holds it too.
 
         Raises:
             ConfigError: see `load`; or a layer's weights cannot be read by themselves.
         """
         self.fetch()
-        _ = self.left_out
+        _ = self.remarks
         give_back_freed_memory()
+        keep_few_kernels()
         model = self.on_meta()
-        weights = LayerWeights(model.model, model.layers_name, self.folder, device)
+        weights = LayerWeights(
+            model.model,
+            model.layers_name,
+            self.folder,
+            device,
+            quantization=self.quantization,
+            read_ahead=read_ahead,
+        )
         return MoEModel(model.model, Streamed(model.decoder_layers, model.layers, weights, tapes))
 
     def fetch(self) -> None:
@@ -170,10 +230,10 @@ class ModelSource(ModelShape):
 
     def _load_weights(self, placement: torch.device | str) -> PreTrainedModel:
         try:
-            with _bar_on_terminals_only():
-                model, found = AutoModelForCausalLM.from_pretrained(
+            with _bar_on_terminals_only(), dequantising():
+                model, found = auto_class(self.config).from_pretrained(
                     self.folder,
-                    config=self.config,
+                    config=with_quantization(self.config, self.quantization),
                     dtype=self.dtype,
                     device_map=placement,
                     trust_remote_code=self.trust_remote_code,
@@ -196,6 +256,7 @@ class ModelSource(ModelShape):
                 )
         if any(parameter.device.type == "meta" for parameter in model.parameters()):
             raise TooLargeError(self._too_large())
+        forget_conversions(model, self.quantization)
         return model
 
     def _too_large(self) -> str:
@@ -233,7 +294,10 @@ def find_model(
     config = read_config(folder, trust_remote_code)
     # Before a model is built, which sets the configuration's dtype.
     stored_dtype: torch.dtype | None = config.get_text_config().dtype
-    dtype = dtype or _dtype_of(config, folder)
+    quantization = read_quantization(folder)
+    dtype = dtype or _dtype_of(
+        config, folder, default=torch.float32 if quantization is None else torch.bfloat16
+    )
     model = _on_meta(config, path, trust_remote_code)
     shape = shape_of(model)
     if not is_on_hub(path) and (weight_files(folder) or not config_only):
@@ -242,6 +306,8 @@ def find_model(
     identity["dtype"] = dtype
     if trust_remote_code:
         identity["remote_code"] = "trusted"
+    if auto_class_name(config) == WRAPPER:
+        identity["loaded_as"] = type(model).__name__
     return ModelSource(
         folder=folder,
         identity=identity,
@@ -250,6 +316,7 @@ def find_model(
         config=config,
         architecture=type(model).__name__,
         trust_remote_code=trust_remote_code,
+        quantization=quantization,
         **shape,
     )
 
@@ -261,13 +328,13 @@ def _identity_of(path: str, folder: Path, digests: Path | None, *, has_code: boo
     return {"sha256": hash_folder(folder, digests, has_code=has_code)}
 
 
-def _dtype_of(config: PretrainedConfig, folder: Path) -> str:
-    """Name of the weights' dtype as the configuration gives it, else float32.
+def _dtype_of(config: PretrainedConfig, folder: Path, *, default: torch.dtype) -> str:
+    """Name of the weights' dtype as the configuration gives it.
 
     Raises:
         ConfigError: gradients cannot be computed in this dtype.
     """
-    declared = config.dtype or config.get_text_config().dtype or torch.float32
+    declared = config.dtype or config.get_text_config().dtype or default
     dtype = str(declared).removeprefix("torch.")
     if dtype not in DTYPES:
         raise ConfigError(
@@ -286,7 +353,7 @@ def _on_meta(
     """
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            model: PreTrainedModel = auto_class(config).from_config(
                 config, dtype=dtype, trust_remote_code=trust_remote_code
             )
     except ValueError as error:

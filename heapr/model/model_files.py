@@ -14,7 +14,9 @@ from heapr.errors import ConfigError
 from heapr.files import hash_file, hash_files, write_json
 from heapr.remembered_hashes import hash_file_once
 
-DESCRIPTION_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+DESCRIPTION_FILES = [
+    "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "additional_chat_templates/*.jinja",
+]  # fmt: skip
 # What transformers looks for, in this order.
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

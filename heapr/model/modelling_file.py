@@ -13,16 +13,18 @@ from string import Template
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from heapr.model.auto_class import CAUSAL_LM, WRAPPER
 from heapr.model.experts import grouped, layout, loop, packed, ragged, ragged_model, traced
 
 RAGGED_PREFIX = "heapr_"  # of the model type
 MODELLING_FILE = "modeling_heapr.py"
 PORTABLE = (layout, loop, packed, grouped, traced, ragged, ragged_model)  # what it imports, and what these do
 OLDEST_TRANSFORMERS = "5.16"  # that these files run with; pyproject.toml says what heapr itself needs
-CAUSAL_LM = "AutoModelForCausalLM"
 AUTO_CLASSES = {  # the name in `auto_map`, and where transformers notes a family's class for it
     "AutoModel": modeling_auto.MODEL_MAPPING,
     CAUSAL_LM: modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+    WRAPPER: modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    "AutoModelForMultimodalLM": modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING,
     "AutoModelForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     "AutoModelForTokenClassification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     "AutoModelForQuestionAnswering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING,
@@ -77,9 +79,15 @@ AutoModel.register(Heapr$config_name, Heapr$body_name)
 
 
 def family_classes(config_class: type[PretrainedConfig]) -> dict[str, type[PreTrainedModel]]:
-    """A family's classes, by the auto class that serves them."""
-    mappings = AUTO_CLASSES.items()
-    return {name: mapping[config_class] for name, mapping in mappings if config_class in mapping}
+    """A family's classes, by the auto class that serves them.
+
+    Of a wrapper, those of the whole: it stands for the causal language model too, which is another family's.
+    """
+    found = {name: mapping[config_class] for name, mapping in AUTO_CLASSES.items() if config_class in mapping}
+    own = {name: each for name, each in found.items() if each.config_class is config_class}
+    if CAUSAL_LM not in own and WRAPPER in own:
+        own[CAUSAL_LM] = own[WRAPPER]
+    return own
 
 
 def auto_map(config_class: type[PretrainedConfig]) -> dict[str, str]:

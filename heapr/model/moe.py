@@ -29,6 +29,8 @@ from heapr.types import ExpertWeights
 
 # Names of K in the families' configurations.
 TOP_K_FIELDS = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k")
+# In a module's name, what is not the text decoder; text never reaches such experts.
+OTHER_PARTS = re.compile(r"vision|visual|audio|speech|talker")
 DECODER_LAYER = re.compile(r"\.(\d+)\.")  # in a module's name, such as `model.layers.3.mlp.experts`
 
 
@@ -84,6 +86,17 @@ class MoELayer:
         layout = layout_of(self.experts)
         num_rows = 2 if layout.has_gate else 1
         return num_rows * (self.model_width + layout.has_bias) + self.model_width
+
+    def down_abs_max(self) -> Tensor:
+        """max over d of |w_kd|, the largest weight of each column k of W_down, (E, F); zero past an expert's
+        width."""
+        width = self.width
+        largest = []
+        for matrices in matrices_of(self.experts):
+            down_DF = matrices.down_DF.detach()
+            largest_F = down_DF.abs().amax(dim=0)
+            largest.append(F.pad(largest_F, (0, width - len(largest_F))))
+        return torch.stack(largest)
 
     def weights(self) -> ExpertWeights:
         """A copy of the experts' weights; experts narrower than the widest are padded with zeros."""
@@ -153,8 +166,7 @@ class MoEModel:
     @property
     def layers_name(self) -> str:
         """Name of the list of decoder layers in the model."""
-        name: str = DECODER_LAYER.split(self.layers[0].name)[0]
-        return name
+        return _list_of(self.layers[0])
 
     @property
     def spans(self) -> list[range]:
@@ -226,7 +238,7 @@ def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
     """
     layers = []
     for name, module in model.named_modules():
-        if not is_experts(module):
+        if not is_experts(module) or OTHER_PARTS.search(name):
             continue
         for attribute, description in CAPABILITIES.items():
             if getattr(module, attribute, False):
@@ -239,6 +251,16 @@ def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
             " Mixture-of-Experts model"
         )
     return sorted(layers, key=lambda layer: layer.index)
+
+
+def layers_name_of(model: PreTrainedModel) -> str:
+    """Name of the list of decoder layers in a model."""
+    return _list_of(find_moe_layers(model)[0])
+
+
+def _list_of(layer: MoELayer) -> str:
+    name: str = DECODER_LAYER.split(layer.name)[0]
+    return name
 
 
 def experts_per_token(model: PreTrainedModel) -> int:
@@ -275,17 +297,31 @@ class _PassThrough(nn.Module):
 
 def _without_body(model: PreTrainedModel) -> PreTrainedModel:
     """A model that shares all parameters and whose forward starts at the final hidden states."""
-    head = copy.copy(model)
-    # With a device map, accelerate sets a forward that is bound to the whole model.
-    head.__dict__.pop("forward", None)
-    head._modules = {**model._modules, _body_name(model): _PassThrough()}
+    head: PreTrainedModel = _with_child(model, _body_name(model), _PassThrough())
     return head
 
 
+def _with_child(module: Any, name: str, child: nn.Module) -> Any:
+    """A module that shares everything with another but the submodule of this name."""
+    copied = copy.copy(module)
+    # With a device map, accelerate sets a forward that is bound to the whole model.
+    copied.__dict__.pop("forward", None)
+    first, _, rest = name.partition(".")
+    replacement = _with_child(module._modules[first], rest, child) if rest else child
+    copied._modules = {**module._modules, first: replacement}
+    return copied
+
+
 def _body_name(model: PreTrainedModel) -> str:
-    """Name of the child that computes the final hidden states; not base_model_prefix in every family."""
-    names = (name for name, child in model.named_children() if isinstance(child, PreTrainedModel))
-    return str(next(names))
+    """Name of the submodule that computes the final hidden states; not base_model_prefix in every family.
+
+    It is the child with the experts. If that has a head itself, as in some wrappers, it is inside of it.
+    """
+    children = [(name, child) for name, child in model.named_children() if isinstance(child, PreTrainedModel)]
+    with_experts = [(name, child) for name, child in children if any(map(is_experts, child.modules()))]
+    name, body = (with_experts or children)[0]
+    has_head = body.get_output_embeddings() is not None
+    return f"{name}.{_body_name(body)}" if has_head else name
 
 
 def _layer_index(name: str) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, count
 from typing import Any
 
@@ -77,7 +77,8 @@ def backward_by_spans(model: MoEModel, batches: Iterable[Tokens], way: Way) -> I
     num_layers = len(model.decoder_layers)
     assert [layer for span in way.spans for layer in span] == list(range(num_layers)), way.spans
     tapes = (Tape(tokens.to(model.device), way.shelf, number) for number, tokens in enumerate(batches))
-    if way.together and len(way.spans) > 1:
+    is_recorded = isinstance(way.shelf, Files)
+    if way.together and (len(way.spans) > 1 or is_recorded):
         yield from _Journey(model, list(tapes), way).passes()
         return
     for number, tape in enumerate(tapes):
@@ -95,6 +96,27 @@ class _Journey:
         self._num_forward, self._first_finished = 0, len(way.spans)
         if isinstance(way.shelf, Files) and way.shelf.state:
             self._recover(way.shelf)
+
+    def _recover(self, files: Files) -> None:
+        state: dict[str, Any] = files.state
+        recorded = [range(start, stop) for start, stop in state["spans"]]
+        self._num_forward, self._first_finished = state["num_forward"], state["first_finished"]
+        if self._first_finished < len(recorded):
+            # What is finished ends where one of these begins.
+            self._way = replace(self._way, spans=recorded)
+        elif recorded != list(self._way.spans):
+            self._go_on_from(recorded[self._num_forward].start)
+        for tape, description in zip(self._tapes, state["tapes"], strict=True):
+            tape.recover(description, files)
+        for number, loss in state["losses"].items():
+            self._losses[int(number)] = torch.tensor(loss, dtype=torch.float32, device=self._model.device)
+
+    def _go_on_from(self, layer: int) -> None:
+        """Nothing is finished, and the outputs of all layers before this one are on the tapes."""
+        spans = self._way.spans
+        is_on_tape = [span.stop <= layer for span in spans]
+        self._num_forward = min(sum(is_on_tape), len(spans) - 1)
+        self._first_finished = len(spans)
 
     def passes(self) -> Iterator[Passed]:
         """Go forward, then backward."""
@@ -163,16 +185,12 @@ class _Journey:
         losses = {str(number): loss.item() for number, loss in self._losses.items()}
         tapes = [tape.describe() for tape in self._tapes]
         self._way.shelf.commit(
-            num_forward=self._num_forward, first_finished=self._first_finished, losses=losses, tapes=tapes
+            num_forward=self._num_forward,
+            first_finished=self._first_finished,
+            spans=[(span.start, span.stop) for span in self._way.spans],
+            losses=losses,
+            tapes=tapes,
         )
-
-    def _recover(self, files: Files) -> None:
-        state: dict[str, Any] = files.state
-        self._num_forward, self._first_finished = state["num_forward"], state["first_finished"]
-        for tape, description in zip(self._tapes, state["tapes"], strict=True):
-            tape.recover(description, files)
-        for number, loss in state["losses"].items():
-            self._losses[int(number)] = torch.tensor(loss, dtype=torch.float32, device=self._model.device)
 
 
 def span_backward(model: MoEModel, tape: Tape, span: Span, reads: Reads) -> Tensor | None:

@@ -16,9 +16,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from heapr.errors import ConfigError
 from heapr.model import deepseek_moe
+from heapr.model.auto_class import CAUSAL_LM
 from heapr.model.experts.ragged_model import RaggedModel, without_experts
 from heapr.model.modelling_file import (
-    CAUSAL_LM,
     RAGGED_PREFIX,
     auto_map,
     family_classes,

@@ -142,18 +142,16 @@ class Streamed:
         return f"read {self.weights.shards.bytes_read / 1e9:.3g} GB, {rate / 1e6:.3g} MB/s"
 
     def change(self, place: ExpertsPlace, change: Change) -> None:
+        change()
         self.remember(place, change)
-        if self._holders[place.index]:
-            change()
 
     def remember(self, place: ExpertsPlace, change: Change) -> None:
-        index, present = place.index, place.experts
-        place.replace_experts(self._shapes[index])
-        change()
+        index, dense = place.index, self._dense[place.index]
+        # From now on these stand for the layer's experts. Nobody needs the ones before.
         self._shapes[index] = place.experts
         self._changes[index].append(change)
-        if self._holders[index]:
-            place.replace_experts(present)
+        if place.experts is not dense:
+            self.weights.release(index, dense)
 
     def _reading(self, layer: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:

@@ -7,6 +7,7 @@ several.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from heapr.files import write_json
 from heapr.model.model_files import INDEX
 from heapr.model.moe import MoEModel
+from heapr.model.shards import Shards
 from heapr.tensors_file import TensorsFile
 
 PATTERN = "model{suffix}.safetensors"
@@ -25,7 +27,25 @@ METADATA = {"format": "pt"}  # of every file
 State = dict[str, Tensor]
 
 
-def write_weights(model: MoEModel, folder: Path, *, max_shard_size: str, by_family: bool) -> None:
+@dataclass(frozen=True)
+class Carried:
+    """Tensors of other files, which are copied unchanged.
+
+    Attributes:
+        folder: with the files.
+        names: of the tensors in them, and in the copy.
+    """
+
+    folder: Path
+    names: Sequence[str]
+
+
+NOTHING = Carried(Path(), ())
+
+
+def write_weights(
+    model: MoEModel, folder: Path, *, max_shard_size: str, by_family: bool, carried: Carried = NOTHING
+) -> None:
     """Write all weights but tied ones, which loading ties again.
 
     Of a family that transformers lacks, they are written too: other tools have a class of their own for it,
@@ -36,11 +56,17 @@ def write_weights(model: MoEModel, folder: Path, *, max_shard_size: str, by_fami
         max_shard_size: of a file, as huggingface_hub takes it.
         by_family: tensors are written under the names and in the shapes of the family's published
             checkpoints, otherwise as the model has them.
+        carried: written beside the model's own.
     """
+    others = Shards(carried.folder) if carried.names else None
     tied = _left_out(model, by_family=by_family)
     shapes: State = {}
     for state in _parts(model, tied, in_memory=False):
         shapes |= _as_written(model, state, by_family=by_family)
+    for name in carried.names:
+        assert others is not None and name not in shapes
+        place = others.place(name)
+        shapes[name] = torch.empty(place.shape, dtype=place.dtype, device="meta")
     split = split_torch_state_dict_into_shards(
         shapes, filename_pattern=PATTERN, max_shard_size=max_shard_size
     )
@@ -52,6 +78,9 @@ def write_weights(model: MoEModel, folder: Path, *, max_shard_size: str, by_fami
         for name, tensor in _as_written(model, state, by_family=by_family).items():
             file_name = split.tensor_to_filename[name]
             files[file_name].write(name, tensor)
+    for name in carried.names:
+        assert others is not None
+        files[split.tensor_to_filename[name]].write(name, others.read(name))
     if split.is_sharded:
         weight_map = dict(sorted(split.tensor_to_filename.items()))
         write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": weight_map})

@@ -20,21 +20,42 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.core_model_loading import WeightConverter, WeightTransform
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    dot_natural_key,
+    rename_source_key,
+)
 from transformers.utils import logging as transformers_logging
 
 from heapr.errors import ConfigError
 from heapr.model.model_files import Headers
+from heapr.model.quantised import (
+    Quantization,
+    check_modules,
+    conversions_of,
+    dequantising,
+    method_of,
+    quantised,
+    with_quantization,
+)
+from heapr.model.shards import DTYPES
 
 logger = logging.getLogger(__name__)
 
-# By the names that safetensors uses.
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Of weights that are not quantised, by the names that safetensors uses.
+FLOATS = ("F64", "F32", "F16", "BF16")
+EIGHT_BITS = ("F8_E4M3", "F8_E5M2")
 # What quantisation tools put beside a weight, or in its place.
 SCALES = re.compile(
     r"((weight|input|output|act|proj|bias|qweight)_scales?(_inv|_2)?|weight_(packed|shape|zero_point|g_idx)|\.(scale|scales|scale_inv)"
     r"|qscale_\w+|qweight|qzeros|g_idx|_blocks|\.SCB|absmax|quant_map|quant_state\.\w+)$"
 )
+# Scales of activations, which whole weights do not need.
+ACTIVATION_SCALES = re.compile(r"((input|output|act|activation)_scale|[kqv]_scale)$")
 # A decoder layer, or another part of a model.
 PLACE = re.compile(r"(\w+\.)?layers\.\d+(?=\.)|model\.\w+(?=\.)|\w+(?=\.)|.+")
 BUFFERS = re.compile(r"(inv_freq|position_ids)$")  # stored by older versions of transformers, computed now
@@ -53,25 +74,28 @@ class LeftOut:
     unknown: tuple[str, ...]
 
 
-def check_tensors(model: PreTrainedModel, headers: Headers, folder: Path) -> LeftOut:
+def check_tensors(
+    model: PreTrainedModel, headers: Headers, folder: Path, quantization: Quantization | None = None
+) -> LeftOut:
     """Return the tensors in a model's files that it leaves out, and refuse weights that do not fit.
 
     Args:
         model: on the meta device.
         headers: the headers of its files.
         folder: the folder of the files, for messages.
+        quantization: how the weights are quantised, from config.json.
 
     Raises:
-        ConfigError: the weights are quantised, tensors are missing, or shapes differ from the configuration.
+        ConfigError: the weights are quantised in a way that config.json does not say, tensors are missing, or
+            shapes differ from the configuration.
     """
     odd = {name: header for name, header in headers.items() if header["dtype"] not in FLOATS}
-    if odd and _takes_as_weights(model, odd):
+    if quantization is None and odd and _takes_as_weights(model, odd):
         name = min(odd)
         raise ConfigError(_quantised(folder, f"{name} is {odd[name]['dtype']}"))
-    loaded = _load(model, headers)
-    scales = [name for name in loaded.left_out.unknown if SCALES.search(name)]
-    if scales:
-        raise ConfigError(_quantised(folder, f"{scales[0]} belongs to a quantised weight"))
+    check_modules(model, quantization, folder)
+    loaded = _load(model, headers, quantization)
+    _check_scales(loaded.left_out, headers, folder, quantization)
     for problem, names in (("mismatched keys", loaded.mismatched), ("missing keys", loaded.missing)):
         if names:
             what = f"{problem} {names[0]} and {len(names) - 1} more"
@@ -87,20 +111,92 @@ def report_left_out(left_out: LeftOut, model_name: str) -> list[str]:
     """
     lines = []
     if left_out.known:
-        line = (
-            f"{model_name} leaves out what it has no part for: {_summary(left_out.known)}; the pruned model"
-            " will not have it"
-        )
+        line = f"{model_name} leaves out what it has no part for: {summary(left_out.known)}"
         logger.info("%-9s %s", "model", line)
         lines.append(line)
     if left_out.unknown:
         line = (
             f"{len(left_out.unknown)} tensors in the files are unknown to {model_name} and not used:"
-            f" {_summary(left_out.unknown)}"
+            f" {summary(left_out.unknown)}"
         )
         logger.warning("%s", line)
         lines.append(line)
     return lines
+
+
+def names_in_files(
+    model: PreTrainedModel, headers: Headers, names: Iterable[str], quantization: Quantization | None
+) -> Iterator[str]:
+    """The tensors in the files that transformers' conversion, which may merge several into one, makes into
+    tensors of these names.
+
+    Args:
+        model: on the meta device.
+        headers: the headers of its files.
+    """
+    wanted = set(names)
+    conversions, _ = conversions_of(model, quantization)
+    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+    converters = [each for each in conversions if isinstance(each, WeightConverter)]
+    known = model.state_dict()
+    for name in sorted(headers, key=dot_natural_key):
+        target, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        if target in wanted:
+            yield name
+
+
+def carried_over(model: PreTrainedModel, layers: str) -> list[str]:
+    """One line about what a wrapper has beside its text decoder, none if that is nothing.
+
+    Args:
+        layers: name of the list of decoder layers in the model.
+    """
+    decoder = layers.rpartition(".")[0]
+    head = model.get_output_embeddings()
+    heads = {id(parameter) for parameter in head.parameters()} if head is not None else set()
+    beside = []
+    for name, parameter in model.named_parameters():
+        if not name.startswith(f"{decoder}.") and id(parameter) not in heads:
+            beside.append(name)
+    if not beside:
+        return []
+    return [
+        f"only the text decoder of {type(model).__name__} is pruned; {summary(beside)} are carried over"
+        " unchanged"
+    ]
+
+
+def _check_scales(
+    left_out: LeftOut, headers: Headers, folder: Path, quantization: Quantization | None
+) -> None:
+    """Refuse scales without a weight, and weights of 8 bits without a scale, which would be wrong numbers.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    scales = [name for name in left_out.unknown if SCALES.search(name)]
+    if quantization is None:
+        if scales:
+            raise ConfigError(_quantised(folder, f"{scales[0]} belongs to a quantised weight"))
+        return
+    method = method_of(quantization)
+    unused = [name for name in scales if not ACTIVATION_SCALES.search(name)]
+    if unused:
+        raise ConfigError(
+            f"{quantised(folder, method)}, and transformers does not use {unused[0]} to dequantise them; give"
+            " a bfloat16 or float32 copy"
+        )
+    not_loaded = {*left_out.known, *left_out.unknown}
+    for name, header in headers.items():
+        is_weight = header["dtype"] in EIGHT_BITS and name not in not_loaded and not SCALES.search(name)
+        if is_weight and headers.keys().isdisjoint(_names_of_scale(name)):
+            raise ConfigError(f"{quantised(folder, method)}, and {name} has no scale; get the files again")
+
+
+def _names_of_scale(weight: str) -> set[str]:
+    """Under which names the scale of a weight may be in the files."""
+    stem = weight.removesuffix("weight")
+    return {f"{weight}_scale_inv", f"{weight}_scale", f"{stem}scale", f"{stem}qscale_weight"}
 
 
 def _takes_as_weights(model: PreTrainedModel, odd: Headers) -> bool:
@@ -108,7 +204,7 @@ def _takes_as_weights(model: PreTrainedModel, odd: Headers) -> bool:
 
     In some families they are tables of numbers instead.
     """
-    loaded = _load(model, odd)
+    loaded = _load(model, odd, None)
     if loaded.mismatched:
         return True
     tensors = model.state_dict()
@@ -125,7 +221,7 @@ class _Loaded:
     left_out: LeftOut
 
 
-def _load(model: PreTrainedModel, headers: Headers) -> _Loaded:
+def _load(model: PreTrainedModel, headers: Headers, quantization: Quantization | None) -> _Loaded:
     """Let transformers load tensors on the meta device into a model on the meta device."""
     reports: list[Any] = []
     dropped: set[str] = set()
@@ -137,8 +233,8 @@ def _load(model: PreTrainedModel, headers: Headers) -> _Loaded:
         dropped.update(before - set(report.unexpected_keys))
         reports.append(report)
 
-    def load(model: Any, tensors: Any, files: Any, config: Any) -> Any:
-        here = replace(config, weight_mapping=without_cpu(config.weight_mapping))
+    def load(model: Any, tensors: Any, files: Any, how: Any) -> Any:
+        here = replace(how, weight_mapping=without_cpu(how.weight_mapping))
         return model_class._load_pretrained_model(model, tensors, files, here)
 
     # The same name and module, because transformers finds conversions by them.
@@ -149,10 +245,11 @@ def _load(model: PreTrainedModel, headers: Headers) -> _Loaded:
     }
     watched: Any = type(model_class.__name__, (model_class,), members)
     tensors = dict(_without_memory(headers))
+    config = with_quantization(model.config, quantization)
     try:
-        with silent():
+        with silent(), dequantising():
             watched.from_pretrained(
-                None, config=model.config, state_dict=tensors, device_map="meta", ignore_mismatched_sizes=True
+                None, config=config, state_dict=tensors, device_map="meta", ignore_mismatched_sizes=True
             )
     except RuntimeError:
         # Raised over parts that cannot be put together, which the report names.
@@ -186,21 +283,33 @@ def without_cpu(conversions: Sequence[WeightTransform]) -> list[WeightTransform]
     return copies
 
 
+def merges_experts(converter: WeightConverter) -> bool:
+    """Whether a conversion stacks single experts' matrices: [W_gate; W_up] of each, or one matrix of each."""
+    kinds = []
+    for operation in converter.operations:
+        dim = getattr(operation, "dim", None)
+        kinds.append((type(operation), dim))
+    stack = (MergeModulelist, 0)
+    join = (Concatenate, 1)
+    is_single = len(converter.source_patterns) == 1
+    return kinds == [stack, join] or (is_single and kinds == [stack])
+
+
 def _without_memory(headers: Headers) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors on the meta device, as the headers describe them."""
     for name, header in headers.items():
-        dtype = FLOATS.get(header["dtype"], torch.uint8)
+        dtype = DTYPES.get(header["dtype"], torch.uint8)
         yield name, torch.empty(header["shape"], dtype=dtype, device="meta")
 
 
 def _quantised(folder: Path, what: str) -> str:
     return (
-        f"the weights in '{folder}' are quantised ({what}), and gradients need them whole; give a bfloat16 or"
-        " float32 copy"
+        f"{quantised(folder, what)}, config.json has no quantization_config that says how, and gradients need"
+        " them whole; give a bfloat16 or float32 copy"
     )
 
 
-def _summary(names: Iterable[str]) -> str:
+def summary(names: Iterable[str]) -> str:
     """How many tensors there are below each part of a model: the four largest parts."""
     counts: Counter[str] = Counter()
     for name in names:

@@ -51,8 +51,8 @@ def report_allocation(
         removed_ratio = _cost_removed_ratio(plan, widths, costs)
         report[f"{budget.unit}_removed_ratio"] = removed_ratio
         summary.append(_about_cost(removed_ratio, budget))
-    if budget.protected_layers:
-        without_protection = replace(budget, protected_layers=())
+    if budget.protected_layers or budget.protected_experts:
+        without_protection = replace(budget, protected_layers=(), protected_experts=())
         unprotected = allocate(scores, widths, without_protection, costs)
         report |= _protection(plan, unprotected, scores)
         summary.append(_about_protection(report))
@@ -62,7 +62,7 @@ def report_allocation(
 
 
 def _protection(plan: Plan, unprotected: Plan, scores: Scores) -> dict[str, Any]:
-    """What protected layers change, by key."""
+    """What protected layers and experts change, by key."""
     return {
         "atomic_experts_exchanged_by_protection": _exchanged(plan, unprotected),
         "kept_score_without_protection": _kept_score(unprotected, scores),
@@ -132,10 +132,10 @@ def _about_rounding(plan: Plan, exact: Plan, budget: Budget, report: Mapping[str
 
 
 def _about_protection(report: Mapping[str, Any]) -> str:
-    """What protected layers keep, and the score that it costs."""
+    """What protected layers and experts keep, and the score that it costs."""
     exchanged = report["atomic_experts_exchanged_by_protection"]
     scores = _about_scores(report["kept_score_without_protection"], report["kept_score"])
-    return f"protected layers keep {exchanged} atomic experts that would otherwise be removed; {scores}"
+    return f"protection keeps {exchanged} atomic experts that would otherwise be removed; {scores}"
 
 
 def _about_scores(before: float, after: float) -> str:

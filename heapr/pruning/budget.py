@@ -41,6 +41,7 @@ class Budget:
             half an expert. K experts of every layer stay whole.
         unit: what the ratio is a share of: "atomic_experts", or the routed experts' "flops" (`costs_of`).
         protected_layers: decoder layer indices that lose nothing. The other layers lose correspondingly more.
+        protected_experts: experts, each a decoder layer index and an index in it, that lose nothing.
         num_experts: how many experts every layer keeps, chosen beforehand (whole experts, scope "layer").
             With None, the ratio decides.
         one_width_per_layer: the experts of a layer get one width (scope "expert"), and the layers' widths
@@ -55,6 +56,7 @@ class Budget:
     granularity: Granularity = Granularity.ATOMIC_EXPERT
     unit: str = "atomic_experts"
     protected_layers: tuple[int, ...] = ()
+    protected_experts: tuple[tuple[int, int], ...] = ()
     num_experts: int | None = None
     one_width_per_layer: bool = False
 
@@ -75,8 +77,12 @@ class Budget:
 
     @property
     def is_plain(self) -> bool:
-        """Whether atomic experts are counted and no layer is protected, as in the paper."""
-        return self.unit == "atomic_experts" and not self.protected_layers
+        """Whether atomic experts are counted and nothing is protected, as in the paper."""
+        return self.unit == "atomic_experts" and not self.protected_layers and not self.protected_experts
+
+    def protected_in(self, index: int) -> list[int]:
+        """The protected experts of a layer."""
+        return [expert for layer, expert in self.protected_experts if layer == index]
 
     def of_round(self, ratio: float, widths: Widths, original_widths: Widths, costs: Costs | None) -> Budget:
         """The budget of a round after which `ratio` of the original is removed.
@@ -146,11 +152,16 @@ class Budget:
         return numbers
 
     def _least_kept(self, index: int, width_E: Sequence[int]) -> int:
-        """Atomic experts of a layer that must stay: all if it is protected, else one in each of K experts."""
+        """Atomic experts of a layer that must stay.
+
+        All if it is protected, else those of protected experts, and one in each of K experts.
+        """
         if index in self.protected_layers:
             return sum(width_E)
         num_present = sum(width > 0 for width in width_E)
-        return min(self.experts_per_token, num_present)
+        stay = [width_E[expert] for expert in self.protected_in(index)]
+        num_others = max(0, min(self.experts_per_token, num_present) - len(stay))
+        return sum(stay) + num_others
 
     def _check_removable(self, numbers: Sequence[int], removable: Sequence[int]) -> None:
         """Refuse to remove more than the limits."""

@@ -6,7 +6,7 @@ changed in place, and how much of the squared error is left. The methods are in 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -83,20 +83,28 @@ class Repair(Protocol):
         ...
 
 
-def copy_weights(experts: Experts) -> list[tuple[Tensor, Tensor]]:
-    """A copy of every expert's rows of W_gate and W_up, and columns of W_down."""
+def copy_weights(experts: Experts, *, with_inputs: bool) -> list[list[Tensor]]:
+    """A copy of every expert's columns of W_down and, on request, its rows of W_gate and W_up."""
     copies = []
-    for matrices in matrices_of(experts):
-        inputs_GD = matrices.inputs_GD.detach().clone()
-        down_DF = matrices.down_DF.detach().clone()
-        copies.append((inputs_GD, down_DF))
+    for parts in _changeable(experts, with_inputs=with_inputs):
+        of_expert = [part.clone() for part in parts]
+        copies.append(of_expert)
     return copies
 
 
-def num_changed(experts: Experts, old: Sequence[tuple[Tensor, Tensor]]) -> int:
-    """Experts with at least one weight that changed."""
+def num_changed(experts: Experts, old: Sequence[Sequence[Tensor]], *, with_inputs: bool) -> int:
+    """Experts of which at least one weight differs from its copy."""
     number = 0
-    for new_weights, old_weights in zip(copy_weights(experts), old, strict=True):
-        is_same = all(map(torch.equal, new_weights, old_weights))
+    for new_parts, old_parts in zip(_changeable(experts, with_inputs=with_inputs), old, strict=True):
+        is_same = all(map(torch.equal, new_parts, old_parts))
         number += not is_same
     return number
+
+
+def _changeable(experts: Experts, *, with_inputs: bool) -> Iterator[list[Tensor]]:
+    """What repair may change of every expert, in the experts' own memory."""
+    for matrices in matrices_of(experts):
+        parts = [matrices.down_DF.detach()]
+        if with_inputs:
+            parts.append(matrices.inputs_GD.detach())
+        yield parts

@@ -9,8 +9,9 @@ import copy
 from collections.abc import Iterator, Mapping
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
+from heapr.model.auto_class import auto_class
 from heapr.model.experts.layout import Experts, layout_of, model_width_of
 from heapr.model.moe import find_moe_layers
 
@@ -30,7 +31,7 @@ def on_meta(config: PretrainedConfig, changes: Mapping[str, int] | None = None) 
     for field, value in (changes or {}).items():
         setattr(text_config, field, value)
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(changed)
+        model: PreTrainedModel = auto_class(config).from_config(changed)
     return model
 
 

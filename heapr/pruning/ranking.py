@@ -26,19 +26,23 @@ def only_existing(scores_EF: Tensor, width_E: Sequence[int]) -> Tensor:
 def protect(scores_EF: Tensor, index: int, budget: Budget) -> Tensor:
     """Set the scores of atomic experts that must stay to infinity.
 
-    These are all atomic experts of a protected layer. In other layers, they are the best atomic expert (the
-    first of equals) of each of the K best experts.
+    These are all atomic experts of a protected layer. In other layers, they are those of protected experts,
+    and the best atomic expert (the first of equals) of each of the K best experts.
     """
     if index in budget.protected_layers:
         exists_EF = scores_EF > -math.inf
         return scores_EF.masked_fill(exists_EF, math.inf)
     protected_EF = scores_EF.clone()
     best_E = scores_EF.amax(dim=1)
+    best_E[budget.protected_in(index)] = math.inf  # they are among the K anyway
     num_present = int((best_E > -math.inf).sum())
     num_protected = min(budget.experts_per_token, num_present)
     for expert in highest(best_E, num_protected):
         best = scores_EF[expert].argmax()
         protected_EF[expert, best] = math.inf
+    for expert in budget.protected_in(index):
+        exists_F = scores_EF[expert] > -math.inf
+        protected_EF[expert, exists_F] = math.inf
     return protected_EF
 
 

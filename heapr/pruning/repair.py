@@ -73,7 +73,6 @@ class ExpertRepair:
         new = Activations(after, inputs)
         error = change = 0.0
         num_repaired = 0
-        columns = []
         for expert in range(len(after.widths)):
             lost_nD = old.output(expert) - new.output(expert)
             u_n1 = self._token_weights(new, expert)
@@ -84,10 +83,8 @@ class ExpertRepair:
             if expert_change < 0:
                 change += expert_change
                 num_repaired += 1
-                down_DS = repaired_DS
-            columns.append(down_DS)
-        repaired_DS = torch.cat(columns, dim=1)
-        after.down_proj.copy_(repaired_DS.T)
+                # Other experts' activations do not depend on these columns.
+                down_DS.copy_(repaired_DS)
         num_tokens = ranks.total(len(inputs.hidden_TD))
         error = ranks.total(error)
         error_after = max(0.0, error + change)
@@ -199,7 +196,7 @@ class JointRepair:
         target: StreamTarget | None = None,
         ranks: Ranks = ONE_PROCESS,
     ) -> LayerRepair:
-        old = copy_weights(after)
+        old = copy_weights(after, with_inputs=self.refits_inputs)
         num_tokens = ranks.total(len(inputs.hidden_TD))
         if target is None:
             wanted_TD = layer_output(before, inputs)
@@ -213,7 +210,7 @@ class JointRepair:
             lost_TD = self._refit_inputs(after, inputs, wanted_TD, lost_TD, ranks=ranks)
             lost_TD = self._solve_columns(after, inputs, wanted_TD, lost_TD, ranks=ranks)
         error_after = ranks.total(squared(lost_TD))
-        num_repaired = num_changed(after, old)
+        num_repaired = num_changed(after, old, with_inputs=self.refits_inputs)
         return LayerRepair(error_before / num_tokens, error_after / num_tokens, num_repaired)
 
     def _solve_columns(

@@ -1,5 +1,6 @@
 """The artifact store. `python -m heapr.store` says what is in it (heapr/store/commands.py)."""
 
-from heapr.store.store import WHOLE, Artifact, Store
+from heapr.store.artifact import Artifact
+from heapr.store.store import WHOLE, Store
 
 __all__ = ["WHOLE", "Artifact", "Store"]

@@ -18,7 +18,7 @@ from heapr.locks import lock_of
 from heapr.store.inventory import Entry, entries, made_from, size_of
 from heapr.store.leftovers import damaged_copies, remove_leftovers
 from heapr.store.publishing import lock_path, remove
-from heapr.store.references import needs_of_runs, stale_references, with_upstream
+from heapr.store.references import REFERENCES, needs_of_runs, stale_references, with_upstream
 
 
 @dataclass(frozen=True)
@@ -88,15 +88,24 @@ def remove_garbage(root: Path, garbage: Garbage, also: Collection[str] = ()) -> 
     """
     removed = []
     asked = _with_made_from(also, made_from(entries(root)))
+    needed, changed = needed_artifacts(root), _last_reference(root)
     for entry in reversed(garbage.artifacts):  # what was made from others goes before them
+        if _last_reference(root) != changed:
+            needed, changed = needed_artifacts(root), _last_reference(root)
         with suppress(Timeout), lock_of(lock_path(entry.path)).acquire(timeout=0):
-            if entry.name in asked or entry.name not in needed_artifacts(root):
+            if entry.name in asked or entry.name not in needed:
                 _remove_artifact(entry.path)
                 removed.append(entry.path)
     for path in [*garbage.copies, *garbage.references]:
         remove(path)
         removed.append(path)
     return removed + remove_leftovers(root)
+
+
+def _last_reference(root: Path) -> int:
+    """When a run last recorded what it needs."""
+    folder = root / REFERENCES
+    return folder.stat().st_mtime_ns if folder.is_dir() else 0
 
 
 def _remove_artifact(path: Path) -> None:

@@ -22,6 +22,8 @@ from heapr.origin import Origin, canonical
 from heapr.sealed import DamagedError, read_sealed
 
 if TYPE_CHECKING:
+    import torch
+
     from heapr.measure import StageMeter
 
 RECORDED_LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "numpy")
@@ -81,12 +83,14 @@ def entry_of(manifest: Mapping[str, Any], part: str) -> Mapping[str, Any]:
     return entry
 
 
-def trusted_manifest(path: Path, origin: Origin | None = None) -> dict[str, Any]:
+def trusted_manifest(path: Path) -> dict[str, Any]:
     """Read an artifact's manifest and check everything that it says, except for its files.
+
+    The folder's name is the hash of stage, version, configuration and upstream: a manifest that says anything
+    else of them belongs to another artifact.
 
     Args:
         path: folder of the artifact, `<root>/<stage>/<key>`.
-        origin: what the artifact must be; with None, whatever the folder's name says.
 
     Raises:
         MissingError: there is no artifact.
@@ -102,11 +106,19 @@ def trusted_manifest(path: Path, origin: Origin | None = None) -> dict[str, Any]
     folder = (path.parent.name, path.name)
     if (said.stage, manifest["key"]) != folder or _key(said) != path.name:
         raise DamagedError(f"{MANIFEST} belongs to another artifact: {said.stage} {manifest['key']}")
-    if origin is not None:
-        expected = (origin.stage, origin.version, canonical(origin.config), dict(origin.upstream))
-        if (said.stage, said.version, said.config, said.upstream) != expected:
-            raise DamagedError(f"{MANIFEST} belongs to another configuration")
     return manifest
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """With what and where a run is made: versions, the code's commit, and what timings depend on."""
+    from heapr.measure import machine
+
+    return {
+        "version": importlib.metadata.version("heapr"),
+        "git_commit": _git_commit(),
+        "libraries": {name: importlib.metadata.version(name) for name in RECORDED_LIBRARIES},
+        "machine": machine(device),
+    }
 
 
 def provenance(folder: Path, meter: StageMeter) -> dict[str, Any]:

@@ -18,10 +18,8 @@ import logging
 import os
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -35,6 +33,8 @@ from heapr.os_errors import one_line_about
 from heapr.ranks import ONE_PROCESS, Ranks
 from heapr.sealed import DamagedError
 from heapr.shared_folder import wait_to_see
+from heapr.store.artifact import Artifact
+from heapr.store.inspector import Inspector
 from heapr.store.leftovers import remove_leftovers, scratch_of
 from heapr.store.manifest import MissingError, entry_of, new_manifest, provenance, trusted_manifest
 from heapr.store.publishing import (
@@ -55,44 +55,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WHOLE = ""  # in place of a part's name: the artifact itself
-LOOKS = 3  # at an artifact that seems damaged, because others may be changing it
-LOOK_SECONDS = 0.01  # between them
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """A finished result.
-
-    Attributes:
-        stage, key, part: which result it is.
-        path: its folder; read-only by convention. A part lies in the folder of its artifact.
-        cached: whether it was found rather than made.
-        seconds: time that finding or making it took.
-        peak_memory_bytes: peak memory of the process (of the GPU, if one is used) while it was made; 0 if
-            cached.
-    """
-
-    stage: str
-    key: str
-    part: str
-    path: Path
-    cached: bool
-    seconds: float
-    peak_memory_bytes: int
-
-    def summary(self) -> dict[str, Any]:
-        """Its entry in `summary.json`."""
-        return {
-            "stage": self.stage,
-            "key": self.key,
-            "part": self.part,
-            "path": str(self.path),
-            "cached": self.cached,
-            "seconds": round(self.seconds, 3),
-            "peak_memory_bytes": self.peak_memory_bytes,
-        }
 
 
 class Store:
@@ -104,6 +68,7 @@ class Store:
         ranks: the processes that make artifacts together. All of them call `has` and `get`, in one order.
         wait_minutes: for an artifact that another run is making; None waits as long as it takes.
         full_check: read every file again, whatever is remembered of large ones.
+        record: what else the manifests say; it determines no result.
 
     Raises:
         ConfigError: the folder cannot be created.
@@ -117,11 +82,12 @@ class Store:
         ranks: Ranks = ONE_PROCESS,
         wait_minutes: float | None = None,
         full_check: bool = False,
+        record: Mapping[str, Any] | None = None,
     ) -> None:
         self.root, self.device, self._wait_minutes = root, device, wait_minutes
-        self._ranks = ranks
+        self._ranks, self._record = ranks, dict(record or {})
         self._hashes = Hashes(None if full_check else self.digests)
-        self._told: set[str] = set()
+        self._inspector = Inspector(self._hashes)
         try:
             root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -245,7 +211,7 @@ class Store:
                 return
             with self._locked(path):
                 try:
-                    manifest = verify(path, part, self._hashes, origin)
+                    manifest = verify(path, part, self._hashes)
                 except (MissingError, DamagedError) as error:
                     raise ConfigError(f"{origin.stage} {origin.key} {part} is damaged: {error}") from error
                 text = change(file.read_text(encoding="utf-8"))
@@ -287,14 +253,19 @@ class Store:
             if self._ranks.is_first:
                 self._put_damaged_aside(origin, part)
                 remove_leftovers(self.root)
-                self._make(origin, compute, write, part)
-            else:
-                compute()
-            self._ranks.barrier()
-            if self._ranks.is_first:
+                self._make(origin, partial(self._computed_by_all, compute), write, part)
                 shutil.rmtree(scratch_of(path, part), ignore_errors=True)
+            else:
+                self._computed_by_all(compute)
+            self._ranks.barrier()
         wait_to_see(path, partial(_is_listed, path, part), self._ranks)
         return True
+
+    def _computed_by_all(self, compute: Callable[[], T]) -> T:
+        """What this rank computes, once all have computed: none needs its scratch any more."""
+        value = compute()
+        self._ranks.barrier()
+        return value
 
     def _make(
         self, origin: Origin, compute: Callable[[], T], write: Callable[[Path, T], None], part: str
@@ -306,7 +277,7 @@ class Store:
         with empty_folder(path) as temporary:
             with StageMeter(self.device) as meter:
                 write(temporary, compute())
-            described = provenance(temporary, meter)
+            described = {**provenance(temporary, meter), **self._record}
             if part:
                 add_part(part, temporary, path, manifest=self._manifest(origin), entry=described)
             else:
@@ -316,7 +287,7 @@ class Store:
         """Move what is damaged out of the way of what will be made. The lock is held."""
         path = self.path(origin)
         try:
-            verify(path, part, self._hashes, origin)
+            verify(path, part, self._hashes)
         except MissingError:
             if part:
                 self._manifest(origin)
@@ -326,45 +297,14 @@ class Store:
         except DamagedError:
             if part:
                 self._manifest(origin)
+                return
             aside = put_aside(path)
             logger.warning("%s %s: the damaged one is kept in %s", origin.stage, origin.key, aside)
 
     def _first_finds_intact(self, origin: Origin, part: str) -> bool:
         """Whether rank 0 finds an artifact complete and undamaged; all ranks go by that."""
-        is_intact = self._ranks.is_first and self._is_intact(origin, part)
+        is_intact = self._ranks.is_first and self._inspector.is_intact(self.path(origin), part)
         return self._ranks.of_first(is_intact)
-
-    def _is_intact(self, origin: Origin, part: str) -> bool:
-        """Whether the artifact is what it must be; a warning says what is wrong with it, once."""
-        problem = self._problem(origin, part)
-        if problem:
-            line = f"{origin.stage} {origin.key} is damaged ({problem}); it will be made again"
-            if line not in self._told:
-                logger.warning("%s", line)
-            self._told.add(line)
-        return problem is None
-
-    def _problem(self, origin: Origin, part: str) -> str | None:
-        """What is wrong with an artifact; empty if it is not there, None if it is intact.
-
-        While another process publishes or rewrites, its files may not fit together for a moment. A problem
-        is one only if it is the same at `LOOKS` looks in a row.
-        """
-        path = self.path(origin)
-        seen: list[str] = []
-        while len(seen) < LOOKS:
-            try:
-                verify(path, part, self._hashes, origin)
-                return None
-            except MissingError:
-                return ""
-            except DamagedError as error:
-                problem = str(error)
-            except FileNotFoundError:  # it was moved between two looks at its files
-                problem = "it is gone"
-            seen = [*seen, problem] if problem in seen else [problem]
-            time.sleep(LOOK_SECONDS)
-        return seen[0]
 
     def _manifest(self, origin: Origin) -> dict[str, Any]:
         """The manifest of an artifact to which a part is added.
@@ -373,7 +313,7 @@ class Store:
             ConfigError: somebody removed or damaged the artifact meanwhile.
         """
         try:
-            return trusted_manifest(self.path(origin), origin)
+            return trusted_manifest(self.path(origin))
         except (MissingError, DamagedError) as error:
             what = str(error) or "it is gone"
             raise ConfigError(

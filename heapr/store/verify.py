@@ -1,6 +1,6 @@
 """Whether an artifact on disk is what its manifest and its place in the store say.
 
-In: an artifact's folder, and what it must be. Out: nothing, or what is missing or wrong. Nothing is changed.
+In: an artifact's folder. Out: nothing, or what is missing or wrong. Nothing is changed.
 Checked are the folder (no link), the manifest (its checksum, and that it belongs to this stage, version,
 configuration and key), every file's size and hash, what is in the files by their headers, and that there are
 no others.
@@ -17,12 +17,13 @@ from typing import Any
 
 from heapr.artifacts import MANIFEST
 from heapr.files import hash_file
-from heapr.origin import Origin
 from heapr.remembered_hashes import hash_file_once, is_settled, state_of
 from heapr.sealed import DamagedError
 from heapr.store.contents import CONTENTS, contents_of
 from heapr.store.manifest import NEXT, entry_of, trusted_manifest
 
+# Files that NFS makes of those that are removed while they are open, and that macOS makes for its own use.
+NOBODYS = (".nfs", ".DS_Store", "._")
 LARGE_FILE = 64 * 2**20  # bytes; hashes of smaller files are remembered in this process only
 
 
@@ -56,14 +57,13 @@ class Hashes:
         return digest
 
 
-def verify(path: Path, part: str, hashes: Hashes, origin: Origin | None = None) -> dict[str, Any]:
+def verify(path: Path, part: str, hashes: Hashes) -> dict[str, Any]:
     """Check an artifact, or a part of it.
 
     Args:
         path: folder of the artifact.
         part: its name; empty for the artifact itself.
         hashes: computes hashes of files.
-        origin: what the artifact must be; with None, whatever the folder's name says.
 
     Returns:
         the manifest.
@@ -74,7 +74,7 @@ def verify(path: Path, part: str, hashes: Hashes, origin: Origin | None = None) 
         DamagedError: the artifact is not.
         OSError: it cannot be read.
     """
-    manifest = trusted_manifest(path, origin)
+    manifest = trusted_manifest(path)
     files = entry_of(manifest, part)["files"]
     try:
         for name, described in files.items():
@@ -130,14 +130,13 @@ def _has_place(stage: str, part: str, name: str) -> bool:
 def _files_below(path: Path) -> Iterator[str]:
     """Everything below a folder but folders that hold something: files, links, empty folders.
 
-    Names that begin with .nfs are left out: a file system makes them of files that are removed while they
-    are open.
+    What file systems and desktops put everywhere is left out.
     """
     for place, folders, files in os.walk(path):
         below = Path(place)
         links = [name for name in folders if (below / name).is_symlink()]
         for name in [*files, *links]:
-            if not name.startswith(".nfs"):
+            if not name.startswith(NOBODYS):
                 yield (below / name).relative_to(path).as_posix()
         if not folders and not files:
             yield below.relative_to(path).as_posix()

@@ -7,6 +7,7 @@ if it never started.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +20,9 @@ from heapr.errors import ConfigError
 from heapr.files import write_json
 from heapr.report.sweep.results import JobResult
 from heapr.sweep.definition import grid
+from heapr.words import first_line
+
+logger = logging.getLogger(__name__)
 
 RECORD = "sweep.json"
 OVERRIDES, MULTIRUN, BASIC_SWEEPER = ".hydra/overrides.yaml", "multirun.yaml", "BasicSweeper"  # Hydra's names
@@ -69,12 +73,21 @@ def newest_sweep(sweeps: Path, experiment: str, version: str) -> Path:
     """
     folders = [path.parent for path in sweeps.glob(f"*/{RECORD}")]
     for folder in sorted(folders, reverse=True):
-        record = Record.read(folder)
-        if (record.experiment, record.version) == (experiment, version):
+        record = _readable_record(folder)
+        if record and (record.experiment, record.version) == (experiment, version):
             return folder
     raise ConfigError(
         f"'{sweeps}' holds no sweep of {experiment} ({version}); run it without report_only first"
     )
+
+
+def _readable_record(folder: Path) -> Record | None:
+    """The record in a folder; None, with a warning, if it is damaged: other sweeps are found all the same."""
+    try:
+        return Record.read(folder)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        logger.warning("'%s' is damaged (%s); this sweep is left out", folder / RECORD, first_line(error))
+        return None
 
 
 def collect_jobs(folder: Path) -> list[JobResult]:

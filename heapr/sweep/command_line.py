@@ -33,7 +33,7 @@ from heapr.sweep.request import Request, read_request
 
 logger = logging.getLogger(__name__)
 
-MAX_FIGURE = 200_000  # bytes of a figure that is kept with an experiment
+MAX_FIGURE = 300_000  # bytes of a figure that is kept with an experiment
 
 
 def main() -> None:
@@ -50,6 +50,8 @@ def run_command(arguments: Sequence[str], root: Path) -> None:
     """
     print_whatever_the_encoding()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
+    # It says how to send what wandb could not.
+    logging.getLogger("heapr.tracking.wandb").setLevel(logging.INFO)
     if {"-h", "--help"} & set(arguments):
         _help(root)
         return
@@ -184,7 +186,8 @@ def _run(
     jobs: Mapping[Job, ExperimentConfig],
     waves: list[list[int]],
 ) -> int:
-    from heapr.sweep.collect import Record
+    from heapr.report.sweep.ratio_points import ratio_points
+    from heapr.sweep.collect import Record, collect_jobs
     from heapr.sweep.launch import launch, new_folder
     from heapr.tracking.values import log_sweep_summary
 
@@ -212,7 +215,12 @@ def _run(
     failed = _finish(root, request, folder)
     rows = list(csv.DictReader((folder / "table.csv").read_text(encoding="utf-8").splitlines()))
     log_sweep_summary(
-        config.tracking, rows, folder=folder, images=sorted(folder.glob("*.png")), outputs=outputs
+        config.tracking,
+        rows,
+        folder=folder,
+        images=sorted(folder.glob("*.png")),
+        curves=ratio_points(collect_jobs(folder)),
+        outputs=outputs,
     )
     return max(failed, 1 if exit_code else 0)
 

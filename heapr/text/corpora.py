@@ -7,16 +7,21 @@ text. The corpora of the paper are in published_corpora.py.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Annotated, Protocol, runtime_checkable
+
+from annotated_types import Ge
 
 from heapr.errors import ConfigError, NotHereError
 from heapr.files import user_path
 from heapr.text.docstrings import docstrings, source_hash
-from heapr.text.reader import Source, kind_of
+from heapr.text.reader import ENDINGS, Source, is_readable, kind_of
 from heapr.text.splits import check_split, select_split
+
+logger = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -93,17 +98,21 @@ class PackageDocs(_Docstrings):
 
 
 class TextFiles:
-    """Your own text: plain text (one document per file), JSON (per object) or parquet (per row).
+    """Your own text or chats: plain text (one document per file), JSON (per object) or parquet (per row).
 
     Args:
-        paths: the files, in the order in which their documents are joined; ~ is the home folder.
+        paths: files and folders, in the order in which their documents are joined; ~ is the home folder. Of a
+            folder, all files in it and in its subfolders whose names say how to read them, in sorted order.
         split: as for `PyDocs`.
-        text_field: field of the JSON objects, or column of the parquet file, that holds the text.
+        text_field: field of the JSON objects, or column of the parquet file, that holds the text. Where it is
+            missing, one of `heapr.text.chat.CHAT_FIELDS` holds a chat.
         name: name of the corpus in metrics.
+        num_documents: use, and read, only the first documents, before they are split; None uses all.
 
     Raises:
         NotHereError: a file is missing.
-        ConfigError: no path is given, a file is empty, or its name does not say how to read it.
+        ConfigError: no path is given, a folder has no file to read, a file is empty, or its name does not say
+            how to read it.
     """
 
     def __init__(
@@ -112,15 +121,18 @@ class TextFiles:
         split: str,
         text_field: str = "text",
         name: str = "text_files",
+        num_documents: Annotated[int, Ge(1)] | None = None,
     ) -> None:
         if not paths:
             example = "calibration.corpus.paths=[my.txt]"
             raise ConfigError(f"text_files has no paths; give them, for example {example}")
         self.name, self.split = name, check_split(split)
-        files = [user_path(path) for path in paths]
+        files: list[Path] = []
+        for path in map(user_path, paths):
+            files += _files_in(path) if path.is_dir() else [path]
         for file in files:
             _check_file(file)
-        self._source = Source(tuple(files), text_field)
+        self._source = Source(tuple(files), text_field, num_documents=num_documents)
 
     def documents(self) -> Iterator[str]:
         """The documents, read lazily.
@@ -132,6 +144,28 @@ class TextFiles:
 
     def identity(self) -> dict[str, str]:
         return {"corpus": "text_files", "split": self.split, "sha256": self._source.sha256()}
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """The files below a folder that can be read; hidden ones and those in hidden folders are left out.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    visible = [path for path in files if not _is_hidden(path.relative_to(folder))]
+    readable = [path for path in visible if is_readable(path)]
+    if not readable:
+        raise ConfigError(f"folder '{folder}' has no file of text; give one with {', '.join(ENDINGS)} files")
+    others = [path.name for path in visible if path not in readable]
+    if others:
+        left_out = f"{len(others)} left out for their names, such as {others[0]}"
+        logger.info("%-9s folder '%s': %d files read, %s", "corpus", folder, len(readable), left_out)
+    return readable
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _check_file(path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import random
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,8 @@ def drawn(documents: Documents, limit: int, *, seed: int, what: str) -> Document
         a function like `documents`.
     """
     longest = min(PASSAGE, limit)
-    lengths = [len(passage) for passage in _passages(documents(), longest)]
+    # Arrays, because large texts have millions of documents.
+    lengths = array("q", (len(passage) for passage in _passages(documents(), longest)))
     if sum(lengths) <= limit:
         return documents
     chosen = _choose(lengths, limit, seed)
@@ -51,7 +53,7 @@ def drawn(documents: Documents, limit: int, *, seed: int, what: str) -> Document
 
 def _choose(lengths: Sequence[int], limit: int, seed: int) -> set[int]:
     """Numbers of the first passages in shuffled order, before the one that would exceed the limit."""
-    order = list(range(len(lengths)))
+    order = array("q", range(len(lengths)))
     random.Random(seed).shuffle(order)
     chosen: set[int] = set()
     num_characters = 0

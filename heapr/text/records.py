@@ -1,4 +1,4 @@
-"""Reads text from files of records: a field of JSON objects, or a column of a parquet file.
+"""Reads text or chats from files of records: a field of JSON objects, or a column of a parquet file.
 
 In: a path and the name of the field or column. Out: documents, in order. Errors in JSON name the line.
 """
@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from heapr.errors import ConfigError
+from heapr.text.chat import chat_field, conversation
 from heapr.text.lines import complaints, is_utf8, lines
 
-CHAT_FIELDS = ("messages", "conversations", "conversation")
+ROWS_AT_ONCE = 1024  # of parquet
+READ_ON = 1 << 16  # characters of an array
 NOT_JSON = (ValueError, RecursionError)  # what json raises, also for numbers and depths beyond its limits
 
 
@@ -23,14 +25,12 @@ def json_records(path: Path, field: str) -> Iterator[str]:
     Raises:
         ConfigError: a line or element is not JSON, or has no text in the field.
     """
-    numbered = enumerate(lines(path), start=1)
-    for number, line in numbered:
+    found = lines(path)
+    for number, line in enumerate(found, start=1):
         if line.lstrip().startswith("["):
-            blank = "\n" * (number - 1)  # so that the array's lines have the file's line numbers
-            rest = [later for _, later in numbered]
-            array = "".join([blank, line, *rest])
-            yield from _Array(path, array).texts(field)
-        elif line.strip():
+            yield from _Array(path, line, number, found).texts(field)
+            return
+        if line.strip():
             try:
                 value = json.loads(line)
             except NOT_JSON as error:
@@ -39,62 +39,111 @@ def json_records(path: Path, field: str) -> Iterator[str]:
 
 
 class _Array:
-    """A JSON array, possibly of many lines, whose elements are decoded one at a time."""
+    """A JSON array, possibly of many lines, whose elements are decoded one at a time.
 
-    def __init__(self, path: Path, text: str) -> None:
-        self._path, self._text = path, text
+    Lines are read as they are needed, so memory holds a few elements, or a line if that is longer.
+
+    Args:
+        path: of the file, for messages.
+        text: the line that the array begins in.
+        number: of that line.
+        further: the lines behind it.
+    """
+
+    def __init__(self, path: Path, text: str, number: int, further: Iterator[str]) -> None:
+        self._path, self._further = path, further
+        self._text = text  # what has been read and not been dropped yet
+        self._position = 0  # in the text; what is before it is done
+        self._number = number  # of the line that the position is in
         self._decode = json.JSONDecoder().raw_decode
 
     def texts(self, field: str) -> Iterator[str]:
         """The text of every element."""
-        position = self._skip_blanks(self._text.index("[") + 1)
-        while not self._text.startswith("]", position):
-            value, end = self._element(position)
-            yield _text_of(value, field, self._line_of(position), self._path)
-            position = self._behind_comma(end)
-        behind = self._skip_blanks(position + 1)
-        if behind < len(self._text):
-            raise _not_json(self._line_of(behind), self._path, "there is more text after the array")
+        self._go_to(self._text.index("[") + 1)
+        self._skip_blanks()
+        while not self._is_at("]"):
+            number = self._number
+            value = self._element()
+            yield _text_of(value, field, number, self._path)
+            self._skip_comma()
+        self._go_to(self._position + 1)
+        self._skip_blanks()
+        if self._position < len(self._text):
+            raise _not_json(self._number, self._path, "there is more text after the array")
 
-    def _element(self, position: int) -> tuple[Any, int]:
-        """The value that begins at a position, and the position of its end."""
-        try:
-            return self._decode(self._text, position)
-        except NOT_JSON as error:
-            number = getattr(error, "lineno", None) or self._line_of(position)
-            raise _not_json(number, self._path, _reason(error)) from error
+    def _element(self) -> Any:
+        """The value that begins here; then the position is behind it."""
+        while True:
+            try:
+                value, end = self._decode(self._text, self._position)
+            except NOT_JSON as error:
+                place = getattr(error, "pos", self._position)
+                # Strings end in the line they begin in, so what is cut off ends with the text.
+                is_cut = not self._text[place:].strip()
+                if is_cut and self._read_on():
+                    continue
+                self._go_to(place)
+                raise _not_json(self._number, self._path, _reason(error)) from error
+            self._go_to(end)
+            return value
 
-    def _behind_comma(self, position: int) -> int:
-        """The position of the next element, or of the array's end, after the end of an element."""
-        position = self._skip_blanks(position)
-        if self._text.startswith(",", position):
-            return self._skip_blanks(position + 1)
-        if not self._text.startswith("]", position):
-            raise _not_json(self._line_of(position), self._path, "expected ',' or ']' after an element")
-        return position
+    def _skip_comma(self) -> None:
+        """Go from the end of an element to the next one, or to the end of the array."""
+        self._skip_blanks()
+        if self._is_at(","):
+            self._go_to(self._position + 1)
+            self._skip_blanks()
+        elif not self._is_at("]"):
+            raise _not_json(self._number, self._path, "expected ',' or ']' after an element")
 
-    def _skip_blanks(self, position: int) -> int:
-        """The next position without white space."""
-        while self._text[position : position + 1].isspace():
-            position += 1
-        return position
+    def _skip_blanks(self) -> None:
+        """Go to the next character that is not white space, or to the end of the file."""
+        is_more = True
+        while is_more:
+            place = self._position
+            while self._text[place : place + 1].isspace():
+                place += 1
+            self._go_to(place)
+            is_more = place == len(self._text) and self._read_on()
 
-    def _line_of(self, position: int) -> int:
-        return self._text.count("\n", 0, position) + 1
+    def _is_at(self, character: str) -> bool:
+        return self._text.startswith(character, self._position)
+
+    def _go_to(self, position: int) -> None:
+        self._number += self._text.count("\n", self._position, position)
+        self._position = position
+
+    def _read_on(self) -> bool:
+        """Drop what is done, and read as much again as is left; False at the end of the file."""
+        rest = self._text[self._position :]
+        parts = [rest]
+        num_missing = max(READ_ON, len(rest))
+        for line in self._further:
+            parts.append(line)
+            num_missing -= len(line)
+            if num_missing <= 0:
+                break
+        self._text, self._position = "".join(parts), 0
+        return len(parts) > 1
 
 
 def parquet_rows(path: Path, column: str) -> Iterator[str]:
-    """The rows of a text column; null is an empty row.
+    """The rows of a text column, or the conversations of a column of chats; null is an empty row.
 
     Raises:
-        ConfigError: the file is not parquet, or has no such text column.
+        ConfigError: the file is not parquet, or has no such column.
     """
     from pyarrow import types  # imported here because it takes a fraction of a second
     from pyarrow.parquet import ParquetFile
 
     with complaints(path, lambda: "as parquet"):
-        table = ParquetFile(path)
+        # pre_buffer would read all row groups ahead.
+        table = ParquetFile(path, pre_buffer=False)
         schema = table.schema_arrow
+        chat = chat_field(column, schema.names)
+        if chat is not None and types.is_list(schema.field(chat).type):
+            yield from _parquet_chats(table, chat, path)
+            return
         if column not in schema.names:
             raise ConfigError(f"'{path}' {_no_such_field('column', column, schema.names)}")
         kind = schema.field(column).type
@@ -104,39 +153,54 @@ def parquet_rows(path: Path, column: str) -> Iterator[str]:
         if not is_text:
             hint = "rename the one with the text, or give another file"
             raise ConfigError(f"column '{column}' of '{path}' holds {kind}, not text; {hint}")
-        for batch in table.iter_batches(columns=[column]):
+        for batch in table.iter_batches(ROWS_AT_ONCE, columns=[column]):
             rows = batch.column(0).cast("string").fill_null("")
             yield from rows.to_pylist()
 
 
+def _parquet_chats(table: Any, column: str, path: Path) -> Iterator[str]:
+    """The conversations of a column of pyarrow's `ParquetFile`."""
+    number = 0
+    for batch in table.iter_batches(ROWS_AT_ONCE, columns=[column]):
+        for messages in batch.column(0).to_pylist():
+            number += 1
+            yield "" if messages is None else conversation(messages, f"row {number} of '{path}'")
+
+
 def _text_of(value: Any, field: str, number: int, path: Path) -> str:
-    """The text in a field of a JSON value; `number` is its line.
+    """The text or conversation in a field of a JSON value; `number` is its line.
 
     Raises:
-        ConfigError: it has none.
+        ConfigError: it has neither.
     """
+    where = f"line {number} of '{path}'"
     problem = _problem(value, field)
     if problem is not None:
-        raise ConfigError(f"line {number} of '{path}' {problem}")
-    text: str = value[field]
+        raise ConfigError(f"{where} {problem}")
+    chat = chat_field(field, value)
+    has_chat = chat is not None and not isinstance(value[chat], str)
+    text: str = conversation(value[chat], where) if has_chat else value[field]
+    if not is_utf8(text):
+        surrogate = "a lone surrogate, \\ud800 to \\udfff"
+        raise ConfigError(
+            f"{where} has half a character in the field '{chat or field}' ({surrogate}); fix it or leave it"
+            " out"
+        )
     return text
 
 
 def _problem(value: Any, field: str) -> str | None:
-    """Why a JSON value has no text in a field, and what to do about it; None if it has text."""
+    """Why a JSON value has neither text nor a chat, and what to do about it; None if it has one."""
     expected = f"is not a JSON object with text in the field '{field}'"
     if not isinstance(value, dict):
         return f"{expected}, but a {type(value).__name__}; fix it"
-    is_chat = field in CHAT_FIELDS and isinstance(value.get(field), list)
-    if field not in value or is_chat:
+    chat = chat_field(field, value)
+    if chat is not None and (chat == field or isinstance(value[chat], list)):
+        return None
+    if field not in value:
         return _no_such_field("field", field, value)
     text = value[field]
-    if not isinstance(text, str):
-        return f"{expected}, which holds {json.dumps(text):.40}; fix it"
-    if not is_utf8(text):
-        surrogate = "a lone surrogate, \\ud800 to \\udfff"
-        return f"has half a character in the field '{field}' ({surrogate}); fix it or leave it out"
-    return None
+    return None if isinstance(text, str) else f"{expected}, which holds {json.dumps(text):.40}; fix it"
 
 
 def _no_such_field(what: str, field: str, known: Collection[str]) -> str:
@@ -147,18 +211,9 @@ def _no_such_field(what: str, field: str, known: Collection[str]) -> str:
         field: the wanted name.
         known: the existing names.
     """
-    chat = [name for name in CHAT_FIELDS if name in known]
-    if not chat:
-        names = ", ".join(known) or "nothing"
-        hint = "rename the one with the text, or, for text_files, name it with text_field"
-        return f"has no {what} '{field}' but {names}; {hint}"
-    target = "text" if field == chat[0] else field
-    return (
-        f"is chat data ({what} '{chat[0]}'), which cannot be used directly, "
-        "because its text depends on the model's chat template; "
-        f"write every conversation as one text into the {what} '{target}', for example with "
-        "tokenizer.apply_chat_template(messages, tokenize=False)"
-    )
+    names = ", ".join(known) or "nothing"
+    hint = "rename the one with the text, or, for text_files, name it with text_field"
+    return f"has no {what} '{field}' but {names}; {hint}"
 
 
 def _not_json(number: int, path: Path, reason: str) -> ConfigError:

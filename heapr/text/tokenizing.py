@@ -90,9 +90,12 @@ def token_ids(
 
 def joined_length(documents: Iterable[str]) -> int:
     """Number of characters of the documents when they are joined by blank lines."""
-    lengths = [len(document) for document in documents]
-    num_separators = max(len(lengths) - 1, 0)
-    return sum(lengths) + num_separators * len(DOCUMENT_SEPARATOR)
+    num_documents = num_characters = 0
+    for document in documents:
+        num_documents += 1
+        num_characters += len(document)
+    num_separators = max(num_documents - 1, 0)
+    return num_characters + num_separators * len(DOCUMENT_SEPARATOR)
 
 
 def _ids_by_pieces(
@@ -102,7 +105,7 @@ def _ids_by_pieces(
     what: str,
 ) -> Tensor | None:
     """The same without the whole text in memory; None if the pieces cannot be joined."""
-    special = _special_ids(tokenizer)
+    special = special_ids(tokenizer)
     if special is None:
         return None
     before, behind = special
@@ -221,7 +224,7 @@ def _joined(left: Span, right: Span) -> Span:
     return Span(left.start, left.text + right.text[num_shared:])
 
 
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]] | None:
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]] | None:
     """Tokens that the tokenizer adds before and after a text; None if they cannot be found with one word."""
     around = tokenizer("word")["input_ids"]
     own = tokenizer("word", add_special_tokens=False)["input_ids"]

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from heapr.errors import ConfigError
+from heapr.text.chat import as_text
 from heapr.text.corpora import Corpus
 from heapr.text.mixture import Mixture, apportion, parts_of
-from heapr.text.passages import drawn
+from heapr.text.passages import Documents, drawn
 from heapr.text.tokenizing import joined_length, token_ids
 from heapr.types import TokenWindows
 
@@ -41,11 +42,15 @@ def tokenize(
         seed: of the random draw.
     """
     what = _in_words(corpus)
-    documents = corpus.documents
+
+    def documents() -> Iterable[str]:
+        return as_text(corpus.documents(), tokenizer, corpus=corpus.name)
+
+    chosen: Documents = documents
     if max_characters is not None:
-        documents = drawn(documents, max_characters, seed=seed, what=what)
-    num_characters = joined_length(documents())
-    return token_ids(documents, tokenizer, num_characters=num_characters, what=what)
+        chosen = drawn(documents, max_characters, seed=seed, what=what)
+    num_characters = joined_length(chosen())
+    return token_ids(chosen, tokenizer, num_characters=num_characters, what=what)
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -72,6 +77,15 @@ def windows(
         ConfigError: the corpus is shorter than one window.
     """
     tokens_T = tokenize(corpus, tokenizer, max_characters=max_characters, seed=seed)
+    return cut(tokens_T, corpus, length)
+
+
+def cut(tokens_T: Tensor, corpus: Corpus, length: int) -> TokenWindows:
+    """The non-overlapping windows of a corpus's tokens, in order, without the remainder.
+
+    Raises:
+        ConfigError: there are fewer tokens than one window has.
+    """
     num_windows, num_left = divmod(len(tokens_T), length)
     if num_windows == 0:
         raise ConfigError(

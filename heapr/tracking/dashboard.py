@@ -14,12 +14,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from heapr.errors import ConfigError
-from heapr.tracking.tracker import FIGURES, NUM_TOKENS, RATIO
+from heapr.tracking.tracker import CHANGE, CURVE, FIGURES, NUM_TOKENS, RATIO
 from heapr.tracking.wandb import has_key, is_reachable
 from heapr.words import first_line
 
 MODEL, CRITERION = "labels.model", "labels.criterion"  # in a run's configuration
-QUALITY = ("perplexity/", "accuracy/", "kl_to_dense/")  # beginnings of the names that are compared
+# Beginnings of the names of what pruning costs in quality.
+DAMAGE = (
+    f"{CHANGE}perplexity/",
+    f"{CHANGE}accuracy/",
+    "kl_to_dense/",
+    f"{CHANGE}loop_rate_greedy/",
+    "greedy_agreement/",
+)
 TABLES = ("comparison", "layers")
 PROGRESS = ("calibration/loss", "calibration/tokens_per_second")
 EFFICIENCY = ("parameters_removed_ratio", "flops_removed_ratio")
@@ -81,21 +88,20 @@ def create_dashboard(entity: str | None, project: str) -> str:
 def build_dashboard(entity: str, project: str, names: Sequence[str]) -> Any:
     """Return a workspace, which is sent to wandb when its `save` is called.
 
-    It shows every metric against the ratio and against what was saved, a line for each criterion; then
-    tables, figures and the progress of calibration.
+    It shows the curves of sweeps, a panel for each metric; the damage of every run against what was saved;
+    then tables, figures and the progress of calibration.
 
     Args:
         entity: owner of the project.
         project: where it is saved.
-        names: of everything that the project's runs logged. The metrics of the pruned model are logged at its
-            ratio, those of the dense one at ratio 0.
+        names: of everything that the project's runs logged.
 
     Raises:
         ConfigError: there is nothing to compare.
     """
     import wandb_workspaces.workspaces as ws
 
-    metrics = [name for name in names if name.startswith(QUALITY)]
+    metrics = [name for name in names if name.startswith(DAMAGE)]
     if not metrics:
         raise ConfigError(
             f"no run of '{entity}/{project}' has metrics yet; run experiments with tracking=wandb first"
@@ -120,16 +126,16 @@ def _sections(names: Sequence[str], metrics: Sequence[str]) -> list[Any]:
     import wandb_workspaces.workspaces as ws
     from wandb_workspaces.reports.v2 import MediaBrowser, RunComparer, WeavePanelSummaryTable
 
-    lines = [_line(metric, RATIO, "share of atomic experts removed", group=CRITERION) for metric in metrics]
+    lines = [_curves(metric, of_metric) for metric, of_metric in _by_metric(names).items()]
     tables = [WeavePanelSummaryTable(table_name=name) for name in TABLES]
     one_above_the_other = ws.SectionLayoutSettings(columns=1, rows=2)
     figures = [name for name in names if name.startswith(FIGURES)]
     images = [MediaBrowser(title=name, media_keys=[name]) for name in figures]
-    progress = [_line(name, NUM_TOKENS, "tokens", group=MODEL) for name in PROGRESS]
+    progress = [_progress(name) for name in PROGRESS]
     configurations = RunComparer(diff_only="split")
     return [
         ws.Section(name="Quality by ratio", panels=lines, is_open=True),
-        ws.Section(name="Quality by what is saved", panels=_scatters(metrics), is_open=True),
+        ws.Section(name="Damage by what is saved", panels=_scatters(metrics), is_open=True),
         ws.Section(name="Tables", panels=tables, is_open=True, layout_settings=one_above_the_other),
         ws.Section(name="Figures", panels=images),
         ws.Section(name="Calibration", panels=progress),
@@ -137,16 +143,35 @@ def _sections(names: Sequence[str], metrics: Sequence[str]) -> list[Any]:
     ]
 
 
-def _line(metric: str, axis: str, title: str, *, group: str) -> Any:
-    """Return a plot of one metric: a line for each group, with its mean and standard error."""
+def _by_metric(names: Sequence[str]) -> dict[str, list[str]]:
+    """Return the names of the lines of each metric; a name is curve/<kind>/<text or task>/<method>."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        if name.startswith(CURVE):
+            metric = name.removeprefix(CURVE).rpartition("/")[0]
+            found.setdefault(metric, []).append(name)
+    return found
+
+
+def _curves(metric: str, names: Sequence[str]) -> Any:
+    """Return a plot of one metric over the ratio, from the summary runs of sweeps: a line for each method."""
+    from wandb_workspaces.reports.v2 import LinePlot
+
+    return LinePlot(
+        title=metric, x=RATIO, y=list(names), title_x="share of atomic experts removed", max_runs_to_show=100
+    )
+
+
+def _progress(name: str) -> Any:
+    """Return a plot over tokens: a line for each model, with its mean and standard error."""
     from wandb_workspaces.reports.v2 import Config, LinePlot
 
     return LinePlot(
-        title=metric,
-        x=axis,
-        y=[metric],
-        title_x=title,
-        groupby=Config(group),
+        title=name,
+        x=NUM_TOKENS,
+        y=[name],
+        title_x="tokens",
+        groupby=Config(MODEL),
         groupby_aggfunc="mean",
         groupby_rangefunc="stderr",
         max_runs_to_show=100,

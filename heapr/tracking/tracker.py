@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 RATIO, NUM_TOKENS = "pruning.ratio", "calibration/tokens"
+DENSE, PRUNED, CHANGE = "dense/", "pruned/", "change/"  # beginnings of the names of a run's metrics
+CURVE = "curve/"  # beginning of the names of a sweep's curves
 FIGURES = "figures/"  # beginning of the names of images
 AXES = (RATIO, NUM_TOKENS)  # values that are logged together with one of these are drawn over it
 
@@ -42,7 +44,14 @@ class Folder:
     path: Path
 
 
-Value = float | str | Table | Image | Folder
+@dataclass(frozen=True)
+class Figure:
+    """A figure that is drawn only where images are shown: `draw(path)` writes a PNG and returns its path."""
+
+    draw: Callable[[Path], Path]
+
+
+Value = float | str | Table | Image | Figure | Folder
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,7 @@ class Run:
 
     Attributes:
         name: for people.
-        id: the same for the same experiment, so that a repeat updates its run.
+        id: of this run alone; a repeat in another folder has another one.
         job_type: "experiment" or "sweep".
         group: name of the sweep; None for a single run.
         tags: short words to filter by.
@@ -83,7 +92,8 @@ class JsonLines:
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, values: Mapping[str, Value]) -> None:
-        row = {"time": round(time.time(), 3), **values}
+        written = {name: value for name, value in values.items() if not isinstance(value, Figure)}
+        row = {"time": round(time.time(), 3), **written}
         self._file.write(json.dumps(row, default=_json) + "\n")
         self._file.flush()
 

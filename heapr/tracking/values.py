@@ -13,9 +13,23 @@ from typing import Any
 
 from heapr.schema import TrackingConfig
 from heapr.tracking.open_tracker import open_tracker
-from heapr.tracking.tracker import FIGURES, NUM_TOKENS, Folder, Image, Run, Table, Tracker
+from heapr.tracking.tracker import (
+    CHANGE,
+    CURVE,
+    FIGURES,
+    NUM_TOKENS,
+    PRUNED,
+    RATIO,
+    Folder,
+    Image,
+    Run,
+    Table,
+    Tracker,
+    Value,
+)
 
 PROGRESS_SECONDS = 1.0
+ID_LENGTH = 16
 LAYER_COLUMNS = (
     "layer",
     "kept_ratio",
@@ -26,6 +40,35 @@ LAYER_COLUMNS = (
     "empty_experts",
     "most_routed",
 )
+
+
+def run_id(*parts: str) -> str:
+    """Return an id for a run, the same for the same parts."""
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:ID_LENGTH]
+
+
+def results(metrics: Mapping[str, Mapping[str, float]], ratio: float) -> dict[str, Value]:
+    """Return a run's metrics by the names under which they are logged, over the ratio.
+
+    `pruned/<metric>`, and `change/<metric>`, by how much it differs from the dense model's, as a share of the
+    dense model's: runs are sorted by damage with it. Sizes and comparisons keep their names.
+
+    Args:
+        metrics: of the run, by group, as in its summary.
+        ratio: that was asked for.
+    """
+    dense, pruned = metrics["dense"], metrics["pruned"]
+    changes: dict[str, Value] = {}
+    for name, value in pruned.items():
+        if dense.get(name):
+            changes[f"{CHANGE}{name}"] = (value - dense[name]) / abs(dense[name])
+    named = under(PRUNED, pruned)
+    return {RATIO: ratio, **named, **changes, **metrics["size"], **metrics["comparison"]}
+
+
+def under(beginning: str, metrics: Mapping[str, float]) -> dict[str, Value]:
+    """Return metrics under names with a beginning, such as the model that they are of."""
+    return {f"{beginning}{name}": value for name, value in metrics.items()}
 
 
 class CalibrationProgress:
@@ -100,15 +143,17 @@ def log_sweep_summary(
     *,
     folder: Path,
     images: Sequence[Path],
+    curves: Mapping[float, Mapping[str, float]],
     outputs: Path,
 ) -> None:
-    """Log a sweep's comparison table and figures as a run in its group; a repeat updates that run.
+    """Log a sweep's comparison table, figures and curves as a run in its group; a repeat updates that run.
 
     Args:
         settings: of tracking, as for the jobs.
         rows: of the table: cells by column; missing cells stay empty.
         folder: of the sweep; its name is the group's, and it gets the JSON-lines file.
         images: PNG files.
+        curves: numbers by ratio and by the name of their line.
         outputs: gets wandb's folder.
 
     Raises:
@@ -120,11 +165,13 @@ def log_sweep_summary(
     name = folder.resolve().name
     run = Run(
         name=f"{name} summary",
-        id=hashlib.sha256(f"sweep {name}".encode()).hexdigest()[:16],
+        id=run_id("sweep", str(folder.resolve())),
         job_type="sweep",
         group=name,
         tags=("summary",),
         config={"sweep": name, "jobs": len(rows)},
     )
     with open_tracker(settings, run, folder=folder, outputs=outputs) as tracker:
+        for ratio, numbers in curves.items():
+            tracker.log({RATIO: ratio, **under(CURVE, numbers)})
         tracker.log({"comparison": table, **figures(images)})

@@ -10,6 +10,7 @@ import logging
 import netrc
 import os
 import queue
+import tempfile
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from urllib.parse import urlparse
 
 from heapr.errors import ConfigError
 from heapr.network import PROBE_SECONDS, answers, within
-from heapr.tracking.tracker import AXES, RATIO, Folder, Image, Run, Table, Value
+from heapr.tracking.tracker import AXES, RATIO, Figure, Folder, Image, Run, Table, Value
 from heapr.words import first_line
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ class Wandb:
         media: dict[str, Value] = {}
         row: dict[str, Value] = {}
         for name, value in values.items():
-            kind = media if isinstance(value, Table | Image | Folder) else row
+            kind = media if isinstance(value, Table | Image | Figure | Folder) else row
             kind[name] = value
         if media:
             self._media.put(media)
@@ -271,4 +272,17 @@ def _converted(value: Value) -> Any:
     if isinstance(value, Table):
         rows = [list(row) for row in value.rows]
         return wandb.Table(columns=list(value.columns), data=rows, allow_mixed_types=True)
+    if isinstance(value, Figure):
+        return _drawn(value)
     return wandb.Image(str(value.path)) if isinstance(value, Image) else value
+
+
+def _drawn(figure: Figure) -> Any:
+    """Draw a figure, and keep it in memory until wandb has taken it."""
+    import wandb
+    from PIL import Image as Picture
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = figure.draw(Path(folder) / "figure.png")
+        with Picture.open(path) as picture:
+            return wandb.Image(picture.copy())

@@ -25,14 +25,22 @@ from heapr.model.moe import MoEModel
 from heapr.model.stream import check_stream
 from heapr.pruning.uniform import uniform_settings
 from tests.tiny import FAMILIES, SHARED_INSIDE, deep_model, tiny_model
+from tests.wrappers import WRAPPERS, tiny_wrapper
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 MODELS = Path(transformers.__file__).parent / "models"
 DECORATOR = re.compile(r"^@use_experts_implementation(\([^)]*\))?\nclass ", re.MULTILINE)
+# Wrappers by the folder of their text decoder; and the other way round where that has no model of its own.
+WRAPPED = {model_type: model_type for model_type in WRAPPERS} | {
+    "inkling_mm_model": "inkling", "mistral3": "mistral4", "qwen3_omni_moe_thinker": "qwen3_omni_moe",
+}  # fmt: skip
+FOLDERS = {folder: model_type for model_type, folder in WRAPPED.items() if folder not in FAMILIES} | {
+    "mistral4": "mistral4"
+}
 HEADER = f"""# Models
 Every family of transformers {transformers.__version__} whose experts go through its experts interface (`use_experts_implementation`),
 Llama-4, and DeepSeekMoE, which heapr brings itself. Supported means: tests/model/test_families.py runs its whole contract on a tiny
-model of the family: capturing leaves logits unchanged, the heapr score equals a slow oracle, pruned equals masked, all forms of
+model of the family (a shorter one, tests/model/test_wrappers.py, if the family exists inside a wrapper only): capturing leaves logits unchanged, the heapr score equals a slow oracle, pruned equals masked, all forms of
 checkpoint load with bit-equal logits (`ragged` where heapr is not installed), generation with the cache equals generation without, a
 training step. `uniform` is the checkpoint form for stock classes: where shared experts take their width from the same field, their
 number is raised so that their width stays; a width that does not divide it is refused. `stream`: whether `pruning/repair=stream`,
@@ -41,8 +49,16 @@ defaults, and every model is asked when it is loaded. `pruning.repair.target=lay
 layers can be run one by one, which every repair does; asked of a model that has each kind of layer, block and sharing at least twice, and
 of every model when it is loaded for repair. Calibration without repair needs it only if the model is streamed ([scale.md](scale.md)).
 
-Of a wrapper with vision and the like only the language model is taken, and no model here has the heads that predict further tokens:
-a run says before it starts which tensors it leaves out, and the checkpoint's `config.json` and card do not promise them.
+A wrapper with vision and the like is pruned as a whole: its text decoder is cut, everything else is carried over unchanged, and the
+checkpoint is a wrapper again (`AutoModelForImageTextToText`; tests/model/test_wrappers.py, for all that are named here). If the files
+hold the language model alone, it is loaded by itself.
+
+Quantised weights (fp8 in blocks, MXFP4, compressed-tensors with its package) are dequantised as they are loaded, in memory and streamed, and
+the checkpoint is written whole. What else transformers quantises is refused, because transformers cannot dequantise it.
+
+Heads that predict further tokens (`mtp.*`, DeepSeek's and GLM's last layer) are no part of any model here. They are copied into the checkpoint
+where engines can use them: in the `masked` form, and in `uniform` and `fewer_experts` if they have no experts, whose shape would be the old
+one. Otherwise, and of quantised weights, they are left out, and config.json gives their number as 0. A run says which before it starts.
 
 Written by `python -m tests.model.support`.
 
@@ -79,7 +95,9 @@ def families_of_transformers() -> dict[str, str]:
 @functools.cache
 def row_of(family: str, arguments: str = "") -> Row:
     if family in FAMILIES:
-        return _supported(family)
+        return _supported(family, MoEModel(tiny_model(family)))
+    if family in FOLDERS:
+        return _supported(family, MoEModel(tiny_wrapper(FOLDERS[family])))
     for attribute, description in CAPABILITIES.items():
         if f"{attribute}=True" in arguments:
             return Row(family, arguments, f"no: {description}")
@@ -104,11 +122,12 @@ def row_of(family: str, arguments: str = "") -> Row:
 def table() -> str:
     families = families_of_transformers()
     rows = [row_of(family, families.get(family, "")) for family in sorted({*families, *FAMILIES})]
-    return HEADER + "".join(map(str, rows))
+    served = sum(row.family in families and row.supported.startswith("yes") for row in rows)
+    count = f"{served} of these {len(families)} families of transformers are supported.\n\n"
+    return HEADER.replace("| family | experts", f"{count}| family | experts") + "".join(map(str, rows))
 
 
-def _supported(family: str) -> Row:
-    model = MoEModel(tiny_model(family))
+def _supported(family: str, model: MoEModel) -> Row:
     layout = layout_of(model.layers[0].experts)
     experts = ["gate and up" if layout.has_gate else "no gate"]
     experts += (
@@ -123,11 +142,24 @@ def _supported(family: str) -> Row:
     except ConfigError:
         uniform = "refused"
     stream = _asked(partial(check_stream, model))
-    walk = _walk(family, {})
+    walk = (
+        _walk(family, {})
+        if family in FAMILIES
+        else _asked(partial(check_walk, model, needed_by="-", instead="-"))
+    )
     if family in SHARED_INSIDE:
         options = " ".join(f"`{name}={value}`" for name, value in SHARED_INSIDE[family].items())
         walk += f"; with {options} {_walk(family, SHARED_INSIDE[family])}"
-    return Row(family, ", ".join(experts), "yes", uniform, stream, walk)
+    return Row(family, ", ".join(experts), f"yes{_inside(family)}", uniform, stream, walk)
+
+
+def _inside(family: str) -> str:
+    """Which wrappers a family's text decoder is pruned in."""
+    types = [model_type for model_type, folder in WRAPPED.items() if folder == family]
+    names = [type(tiny_wrapper(model_type)).__name__ for model_type in types]
+    inside = [name for name in names if not name.endswith("CausalLM")]
+    beside = "; " if family in FAMILIES else ", "
+    return f"{beside}inside `{'`, `'.join(inside)}`" if inside else ""
 
 
 def _walk(family: str, changes: dict[str, object]) -> str:

@@ -169,26 +169,24 @@ def wrapper(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_of_a_wrapper_the_language_model_is_left_and_the_card_says_so(
+def test_a_wrapper_is_pruned_as_a_whole_and_the_card_says_so(
     form: str, wrapper: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
     checkpoint, _ = pruned(tmp_path, wrapper, form)
-    assert "Qwen3_5MoeForCausalLM leaves out what it has no part for: 21 below model.visual" in caplog.text
+    line = "is pruned; 21 below model.visual are carried over unchanged"
+    assert f"only the text decoder of Qwen3_5MoeForConditionalGeneration {line}" in caplog.text
     assert "keeps the field names" not in caplog.text
-    config, text = read(checkpoint / "config.json"), read(wrapper / "config.json")["text_config"]
-    assert "vision_config" not in config
-    kept = text.keys() - {"model_type", "moe_intermediate_size"}
-    assert {name: config[name] for name in kept} == {name: text[name] for name in kept}
+    config, before = read(checkpoint / "config.json"), read(wrapper / "config.json")
+    assert config["vision_config"] == before["vision_config"] | {"dtype": "float32"}
+    found, text = config["text_config"], before["text_config"]
+    kept = text.keys() - {"moe_intermediate_size"}
+    assert {name: found[name] for name in kept} == {name: text[name] for name in kept}
     card = (checkpoint / "README.md").read_text()
-    assert (
-        "of the original `Qwen3_5MoeForConditionalGeneration` only the language model is in it."
-        in card.replace("Of", "of")
-    )
-    assert "as the original model does" not in card
+    assert "It is a `Qwen3_5MoeForConditionalGeneration` as the original" in card
     source = find_model(str(checkpoint), dtype="float32")
-    assert source.left_out == []
-    source.load(torch.device("cpu"))
+    assert len(source.remarks) == 1
+    assert source.load(torch.device("cpu")).model.model.visual is not None
 
 
 def test_the_card_of_a_whole_model_says_that_it_loads_as_the_original(tmp_path: Path) -> None:

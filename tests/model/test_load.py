@@ -116,7 +116,7 @@ def test_what_does_not_fit_into_memory_is_said_so(tmp_path: Path, monkeypatch: p
     def out_of_memory(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("heapr.model.load.AutoModelForCausalLM.from_pretrained", out_of_memory)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", out_of_memory)
     with pytest.raises(TooLargeError, match="do not fit into memory as float32"):
         source.load(torch.device("cpu"))
 

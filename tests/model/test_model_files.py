@@ -140,7 +140,9 @@ REFUSED = {
         "transformers_weights", "model.fp16.safetensors"
     ): "names its weights in `transformers_weights`.* remove this field",
     field_in_config("quantization_config", {}): "has an empty quantization_config; remove this field",
-    field_in_config("quantization_config", {"quant_method": "fp8"}): r"are quantised \(fp8\)",
+    field_in_config(
+        "quantization_config", {"quant_method": "gptq"}
+    ): r"are quantised \(gptq\), which transformers cannot dequantise; give a bfloat16 or float32 copy",
 }
 
 

@@ -12,10 +12,13 @@ from heapr.model.checkpoint import save_checkpoint
 from heapr.model.load import find_model
 from heapr.model.moe import MoEModel
 from heapr.model.passes import Way, final_hidden_states
+from heapr.model.shelf import Files
 from heapr.model.weights import LayerWeights
+from heapr.pruning import surgery
 from heapr.pruning.repair import ExpertRepair
-from heapr.pruning.surgery import remove_and_repair
+from heapr.pruning.surgery import _cut, remove_and_repair
 from heapr.types import Plan
+from tests.same import assert_same_statistics
 from tests.tiny import byte_tokenizer, tiny_ids, tiny_model
 
 BATCHES = list(tiny_ids(4, 12).split(2))
@@ -50,6 +53,57 @@ def seen(streamed: MoEModel, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]
 
     monkeypatch.setattr(LayerWeights, "load", counted)
     return after
+
+
+def test_a_layer_that_is_changed_in_memory_is_there_once(
+    streamed: MoEModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan(layers={layer.index: KEPT_EF for layer in streamed.layers})
+    cut = []
+    monkeypatch.setattr(surgery, "_cut", lambda layer, *rest: cut.append(layer.index) or _cut(layer, *rest))
+    layer = streamed.layers[1]
+    dense = layer.experts
+    with streamed.hold([layer.index]):
+        surgery.remove(streamed, plan)
+        here = layer.experts
+        assert cut == [0, 1, 2, 3]
+        assert all(weight.is_meta for weight in dense.parameters())
+        assert not any(weight.is_meta for weight in here.parameters())
+        expected = [weight.clone() for weight in here.parameters()]
+    assert layer.experts is here and all(weight.is_meta for weight in here.parameters())
+    with streamed.hold([layer.index]):
+        assert layer.experts is here and all(map(torch.equal, here.parameters(), expected))
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 3, 4])
+def test_layers_that_stay_together_change_nothing_and_may_change_where_a_process_stopped(
+    streamed: MoEModel, seen: list[list[int]], stop_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    singles, together = streamed.spans, [range(1), range(1, 2), range(2, 4)]
+    expected = collect(streamed, BATCHES, way=Way(singles, streamed.shelf()))
+    seen.clear()
+    assert_same_statistics(collect(streamed, BATCHES, way=Way(together, streamed.shelf())), expected, 0)
+    assert seen == [[0], [1], [2], [2, 3], [1], [0]]
+    whole = Way([range(4)], Files(tmp_path / "whole", about={}))
+    assert_same_statistics(collect(streamed, BATCHES, way=whole), expected, 0)
+    commit, records = Files.commit, []
+
+    def stop(files: Files, **state: object) -> None:
+        commit(files, **state)
+        records.append(state)
+        if len(records) == stop_at:
+            raise KeyboardInterrupt
+
+    for before, after in ((singles, together), (together, singles)):
+        folder = tmp_path / str(len(before))
+        records.clear()
+        way = Way(before, Files(folder, about={}))
+        with monkeypatch.context() as patch:
+            patch.setattr(Files, "commit", stop)
+            with pytest.raises(KeyboardInterrupt):
+                collect(streamed, BATCHES, way=way)
+        found = collect(streamed, BATCHES, way=Way(after, Files(folder, about={})))
+        assert_same_statistics(found, expected, 0)
 
 
 def test_one_layer_at_a_time(streamed: MoEModel, seen: list[list[int]], tmp_path: Path) -> None:

@@ -77,10 +77,11 @@ def test_quantised_weights_are_refused_whatever_the_configuration_says(
     folder = changed(tmp_path / "model", **tensors)
     monkeypatch.setattr("heapr.pipeline.collect", lambda *_: pytest.fail("calibration began"))
     monkeypatch.setattr(
-        "heapr.model.load.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("it was loaded")
+        "transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("it was loaded")
     )
     with pytest.raises(
-        ConfigError, match=rf"are quantised \(.*{message}.*\), and gradients need them whole; give a bfloat16"
+        ConfigError,
+        match=rf"are quantised \(.*{message}.*\), config.json has no quantization_config that says how, and gradients need them whole; give a bfloat16",
     ) as caught:
         find_model(str(folder), dtype="float32").load(torch.device("cpu"))
     assert "\n" not in str(caught.value)
@@ -108,7 +109,7 @@ def test_unknown_tensors_are_warned_of_once_with_their_number(
         str(changed(tmp_path / "model", **{name: torch.ones(2) for name in names})), dtype="float32"
     )
     source.load(torch.device("cpu"))
-    _ = source.left_out
+    _ = source.remarks
     (warning,) = [
         record.message
         for record in caplog.records
@@ -125,7 +126,7 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "heapr.model.load.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("it was loaded")
+        "transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("it was loaded")
     )
     missing = changed(tmp_path / "missing", left_out=("model.norm.weight",))
     other = changed(tmp_path / "other", **{"model.norm.weight": torch.ones(17)})
@@ -149,13 +150,20 @@ HEADS = {
 }
 
 
-@pytest.mark.parametrize("family", HEADS)
-def test_prediction_heads_are_said_to_be_left_out_and_not_promised(
-    family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+CASES = [(family, "masked", None) for family in HEADS] + [
+    ("mellum", "uniform", None),  # without experts
+    ("qwen3_next", "uniform", "their experts have the old shape"),
+    ("qwen3_next", "ragged", "no engine computes with them in pruning.form=ragged"),
+]
+
+
+@pytest.mark.parametrize(("family", "form", "why_left_out"), CASES)
+def test_prediction_heads_are_copied_where_engines_can_use_them_and_else_not_promised(
+    family: str, form: str, why_left_out: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
     tensor, field = HEADS[family]
-    folder = changed(tmp_path / "model", family, **{tensor: torch.ones(2)})
+    folder = changed(tmp_path / "model", family, **{tensor: torch.tensor([3.0, 7.0], dtype=torch.float16)})
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {field: 1}))
     overrides = [
@@ -165,17 +173,28 @@ def test_prediction_heads_are_said_to_be_left_out_and_not_promised(
         *write_texts(tmp_path),
         *NOT_MEASURED,
     ]
-    summary = run_in(tmp_path, *overrides, "pruning.form=masked")
-    place = ".".join(tensor.split(".")[:3]) if "layers" in tensor else "mtp"
-    assert (
-        f"leaves out what it has no part for: 1 below {place}; the pruned model will not have it"
-        in caplog.text
+    scope = (
+        ["pruning.ratio=0.5", "pruning.scope=expert", "pruning.width_multiple=1"] if form == "uniform" else []
     )
-    said = next(record.created for record in caplog.records if "leaves out" in record.message)
+    summary = run_in(tmp_path, *overrides, f"pruning.form={form}", *scope)
+    place = ".".join(tensor.split(".")[:3]) if "layers" in tensor else "mtp"
+    assert f"leaves out what it has no part for: 1 below {place}" in caplog.text
+    what = why_left_out or "are copied into the checkpoint unchanged"
+    said = next(record.created for record in caplog.records if what in record.message)
     assert said < next(record.created for record in caplog.records if record.message.startswith("calibrate"))
     checkpoint = (
         next(Path(stage["path"]) for stage in summary.stages if stage["stage"] == "prune") / "checkpoint"
     )
-    assert json.loads((checkpoint / "config.json").read_text())[field] == 0
-    assert "Heads that predict further tokens are not in it." in (checkpoint / "README.md").read_text()
-    assert find_model(str(checkpoint), dtype="float32").left_out == []
+    number = json.loads((checkpoint / "config.json").read_text())[field]
+    found = load_file(checkpoint / WEIGHTS)
+    card = (checkpoint / "README.md").read_text()
+    if why_left_out:
+        assert (
+            number == 0 and tensor not in found and "Heads that predict further tokens are not in it." in card
+        )
+    else:
+        assert number == 1 and "Heads that predict further tokens are the original's, unchanged." in card
+        assert found[tensor].dtype == torch.float16 and found[tensor].tolist() == [3.0, 7.0]
+    source = find_model(str(checkpoint), dtype="float32")
+    source.load(torch.device("cpu"))
+    assert source.heads == (() if why_left_out else (tensor,))

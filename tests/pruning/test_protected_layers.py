@@ -142,7 +142,7 @@ def test_the_report_says_what_protection_changed() -> None:
     report = report_allocation(plan, LOW_AND_HIGH, widths_of(LOW_AND_HIGH), budget)
     assert report["atomic_experts_exchanged_by_protection"] == 4  # 1, 2, 3, 4 stay and 9, 11, 12, 13 go
     assert report["kept_score_without_protection"] - report["kept_score"] == 45 - 10
-    assert "protected layers keep 4 atomic experts that would otherwise be removed" in report["summary"][1]
+    assert "protection keeps 4 atomic experts that would otherwise be removed" in report["summary"][1]
 
 
 def test_options_enter_the_key_where_they_are_not_at_their_defaults(tmp_path: Path) -> None:

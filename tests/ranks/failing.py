@@ -1,15 +1,15 @@
-"""Ranks of which one fails: python tests/ranks/failing.py FOLDER HOW, with everybody else at work meanwhile."""
+"""Ranks of which one fails, with everybody else at work meanwhile."""
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
 import torch
 
+from heapr import process_group
 from heapr.main import one_line_errors
 from heapr.origin import Origin
 from heapr.ranks import Ranks
@@ -46,5 +46,8 @@ def main(folder: Path, how: str) -> None:
         ranks.barrier()
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+def main_of_other_code(folder: Path, other: Path) -> None:
+    """Rank 1 runs the code of another folder."""
+    if os.environ["RANK"] == "1":
+        process_group.__file__ = str(other / "process_group.py")
+    main(folder, "nobody")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import time
 from pathlib import Path
@@ -14,15 +15,18 @@ from heapr.main import options_of_rank
 from heapr.rank_environment import Place, first_host, place_of
 from heapr.ranks import ONE_PROCESS, Ranks
 from heapr.start_ranks import started_ranks
-from tests.ranks.processes import finish, start
+from tests.ranks import failing
+from tests.ranks.processes import ROOT, Started, finish, start
 
 
-def run_failing(
-    folder: Path, how: str, *, size: int = 3, port: int | None = None
-) -> tuple[list[int], list[str]]:
+def run_failing(folder: Path, how: str, *, size: int = 3) -> tuple[list[int], list[str]]:
     """Exit codes, and the lines that begin with "error:", of all ranks."""
-    processes = start(size, ["-m", "tests.ranks.failing", str(folder), how], port=port)
-    ended = finish(processes, 60)
+    return ends_of(start(size, failing.main, folder, how))
+
+
+def ends_of(started: list[Started]) -> tuple[list[int], list[str]]:
+    """Exit codes, and the lines that begin with "error:", of all ranks."""
+    ended = finish(started, 60)
     lines = [line for _, text in ended for line in text.splitlines() if line.startswith("error:")]
     return [code for code, _ in ended], lines
 
@@ -44,14 +48,14 @@ def test_a_rank_that_fails_ends_the_others_and_leaves_the_store_intact(
     assert all(code != 0 for code in codes)
     (line,) = lines
     assert line.startswith("error: rank 1 on ") and error in line
-    assert not [*tmp_path.glob("score/[!.]*")]
+    assert not [*tmp_path.glob("made/[!.]*")]
     if how == "killed":
         codes, lines = run_failing(tmp_path, "nobody")
         assert (codes, lines) == ([0, 0, 0], [])
-        (found,) = tmp_path.glob("score/*/found.txt")
+        (found,) = tmp_path.glob("made/*/found.txt")
         numbers = "[[0, 0.1], [1, 0.1], [2, 0.1]]"
         assert found.read_text() == f"3 {numbers} ['a', 'b', 'c', 'd', 'e']"
-        assert not [*tmp_path.glob("score/.*tmp*")]
+        assert not [*tmp_path.glob("made/.*tmp*")]
 
 
 @pytest.mark.slow
@@ -61,6 +65,18 @@ def test_ranks_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     # All find it; whoever is first is heard.
     (line,) = lines
     assert "rank 2 has another configuration than rank 0: pruning.ratio is 0.5 and not 0.25; start" in line
+
+
+@pytest.mark.slow
+def test_ranks_with_other_code_are_refused(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(ROOT / "heapr", other, ignore=shutil.ignore_patterns("__pycache__", "builtin"))
+    with (other / "score" / "gradient.py").open("a") as file:
+        file.write("# an edit that the other machine does not have yet\n")
+    codes, (line,) = ends_of(start(2, failing.main_of_other_code, tmp_path / "store", other))
+    assert codes == [2, 2]
+    assert "rank 1 has another version than rank 0: heapr is '" in line
+    assert "start all with the same command and the same code" in line
 
 
 @pytest.mark.slow

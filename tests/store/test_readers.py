@@ -201,3 +201,18 @@ def test_threads_of_one_process_share_nothing(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert made == [1]
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../x", "a/../data.txt", "/etc/passwd", "a\0b", "./data.txt", "a//b"]
+)
+def test_names_in_a_manifest_stay_inside_the_folder(tmp_path: Path, name: str) -> None:
+    path = Store(tmp_path, CPU).get(ORIGIN, nothing, write).path
+    manifest = read_sealed(path / MANIFEST)
+    entry = manifest["files"]["data.txt"]
+    (path / MANIFEST).write_text(sealed_text({**manifest, "files": {name: entry}}))
+    with pytest.raises(DamagedError, match="cannot be"):
+        verify(path, "", Hashes(None))
+    (path / MANIFEST).write_text(sealed_text({**manifest, "files": {}}))
+    with pytest.raises(DamagedError, match="names no files"):
+        verify(path, "", Hashes(None))

@@ -6,6 +6,7 @@ Jobs run in this process, but for those of which one process must not be in the 
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 import time
@@ -18,7 +19,8 @@ from typing import Any
 import pytest
 
 from heapr.errors import ConfigError
-from heapr.sweep.collect import Record, collect_jobs
+from heapr.overrides import LAUNCHER_EXTRAS
+from heapr.sweep.collect import Record, collect_jobs, newest_sweep
 from heapr.sweep.command_line import keep_results, run_command
 from heapr.sweep.launch import launch, new_folder
 from tests.command import ROOT, run_here
@@ -230,3 +232,45 @@ def test_the_command_line_answers_a_mistake_in_one_line(tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False)
     assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1
     assert "did you mean ratio_curve?" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "content", [b"{", b"null", b"[]", b"\xff", b'{"experiment": "criteria"}', b"[" * 100_000]
+)
+def test_a_damaged_record_hides_no_other_sweep(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes
+) -> None:
+    for name in ("2026-01-01", "2026-01-02"):
+        (tmp_path / name).mkdir()
+        Record("criteria", "tiny", "python sweep.py", name, []).write(tmp_path / name)
+    (tmp_path / "2026-01-02" / "sweep.json").write_bytes(content)
+    assert newest_sweep(tmp_path, "criteria", "tiny") == tmp_path / "2026-01-01"
+    assert "2026-01-02/sweep.json' is damaged" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("launcher", "extra"),
+    [("joblib", "joblib"), ("submitit_local", "slurm"), ("submitit_slurm", "slurm"), ("ray", "ray")],
+)
+def test_a_launcher_that_is_not_installed_is_refused_with_its_extra(
+    launcher: str, extra: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in LAUNCHER_EXTRAS:
+        monkeypatch.setitem(sys.modules, f"hydra_plugins.{module}", None)
+    assert f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text()
+    assert sweep("experiment=ratio_curve", "model=tiny", "pruning.ratio=0.1", f"launcher={launcher}") == 2
+    message = capsys.readouterr().err
+    assert message.endswith(f"install it: pip install 'heapr[{extra}]'\n")
+    assert message.count("\n") == 1
+
+
+def test_the_command_to_send_a_sweeps_own_run_is_shown(tmp_path: Path) -> None:
+    """sweep.py shows warnings alone, but this."""
+    told = logging.getLogger("heapr.tracking.wandb")
+    before = told.level
+    try:
+        with pytest.raises(SystemExit):
+            run_command([f"report_dir={tmp_path}"], ROOT)
+        assert told.isEnabledFor(logging.INFO)
+    finally:
+        told.setLevel(before)

@@ -167,3 +167,29 @@ def test_bad_text_files_are_refused_in_one_line(tmp_path: Path) -> None:
         PackageDocs("no_such_package_anywhere", "all")
     with pytest.raises(ConfigError, match="split 'tset' is unknown"):
         PyDocs("tset")
+
+
+def test_a_folder_is_all_its_files_that_can_be_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    folder = tmp_path / "texts"
+    for name in ("b/z.TXT", "b/.hidden/x.txt", "a.md", ".config.json", "notes.docx", "b/c.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"text of {name}")
+    (tmp_path / "last.txt").write_text("the last")
+    corpus = TextFiles([str(folder), str(tmp_path / "last.txt")], split="all")
+    assert list(corpus.documents()) == ["text of a.md", "text of b/c.txt", "text of b/z.TXT", "the last"]
+    assert "3 files read, 1 left out for their names, such as notes.docx" in caplog.text
+    (folder / "empty.jsonl").touch()
+    with pytest.raises(ConfigError, match=r"'.*empty.jsonl' is empty; give a file with text"):
+        TextFiles([str(folder)], split="all")
+    (tmp_path / "hidden").mkdir()
+    with pytest.raises(ConfigError, match=r"folder '.*hidden' has no file of text; give one with .txt, "):
+        TextFiles([str(tmp_path / "hidden")], split="all")
+
+
+def test_only_the_first_documents_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "b"}\nnonsense\n')
+    corpus = TextFiles([str(tmp_path / "a.jsonl")], split="all", num_documents=2)
+    assert list(corpus.documents()) == ["a", "b"]
+    (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    assert corpus.identity() == TextFiles([str(tmp_path / "b.jsonl")], split="all").identity()

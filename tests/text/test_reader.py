@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow
@@ -11,6 +12,7 @@ import pytest
 from pyarrow import parquet
 
 from heapr.errors import ConfigError
+from heapr.text import records
 from heapr.text.reader import ENDINGS, GZIP, JSON, PARQUET, TEXT, Source, is_readable, kind_of
 
 DOCUMENTS = ["first\nline", 'se"cond', "one\u2028line\x85still", "naïve \U0001f600"]
@@ -102,13 +104,17 @@ MISTAKES = {
         '{"text": null}',
         "line 3 of '.*' is not a JSON object with text in the field 'text', which holds null",
     ),
-    "chat": (
-        '{"messages": [{"role": "user", "content": "hi"}]}',
-        "line 3 of '.*' is chat data \\(field 'messages'\\), .* into the field 'text'",
+    "empty chat": (
+        '{"messages": []}',
+        "line 3 of '.*' holds no list of messages but \\[\\]; fix it",
     ),
-    "shared chat": (
-        '{"conversations": [{"from": "human", "value": "hi"}]}',
-        "line 3 of '.*' is chat data .*apply_chat_template",
+    "chat without roles": (
+        '{"conversations": [{"human": "hi"}]}',
+        'line 3 of \'.*\' has a message without role and content .or from and value.: ."human": "hi".',
+    ),
+    "surrogate in a chat": (
+        '{"messages": [{"role": "user", "content": "a \\ud83d b"}]}',
+        "line 3 of '.*' has half a character in the field 'messages'",
     ),
     "surrogate": ('{"text": "a \\ud83d b"}', "line 3 of '.*' has half a character in the field 'text'"),
 }
@@ -142,12 +148,6 @@ def test_broken_arrays_are_told_with_their_line(text: str, line: int, tmp_path: 
         read(tmp_path / "a.json")
 
 
-def test_a_chat_under_the_name_of_its_field_is_no_text(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"messages": [{"role": "user", "content": "hi"}]}')
-    with pytest.raises(ConfigError, match="is chat data .* into the field 'text'"):
-        read(tmp_path / "a.jsonl", "messages")
-
-
 @pytest.mark.parametrize(
     "text",
     ['{"text": "a"}\n{"text": "b"}', '\n [{"text": "a"}]', '[\n  {"text": "a"}\n]', "{\n", '["a", "b"]'],
@@ -159,6 +159,43 @@ def test_json_is_not_read_as_prose(text: str, tmp_path: Path) -> None:
         match="line [12] of .* begins like JSON, but the name says plain text; .* .jsonl, .ndjson, .json",
     ):
         read(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("size", [1, 7, 1 << 16])
+@pytest.mark.parametrize("indent", [None, 0, 3])
+def test_arrays_are_read_as_far_as_needed(
+    size: int, indent: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However little is read at a time, elements, their lines and what is held are right."""
+    monkeypatch.setattr(records, "READ_ON", size)
+    objects = [
+        {"n": number, "text": f"a [{number}], {{b}}", "list": [1, {}, [-2.5e3]]} for number in range(40)
+    ]
+    text = json.dumps(objects, indent=indent)
+    (tmp_path / "a.json").write_text(f"\n\n{text}\n\n")
+    assert read(tmp_path / "a.json") == [entry["text"] for entry in objects]
+    broken = text.replace('"n": 30,', '"n": 30;')
+    number = 3 + broken[: broken.index(";")].count("\n")
+    (tmp_path / "b.json").write_text(f"\n\n{broken}")
+    documents = Source((tmp_path / "b.json",), "text").documents()
+    assert [next(documents) for _ in range(30)] == [entry["text"] for entry in objects[:30]]
+    with pytest.raises(ConfigError, match=f"line {number} of .* is not JSON"):
+        next(documents)
+
+
+def test_a_mistake_in_a_large_array_is_told_without_reading_the_rest(tmp_path: Path) -> None:
+    taken = 0
+
+    def further() -> Iterator[str]:
+        nonlocal taken
+        for _ in range(10_000):
+            taken += 1
+            yield '{"text": "good"},\n'
+
+    array = records._Array(tmp_path / "a.json", '[{"text" "bad"},\n', 1, further())
+    with pytest.raises(ConfigError, match="line 1 of .* is not JSON"):
+        list(array.texts("text"))
+    assert taken == 0
 
 
 @pytest.mark.parametrize("ending", [".txt", ".jsonl", ".txt.gz"])
@@ -185,7 +222,7 @@ def test_files_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
         "cut.txt.gz": "cannot be read after line", "broken.txt.gz": "cannot be read after line",
         "plain.txt.gz": "cannot be read after line 0",
         "plain.parquet": "cannot be read as parquet", "blank.txt": "holds no text", "blank.json": "holds no text",
-        "numbers.parquet": "column 'text' of '.*' holds int64, not text", "chat.parquet": r"is chat data \(column 'messages'\)",
+        "numbers.parquet": "column 'text' of '.*' holds int64, not text", "chat.parquet": "has no column 'text' but messages",
     }  # fmt: skip
     for name, message in cases.items():
         with pytest.raises(ConfigError, match=message) as caught:

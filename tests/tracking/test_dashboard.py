@@ -13,7 +13,11 @@ from heapr.errors import ConfigError
 from heapr.tracking.dashboard import build_dashboard, create_dashboard, main
 from tests.tracking.server import serving
 
-NAMES = ["accuracy/average", "calibration/loss", "figures/ratio_curve", "parameters", "perplexity/wikitext2"]
+NAMES = [
+    "calibration/loss", "change/accuracy/average", "change/perplexity/wikitext2", "curve/accuracy/average/heapr",
+    "curve/perplexity/wikitext2/heapr", "curve/perplexity/wikitext2/camera (layer)", "figures/ratio_curve", "parameters",
+    "pruned/perplexity/wikitext2",
+]  # fmt: skip
 needs_workspaces = pytest.mark.skipif(
     importlib.util.find_spec("wandb_workspaces") is None,
     reason="needs wandb-workspaces: pip install 'heapr[dashboard]'",
@@ -31,13 +35,12 @@ def test_ratios_and_criteria_are_compared() -> None:
         section["name"]: section["panels"] for section in view["section"]["panelBankConfig"]["sections"]
     }
     curves = [panel["config"] for panel in sections["Quality by ratio"]]
-    assert [curve["metrics"] for curve in curves] == [["accuracy/average"], ["perplexity/wikitext2"]]
+    assert [curve["metrics"] for curve in curves] == [[NAMES[3]], NAMES[4:6]]
     assert {curve["xAxis"] for curve in curves} == {"pruning.ratio"}
-    assert {curve["groupBy"] for curve in curves} == {"labels.value.criterion"}
     scatters = [
-        (panel["config"]["xAxis"], panel["config"]["yAxis"]) for panel in sections["Quality by what is saved"]
+        (panel["config"]["xAxis"], panel["config"]["yAxis"]) for panel in sections["Damage by what is saved"]
     ]
-    assert ("summary:flops_removed_ratio", "summary:perplexity/wikitext2") in scatters
+    assert ("summary:flops_removed_ratio", "summary:change/perplexity/wikitext2") in scatters
     tables = json.dumps(sections["Tables"])
     assert '"val": "comparison"' in tables and '"val": "layers"' in tables
     assert [panel["config"]["mediaKeys"] for panel in sections["Figures"]] == [["figures/ratio_curve"]]

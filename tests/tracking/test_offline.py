@@ -72,18 +72,22 @@ def test_a_job_has_its_configuration_metrics_layers_and_artifacts(
     ]
     assert run.config["labels"]["criterion"] == "heapr"
     name = "perplexity/text_files"
-    points = {row["pruning.ratio"]: row[name] for row in run.history if name in row}
-    assert points == {0: summary["metrics"]["dense"][name], 0.25: summary["metrics"]["pruned"][name]}
-    assert run.axes[name] == run.axes["atomic_experts_removed_ratio"] == "pruning.ratio"
+    assert run.axes[f"change/{name}"] == run.axes["atomic_experts_removed_ratio"] == "pruning.ratio"
     assert run.axes["calibration/loss"] == "calibration/tokens"
-    for group in ("pruned", "size", "comparison"):
-        assert {metric: run.last[metric] for metric in summary["metrics"][group]} == summary["metrics"][group]
+    for group, before in (("dense", "dense/"), ("pruned", "pruned/"), ("size", ""), ("comparison", "")):
+        of_group = summary["metrics"][group]
+        assert {metric: run.last[f"{before}{metric}"] for metric in of_group} == of_group
+    dense, pruned = (summary["metrics"][group][name] for group in ("dense", "pruned"))
+    assert run.last[f"change/{name}"] == pytest.approx(pruned / dense - 1)
+    assert run.last["pruning.ratio"] == 0.25 and "checkpoint" not in run.last  # none was saved
     assert run.last["calibration/loss"] > 0 and run.last["calibration/tokens"] == 6 * 32
     assert run.last["stages/calibrate/seconds"] > 0
     assert [
         run.last[f"stages/{stage}/cached"] for stage in ("calibrate", "evaluate/perplexity/text_files/dense")
     ] == [False, False]
 
+    assert run.last["figures/widths.format"] == "png" and run.last["figures/widths.width"] >= 1300
+    assert (run.folder / "files" / run.last["figures/widths.path"]).is_file()
     table = run.table("layers")
     kept = {row[0]: row[table["columns"].index("atomic_experts")] for row in table["data"]}
     assert list(kept) == [0, 1] and sum(kept.values()) == 0.75 * 2 * 4 * 8
@@ -95,15 +99,21 @@ def test_a_job_has_its_configuration_metrics_layers_and_artifacts(
         assert (outputs.parent / stage["path"] / "manifest.json").resolve().as_uri() in references
 
 
-def test_a_repeat_has_the_id_and_finds_its_stages(
+def test_a_repeat_is_a_run_of_its_own_that_knows_its_experiment(
     sweep: tuple[Path, list[OfflineRun]], tmp_path: Path, overrides: list[str]
 ) -> None:
     outputs, runs = sweep
     run_in(
-        tmp_path, *overrides, f"paths.outputs={outputs}", "calibration.batch_size=3", "tracking.project=other"
-    )
+        tmp_path, *overrides, f"paths.outputs={outputs}", "calibration.batch_size=3", "tracking.project=other",
+        "pruning.save_checkpoint=true",
+    )  # fmt: skip
     again = offline_runs(outputs)[-1]
-    assert again.run["run_id"] == runs[0].run["run_id"]
+    assert again.run["run_id"] not in {run.run["run_id"] for run in runs}
+    assert again.config["key"] == runs[0].config["key"] != runs[1].config["key"]
+    assert (
+        Path(again.last["checkpoint"]).is_absolute()
+        and Path(again.last["checkpoint"], "config.json").is_file()
+    )
     assert "run_group" not in again.run
     assert again.last["stages/calibrate/cached"] is True
 
@@ -147,6 +157,7 @@ def test_a_sweep_has_a_run_with_its_table_and_figures(tmp_path: Path) -> None:
             rows,
             folder=folder,
             images=[folder / "ratio_curve.png"],
+            curves={0.0: {"a/x": 7.5}, 0.5: {"a/x": 9.0, "a/y": 8.0}},
             outputs=tmp_path / "outputs",
         )
     first, second = offline_runs(tmp_path / "outputs")
@@ -156,6 +167,8 @@ def test_a_sweep_has_a_run_with_its_table_and_figures(tmp_path: Path) -> None:
         "sweep",
         "mine summary",
     )
+    points = [(row["pruning.ratio"], row.get("curve/a/y")) for row in first.history if "pruning.ratio" in row]
+    assert points == [(0, None), (0.5, 8.0)] and first.axes["curve/a/y"] == "pruning.ratio"
     table = first.table("comparison")
     assert table["columns"] == ["model", "perplexity", "accuracy"]
     assert table["data"] == [["a", 3.5, None], ["b", None, 0.5], ["c", "failed", None]]

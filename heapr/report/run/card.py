@@ -90,9 +90,21 @@ def _loading(about: Mapping[str, Any]) -> str:
     wrapper = about.get("language_model_of")
     how = "as a language model" if wrapper else "as the original model does"
     text = Template(LOADING[about["form"]]).substitute(how=how)
+    if "dequantised_from" in about:
+        text += (
+            f"The original weights are quantised ({about['dequantised_from']}). They were dequantised before"
+            f" pruning, and these are written as {about['pruned_from']['dtype']}.\n"
+        )
+    if "text_decoder_of" in about:
+        text += (
+            f"It is a `{about['text_decoder_of']}` as the original: `AutoModelForImageTextToText` loads it."
+            " Its text decoder was pruned, everything else is unchanged.\n"
+        )
     missing = []
     if wrapper:
         missing.append(f"of the original `{wrapper}` only the language model is in it")
+    if about.get("prediction_heads_kept"):
+        text += "Heads that predict further tokens are the original's, unchanged.\n"
     if about.get("prediction_heads_left_out"):
         missing.append("heads that predict further tokens are not in it")
     sentence = "; ".join(missing)

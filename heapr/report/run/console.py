@@ -34,10 +34,14 @@ ZEROS = "parameters_zero"  # zeros in a masked model's checkpoint, in place of w
 COMPARISON_ROWS = {
     "kl_to_dense/": "{:.4f}",
     "top1_agreement/": "{:.1%}",
+    "greedy_agreement/": "{:.1%}",
     "truth/spearman": "{:.3f}",
     "truth/pearson": "{:.3f}",
 }
 AVERAGE = "accuracy/average"
+# Shares of continuations or n-grams (heapr/evaluation/generation.py), and numbers of tokens.
+GENERATION_SHARES = ("loop_rate_greedy/", "loop_rate_sampled/", "distinct_ngrams_")
+GENERATION_LENGTHS = "length_"
 SPEED_ROWS = ("prefill_tokens_per_second", "decode_tokens_per_second")
 # From the forward that the experts use to its contestants (heapr/evaluation/throughput.py): dense and pruned.
 FORWARDS = {
@@ -80,7 +84,7 @@ def _metrics_table(metrics: Mapping[str, Numbers]) -> Table:
 
 
 def _add_models(table: Table, dense: Numbers, pruned: Numbers, size: Numbers) -> None:
-    """Add the metrics that both models have: perplexities, accuracies, then sizes."""
+    """Add the metrics that both models have: perplexities, accuracies, continuations, then sizes."""
     perplexities = [name for name in dense if name.startswith("perplexity/")]
     for name in perplexities:
         before = dense[name]
@@ -88,10 +92,14 @@ def _add_models(table: Table, dense: Numbers, pruned: Numbers, size: Numbers) ->
         change = after / before - 1
         table.add_row(name, f"{before:.2f}", f"{after:.2f}", _change(change))
     for name in _accuracies(dense):
+        _add_share(table, name, dense[name], pruned[name], decimals=2)
+    for name in _of_generation(dense):
         before = dense[name]
         after = pruned[name]
-        points = 100 * (after - before)
-        table.add_row(name, f"{before:.2%}", f"{after:.2%}", f"{points:+.2f} points")
+        if name.startswith(GENERATION_LENGTHS):
+            table.add_row(name, f"{before:.1f}", f"{after:.1f}", f"{after - before:+.1f}")
+        else:
+            _add_share(table, name, before, after, decimals=1)
     _add_sizes(table, dense, pruned, size)
 
 
@@ -108,6 +116,18 @@ def _add_sizes(table: Table, dense: Numbers, pruned: Numbers, size: Numbers) -> 
             before = _count(dense.get(ZEROS, 0))
             after = _count(pruned[ZEROS])
             table.add_row(ZEROS, before, after, "of these")
+
+
+def _add_share(table: Table, name: str, before: float, after: float, *, decimals: int) -> None:
+    points = 100 * (after - before)
+    shown = (f"{before:.{decimals}%}", f"{after:.{decimals}%}", f"{points:+.{decimals}f} points")
+    table.add_row(name, *shown)
+
+
+def _of_generation(dense: Numbers) -> list[str]:
+    """Return the names of what describes continuations, without standard errors."""
+    kinds = (*GENERATION_SHARES, GENERATION_LENGTHS)
+    return [name for name in dense if name.startswith(kinds) and "_stderr/" not in name]
 
 
 def _accuracies(dense: Numbers) -> list[str]:

@@ -139,15 +139,25 @@ def _memory_rows(plan: DryRun) -> Rows:
 
 def _time_rows(plan: DryRun) -> Rows:
     """Time of what is missing from the store, as far as something like it was made before."""
-    seconds, num_missing = plan["expected_seconds"], plan["num_missing"]
+    seconds, estimated, num_missing = plan["expected_seconds"], plan["estimated_seconds"], plan["num_missing"]
+    rows: Rows = []
     if num_missing == 0:
-        return []
-    if seconds is None:
-        return [("time", "", "no estimate: nothing like this was made here before")]
+        return rows
+    if seconds is not None:
+        remark = f"for {plan['num_expected']} of {num_missing} to be made, by earlier ones like them"
+        rows.append(("time", _time(seconds), remark))
+    if estimated is not None:
+        label = "" if rows else "time"
+        remark = "calibration, at least: an estimate by this machine's speed"
+        rows.append((label, _time(estimated), remark))
+    return rows or [("time", "", "no estimate: nothing like this was made here before")]
+
+
+def _time(seconds: float) -> str:
     minutes = seconds / 60
-    time = f"{seconds:.1f} s" if seconds < 60 else f"{minutes:.1f} min"
-    remark = f"for {plan['num_expected']} of {num_missing} to be made, by earlier ones like them"
-    return [("time", time, remark)]
+    if minutes < 1:
+        return f"{seconds:.1f} s"
+    return f"{minutes:.1f} min" if minutes < 60 else f"{minutes / 60:.1f} h"
 
 
 def _stages_table(stages: Sequence[Mapping[str, Any]]) -> Table:

@@ -84,7 +84,7 @@ def _figure(entry: Entry, jobs: Jobs, model: str) -> Figure:
     chart = _chart(entry, jobs)
     height_of_category = 0.15 * len(chart.all_series) + 0.05
     height = 0.4 + height_of_category * len(chart.categories)
-    figure, axes = panels(len(entry.metrics), height=height)
+    figure, axes = panels(len(entry.metrics), height=height, most=2)
     for axis, name in zip(axes, entry.metrics, strict=True):
         _bar_panel(axis, name, chart)
         dense_line(axis, name, jobs, upright=True)

@@ -77,7 +77,7 @@ def _figure(measurements: Sequence[Measurement], across: str, entry: Entry, mode
     """Draw all measurements of a model over `PREDICTED` or over `SCORE`."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, WIDTH), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.62 * WIDTH), layout="constrained")
     axis = figure.subplots()
     jobs = [measurement.job for measurement in measurements]
     names = varying(jobs, entry.series) or list(entry.series)

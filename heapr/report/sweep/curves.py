@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from heapr.report.sweep import metrics
 from heapr.report.sweep.published_results import Numbers, curve
 from heapr.report.sweep.report_layout import Entry
-from heapr.report.sweep.results import Jobs
-from heapr.report.sweep.scales import factor_axis, places_of, ratio_axis, share_logarithmic
+from heapr.report.sweep.results import Jobs, finished
+from heapr.report.sweep.scales import cut_off_weak, factor_axis, places_of, ratio_axis, share_logarithmic
 from heapr.report.sweep.series import Point, Series, by_model, series_of
 from heapr.report.sweep.style import DENSE_LINE, PUBLISHED, UNPRUNED, legend_above, look, panels
 
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FLOPS, REMOVED = "size/flops_removed_ratio", "size/atomic_experts_removed_ratio"
+FLOPS, ROUTED_FLOPS = "size/flops_removed_ratio", "size/flops_routed_removed_ratio"
+REMOVED = "size/atomic_experts_removed_ratio"
 # A published point, over the look of our line.
 HOLLOW_POINT = {"linestyle": "none", "markerfacecolor": "white", "markersize": 6.5}
 
@@ -34,33 +35,65 @@ class Drawing:
         figure: what is drawn.
         about: the model or job that is drawn, added to the entry's title.
         missing: what could not be drawn, and why.
+        caption: what the figure shows beyond what its kind always shows.
+        shares: panels of shares, which have one scale in a report.
     """
 
     figure: Figure
     about: str = ""
     missing: str = ""
+    caption: str = ""
+    shares: tuple[Axes, ...] = ()
 
 
 def ratio_curve(entry: Entry, jobs: Jobs, published: Numbers) -> list[Drawing]:
-    """Draw quality above FLOPs saved, against the share removed, with published points beside ours.
+    """Draw quality and FLOPs saved against the share removed, with published points beside ours.
 
     Every model has a figure of its own.
     """
-    names = list(entry.metrics)
-    if FLOPS not in names:
-        names.append(FLOPS)
     drawings = []
     for model, of_model in by_model(jobs):
-        figure, axes = panels(len(names), height=1.45, sharex=True)
+        names = _with_flops(entry.metrics, of_model)
+        figure, axes = panels(len(names), height=1.9)
         all_series = series_of(of_model, entry, x="ratio")
         for axis, name in zip(axes, names, strict=True):
             for number, series in enumerate(all_series):
                 _ratio_line(axis, series, name, number, published)
+        beyond = [_cut_off(axis, name, all_series) for axis, name in zip(axes, names, strict=True)]
         finish_axes(axes, names, of_model)
-        ratio_axis(axes[-1], of_model)
+        for axis in axes:
+            ratio_axis(axis, of_model, from_zero=True)
         legend_above(figure, axes, title=model)
-        drawings.append(Drawing(figure, model))
+        caption = " ".join(filter(None, beyond))
+        drawings.append(Drawing(figure, model, caption=caption))
     return drawings
+
+
+def _with_flops(names: Sequence[str], jobs: Jobs) -> list[str]:
+    """Return the metrics to draw: those asked for, the FLOPs saved, and those of the routed experts alone."""
+    first = finished(jobs)[0]
+    added = [name for name in (FLOPS, ROUTED_FLOPS) if metrics.value(first, name) is not None]
+    return [*names, *(name for name in added if name not in names)]
+
+
+def _cut_off(axis: Axes, name: str, all_series: Sequence[Series]) -> str:
+    """Let lines leave the panel that would set its scale alone, and say which and how far they go."""
+    if metrics.better(name) != metrics.LOWER or name.startswith("size/"):
+        return ""
+    first_job = all_series[0].points[0][0]
+    dense = metrics.dense_value(first_job, name)
+    if dense is None:
+        return ""
+    dense = metrics.scaled(name, dense)
+    highest = {}
+    for series in all_series:
+        means = [point.mean for point in series.values(name)]
+        if means:
+            highest[series.label] = max(means)
+    increases = {label: number - dense for label, number in highest.items()}
+    weak = cut_off_weak(axis, increases, dense)
+    ends = [f"{label} up to {metrics.printed(name, highest[label])}" for label in weak]
+    return f"Beyond the top of {metrics.label(name)}: {', '.join(ends)}." if ends else ""
 
 
 def calibration_curve(entry: Entry, jobs: Jobs, published: Numbers) -> list[Drawing]:
@@ -71,7 +104,7 @@ def calibration_curve(entry: Entry, jobs: Jobs, published: Numbers) -> list[Draw
     drawings = []
     for model, of_model in by_model(jobs):
         places = places_of(of_model, entry.x)
-        figure, axes = panels(len(entry.metrics), height=1.75, sharex=True)
+        figure, axes = panels(len(entry.metrics), height=2.2)
         all_series = series_of(of_model, entry, x=entry.x)
         for axis, name in zip(axes, entry.metrics, strict=True):
             for number, series in enumerate(all_series):
@@ -80,7 +113,8 @@ def calibration_curve(entry: Entry, jobs: Jobs, published: Numbers) -> list[Draw
                 xs = [places[value] for value in values]
                 _error_bars(axis, xs, points, series.label, look(number))
         finish_axes(axes, entry.metrics, of_model)
-        factor_axis(axes[-1], entry.x, places)
+        for axis in axes:
+            factor_axis(axis, entry.x, places)
         legend_above(figure, axes, title=model)
         drawings.append(Drawing(figure, model))
     return drawings
@@ -97,7 +131,7 @@ def finish_axes(axes: Sequence[Axes], names: Sequence[str], jobs: Jobs) -> None:
         axis.set_ylabel(metrics.axis_label(name))
         if name.startswith("perplexity/"):
             perplexities.append(axis)
-        elif name == FLOPS:
+        elif name in {FLOPS, ROUTED_FLOPS}:
             axis.set_ylim(bottom=0)
     share_logarithmic(perplexities, least_span=4)
 
@@ -134,8 +168,11 @@ def dense_line(axis: Axes, metric: str, jobs: Jobs, *, upright: bool) -> None:
 
 
 def _ratio_line(axis: Axes, series: Series, metric: str, number: int, published: Numbers) -> None:
-    """Draw our line over the share that was really removed, and published points over the share asked for."""
-    how = look(number)
+    """Draw our line over the share that was really removed, from the unpruned model on.
+
+    Published points are drawn over the share asked for.
+    """
+    how = look(number) | {"zorder": 3 - 0.01 * number}  # the first lines lie on top
     points = series.values(metric)
     asked = series.factors(points, "ratio")
     reached = {point.number: point.mean for point in series.values(REMOVED)}
@@ -143,8 +180,13 @@ def _ratio_line(axis: Axes, series: Series, metric: str, number: int, published:
     for point, ratio in zip(points, asked, strict=True):
         x = reached.get(point.number, 100 * ratio)
         xs.append(x)
+    dense = metrics.dense_value(series.points[0][0], metric)
+    if dense is not None:
+        xs.insert(0, 0.0)
+        unpruned = Point(-1, metrics.scaled(metric, dense), 0.0)
+        points = [unpruned, *points]
     draw_line(axis, xs, points, series.label, how)
-    _published_points(axis, series, metric, how | HOLLOW_POINT, published)
+    _published_points(axis, series, metric, look(number) | HOLLOW_POINT, published)
 
 
 def _published_points(

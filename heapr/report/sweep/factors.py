@@ -40,8 +40,9 @@ HEADERS = {
     "corpus": "calibrated on",
 }
 # Groups that do not change the pruned model.
-RESULTLESS = {"paths", "runtime", "tracking", "evaluation", "dry_run"}
+RESULTLESS = {"paths", "runtime", "tracking", "evaluation", "dry_run", "objective"}
 NAMES = ("model", "criterion", "corpus", *PATHS)
+RATIO = "ratio"
 METHOD = "method"  # the criterion, and what goes beyond the paper, in words
 METHOD_PATHS = ("score", "pruning.scope", "pruning.rounds", "pruning.repair")
 
@@ -127,6 +128,14 @@ def telling_apart(jobs: Jobs, names: Sequence[str], average_over: str | None) ->
         if any(varying(members, [candidate]) for members in groups.values()):
             added.append(candidate)
     return added
+
+
+def what_differs(jobs: Jobs) -> list[str]:
+    """Return the factors that differ between jobs, then the fields that differ where those agree."""
+    names = varying(jobs, NAMES)
+    further = telling_apart(jobs, names, None)
+    measured = [path for path in differing(jobs) if path.split(".")[0] in RESULTLESS]
+    return [*names, *further, *measured]
 
 
 def by_values(jobs: Jobs, names: Sequence[str]) -> dict[tuple[str, ...], list[JobResult]]:

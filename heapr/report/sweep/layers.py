@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from heapr.report.sweep.curves import Drawing
-from heapr.report.sweep.factors import NAMES, describe, varying
+from heapr.report.sweep.factors import NAMES, RATIO, describe, varying
 from heapr.report.sweep.published_results import Numbers
 from heapr.report.sweep.report_layout import Entry
 from heapr.report.sweep.results import Jobs, LayerRemoval, finished, removed_by_layer
@@ -29,17 +29,26 @@ def layer_heatmap(entry: Entry, jobs: Jobs, published: Numbers) -> list[Drawing]
     """Draw a figure per job: the share removed of every expert, and beside it of every layer."""
     done = finished(jobs)
     shown = varying(done, NAMES)
+    if RATIO not in shown:
+        shown.append(RATIO)
     drawings = []
     for job in done:
         layers = removed_by_layer(job)
         if layers is not None:
             about = describe(job, shown)
-            figure = _figure(layers, about, is_sorted=entry.order == "sorted")
+            figure = layer_figure(layers, about, is_sorted=entry.order == "sorted")
             drawings.append(Drawing(figure, about))
     return drawings
 
 
-def _figure(layers: Sequence[LayerRemoval], title: str, *, is_sorted: bool) -> Figure:
+def layer_figure(layers: Sequence[LayerRemoval], title: str, *, is_sorted: bool = False) -> Figure:
+    """Draw the share removed of every expert, and beside it of every layer.
+
+    Args:
+        layers: in order.
+        title: above the figure; may be empty.
+        is_sorted: whether a layer's experts stand in order of what they lost, or by index.
+    """
     from matplotlib.figure import Figure
 
     height = 0.09 * len(layers) + 1.0

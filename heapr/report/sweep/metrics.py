@@ -24,7 +24,7 @@ class Kind(NamedTuple):
 
     Attributes:
         quantity: its name for a reader.
-        better: `LOWER` or `HIGHER`.
+        better: `LOWER`, `HIGHER`, or 0 if neither is; tables then show it only on request.
         unit: in which it is printed.
         decimals: with which it is printed.
     """
@@ -61,6 +61,14 @@ KINDS = {
     "accuracy_norm": Kind("normalised accuracy", HIGHER, "%", 2),
     "kl_to_dense": Kind("KL to unpruned", LOWER, "nats", 4),
     "top1_agreement": Kind("top-1 agreement", HIGHER, "%", 1),
+    "greedy_agreement": Kind("greedy agreement", HIGHER, "%", 1),
+    "loop_rate_greedy": Kind("greedy loop rate", LOWER, "%", 1),
+    "loop_rate_sampled": Kind("sampled loop rate", LOWER, "%", 1),
+    # Real text is neither as short nor as uniform as possible, and the reverse is no better.
+    "distinct_ngrams_greedy": Kind("distinct 3-grams, greedy", 0, "%", 1),
+    "distinct_ngrams_sampled": Kind("distinct 3-grams, sampled", 0, "%", 1),
+    "length_greedy": Kind("greedy length", 0, "tokens", 1),
+    "length_sampled": Kind("sampled length", 0, "tokens", 1),
     "truth": Kind("correlation", HIGHER, "", 3),
     "prefill_tokens_per_second": Kind("prefill tokens per second", HIGHER, "", 0),
     "decode_tokens_per_second": Kind("decode tokens per second", HIGHER, "", 0),
@@ -84,7 +92,7 @@ COMPARED = {"perplexity", "accuracy", "accuracy_norm", "kl_to_dense", "top1_agre
 OF_THE_DENSE = {"kl_to_dense": 0.0, "top1_agreement": 1.0}
 # Metrics of a run, or of both models together: the unpruned model has no number of its own.
 OF_A_PAIR = {
-    "stages", "truth", "kl_to_dense", "top1_agreement", *PRUNING_COSTS,
+    "stages", "truth", "kl_to_dense", "top1_agreement", "greedy_agreement", *PRUNING_COSTS,
     "calibration_seconds", "calibration_speedup", "calibration_state_bytes", "calibration_peak_memory_bytes",
 }  # fmt: skip
 
@@ -140,12 +148,16 @@ def increase(job: JobResult, name: str) -> float | None:
     It is pruned - dense, or dense - pruned for a metric that is better when higher.
     """
     pruned = value(job, name)
-    dense = value(job, name, dense=True)
-    if dense is None:
-        dense = OF_THE_DENSE.get(name.partition("/")[0])
+    dense = dense_value(job, name)
     if pruned is None or dense is None:
         return None
     return -better(name) * (pruned - dense)
+
+
+def dense_value(job: JobResult, name: str) -> float | None:
+    """Return the dense model's metric: as measured, or as it is by definition, such as its own divergence."""
+    measured = value(job, name, dense=True)
+    return OF_THE_DENSE.get(name.partition("/")[0]) if measured is None else measured
 
 
 def standard_error(job: JobResult, name: str, *, dense: bool = False) -> float | None:
@@ -166,7 +178,7 @@ def known(jobs: Jobs) -> list[str]:
         for name in (*job.metrics["pruned"], *job.metrics["comparison"]):
             if name.partition("/")[0] in shown and better(name):
                 names[name] = None
-        for name in ("parameters_removed_ratio", "flops_removed_ratio"):
+        for name in ("parameters_removed_ratio", "flops_removed_ratio", "flops_routed_removed_ratio"):
             if name in job.metrics["size"]:
                 names[f"size/{name}"] = None
     accuracies = [name for name in names if name.startswith("accuracy/")]

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from heapr.report.sweep.factors import differing, failure, flat
+from heapr.report.sweep.calibrations import coverage_section
+from heapr.report.sweep.factors import describe, differing, factor, failure, flat, header, show, what_differs
+from heapr.report.sweep.facts import facts
 from heapr.report.sweep.render import to_html
 from heapr.report.sweep.report_layout import Entry, Layout
 from heapr.report.sweep.results import Jobs, artifact_folder, finished
@@ -25,7 +27,7 @@ CSS = """
   --bad: #b3261e; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e7ea; --dim: #a3a7ae; --paper: #17181b; --line: #3b3e44; --shade: #212327;
   --link: #7db7f5; --bad: #ff8a80; } }
-body { margin: 2rem auto; max-width: 64rem; padding: 0 1rem; font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); }
+body { margin: 2rem auto; max-width: 72rem; padding: 0 1rem; font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); }
 h1 { font-size: 1.6rem; margin: 0 0 .3rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
 a { color: var(--link); } code, pre { font: 12.5px/1.45 ui-monospace, monospace; }
 pre { background: var(--shade); padding: .6rem .8rem; overflow-x: auto; border-radius: 4px; white-space: pre-wrap; }
@@ -39,11 +41,13 @@ tbody th, thead .label, .plain th, .plain td { text-align: left; }
 .results tr.group > * { border-top: 1px solid var(--line); } .results tr.beside > * { color: var(--dim); }
 .plain td, .plain th { border-bottom: 1px solid var(--line); white-space: normal; overflow-wrap: anywhere; }
 .scroll .plain td, .scroll .plain th { white-space: nowrap; overflow-wrap: normal; }
-.figures { display: flex; flex-wrap: wrap; gap: 1.2rem; } figure { margin: 0; max-width: 100%; }
-figure svg { display: block; width: 30rem; max-width: 100%; height: auto; background: #fff; border: 1px solid var(--line); border-radius: 4px; }
-figcaption { color: var(--dim); font-size: 13px; max-width: 30rem; margin-top: .3rem; }
+figure { margin: 0 0 1.6rem; } figure svg { display: block; width: 100%; height: auto; } figure svg text { fill: var(--ink); }
+figcaption { color: var(--dim); font-size: 13px; margin-top: .3rem; } figcaption b { color: var(--ink); font-weight: 600; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem .9rem; margin: 0 0 .8rem; font-size: 13.5px; } dt { color: var(--dim); } dd { margin: 0; }
 .failed { color: var(--bad); } details { margin: .5rem 0; } summary { cursor: pointer; }
 """
+
+PAGE_COLOURS = {"#ffffff": "paper", "#000000": "ink", "#e3e3e3": "line"}  # from an SVG's to the page's
 
 
 @dataclass(frozen=True)
@@ -55,12 +59,14 @@ class Picture:
         about: the model or job that is drawn.
         files: the SVG, then the PNG; empty if there was nothing to draw.
         missing: what could not be drawn, and why.
+        caption: what the figure shows and how to read it.
     """
 
     entry: Entry
     about: str
     files: tuple[Path, ...]
     missing: str
+    caption: str = ""
 
 
 def page(layout: Layout, jobs: Jobs, parts: Sequence[Table | Picture], folder: Path) -> str:
@@ -77,6 +83,7 @@ def page(layout: Layout, jobs: Jobs, parts: Sequence[Table | Picture], folder: P
         _head(layout, jobs),
         *_parts(parts),
         _failures(jobs),
+        coverage_section(jobs),
         _differences(jobs),
         _stages(jobs, folder),
         _common(jobs),
@@ -96,10 +103,15 @@ def without_local_links(text: str) -> str:
 
 
 def inline_svg(text: str) -> str:
-    """Return an SVG file's root element for use inside HTML: without prologue, namespaces and size."""
+    """Return an SVG file's root element for use inside HTML: without prologue, namespaces and size.
+
+    Paper, ink and grid lines have the colours of the page, which are others on a dark screen.
+    """
     root = text[text.index("<svg") :]
     opening, rest = root.split(">", 1)
     opening = re.sub(r'\s(?:xmlns(?::\w+)?|width|height|version)="[^"]*"', "", opening)
+    for colour, variable in PAGE_COLOURS.items():
+        rest = rest.replace(colour, f"var(--{variable})")
     return f"{opening}>{rest}".strip()
 
 
@@ -111,38 +123,38 @@ def _head(layout: Layout, jobs: Jobs) -> str:
     if layout.date:
         text += f" · {layout.date}"
     head = f"<p class=dim>{html.escape(text)}</p>\n"
+    lines = [f"<dt>{name}</dt><dd>{html.escape(line)}</dd>" for name, line in facts(jobs).items()]
+    head += f"<dl>{''.join(lines)}</dl>\n"
     if layout.command:
         head += f"<pre>{html.escape(layout.command)}</pre>\n"
     return head
 
 
 def _parts(parts: Sequence[Table | Picture]) -> list[str]:
-    """Return the tables, and the pictures of each entry side by side under its title."""
+    """Return the tables, and the pictures of each entry under its title."""
     texts: list[str] = []
     current: Entry | None = None
     for part in parts:
-        entry = None if isinstance(part, Table) else part.entry
-        if current is not None and entry is not current:
-            texts.append("</div>\n")
-        if entry is not None and entry is not current:
-            texts.append(f"<h2>{html.escape(entry.title)}</h2>\n<div class=figures>\n")
-        texts.append(to_html(part) if isinstance(part, Table) else _figure(part))
-        current = entry
-    if current is not None:
-        texts.append("</div>\n")
+        if isinstance(part, Table):
+            texts.append(to_html(part))
+            continue
+        if part.entry is not current:
+            texts.append(f"<h2>{html.escape(part.entry.title)}</h2>\n")
+        texts.append(_figure(part))
+        current = part.entry
     return texts
 
 
 def _figure(picture: Picture) -> str:
-    """Return a drawing with what it shows, what is missing in it, and links to its files."""
+    """Return a drawing with what it shows, what is missing in it, and links to its files, the SVG first."""
     drawing = ""
     if picture.files:
         svg, *_ = picture.files
         drawing = inline_svg(svg.read_text(encoding="utf-8"))
-    about = html.escape(picture.about)
-    missing = html.escape(picture.missing)
+    about = f"<b>{html.escape(picture.about)}.</b>" if picture.about else ""
+    words = html.escape(" ".join(filter(None, (picture.caption, picture.missing))))
     links = map(_link_to_file, picture.files)
-    caption = " ".join(filter(None, (about, missing, *links)))
+    caption = " ".join(filter(None, (about, words, *links)))
     return f"<figure>\n{drawing}\n<figcaption>{caption}</figcaption>\n</figure>\n"
 
 
@@ -160,13 +172,14 @@ def _failures(jobs: Jobs) -> str:
 
 
 def _differences(jobs: Jobs) -> str:
-    """List the fields of the configuration that differ between jobs, one row per job."""
-    paths = differing(jobs)
-    headers = [f"<th>{html.escape(name)}</th>" for name in ("job", *paths)]
+    """List what differs between jobs, one row per job."""
+    names = what_differs(jobs)
+    if not names:
+        return ""
+    headers = [f"<th>{html.escape(name)}</th>" for name in ("job", *map(header, names))]
     rows = []
     for job in jobs:
-        config = flat(job.config)
-        values = [str(config.get(path, "")) for path in paths]
+        values = [show(name, factor(job, name)) for name in names]
         cells = [f"<td>{html.escape(value)}</td>" for value in values]
         rows.append(f"<tr><th>{job.number}</th>{''.join(cells)}</tr>")
     return f"<h2>What differs between jobs</h2>\n{_scrolling_table(''.join(headers), rows)}\n"
@@ -181,20 +194,21 @@ def _stages(jobs: Jobs, folder: Path) -> str:
     """List every job's artifacts, folded."""
     headers = "<th>stage</th><th>artifact</th><th>seconds</th>"
     texts = ["<h2>Jobs and their artifacts</h2>\n"]
+    names = what_differs(jobs)
     for job in jobs:
         label = f"Job {job.number}"
         if job.folder is not None:
             label = f'<a class=local href="{_link(job.folder, folder)}">{label}</a>'
-        name = html.escape(" ".join(job.overrides))
+        name = html.escape(describe(job, names) if names else " ".join(job.overrides))
         if job.summary is None:
-            texts.append(f"<p>{label}: <code>{name}</code> <span class=failed>failed</span></p>\n")
+            texts.append(f"<p>{label}: {name} <span class=failed>failed</span></p>\n")
             continue
         rows = []
         for stage in job.summary["stages"]:
             link = _link(artifact_folder(job, stage), folder)
             rows.append(_stage_row(stage, link))
         table = _scrolling_table(headers, rows)
-        texts.append(f"<details><summary>{label}: <code>{name}</code></summary>\n{table}</details>\n")
+        texts.append(f"<details><summary>{label}: {name}</summary>\n{table}</details>\n")
     return "".join(texts)
 
 

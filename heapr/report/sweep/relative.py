@@ -16,7 +16,7 @@ from heapr.report.sweep.factors import selected, show
 from heapr.report.sweep.published_results import Numbers
 from heapr.report.sweep.report_layout import Entry
 from heapr.report.sweep.results import JobResult, Jobs
-from heapr.report.sweep.scales import ratio_axis, scale_with_zero, share_logarithmic
+from heapr.report.sweep.scales import one_scale, ratio_axis
 from heapr.report.sweep.series import Point, Series, by_model, series_of
 from heapr.report.sweep.shares import Remarks, columns_of, share_name, with_shares
 from heapr.report.sweep.style import DENSE_LINE, HOLLOW, legend_above, look, panels
@@ -50,12 +50,12 @@ def relative_curve(entry: Entry, jobs: Jobs, published: Numbers) -> list[Drawing
     drawings = []
     for model, of_model in by_model(others):
         all_series = series_of(of_model, entry, x="ratio")
-        figure = _figure(entry, of_model, all_series, columns)
+        figure, of_shares = _figure(entry, of_model, all_series, columns)
         not_drawn = _not_drawn(of_model, columns, remarks)
         hollow = _hollow(all_series, columns)
         sentences = filter(None, (not_drawn, hollow))
         missing = " ".join(sentences)
-        drawings.append(Drawing(figure, model, missing))
+        drawings.append(Drawing(figure, model, missing, shares=tuple(of_shares)))
     return drawings
 
 
@@ -67,9 +67,15 @@ def _others(entry: Entry, jobs: Jobs) -> list[JobResult]:
     return [job for job in chosen if job.number not in numbers]
 
 
-def _figure(entry: Entry, jobs: Jobs, all_series: Sequence[Series], columns: Sequence[str]) -> Figure:
-    """Draw a panel for each column; the legend lists the lines from the highest to the lowest."""
-    figure, axes = panels(len(columns), height=1.75, sharex=True)
+def _figure(
+    entry: Entry, jobs: Jobs, all_series: Sequence[Series], columns: Sequence[str]
+) -> tuple[Figure, list[Axes]]:
+    """Draw a panel for each column; the legend lists the lines from the highest to the lowest.
+
+    Returns:
+        The figure, and those of its panels that show shares.
+    """
+    figure, axes = panels(len(columns), height=2.1)
     first_column = columns[0]
     heights = [series.mean(first_column) for series in all_series]
     # A line keeps its number, and so its look, wherever it stands.
@@ -79,10 +85,11 @@ def _figure(entry: Entry, jobs: Jobs, all_series: Sequence[Series], columns: Seq
         for number in from_the_highest:
             series = all_series[number]
             _line(axis, series, column, number)
-    _finish(axes, entry)
-    ratio_axis(axes[-1], jobs)
+    of_shares = _finish(axes, entry)
+    for axis in axes:
+        ratio_axis(axis, jobs)
     legend_above(figure, axes)
-    return figure
+    return figure, of_shares
 
 
 def _not_drawn(jobs: Jobs, columns: Sequence[str], remarks: Remarks) -> str:
@@ -126,8 +133,8 @@ def _hollow_marks(axis: Axes, series: Series, points: Sequence[Point], how: dict
     axis.plot([], [], label=HOLLOW, **HOLLOW_IN_LEGEND)
 
 
-def _finish(axes: Sequence[Axes], entry: Entry) -> None:
-    """Add the labels and the baseline's line, and choose the scale: one for the shares of all panels."""
+def _finish(axes: Sequence[Axes], entry: Entry) -> list[Axes]:
+    """Add the labels and the baseline's line, give all shares one scale, and return the panels of shares."""
     of_shares = []
     for axis, metric in zip(axes, entry.metrics, strict=True):
         column = share_name(metric)
@@ -138,8 +145,9 @@ def _finish(axes: Sequence[Axes], entry: Entry) -> None:
             _baseline_line(axis, entry)
             of_shares.append(axis)
         axis.set_ylabel(label)
-    if not share_logarithmic(of_shares, least_span=LEAST_SPAN):
-        scale_with_zero(of_shares, least_span=LEAST_SPAN)
+    if of_shares:
+        one_scale(of_shares, least_span=LEAST_SPAN)
+    return of_shares
 
 
 def _baseline_line(axis: Axes, entry: Entry) -> None:

@@ -5,6 +5,7 @@ In: jobs and a layout. Out: table.md, table.csv, table.tex, figures as SVG and P
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,12 +21,13 @@ from heapr.report.sweep.factors import factor, selected
 from heapr.report.sweep.layers import layer_heatmap
 from heapr.report.sweep.page import Picture, page
 from heapr.report.sweep.published_results import Numbers, read_published
-from heapr.report.sweep.relative import relative_curve, relative_table
+from heapr.report.sweep.relative import LEAST_SPAN, relative_curve, relative_table
 from heapr.report.sweep.render import to_csv, to_markdown, to_tex
 from heapr.report.sweep.report_layout import TITLES, Entry, default_entries, read_layout
 from heapr.report.sweep.results import Jobs, finished
+from heapr.report.sweep.scales import one_scale
 from heapr.report.sweep.shares import for_csv
-from heapr.report.sweep.style import style, write_figure
+from heapr.report.sweep.style import name_scales, style, write_figure
 from heapr.report.sweep.table import build_table
 from heapr.report.sweep.table_parts import Table
 
@@ -40,6 +42,20 @@ FIGURES: Mapping[str, Callable[[Entry, Jobs, Numbers], list[Drawing]]] = {
 TABLES: Mapping[str, Callable[[Entry, Jobs, Numbers], Table]] = {
     "table": build_table,
     "relative_table": relative_table,
+}
+CAPTIONS = {
+    "ratio_curve": "Lines start at the unpruned model (0 %), whose numbers are the dashed lines, and have a"
+    " point for each ratio, at the share that was really removed. FLOPs saved are of the whole model;"
+    " experts' FLOPs saved, of the routed experts alone.",
+    "calibration_curve": "Means over jobs that are averaged, with their standard deviations; the dashed line"
+    " is the unpruned model.",
+    "bars": "The number of each bar stands beside it; the dashed line is the unpruned model.",
+    "layer_heatmap": "Left, the share removed of every expert; right, of every layer.",
+    "consistency": "A point for each score quantile, removed alone: the increase of the loss that its scores"
+    " predict, and the one that was measured.",
+    "relative_curve": "How far a metric is from the unpruned model's, divided by how far it is with the"
+    " baseline (dashed); lower is better. All panels have one scale, that of the points; error bars may leave"
+    " it.",
 }
 TEX_HEAD = "% Needs \\usepackage{booktabs,graphicx}; include with \\input.\n"
 
@@ -70,11 +86,7 @@ def write_report(jobs: Jobs, layout: Mapping[str, Any], folder: Path, published:
     tables = [TABLES[entry.kind](entry, jobs, numbers) for entry in entries if entry.kind in TABLES]
     with_shares = for_csv(entries, jobs)
     files = _write_tables(folder, tables, checked.title, csv=to_csv(with_shares, numbers))
-    pictures: list[Picture] = []
-    used: dict[str, int] = {}
-    for entry in entries:
-        if entry.kind in FIGURES:
-            pictures += _pictures(entry, jobs, numbers, folder, used)
+    pictures = _pictures([entry for entry in entries if entry.kind in FIGURES], jobs, numbers, folder)
     files += [path for picture in pictures for path in picture.files]
     ordered = _in_order(entries, tables, pictures)
     whole_page = page(checked, jobs, ordered, folder)
@@ -120,29 +132,38 @@ def _titled(table: Table, title: str) -> Table:
     return replace(table, title=title) if is_untitled else table
 
 
-def _pictures(
-    entry: Entry, jobs: Jobs, numbers: Numbers, folder: Path, used: dict[str, int]
-) -> list[Picture]:
-    """Write the figures of an entry; without any, return a picture that says so.
+def _pictures(entries: Sequence[Entry], jobs: Jobs, numbers: Numbers, folder: Path) -> list[Picture]:
+    """Draw and write the figures of all entries.
 
-    Files are numbered from the second figure of a kind on, as counted in `used`.
+    An entry without any gets a picture that says so. Shares have one scale in all figures. Files are numbered
+    from the second figure of a kind on.
     """
-    chosen = selected(jobs, entry.where)
-    failures = _missing(chosen)
-    # A baseline may be a job that `where` does not select.
-    candidates = jobs if entry.baseline else chosen
-    pictures = []
+    pictures: list[Picture] = []
     with style():
-        for drawing in FIGURES[entry.kind](entry, candidates, numbers):
-            number = used.get(entry.kind, 0) + 1
-            used[entry.kind] = number
-            stem = entry.kind if number == 1 else f"{entry.kind}_{number}"
-            files = write_figure(drawing.figure, folder / stem)
-            missing = " ".join(filter(None, (failures, drawing.missing)))
-            pictures.append(Picture(entry, drawing.about, tuple(files), missing))
-    if not pictures:
-        pictures.append(Picture(entry, "", (), f"Nothing to draw: no job has its numbers. {failures}"))
+        drawn = [(entry, FIGURES[entry.kind](entry, _candidates(entry, jobs), numbers)) for entry in entries]
+        all_shares = [panel for _, drawings in drawn for drawing in drawings for panel in drawing.shares]
+        if all_shares:
+            one_scale(all_shares, LEAST_SPAN)
+        used: Counter[str] = Counter()
+        for entry, drawings in drawn:
+            failures = _missing(selected(jobs, entry.where))
+            for drawing in drawings:
+                used[entry.kind] += 1
+                stem = entry.kind if used[entry.kind] == 1 else f"{entry.kind}_{used[entry.kind]}"
+                name_scales(drawing.figure)
+                files = write_figure(drawing.figure, folder / stem)
+                missing = " ".join(filter(None, (failures, drawing.missing)))
+                caption = " ".join(filter(None, (CAPTIONS[entry.kind], drawing.caption)))
+                pictures.append(Picture(entry, drawing.about, tuple(files), missing, caption))
+            if not drawings:
+                nothing = f"Nothing to draw: no job has its numbers. {failures}"
+                pictures.append(Picture(entry, "", (), nothing))
     return pictures
+
+
+def _candidates(entry: Entry, jobs: Jobs) -> Jobs:
+    """Return the jobs that an entry may draw: a baseline may be a job that `where` does not select."""
+    return jobs if entry.baseline else selected(jobs, entry.where)
 
 
 def _missing(jobs: Jobs) -> str:

@@ -144,8 +144,8 @@ def default_entries(jobs: Jobs) -> tuple[Entry, ...]:
         return (table,)
     perplexities = [name for name in names if name.startswith("perplexity/")]
     quality = perplexities[:1]
-    if "accuracy/average" in names:
-        quality.append("accuracy/average")
+    accuracies = [name for name in names if name.startswith("accuracy/")]
+    quality += [name for name in accuracies if name == "accuracy/average"] or accuracies[:1]
     drawn = tuple(quality or names[:1])
     curve = Entry(kind="ratio_curve", title=TITLES["ratio_curve"], metrics=drawn)
     return (table, curve)

@@ -116,14 +116,10 @@ def removed_by_layer(job: JobResult) -> list[LayerRemoval] | None:
 
     It is read from the `routing` evaluation or, without one, from the plan; None if neither is there.
     """
-    layers = []
     routing = details(job, "routing")
     if routing is not None:
-        for layer in routing["layers"]:
-            share = 1 - layer["layer_kept_ratio"]
-            share_E = tuple(1 - ratio for ratio in layer["kept_ratio"])
-            layers.append(LayerRemoval(layer["layer"], share, share_E))
-        return layers
+        return removals(routing["layers"])
+    layers = []
     folder = stage_folder(job, "prune")
     plan = None if folder is None else read_kept(folder)
     if plan is None:
@@ -133,6 +129,15 @@ def removed_by_layer(job: JobResult) -> list[LayerRemoval] | None:
         removed_E = 1 - kept_EF.mean(axis=1)
         layers.append(LayerRemoval(number, share, tuple(removed_E.tolist())))
     return layers
+
+
+def removals(layers: Sequence[Mapping[str, Any]]) -> list[LayerRemoval]:
+    """Return what was removed from layers that `heapr.evaluation.routing` described."""
+    found = []
+    for layer in layers:
+        share_E = tuple(1 - ratio for ratio in layer["kept_ratio"])
+        found.append(LayerRemoval(layer["layer"], 1 - layer["layer_kept_ratio"], share_E))
+    return found
 
 
 def stage_cost(job: JobResult, stage: str, quantity: str) -> float | None:
@@ -147,6 +152,19 @@ def stage_cost(job: JobResult, stage: str, quantity: str) -> float | None:
     """
     entries = stage_entries(job, stage)
     return _cost(job, entries[0], quantity) if entries else None
+
+
+def artifact_seconds(jobs: Jobs) -> dict[str, float]:
+    """Return the seconds that it took to make each artifact, or part of one, that the jobs used."""
+    found: dict[str, float] = {}
+    for job in finished(jobs):
+        assert job.summary is not None
+        for entry in job.summary["stages"]:
+            name = f"{entry['key']}/{entry.get('part', '')}"
+            seconds = None if name in found else _cost(job, entry, "seconds")
+            if seconds is not None:
+                found[name] = seconds
+    return found
 
 
 def pruning_time_ratio(job: JobResult) -> float | None:

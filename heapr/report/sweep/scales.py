@@ -5,7 +5,8 @@ In: a panel, and the jobs that it shows. matplotlib is imported where it is need
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from heapr.report.sweep.factors import UNKNOWN, factor, header, in_order, show
@@ -20,6 +21,10 @@ LARGE_TICKS = [digit * 10.0**power for power in range(6) for digit in (2, 5, 10)
 TICKS = (0.0, 0.5, 1.0, *LARGE_TICKS)
 # A logarithmic axis that shows less than this factor gets the ticks of a linear one.
 NARROW_SPAN = 4
+# A line whose increase is more than so many times the median of at least so many lines is cut off.
+WEAK, LEAST_LINES = 3.0, 5
+ROOM, LOG_ROOM = 0.06, 1.2  # of shares: above and below what is drawn, as a part of it and as a factor
+MARGIN = 1.1  # times the increase of the highest line that is not cut off
 # From the factor that an axis spans at most to the digits at its ticks; beyond, powers of ten.
 TICK_DIGITS = (
     (10, (1.0, 2.0, 3.0, 5.0, 7.0)),
@@ -46,6 +51,34 @@ def share_logarithmic(axes: Sequence[Axes], least_span: float) -> bool:
     for axis, span in zip(axes, spans, strict=True):
         logarithmic(axis, span, which="y")
     return True
+
+
+def one_scale(axes: Sequence[Axes], least_span: float) -> None:
+    """Give the shares on all panels one scale and the same ends.
+
+    The points set them; error bars may leave the panel, since those of a share that means nothing are huge.
+
+    Args:
+        axes: the panels, of one figure or several.
+        least_span: from which span on the scale is logarithmic.
+    """
+    for axis in axes:
+        axis.set_yscale("linear")
+        axis.autoscale(axis="y")
+    if not share_logarithmic(axes, least_span):
+        scale_with_zero(axes, least_span)
+    ends = [limits(axis) for axis in axes]
+    lowest, highest = min(low for low, _ in ends), max(high for _, high in ends)
+    is_linear = axes[0].get_yscale() == "linear"
+    for axis in axes:
+        if is_linear:
+            room = ROOM * (highest - min(0.0, lowest))
+            axis.set_ylim(min(0.0, lowest) - room, highest + room)
+        elif axis.get_yscale() == "log":
+            axis.set_ylim(lowest / LOG_ROOM, highest * LOG_ROOM)
+            logarithmic(axis, highest / lowest, which="y")
+        else:
+            _signed_logarithmic(axis, lowest, highest)
 
 
 def scale_with_zero(axes: Sequence[Axes], least_span: float) -> None:
@@ -81,13 +114,43 @@ def _signed_logarithmic(axis: Axes, lowest: float, highest: float) -> None:
 
 
 def limits(axis: Axes) -> tuple[float, float]:
-    """Return the smallest and the largest y of the lines that are drawn, without margins."""
+    """Return the smallest and the largest y of the lines that are drawn, without margins and error bars.
+
+    Lines that leave the panel at its top (`cut_off_weak`) do not count beyond it.
+    """
     import numpy as np
 
     ys: list[float] = []
     for line in axis.get_lines():
-        ys += map(float, np.asarray(line.get_ydata()))
-    return min(ys, default=1.0), max(ys, default=1.0)
+        is_end_of_error_bar = line.get_marker() in {"_", "|"}
+        if not is_end_of_error_bar:
+            ys += map(float, np.asarray(line.get_ydata()))
+    top = math.inf if axis.get_autoscaley_on() else axis.get_ylim()[1]
+    inside = [y for y in ys if y <= top]
+    return min(inside, default=1.0), max(inside, default=1.0)
+
+
+def cut_off_weak(axis: Axes, increases: Mapping[str, float], dense: float) -> list[str]:
+    """Let lines leave the panel at its top that are much worse than most, so that the others can be read.
+
+    Args:
+        axis: the panel, of a metric that is better when lower.
+        increases: the largest increase of each line over the dense model's, by label.
+        dense: the dense model's metric.
+
+    Returns:
+        The labels of those lines.
+    """
+    ordered = sorted(increases.values())
+    if len(ordered) < LEAST_LINES:
+        return []
+    most = WEAK * ordered[len(ordered) // 2]
+    weak = [label for label, increase in increases.items() if increase > most]
+    kept = [increase for increase in ordered if increase <= most]
+    if not weak or max(kept) <= 0:
+        return []
+    axis.set_ylim(dense - (MARGIN - 1) * max(kept), dense + MARGIN * max(kept))
+    return weak
 
 
 def logarithmic(axis: Axes, span: float, which: str) -> None:
@@ -127,15 +190,19 @@ def _round_ticks(span: float, shown_span: float) -> Locator:
     return LogLocator(subs=(1.0,))
 
 
-def ratio_axis(axis: Axes, jobs: Jobs) -> None:
-    """Put ticks at the ratios that were asked for, if there are at most 10."""
+def ratio_axis(axis: Axes, jobs: Jobs, *, from_zero: bool = False) -> None:
+    """Put ticks at ratios that were asked for, if there are at most 10, and at zero if it starts there."""
     from matplotlib.ticker import FixedLocator, FuncFormatter
 
     percentages = {100 * factor(job, "ratio") for job in jobs}
+    if from_zero:
+        percentages.add(0.0)
     ratios = sorted(percentages)
     if len(ratios) <= 10:
         axis.xaxis.set_major_locator(FixedLocator(ratios))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+    if from_zero:
+        axis.set_xlim(left=-0.02 * ratios[-1])
     axis.set_xlabel("atomic experts removed (%)")
 
 

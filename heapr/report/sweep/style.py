@@ -1,4 +1,4 @@
-"""How figures look and are written: readable at a column's width, colour-blind safe, with stable bytes.
+"""How figures look and are written: as wide as a page's text, colour-blind safe, with stable bytes.
 
 In: a drawn figure. Out: a PNG and an SVG. matplotlib is imported where it is needed: it takes a second.
 """
@@ -15,16 +15,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH = 3.3  # inches: a column
+WIDTH = 6.6  # inches: a page's text
+MOST_COLUMNS = 3  # panels side by side
 # Inches: a row of the legend, the space around a label, one of its letters.
 LEGEND_ROW, LEGEND_HANDLE, LEGEND_LETTER = 0.15, 0.39, 0.058
-DPI = 200
+DPI = 200  # a figure is 1320 pixels wide
 UNPRUNED, PUBLISHED = "unpruned", ", published"
 HOLLOW = "hollow: baseline's increase < 3 std. errors"  # such a share means nothing
 # Okabe and Ito's palette without yellow, which is hard to see on white, and black, which marks the unpruned
 # model.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5F5F5F")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "*", "h", "d", "8")
 LINES = ("-", "--", "-.", ":")
 DENSE_LINE: dict[str, Any] = {"color": "black", "linestyle": (0, (4, 2)), "linewidth": 0.9}
 SETTINGS: dict[str, Any] = {
@@ -59,6 +60,7 @@ SETTINGS: dict[str, Any] = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "heapr",  # names inside an SVG do not change from run to run
 }
+SCALES = {"log": "log scale", "symlog": "log scale above 1"}
 NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 
 
@@ -73,13 +75,33 @@ def style() -> Iterator[None]:
         yield
 
 
-def panels(number: int, *, height: float, sharex: bool = False) -> tuple[Figure, list[Axes]]:
-    """Return a figure with its axes below each other; pyplot does not know of it."""
+def panels(number: int, *, height: float, most: int = MOST_COLUMNS) -> tuple[Figure, list[Axes]]:
+    """Return a figure with its panels in rows of equal length; pyplot does not know of it.
+
+    Args:
+        number: of panels.
+        height: of a row, in inches.
+        most: panels side by side; four stand two by two.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, height * number + 0.2), layout="constrained")
-    axes = figure.subplots(number, 1, sharex=sharex, squeeze=False)
-    return figure, list(axes[:, 0])
+    rows = math.ceil(number / most)
+    columns = math.ceil(number / rows)
+    figure = Figure(figsize=(WIDTH, height * rows + 0.2), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for empty in axes[number:]:
+        empty.remove()
+    return figure, axes[:number]
+
+
+def name_scales(figure: Figure) -> None:
+    """Add to the label of every logarithmic axis that it is one."""
+    for panel in figure.axes:
+        for axis in (panel.xaxis, panel.yaxis):
+            words = SCALES.get(axis.get_scale())
+            label = axis.get_label().get_text()
+            if words and label:
+                axis.set_label_text(f"{label}\n({words})")
 
 
 def look(number: int) -> dict[str, Any]:
@@ -90,7 +112,7 @@ def look(number: int) -> dict[str, Any]:
     turn = number // len(COLOURS)
     return {
         "color": COLOURS[number % len(COLOURS)],
-        "marker": MARKERS[(number + turn) % len(MARKERS)],
+        "marker": MARKERS[number % len(MARKERS)],
         "linestyle": LINES[turn % len(LINES)],
     }
 

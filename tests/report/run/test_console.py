@@ -20,6 +20,9 @@ SUMMARY = {
             "perplexity/pydocs": 20.0,
             "accuracy/piqa": 0.75,
             "accuracy/average": 0.75,
+            "loop_rate_greedy/pydocs": 0.125,
+            "loop_rate_greedy_stderr/pydocs": 0.0333,
+            "length_sampled/pydocs": 63.94,
             "parameters": 2000.0,
             "flops_per_token": 10.0,
         },
@@ -27,6 +30,9 @@ SUMMARY = {
             "perplexity/pydocs": 21.0,
             "accuracy/piqa": 0.7,
             "accuracy/average": 0.7,
+            "loop_rate_greedy/pydocs": 0.25,
+            "loop_rate_greedy_stderr/pydocs": 0.0444,
+            "length_sampled/pydocs": 60.0,
             "parameters": 1500.0,
             "flops_per_token": 9.0,
         },
@@ -38,6 +44,7 @@ SUMMARY = {
         "comparison": {
             "kl_to_dense/pydocs": 0.0312,
             "top1_agreement/pydocs": 0.9134,
+            "greedy_agreement/pydocs": 0.4321,
             "prefill_tokens_per_second/dense": 9000.0,
             "prefill_tokens_per_second/pruned": 9900.0,
             "prefill_tokens_per_second/dense_default": 12000.0,
@@ -73,6 +80,11 @@ def test_table_holds_metrics_change_seconds_memory_and_places() -> None:
         "abc",
         "o/<stage>",
         "outputs/runs/now",
+        "12.5%",
+        "+12.5 points",
+        "63.9",
+        "-3.9",
+        "43.2%",
         "0.0312",
         "91.3%",
         "9,000",
@@ -84,6 +96,7 @@ def test_table_holds_metrics_change_seconds_memory_and_places() -> None:
     ):
         assert expected in text
     assert "average" not in text  # of one task
+    assert "stderr" not in text
 
 
 def test_a_masked_model_saves_nothing_and_its_zeros_are_named() -> None:

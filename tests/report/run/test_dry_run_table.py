@@ -16,7 +16,7 @@ PLAN = {
     "parameters_removed": 5_000, "weight_bytes": 3 * 2**30, "statistics_bytes": 2**29, "matrix_bytes": 7 * 2**30, "num_samples": 128,
     "batch_size": 8, "sequence_length": 2048, "activation_bytes": 2**30,
     "peak_memory": {"calibrate": {"weights": 2**31, "interpreter": 2**29}, "repair": {"weights": 3 * 2**29}}, "bytes_read": 2**32, "tape_bytes": 2**33, "calibration_flops": 4_456 * 10**12,
-    "expected_seconds": 150.0, "num_expected": 2, "num_missing": 3,
+    "expected_seconds": 150.0, "estimated_seconds": None, "num_expected": 2, "num_missing": 3,
     "stages": [
         {"stage": "calibrate", "what": "", "key": "0123456789abcdef", "cached": True},
         {"stage": "evaluate", "what": "perplexity/numpydocs pruned", "key": "fedcba9876543210", "cached": False},
@@ -53,6 +53,13 @@ def test_every_number_is_there_and_nothing_is_cut() -> None:
 def test_a_time_is_told_if_something_like_it_was_made_before() -> None:
     assert "no estimate: nothing like this" in line_with("time", printed(expected_seconds=None))
     assert not any("time" in line for line in printed(num_missing=0))
+
+
+def test_an_estimate_is_marked_as_one_and_stands_beside_what_was_measured() -> None:
+    alone = line_with("time", printed(expected_seconds=None, estimated_seconds=2 * 3600.0))
+    assert "2.0 h  calibration, at least: an estimate" in alone
+    both = printed(estimated_seconds=90.0)
+    assert "2.5 min" in line_with("time", both) and "1.5 min" in line_with("at least", both)
 
 
 def test_a_masked_checkpoint_holds_everything() -> None:

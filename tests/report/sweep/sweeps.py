@@ -43,6 +43,7 @@ def job(
         "size": {
             "atomic_experts_removed_ratio": ratio,
             "flops_removed_ratio": ratio / 2,
+            "flops_routed_removed_ratio": 0.8 * ratio,
             "parameters_removed_ratio": 0.9 * ratio,
         },
         "comparison": {},

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from heapr.errors import ConfigError
-from heapr.report.sweep import metrics
+from heapr.report.sweep import metrics, report
 from heapr.report.sweep.factors import UNKNOWN, factor
 from heapr.report.sweep.relative import relative_curve, relative_table
 from heapr.report.sweep.report import write_report
@@ -377,3 +377,27 @@ def test_pruning_costs_what_making_its_artifacts_took(tmp_path: Path) -> None:
 def test_mistakes_are_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         entry(**given)
+
+
+def test_all_figures_of_a_report_have_one_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One model's shares reach 20, the other's 1; both panels end alike."""
+    drawn = []
+    monkeypatch.setattr(report, "write_figure", lambda figure, path: drawn.append(figure) or [])
+    jobs = seeds({"Heapr": (8.0,), "Fisher": (7.75,), "Random": (17.5,)})
+    other = {"name": "tiny", "path": "builtin:x", "dtype": "float32"}
+    for number, one in enumerate(seeds({"Heapr": (8.0,), "Fisher": (7.9,)}, first=3)):
+        jobs.append(job(3 + number, dict(one.metrics["pruned"]), {**one.config, "model": other}))
+    section = [{"kind": "relative_curve", "metrics": PERPLEXITY, "baseline": BASELINE}]
+    write_report(jobs, section, tmp_path, None)
+    panels = [figure.axes[0] for figure in drawn]
+    assert len(panels) == 2 and panels[0].get_ylim() == panels[1].get_ylim()
+    assert {panel.get_yscale() for panel in panels} == {"log"} and panels[1].get_ylim()[1] > 18
+
+
+def test_an_error_bar_does_not_set_the_scale() -> None:
+    """Shares of 0.25 and 4 over two seeds: their mean is 2.1, their deviation 2.7."""
+    jobs = seeds({"Heapr": (8.5, 8.5), "Fisher": (7.75, 11.5)})
+    (drawing,) = relative_curve(entry("relative_curve"), jobs, [])
+    (axis,) = drawing.figure.axes
+    low, high = axis.get_ylim()
+    assert -0.2 < low < 0 and 2.125 < high < 2.3 and drawing.shares == (axis,)

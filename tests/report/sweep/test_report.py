@@ -18,13 +18,15 @@ from heapr.errors import ConfigError
 from heapr.report.sweep.bars import bars
 from heapr.report.sweep.consistency import consistency
 from heapr.report.sweep.curves import calibration_curve, ratio_curve
+from heapr.report.sweep.facts import facts
 from heapr.report.sweep.layers import layer_heatmap
-from heapr.report.sweep.page import without_local_links
+from heapr.report.sweep.page import inline_svg, without_local_links
 from heapr.report.sweep.published_results import read_published
+from heapr.report.sweep.ratio_points import ratio_points
 from heapr.report.sweep.report import check_protocols, write_report
 from heapr.report.sweep.report_layout import Entry, read_layout
 from heapr.report.sweep.results import JobResult
-from heapr.report.sweep.style import legend_above, panels, style
+from heapr.report.sweep.style import MARKERS, legend_above, look, name_scales, panels, style
 from tests.report.sweep.sweeps import config, failed, job, write_details, write_published
 
 PERPLEXITY, ACCURACY = "perplexity/wikitext2", "accuracy/piqa"
@@ -70,15 +72,17 @@ def test_ratio_curve_draws_ours_the_published_the_unpruned_and_flops_on_a_panel_
         )
     )
     (drawing,) = ratio_curve(Entry(kind="ratio_curve", title="", metrics=(PERPLEXITY,)), ratios(), published)
-    quality, flops = drawing.figure.axes
+    quality, flops, routed = drawing.figure.axes
     assert (quality.get_ylabel(), flops.get_ylabel()) == ("WikiText-2 perplexity", "FLOPs saved (%)")
-    assert flops.get_xlabel() == "atomic experts removed (%)"
+    assert routed.get_ylabel() == "experts' FLOPs saved (%)"
+    assert {axis.get_xlabel() for axis in (quality, flops, routed)} == {"atomic experts removed (%)"}
     data = curve_data(quality)
-    assert data["heapr"] == (pytest.approx([20, 40]), pytest.approx([8.3, 9.1]))
-    assert data["random"][1] == pytest.approx([9.1, 10.7])
+    assert data["heapr"] == (pytest.approx([0, 20, 40]), pytest.approx([7.5, 8.3, 9.1]))
+    assert data["random"][1] == pytest.approx([7.5, 9.1, 10.7])
     assert data["heapr, published"] == ([20.0, 40.0], [8.4, 9.3])
     assert data["unpruned"][1] == [7.5, 7.5]
-    assert curve_data(flops)["random"] == (pytest.approx([20, 40]), pytest.approx([10, 20]))
+    assert curve_data(flops)["random"] == (pytest.approx([0, 20, 40]), pytest.approx([0, 10, 20]))
+    assert curve_data(routed)["random"][1] == pytest.approx([0, 16, 32])
     (legend,) = drawing.figure.legends
     assert [text.get_text() for text in legend.get_texts()] == [
         "heapr",
@@ -98,9 +102,9 @@ def test_a_line_has_one_point_for_every_ratio_and_a_bar_its_own_place() -> None:
     )
     lines = {label: ys for label, (_, ys) in curve_data(drawing.figure.axes[0]).items()}
     assert lines == {
-        "heapr global": [8.0],
-        "camera global": [9.0],
-        "camera layer": [10.0],
+        "heapr global": [7.5, 8.0],
+        "camera global": [7.5, 9.0],
+        "camera layer": [7.5, 10.0],
         "unpruned": [7.5, 7.5],
     }
     (drawing,) = bars(
@@ -218,7 +222,8 @@ def test_models_and_jobs_of_several_figures_are_named_in_them(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("label", "columns"), [("20 %", 4), ("60 % left", 3), ("heapr: Spearman 0.88, Pearson 0.97", 1)]
+    ("label", "columns"),
+    [("20 %", 4), ("60 % of the FLOPs left", 3), ("heapr: Spearman 0.88, Pearson 0.97", 2)],
 )
 def test_a_legend_has_as_many_columns_as_fit_and_is_no_wider_than_the_figure(
     label: str, columns: int
@@ -234,12 +239,12 @@ def test_a_legend_has_as_many_columns_as_fit_and_is_no_wider_than_the_figure(
     assert box.x0 >= 0 and box.x1 <= figure.bbox.width
 
 
-def test_figures_keep_to_the_columns_width_and_to_readable_letters() -> None:
+def test_figures_keep_to_the_pages_width_and_to_readable_letters() -> None:
     (drawing,) = ratio_curve(Entry(kind="ratio_curve", title="", metrics=(PERPLEXITY,)), ratios(), [])
     drawing.figure.canvas.draw()
     from matplotlib.text import Text
 
-    assert drawing.figure.get_figwidth() == 3.3
+    assert drawing.figure.get_figwidth() == 6.6
     assert min(text.get_fontsize() for text in drawing.figure.findobj(Text) if text.get_text()) >= 7
 
 
@@ -252,7 +257,7 @@ def test_an_empty_layout_gives_a_table_of_everything_and_the_ratio_curve(tmp_pat
     assert markdown.count("\n| ") == 2 + 1 + 5 - 1 + 1  # header, rule, unpruned, five jobs
     assert "Job 4 failed (score=heapr pruning.ratio=0.6): ran out" in markdown
     with Image.open(files[4]) as image:
-        assert image.size[0] == 660
+        assert image.size[0] >= 1300
     svg = files[3].read_text()
     assert "<text" in svg and "atomic experts removed (%)" in svg and "<metadata" not in svg
     assert files[4].stat().st_size < 150_000 and files[3].stat().st_size < 150_000
@@ -293,7 +298,11 @@ def test_the_page_needs_nothing_else_and_tells_everything(tmp_path: Path) -> Non
     assert "<title>A &amp; B</title>" in page and "python sweep.py" in page and "2026-11-22" in page
     assert "4 of 5 jobs finished, 1 failed" in page and "Job 4 failed (score=heapr): x &lt; y" in page
     assert "Nothing to draw: no job has its numbers." in page
-    assert "<th>pruning.ratio</th>" in page
+    assert "<th>job</th><th>criterion</th><th>removed (asked)</th>" in page
+    assert '<summary><a class=local href="0">Job 0</a>: heapr 40 % removed</summary>' in page
+    assert "Job 1: heapr 20 % removed" in page
+    assert "<dt>calibrated on</dt><dd>128 sequences of 2,048 tokens of wikitext2, seed 0</dd>" in page
+    assert "<figcaption>Lines start at the unpruned model (0 %)" in page
     assert page.count("<a class=local ") == 1 and '<a class=local href="0">Job 0</a>' in page
     alone = without_local_links(page)
     assert "class=local" not in alone and "<summary>Job 0: " in alone and 'href="ratio_curve.svg"' in alone
@@ -364,3 +373,90 @@ def test_a_sweep_of_failures_is_a_table_of_gaps_and_an_empty_one_is_refused(tmp_
 def test_mistakes_in_a_layout_are_refused(entry: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read_layout([entry])
+
+
+def test_weak_criteria_do_not_set_the_scale_and_are_named() -> None:
+    """Increases 1, 2, 3, 4 and 40: the last is more than three times the median."""
+    names = ("Heapr", "Fisher", "Taylor", "Camera", "Random")
+    increases = dict(zip(names, (1.0, 2.0, 3.0, 4.0, 40.0), strict=True))
+    jobs = []
+    for name, increase in increases.items():
+        for ratio in (0.25, 0.5):
+            jobs.append(job(len(jobs), {PERPLEXITY: 7.5 + 2 * ratio * increase}, config(ratio, name)))
+    (drawing,) = ratio_curve(Entry(kind="ratio_curve", title="", metrics=(PERPLEXITY,)), jobs, [])
+    low, high = drawing.figure.axes[0].get_ylim()
+    assert 11.5 < high < 12 and 7 < low < 7.5
+    assert drawing.caption == "Beyond the top of WikiText-2 perplexity: random up to 47.50."
+    few, *_ = ratio_curve(Entry(kind="ratio_curve", title="", metrics=(PERPLEXITY,)), jobs[4:], [])
+    assert few.figure.axes[0].get_ylim()[1] > 40 and few.caption == ""
+
+
+def test_twelve_lines_have_twelve_marks() -> None:
+    assert len({look(number)["marker"] for number in range(12)}) == 12 <= len(MARKERS)
+
+
+def test_logarithmic_axes_say_so() -> None:
+    figure, (first, second) = panels(2, height=1.5)
+    first.set(yscale="log", ylabel="perplexity", xlabel="ratio")
+    second.set(xscale="symlog", ylabel="perplexity", xlabel="share")
+    name_scales(figure)
+    labels = [(axis.get_xlabel(), axis.get_ylabel()) for axis in (first, second)]
+    assert labels == [("ratio", "perplexity\n(log scale)"), ("share\n(log scale above 1)", "perplexity")]
+
+
+def test_a_figure_in_the_page_has_the_pages_colours(tmp_path: Path) -> None:
+    files = write_report(ratios(), [{"kind": "ratio_curve", "metrics": [PERPLEXITY]}], tmp_path, None)
+    (svg,) = [path for path in files if path.suffix == ".svg"]
+    inside = inline_svg(svg.read_text())
+    assert "#ffffff" in svg.read_text() and not re.search("#ffffff|#000000|#e3e3e3", inside)
+    assert "var(--paper)" in inside and "var(--ink)" in inside and "#0072b2" in inside
+    page = files[-1].read_text()
+    assert page.index('href="ratio_curve.svg"') < page.index('href="ratio_curve.png"')
+    assert (
+        "figure svg text { fill: var(--ink); }" in page and "figure svg { display: block; width: 100%" in page
+    )
+
+
+def test_a_heat_map_says_its_ratio(tmp_path: Path) -> None:
+    layers = [{"layer": 0, "layer_kept_ratio": 0.5, "kept_ratio": [0.75, 0.25]}]
+    alone = job(0, {}, stages=[write_details(tmp_path / "a", "routing", {"layers": layers})])
+    (drawing,) = layer_heatmap(Entry(kind="layer_heatmap", title=""), [alone], [])
+    assert drawing.figure.get_suptitle() == drawing.about == "25 % removed"
+
+
+def test_the_head_says_with_what_where_how_long_and_on_which_text(tmp_path: Path) -> None:
+    """The calibration, of 90 seconds, is shared and counts once."""
+    made = tmp_path / "calibrate"
+    made.mkdir()
+    (made / "manifest.json").write_text('{"seconds": 90.0, "peak_memory_bytes": 1}')
+    stage = {"stage": "calibrate", "what": "", "key": "k", "path": str(made), "cached": True}
+    machine = {"device": "cpu", "name": "Some CPU", "threads": 2}
+    libraries = {"torch": "2.13.0", "transformers": "5.23.0"}
+    environment = {
+        "version": "0.1.0",
+        "git_commit": "0123456789abcdef",
+        "libraries": libraries,
+        "machine": machine,
+    }
+    jobs = []
+    for number, samples in enumerate((8, 32)):
+        settings = config(num_samples=samples)
+        about = environment | {"seconds": 20.0}
+        jobs.append(job(number, {PERPLEXITY: 9.0}, settings, stages=[stage], environment=about))
+    assert facts([*jobs, failed(2)]) == {
+        "made with": "heapr 0.1.0 (commit 0123456789), torch 2.13.0, transformers 5.23.0",
+        "on": "CPU Some CPU, 2 threads",
+        "took": "40 s for 2 jobs; 1.5 min to make their 1 artifacts, now or earlier",
+        "models": "hf (Some/Mix-1.5-A2B, bfloat16)",
+        "calibrated on": "8, 32 sequences of 2,048 tokens of wikitext2, seed 0",
+    }
+
+
+def test_points_of_curves_begin_at_the_unpruned_model_and_are_means_over_seeds() -> None:
+    jobs = [*ratios(), job(4, {PERPLEXITY: 9.5}, config(0.2, seed=1))]
+    points = ratio_points(jobs)
+    assert list(points) == [0.0, 0.2, 0.4]
+    assert points[0.0][f"{PERPLEXITY}/heapr"] == 7.5
+    assert points[0.2][f"{PERPLEXITY}/heapr"] == pytest.approx((8.3 + 9.5) / 2)
+    assert points[0.4][f"{ACCURACY}/random"] == pytest.approx(0.65)
+    assert ratio_points(jobs[:1]) == {}

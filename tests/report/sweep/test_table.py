@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from heapr.errors import ConfigError
+from heapr.report.sweep import metrics
 from heapr.report.sweep.published_results import read_published
 from heapr.report.sweep.render import escape_tex, to_csv, to_html, to_markdown, to_tex
 from heapr.report.sweep.report_layout import Entry
@@ -278,3 +279,23 @@ def test_html_is_escaped_and_balanced() -> None:
 
     Checker().feed(page)
     assert opened == [] and "x &lt; y &amp; z" in page and "<b>8.12</b>" in page
+
+
+def test_continuations_have_directions_only_where_one_is_better() -> None:
+    """Length and variety are printed, and shown by default nowhere."""
+    pruned = {
+        "loop_rate_greedy/wikitext2": 0.125, "loop_rate_greedy_stderr/wikitext2": 0.0333, "distinct_ngrams_greedy/wikitext2": 0.5,
+        "length_greedy/wikitext2": 63.94,
+    }  # fmt: skip
+    measured = job(0, pruned)
+    measured.summary["metrics"]["comparison"]["greedy_agreement/wikitext2"] = 0.4
+    shown = [name for name in metrics.known([measured]) if not name.startswith("size/")]
+    assert shown == ["loop_rate_greedy/wikitext2", "greedy_agreement/wikitext2"]
+    assert (
+        metrics.column_label(shown[0])
+        == "WikiText-2 greedy loop rate (%)\N{NO-BREAK SPACE}\N{DOWNWARDS ARROW}"
+    )
+    assert metrics.standard_error(measured, shown[0]) == 0.0333
+    assert metrics.text("loop_rate_greedy/wikitext2", 0.125) == "12.5"
+    assert metrics.column_label("length_greedy/wikitext2") == "WikiText-2 greedy length (tokens)"
+    assert metrics.text("length_greedy/wikitext2", 63.94) == "63.9"

@@ -1,0 +1,160 @@
+"""What the operating system refuses: full disks, missing permissions, read-only media. One line; nothing is lost."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import multiprocessing
+import os
+import resource
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from heapr.errors import ConfigError
+from heapr.log_file import LogFile
+from heapr.main import explained
+from heapr.store import Store
+from tests.experiment import run_in, write_model, write_texts
+from tests.store.mutations import CPU, STEPS, make_all, nothing
+from tests.store.refusals import check_refusals
+
+SCORE, PLAN, CHECKPOINT = STEPS[1], STEPS[2], STEPS[4]
+
+
+def test_a_full_disk_at_any_moment_is_one_line_and_costs_nothing_that_was_finished(tmp_path: Path) -> None:
+    """More codes and steps in tests/faults."""
+    check_refusals(tmp_path, errno.ENOSPC, CHECKPOINT)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a disk of a given size; skips where that is not allowed."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mount(options: str) -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
+        if (
+            shutil.which("mount") is None
+            or subprocess.run(command, capture_output=True, check=False).returncode
+        ):
+            pytest.skip("a disk cannot be mounted here")
+        return place
+
+    yield mount
+    subprocess.run(["umount", str(place)], capture_output=True, check=False)
+
+
+@pytest.mark.parametrize("options", ["size=16k", "size=48k", "size=96k", "size=1m,nr_inodes=12"])
+def test_a_full_disk_is_one_line_and_with_more_room_it_goes_on(
+    small_disk: Callable[[str], Path], options: str
+) -> None:
+    root = small_disk(options) / "store"
+    with pytest.raises(ConfigError, match="no space left in .*; what was finished is kept") as refused:
+        make_all(root)
+    assert "\n" not in str(refused.value)
+    assert not list(root.glob("*/.*tmp-*"))
+    store = Store(root, CPU)
+    finished = [step for step in STEPS if store.has(step.origin, step.part)]
+    assert len(finished) < len(STEPS)
+    size = "size=9m,nr_inodes=0"
+    subprocess.run(["mount", "-o", f"remount,{size}", str(root.parent)], check=True)
+    made = make_all(root)
+    assert [artifact.cached for artifact in made].count(True) == len(finished)
+
+
+def test_a_limit_on_the_size_of_files_is_one_line(tmp_path: Path) -> None:
+    def limited(queue: multiprocessing.Queue) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        try:
+            make_all(tmp_path)
+        except ConfigError as error:
+            queue.put(str(error))
+
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    process = context.Process(target=limited, args=(queue,))
+    process.start()
+    assert "raise the limit (ulimit -f)" in queue.get(timeout=30)
+    process.join(timeout=30)
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Path]:
+    """A complete store on read-only media."""
+    root = tmp_path / "store"
+    make_all(root)
+    (root / ".runs").mkdir(exist_ok=True)
+    bind = subprocess.run(["mount", "--bind", str(root), str(root)], capture_output=True, check=False)
+    if bind.returncode:
+        pytest.skip("nothing can be mounted here")
+    subprocess.run(["mount", "-o", "remount,ro,bind", str(root)], check=True)
+    yield root
+    subprocess.run(["umount", str(root)], check=True)
+
+
+def test_a_complete_store_is_read_without_writing(read_only: Path, tmp_path: Path) -> None:
+    assert all(artifact.cached for artifact in make_all(read_only))
+    store = Store(read_only, CPU)
+    store.refer(tmp_path, [PLAN.origin])
+    store.rewrite(CHECKPOINT.origin, CHECKPOINT.part, "checkpoint/README.md", lambda text: text)
+    assert store.read(PLAN.origin, lambda folder: (folder / "allocation.json").read_text())
+    with pytest.raises(ConfigError, match="Read-only file system; choose another folder"):
+        store.check_writable()
+    with pytest.raises(ConfigError, match="read-only"):
+        store.rewrite(CHECKPOINT.origin, CHECKPOINT.part, "checkpoint/README.md", lambda text: text + "x")
+    other = STEPS[0].origin.__class__("calibrate", 1, {"seed": 7}, {})
+    with pytest.raises(ConfigError, match="its file system is read-only; choose another folder"):
+        store.get(other, nothing, STEPS[0].write)
+
+
+def test_a_folder_of_results_that_is_removed_meanwhile_is_one_line(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store", CPU)
+    with pytest.raises(ConfigError, match="it was removed during the run; start again"):
+        store.get(SCORE.origin, lambda: shutil.rmtree(tmp_path / "store"), SCORE.write)
+
+
+def test_a_card_that_cannot_be_written_does_not_fail_a_finished_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = [text for text in write_texts(tmp_path) if not text.startswith("evaluation")]
+    overrides = ["model=hf", f"model.path={write_model(tmp_path / 'model')}", *texts, "evaluation=none"]
+    run_in(tmp_path, *overrides)
+    rewrites: list[str] = []
+
+    def refuse_rewrite(*args: object, **kwargs: object) -> None:
+        rewrites.append("refused")
+        raise PermissionError(errno.EACCES, "", str(tmp_path / "outputs" / "artifacts" / "README.md"))
+
+    monkeypatch.setattr("heapr.store.store.rewrite_text", refuse_rewrite)
+    card = next((tmp_path / "outputs" / "artifacts" / "prune").glob("*/checkpoint/README.md"))
+    monkeypatch.setattr("heapr.pipeline.model_card", lambda about, metrics, before="": before + "more\n")
+    summary = run_in(tmp_path, *overrides)
+    assert rewrites and summary.stages and (tmp_path / "run" / "summary.json").is_file()
+    assert "the model card of the checkpoint lacks the metrics: no permission for" in caplog.text
+    assert "more" not in card.read_text()
+
+
+def test_a_log_without_room_ends_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    logger = logging.Logger("full")
+    handler = LogFile("/dev/full")
+    logger.addHandler(handler)
+    for number in range(3):
+        logger.warning("line %d", number)
+    handler.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["cannot write '/dev/full': No space left on device; the log goes on here alone"]
+
+
+def test_a_disk_that_is_full_before_the_job_starts_is_one_line() -> None:
+    with (
+        pytest.raises(ConfigError, match="cannot write the run's folder: No space left on device"),
+        explained(),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

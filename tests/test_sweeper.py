@@ -1,0 +1,148 @@
+"""A run gives its sweeper a number, and a saved configuration runs again; both as Hydra does it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar
+
+import pytest
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+
+from heapr.errors import ConfigError
+from heapr.objective import objective_value
+from heapr.unknown_keys import explain_unknown_key
+from tests.command import run_py_here
+from tests.experiment import write_model, write_texts
+from tests.test_main import assert_refused
+
+ALONE = ["evaluation.fidelity=null", "evaluation.throughput=null", "evaluation.truth=null"]
+INCREASE = "perplexity_increase/text_files"
+
+
+class Halving(Sweeper):
+    """Tries two ratios, then the middle between the better one and zero; keeps what each run returned."""
+
+    returned: ClassVar[dict[float, float]] = {}
+
+    def __init__(self, **_: object) -> None:
+        """Hydra's own sweeper has arguments, which this one does not need."""
+
+    def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
+        self.config, self.launcher = (
+            config,
+            Plugins.instance().instantiate_launcher(
+                hydra_context=hydra_context, task_function=task_function, config=config
+            ),
+        )
+
+    def sweep(self, arguments: list[str]) -> Any:
+        self._try([0.75, 0.5], arguments)
+        best = min(self.returned, key=self.returned.__getitem__)
+        self._try([best / 2], arguments)
+
+    def _try(self, ratios: Sequence[float], arguments: list[str]) -> None:
+        jobs = [[*arguments, f"pruning.ratio={ratio}"] for ratio in ratios]
+        results = self.launcher.launch(jobs, initial_job_idx=len(self.returned))
+        for ratio, result in zip(ratios, results, strict=True):
+            self.returned[ratio] = result.return_value
+
+
+@pytest.fixture(scope="module")
+def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("material")
+    write_model(folder / "model")
+    model = ["model=hf", f"model.path={folder / 'model'}", "model.dtype=float32"]
+    return [*model, *write_texts(folder), *ALONE, "tracking=none", "pruning.save_checkpoint=false"]
+
+
+def summaries(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(folder.rglob("summary.json"))]
+
+
+def test_a_sweeper_finds_the_best_by_what_runs_return(
+    tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = ModuleType("hydra_plugins.halving")  # where Hydra wants its plug-ins
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(Halving, "__module__", module.__name__)
+    module.Halving = Halving  # type: ignore[attr-defined]
+    Plugins.instance().register(Halving)
+    Halving.returned = {}
+    result = run_py_here(
+        "-m", *overrides, "hydra.sweeper._target_=hydra_plugins.halving.Halving", f"objective={INCREASE}",
+        folder=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    expected = {}
+    for summary in summaries(tmp_path):
+        expected[summary["config"]["pruning"]["ratio"]] = summary["metrics"]["comparison"][INCREASE]
+    assert Halving.returned == expected
+    assert len(expected) == 3 and all(type(number) is float for number in Halving.returned.values())
+
+
+def test_a_metric_may_be_of_the_pruned_model_of_its_size_or_of_both() -> None:
+    metrics = {"dense": {"a": 1.0}, "pruned": {"a": 2.0}, "size": {"b": 3}, "comparison": {"c": 4.0}}
+    values = [objective_value(name, metrics) for name in ("a", "b", "c", None)]
+    assert values == [2.0, 3.0, 4.0, None]
+    with pytest.raises(ConfigError, match="objective=d was not measured: .* it has a, b, c"):
+        objective_value("d", metrics)
+
+
+def test_a_saved_configuration_runs_again(tmp_path: Path, overrides: list[str]) -> None:
+    """From the folder of the run or its .hydra, with fields changed; results, log and folder as usual."""
+    first = run_py_here(*overrides, "score=fisher", "pruning.ratio=0.5", folder=tmp_path)
+    assert first.returncode == 0, first.stderr
+    (run,) = (tmp_path / "outputs" / "runs").iterdir()
+    again = run_py_here("--config-path", f"outputs/runs/{run.name}/.hydra", folder=tmp_path)
+    changed = run_py_here(f"--config-path={run}", "pruning.ratio=0.25", folder=tmp_path)
+    assert (again.returncode, changed.returncode) == (0, 0), again.stderr + changed.stderr
+    before, same, other = summaries(tmp_path / "outputs" / "runs")
+    assert same["config"] == before["config"] and same["metrics"] == before["metrics"]
+    assert all(stage["cached"] for stage in same["stages"])
+    assert other["config"]["pruning"]["ratio"] == 0.25
+    assert other["config"]["score"] == before["config"]["score"]
+    folders = sorted((tmp_path / "outputs" / "runs").iterdir())
+    assert len(folders) == 3 and all((folder / "run.log").stat().st_size for folder in folders)
+
+
+def test_a_saved_configuration_takes_fields_only(tmp_path: Path, overrides: list[str]) -> None:
+    result = run_py_here(*overrides, "dry_run=true", "hydra.run.dir=saved", "score=fisher", folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    refused = run_py_here("--config-path=saved", "score=heapr_sum", folder=tmp_path)
+    assert_refused(
+        refused, "'score=heapr_sum' chooses an option, and a saved configuration takes only fields"
+    )
+    assert "score=fisher" not in refused.stderr and refused.stderr.endswith(" score=heapr_sum\n")
+    unknown = run_py_here("--config-path=saved", "+pruning.raito=0.3", folder=tmp_path)
+    assert_refused(unknown, "did you mean pruning.ratio?")
+    mistyped = run_py_here("--config-path=saved", "pruning.ratio=lots", folder=tmp_path)
+    assert_refused(mistyped, "lots")
+
+
+def test_options_of_ones_own_are_known_options(tmp_path: Path) -> None:
+    (tmp_path / "mine" / "score").mkdir(parents=True)
+    (tmp_path / "mine" / "score" / "mine.yaml").write_text(
+        "_target_: heapr.score.data_free.Random\nseed: 3\n"
+    )
+    for option in (["--config-dir", "mine"], ["--config-dir=mine"], ["-cd", str(tmp_path / "mine")]):
+        refused = run_py_here(*option, "score=mien", folder=tmp_path)
+        assert_refused(refused, "did you mean mine? known options of score: activation, ")
+        assert "magnitude, mine, random" in refused.stderr
+    of_it = run_py_here("--config-dir=mine", "score=mine", "score.sede=4", folder=tmp_path)
+    assert_refused(of_it, "did you mean score.seed?")
+    of_its_own_group = run_py_here("--config-dir=mine", "score=3", folder=tmp_path)
+    assert_refused(of_its_own_group, "magnitude, mine, random")
+
+
+def test_the_nearest_key_is_of_any_depth() -> None:
+    known = {"pruning": {"ratio": 1, "repair": {"ridge": 1}}, "score": {"seed": 1}}
+    messages = {path: explain_unknown_key(path, known) for path in ("ridge", "pruning.ridge", "scor", "a.b")}
+    assert messages["ridge"].endswith("did you mean pruning.repair.ridge?")
+    assert messages["pruning.ridge"].endswith("did you mean pruning.repair.ridge?")
+    assert messages["scor"] == "unknown key 'scor'; did you mean score? known here: pruning, score"
+    assert messages["a.b"] == "unknown key 'a'; known here: pruning, score"
