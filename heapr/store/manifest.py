@@ -224,10 +224,19 @@ def _own_version() -> str:
 
 
 def _git_commit() -> str | None:
-    """Commit of the code that runs, if it runs from a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    """Commit of the code that runs, if git tracks it.
+
+    Otherwise, a repository around it is somebody else's, such as one with a virtual environment in it.
+    """
+    git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        listed = _output_of([*git, "ls-files", Path(__file__).name])
+        head = _output_of([*git, "rev-parse", "HEAD"])
     except OSError:
         return None
-    return result.stdout.strip() or None
+    return head if head and listed else None
+
+
+def _output_of(command: list[str]) -> str:
+    """What a command prints, without blanks around it."""
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
