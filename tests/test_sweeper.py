@@ -74,7 +74,7 @@ def test_a_sweeper_finds_the_best_by_what_runs_return(
     Plugins.instance().register(Halving)
     Halving.returned = {}
     result = run_py_here(
-        "-m", *overrides, "hydra.sweeper._target_=hydra_plugins.halving.Halving", f"objective={INCREASE}",
+        "-m", *overrides, "hydra.sweeper._target_=hydra_plugins.halving.Halving", "plugins.allow=[hydra_plugins.halving]", f"objective={INCREASE}",
         folder=tmp_path,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
