@@ -106,7 +106,7 @@ def assert_refused(result: Completed, message: str) -> None:
         ("=3", "argument '=3': '' cannot be the name of a field"),
         ("+experiment=criteria", "are run by sweep.py; write python sweep.py experiment=<name>"),
         ("experiment=criteria", "are run by sweep.py; write python sweep.py experiment=<name>"),
-        ("+foo=1", "unknown key 'foo'; known here: calibration, dry_run, evaluation, model, "),
+        ("+foo=1", "unknown key 'foo'; known here: calibration, debug, dry_run, evaluation, "),
         ("++prunning=1", "unknown key 'prunning'; did you mean pruning?"),
         ("+pruning.foo=1", "unknown key 'pruning.foo'; known here: budget, form, "),
         ("+pruning.raito=0.5", "unknown key 'pruning.raito'; did you mean pruning.ratio?"),
