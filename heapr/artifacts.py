@@ -127,10 +127,20 @@ def copy_plan(folder: Path, copy: Path, *, code: Path) -> None:
 
     with safe_open(folder / PLAN, framework="pt") as file:
         metadata = dict(file.metadata() or {})
-    hashes = {path.name: hash_file(path) for path in sorted(code.glob("*.py"))}
-    if hashes:
-        metadata["code_sha256"] = json.dumps(hashes)
-    _save(copy / PLAN, _load(folder / PLAN), metadata)
+    _save(copy / PLAN, _load(folder / PLAN), metadata | _hashes_of_code(code))
+
+
+def write_card_and_plan(checkpoint: Path, card: str, plan: Plan) -> None:
+    """Write into a checkpoint what `PLANS` and `CARD` say, without the identity of the dense model."""
+    write_text(checkpoint / CARD, card)
+    (checkpoint / PLANS).mkdir()
+    _save(checkpoint / PLANS / PLAN, plan.to_tensors(), _hashes_of_code(checkpoint))
+
+
+def _hashes_of_code(checkpoint: Path) -> dict[str, str]:
+    """What a plan says about the Python files that a checkpoint is read with."""
+    hashes = {path.name: hash_file(path) for path in sorted(checkpoint.glob("*.py"))}
+    return {"code_sha256": json.dumps(hashes)} if hashes else {}
 
 
 def read_plan(folder: Path) -> Plan:

@@ -17,12 +17,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from heapr.definitions import conf_folder
 from heapr.errors import ConfigError
 from heapr.files import user_path
 from heapr.secrets import refuse_secrets
 from heapr.targets import TARGET, check_targets
 
-CONF = Path(__file__).resolve().parents[1] / "conf"
 ALLOW = "plugins.allow"
 # They let code run, so no file may set them.
 COMMAND_LINE_ONLY = (ALLOW, "model.trust_remote_code")
@@ -178,7 +178,7 @@ def _comes_from_elsewhere(hydra: Mapping[str, Any]) -> bool:
     """Whether a folder of configuration besides conf/ and those of packages was read."""
     sources = _at(hydra, "runtime.config_sources") or []
     folders = [Path(source["path"]) for source in sources if source["schema"] == "file"]
-    return any(folder.resolve() != CONF for folder in folders)
+    return any(folder.resolve() != conf_folder() for folder in folders)
 
 
 def _check_commands(hydra: Mapping[str, Any], given: Mapping[str, Any]) -> None:

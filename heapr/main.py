@@ -1,7 +1,6 @@
-"""Connects the command line to the pipeline: one line for the user's mistakes, and the final table.
+"""The command line `heapr`, `python -m heapr` or `python run.py`: one line for mistakes, and the final table.
 
-In: the configuration that Hydra composed, or the error that it raised. Out: a run, or one line on stderr and
-exit code 2.
+In: arguments, from which Hydra composes a configuration. Out: a run, or one line on stderr and exit code 2.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -27,14 +27,17 @@ from yaml import YAMLError
 
 from heapr.artifacts import clear_error, write_error
 from heapr.composition import checked_compositions
+from heapr.definitions import conf_folder
 from heapr.errors import ConfigError, RankEnded
 from heapr.explain import explain, explain_builtin
 from heapr.os_errors import NO_SPACE
-from heapr.overrides import check_one_option
+from heapr.overrides import check_one_option, options_first
 from heapr.ranks import Ranks
+from heapr.saved_run import with_saved_run
 from heapr.schema import ExperimentConfig, register, resolve
 from heapr.secrets import without_secrets
-from heapr.signals import one_line_ends
+from heapr.signals import end_with_parent, one_line_ends
+from heapr.start_ranks import started_ranks
 from heapr.words import first_line
 
 logger = logging.getLogger(__name__)
@@ -46,6 +49,27 @@ DEBUG = "debug=true"  # on the command line: the stack trace of a mistake too
 WITHOUT_FOLDER = ["hydra.run.dir=.", "hydra.output_subdir=null"]
 OPTIONS_OF_OTHERS = [*WITHOUT_FOLDER, "hydra/job_logging=rank"]
 OPTIONS_OF_DRY_RUNS = [*WITHOUT_FOLDER, "hydra/job_logging=console"]
+
+
+def main() -> None:
+    """Do what the command line asks, and exit with 2 after a mistake of the user's."""
+    register()
+    end_with_parent()
+    conf = conf_folder()
+    with one_line_errors(conf), started_ranks() as ranks, explained(conf):
+        arguments = with_saved_run(options_first(sys.argv[1:]), conf)
+        sys.argv[1:] = arguments + options_of_rank(ranks, sys.argv[1:])
+        _run_hydra(conf, ranks)
+
+
+def _run_hydra(conf: Path, ranks: Ranks) -> None:
+    """Let Hydra compose the configuration, or those of a sweep, and call us back with it."""
+
+    @hydra.main(version_base="1.3", config_path=str(conf), config_name="config")
+    def job(config: DictConfig) -> float | None:
+        return run_job(config, ranks)
+
+    job()
 
 
 def options_of_rank(ranks: Ranks, arguments: Sequence[str]) -> list[str]:
@@ -224,3 +248,7 @@ def compose_experiment(overrides: Sequence[str], config_folder: Path) -> Experim
     check_one_option(overrides)
     with initialize_config_dir(str(config_folder), version_base="1.3"):
         return resolve(compose("config", overrides=list(overrides)))
+
+
+if __name__ == "__main__":
+    main()

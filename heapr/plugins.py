@@ -61,7 +61,7 @@ def build(entry: Mapping[str, Any], where: str, **injected: Any) -> Any:
     for key, value in arguments.items():
         if key not in known:
             raise ConfigError(unknown_key(f"{where}.{key}", known))
-        _check(f"{where}.{key}", value, hints.get(key, Any))
+        check_value(f"{where}.{key}", value, hints.get(key, Any))
     required = [name for name, parameter in known.items() if parameter.default is parameter.empty]
     absent = [name for name in required if name not in arguments]
     if absent:
@@ -96,7 +96,7 @@ def plug_in(entry: Any, where: str) -> type[Any]:
     return target
 
 
-def _check(name: str, value: Any, hint: Any) -> None:
+def check_value(name: str, value: Any, hint: Any) -> None:
     """Check type and range of one argument.
 
     Raises:

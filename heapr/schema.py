@@ -63,6 +63,9 @@ class PruningConfig:
     # both with scope expert), fewer_experts (whole experts, gone from the router too) or masked (zeros).
     form: str = "ragged"
     save_checkpoint: bool = True  # false keeps only the plan, which re-creates the pruned model in memory
+    # Hub id "owner/name" to which the checkpoint is uploaded with its card; null uploads nothing.
+    push_to: str | None = None
+    push_public: bool = False  # whether everybody may see it there
     # What the ratio is a share of: atomic_experts, or the flops of the routed experts.
     budget: str = "atomic_experts"
     # Indices of decoder layers that lose nothing.
@@ -250,6 +253,15 @@ def _check_pruning(pruning: PruningConfig) -> None:
             f"pruning.width_multiple={multiple} suits no kernel; give 1 or a multiple of {KERNEL_MULTIPLE}"
         )
     _choice("pruning.budget", pruning.budget, BUDGETS)
+    if pruning.push_to is not None and not pruning.save_checkpoint:
+        raise ConfigError(
+            f"pruning.push_to={pruning.push_to} uploads the checkpoint, and pruning.save_checkpoint=false"
+            " makes none; leave out one of them"
+        )
+    if pruning.push_public and pruning.push_to is None:
+        raise ConfigError(
+            "pruning.push_public=true without pruning.push_to=<owner/name> has no effect; add it"
+        )
     if pruning.scope == "expert":
         _check_scope_expert(pruning)
 

@@ -57,6 +57,47 @@ class TokenWindows:
         return cls(ids_NW=tensors["ids"])
 
 
+NOT_PREDICTED = -100  # label of a token that does not count in the loss, as transformers has it
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of one length, without padding, and which of their tokens are predicted.
+
+    Attributes:
+        ids_NW: token ids (N, W), int64.
+        labels_NW: what is predicted at each place from the tokens before it, int64: the token itself, or
+            `NOT_PREDICTED`. The first of a sequence is never predicted.
+    """
+
+    ids_NW: Tensor
+    labels_NW: Tensor
+
+    def __post_init__(self) -> None:
+        assert self.ids_NW.dim() == 2 and self.ids_NW.dtype == torch.int64
+        assert self.labels_NW.shape == self.ids_NW.shape and self.labels_NW.dtype == torch.int64
+
+    @classmethod
+    def of(cls, tokens: Tokens) -> Batch:
+        """The batch itself; of token ids, the batch in which every token is predicted."""
+        return tokens if isinstance(tokens, Batch) else cls(tokens, tokens)
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on another device."""
+        ids_NW = self.ids_NW.to(device)
+        are_all_predicted = self.labels_NW is self.ids_NW
+        return Batch(ids_NW, ids_NW if are_all_predicted else self.labels_NW.to(device))
+
+    @property
+    def num_predicted(self) -> Tensor:
+        """How many tokens of each sequence are predicted, int64 (N,)."""
+        is_predicted_NW = self.labels_NW[:, 1:] != NOT_PREDICTED
+        return is_predicted_NW.sum(dim=1)
+
+
+Tokens = Tensor | Batch  # token ids int64 (N, W) stand for the batch in which every token is predicted
+
+
 @dataclass(frozen=True)
 class LayerStatistics:
     """Running statistics of one MoE layer over calibration tokens (docs/method.md), float64.

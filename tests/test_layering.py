@@ -18,6 +18,7 @@ PACKAGE = Path(__file__).parents[1] / "heapr"
 
 # What each part may import of the package, besides itself. The order is that of the floors.
 ALLOWED: dict[str, set[str]] = {
+    "definitions": set(),
     "errors": set(),
     "words": set(),
     "files": {"errors"},
@@ -25,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "limits": {"errors", "files"},
     "targets": {"errors"},
     "secrets": {"errors"},
-    "composition": {"errors", "files", "secrets", "targets"},
+    "composition": {"definitions", "errors", "files", "secrets", "targets"},
     "measure": set(),
     "origin": set(),
     "network": set(),
@@ -33,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "sealed": set(),
     "remembered_hashes": {"files", "sealed"},
     "os_errors": {"errors"},
-    "overrides": {"errors"},
+    "overrides": {"definitions", "errors"},
     "progress": set(),
     "tensors_file": set(),
     "types": set(),
@@ -73,14 +74,21 @@ ALLOWED: dict[str, set[str]] = {
     "past_seconds": {"artifacts", "origin", "store"},
     "provider": {"errors", "ranks", "types", "model", "pruning"},
     "gpu_slots": {"errors", "locks"},
+    "push": {"errors", "hub", "words"},
     "findings": {"types", "evaluation"},
-    "pipeline": {"artifacts", "calibration", "errors", "evaluation", "experiment", "findings", "model", "progress", "provider", "pruning", "report", "step_results", "steps", "store", "text", "tracking", "types"},
-    "run_experiment": {"artifacts", "experiment", "gpu_slots", "os_errors", "pipeline", "prepare", "ranks", "ready", "report", "schema", "store", "tracking", "types"},
+    "stages": {"artifacts", "model", "pruning", "types"},
+    "pipeline": {"artifacts", "calibration", "errors", "evaluation", "experiment", "findings", "model", "progress", "provider", "pruning", "report", "stages", "step_results", "steps", "store", "text", "tracking", "types"},
+    "run_experiment": {"artifacts", "experiment", "gpu_slots", "os_errors", "pipeline", "prepare", "push", "ranks", "ready", "report", "schema", "store", "tracking", "types"},
     "dry_run": {"experiment", "machine_speed", "model", "past_seconds", "placement", "prepare", "pruning", "schema", "stage_memory", "types"},
     "explain": {"overrides", "unknown_keys", "words"},
-    "main": {"artifacts", "composition", "dry_run", "errors", "explain", "objective", "os_errors", "overrides", "ranks", "report", "run_experiment", "schema", "secrets", "signals", "words"},
-    "sweep": {"artifacts", "composition", "dry_run", "errors", "explain", "files", "main", "model", "origin", "overrides", "past_seconds", "prepare", "report", "schema", "signals", "store", "tracking", "words"},
-    "prefetch": {"errors", "evaluation", "hub", "main", "prepare", "schema", "text"},
+    "main": {"artifacts", "composition", "definitions", "dry_run", "errors", "explain", "objective", "os_errors", "overrides", "ranks", "report", "run_experiment", "saved_run", "schema", "secrets", "signals", "start_ranks", "words"},
+    "__main__": {"main", "signals"},
+    "library": {
+        "artifacts", "calibration", "definitions", "errors", "evaluation", "experiment", "findings", "main", "model", "overrides", "plugins", "prepare",
+        "progress", "provider", "pruning", "report", "schema", "score", "stages", "steps", "text", "types", "words",
+    },
+    "sweep": {"artifacts", "composition", "definitions", "dry_run", "errors", "explain", "files", "main", "model", "origin", "overrides", "past_seconds", "prepare", "report", "schema", "signals", "store", "tracking", "words"},
+    "prefetch": {"definitions", "errors", "evaluation", "hub", "main", "overrides", "prepare", "schema", "text"},
 }  # fmt: skip
 
 
@@ -184,7 +192,7 @@ def test_the_schema_is_light_and_only_the_top_knows_hydra() -> None:
 
 def test_no_two_files_share_a_name() -> None:
     """A name says what a file is about: whoever searches for it finds one."""
-    names = Counter(path.name for path in FILES if path.name != "__init__.py")
+    names = Counter(path.name for path in FILES if path.name not in {"__init__.py", "__main__.py"})
     assert [name for name, number in names.items() if number > 1] == []
 
 

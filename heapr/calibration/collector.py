@@ -26,7 +26,7 @@ from heapr.model.passes import Way, backward_by_spans
 from heapr.model.shelf import Files
 from heapr.model.span import Span
 from heapr.ranks import ONE_PROCESS, Ranks
-from heapr.types import MAXIMA, LayerStatistics, Statistics
+from heapr.types import MAXIMA, Batch, LayerStatistics, Statistics, Tokens
 
 
 class LayerObserver:
@@ -97,7 +97,7 @@ class LayerObserver:
 
 def collect(
     model: MoEModel,
-    batches: Iterable[Tensor],
+    batches: Iterable[Tokens],
     *,
     way: Way | None = None,
     on_batch: Callable[[int, float], None] = lambda num_tokens, loss: None,
@@ -114,7 +114,7 @@ def collect(
 
     Args:
         model: dense or pruned; must pass `check_walk` if there are several spans.
-        batches: int64 (N, W) token ids each.
+        batches: token ids, int64 (N, W) each, or `Batch`es.
         way: how the batches go through the layers. None takes one batch after the other through all of them.
         on_batch: called after each batch's loss is known, with the number of tokens so far and their mean
             loss in nats per predicted token.
@@ -135,12 +135,12 @@ def collect(
         gradient_from_embeddings(model.model),
         observe_experts(model.model, watched),
     ):
-        for number, span, ids_NW, loss in backward_by_spans(model, batches, way):
+        for number, span, batch, loss in backward_by_spans(model, batches, way):
             in_span = [observer for observer in observers if observer.index in span]
             check_finite(ranks.number(number), loss, in_span)
             # The last span comes first and gives the loss; earlier spans visit the same batches again.
             if number == totals.num_batches:
-                totals.add(ids_NW, loss.item())
+                totals.add(batch, loss.item())
                 on_batch(totals.num_tokens, totals.loss_sum / totals.num_predicted_tokens)
     return _of_all_ranks(observers, totals, ranks)
 
@@ -154,11 +154,11 @@ class _Totals:
     num_predicted_tokens: int = 0
     loss_sum: float = 0.0
 
-    def add(self, ids_NW: Tensor, loss: float) -> None:
+    def add(self, batch: Batch, loss: float) -> None:
         """Count a batch and its summed loss."""
         self.num_batches += 1
-        self.num_tokens += ids_NW.numel()
-        self.num_predicted_tokens += ids_NW[:, 1:].numel()
+        self.num_tokens += batch.ids_NW.numel()
+        self.num_predicted_tokens += int(batch.num_predicted.sum())
         self.loss_sum += loss
 
 

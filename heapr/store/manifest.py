@@ -113,12 +113,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     """With what and where a run is made: versions, the code's commit, and what timings depend on."""
     from heapr.measure import machine
 
-    return {
-        "version": importlib.metadata.version("heapr"),
-        "git_commit": _git_commit(),
-        "libraries": {name: importlib.metadata.version(name) for name in RECORDED_LIBRARIES},
-        "machine": machine(device),
-    }
+    return {"version": _own_version(), "machine": machine(device), **versions()}
 
 
 def provenance(folder: Path, meter: StageMeter) -> dict[str, Any]:
@@ -135,8 +130,7 @@ def provenance(folder: Path, meter: StageMeter) -> dict[str, Any]:
             files[path.relative_to(folder).as_posix()] = describe(path)
         fsync(path)
     return {
-        "libraries": {name: importlib.metadata.version(name) for name in RECORDED_LIBRARIES},
-        "git_commit": _git_commit(),
+        **versions(),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seconds": round(meter.seconds, 3),
         "peak_memory_bytes": meter.peak_memory_bytes,
@@ -211,6 +205,22 @@ def _key(origin: Origin) -> str:
         return origin.key
     except (ValueError, TypeError, RecursionError):
         return ""
+
+
+def versions() -> dict[str, Any]:
+    """Versions of libraries, and the commit of the code that runs."""
+    return {
+        "libraries": {name: importlib.metadata.version(name) for name in RECORDED_LIBRARIES},
+        "git_commit": _git_commit(),
+    }
+
+
+def _own_version() -> str:
+    """Version of heapr; a checkout that runs without being installed has none."""
+    try:
+        return importlib.metadata.version("heapr")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _git_commit() -> str | None:
