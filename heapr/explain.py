@@ -117,7 +117,9 @@ def explain(error: Exception, config_folder: Path | None, overrides: Sequence[st
 def _explain_name(text: str, config_folder: Path, overrides: Sequence[str]) -> str | None:
     """The message for a key or an option that is not there; None for any other mistake."""
     match = re.search(IN_FILE, text, re.DOTALL)
-    if match and match[2] not in USED_WITH:  # those are of a group that is not chosen by itself
+    if match and match[2] in USED_WITH:
+        return explain_unknown_key(match[2], _composed(overrides, config_folder))
+    if match:
         return f"conf/{match[1]}.yaml sets '{match[2]}': {_unknown_field(match[2])}"
     match = re.match(r"Could not override '([^']+)'", text)
     if match:

@@ -75,10 +75,12 @@ def check_sizes(
     """
     text = config.get_text_config()
     fewest = min(len(width_E) for width_E in widths)
-    narrowest = min(min(width_E, default=0) for width_E in widths)
+    narrowest = min(min(width_E, default=-1) for width_E in widths)
+    # Pruning may leave an expert of width 0, but no such layer.
+    smallest = min(sum(width_E) for width_E in widths)
     problem = ""
-    if fewest < 1 or narrowest < 1:
-        problem = "has a layer without experts, or an expert without atomic experts"
+    if fewest < 1 or smallest < 1 or narrowest < 0:
+        problem = "has a layer without experts, or without atomic experts"
     elif not 1 <= num_routed <= fewest:
         problem = f"sends every token to {num_routed} of {fewest} experts"
     elif text.vocab_size < 1 or text.hidden_size < 1:
