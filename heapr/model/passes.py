@@ -21,7 +21,7 @@ from heapr.model.moe import MoEModel
 from heapr.model.shelf import Files, Memory, Shelf
 from heapr.model.span import NO_READS, Reads, Span, reads_of, run_rest, run_span
 from heapr.model.tape import Tape, hidden_of
-from heapr.progress import counted, progress
+from heapr.progress import counted
 from heapr.ranks import ONE_PROCESS, Ranks
 from heapr.types import Batch, Tokens
 
@@ -264,9 +264,11 @@ def _layer_by_layer(
     for _ in variants:
         tapes = [Tape(ids_NW, shelf, next(numbers)) for ids_NW in on_device]
         tapes_of.append(tapes)
-    for span in progress(model.spans, total=num_layers, description="layers", unit="layer"):
-        with model.hold(span):
-            _advance_variants(model, span, zip(variants, tapes_of, strict=True), reads)
+    num_passes = len(model.spans) * len(variants) * len(batches)
+    with counted(num_passes, "layers") as count_pass:
+        for span in model.spans:
+            with model.hold(span):
+                _advance_variants(model, span, zip(variants, tapes_of, strict=True), reads, count_pass)
     for tape in chain.from_iterable(tapes_of):
         answers = tape.answers(num_layers, reads.by(range(num_layers, num_layers)))
         yield tape.ids_NW, run_rest(model, tape.ids_NW, answers)
@@ -274,7 +276,11 @@ def _layer_by_layer(
 
 
 def _advance_variants(
-    model: MoEModel, span: Span, tapes_of: Iterable[tuple[Variant, Sequence[Tape]]], reads: Reads
+    model: MoEModel,
+    span: Span,
+    tapes_of: Iterable[tuple[Variant, Sequence[Tape]]],
+    reads: Reads,
+    count_pass: Count,
 ) -> None:
     """Run a span onto the tapes of each variant, which then keep what later layers read."""
     later = reads.by(range(span.stop, len(model.decoder_layers)))
@@ -284,3 +290,4 @@ def _advance_variants(
                 answers = tape.answers(span.start, reads.by(span))
                 tape.put(run_span(model, tape.ids_NW, span, answers))
                 tape.keep(later)
+                count_pass(model.residency.remark())

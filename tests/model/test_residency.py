@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import re
 from pathlib import Path
 
 import pytest
@@ -120,3 +122,20 @@ def test_one_layer_at_a_time(streamed: MoEModel, seen: list[list[int]], tmp_path
     with streamed.hold([1]):
         assert in_memory(streamed) == [1]  # what is left of its experts, and not what they were cut from
         assert all(weight.is_meta for experts in dense_experts for weight in experts.parameters())
+
+
+def test_progress_counts_passes_and_tells_what_was_read(
+    streamed: MoEModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = io.StringIO()
+    settings = {"file": shown, "mininterval": 0, "miniters": 1, "ncols": 200}
+    monkeypatch.setattr("heapr.progress.bar_settings", lambda: settings)
+    plan = Plan(layers={layer.index: KEPT_EF for layer in streamed.layers})
+    collect(streamed, BATCHES, way=Way(streamed.spans, streamed.shelf()))
+    remove_and_repair(streamed, plan, ExpertRepair(), BATCHES)
+    list(final_hidden_states(streamed, BATCHES))
+    bars = re.split(r"[\r\n]+", shown.getvalue())
+    # Two batches, forward through three layers and backward through four; the rest goes forward alone.
+    for name, number in {"calibrate": 2 * (3 + 4), "repair": 4, "layers": 2 * 4}.items():
+        assert any(re.match(rf"{name}: 100%.* {number}/{number} \[", bar) for bar in bars), name
+        assert any(bar.startswith(name) and re.search(r"read \S+ GB, \S+ MB/s", bar) for bar in bars), name
