@@ -19,7 +19,7 @@ from heapr import placement
 from heapr.dry_run import dry_run
 from heapr.errors import ConfigError
 from heapr.model.load import ModelSource
-from heapr.model.shards import Shards
+from heapr.model.shards import Place, Shards
 from heapr.model.shelf import Files
 from heapr.model.span import Reads
 from heapr.pruning.repair import ExpertRepair
@@ -168,25 +168,31 @@ def test_a_dry_run_tells_what_calibration_reads_and_puts_on_the_disk(
 ) -> None:
     """Of four layers the last is read once."""
     model = write_model(tmp_path / "model", num_hidden_layers=4)
-    options = ["model=hf", f"model.path={model}", "model.dtype=float32", *write_texts(tmp_path), STREAMED]
-    options += ["evaluation=none", "tracking=none", "pruning.save_checkpoint=false"]
+    options = ["model=hf", f"model.path={model}", "model.dtype=float32", STREAMED]
+    options += [text for text in write_texts(tmp_path) if not text.startswith("evaluation")]
+    options += [
+        "evaluation=none",
+        "tracking=none",
+        "pruning.save_checkpoint=false",
+        "calibration.num_samples=4",
+    ]
     # Only the calibration reads: layers are known to depend on the one before.
     monkeypatch.setattr("heapr.placement.check_streamed", lambda *_: None)
     one_before = Reads((frozenset(), *(frozenset({layer}) for layer in range(4))))
     monkeypatch.setattr("heapr.model.passes.reads_of", lambda model: one_before)
-    commit, on_disk, read = Files.commit, [], []
+    put, on_disk, read_into, read = Files.put, [], Shards._read_into, []
 
-    def weighed(files: Files, **state: object) -> None:
-        commit(files, **state)
-        on_disk.append(sum(path.stat().st_size for path in files.folder.glob("output-*")))
+    def weighed(files: Files, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        shelved = put(files, name, tensor)
+        on_disk.append(sum(path.stat().st_size for path in files.folder.iterdir()))
+        return shelved
 
-    monkeypatch.setattr(Files, "commit", weighed)
-    shards_read = Shards._read_into
-    monkeypatch.setattr(
-        Shards,
-        "_read_into",
-        lambda self, place, memory: read.append(len(memory)) or shards_read(self, place, memory),
-    )
+    def counted(shards: Shards, place: Place, memory: torch.Tensor) -> torch.Tensor:
+        read.append(len(memory))
+        return read_into(shards, place, memory)
+
+    monkeypatch.setattr(Files, "put", weighed)
+    monkeypatch.setattr(Shards, "_read_into", counted)
     plan = dry_run(compose_experiment(f"paths.outputs={tmp_path / 'outputs'}", "dry_run=true", *options))
     run_in(tmp_path, *options)
     assert sum(read) == plan.bytes_read
