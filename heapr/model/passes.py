@@ -18,7 +18,7 @@ from torch import Tensor
 
 from heapr.model.loss import summed_loss_backward
 from heapr.model.moe import MoEModel
-from heapr.model.shelf import Files, Memory, Shelf
+from heapr.model.shelf import Files, Memory, Shelf, Spilled
 from heapr.model.span import NO_READS, Reads, Span, reads_of, run_rest, run_span
 from heapr.model.tape import Tape, hidden_of
 from heapr.progress import counted
@@ -239,6 +239,9 @@ def final_hidden_states(
     Yields:
         token ids on the model's device, and final hidden states (N, W, D): for each batch of the first
         variant, then of the next.
+
+    Raises:
+        ConfigError: the disk has no room for what layers put out.
     """
     if len(model.spans) > 1:
         yield from _layer_by_layer(model, list(batches), variants)
@@ -259,6 +262,10 @@ def _layer_by_layer(
     num_layers = len(model.decoder_layers)
     on_device = [ids_NW.to(model.device) for ids_NW in batches]
     shelf = model.shelf()
+    if isinstance(shelf, Spilled):
+        hidden_bytes = model.layers[0].model_width * model.model.dtype.itemsize
+        num_tokens = sum(ids_NW.numel() for ids_NW in batches)
+        shelf.check_room(len(variants) * num_tokens * hidden_bytes)
     numbers = count()
     tapes_of = []
     for _ in variants:
