@@ -23,6 +23,12 @@ NOT_MEASURED = [f"evaluation.{name}=null" for name in ("throughput", "truth", "e
 KILLED = -9
 
 
+def read_counts(file: Path) -> dict[str, int]:
+    """How often each point was passed; see `killed_at`."""
+    lines = [line.split(" ", 1) for line in file.read_text().splitlines()]
+    return {name: int(number) for number, name in lines}
+
+
 def leftovers(root: Path) -> list[Path]:
     """What is in a store besides artifacts and locks, once something else has been made in it.
 
@@ -60,8 +66,7 @@ class Disturbed:
         assert ended.code == 0, ended.output
         self.seconds = ended.seconds
         self._expected = self._results()
-        lines = [line.split(" ", 1) for line in counts.read_text().splitlines()]
-        self.counts = {name: int(number) for number, name in lines}
+        self.counts = read_counts(counts)
         self.begin()
 
     @property
