@@ -6,19 +6,11 @@ Run:  python sweep.py experiment=main_table model=tiny         the built-in mode
       python sweep.py experiment=main_table report_only=true   tables and figures of its newest sweep
       python sweep.py report_dir=outputs/sweeps/<folder>       the same for any sweep, run.py -m included
       python sweep.py --help                                   all experiments
+
+After pip install, the command `heapr-sweep` is the same, in any folder.
 """
 
-
-
-import sys
-from pathlib import Path
-
-from heapr.signals import end_at_once
+from heapr.sweep.__main__ import main
 
 if __name__ == "__main__":
-    end_at_once()
-
-from heapr.sweep.command_line import main
-
-if __name__ == "__main__":
-    main(sys.argv[1:], Path(__file__).resolve().parent)
+    main()

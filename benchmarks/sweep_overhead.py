@@ -61,8 +61,9 @@ def run(num_jobs: int, options: Sequence[str]) -> Sweep:
         command += [f"paths.outputs={folder}", f"hydra.sweep.dir={sweep}", f"hydra.run.dir={sweep}/0"]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         started = time.perf_counter()
-        subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+        done = subprocess.run(command, cwd=ROOT, env=environment, check=False, capture_output=True, text=True)
         seconds = time.perf_counter() - started
+        assert done.returncode == 0, done.stderr
         files = sorted(sweep.glob("*/summary.json"), key=lambda file: int(file.parent.name))
         summaries = [json.loads(file.read_text()) for file in files]
     assert len(summaries) == num_jobs
@@ -92,7 +93,7 @@ def main() -> None:
     arguments = parser.parse_args()
     alone = run(1, [])
     own = alone.seconds - alone.in_stages
-    print(f"a process of its own: {own:6.2f} s per job outside the stages")
+    print(f"a process of its own: {own:6.2f} s per job outside the stages", flush=True)
     basic, sweep = slope(arguments.jobs, ["-m"], at_once=1)
     print(f"basic launcher:       {basic:6.2f} s, {basic / own:.3f} of that", flush=True)
     if len(sweep.peaks) > SETTLED + 1:

@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from heapr.errors import ConfigError
 from heapr.files import hash_file, write_json, write_text
+from heapr.words import first_line
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -113,6 +115,34 @@ def write_plan(
     _save(folder / PLAN, plan.to_tensors(), belongs_to)
 
 
+def copy_plan(folder: Path, copy: Path, *, code: Path) -> None:
+    """Copy a plan, and add the hashes of the Python files that a checkpoint is read with.
+
+    Args:
+        folder: holds the plan.
+        copy: the folder that receives it.
+        code: the checkpoint's folder.
+    """
+    from safetensors import safe_open
+
+    with safe_open(folder / PLAN, framework="pt") as file:
+        metadata = dict(file.metadata() or {})
+    _save(copy / PLAN, _load(folder / PLAN), metadata | _hashes_of_code(code))
+
+
+def write_card_and_plan(checkpoint: Path, card: str, plan: Plan) -> None:
+    """Write into a checkpoint what `PLANS` and `CARD` say, without the identity of the dense model."""
+    write_text(checkpoint / CARD, card)
+    (checkpoint / PLANS).mkdir()
+    _save(checkpoint / PLANS / PLAN, plan.to_tensors(), _hashes_of_code(checkpoint))
+
+
+def _hashes_of_code(checkpoint: Path) -> dict[str, str]:
+    """What a plan says about the Python files that a checkpoint is read with."""
+    hashes = {path.name: hash_file(path) for path in sorted(checkpoint.glob("*.py"))}
+    return {"code_sha256": json.dumps(hashes)} if hashes else {}
+
+
 def read_plan(folder: Path) -> Plan:
     from heapr.types import Plan
 
@@ -120,13 +150,22 @@ def read_plan(folder: Path) -> Plan:
 
 
 def read_kept(folder: Path) -> dict[int, NDArray[Any]] | None:
-    """The plan as numpy arrays (E, F) by decoder layer index, for reports; None if there is no plan."""
+    """The plan as numpy arrays (E, F) by decoder layer index, for reports; None if there is no plan.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     path = folder / PLAN
     if not path.is_file():
         return None
-    return {int(name.removeprefix("layers.")): kept_EF for name, kept_EF in load_file(path).items()}
+    try:
+        tensors = load_file(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _damaged(path, error) from error
+    return {int(name.removeprefix("layers.")): kept_EF for name, kept_EF in tensors.items()}
 
 
 def read_allocation(folder: Path) -> Report:
@@ -210,8 +249,24 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _must_read_json(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    """The object in a file.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, error) from error
+    if not isinstance(content, dict):
+        raise _damaged(path, TypeError(f"it holds a {type(content).__name__}, not an object"))
     return content
+
+
+def _damaged(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"'{path}' is damaged ({first_line(error)}); remove it, and run the same command again"
+    )
 
 
 def _save(path: Path, tensors: TensorDict, metadata: Mapping[str, str] | None = None) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from transformers import PretrainedConfig
 
 from heapr.evaluation.measurement import Measurement
 from heapr.model.config_file import prediction_heads
@@ -115,11 +116,7 @@ class Experiment:
         Raises:
             ConfigError: the model's configuration has no field for it.
         """
-        if self.budget.uniform_width is not None:
-            return uniform_settings(self.source.config, self.budget.uniform_width)
-        if self.budget.num_experts is not None:
-            return fewer_experts_settings(self.source.config, self.budget.num_experts)
-        return {}
+        return stock_settings(self.budget, self.source.config)
 
     @property
     def notes_on_budget(self) -> list[str]:
@@ -182,3 +179,16 @@ class Experiment:
         return self.placement.load(
             self.source, self.device, self.store.root, device_map=self.config.runtime.device_map
         )
+
+
+def stock_settings(budget: Budget, config: PretrainedConfig) -> Settings:
+    """What a form in the family's own class changes in a dense model's configuration; else empty.
+
+    Raises:
+        ConfigError: the configuration has no field for it.
+    """
+    if budget.uniform_width is not None:
+        return uniform_settings(config, budget.uniform_width)
+    if budget.num_experts is not None:
+        return fewer_experts_settings(config, budget.num_experts)
+    return {}

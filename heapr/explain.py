@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ValidationError
+from yaml import YAMLError
 
 from heapr.overrides import (
     config_folders,
@@ -30,7 +32,8 @@ from heapr.unknown_keys import EXPERIMENT, USED_WITH, explain_unknown_key
 from heapr.words import did_you_mean, first_line
 
 # How messages of omegaconf and Hydra begin:
-FIELD_OF_NOTHING = "Unexpected type for root: NoneType"  # an override sets a field of null
+# An override sets a field of null, or all of them.
+FIELD_OF_NOTHING = ("Unexpected type for root: NoneType", "'NoneType' object has no attribute 'get'")
 OPTION_WITHOUT_NAME = "Config group override must be a string or a list"  # score=3
 COMMA_OUTSIDE_SWEEP = "Ambiguous value for argument"  # a=1,2
 UNKNOWN_PLUGIN = "Unknown plugin class"  # a launcher whose package is not installed
@@ -41,24 +44,46 @@ NOT_A_FIELD = r"Key '[^']+' not in '\w+'\n *full_key: (\S+)"  # +corpus=c4
 OF_FIELD = r"\n *full_key: (\S+)"  # a value of the wrong type in a saved configuration
 NOT_THERE = "Could not delete from config. '([^']+)' does not exist"  # ~foo
 
+OF_COMPOSITION = "hydra/_internal/config_loader_impl.py"  # where Hydra composes
 OF_ITS_TYPE = "give a value of the field's type (heapr/schema.py)"
 OF_LAUNCHER = "hydra.launcher."
 # A file sets a field that is not there.
 IN_FILE = r"In '([^']+)': ConfigKeyError.*full_key: (\S+)"
 
 
-def explain_builtin(text: str, config_folder: Path | None) -> str | None:
+def explain_builtin(error: Exception, config_folder: Path | None) -> str | None:
     """The message for a mistake that Hydra answers with an error of Python; None for any other error."""
+    text = str(error)
+    if isinstance(error, YAMLError):
+        return explain_yaml(error)
+    if _is_raised_in(error, OF_COMPOSITION):
+        reason = "it refers to itself" if isinstance(error, RecursionError) else first_line(error)
+        if not text.startswith((OPTION_WITHOUT_NAME, UNKNOWN_PLUGIN, *FIELD_OF_NOTHING)):
+            return f"a configuration file cannot be read: {reason}; correct it"
     if text.startswith(OPTION_WITHOUT_NAME) and config_folder is not None:
         return explain_option(sys.argv[1:], config_folder)
     if text.startswith(UNKNOWN_PLUGIN):
         return explain_launcher(text)
-    if text.startswith(FIELD_OF_NOTHING):
+    if text.startswith(FIELD_OF_NOTHING) and _is_raised_in(error, OF_COMPOSITION):
         return (
             "an override sets a field of something that is null, such as pruning.repair.ridge; choose it"
             " first, for example pruning/repair=joint"
         )
     return None
+
+
+def explain_yaml(error: YAMLError) -> str:
+    """The message for a file that is not YAML."""
+    reason = getattr(error, "problem", None) or first_line(error)
+    mark = getattr(error, "problem_mark", None)
+    where = "a configuration file" if mark is None else f"line {mark.line + 1} of '{mark.name}'"
+    return f"{where} is not YAML: {reason}; correct it"
+
+
+def _is_raised_in(error: Exception, file: str) -> bool:
+    """Whether an error passed through a source file, given by the end of its path."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_code.co_filename.endswith(file) for frame, _ in frames)
 
 
 def explain(error: Exception, config_folder: Path | None, overrides: Sequence[str]) -> str:
@@ -69,7 +94,7 @@ def explain(error: Exception, config_folder: Path | None, overrides: Sequence[st
         config_folder: used to look up known keys.
         overrides: arguments of the command line.
     """
-    text = str(error).strip()
+    text = str(error).strip() or first_line(error.__cause__ or error.__context__ or error)
     if isinstance(error, OverrideParseException):
         return _explain_unparsed(error.override, text, overrides)
     if text.startswith(COMMA_OUTSIDE_SWEEP):
@@ -92,6 +117,8 @@ def explain(error: Exception, config_folder: Path | None, overrides: Sequence[st
 def _explain_name(text: str, config_folder: Path, overrides: Sequence[str]) -> str | None:
     """The message for a key or an option that is not there; None for any other mistake."""
     match = re.search(IN_FILE, text, re.DOTALL)
+    if match and match[2] in USED_WITH:
+        return explain_unknown_key(match[2], _composed(overrides, config_folder))
     if match:
         return f"conf/{match[1]}.yaml sets '{match[2]}': {_unknown_field(match[2])}"
     match = re.match(r"Could not override '([^']+)'", text)

@@ -10,10 +10,32 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from heapr.errors import ConfigError
+
+LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes that file systems allow
+LONGEST_PART = 100  # letters of a name that becomes a part of longer ones
+
 
 def user_path(path: str) -> Path:
-    """A path with ~ and ~name expanded; a ~name that does not exist stays as it is."""
-    return Path(os.path.expanduser(path))  # Path.expanduser raises where the user is unknown
+    """A path with ~ and ~name expanded; a ~name that does not exist stays as it is.
+
+    Raises:
+        ConfigError: no file can have such a path.
+    """
+    expanded = os.path.expanduser(path)  # Path.expanduser raises where the user is unknown
+    longest = max(len(os.fsencode(name)) for name in expanded.split("/"))
+    if longest > LONGEST_NAME or len(os.fsencode(expanded)) > LONGEST_PATH or "\0" in expanded:
+        raise ConfigError(
+            f"path '{path[:LONGEST_PART]}...' is longer than a path may be ({LONGEST_NAME} bytes a name,"
+            f" {LONGEST_PATH} in all), or holds a zero byte; give another"
+        )
+    return Path(expanded)
+
+
+def is_name(name: str) -> bool:
+    """Whether a name can become a part of names of files and metrics, and stays in its folder."""
+    is_plain = name.isprintable() and set(name).isdisjoint("/\\") and name.strip(". ") != ""
+    return is_plain and len(name) <= LONGEST_PART
 
 
 def hash_file(path: Path) -> str:

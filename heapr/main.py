@@ -1,7 +1,6 @@
-"""Connects the command line to the pipeline: one line for the user's mistakes, and the final table.
+"""The command line `heapr`, `python -m heapr` or `python run.py`: one line for mistakes, and the final table.
 
-In: the configuration that Hydra composed, or the error that it raised. Out: a run, or one line on stderr and
-exit code 2.
+In: arguments, from which Hydra composes a configuration. Out: a run, or one line on stderr and exit code 2.
 """
 
 from __future__ import annotations
@@ -17,29 +16,60 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from heapr.artifacts import clear_error, write_error
+from heapr.composition import checked_compositions
+from heapr.definitions import conf_folder
 from heapr.errors import ConfigError, RankEnded
 from heapr.explain import explain, explain_builtin
 from heapr.os_errors import NO_SPACE
-from heapr.overrides import check_one_option
+from heapr.overrides import check_one_option, options_first
 from heapr.ranks import Ranks
+from heapr.saved_run import with_saved_run
 from heapr.schema import ExperimentConfig, register, resolve
-from heapr.signals import one_line_ends
+from heapr.secrets import without_secrets
+from heapr.signals import end_with_parent, one_line_ends
+from heapr.start_ranks import started_ranks
 from heapr.words import first_line
 
 logger = logging.getLogger(__name__)
 
 EXIT_CODE = 2
+# What Hydra, OmegaConf and PyYAML let through.
+BUILTIN = (ValueError, RuntimeError, AssertionError, AttributeError, YAMLError)
+DEBUG = "debug=true"  # on the command line: the stack trace of a mistake too
 WITHOUT_FOLDER = ["hydra.run.dir=.", "hydra.output_subdir=null"]
 OPTIONS_OF_OTHERS = [*WITHOUT_FOLDER, "hydra/job_logging=rank"]
 OPTIONS_OF_DRY_RUNS = [*WITHOUT_FOLDER, "hydra/job_logging=console"]
+
+
+def main() -> None:
+    """Do what the command line asks, and exit with 2 after a mistake of the user's."""
+    register()
+    end_with_parent()
+    conf = conf_folder()
+    with one_line_errors(conf), started_ranks() as ranks, explained(conf):
+        arguments = with_saved_run(options_first(sys.argv[1:]), conf)
+        sys.argv[1:] = arguments + options_of_rank(ranks, sys.argv[1:])
+        _run_hydra(conf, ranks)
+
+
+def _run_hydra(conf: Path, ranks: Ranks) -> None:
+    """Let Hydra compose the configuration, or those of a sweep, and call us back with it."""
+
+    @hydra.main(version_base="1.3", config_path=str(conf), config_name="config")
+    def job(config: DictConfig) -> float | None:
+        return run_job(config, ranks)
+
+    job()
 
 
 def options_of_rank(ranks: Ranks, arguments: Sequence[str]) -> list[str]:
@@ -86,7 +116,7 @@ def _recorded_failure(folder: Path) -> Iterator[None]:
         else:
             line = f"{type(error).__name__}: {line}"
             logger.error("this job failed: %s", line, exc_info=error)
-        write_error(folder, line)
+        write_error(folder, without_secrets(line))
         raise
 
 
@@ -139,14 +169,14 @@ def one_line_errors(config_folder: Path | None = None) -> Iterator[None]:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # otherwise Hydra prints errors itself and exits with 1
     print_whatever_the_encoding()
     try:
-        with one_line_ends(), explained(config_folder):
+        with one_line_ends(), explained(config_folder), checked_compositions():
             yield
     except RankEnded as end:
         _stop(end.line, code=end.code)
     except ConfigError as error:
-        _stop(str(error))
+        _stop(str(error), error=error)
     except FloatingPointError as error:
-        _stop(str(error), code=1)
+        _stop(str(error), code=1, error=error)
 
 
 @contextmanager
@@ -165,8 +195,8 @@ def explained(config_folder: Path | None = None) -> Iterator[None]:
         raise
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error, config_folder, sys.argv[1:])) from error
-    except (ValueError, RuntimeError, AssertionError) as error:
-        message = explain_builtin(str(error), config_folder)
+    except BUILTIN as error:
+        message = explain_builtin(error, config_folder)
         if message is None:
             raise
         raise ConfigError(message) from error
@@ -191,10 +221,13 @@ def print_whatever_the_encoding() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _stop(message: str, code: int = EXIT_CODE) -> None:
+def _stop(message: str, code: int = EXIT_CODE, error: BaseException | None = None) -> None:
     """End the process; an empty message has been told by another one."""
     if message:
-        sys.stderr.write(f"error: {message}\n")
+        if error is not None and not {DEBUG, f"++{DEBUG}"}.isdisjoint(sys.argv):
+            sys.stderr.write(without_secrets("".join(traceback.format_exception(error))))
+        line = " ".join(message.split())  # what a library or a file said may hold the ends of lines
+        sys.stderr.write(f"error: {without_secrets(line)}\n")
         sys.stderr.flush()
     sys.exit(code)
 
@@ -215,3 +248,7 @@ def compose_experiment(overrides: Sequence[str], config_folder: Path) -> Experim
     check_one_option(overrides)
     with initialize_config_dir(str(config_folder), version_base="1.3"):
         return resolve(compose("config", overrides=list(overrides)))
+
+
+if __name__ == "__main__":
+    main()

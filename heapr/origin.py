@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+LARGEST_EXACT = 2**53  # up to here, every whole number is a float
 KEY_LENGTH = 16  # hexadecimal digits: 64 bits
 
 
@@ -45,7 +46,8 @@ class Origin:
 def canonical_json(value: Any) -> str:
     """JSON that is the same text for equal values: keys sorted, floats rounded to 12 significant digits.
 
-    The rounding removes noise in the last digits, such as 0.6000000000000001.
+    The rounding removes noise in the last digits, such as 0.6000000000000001. A whole number is the same as
+    int and as float.
     """
     return json.dumps(canonical(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
@@ -53,7 +55,9 @@ def canonical_json(value: Any) -> str:
 def canonical(value: Any) -> Any:
     """A JSON value as `canonical_json` writes it, except for the order of keys."""
     if isinstance(value, float):
-        return float(f"{value:.12g}")
+        rounded = float(f"{value:.12g}")
+        is_whole = rounded.is_integer() and abs(rounded) < LARGEST_EXACT
+        return int(rounded) if is_whole else rounded
     if isinstance(value, Mapping):
         return {str(key): canonical(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

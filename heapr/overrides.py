@@ -15,6 +15,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from heapr.definitions import run_command
 from heapr.errors import ConfigError
 
 UNQUOTED = re.compile(r"[\w /\-\\+.$%*@?|:,]", re.ASCII)  # what a value may contain without quotes
@@ -37,6 +38,7 @@ OPTIONS |= {"--info", "-i", "--shell-completion", "-sc"}
 OPTIONS_WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"}
 CONFIG_DIR = {"--config-dir", "-cd"}
 OPTIONS_WITH_VALUE |= CONFIG_DIR | {"--experimental-rerun"}
+SEARCH_PATH = "hydra.searchpath="
 
 
 def options_first(arguments: Sequence[str]) -> list[str]:
@@ -62,9 +64,32 @@ def options_first(arguments: Sequence[str]) -> list[str]:
             key = name.lstrip("-").replace("-", "_")
             raise ConfigError(
                 f"unknown option '{argument}'; fields are set without dashes ({key}=...), for example"
-                " dry_run=true; python run.py --help lists them"
+                f" dry_run=true; {run_command()} --help lists them"
             )
     return options + overrides
+
+
+def config_dir_as_override(arguments: Sequence[str]) -> list[str]:
+    """Arguments with Hydra's option --config-dir, which adds a folder to conf/, as the override that does so.
+
+    Hydra reads the option only on its own command line, and the override anywhere.
+
+    Raises:
+        ConfigError: the option has no folder.
+    """
+    rest: list[str] = []
+    remaining = iter(arguments)
+    for argument in remaining:
+        name, equals, value = argument.partition("=")
+        if name not in CONFIG_DIR:
+            rest.append(argument)
+            continue
+        folder = Path(value if equals else next(remaining, "")).expanduser().resolve()
+        if not folder.is_dir():
+            raise ConfigError(f"{name}: '{folder}' is not a folder; give the folder of your own groups")
+        escaped = str(folder).replace("'", "\\'")
+        rest.append(f"{SEARCH_PATH}['file://{escaped}']")
+    return rest
 
 
 def check_one_option(overrides: Sequence[str]) -> None:

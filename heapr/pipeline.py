@@ -8,9 +8,7 @@ returns a result that it already has.
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,13 +32,11 @@ from heapr.model.moe import MoEModel
 from heapr.model.shelf import Files
 from heapr.progress import progress
 from heapr.provider import ModelProvider
-from heapr.pruning.allocation import allocate
-from heapr.pruning.allocation_report import report_allocation
-from heapr.pruning.budget import costs_of
 from heapr.pruning.layer_repair import report_repair
-from heapr.pruning.super_experts import SuperExpert, describe_super_experts, find_super_experts
+from heapr.pruning.super_experts import SuperExpert
 from heapr.report.run.card import model_card
 from heapr.report.run.widths import draw_widths
+from heapr.stages import SUPER_EXPERTS, Planning, layer_weights, log_report, super_experts_of
 from heapr.step_results import StepResults
 from heapr.steps import Step
 from heapr.store import Artifact
@@ -49,7 +45,6 @@ from heapr.tracking import values
 from heapr.tracking.tracker import FIGURES, NUM_TOKENS, Figure, Tracker, Value
 from heapr.types import (
     Evaluation,
-    ExpertWeights,
     Metrics,
     Plan,
     Pruning,
@@ -64,7 +59,6 @@ T = TypeVar("T")
 
 GIB = 2**30  # bytes
 WIDTHS = f"{FIGURES}widths"
-SUPER_EXPERTS = "super_experts"  # in the report of a plan
 
 
 class Pipeline:
@@ -148,12 +142,8 @@ class Pipeline:
     def score(self, step: Step) -> None:
         """Give every atomic expert its importance."""
 
-        def weights(index: int) -> ExpertWeights:
-            model = self._model(step)
-            with model.hold([index]):
-                return next(layer.weights() for layer in model.layers if layer.index == index)
-
         def compute() -> Scores:
+            weights = partial(layer_weights, partial(self._model, step))
             return self.experiment.plugins.criterion(self.results.statistics(step), weights)
 
         self._get(step, compute, artifacts.write_scores)
@@ -163,31 +153,20 @@ class Pipeline:
 
         From the second round on, the choice is among what the round before kept.
         """
-        source, budget = self.experiment.source, self.experiment.budget
+        source = self.experiment.source
 
         def compute() -> tuple[Plan, Report]:
-            scores = self.results.scores(step)
-            statistics = self.results.statistics(step)
             earlier = self.results.pruning(step)
-            costs = costs_of(budget.unit, statistics, source.atomic_expert_parameters)
-            widths = earlier.plan.widths if earlier else source.widths
-            ratio = step.origin.config["ratio"]
-            round_budget = budget.of_round(ratio, widths, source.widths, costs)
-            found = self._super_experts(step)
-            if self.experiment.config.pruning.protect_super_experts:
-                protected = tuple((each.layer, each.expert) for each in found)
-                round_budget = replace(round_budget, protected_experts=protected)
-            plan = allocate(scores, widths, round_budget, costs)
-            report = report_allocation(plan, scores, widths, round_budget, costs)
-            report[SUPER_EXPERTS] = [each._asdict() for each in found]
-            if found and earlier is None:
-                report["summary"].append(describe_super_experts(found))
-            return earlier.plan.then(plan) if earlier else plan, report
+            protects = self.experiment.config.pruning.protect_super_experts
+            statistics, found = self.results.statistics(step), self._super_experts(step)
+            planning = Planning(source, self.experiment.budget, statistics, found, protects)
+            scores, ratio = self.results.scores(step), step.origin.config["ratio"]
+            return planning.plan(scores, ratio, earlier.plan if earlier else None)
 
         is_repaired = self.experiment.plugins.repair is not None
         write = partial(artifacts.write_plan, model=source.identity, is_repaired=is_repaired)
         artifact = self._get(step, compute, write)
-        self._log_report(artifacts.read_allocation(artifact.path))
+        log_report(artifacts.read_allocation(artifact.path))
 
     def _super_experts(self, step: Step) -> tuple[SuperExpert, ...]:
         """The dense model's super experts: found in the first round, read from its report later.
@@ -201,14 +180,7 @@ class Pipeline:
         is_asked = self.experiment.config.pruning.protect_super_experts
         if self.experiment.placement.is_streamed and not is_asked:
             return ()
-        model = self.models.dense()
-        layers = {layer.index: layer for layer in model.layers}
-
-        def down_max_of(index: int) -> Tensor:
-            with model.hold([index]):
-                return layers[index].down_abs_max()
-
-        return find_super_experts(self.results.statistics(step), down_max_of)
+        return super_experts_of(self.models.dense(), self.results.statistics(step))
 
     def repair(self, step: Step) -> None:
         """Refit the kept weights so that they make up for what is removed."""
@@ -224,7 +196,7 @@ class Pipeline:
 
         write = partial(artifacts.write_repair, plan_folder=self.results.folder(step))
         artifact = self._get(step, compute, write)
-        self._log_report(artifacts.read_repair(artifact.path))
+        log_report(artifacts.read_repair(artifact.path))
 
     def write_checkpoint(self, step: Step) -> None:
         """Save the pruned model as a folder that transformers loads, with a model card and the plan."""
@@ -238,7 +210,7 @@ class Pipeline:
             (checkpoint / CARD).write_text(model_card(self._about(), {}), encoding="utf-8")
             plans = checkpoint / artifacts.PLANS
             plans.mkdir()
-            shutil.copy(self.results.folder(step) / artifacts.PLAN, plans)
+            artifacts.copy_plan(self.results.folder(step), plans, code=checkpoint)
 
         self._get(step, lambda: self._final_model(step), write)
 
@@ -265,6 +237,12 @@ class Pipeline:
             if experiment.ranks.is_first:
                 self._rewrite_card(checkpoint, card)
         return metrics
+
+    @property
+    def checkpoint(self) -> Path:
+        """The folder of the checkpoint, where one is saved."""
+        step = self.experiment.steps.last(CHECKPOINT_PART)
+        return self.experiment.store.path(step.origin) / CHECKPOINT
 
     def _rewrite_card(self, checkpoint: Step, card: Callable[[str], str]) -> None:
         """Write the metrics into the model card; a run does not fail because of it."""
@@ -314,13 +292,6 @@ class Pipeline:
         }
         self.tracker.log(measured)
         return artifact
-
-    def _log_report(self, report: Report) -> None:
-        """Log the lines of a report that are meant to be read."""
-        for line in report["summary"]:
-            logger.info("%-9s %s", "prune", line)
-        for line in report["not_reached"]:
-            logger.warning("%-9s %s", "prune", line)
 
     def _model(self, step: Step) -> MoEModel:
         """The model that a step works on: dense, or pruned so far."""

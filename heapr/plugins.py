@@ -1,22 +1,26 @@
 """Builds plug-ins, the objects that a `_target_` in the configuration names.
 
-In: an entry and its place in the configuration. Out: the object. Its arguments are checked against the
-annotations of its `__init__`: types and ranges, such as `window: Annotated[int, Ge(2)]`.
+In: an entry and its place in the configuration. Out: the object. Which classes may be named at all is checked
+before, for the whole configuration (heapr/targets.py). Arguments are checked against the annotations of the
+class's `__init__`: types and ranges, such as `window: Annotated[int, Ge(2)]`. Nothing is called that is not a
+class of the right kind.
 """
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Union
 
-import hydra.utils
 import pydantic
 from annotated_types import Ge, Gt, Le, Lt
 
 from heapr.errors import ConfigError
+from heapr.limits import LARGEST_SEED
+from heapr.targets import TARGET, kind_at
 from heapr.words import unknown_key
 
 RULES = pydantic.ConfigDict(strict=True, allow_inf_nan=False)
@@ -50,15 +54,14 @@ def build(entry: Mapping[str, Any], where: str, **injected: Any) -> Any:
             range; and whatever the plug-in itself raises.
     """
     target = plug_in(entry, where)
-    arguments = {key: value for key, value in entry.items() if key != "_target_"}
+    arguments = {key: value for key, value in entry.items() if key != TARGET}
     parameters = inspect.signature(target).parameters
     known = {name: parameter for name, parameter in parameters.items() if name not in injected}
-    annotated = target.__init__ if inspect.isclass(target) else target
-    hints = typing.get_type_hints(annotated, include_extras=True)
+    hints = typing.get_type_hints(target.__init__, include_extras=True)
     for key, value in arguments.items():
         if key not in known:
             raise ConfigError(unknown_key(f"{where}.{key}", known))
-        _check(f"{where}.{key}", value, hints.get(key, Any))
+        check_value(f"{where}.{key}", value, hints.get(key, Any))
     required = [name for name, parameter in known.items() if parameter.default is parameter.empty]
     absent = [name for name in required if name not in arguments]
     if absent:
@@ -66,31 +69,41 @@ def build(entry: Mapping[str, Any], where: str, **injected: Any) -> Any:
     return target(**arguments, **injected)
 
 
-def plug_in(entry: Any, where: str) -> Callable[..., Any]:
-    """Import what an entry's `_target_` names.
+def plug_in(entry: Any, where: str) -> type[Any]:
+    """Import the class that an entry's `_target_` names.
 
     Raises:
-        ConfigError: there is no `_target_`, or it cannot be imported.
+        ConfigError: there is no `_target_`; or it cannot be imported, is no class, or is one of another kind.
     """
-    if not isinstance(entry, Mapping) or "_target_" not in entry:
+    if not isinstance(entry, Mapping) or TARGET not in entry:
         raise ConfigError(
             f"{where} has no _target_, so it names no plug-in; is a key misspelled? See docs/adding.md"
         )
+    name = f"{where}.{TARGET}='{entry[TARGET]}'"
+    module, _, attribute = str(entry[TARGET]).rpartition(".")
     try:
-        target: Callable[..., Any] = hydra.utils.get_object(entry["_target_"])
-    except Exception as error:  # importing a wrongly named module may raise anything
-        raise ConfigError(
-            f"{where}._target_='{entry['_target_']}' cannot be imported; see docs/adding.md"
-        ) from error
+        target: Any = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # importing a module may raise anything
+        reason = "" if isinstance(error, ImportError | AttributeError) else f" ({type(error).__name__})"
+        raise ConfigError(f"{name} cannot be imported{reason}; see docs/adding.md") from error
+    if not inspect.isclass(target):
+        raise ConfigError(f"{name} is not a class; see docs/adding.md")
+    kind = kind_at(where)
+    methods = () if kind is None else kind.methods
+    absent = [method for method in methods if not inspect.isfunction(getattr(target, method, None))]
+    if kind is not None and absent:
+        raise ConfigError(f"{name} is not a {kind.name}: it has no {', '.join(absent)}; see docs/adding.md")
     return target
 
 
-def _check(name: str, value: Any, hint: Any) -> None:
+def check_value(name: str, value: Any, hint: Any) -> None:
     """Check type and range of one argument.
 
     Raises:
         ConfigError: it does not fit; the message says what was given, why it cannot be, and what to give.
     """
+    if type(value) is int and abs(value) > LARGEST_SEED:
+        raise ConfigError(f"{name}={value} is above {LARGEST_SEED}; give {describe(hint)}")
     try:
         pydantic.TypeAdapter(hint, config=RULES).validate_python(value)
     except pydantic.ValidationError as error:

@@ -1,6 +1,6 @@
 """Downloads the model, corpora and tasks of an experiment, for a machine without a network.
 
-Run:  python -m heapr.prefetch <the same overrides as for run.py>
+Run:  python -m heapr.prefetch <the same overrides, and --config-dir, as for a run>
 
 In: an experiment's configuration. Out: filled caches (HF_HOME says where), one line per item, and exit code 2
 if one is missing.
@@ -11,23 +11,23 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
+from heapr.definitions import conf_folder
 from heapr.errors import ConfigError
 from heapr.main import compose_experiment, one_line_errors
+from heapr.overrides import config_dir_as_override
 from heapr.schema import ExperimentConfig
 
 logger = logging.getLogger(__name__)
-
-CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "conf"
 
 
 def main(overrides: Sequence[str]) -> None:
     """Fetch everything and log it; a mistake in the overrides ends in one line."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logger.setLevel(logging.INFO)
-    with one_line_errors(CONFIG_FOLDER):
-        config = compose_experiment(overrides, CONFIG_FOLDER)
+    conf = conf_folder()
+    with one_line_errors(conf):
+        config = compose_experiment(config_dir_as_override(overrides), conf)
         missing = fetch_all(config)
         if missing:
             names = ", ".join(missing)

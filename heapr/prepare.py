@@ -23,6 +23,7 @@ from heapr.measure import machine
 from heapr.model.checkpoint import check_form
 from heapr.model.device import find_device
 from heapr.model.load import ModelSource, find_model
+from heapr.model.model_shape import ModelShape
 from heapr.objective import check_objective
 from heapr.placement import (
     choose_placement,
@@ -33,7 +34,7 @@ from heapr.pruning.fewer_experts import choose_num_experts
 from heapr.pruning.layer_repair import Repair
 from heapr.pruning.uniform import choose_uniform_width
 from heapr.ranks import ONE_PROCESS, Ranks
-from heapr.schema import ExperimentConfig, ModelConfig
+from heapr.schema import ExperimentConfig, ModelConfig, PruningConfig
 from heapr.score.criterion import Criterion
 from heapr.shared_folder import check_is_shared
 from heapr.steps import Steps, experiment_steps
@@ -67,16 +68,21 @@ def prepare(
     if not notes:  # of a dry run that lacks texts
         check_objective(config.objective, plugins.measurements)
     artifacts = Path(config.paths.outputs) / ARTIFACTS
-    is_full_check = config.runtime.full_check
+    allowed = {"packages": config.plugins.allow, "trust_remote_code": config.model.trust_remote_code}
     store = Store(
-        artifacts, device, ranks=ranks, wait_minutes=config.runtime.wait_minutes, full_check=is_full_check
+        artifacts,
+        device,
+        ranks=ranks,
+        wait_minutes=config.runtime.wait_minutes,
+        full_check=config.runtime.full_check,
+        record={"allowed_code": allowed},
     )
     check_is_shared(store.root, ranks)
     with ranks.in_turn():
-        digests = None if is_full_check else store.digests
+        digests = None if config.runtime.full_check else store.digests
         source = find_source(config.model, digests=digests, config_only=notes is not None)
     _check_lengths(config, source)
-    budget = _find_budget(config, source, plugins.criterion)
+    budget = find_budget(config.pruning, source, plugins.criterion)
     if config.pruning.save_checkpoint:
         check_form(source.config, config.pruning.form)
     placement = choose_placement(config, source, device, ranks)
@@ -188,12 +194,21 @@ def _machine(config: ExperimentConfig, device: torch.device) -> dict[str, Any]:
 
 def _build_criterion(config: ExperimentConfig) -> Criterion:
     criterion: Criterion = build(config.score, "score")
-    if criterion.granularity is Granularity.EXPERT and config.pruning.scope == "expert":
+    check_criterion(criterion, config.pruning)
+    return criterion
+
+
+def check_criterion(criterion: Criterion, pruning: PruningConfig) -> None:
+    """Refuse a criterion that does not fit what is ranked together.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if criterion.granularity is Granularity.EXPERT and pruning.scope == "expert":
         raise ConfigError(
             f"pruning.scope=expert ranks inside each expert, but score {type(criterion).__name__} removes"
             " whole experts; use pruning=global or pruning=layer"
         )
-    return criterion
 
 
 def _build_text(entry: Mapping[str, Any], where: str, *, is_read: bool) -> Corpus | Mixture:
@@ -229,37 +244,37 @@ def _or_note(notes: list[str] | None, find: Callable[[], T]) -> T | None:
         return None
 
 
-def _find_budget(config: ExperimentConfig, source: ModelSource, criterion: Criterion) -> Budget:
+def find_budget(pruning: PruningConfig, shape: ModelShape, criterion: Criterion) -> Budget:
     """How much of the model is removed, and in which pieces.
 
     Raises:
         ConfigError: that is more than the model can lose.
     """
-    if config.pruning.protect_super_experts and criterion.granularity is Granularity.EXPERT:
+    if pruning.protect_super_experts and criterion.granularity is Granularity.EXPERT:
         raise ConfigError(
             "pruning.protect_super_experts is for criteria that remove atomic experts, but this one removes"
             " whole experts; choose another score or leave it out"
         )
     budget = Budget(
-        ratio=config.pruning.ratio,
-        scope=config.pruning.scope,
-        experts_per_token=source.experts_per_token,
-        width_multiple=config.pruning.width_multiple or 1,
+        ratio=pruning.ratio,
+        scope=pruning.scope,
+        experts_per_token=shape.experts_per_token,
+        width_multiple=pruning.width_multiple or 1,
         granularity=criterion.granularity,
-        unit=config.pruning.budget,
-        protected_layers=tuple(config.pruning.protected_layers),
-        one_width_per_layer=config.pruning.form == "per_layer",
+        unit=pruning.budget,
+        protected_layers=tuple(pruning.protected_layers),
+        one_width_per_layer=pruning.form == "per_layer",
     )
-    if config.pruning.form == "uniform":
-        width = choose_uniform_width(source.config, source.widths, budget, source.dtype)
+    if pruning.form == "uniform":
+        width = choose_uniform_width(shape.config, shape.widths, budget, shape.dtype)
         budget = replace(budget, uniform_width=width)
-    if config.pruning.form == "fewer_experts":
-        budget = replace(budget, num_experts=_num_experts_left(budget, source))
-    budget.check(source.widths)
+    if pruning.form == "fewer_experts":
+        budget = replace(budget, num_experts=_num_experts_left(budget, shape))
+    budget.check(shape.widths)
     return budget
 
 
-def _num_experts_left(budget: Budget, source: ModelSource) -> int:
+def _num_experts_left(budget: Budget, shape: ModelShape) -> int:
     """How many experts every layer keeps.
 
     Raises:
@@ -270,7 +285,7 @@ def _num_experts_left(budget: Budget, source: ModelSource) -> int:
             "pruning.form=fewer_experts is for scores of whole experts; use score=reap, frequency or"
             " heapr_expert"
         )
-    return choose_num_experts(source.widths, budget.ratio, budget.experts_per_token)
+    return choose_num_experts(shape.widths, budget.ratio, budget.experts_per_token)
 
 
 def _check_lengths(config: ExperimentConfig, source: ModelSource) -> None:

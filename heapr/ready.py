@@ -34,6 +34,7 @@ def make_ready(experiment: Experiment) -> TokenWindows | None:
         ConfigError: a step cannot be made as asked; the message says why.
     """
     ranks = experiment.ranks
+    _tell_allowed_code(experiment)
     missing = [step for step in experiment.steps if not experiment.store.has(step.origin, step.part)]
     if missing and ranks.is_first:
         experiment.store.check_writable()
@@ -56,11 +57,24 @@ def make_ready(experiment: Experiment) -> TokenWindows | None:
     # One measurement may belong to several steps.
     distinct = {id(measurement): measurement for measurement in measurements}
     with ranks.in_turn():
+        # First, because here a mistake is the likeliest.
+        tokens = None if is_calibrated else _calibration_tokens(experiment)
         for measurement in distinct.values():
             measurement.prepare(experiment.source)
             if experiment.placement.is_streamed and isinstance(measurement, ZeroShot | Generation):
                 measurement.refuse_generation()
-        return None if is_calibrated else _calibration_tokens(experiment)
+        return tokens
+
+
+def _tell_allowed_code(experiment: Experiment) -> None:
+    """Log whose code, besides heapr's, this run may execute."""
+    config = experiment.config
+    if config.plugins.allow:
+        packages = ", ".join(config.plugins.allow)
+        logger.info("%-9s code of package %s is allowed (plugins.allow)", "run", packages)
+    if config.model.trust_remote_code:
+        folder = experiment.source.folder
+        logger.info("%-9s Python code in '%s' is trusted (model.trust_remote_code)", "run", folder)
 
 
 def _check_placement(missing: Sequence[Step], experiment: Experiment) -> None:

@@ -20,6 +20,7 @@ from heapr.gpu_slots import gpu_slot
 from heapr.os_errors import one_line_about
 from heapr.pipeline import Pipeline
 from heapr.prepare import prepare
+from heapr.push import check_destination, push
 from heapr.ranks import ONE_PROCESS, Ranks
 from heapr.ready import make_ready
 from heapr.report.run.protocol import protocol_differences
@@ -75,12 +76,16 @@ def run(
             lost, at any time: what was finished is kept.
         FloatingPointError: NaN or infinity; the message says where.
     """
+    pruning = config.pruning
+    if pruning.push_to is not None and ranks.is_first:
+        check_destination(pruning.push_to, is_public=pruning.push_public)
     with one_line_about(Path(config.paths.outputs)), one_line_about(folder):
         return _run(config, folder, sweep=sweep, ranks=ranks)
 
 
 def _run(config: ExperimentConfig, folder: Path, *, sweep: str | None, ranks: Ranks) -> Summary:
     started = time.perf_counter()
+    pruning = config.pruning
     experiment = prepare(config, ranks=ranks)
     experiment.store.refer(folder, [step.origin for step in experiment.steps])
     tokens = make_ready(experiment)
@@ -112,6 +117,8 @@ def _run(config: ExperimentConfig, folder: Path, *, sweep: str | None, ranks: Ra
     )
     if experiment.ranks.is_first:
         artifacts.write_summary(folder, asdict(summary))
+        if pruning.push_to is not None:
+            push(pipeline.checkpoint, pruning.push_to, is_public=pruning.push_public)
     return summary
 
 

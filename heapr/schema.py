@@ -2,7 +2,7 @@
 
 In: the configuration that Hydra composed from conf/. Out: a checked `ExperimentConfig`, whose `_target_`
 entries are built elsewhere (heapr/plugins.py). No torch here, so that a mistyped command line is answered at
-once.
+once. Bounds of numbers and names: heapr/limits.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -18,6 +18,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from heapr.errors import ConfigError
 from heapr.files import user_path
+from heapr.limits import at_least, check_limits, check_sections
+from heapr.targets import check_targets
 from heapr.unknown_keys import check_keys
 
 
@@ -61,6 +63,9 @@ class PruningConfig:
     # both with scope expert), fewer_experts (whole experts, gone from the router too) or masked (zeros).
     form: str = "ragged"
     save_checkpoint: bool = True  # false keeps only the plan, which re-creates the pruned model in memory
+    # Hub id "owner/name" to which the checkpoint is uploaded with its card; null uploads nothing.
+    push_to: str | None = None
+    push_public: bool = False  # whether everybody may see it there
     # What the ratio is a share of: atomic_experts, or the flops of the routed experts.
     budget: str = "atomic_experts"
     # Indices of decoder layers that lose nothing.
@@ -110,6 +115,13 @@ class PathsConfig:
 
 
 @dataclass
+class PluginsConfig:
+    """Which code besides heapr's own a `_target_` may name; changes no result."""
+
+    allow: list[str] = field(default_factory=list)  # packages; only the command line may set it
+
+
+@dataclass
 class ExperimentConfig:
     """One experiment: calibrate -> score -> prune -> evaluate."""
 
@@ -121,7 +133,9 @@ class ExperimentConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
+    plugins: PluginsConfig = field(default_factory=PluginsConfig)
     dry_run: bool = False  # print what a run would do, from the model's config.json alone
+    debug: bool = False  # print the stack trace of a mistake too
     # The metric that a run returns to a sweeper, such as kl_to_dense/pydocs; null returns nothing.
     objective: str | None = None
 
@@ -159,6 +173,7 @@ def resolve(config: DictConfig) -> ExperimentConfig:
         merged = OmegaConf.merge(OmegaConf.structured(ExperimentConfig), config)
         assert isinstance(merged, DictConfig)
         config = merged
+    check_sections(config, ExperimentConfig)
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ConfigError(
@@ -180,17 +195,12 @@ def check(config: ExperimentConfig) -> None:
     Raises:
         ConfigError: a value is not allowed; the message names the field, the value and what is allowed.
     """
+    check_limits(asdict(config))
+    check_targets(asdict(config), config.plugins.allow)
     _check_pruning(config.pruning)
     _check_runtime(config.runtime)
     _choice("model.dtype", config.model.dtype, DTYPES)
     _check_tracking(config.tracking)
-    calibration = config.calibration
-    _at_least("calibration.num_samples", calibration.num_samples, 1)
-    _at_least("calibration.sequence_length", calibration.sequence_length, 2)
-    _at_least("calibration.batch_size", calibration.batch_size, 1)
-    _at_least("calibration.seed", calibration.seed, 0)
-    if calibration.max_characters is not None:
-        _at_least("calibration.max_characters", calibration.max_characters, 1)
 
 
 def _check_runtime(runtime: RuntimeConfig) -> None:
@@ -201,12 +211,10 @@ def _check_runtime(runtime: RuntimeConfig) -> None:
     _choice("runtime.activations", runtime.activations, ACTIVATIONS)
     if runtime.device_map is not None:
         _choice("runtime.device_map", runtime.device_map, DEVICE_MAPS)
-    if runtime.num_threads is not None:
-        _at_least("runtime.num_threads", runtime.num_threads, 1)
     if runtime.wait_minutes is not None:
-        _at_least("runtime.wait_minutes", runtime.wait_minutes, 0)
-    _at_least("runtime.checkpoint_seconds", runtime.checkpoint_seconds, 0)
-    _at_least("runtime.last_layers", runtime.last_layers, 1)
+        at_least("runtime.wait_minutes", runtime.wait_minutes, 0)
+    at_least("runtime.checkpoint_seconds", runtime.checkpoint_seconds, 0)
+    at_least("runtime.last_layers", runtime.last_layers, 1)
     if runtime.stream is False and runtime.last_layers > 1:
         raise ConfigError(
             f"runtime.last_layers={runtime.last_layers} has no effect with runtime.stream=false; leave it out"
@@ -233,7 +241,6 @@ def _check_pruning(pruning: PruningConfig) -> None:
             f"pruning.ratio={pruning.ratio} is not in [0, 1); give the share of atomic experts to remove, for"
             " example 0.25"
         )
-    _at_least("pruning.rounds", pruning.rounds, 1)
     _choice("pruning.scope", pruning.scope, SCOPES)
     _choice("pruning.form", pruning.form, FORMS)
     if pruning.form in ONE_WIDTH and pruning.scope != "expert":
@@ -249,6 +256,15 @@ def _check_pruning(pruning: PruningConfig) -> None:
             f"pruning.width_multiple={multiple} suits no kernel; give 1 or a multiple of {KERNEL_MULTIPLE}"
         )
     _choice("pruning.budget", pruning.budget, BUDGETS)
+    if pruning.push_to is not None and not pruning.save_checkpoint:
+        raise ConfigError(
+            f"pruning.push_to={pruning.push_to} uploads the checkpoint, and pruning.save_checkpoint=false"
+            " makes none; leave out one of them"
+        )
+    if pruning.push_public and pruning.push_to is None:
+        raise ConfigError(
+            "pruning.push_public=true without pruning.push_to=<owner/name> has no effect; add it"
+        )
     if pruning.scope == "expert":
         _check_scope_expert(pruning)
 
@@ -297,8 +313,3 @@ def _check_tracking(tracking: TrackingConfig) -> None:
 def _choice(name: str, value: str | int, known: Collection[str | int]) -> None:
     if value not in known:
         raise ConfigError(f"{name}={value!r} is unknown; choose one of {', '.join(map(str, known))}")
-
-
-def _at_least(name: str, value: float, minimum: int) -> None:
-    if value < minimum:
-        raise ConfigError(f"{name}={value} is below {minimum}; give a whole number of at least {minimum}")

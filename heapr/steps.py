@@ -25,7 +25,7 @@ STAGE_VERSIONS = {"calibrate": 2, "score": 1, "prune": 3, "evaluate": 3}
 
 # Fields of `PruningConfig` that enter every key, and those that change no plan.
 ALWAYS_IN_KEY = ("ratio", "scope", "width_multiple", "form")
-WITHOUT_INFLUENCE = ("save_checkpoint", "rounds")
+WITHOUT_INFLUENCE = ("save_checkpoint", "push_to", "push_public", "rounds")
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def _rounds(config: ExperimentConfig, tokens: Mapping[str, Any]) -> list[Step]:
         scored = _origin("score", {"criterion": dict(config.score)}, calibrated)
         score = Step(scored, what=what, needs={"statistics": calibrate, **earlier})
         first = steps[0] if steps else calibrate
-        settings = _settings_of_plan(pruning) | {"ratio": pruning.ratio * number / pruning.rounds}
+        settings = settings_of_plan(pruning) | {"ratio": ratio_of_round(pruning, number)}
         planned = _origin("prune", settings, scored)
         plan = Step(planned, what=what, needs={"scores": score, "statistics": first, **earlier})
         steps += [calibrate, score, plan]
@@ -188,7 +188,12 @@ def _settings_of_tokens(
     }
 
 
-def _settings_of_plan(pruning: PruningConfig) -> dict[str, Any]:
+def ratio_of_round(pruning: PruningConfig, number: int) -> float:
+    """The share of the dense model that is gone after a round; the first round has number 1."""
+    return pruning.ratio * number / pruning.rounds
+
+
+def settings_of_plan(pruning: PruningConfig) -> dict[str, Any]:
     """What determines the plan.
 
     Other options than those of `ALWAYS_IN_KEY` enter only if they differ from their defaults, so that adding

@@ -57,6 +57,47 @@ class TokenWindows:
         return cls(ids_NW=tensors["ids"])
 
 
+NOT_PREDICTED = -100  # label of a token that does not count in the loss, as transformers has it
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of one length, without padding, and which of their tokens are predicted.
+
+    Attributes:
+        ids_NW: token ids (N, W), int64.
+        labels_NW: what is predicted at each place from the tokens before it, int64: the token itself, or
+            `NOT_PREDICTED`. The first of a sequence is never predicted.
+    """
+
+    ids_NW: Tensor
+    labels_NW: Tensor
+
+    def __post_init__(self) -> None:
+        assert self.ids_NW.dim() == 2 and self.ids_NW.dtype == torch.int64
+        assert self.labels_NW.shape == self.ids_NW.shape and self.labels_NW.dtype == torch.int64
+
+    @classmethod
+    def of(cls, tokens: Tokens) -> Batch:
+        """The batch itself; of token ids, the batch in which every token is predicted."""
+        return tokens if isinstance(tokens, Batch) else cls(tokens, tokens)
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on another device."""
+        ids_NW = self.ids_NW.to(device)
+        are_all_predicted = self.labels_NW is self.ids_NW
+        return Batch(ids_NW, ids_NW if are_all_predicted else self.labels_NW.to(device))
+
+    @property
+    def num_predicted(self) -> Tensor:
+        """How many tokens of each sequence are predicted, int64 (N,)."""
+        is_predicted_NW = self.labels_NW[:, 1:] != NOT_PREDICTED
+        return is_predicted_NW.sum(dim=1)
+
+
+Tokens = Tensor | Batch  # token ids int64 (N, W) stand for the batch in which every token is predicted
+
+
 @dataclass(frozen=True)
 class LayerStatistics:
     """Running statistics of one MoE layer over calibration tokens (docs/method.md), float64.
@@ -201,7 +242,11 @@ class ExpertWeights:
 
 @dataclass(frozen=True)
 class Scores:
-    """Importance of every atomic expert, bigger is more important: float32 (E, F) by decoder layer index."""
+    """Importance of every atomic expert, bigger is more important: float32 (E, F) by decoder layer index.
+
+    Raises:
+        FloatingPointError: one is NaN or infinite; the message names it.
+    """
 
     layers: Mapping[int, Tensor]
 
@@ -209,7 +254,14 @@ class Scores:
         for index, scores_EF in self.layers.items():
             assert scores_EF.dim() == 2, (index, scores_EF.shape)
             assert scores_EF.dtype == torch.float32, (index, scores_EF.dtype)
-            assert scores_EF.isfinite().all(), f"scores of layer {index} are not finite"
+            bad_N2 = (~scores_EF.isfinite()).nonzero()
+            if len(bad_N2) > 0:
+                expert, place = bad_N2[0].tolist()
+                raise FloatingPointError(
+                    f"score: atomic expert {place} of expert {expert} of layer {index} is"
+                    f" {scores_EF[expert, place]}, not a finite number; look at the criterion, or use a wider"
+                    " model.dtype"
+                )
 
     def to_tensors(self) -> TensorDict:
         return {f"layers.{index}": scores_EF for index, scores_EF in self.layers.items()}

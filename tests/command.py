@@ -38,9 +38,11 @@ def run_py_here(*arguments: str, folder: Path) -> Completed:
 
 
 def run_here(command: Sequence[str], folder: Path) -> Completed:
-    """What a Python script does, prints and exits with; logging, Hydra and environment are left as they
-    were."""
+    """What a Python script or a module (after -m) does, prints and exits with; logging, Hydra and environment
+    are left as they were."""
     _, script, *arguments = command
+    if script == "-m":
+        module, *arguments = arguments
     stdout, stderr, code = io.StringIO(), io.StringIO(), 0
     with (
         redirect_stdout(stdout),
@@ -51,7 +53,10 @@ def run_here(command: Sequence[str], folder: Path) -> Completed:
         patch.chdir(folder)
         patch.setattr(sys, "argv", [script, *arguments])
         try:
-            runpy.run_path(script, run_name="__main__")
+            if script == "-m":
+                runpy.run_module(module, run_name="__main__")
+            else:
+                runpy.run_path(script, run_name="__main__")
         except SystemExit as stopped:
             code = 0 if stopped.code is None else int(stopped.code)
     return Completed(command, code, stdout.getvalue(), stderr.getvalue())

@@ -56,9 +56,11 @@ def visit(experts: nn.Module, expert: int, x_D: Tensor) -> tuple[Tensor, Tensor]
     return h_F, output_D
 
 
-def visits_of(model: PreTrainedModel, ids_NW: Tensor) -> dict[nn.Module, dict[int, list[Visit]]]:
+def visits_of(
+    model: PreTrainedModel, ids_NW: Tensor, predicted_NW: Tensor | None = None
+) -> dict[nn.Module, dict[int, list[Visit]]]:
     """Every visit of a token to an expert, with gradients of the summed loss at the expert's output and at
-    h."""
+    h. The loss is over the tokens that `predicted_NW` marks with 1, by default all but the first."""
     visits: dict[nn.Module, dict[int, list[Visit]]] = defaultdict(lambda: defaultdict(list))
 
     def seen(experts: nn.Module, expert: int, x_D: Tensor, weight: Tensor) -> Tensor:
@@ -99,7 +101,10 @@ def visits_of(model: PreTrainedModel, ids_NW: Tensor) -> dict[nn.Module, dict[in
     for experts in outside:
         del experts.forward
     log_probs = torch.log_softmax(logits[:, :-1].float(), dim=-1)
-    (-log_probs.gather(2, ids_NW[:, 1:, None]).sum()).backward()
+    losses = -log_probs.gather(2, ids_NW[:, 1:, None]).squeeze(2)
+    if predicted_NW is not None:
+        losses = losses * predicted_NW[:, 1:]
+    losses.sum().backward()
     return visits
 
 

@@ -79,9 +79,10 @@ def test_the_ragged_checkpoint_is_the_dense_model_without_what_the_plan_removes(
         model, heapr.load_pruned(run.model_folder, plan=artifact(summary) / "plan.safetensors"), IDS_NW
     )
     assert not torch.equal(logits(model, IDS_NW), logits(heapr.load_pruned(run.model_folder), IDS_NW))
-    assert (folder / "heapr" / "plan.safetensors").read_bytes() == (
-        artifact(summary) / "plan.safetensors"
-    ).read_bytes()
+    copied, original = (
+        load_file(place / "plan.safetensors") for place in (folder / "heapr", artifact(summary))
+    )
+    assert copied.keys() == original.keys() and all(map(torch.equal, copied.values(), original.values()))
     assert AutoTokenizer.from_pretrained(folder)("abc").input_ids == byte_tokenizer()("abc").input_ids
     widths = json.loads((folder / "config.json").read_text())["expert_widths"]
     kept = load_file(folder / "heapr" / "plan.safetensors")

@@ -176,10 +176,10 @@ def test_your_own_machines_settings_are_taken_from_conf_local(tmp_path: Path) ->
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["evaluation/corpora=[pydocs,ptb]", "evaluation/evaluators@evaluation=[perplexity]", "score={_target_:x}", "dry_run=true"],
+        ["evaluation/corpora=[pydocs,ptb]", "evaluation/evaluators@evaluation=[perplexity]", "score={_target_:heapr.score.gradient.Fisher}", "dry_run=true"],
         [
             "pruning.ratio=0.4", "score=random", "score.seed=3", "pruning=layer", "score.seed=4", "model=hf", "model.path=a/b",
-            "~evaluation.zero_shot", "+evaluation.more={_target_:x,tasks:[a,b]}", "++runtime.num_threads=2",
+            "~evaluation.zero_shot", "+evaluation.more={_target_:heapr.evaluation.zero_shot.ZeroShot,tasks:[a,b]}", "++runtime.num_threads=2",
         ],
     ],
 )  # fmt: skip

@@ -18,9 +18,15 @@ PACKAGE = Path(__file__).parents[1] / "heapr"
 
 # What each part may import of the package, besides itself. The order is that of the floors.
 ALLOWED: dict[str, set[str]] = {
+    "definitions": set(),
     "errors": set(),
-    "files": set(),
+    "words": set(),
+    "files": {"errors"},
     "machine_speed": set(),
+    "limits": {"errors", "files"},
+    "targets": {"errors"},
+    "secrets": {"errors"},
+    "composition": {"definitions", "errors", "files", "secrets", "targets"},
     "measure": set(),
     "origin": set(),
     "network": set(),
@@ -28,16 +34,15 @@ ALLOWED: dict[str, set[str]] = {
     "sealed": set(),
     "remembered_hashes": {"files", "sealed"},
     "os_errors": {"errors"},
-    "overrides": {"errors"},
+    "overrides": {"definitions", "errors"},
     "progress": set(),
     "tensors_file": set(),
     "types": set(),
-    "words": set(),
     "hub": {"network"},
-    "artifacts": {"files", "tensors_file", "types"},
-    "plugins": {"errors", "words"},
+    "artifacts": {"errors", "files", "tensors_file", "types", "words"},
+    "plugins": {"errors", "limits", "targets", "words"},
     "unknown_keys": {"errors", "words"},
-    "schema": {"errors", "files", "unknown_keys"},
+    "schema": {"errors", "files", "limits", "targets", "unknown_keys"},
     "saved_run": {"errors"},
     "report": {"artifacts", "errors", "files", "words"},
     "tracking": {"errors", "network", "schema", "words"},
@@ -50,7 +55,7 @@ ALLOWED: dict[str, set[str]] = {
     "shared_folder": {"errors", "ranks"},
     "start_ranks": {"process_group", "rank_environment", "ranks"},
     "store": {"artifacts", "errors", "files", "locks", "measure", "origin", "os_errors", "ranks", "remembered_hashes", "report", "sealed", "shared_folder", "signals"},
-    "text": {"errors", "files", "hub", "plugins", "progress", "types", "words"},
+    "text": {"errors", "files", "hub", "limits", "plugins", "progress", "types", "words"},
     "score": {"errors", "types"},
     "model": {"errors", "files", "hub", "progress", "remembered_hashes", "tensors_file", "types", "words", "ranks"},
     "calibration": {"model", "types", "ranks"},
@@ -69,14 +74,21 @@ ALLOWED: dict[str, set[str]] = {
     "past_seconds": {"artifacts", "origin", "store"},
     "provider": {"errors", "ranks", "types", "model", "pruning"},
     "gpu_slots": {"errors", "locks"},
+    "push": {"errors", "hub", "words"},
     "findings": {"types", "evaluation"},
-    "pipeline": {"artifacts", "calibration", "errors", "evaluation", "experiment", "findings", "model", "progress", "provider", "pruning", "report", "step_results", "steps", "store", "text", "tracking", "types"},
-    "run_experiment": {"artifacts", "experiment", "gpu_slots", "os_errors", "pipeline", "prepare", "ranks", "ready", "report", "schema", "store", "tracking", "types"},
+    "stages": {"artifacts", "model", "pruning", "types"},
+    "pipeline": {"artifacts", "calibration", "errors", "evaluation", "experiment", "findings", "model", "progress", "provider", "pruning", "report", "stages", "step_results", "steps", "store", "text", "tracking", "types"},
+    "run_experiment": {"artifacts", "experiment", "gpu_slots", "os_errors", "pipeline", "prepare", "push", "ranks", "ready", "report", "schema", "store", "tracking", "types"},
     "dry_run": {"experiment", "machine_speed", "model", "past_seconds", "placement", "prepare", "pruning", "schema", "stage_memory", "types"},
     "explain": {"overrides", "unknown_keys", "words"},
-    "main": {"artifacts", "dry_run", "errors", "explain", "objective", "os_errors", "overrides", "ranks", "report", "run_experiment", "schema", "signals", "words"},
-    "sweep": {"artifacts", "dry_run", "errors", "explain", "files", "main", "model", "origin", "overrides", "past_seconds", "prepare", "report", "schema", "signals", "store", "tracking", "words"},
-    "prefetch": {"errors", "evaluation", "hub", "main", "prepare", "schema", "text"},
+    "main": {"artifacts", "composition", "definitions", "dry_run", "errors", "explain", "objective", "os_errors", "overrides", "ranks", "report", "run_experiment", "saved_run", "schema", "secrets", "signals", "start_ranks", "words"},
+    "__main__": {"main", "signals"},
+    "library": {
+        "artifacts", "calibration", "definitions", "errors", "evaluation", "experiment", "findings", "main", "model", "overrides", "plugins", "prepare",
+        "progress", "provider", "pruning", "report", "schema", "score", "stages", "steps", "text", "types", "words",
+    },
+    "sweep": {"artifacts", "composition", "definitions", "dry_run", "errors", "explain", "files", "main", "model", "origin", "overrides", "past_seconds", "prepare", "report", "schema", "signals", "store", "tracking", "words"},
+    "prefetch": {"definitions", "errors", "evaluation", "hub", "main", "overrides", "prepare", "schema", "text"},
 }  # fmt: skip
 
 
@@ -101,7 +113,17 @@ def imported_names(node: ast.AST) -> set[str]:
     return {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
 
 
-OF_HYDRA = {"explain", "main", "overrides", "plugins", "saved_run", "schema", "sweep", "unknown_keys"}
+OF_HYDRA = {
+    "composition",
+    "explain",
+    "limits",
+    "main",
+    "overrides",
+    "saved_run",
+    "schema",
+    "sweep",
+    "unknown_keys",
+}
 FILES = sorted(PACKAGE.rglob("*.py"))
 PORTABLE = [Path(inspect.getfile(module)) for module in modelling_file.PORTABLE]
 
@@ -170,7 +192,7 @@ def test_the_schema_is_light_and_only_the_top_knows_hydra() -> None:
 
 def test_no_two_files_share_a_name() -> None:
     """A name says what a file is about: whoever searches for it finds one."""
-    names = Counter(path.name for path in FILES if path.name != "__init__.py")
+    names = Counter(path.name for path in FILES if path.name not in {"__init__.py", "__main__.py"})
     assert [name for name, number in names.items() if number > 1] == []
 
 

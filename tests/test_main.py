@@ -29,7 +29,7 @@ def assert_refused(result: Completed, message: str) -> None:
             "pruning.ratoi=0.3",
             (
                 "unknown key 'pruning.ratoi'; did you mean pruning.ratio? known here: budget, form,"
-                " protect_super_experts, protected_layers, ratio, "
+                " protect_super_experts, protected_layers, push_public, push_to, ratio, "
             ),
         ),
         ("evaluation.perplexity.windo=3", "did you mean evaluation.perplexity.window?"),
@@ -106,7 +106,7 @@ def assert_refused(result: Completed, message: str) -> None:
         ("=3", "argument '=3': '' cannot be the name of a field"),
         ("+experiment=criteria", "are run by sweep.py; write python sweep.py experiment=<name>"),
         ("experiment=criteria", "are run by sweep.py; write python sweep.py experiment=<name>"),
-        ("+foo=1", "unknown key 'foo'; known here: calibration, dry_run, evaluation, model, "),
+        ("+foo=1", "unknown key 'foo'; known here: calibration, "),
         ("++prunning=1", "unknown key 'prunning'; did you mean pruning?"),
         ("+pruning.foo=1", "unknown key 'pruning.foo'; known here: budget, form, "),
         ("+pruning.raito=0.5", "unknown key 'pruning.raito'; did you mean pruning.ratio?"),
@@ -141,7 +141,7 @@ def test_help_shows_groups_and_fields(tmp_path: Path) -> None:
             " reap, taylor"
         ),
         "ratio: 0.25",
-        "python run.py -m pruning.ratio=0.2,0.3,0.4",
+        "heapr -m pruning.ratio=0.2,0.3,0.4",
     ):
         assert text in result.stdout
 

@@ -102,6 +102,8 @@ def test_artifacts_follow_the_contract(experiment: Experiment) -> None:
         "budget": "atomic_experts",
         "protected_layers": [],
         "protect_super_experts": False,
+        "push_to": None,
+        "push_public": False,
     }
     assert written["metrics"]["size"]["atomic_experts_removed_ratio"] == 0.25
     assert written["metrics"]["size"]["parameters_removed_ratio"] == pytest.approx(
@@ -411,7 +413,7 @@ BAD_INPUT = [
     (["pruning.width_multiple=16"], "experts of this model have 8 atomic experts"),
     (["runtime.device_map=everywhere"], "runtime.device_map='everywhere' is unknown"),
     (["model.path=someone/some-model"], "neither a local folder nor in the local hub cache, and the hub cannot be reached"),
-    (["calibration.num_samples=1000"], "asks for 1000 sequences of corpus 'text_files', which holds [0-9]+ of 32"),
+    (["calibration.num_samples=1000"], "corpus 'text_files' .* has [0-9]+ bytes, which cannot give 32000 tokens; ask for fewer"),
     (["calibration.num_samples=0"], "num_samples=0 is below 1"),
     (["calibration.sequence_length=65"], "sequence_length=65 is above the 64 tokens of model 'hf'"),
     (["evaluation.perplexity.window=65"], "evaluation.perplexity.window=65 is above the 64 tokens"),
@@ -423,7 +425,7 @@ BAD_INPUT = [
     (["+score.sede=3", "score=random"], "unknown key 'score.sede'; did you mean score.seed"),
     (["+calibration.corpus.path=x"], "unknown key 'calibration.corpus.path'; did you mean calibration.corpus.paths"),
     (["+evaluation.perplexity.windows=3"], "unknown key 'evaluation.perplexity.windows'; did you mean evaluation.perplexity.window"),
-    (["score._target_=heapr.score.gradient.Haepr"], "score._target_='heapr.score.gradient.Haepr' cannot be imported"),
+    (["score._target_=heapr.score.gradient.Haepr"], "score._target_='heapr.score.gradient.Haepr' is not a criterion of heapr.score"),
     (["evaluation.perplexity.window=abc"], "evaluation.perplexity.window=abc has the wrong type"),
     (["evaluation.perplexity.batch_size=0"], "evaluation.perplexity.batch_size=0 is below 1"),
     (["score=random", "score.seed=abc"], "score.seed=abc has the wrong type"),

@@ -38,7 +38,7 @@ class Example:
 
 
 def example(**arguments: Any) -> Example:
-    made: Example = build({"_target_": "tests.test_plugins.Example", **arguments}, "evaluation.example")
+    made: Example = build({"_target_": "tests.test_plugins.Example", **arguments}, "x.example")
     return made
 
 
@@ -70,7 +70,7 @@ def test_an_argument_out_of_its_range_is_one_line_that_says_where_and_what_to_gi
 ) -> None:
     with pytest.raises(ConfigError) as caught:
         example(**argument)
-    assert str(caught.value) == f"evaluation.example.{message}"
+    assert str(caught.value) == f"x.example.{message}"
 
 
 def test_what_is_in_range_is_passed_on() -> None:
@@ -80,9 +80,7 @@ def test_what_is_in_range_is_passed_on() -> None:
 
 
 def test_misspelt_missing_and_unknown_are_refused() -> None:
-    with pytest.raises(
-        ConfigError, match=r"unknown key 'evaluation.example.windw'; did you mean evaluation.example.window\?"
-    ):
+    with pytest.raises(ConfigError, match=r"unknown key 'x.example.windw'; did you mean x.example.window\?"):
         example(windw=3)
     with pytest.raises(ConfigError, match="score lacks alpha; give it, for example score.alpha=..."):
         build({"_target_": "heapr.score.activation.Camera"}, "score")

@@ -74,7 +74,7 @@ def test_a_sweeper_finds_the_best_by_what_runs_return(
     Plugins.instance().register(Halving)
     Halving.returned = {}
     result = run_py_here(
-        "-m", *overrides, "hydra.sweeper._target_=hydra_plugins.halving.Halving", f"objective={INCREASE}",
+        "-m", *overrides, "hydra.sweeper._target_=hydra_plugins.halving.Halving", "plugins.allow=[hydra_plugins.halving]", f"objective={INCREASE}",
         folder=tmp_path,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -93,35 +93,44 @@ def test_a_metric_may_be_of_the_pruned_model_of_its_size_or_of_both() -> None:
         objective_value("d", metrics)
 
 
-def test_a_saved_configuration_runs_again(tmp_path: Path, overrides: list[str]) -> None:
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory, overrides: list[str]) -> Path:
+    """The folder of a run, two folders below the one that it was started in."""
+    folder = tmp_path_factory.mktemp("saved")
+    result = run_py_here(*overrides, "score=fisher", "pruning.ratio=0.5", folder=folder)
+    assert result.returncode == 0, result.stderr
+    (run,) = (folder / "outputs" / "runs").iterdir()
+    return run
+
+
+def test_a_saved_configuration_runs_again(saved: Path) -> None:
     """From the folder of the run or its .hydra, with fields changed; results, log and folder as usual."""
-    first = run_py_here(*overrides, "score=fisher", "pruning.ratio=0.5", folder=tmp_path)
-    assert first.returncode == 0, first.stderr
-    (run,) = (tmp_path / "outputs" / "runs").iterdir()
-    again = run_py_here("--config-path", f"outputs/runs/{run.name}/.hydra", folder=tmp_path)
-    changed = run_py_here(f"--config-path={run}", "pruning.ratio=0.25", folder=tmp_path)
+    start = saved.parents[2]
+    again = run_py_here("--config-path", f"outputs/runs/{saved.name}/.hydra", folder=start)
+    changed = run_py_here(f"--config-path={saved}", "pruning.ratio=0.25", folder=start)
     assert (again.returncode, changed.returncode) == (0, 0), again.stderr + changed.stderr
-    before, same, other = summaries(tmp_path / "outputs" / "runs")
+    before, same, other = summaries(saved.parent)
     assert same["config"] == before["config"] and same["metrics"] == before["metrics"]
     assert all(stage["cached"] for stage in same["stages"])
     assert other["config"]["pruning"]["ratio"] == 0.25
     assert other["config"]["score"] == before["config"]["score"]
-    folders = sorted((tmp_path / "outputs" / "runs").iterdir())
+    folders = sorted(saved.parent.iterdir())
     assert len(folders) == 3 and all((folder / "run.log").stat().st_size for folder in folders)
 
 
-def test_a_saved_configuration_takes_fields_only(tmp_path: Path, overrides: list[str]) -> None:
-    result = run_py_here(*overrides, "dry_run=true", "hydra.run.dir=saved", "score=fisher", folder=tmp_path)
-    assert result.returncode == 0, result.stderr
-    refused = run_py_here("--config-path=saved", "score=heapr_sum", folder=tmp_path)
+def test_a_saved_configuration_takes_fields_only(saved: Path, tmp_path: Path) -> None:
+    path = f"--config-path={saved}"
+    refused = run_py_here(path, "score=heapr_sum", folder=tmp_path)
     assert_refused(
         refused, "'score=heapr_sum' chooses an option, and a saved configuration takes only fields"
     )
     assert "score=fisher" not in refused.stderr and refused.stderr.endswith(" score=heapr_sum\n")
-    unknown = run_py_here("--config-path=saved", "+pruning.raito=0.3", folder=tmp_path)
+    unknown = run_py_here(path, "+pruning.raito=0.3", folder=tmp_path)
     assert_refused(unknown, "did you mean pruning.ratio?")
-    mistyped = run_py_here("--config-path=saved", "pruning.ratio=lots", folder=tmp_path)
-    assert_refused(mistyped, "lots")
+    mistyped = run_py_here(path, "pruning.ratio=lots", folder=tmp_path)
+    assert_refused(
+        mistyped, "pruning.ratio: Value 'lots' of type 'str' could not be converted to Float; give"
+    )
 
 
 def test_options_of_ones_own_are_known_options(tmp_path: Path) -> None:

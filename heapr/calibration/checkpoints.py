@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from heapr.model.shelf import Files
+from heapr.types import Batch
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +36,11 @@ class Totals:
     num_predicted_tokens: int = 0
     loss_sum: float = 0.0
 
-    def add(self, ids_NW: Tensor, loss: float) -> None:
+    def add(self, batch: Batch, loss: float) -> None:
         """Count a batch and its summed loss."""
         self.num_batches += 1
-        self.num_tokens += ids_NW.numel()
-        self.num_predicted_tokens += ids_NW[:, 1:].numel()
+        self.num_tokens += batch.ids_NW.numel()
+        self.num_predicted_tokens += int(batch.num_predicted.sum())
         self.loss_sum += loss
 
 

@@ -28,7 +28,7 @@ from heapr.model.passes import Way, backward_by_spans
 from heapr.model.shelf import Files
 from heapr.model.span import Span
 from heapr.ranks import ONE_PROCESS, Ranks
-from heapr.types import MAXIMA, LayerStatistics, Statistics
+from heapr.types import MAXIMA, LayerStatistics, Statistics, Tokens
 
 
 class LayerObserver:
@@ -102,7 +102,7 @@ class LayerObserver:
 
 def collect(
     model: MoEModel,
-    batches: Iterable[Tensor],
+    batches: Iterable[Tokens],
     *,
     way: Way | None = None,
     on_batch: Callable[[int, float], None] = lambda num_tokens, loss: None,
@@ -120,7 +120,7 @@ def collect(
 
     Args:
         model: dense or pruned; must pass `check_walk` if there are several spans.
-        batches: int64 (N, W) token ids each.
+        batches: token ids, int64 (N, W) each, or `Batch`es.
         way: how the batches go through the layers. None takes one batch after the other through all of them.
         on_batch: called after each batch's loss is known, with the number of tokens so far and their mean
             loss in nats per predicted token.
@@ -149,13 +149,13 @@ def collect(
         observe_experts(model.model, watched),
     ):
         left = islice(batches, num_done, None)
-        for number, span, ids_NW, loss in backward_by_spans(model, left, way):
+        for number, span, batch, loss in backward_by_spans(model, left, way):
             place = num_done + number
             in_span = [observer for observer in observers if observer.index in span]
             check_finite(ranks.number(place), loss, in_span)
             # The last span comes first and gives the loss; earlier spans visit the same batches again.
             if place == totals.num_batches:
-                totals.add(ids_NW, loss.item())
+                totals.add(batch, loss.item())
                 on_batch(totals.num_tokens, totals.loss_sum / totals.num_predicted_tokens)
             if checkpoints is not None and span.start == 0:
                 checkpoints.save_if_due(observers, totals)
@@ -222,17 +222,18 @@ def check_finite(batch: int, loss: Tensor, observers: Sequence[LayerObserver]) -
     Raises:
         FloatingPointError: a value is NaN or infinite; the message names layer and batch.
     """
-    places, values = [], []
+    places: list[tuple[str, Tensor]] = []
+    values = []
 
     def add(observer: LayerObserver, names: Sequence[str]) -> None:
         for name in names:
-            places.append(f"statistic {name} of layer {observer.index}")
+            places.append((f"statistic {name} of layer {observer.index}", observer.sums[name]))
             total = observer.sums[name].sum()
             values.append(total.to(loss.device, torch.float64))
 
     for observer in observers:
         add(observer, FORWARD)
-    places.append("the loss, behind the last layer,")
+    places.append(("the loss, behind the last layer,", loss))
     values.append(loss.to(torch.float64))
     for observer in reversed(observers):
         add(observer, BACKWARD)
@@ -240,8 +241,18 @@ def check_finite(batch: int, loss: Tensor, observers: Sequence[LayerObserver]) -
     finite = torch.stack(values).isfinite().tolist()
     if all(finite):
         return
-    first = places[finite.index(False)]
+    first, tensor = places[finite.index(False)]
+    place = f"{first}{_in_expert(tensor)}"
     raise FloatingPointError(
-        f"calibration: {first} is NaN or infinite in batch {batch}; use a wider model.dtype, or look at"
+        f"calibration: {place} is NaN or infinite in batch {batch}; use a wider model.dtype, or look at"
         " weights and text"
     )
+
+
+def _in_expert(tensor: Tensor) -> str:
+    """Words that name the first expert whose statistic is not finite; empty for the loss."""
+    if tensor.dim() == 0:
+        return ""
+    is_bad_E = ~tensor.flatten(start_dim=1).isfinite().all(dim=1) if tensor.dim() > 1 else ~tensor.isfinite()
+    bad = is_bad_E.nonzero().flatten().tolist()
+    return f", expert {bad[0]}," if bad else ""

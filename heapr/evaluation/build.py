@@ -46,7 +46,13 @@ def build_corpora(evaluation: Mapping[str, Any]) -> list[Corpus]:
         ConfigError: an entry cannot be built, or is not a corpus.
     """
     corpora = []
-    for name, entry in evaluation.get("corpora", {}).items():
+    entries = evaluation.get("corpora", {})
+    if not isinstance(entries, Mapping):
+        raise ConfigError(
+            f"evaluation.corpora={'null' if entries is None else entries} holds no corpora; choose some with"
+            " evaluation/corpora=[pydocs], or none with evaluation/corpora=[]"
+        )
+    for name, entry in entries.items():
         where = f"evaluation.corpora.{name}"
         corpus = build(entry, where)
         if not isinstance(corpus, Corpus):

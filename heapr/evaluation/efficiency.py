@@ -72,28 +72,38 @@ class Efficiency:
         """Nothing to prepare."""
 
     def __call__(self, material: Material) -> Evaluation:
-        model = material.model()
-        num_parameters = sum(parameter.numel() for parameter in model.model.parameters())
-        num_routed = num_zero = num_atomic_experts = 0
-        for layer in model.layers:
-            with model.hold([layer.index]):
-                zeros = zero_atomic_experts(layer)
-            num_routed += sum(parameter.numel() for parameter in layer.experts.parameters())
-            num_zero += zeros * layer.atomic_expert_parameters
-            num_atomic_experts += sum(layer.widths) - zeros
-        visited = visited_parameters_per_token(model, material.statistics())
-        flops_routed = FLOPS_PER_MULTIPLY_ADD * visited
-        metrics: Metrics = {
-            "parameters": num_parameters,
-            "parameters_routed": num_routed,
-            "parameters_active_per_token": num_parameters - num_routed + visited,
-            "parameters_zero": num_zero,
-            "atomic_experts": num_atomic_experts,
-            "bytes": weight_bytes(model),
-            "flops_per_token": other_flops(model, self.window) / self.window + flops_routed,
-            "flops_per_token_routed": flops_routed,
-        }
-        return Evaluation(metrics)
+        return Evaluation(count(material.model(), material.statistics(), self.window))
+
+
+def count(model: MoEModel, statistics: Statistics, window: int) -> Metrics:
+    """The counts of `Efficiency`, by name.
+
+    Args:
+        model: dense or pruned.
+        statistics: of the dense model.
+        window: tokens in the window for which FLOPs are counted.
+    """
+    num_parameters = sum(parameter.numel() for parameter in model.model.parameters())
+    num_routed = num_zero = num_atomic_experts = 0
+    for layer in model.layers:
+        with model.hold([layer.index]):
+            zeros = zero_atomic_experts(layer)
+        num_routed += sum(parameter.numel() for parameter in layer.experts.parameters())
+        num_zero += zeros * layer.atomic_expert_parameters
+        num_atomic_experts += sum(layer.widths) - zeros
+    visited = visited_parameters_per_token(model, statistics)
+    flops_routed = FLOPS_PER_MULTIPLY_ADD * visited
+    metrics: Metrics = {
+        "parameters": num_parameters,
+        "parameters_routed": num_routed,
+        "parameters_active_per_token": num_parameters - num_routed + visited,
+        "parameters_zero": num_zero,
+        "atomic_experts": num_atomic_experts,
+        "bytes": weight_bytes(model),
+        "flops_per_token": other_flops(model, window) / window + flops_routed,
+        "flops_per_token_routed": flops_routed,
+    }
+    return metrics
 
 
 def visited_parameters_per_token(model: MoEModel, statistics: Statistics) -> float:

@@ -92,6 +92,10 @@ class Generation:
         self.temperature, self.seed = temperature, seed
         self.agreed_tokens = agreed_tokens
         self.name = f"generation/{corpus.name}"
+        loop_rates = [
+            f"{name}_{way}/{corpus.name}" for name in ("loop_rate", "loop_rate_increase") for way in WAYS
+        ]
+        self.objectives = (f"greedy_agreement/{corpus.name}", *loop_rates)
         self._windows_NW: Tensor | None = None
         self._special_tokens: list[str] = []
         if agreed_tokens > new_tokens:

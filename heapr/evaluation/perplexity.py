@@ -21,12 +21,14 @@ from annotated_types import Ge
 from heapr.evaluation.measurement import Material, Need
 from heapr.model.load import ModelSource
 from heapr.model.loss import next_token_loss
+from heapr.model.moe import MoEModel
 from heapr.model.passes import final_hidden_states
 from heapr.progress import progress
+from heapr.ranks import ONE_PROCESS, Ranks
 from heapr.text.corpora import Corpus
 from heapr.text.tokenizing import DOCUMENT_SEPARATOR
 from heapr.text.windows import batches, special_tokens, windows
-from heapr.types import Evaluation, Metrics, ProtocolRecord, TokenWindows
+from heapr.types import Batch, Evaluation, Metrics, ProtocolRecord, Tokens, TokenWindows
 
 MAX_MEAN_LOSS = 700.0  # exp() of more than 709 overflows
 WINDOW_LOSSES = "window_losses"  # key in the details of the evaluation
@@ -70,23 +72,10 @@ class Perplexity:
         self._windows = windows(self.corpus, source.tokenizer, length=self.window)
         self._special_tokens = special_tokens(source.tokenizer)
 
-    @torch.inference_mode()
     def __call__(self, material: Material) -> Evaluation:
         assert self._windows is not None, "prepare() comes first"
-        model = material.model()
-        ranks = material.ranks
-        shared = ranks.share(batches(self._windows, self.batch_size))
-        of_batches: list[list[float]] = []
-        bar = progress(shared, total=len(shared), description=self.name)
-        for number, (ids_NW, hidden) in enumerate(final_hidden_states(model, bar)):
-            loss_N = next_token_loss(model, hidden, ids_NW).double().mean(dim=1)
-            if not loss_N.isfinite().all():
-                batch = ranks.number(number)
-                raise FloatingPointError(
-                    f"{self.name}: the loss is NaN or infinite in batch {batch}; use a wider model.dtype"
-                )
-            of_batches.append(loss_N.tolist())
-        losses = list(chain.from_iterable(ranks.in_order(of_batches)))
+        batched = list(batches(self._windows, self.batch_size))
+        losses = mean_losses(material.model(), batched, self.name, material.ranks)
         metrics = {
             self.name: perplexity_of(losses),
             f"num_tokens/{self.corpus.name}": self._windows.ids_NW.numel(),
@@ -112,6 +101,37 @@ class Perplexity:
         }
 
 
+@torch.inference_mode()
+def mean_losses(
+    model: MoEModel, tokens: Sequence[Tokens], what: str, ranks: Ranks = ONE_PROCESS
+) -> list[float]:
+    """Mean next-token cross-entropy of each sequence, in nats per predicted token; 0 where none is predicted.
+
+    Args:
+        model: dense or pruned.
+        tokens: token ids, int64 (N, W) each, or `Batch`es.
+        what: is measured, for messages.
+        ranks: the processes that share the batches.
+
+    Raises:
+        FloatingPointError: a loss is NaN or infinite.
+    """
+    shared = ranks.share(map(Batch.of, tokens))
+    bar = progress(shared, total=len(shared), description=what)
+    states = final_hidden_states(model, (batch.ids_NW for batch in bar))
+    of_batches: list[list[float]] = []
+    for number, (batch, (_, hidden)) in enumerate(zip(shared, states, strict=True)):
+        loss_NW = next_token_loss(model, hidden, batch.to(hidden.device).labels_NW).double()
+        loss_N = loss_NW.sum(dim=1) / batch.num_predicted.clamp(min=1).to(hidden.device)
+        if not loss_N.isfinite().all():
+            where = f"batch {ranks.number(number)}"
+            raise FloatingPointError(
+                f"{what}: the loss is NaN or infinite in {where}; use a wider model.dtype"
+            )
+        of_batches.append(loss_N.tolist())
+    return list(chain.from_iterable(ranks.in_order(of_batches)))
+
+
 def perplexity_of(window_losses: Sequence[float]) -> float:
     """exp(mean loss).
 
@@ -122,6 +142,19 @@ def perplexity_of(window_losses: Sequence[float]) -> float:
     """
     mean = math.fsum(window_losses) / len(window_losses)
     return math.exp(min(mean, MAX_MEAN_LOSS))
+
+
+def weighted_perplexity(losses: Sequence[float], numbers: Sequence[int]) -> float:
+    """exp(mean loss over all predicted tokens) of sequences of different lengths.
+
+    Args:
+        losses: mean next-token cross-entropy of each sequence, in nats per token.
+        numbers: how many tokens of each are predicted.
+    """
+    if len(set(numbers)) == 1:
+        return perplexity_of(losses)
+    total = math.fsum(loss * number for loss, number in zip(losses, numbers, strict=True))
+    return perplexity_of([total / sum(numbers)])
 
 
 def perplexity_increases(

@@ -171,14 +171,22 @@ class Truth:
             passed = final_hidden_states(model, shared, variants)
             for _ in variants:
                 of_batches = []
-                for ids_NW, hidden in islice(passed, len(shared)):
-                    of_batches.append(next_token_loss(model, hidden, ids_NW).double().sum().item())
+                for number, (ids_NW, hidden) in enumerate(islice(passed, len(shared))):
+                    loss = next_token_loss(model, hidden, ids_NW).double().sum().item()
+                    of_batches.append(self._finite(loss, ranks.number(number)))
                 total = sum(ranks.in_order(of_batches))
-                if not math.isfinite(total):
-                    raise FloatingPointError(
-                        f"{self.name}: the loss is NaN or infinite; use a wider model.dtype"
-                    )
                 yield total / tokens.num_predicted_tokens
+
+    def _finite(self, loss: float, batch: int) -> float:
+        """The loss of a batch.
+
+        Raises:
+            FloatingPointError: it is NaN or infinite.
+        """
+        if not math.isfinite(loss):
+            problem = f"the loss is NaN or infinite in batch {batch}"
+            raise FloatingPointError(f"{self.name}: {problem}; use a wider model.dtype")
+        return loss
 
 
 def _without(model: MoEModel, removed: Mapping[int, Tensor], span: Span) -> AbstractContextManager[None]:

@@ -21,7 +21,14 @@ from heapr.errors import ConfigError
 from heapr.evaluation import zero_shot_local
 from heapr.evaluation.measurement import Material, Need
 from heapr.evaluation.zero_shot_engine import evaluate_task
-from heapr.evaluation.zero_shot_tasks import LoadedTask, check_end_token, generates_text, load_task
+from heapr.evaluation.zero_shot_names import check_task_name
+from heapr.evaluation.zero_shot_tasks import (
+    LoadedTask,
+    check_end_token,
+    check_fewshot,
+    generates_text,
+    load_task,
+)
 from heapr.files import hash_files, user_path
 from heapr.model.load import ModelSource
 from heapr.types import Evaluation, Metrics
@@ -45,7 +52,7 @@ class ZeroShot:
         include_path: folder with tasks of your own: lm-eval's YAML files, with their code and data.
 
     Raises:
-        ConfigError: the folder does not exist.
+        ConfigError: the folder does not exist, holds a damaged YAML file, or the task is unknown.
     """
 
     needs = frozenset({Need.MODEL, Need.TASK})
@@ -71,6 +78,7 @@ class ZeroShot:
                 f"evaluation.zero_shot.include_path='{include_path}' is not a folder; give a folder with"
                 " lm-eval's YAML files"
             )
+        check_task_name(task, self._folder)
         self._loaded: LoadedTask | None = None
 
     def identity(self) -> dict[str, Any]:
@@ -97,6 +105,7 @@ class ZeroShot:
         self.fetch()
         assert self._loaded is not None
         check_end_token(self._loaded, self._tokenizer)
+        check_fewshot(self._loaded, self.num_fewshot)
 
     def refuse_generation(self) -> None:
         """Refuse tasks that generate text, token after token.

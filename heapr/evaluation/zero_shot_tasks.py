@@ -16,13 +16,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from heapr.errors import ConfigError
-from heapr.evaluation.zero_shot_local import NAME as LOCAL_TASK
+from heapr.evaluation.zero_shot_names import PAPER_FOLDERS
 from heapr.evaluation.zero_shot_quiet import quiet, seeded
 from heapr.hub import hub_is_reachable, no_network
-from heapr.words import did_you_mean, first_line
-
-# lm-eval's folders of the paper's tasks. To read the files of all 14,000 tasks takes about 15 seconds.
-PAPER_FOLDERS = ("openbookqa", "arc", "winogrande", "hellaswag", "piqa", "mathqa")
+from heapr.words import first_line
 
 
 @dataclass(frozen=True)
@@ -59,10 +56,9 @@ def load_task(name: str, folder: Path | None, content: str) -> LoadedTask:
         if name not in manager.all_tasks:
             manager = _task_manager(folder, content, everything=True)
         if name not in manager.all_tasks:
-            suggestion = did_you_mean(name, [*manager.all_tasks, LOCAL_TASK], most=3)
             raise ConfigError(
-                f"zero-shot task '{name}' is unknown; {suggestion}lm-eval ls tasks lists all, include_path"
-                " adds your own"
+                f"zero-shot task '{name}' is unknown to lm-eval, although a file has this word; lm-eval ls"
+                " tasks lists all, include_path adds your own"
             )
         try:
             loaded = manager.load([name])
@@ -71,10 +67,11 @@ def load_task(name: str, folder: Path | None, content: str) -> LoadedTask:
                 f"the data of zero-shot task '{name}' are not on this machine: {first_line(error)}; "
                 "run python -m heapr.prefetch with the same overrides where there is a network"
             ) from error
-        except (ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        except Exception as error:  # a task's templates and code may raise anything
+            reason = f"{type(error).__name__}: {first_line(error)}"
             raise ConfigError(
-                f"zero-shot task '{name}' cannot be loaded: {first_line(error)}; see lm-eval's page on the"
-                " task"
+                f"zero-shot task '{name}' cannot be loaded ({reason}); correct its YAML or see lm-eval's page"
+                " on the task"
             ) from error
     members = {member for names in loaded["group_map"].values() for member in names}
     everything = {**loaded["tasks"], **loaded["groups"]}
@@ -85,6 +82,29 @@ def load_task(name: str, folder: Path | None, content: str) -> LoadedTask:
 def generates_text(task: LoadedTask) -> bool:
     """Whether the model has to generate text for it, token after token."""
     return any(single.OUTPUT_TYPE == "generate_until" for single in task.tasks.values())
+
+
+def check_fewshot(task: LoadedTask, num_fewshot: int | None) -> None:
+    """Check that a task has as many examples as are to precede each question.
+
+    Args:
+        num_fewshot: None uses the task's default.
+
+    Raises:
+        ConfigError: it has fewer.
+    """
+    for name, single in task.tasks.items():
+        number = single.config.num_fewshot if num_fewshot is None else num_fewshot
+        if not number:
+            continue
+        with quiet(name):
+            examples = single.fewshot_docs()
+        available = 0 if examples is None else len(list(examples))
+        if number >= available:  # lm-eval draws one more, in case one is the question
+            raise ConfigError(
+                f"evaluation.zero_shot.num_fewshot={number}, but task '{name}' has {available} examples, of"
+                f" which one may be the question; give at most {max(available - 1, 0)}"
+            )
 
 
 def check_end_token(task: LoadedTask, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -25,7 +25,7 @@ from transformers import (
 from heapr.errors import ConfigError
 from heapr.files import write_json
 from heapr.model import deepseek_moe
-from heapr.model.model_files import INDEX, WEIGHTS
+from heapr.model.model_files import INDEX, NOT_JSON, WEIGHTS
 from heapr.model.quantised import without_quantization
 from heapr.model.ragged_type import register_ragged
 from heapr.words import first_line
@@ -38,6 +38,7 @@ TOKENIZER_FILES = [
     "additional_chat_templates/*", "tokenization_*.py",
 ]  # fmt: skip
 CONFIG_FILE, GENERATION_FILE, ADAPTER_FILE = "config.json", "generation_config.json", "adapter_config.json"
+JSON_TYPES = {"model_type": str, "architectures": list, "auto_map": dict, "quantization_config": dict}
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 # What transformers 5 writes in it, and what it reads just the same.
 NEWER_CLASS, OLDER_CLASS = "TokenizersBackend", "PreTrainedTokenizerFast"
@@ -49,6 +50,7 @@ UNUSABLE = (
     TypeError,
     KeyError,
     AttributeError,
+    IndexError,
     ZeroDivisionError,
     RuntimeError,
     StrictDataclassError,
@@ -72,6 +74,7 @@ def read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
             f"folder '{folder}' has no config.json, so it is not a Hugging Face model; give a folder that has"
             " one"
         )
+    _check_json(folder)
     deepseek_moe.register()
     try:
         register_ragged(folder)
@@ -80,7 +83,7 @@ def read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
         )
     except ConfigError:
         raise
-    except UNUSABLE as error:
+    except (RecursionError, *UNUSABLE) as error:
         if "trust_remote_code" in str(error) and not trust_remote_code:
             raise ConfigError(
                 f"the model in '{folder}' needs the Python code beside its weights, which is not run by"
@@ -90,6 +93,32 @@ def read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     _check_fields(config, folder, trust_remote_code)
     _check_generation(folder)
     return without_quantization(config)
+
+
+def _check_json(folder: Path) -> None:
+    """Check what transformers takes for granted about the JSON of config.json.
+
+    Raises:
+        ConfigError: the file is no JSON object, or one of its fields is of another JSON type.
+    """
+    try:
+        fields = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, *NOT_JSON) as error:
+        raise ConfigError(
+            f"{CONFIG_FILE} in '{folder}' cannot be used: {first_line(error)}; get it again"
+        ) from error
+    if not isinstance(fields, dict):
+        raise ConfigError(
+            f"{CONFIG_FILE} in '{folder}' cannot be used: it holds a {type(fields).__name__}, not an"
+            " object; get it again"
+        )
+    for name, kind in JSON_TYPES.items():
+        value = fields.get(name)
+        if value is not None and not isinstance(value, kind):
+            raise ConfigError(
+                f"{CONFIG_FILE} in '{folder}' has {name}={json.dumps(value):.40}, which is not a"
+                f" {kind.__name__}; correct this field, or get the file again"
+            )
 
 
 def _check_fields(config: PretrainedConfig, folder: Path, trust_remote_code: bool) -> None:
@@ -122,7 +151,7 @@ def _check_generation(folder: Path) -> None:
         return
     try:
         GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except UNUSABLE as error:
+    except (RecursionError, *UNUSABLE) as error:
         raise ConfigError(
             f"{GENERATION_FILE} in '{folder}' cannot be used: {first_line(error)}; correct or remove it"
         ) from error
@@ -141,8 +170,10 @@ def read_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
-    except (ValueError, KeyError, OSError) as error:
-        raise ConfigError(f"the tokenizer in '{folder}' cannot be used: {first_line(error)}") from error
+    except Exception as error:  # tokenizers raises Exception itself
+        raise ConfigError(
+            f"the tokenizer in '{folder}' cannot be used: {first_line(error)}; get its files again"
+        ) from error
     if max(tokenizer.get_vocab().values(), default=0) <= 1:
         raise ConfigError(
             f"folder '{folder}' has no tokenizer; put the model's own tokenizer files (tokenizer.json ...)"

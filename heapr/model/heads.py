@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from heapr.model.tensors import summary
+from heapr.model.left_out import summary
 
 KEPT, LEFT_OUT = (
     "prediction_heads_kept",

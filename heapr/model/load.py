@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +29,7 @@ from heapr.model.description import CONFIG_FILE, UNUSABLE, read_config, read_tok
 from heapr.model.find_folder import download, find_folder, is_on_hub
 from heapr.model.heap import give_back_freed_memory
 from heapr.model.kernels import keep_few_kernels
+from heapr.model.left_out import LeftOut, carried_over, names_in_files, report_left_out
 from heapr.model.model_files import (
     DESCRIPTION_FILES,
     INDEX,
@@ -39,7 +40,8 @@ from heapr.model.model_files import (
     shards_of,
     weight_files,
 )
-from heapr.model.moe import OTHER_PARTS, MoEModel, experts_per_token, find_moe_layers, layers_name_of
+from heapr.model.model_shape import ModelShape, check_sizes, shape_of
+from heapr.model.moe import OTHER_PARTS, MoEModel, layers_name_of
 from heapr.model.quantised import (
     Quantization,
     dequantising,
@@ -49,7 +51,7 @@ from heapr.model.quantised import (
     with_quantization,
 )
 from heapr.model.residency import Streamed
-from heapr.model.tensors import LeftOut, carried_over, check_tensors, names_in_files, report_left_out
+from heapr.model.tensors import check_tensors
 from heapr.model.weights import LayerWeights
 from heapr.words import first_line
 
@@ -59,32 +61,22 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")  # that weights may have
 
 
 @dataclass(frozen=True)
-class ModelSource:
+class ModelSource(ModelShape):
     """A model that was found and checked but not loaded yet.
 
     Attributes:
         folder: local folder with configuration and tokenizer; for a hub model, its folder in the cache.
         identity: identifies the model: hub id and commit, or a hash of the folder's content; and the dtype.
-        dtype: of the loaded weights.
         stored_dtype: of the files, as config.json says; None if it does not.
-        config: transformers' configuration.
         architecture: name of the model's class.
-        widths: atomic experts of every expert, by decoder layer index.
-        atomic_expert_parameters: parameters removed with one atomic expert, by decoder layer index.
-        experts_per_token: K.
         trust_remote_code: whether Python files in the folder may run.
         quantization: how the weights in the files are quantised; None if they are not.
     """
 
     folder: Path
     identity: dict[str, str]
-    dtype: torch.dtype
     stored_dtype: torch.dtype | None
-    config: PretrainedConfig
     architecture: str
-    widths: Mapping[int, Sequence[int]]
-    atomic_expert_parameters: Mapping[int, int]
-    experts_per_token: int
     trust_remote_code: bool = False
     quantization: Quantization | None = None
 
@@ -96,15 +88,6 @@ class ModelSource:
             ConfigError: there is none, or it belongs to another model.
         """
         return read_tokenizer(self.folder, self.config, self.trust_remote_code)
-
-    @property
-    def num_atomic_experts(self) -> int:
-        return sum(sum(width_E) for width_E in self.widths.values())
-
-    @property
-    def max_sequence_length(self) -> int | None:
-        """The longest sequence in tokens; None if the configuration sets no limit."""
-        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
     @property
     def has_weights(self) -> bool:
@@ -316,18 +299,19 @@ def find_model(
     dtype = dtype or _dtype_of(
         config, folder, default=torch.float32 if quantization is None else torch.bfloat16
     )
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype='{dtype}' is unknown; choose one of {', '.join(DTYPES)}")
     model = _on_meta(config, path, trust_remote_code)
-    layers = find_moe_layers(model)
+    shape = shape_of(model)
     if not is_on_hub(path) and (weight_files(folder) or not config_only):
         check_weight_files(folder)
+    check_sizes(config, shape["widths"].values(), shape["experts_per_token"], folder)
     identity = _identity_of(path, folder, digests, has_code=trust_remote_code)
     identity["dtype"] = dtype
     if trust_remote_code:
         identity["remote_code"] = "trusted"
     if auto_class_name(config) == WRAPPER:
         identity["loaded_as"] = type(model).__name__
-    widths = {layer.index: layer.widths for layer in layers}
-    atomic_expert_parameters = {layer.index: layer.atomic_expert_parameters for layer in layers}
     return ModelSource(
         folder=folder,
         identity=identity,
@@ -335,11 +319,9 @@ def find_model(
         stored_dtype=stored_dtype,
         config=config,
         architecture=type(model).__name__,
-        widths=widths,
-        atomic_expert_parameters=atomic_expert_parameters,
-        experts_per_token=experts_per_token(model),
         trust_remote_code=trust_remote_code,
         quantization=quantization,
+        **shape,
     )
 
 

@@ -25,28 +25,32 @@ def chunk_size(model: MoEModel) -> int:
     return max(1, LOGITS_CHUNK // vocabulary_size)
 
 
-def next_token_loss(model: MoEModel, hidden: Tensor, ids_NW: Tensor) -> Tensor:
-    """Cross-entropy in nats of every predicted token, float32 (N, W-1).
+def next_token_loss(model: MoEModel, hidden: Tensor, labels_NW: Tensor) -> Tensor:
+    """Cross-entropy in nats of every predicted token, float32 (N, W-1); 0 for the others.
 
     Holds the logits of one chunk at a time.
+
+    Args:
+        hidden: final hidden states.
+        labels_NW: token ids, or see `Batch`.
     """
-    hidden_TD, target_T = hidden[:, :-1].flatten(0, 1), ids_NW[:, 1:].flatten()
+    hidden_TD, target_T = hidden[:, :-1].flatten(0, 1), labels_NW[:, 1:].flatten()
     size = chunk_size(model)
     losses = []
     for chunk, target in zip(hidden_TD.split(size), target_T.split(size), strict=True):
         losses.append(F.cross_entropy(model.logits(chunk), target, reduction="none"))
-    return torch.cat(losses).view(ids_NW.shape[0], -1)
+    return torch.cat(losses).view(labels_NW.shape[0], -1)
 
 
-def summed_loss_backward(model: MoEModel, hidden: Tensor, ids_NW: Tensor) -> Tensor:
+def summed_loss_backward(model: MoEModel, hidden: Tensor, labels_NW: Tensor) -> Tensor:
     """Sum the next-token losses and send the gradient back through `hidden`.
 
-    Holds the logits of one chunk at a time.
+    Holds the logits of one chunk at a time. The arguments are those of `next_token_loss`.
 
     Returns:
         the summed loss in nats, a detached float32 scalar.
     """
-    hidden_TD, target_T = hidden.detach()[:, :-1].flatten(0, 1), ids_NW[:, 1:].flatten()
+    hidden_TD, target_T = hidden.detach()[:, :-1].flatten(0, 1), labels_NW[:, 1:].flatten()
     size = chunk_size(model)
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     grads = []

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from heapr.errors import ConfigError
-from heapr.files import hash_file, hash_files, write_json
+from heapr.files import LONGEST_NAME, hash_file, hash_files, write_json
 from heapr.remembered_hashes import hash_file_once
 
 DESCRIPTION_FILES = [
@@ -23,6 +23,7 @@ INDEX = "model.safetensors.index.json"
 # Variants, shards without an index, and files of other tools.
 OTHER_WEIGHTS = ["*.safetensors", "*.safetensors.index.*", "*.pt", "*.pth", "*.gguf"]
 MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
+NOT_JSON = (ValueError, RecursionError)  # what json raises; also for text that is no UTF-8, and for depths
 
 # For each tensor its "dtype" as safetensors names it, its "shape" and its "data_offsets".
 Headers = Mapping[str, Mapping[str, Any]]
@@ -96,12 +97,32 @@ def shards_of(index: Path) -> set[str]:
         ConfigError: the index is damaged.
     """
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        return {str(name) for name in weight_map.values()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        content = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, *NOT_JSON):
+        content = None
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or not all(isinstance(name, str) for name in names):
         raise ConfigError(
             f"the weights in '{index.parent}' cannot be loaded: {index.name} is damaged; get it again"
-        ) from error
+        )
+    for name in names:
+        if not _is_shard_name(name):
+            raise ConfigError(
+                f"the weights in '{index.parent}' are not loaded: {index.name} names '{name}', which is not a"
+                " file of safetensors in this folder; get both again"
+            )
+    return set(names)
+
+
+def _is_shard_name(name: str) -> bool:
+    """Whether a name in an index is that of a file of safetensors below the index's folder.
+
+    The file itself may be a link, as in the cache of the hub.
+    """
+    path = PurePosixPath(name)
+    is_inside = not path.is_absolute() and ".." not in path.parts and "\\" not in name and "\0" not in name
+    return is_inside and path.suffix == ".safetensors" and len(name) <= LONGEST_NAME
 
 
 def write_index(folder: Path) -> None:
@@ -123,21 +144,36 @@ def read_header(path: Path) -> dict[str, Mapping[str, Any]]:
     Raises:
         ConfigError: the file is damaged, or its length does not match its header.
     """
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        try:
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(min(length, MAX_HEADER)))
-            header.pop("__metadata__", None)
-            ends = [entry["data_offsets"][1] for entry in header.values()]
-            end = max(ends, default=0)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            end = -1
-    if end < 0 or path.stat().st_size != 8 + length + int(end):
+        size = path.stat().st_size
+    except (OSError, *NOT_JSON):
+        header, length, size = None, 0, -1
+    end = -1
+    if isinstance(header, dict):
+        header.pop("__metadata__", None)
+        if all(map(_is_entry, header.values())):
+            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if end < 0 or size != 8 + length + end:
         raise ConfigError(
             f"the weights in '{path.parent}' cannot be loaded: {path.name} is damaged or not complete; get it"
             " again"
         )
     return dict(header)
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether an entry of a header has a dtype, a shape and offsets."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    numbers = (entry.get("shape"), entry.get("data_offsets"))
+    for values in numbers:
+        is_list = isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+        if not is_list:
+            return False
+    return len(entry["data_offsets"]) == 2
 
 
 def hash_folder(folder: Path, digests: Path | None = None, *, has_code: bool = False) -> str:

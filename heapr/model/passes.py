@@ -23,9 +23,10 @@ from heapr.model.span import NO_READS, Reads, Span, reads_of, run_rest, run_span
 from heapr.model.tape import Tape, hidden_of
 from heapr.progress import counted, progress
 from heapr.ranks import ONE_PROCESS, Ranks
+from heapr.types import Batch, Tokens
 
 Count = Callable[[str], None]  # see `heapr.progress.counted`
-Passed = tuple[int, Span, Tensor, Tensor]  # see `backward_by_spans`
+Passed = tuple[int, Span, Batch, Tensor]  # see `backward_by_spans`
 
 
 def _do_nothing(span: Span) -> None:
@@ -53,7 +54,7 @@ class Way:
     ranks: Ranks = ONE_PROCESS
 
 
-def backward_by_spans(model: MoEModel, batches: Iterable[Tensor], way: Way) -> Iterator[Passed]:
+def backward_by_spans(model: MoEModel, batches: Iterable[Tokens], way: Way) -> Iterator[Passed]:
     """Send every batch's summed next-token loss back to the model's embedded tokens.
 
     With several spans, batches go forward through one span after the other, and then backward in reverse
@@ -62,12 +63,12 @@ def backward_by_spans(model: MoEModel, batches: Iterable[Tensor], way: Way) -> I
 
     Args:
         model: must pass `check_walk` if there are several spans.
-        batches: int64 (N, W) token ids each.
+        batches: token ids, int64 (N, W) each, or `Batch`es.
         way: the spans, and in which order batches go through them.
 
     Yields:
-        after each backward pass of a batch through a span: the batch's number, the span, the batch's token
-        ids on the model's device, and its summed loss in nats, a detached float32 scalar. If an earlier
+        after each backward pass of a batch through a span: the batch's number, the span, the batch on the
+        model's device, and its summed loss in nats, a detached float32 scalar. If an earlier
         process finished all spans, each batch comes once, with an empty span.
 
     Raises:
@@ -75,14 +76,14 @@ def backward_by_spans(model: MoEModel, batches: Iterable[Tensor], way: Way) -> I
     """
     num_layers = len(model.decoder_layers)
     assert [layer for span in way.spans for layer in span] == list(range(num_layers)), way.spans
-    tapes = (Tape(ids_NW.to(model.device), way.shelf, number) for number, ids_NW in enumerate(batches))
+    tapes = (Tape(tokens.to(model.device), way.shelf, number) for number, tokens in enumerate(batches))
     is_recorded = isinstance(way.shelf, Files)
     if way.together and (len(way.spans) > 1 or is_recorded):
         yield from _Journey(model, list(tapes), way).passes()
         return
     for number, tape in enumerate(tapes):
-        for _, span, ids_NW, loss in _Journey(model, [tape], way).passes():
-            yield number, span, ids_NW, loss
+        for _, span, batch, loss in _Journey(model, [tape], way).passes():
+            yield number, span, batch, loss
 
 
 class _Journey:
@@ -167,7 +168,7 @@ class _Journey:
                 if loss is not None:
                     self._losses[number] = loss
                 self._count(count)
-                yield number, span, tape.ids_NW, self._losses[number]
+                yield number, span, tape.batch, self._losses[number]
 
     def _count(self, count: Count | None) -> None:
         if count is not None:
@@ -175,7 +176,7 @@ class _Journey:
 
     def _nothing_left(self) -> Iterator[Passed]:
         for number, tape in enumerate(self._tapes):
-            yield number, range(0), tape.ids_NW, self._losses[number]
+            yield number, range(0), tape.batch, self._losses[number]
 
     def _record(self) -> None:
         """Note in files how far the batches are, so that another process can go on from there."""
@@ -208,7 +209,7 @@ def span_backward(model: MoEModel, tape: Tape, span: Span, reads: Reads) -> Tens
         tape.backward(span.start, outputs)
     else:
         hidden = run_rest(model, tape.ids_NW, answers)
-        loss = summed_loss_backward(model, hidden, tape.ids_NW)
+        loss = summed_loss_backward(model, hidden, tape.batch.labels_NW)
     tape.add_gradients(span.start, answers)
     return loss
 

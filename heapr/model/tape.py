@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from heapr.model.shelf import Files, Memory, Shelf
+from heapr.types import Batch, Tokens
 
 Output = Any  # of a decoder layer: hidden states, or a tuple that starts with them
 TENSOR, FORGOTTEN, NOTHING = "tensor", "forgotten", "nothing"  # parts of an output, in descriptions
@@ -23,13 +24,18 @@ class Tape:
     """One batch and the outputs of decoder layers 0, 1, ... for it.
 
     Args:
-        ids_NW: token ids, on the model's device.
+        tokens: on the model's device.
         shelf: where outputs and gradients are kept. None keeps them in memory on their own device.
         number: of the batch; unique among the tapes on a shelf.
+
+    Attributes:
+        ids_NW: token ids.
+        batch: the same, and which of them are predicted.
     """
 
-    def __init__(self, ids_NW: Tensor, shelf: Shelf | None = None, number: int = 0) -> None:
-        self.ids_NW = ids_NW
+    def __init__(self, tokens: Tokens, shelf: Shelf | None = None, number: int = 0) -> None:
+        self.batch = Batch.of(tokens)
+        self.ids_NW = self.batch.ids_NW
         self._shelf = Memory() if shelf is None else shelf
         self._number = number
         self._outputs: list[Output] = []

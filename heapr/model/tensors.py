@@ -8,9 +8,7 @@ alone.
 from __future__ import annotations
 
 import copy
-import logging
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,27 +22,22 @@ from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
     WeightConverter,
-    WeightRenaming,
     WeightTransform,
-    dot_natural_key,
-    rename_source_key,
 )
 from transformers.utils import logging as transformers_logging
 
 from heapr.errors import ConfigError
+from heapr.model.left_out import LeftOut
 from heapr.model.model_files import Headers
 from heapr.model.quantised import (
     Quantization,
     check_modules,
-    conversions_of,
     dequantising,
     method_of,
     quantised,
     with_quantization,
 )
 from heapr.model.shards import DTYPES
-
-logger = logging.getLogger(__name__)
 
 # Of weights that are not quantised, by the names that safetensors uses.
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -56,22 +49,7 @@ SCALES = re.compile(
 )
 # Scales of activations, which whole weights do not need.
 ACTIVATION_SCALES = re.compile(r"((input|output|act|activation)_scale|[kqv]_scale)$")
-# A decoder layer, or another part of a model.
-PLACE = re.compile(r"(\w+\.)?layers\.\d+(?=\.)|model\.\w+(?=\.)|\w+(?=\.)|.+")
 BUFFERS = re.compile(r"(inv_freq|position_ids)$")  # stored by older versions of transformers, computed now
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """Tensors in the files that a model does not use.
-
-    Attributes:
-        known: tensors that transformers drops on purpose, such as prediction heads and vision towers.
-        unknown: all others.
-    """
-
-    known: tuple[str, ...]
-    unknown: tuple[str, ...]
 
 
 def check_tensors(
@@ -101,69 +79,6 @@ def check_tensors(
             what = f"{problem} {names[0]} and {len(names) - 1} more"
             raise ConfigError(f"the weights in '{folder}' do not fit its config.json: {what}; get them again")
     return loaded.left_out
-
-
-def report_left_out(left_out: LeftOut, model_name: str) -> list[str]:
-    """Log one line about tensors dropped on purpose and a warning about unknown ones.
-
-    Returns:
-        the lines, for a dry run.
-    """
-    lines = []
-    if left_out.known:
-        line = f"{model_name} leaves out what it has no part for: {summary(left_out.known)}"
-        logger.info("%-9s %s", "model", line)
-        lines.append(line)
-    if left_out.unknown:
-        line = (
-            f"{len(left_out.unknown)} tensors in the files are unknown to {model_name} and not used:"
-            f" {summary(left_out.unknown)}"
-        )
-        logger.warning("%s", line)
-        lines.append(line)
-    return lines
-
-
-def names_in_files(
-    model: PreTrainedModel, headers: Headers, names: Iterable[str], quantization: Quantization | None
-) -> Iterator[str]:
-    """The tensors in the files that transformers' conversion, which may merge several into one, makes into
-    tensors of these names.
-
-    Args:
-        model: on the meta device.
-        headers: the headers of its files.
-    """
-    wanted = set(names)
-    conversions, _ = conversions_of(model, quantization)
-    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
-    converters = [each for each in conversions if isinstance(each, WeightConverter)]
-    known = model.state_dict()
-    for name in sorted(headers, key=dot_natural_key):
-        target, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
-        if target in wanted:
-            yield name
-
-
-def carried_over(model: PreTrainedModel, layers: str) -> list[str]:
-    """One line about what a wrapper has beside its text decoder, none if that is nothing.
-
-    Args:
-        layers: name of the list of decoder layers in the model.
-    """
-    decoder = layers.rpartition(".")[0]
-    head = model.get_output_embeddings()
-    heads = {id(parameter) for parameter in head.parameters()} if head is not None else set()
-    beside = []
-    for name, parameter in model.named_parameters():
-        if not name.startswith(f"{decoder}.") and id(parameter) not in heads:
-            beside.append(name)
-    if not beside:
-        return []
-    return [
-        f"only the text decoder of {type(model).__name__} is pruned; {summary(beside)} are carried over"
-        " unchanged"
-    ]
 
 
 def _check_scales(
@@ -307,19 +222,6 @@ def _quantised(folder: Path, what: str) -> str:
         f"{quantised(folder, what)}, config.json has no quantization_config that says how, and gradients need"
         " them whole; give a bfloat16 or float32 copy"
     )
-
-
-def summary(names: Iterable[str]) -> str:
-    """How many tensors there are below each part of a model: the four largest parts."""
-    counts: Counter[str] = Counter()
-    for name in names:
-        match = PLACE.match(name)
-        if match:
-            counts[match[0]] += 1
-    shown = [f"{number} below {place}" for place, number in counts.most_common(4)]
-    if len(counts) > 4:
-        shown.append(f"and {len(counts) - 4} more places")
-    return ", ".join(shown)
 
 
 @contextmanager

@@ -15,12 +15,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from heapr.errors import ConfigError
-from heapr.files import hash_file
+from heapr.files import hash_file, is_name
 from heapr.model.device import find_device
+from heapr.model.experts.ragged import RaggedExperts
 from heapr.model.load import ModelSource, find_model
 from heapr.model.ragged_type import take_ragged_type
 from heapr.pruning.surgery import remove
-from heapr.types import Plan, Pruning, RepairedWeights, TensorDict
+from heapr.types import Plan, Pruning, TensorDict
 
 # Shape and dtype of each layer's tensor in a plan.
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -65,11 +66,17 @@ def find_pruning(path: Path, source: ModelSource) -> Pruning:
         ConfigError: a file is damaged or missing, or was made for other shapes or other weights.
     """
     tensors, metadata = _read(path, "plan")
-    made_for = json.loads(metadata.get("model", "{}"))
+    made_for = _made_for(path, metadata)
     plan = _checked(path, tensors, made_for, source)
     if "repaired" not in metadata:
         return Pruning(plan)
-    beside = path.with_name(metadata["repaired"])
+    name = metadata["repaired"]
+    if not is_name(name):
+        raise ConfigError(
+            f"plan '{path}' cannot be read: its repaired weights '{name:.100}' are not beside it; give"
+            f" the {path.name} that prune wrote"
+        )
+    beside = path.with_name(name)
     if not beside.is_file():
         raise ConfigError(
             f"plan '{path}' belongs to a repaired model, but its weights '{beside.name}' are not beside it; "
@@ -80,20 +87,46 @@ def find_pruning(path: Path, source: ModelSource) -> Pruning:
         raise ConfigError(
             f"'{beside}' was made for another plan than '{path}'; give the two files of one prune artifact"
         )
-    repaired = Pruning.repaired_from_tensors(repaired_tensors)
-    num_kept = {index: sum(width_E) for index, width_E in plan.widths.items()}
-    if _num_rows(repaired) != num_kept:
+    if not _fit(repaired_tensors, plan, source):
         raise ConfigError(f"'{beside}' does not fit plan '{path}'; give the two files of one prune artifact")
-    return Pruning(plan, repaired)
+    for key, tensor in repaired_tensors.items():
+        if not tensor.isfinite().all():
+            raise ConfigError(f"'{beside}' holds NaN or infinite weights in {key}; prune and repair again")
+    return Pruning(plan, Pruning.repaired_from_tensors(repaired_tensors))
 
 
-def _num_rows(repaired: RepairedWeights) -> dict[int, int]:
-    """Atomic experts of each layer for which there are repaired columns."""
-    num_rows = {}
-    for index, layer in repaired.items():
-        if "down_proj" in layer:
-            num_rows[index] = len(layer["down_proj"])
-    return num_rows
+def _made_for(path: Path, metadata: Mapping[str, str]) -> dict[str, str]:
+    """The identity of the model that a plan was made for.
+
+    Raises:
+        ConfigError: the plan's metadata are damaged.
+    """
+    try:
+        identity = json.loads(metadata.get("model", "{}"))
+    except (ValueError, RecursionError):
+        identity = None
+    if not isinstance(identity, dict):
+        raise ConfigError(
+            f"plan '{path}' cannot be read: its metadata are damaged; give the {path.name} that prune wrote"
+        )
+    return identity
+
+
+def _fit(repaired: TensorDict, plan: Plan, source: ModelSource) -> bool:
+    """Whether repaired weights have the names, shapes and kind of numbers that a plan leaves."""
+    found: dict[str, tuple[int, ...]] = {}
+    for key, tensor in repaired.items():
+        if not tensor.is_floating_point():
+            return False
+        found[key] = tuple(tensor.shape)
+    expected: dict[str, tuple[int, ...]] = {}
+    with_repair = {key.rpartition(".")[2] for key in found}
+    for layer in source.on_meta().layers:
+        width_E = plan.widths[layer.index]
+        for name, parameter in RaggedExperts(layer.experts, list(width_E)).named_parameters():
+            if name in with_repair:
+                expected[f"layers.{layer.index}.{name}"] = tuple(parameter.shape)
+    return "down_proj" in with_repair and found == expected
 
 
 def _read(path: Path, what: str) -> tuple[TensorDict, dict[str, str]]:
@@ -125,6 +158,12 @@ def _checked(path: Path, tensors: TensorDict, made_for: Mapping[str, str], sourc
         raise ConfigError(
             f"plan '{path}' was made for other weights ({made_for}) than those in '{source.folder}' "
             f"({identity}); give its own plan"
+        )
+    emptied = [name for name, kept_EF in tensors.items() if not kept_EF.any()]
+    if emptied:
+        raise ConfigError(
+            f"plan '{path}' removes every atomic expert of {emptied[0]}, which prune never does; give its own"
+            " plan"
         )
     plan = Plan.from_tensors(tensors)
     for index, width_E in source.widths.items():

@@ -113,12 +113,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     """With what and where a run is made: versions, the code's commit, and what timings depend on."""
     from heapr.measure import machine
 
-    return {
-        "version": importlib.metadata.version("heapr"),
-        "git_commit": _git_commit(),
-        "libraries": {name: importlib.metadata.version(name) for name in RECORDED_LIBRARIES},
-        "machine": machine(device),
-    }
+    return {"version": _own_version(), "machine": machine(device), **versions()}
 
 
 def provenance(folder: Path, meter: StageMeter) -> dict[str, Any]:
@@ -135,8 +130,7 @@ def provenance(folder: Path, meter: StageMeter) -> dict[str, Any]:
             files[path.relative_to(folder).as_posix()] = describe(path)
         fsync(path)
     return {
-        "libraries": {name: importlib.metadata.version(name) for name in RECORDED_LIBRARIES},
-        "git_commit": _git_commit(),
+        **versions(),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seconds": round(meter.seconds, 3),
         "peak_memory_bytes": meter.peak_memory_bytes,
@@ -213,11 +207,36 @@ def _key(origin: Origin) -> str:
         return ""
 
 
-def _git_commit() -> str | None:
-    """Commit of the code that runs, if it runs from a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+def versions() -> dict[str, Any]:
+    """Versions of libraries, and the commit of the code that runs."""
+    return {
+        "libraries": {name: importlib.metadata.version(name) for name in RECORDED_LIBRARIES},
+        "git_commit": _git_commit(),
+    }
+
+
+def _own_version() -> str:
+    """Version of heapr; a checkout that runs without being installed has none."""
     try:
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        return importlib.metadata.version("heapr")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _git_commit() -> str | None:
+    """Commit of the code that runs, if git tracks it.
+
+    Otherwise, a repository around it is somebody else's, such as one with a virtual environment in it.
+    """
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        listed = _output_of([*git, "ls-files", Path(__file__).name])
+        head = _output_of([*git, "rev-parse", "HEAD"])
     except OSError:
         return None
-    return result.stdout.strip() or None
+    return head if head and listed else None
+
+
+def _output_of(command: list[str]) -> str:
+    """What a command prints, without blanks around it."""
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()

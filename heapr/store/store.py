@@ -86,6 +86,7 @@ class Store:
     ) -> None:
         self.root, self.device, self._wait_minutes = root, device, wait_minutes
         self._ranks, self._record = ranks, dict(record or {})
+        self._making: set[Path] = set()
         self._hashes = Hashes(None if full_check else self.digests)
         self._inspector = Inspector(self._hashes)
         try:
@@ -248,6 +249,8 @@ class Store:
             if self._ranks.is_first:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(self._locked(path))
+                self._making.add(path)
+                stack.callback(self._making.discard, path)
             if self._first_finds_intact(origin, part):
                 return False
             if self._ranks.is_first:
@@ -322,8 +325,8 @@ class Store:
             ) from error
 
     def _wait_for_others(self, path: Path) -> None:
-        """Wait until nobody makes an artifact."""
-        if os.access(path.parent, os.W_OK):
+        """Wait until no other process makes an artifact."""
+        if path not in self._making and os.access(path.parent, os.W_OK):
             with self._locked(path):
                 pass
 

@@ -13,11 +13,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+import yaml
+from hydra.errors import HydraException
 
-from heapr.artifacts import LOG, read_error, read_summary
+from heapr.artifacts import LOG, SUMMARY, read_error, read_summary
 from heapr.errors import ConfigError
 from heapr.files import write_json
+from heapr.report.sweep.check_summary import problem_of
 from heapr.report.sweep.results import JobResult
 from heapr.sweep.definition import grid
 from heapr.words import first_line
@@ -26,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 RECORD = "sweep.json"
 OVERRIDES, MULTIRUN, BASIC_SWEEPER = ".hydra/overrides.yaml", "multirun.yaml", "BasicSweeper"  # Hydra's names
+
+
+RECORD_TEXTS = ("experiment", "version", "command", "date", "title")
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,25 @@ class Record:
 
     @classmethod
     def read(cls, folder: Path) -> Record:
-        return cls(**json.loads((folder / RECORD).read_text(encoding="utf-8")))
+        """The record in a folder.
+
+        Raises:
+            ConfigError: it is damaged.
+        """
+        path = folder / RECORD
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            record = cls(**content)
+        except (OSError, ValueError, RecursionError, TypeError) as error:
+            raise _damaged(path, error) from error
+        is_text = all(isinstance(getattr(record, name), str) for name in RECORD_TEXTS)
+        has_jobs = isinstance(record.jobs, list) and all(map(_is_list_of_text, record.jobs))
+        has_report = isinstance(record.report, list | tuple) and all(
+            isinstance(one, dict) for one in record.report
+        )
+        if not (is_text and has_jobs and has_report):
+            raise _damaged(path, TypeError("a field is of another type"))
+        return record
 
 
 def newest_sweep(sweeps: Path, experiment: str, version: str) -> Path:
@@ -113,8 +136,7 @@ def _overrides_of_jobs(folder: Path) -> dict[int, tuple[str, ...]]:
     started: dict[int, tuple[str, ...]] = {}
     for path in folder.iterdir():
         if path.name.isdigit() and (path / OVERRIDES).is_file():
-            overrides = OmegaConf.load(path / OVERRIDES)
-            started[int(path.name)] = tuple(map(str, overrides))
+            started[int(path.name)] = tuple(_texts(_read_yaml(path / OVERRIDES)))
     return _asked_of_hydra(folder) | dict(sorted(started.items()))
 
 
@@ -122,21 +144,62 @@ def _asked_of_hydra(folder: Path) -> dict[int, tuple[str, ...]]:
     """Return the overrides of all jobs of a `python run.py -m`; empty for other sweepers than Hydra's own."""
     if not (folder / MULTIRUN).is_file():
         return {}
-    hydra = OmegaConf.load(folder / MULTIRUN).hydra
-    if not str(hydra.sweeper._target_).endswith(BASIC_SWEEPER):
+    content = _read_yaml(folder / MULTIRUN)
+    try:
+        sweeper, asked = content["hydra"]["sweeper"]["_target_"], content["hydra"]["overrides"]["task"]
+    except (KeyError, TypeError) as error:
+        raise _damaged(folder / MULTIRUN, error) from error
+    if not str(sweeper).endswith(BASIC_SWEEPER):
         return {}
     jobs = {}
-    for number, job in enumerate(grid(list(hydra.overrides.task))):
+    try:
+        asked_jobs = grid(_texts(asked))
+    except HydraException as error:
+        raise _damaged(folder / MULTIRUN, error) from error
+    for number, job in enumerate(asked_jobs):
         jobs[number] = tuple(f"{key}={value}" for key, value in job.items())
     return jobs
+
+
+def _read_yaml(path: Path) -> Any:
+    """The content of one of Hydra's files. A ${...} in it stays as it is, because it may name a secret.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    try:
+        return yaml.safe_load(path.read_bytes())
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise _damaged(path, error) from error
+
+
+def _is_list_of_text(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
+
+
+def _texts(values: Any) -> list[str]:
+    """A list of overrides; empty for anything else."""
+    return [str(value) for value in values] if isinstance(values, list) else []
+
+
+def _damaged(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(f"'{path}' is damaged ({first_line(error)}); remove it, or get it again")
 
 
 def _collect_job(folder: Path, number: int, overrides: tuple[str, ...]) -> JobResult:
     if not folder.is_dir():
         return JobResult(number, overrides, None, None, "never started")
-    summary, error = read_summary(folder), read_error(folder)
+    error = read_error(folder)
+    try:
+        summary = read_summary(folder)
+    except ConfigError as damage:
+        return JobResult(number, overrides, folder, None, str(damage))
+    problem = None if summary is None else problem_of(summary)
+    if problem is not None:
+        told = _damaged(folder / SUMMARY, TypeError(problem))
+        return JobResult(number, overrides, folder, None, str(told))
     if summary is None and error is None:
         error = f"was stopped before it finished; its log: {folder / LOG}"
-    if summary:
+    if summary is not None:
         error = None
     return JobResult(number, overrides, folder, summary, error)

@@ -1,4 +1,4 @@
-"""The command line of sweep.py: forecast, run, report.
+"""The command line `heapr-sweep` or `python sweep.py`: forecast, run, report.
 
 In: `experiment=<name>` and overrides, or `report_dir=<folder>`. Out: a sweep's folder with jobs, tables,
 figures and report.html; exit code 1 if a job failed, 2 with one line for the user's mistake.
@@ -22,8 +22,9 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from heapr.artifacts import SWEEPS
+from heapr.definitions import definitions_folder, sweep_command
 from heapr.errors import ConfigError
-from heapr.explain import explain
+from heapr.explain import OF_LAUNCHER, explain
 from heapr.main import compose_experiment, one_line_errors, print_whatever_the_encoding
 from heapr.overrides import explain_launcher
 from heapr.schema import ExperimentConfig, register
@@ -32,15 +33,21 @@ from heapr.sweep.request import Request, read_request
 
 logger = logging.getLogger(__name__)
 
+SWEEPER = "hydra/sweeper=jobs"
 MAX_FIGURE = 300_000  # bytes of a figure that is kept with an experiment
 
 
-def main(arguments: Sequence[str], root: Path) -> None:
-    """Do what the command line asks, and exit.
+def main() -> None:
+    """Do what the command line asks, and exit."""
+    run_command(sys.argv[1:], definitions_folder())
+
+
+def run_command(arguments: Sequence[str], root: Path) -> None:
+    """Do what arguments ask, and exit.
 
     Args:
         arguments: of the command line.
-        root: folder of run.py, conf/ and experiments/.
+        root: folder of conf/ and experiments/.
     """
     print_whatever_the_encoding()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
@@ -60,7 +67,7 @@ def sweep(root: Path, request: Request) -> int:
     """Forecast, run and report an experiment.
 
     Args:
-        root: folder of run.py, conf/ and experiments/.
+        root: folder of conf/ and experiments/.
         request: what the command line asks for.
 
     Returns:
@@ -74,7 +81,7 @@ def sweep(root: Path, request: Request) -> int:
     jobs = make_jobs(definition, request.overrides, baselines=request.baselines)
     if request.report_only:
         return _report_newest(root, request, definition, jobs)
-    configs = compose_jobs(definition.name, jobs, root / "conf")
+    configs = compose_jobs(definition.name, jobs, root / "conf", request.search_path)
     _check_settings(request.settings, root / "conf")
     from heapr.sweep.forecast import forecast_sweep
     from heapr.sweep.forecast_table import print_forecast
@@ -91,13 +98,16 @@ def sweep(root: Path, request: Request) -> int:
     return _run(root, request, definition, dict(zip(jobs, configs, strict=True)), plan)
 
 
-def compose_jobs(experiment: str, jobs: Sequence[Job], config_folder: Path) -> list[ExperimentConfig]:
+def compose_jobs(
+    experiment: str, jobs: Sequence[Job], config_folder: Path, search_path: Sequence[str] = ()
+) -> list[ExperimentConfig]:
     """Return the checked configuration of every job.
 
     Args:
         experiment: its name, for messages.
         jobs: overrides of each.
         config_folder: conf/.
+        search_path: overrides that add folders to it.
 
     Raises:
         ConfigError: the configuration of a job is invalid; the message names the job.
@@ -105,7 +115,7 @@ def compose_jobs(experiment: str, jobs: Sequence[Job], config_folder: Path) -> l
 
     def compose_job(number: int, job: Job) -> ExperimentConfig:
         try:
-            return compose_experiment(job, config_folder)
+            return compose_experiment([*search_path, *job], config_folder)
         except (ConfigError, HydraException, OmegaConfBaseException) as error:
             reason = explain(error, config_folder, job)
             raise ConfigError(f"job {number} of {experiment} ({' '.join(job)}): {reason}") from error
@@ -196,7 +206,7 @@ def _run(
     config = next(iter(jobs.values()))
     outputs = Path(config.paths.outputs)
     folder = new_folder(outputs / SWEEPS, record)
-    exit_code = launch(root, folder, request.settings)
+    exit_code = launch(folder, request.settings)
     if exit_code:
         logger.error(
             "the process that ran the jobs ended with exit code %d; the same command resumes where it"
@@ -220,7 +230,7 @@ def _report_newest(root: Path, request: Request, definition: Definition, jobs: S
     """Report the newest sweep, with the title, tables and figures that the experiment has now."""
     from heapr.sweep.collect import Record, newest_sweep
 
-    (config,) = compose_jobs(definition.name, jobs[:1], root / "conf")
+    (config,) = compose_jobs(definition.name, jobs[:1], root / "conf", request.search_path)
     folder = newest_sweep(Path(config.paths.outputs) / SWEEPS, definition.name, request.version)
     layout = definition.layout(request.version)
     record = replace(Record.read(folder), title=definition.title, report=layout)
@@ -237,14 +247,16 @@ def _finish(root: Path, request: Request, folder: Path) -> int:
 
 
 def _check_settings(settings: Sequence[str], config_folder: Path) -> None:
-    """Refuse an unknown launcher before anything runs."""
+    """Refuse an unknown launcher, and options that it or the sweeper does not have, before anything runs."""
     register()
     with initialize_config_dir(str(config_folder), version_base="1.3"):
         try:
-            composed = compose("config", overrides=list(settings), return_hydra_config=True)
+            composed = compose("config", overrides=[SWEEPER, *settings], return_hydra_config=True)
         except HydraException as error:
             message = str(error).partition("Config search path")[0]
             reason = " ".join(message.removeprefix("In 'hydra/config': ").split())
+            if OF_LAUNCHER in reason:
+                reason = explain(error, config_folder, settings)
             raise ConfigError(f"{' '.join(settings)}: {reason}") from error
     target = str(composed.hydra.launcher._target_)
     try:
@@ -255,16 +267,18 @@ def _check_settings(settings: Sequence[str], config_folder: Path) -> None:
 
 def _help(root: Path) -> None:
     experiments = root / "experiments"
+    command = sweep_command()
     lines = [
-        "python sweep.py experiment=<name> [model=tiny] [overrides] [--dry-run]",
-        "python sweep.py experiment=<name> report_only=true",
-        "python sweep.py report_dir=<folder of a sweep>",
+        f"{command} experiment=<name> [model=tiny] [overrides] [--dry-run]",
+        f"{command} experiment=<name> report_only=true",
+        f"{command} report_dir=<folder of a sweep>",
         "",
         "model=tiny       the experiment's version for the built-in model: offline, minutes on 2 cores",
         "overrides        as for run.py; a value that the experiment sweeps selects the jobs that have it,",
         "                 any other applies to all jobs",
         "launcher=        joblib, submitit_local, submitit_slurm or ray (docs/cluster.md); without one, jobs",
         "                 run one after the other",
+        "--config-dir     a folder with options of your own, beside those of conf/",
         "--dry-run        show what would be made and stop",
         "report_only=true tables and figures of the experiment's newest sweep, from its artifacts alone",
         "baselines=true   run the experiment's baselines too",

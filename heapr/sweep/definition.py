@@ -16,6 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
+from heapr.composition import COMMAND_LINE_ONLY
 from heapr.errors import ConfigError
 from heapr.words import did_you_mean, unknown_key
 
@@ -79,6 +80,12 @@ def load_definition(experiments: Path, name: str) -> Definition:
     for key in content:
         if key not in fields:
             raise ConfigError(f"experiments/{name}/{FILE}: {unknown_key(str(key), fields)}")
+    for name_of_field in COMMAND_LINE_ONLY:
+        if name_of_field in str(content):
+            raise ConfigError(
+                f"experiments/{name}/{FILE} sets {name_of_field}, which lets code run; leave it out there"
+                " and give it on the command line"
+            )
     missing = [key for key in fields[:5] if not content.get(key)]
     if missing:
         raise ConfigError(f"experiments/{name}/{FILE} lacks {', '.join(missing)}")

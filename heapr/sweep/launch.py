@@ -1,7 +1,7 @@
 """Runs the jobs of a sweep through Hydra's multirun.
 
 In: jobs and a folder. Out: the folder filled, one subfolder per job. The jobs run in a process of their own,
-which does what `python run.py -m` does, so every launcher works. Signals are passed on to it, and nothing is
+which does what `heapr -m` does, so every launcher works. Signals are passed on to it, and nothing is
 left running when this process ends, however it ends.
 """
 
@@ -19,10 +19,12 @@ from datetime import datetime
 from pathlib import Path
 from types import FrameType
 
+from heapr.definitions import import_folder
 from heapr.signals import STARTED_BY
 from heapr.sweep.collect import RECORD, Record
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
+PROGRAM = ("-m", "heapr")
 KILLED_BY = 128  # plus the signal's number: a shell's exit code for a process that a signal ended
 PATIENCE_SECONDS = 5.0  # between asking what is left of the jobs' processes to end, and killing it
 
@@ -35,15 +37,15 @@ def new_folder(sweeps: Path, record: Record) -> Path:
     return folder
 
 
-def launch(root: Path, folder: Path, settings: Sequence[str]) -> int:
+def launch(folder: Path, settings: Sequence[str], program: Sequence[str] = PROGRAM) -> int:
     """Run all jobs and wait for them.
 
     The first signal is passed on, so that jobs end in order; a second one kills them.
 
     Args:
-        root: holds run.py.
         folder: of the sweep.
         settings: overrides of Hydra itself, such as its launcher.
+        program: what Python runs for the jobs.
 
     Returns:
         the exit code; 0 even if jobs failed, because each says so in its own folder.
@@ -53,7 +55,7 @@ def launch(root: Path, folder: Path, settings: Sequence[str]) -> int:
         f"hydra.sweeper.file={_quoted(folder / RECORD)}",
         f"hydra.sweep.dir={_quoted(folder)}",
     ]
-    return run_and_end([sys.executable, str(root / "run.py"), "--multirun", *chosen, *settings])
+    return run_and_end([sys.executable, *program, "--multirun", *chosen, *settings])
 
 
 def run_and_end(command: Sequence[str]) -> int:
@@ -62,7 +64,10 @@ def run_and_end(command: Sequence[str]) -> int:
     Returns:
         Its exit code; 128 plus the signal's number if a signal ended it.
     """
-    environment = os.environ | {STARTED_BY: str(os.getpid())}
+    # Python finds this heapr, and Hydra its plug-ins, from every folder and in the processes of launchers.
+    places = [str(import_folder()), os.environ.get("PYTHONPATH", "")]
+    path = os.pathsep.join(filter(None, places))
+    environment = os.environ | {STARTED_BY: str(os.getpid()), "PYTHONPATH": path}
     # A process group of its own: the terminal's Ctrl-C reaches it through us, once, and we can end all of it.
     with subprocess.Popen(command, env=environment, start_new_session=True) as process:
         try:

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from heapr.definitions import is_installed, sweep_command
 from heapr.errors import ConfigError
 from heapr.files import user_path
+from heapr.overrides import SEARCH_PATH, config_dir_as_override
 from heapr.sweep.definition import is_tiny
 from heapr.words import did_you_mean
 
@@ -21,7 +23,7 @@ LAUNCHER = "hydra/launcher="  # what launcher= stands for
 OF_HYDRA = ("hydra.", "hydra/", "+hydra.")  # beginnings of overrides of Hydra itself
 # Our own keys, and all options as they are listed for a reader.
 KEYS = ("experiment", "report_dir", "launcher", *SWITCHES)
-KNOWN = [DRY_RUN, "--help", *(f"{key}=" for key in KEYS)]
+KNOWN = [DRY_RUN, "--help", "--config-dir", *(f"{key}=" for key in KEYS)]
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,11 @@ class Request:
         return bool(launchers) and launchers[-1] != f"{LAUNCHER}basic"
 
     @property
+    def search_path(self) -> list[str]:
+        """The overrides that add folders of configuration to conf/."""
+        return [setting for setting in self.settings if setting.startswith(SEARCH_PATH)]
+
+    @property
     def version(self) -> str:
         return "tiny" if is_tiny(self.overrides) else "paper"
 
@@ -71,7 +78,7 @@ def read_request(arguments: Sequence[str], experiments: Sequence[str]) -> Reques
     Raises:
         ConfigError: an argument is unknown, or arguments contradict each other.
     """
-    own, rest = _sort(arguments)
+    own, rest = _sort(config_dir_as_override(arguments))
     for argument in rest:
         _check_override(argument)
     dry_run = DRY_RUN in arguments
@@ -83,8 +90,15 @@ def read_request(arguments: Sequence[str], experiments: Sequence[str]) -> Reques
         raise ConfigError(
             "report_dir=<folder> takes no other arguments: a report is made from what is in the folder"
         )
+    if own.get("results") == "true" and is_installed():
+        raise ConfigError(
+            "results=true keeps tables and figures in the repository's experiments/, and heapr is installed"
+            " without one; leave it out: they are in the sweep's folder too"
+        )
     settings = [argument for argument in rest if argument.startswith(OF_HYDRA)]
     overrides = [argument for argument in rest if argument not in settings]
+    if own.get("report_dir") == "":
+        raise ConfigError("report_dir= names no folder; give one below outputs/sweeps")
     report_dir = user_path(own["report_dir"]) if "report_dir" in own else None
     switches = {key: _switch(key, own.get(key, "false")) for key in SWITCHES}
     return Request(
@@ -93,7 +107,7 @@ def read_request(arguments: Sequence[str], experiments: Sequence[str]) -> Reques
         dry_run=dry_run,
         overrides=tuple(overrides),
         settings=tuple(settings),
-        command=shlex.join(["python", "sweep.py", *arguments]),
+        command=f"{sweep_command()} {shlex.join(arguments)}",
         **switches,
     )
 

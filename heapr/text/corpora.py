@@ -17,6 +17,7 @@ from annotated_types import Ge
 
 from heapr.errors import ConfigError, NotHereError
 from heapr.files import user_path
+from heapr.limits import check_name
 from heapr.text.docstrings import docstrings, source_hash
 from heapr.text.reader import ENDINGS, Source, is_readable, kind_of
 from heapr.text.splits import check_split, select_split
@@ -87,9 +88,15 @@ class PackageDocs(_Docstrings):
 
     Raises:
         NotHereError: the package is not installed.
+        ConfigError: that is no package's name.
     """
 
     def __init__(self, package: str, split: str) -> None:
+        if not package.isidentifier():  # to find a package in another one imports the other one
+            raise ConfigError(
+                f"corpus of package '{package}': that is not the name of a package; give one without dots,"
+                " such as numpy"
+            )
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
             problem = "no such package is installed; install it or name another"
@@ -126,7 +133,7 @@ class TextFiles:
         if not paths:
             example = "calibration.corpus.paths=[my.txt]"
             raise ConfigError(f"text_files has no paths; give them, for example {example}")
-        self.name, self.split = name, check_split(split)
+        self.name, self.split = check_name("text_files.name", name), check_split(split)
         files: list[Path] = []
         for path in map(user_path, paths):
             files += _files_in(path) if path.is_dir() else [path]

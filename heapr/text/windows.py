@@ -32,6 +32,7 @@ def tokenize(
     *,
     max_characters: int | None = None,
     seed: int = 0,
+    least: int = 0,
 ) -> Tensor:
     """All tokens of a corpus, int32 (T,).
 
@@ -40,6 +41,10 @@ def tokenize(
         tokenizer: of the model.
         max_characters: from a longer corpus, documents are drawn at random (passages.py); None uses all.
         seed: of the random draw.
+        least: number of tokens that are needed.
+
+    Raises:
+        ConfigError: the text is too short for `least` tokens, with any tokenizer.
     """
     what = _in_words(corpus)
 
@@ -50,6 +55,13 @@ def tokenize(
     if max_characters is not None:
         chosen = drawn(documents, max_characters, seed=seed, what=what)
     num_characters = joined_length(chosen())
+    if least > num_characters:  # otherwise it would be found only when all of the text is tokenized
+        num_bytes = sum(len(document.encode()) for document in chosen())
+        if least > num_bytes + num_characters:
+            raise ConfigError(
+                f"corpus '{corpus.name}' (split {corpus.split}) has {num_bytes} bytes, which cannot give"
+                f" {least} tokens; ask for fewer or shorter sequences, or give more text"
+            )
     return token_ids(chosen, tokenizer, num_characters=num_characters, what=what)
 
 
@@ -66,17 +78,20 @@ def windows(
     length: int,
     max_characters: int | None = None,
     seed: int = 0,
+    least: int = 1,
 ) -> TokenWindows:
     """Non-overlapping windows of a corpus, or of documents drawn from it, in order, without the remainder.
 
     Args:
         corpus, tokenizer, max_characters, seed: as for `tokenize`.
         length: tokens per window.
+        least: number of windows that are needed.
 
     Raises:
-        ConfigError: the corpus is shorter than one window.
+        ConfigError: the corpus is shorter than one window, or far too short for `least`.
     """
-    tokens_T = tokenize(corpus, tokenizer, max_characters=max_characters, seed=seed)
+    num_tokens = length * (least if least > 1 else 0)
+    tokens_T = tokenize(corpus, tokenizer, max_characters=max_characters, seed=seed, least=num_tokens)
     return cut(tokens_T, corpus, length)
 
 
@@ -134,7 +149,9 @@ def draw(
                 f"which is none of {num_samples} sequences; "
                 "raise its weight or calibration.num_samples, or leave it out"
             )
-        available = windows(corpus, tokenizer, length=length, max_characters=max_characters, seed=seed)
+        available = windows(
+            corpus, tokenizer, length=length, max_characters=max_characters, seed=seed, least=count
+        )
         chosen = sample(available, num_samples=count, seed=seed, corpus_name=corpus.name)
         samples.append(chosen.ids_NW)
         shown.append(f"{count} of {_in_words(corpus)}")

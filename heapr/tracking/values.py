@@ -30,6 +30,7 @@ from heapr.tracking.tracker import (
 
 PROGRESS_SECONDS = 1.0
 ID_LENGTH = 16
+NOT_COMPARED = ("_stderr", "num_tokens")  # ends of kinds of metrics whose change says nothing
 LAYER_COLUMNS = (
     "layer",
     "kept_ratio",
@@ -60,7 +61,8 @@ def results(metrics: Mapping[str, Mapping[str, float]], ratio: float) -> dict[st
     dense, pruned = metrics["dense"], metrics["pruned"]
     changes: dict[str, Value] = {}
     for name, value in pruned.items():
-        if dense.get(name):
+        is_quantity = not name.partition("/")[0].endswith(NOT_COMPARED)
+        if is_quantity and dense.get(name):
             changes[f"{CHANGE}{name}"] = (value - dense[name]) / abs(dense[name])
     named = under(PRUNED, pruned)
     return {RATIO: ratio, **named, **changes, **metrics["size"], **metrics["comparison"]}

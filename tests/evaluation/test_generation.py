@@ -275,6 +275,8 @@ def test_a_run_measures_once_and_compares(tmp_path: Path) -> None:
     assert metrics["dense"] == metrics["pruned"] and "loop_rate_greedy/text_files" in metrics["dense"]
     assert metrics["comparison"]["greedy_agreement/text_files"] == 1.0
     assert metrics["comparison"]["loop_rate_increase_sampled/text_files"] == 0.0
+    offered = generation(tmp_path).objectives
+    assert set(offered) <= metrics["pruned"].keys() | metrics["comparison"].keys()
     half = run_in(tmp_path, *settings, "pruning.ratio=0.5", "evaluation.generation.batch_size=3")
     stages = {stage["what"]: stage["cached"] for stage in half.stages if stage["stage"] == "evaluate"}
     assert stages == {"generation/text_files dense": True, "generation/text_files pruned": False}

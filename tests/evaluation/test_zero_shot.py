@@ -298,11 +298,11 @@ def test_an_unknown_task_is_refused_with_suggestions(sums: Path, monkeypatch: py
     only_the_papers = zero_shot_tasks._task_manager(sums, "content", everything=False)
     monkeypatch.setattr(zero_shot_tasks, "_task_manager", lambda *_, everything: only_the_papers)
     for task, message in {
-        "piqua": "did you mean piqa",
-        "sum": "did you mean sums",
-        "arc-easy": "did you mean arc_easy",
+        "piqua": "piqa",
+        "sum": "sums",
+        "arc-easy": "arc_easy",
     }.items():
-        with pytest.raises(ConfigError, match=f"zero-shot task '{task}' is unknown; {message}") as caught:
+        with pytest.raises(ConfigError, match=f"'{task}' is unknown; did you mean .*{message}") as caught:
             ZeroShot(task, include_path=str(sums)).prepare(Source(byte_tokenizer()))
         assert "\n" not in str(caught.value)
 

@@ -19,5 +19,4 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_damage_is_noticed_kept_and_made_good(pristine: Path, tmp_path: Path, kind: str) -> None:
-    for seed in range(2):
-        check_damage(pristine, tmp_path / "store", kind, seed)
+    check_damage(pristine, tmp_path / "store", kind, seed=0)

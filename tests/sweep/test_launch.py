@@ -36,7 +36,7 @@ import sys
 from pathlib import Path
 from heapr.sweep.launch import launch
 
-sys.exit(launch(Path.cwd(), Path("sweep"), ["setting=1"]))
+sys.exit(launch(Path("sweep"), ["setting=1"], ["run.py"]))
 """
 
 

@@ -21,7 +21,7 @@ import pytest
 from heapr.errors import ConfigError
 from heapr.overrides import LAUNCHER_EXTRAS
 from heapr.sweep.collect import Record, collect_jobs, newest_sweep
-from heapr.sweep.command_line import keep_results, main
+from heapr.sweep.command_line import keep_results, run_command
 from heapr.sweep.launch import launch, new_folder
 from tests.command import ROOT, run_here
 from tests.experiment import write_model, write_texts
@@ -56,7 +56,7 @@ def sweep(*arguments: str) -> int:
     with pytest.MonkeyPatch.context() as patch:
         run_jobs_here(patch)
         with pytest.raises(SystemExit) as stopped:
-            main(arguments, ROOT)
+            run_command(arguments, ROOT)
     assert isinstance(stopped.value.code, int)
     return stopped.value.code
 
@@ -187,12 +187,12 @@ def test_two_sweeps_at_once_calibrate_once(
         record = Record("both", "tiny", "", "", [[*common, f"pruning.ratio={ratio}"]])
         folders.append(new_folder(tmp_path / "sweeps", record))
     with ThreadPoolExecutor() as pool:
-        other = pool.submit(launch, ROOT, folders[0], [])
+        other = pool.submit(launch, folders[0], [])
         while not (tmp_path / "artifacts" / "calibrate").exists() and not other.done():
             time.sleep(0.01)
         assert not other.done()
         run_jobs_here(monkeypatch)
-        assert [launch(ROOT, folders[1], []), other.result()] == [0, 0]
+        assert [launch(folders[1], []), other.result()] == [0, 0]
     stages = [stage for summary in summaries(tmp_path) for stage in summary["stages"]]
     made = [stage["key"] for stage in stages if not stage["cached"]]
     assert len(made) == len(set(made)) == len({stage["key"] for stage in stages})
@@ -209,7 +209,10 @@ def test_jobs_that_never_started_are_not_forgotten(tmp_path: Path) -> None:
     for number in (0, 1):
         (tmp_path / str(number) / ".hydra").mkdir(parents=True)
         (tmp_path / str(number) / ".hydra" / "overrides.yaml").write_text(f"- pruning.ratio=0.{number + 2}\n")
-    (tmp_path / "0" / "summary.json").write_text("{}")
+    corpus = {"corpus": {"_target_": "a.B"}}
+    config = {"model": {}, "calibration": corpus, "score": {"_target_": "a.B"}, "pruning": {"ratio": 0.5}}
+    summary = {"metrics": {}, "protocols": {}, "stages": [], "config": config}
+    (tmp_path / "0" / "summary.json").write_text(json.dumps(summary))
     jobs = collect_jobs(tmp_path)
     assert [job.overrides for job in jobs] == [
         ("pruning.ratio=0.2",),
@@ -264,13 +267,24 @@ def test_a_launcher_that_is_not_installed_is_refused_with_its_extra(
     assert message.count("\n") == 1
 
 
+def test_options_of_the_launcher_and_the_sweeper_are_checked_before_anything_runs(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["experiment=ratio_curve", "model=tiny", "pruning.ratio=0.1", "--dry-run"]
+    assert sweep(*arguments, "hydra.sweeper.at_once=1") == 0
+    assert sweep(*arguments, "hydra.launcher.n_jobs=2") == 2
+    message = capsys.readouterr().err
+    assert "'hydra.launcher.n_jobs': the launcher that is chosen has no such option" in message
+    assert message.count("\n") == 1
+
+
 def test_the_command_to_send_a_sweeps_own_run_is_shown(tmp_path: Path) -> None:
     """sweep.py shows warnings alone, but this."""
     told = logging.getLogger("heapr.tracking.wandb")
     before = told.level
     try:
         with pytest.raises(SystemExit):
-            main([f"report_dir={tmp_path}"], ROOT)
+            run_command([f"report_dir={tmp_path}"], ROOT)
         assert told.isEnabledFor(logging.INFO)
     finally:
         told.setLevel(before)

@@ -171,7 +171,7 @@ def test_bad_text_files_are_refused_in_one_line(tmp_path: Path) -> None:
 
 def test_a_folder_is_all_its_files_that_can_be_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    folder = tmp_path / "texts"
+    folder = tmp_path / ".in a hidden folder" / "texts"
     for name in ("b/z.TXT", "b/.hidden/x.txt", "a.md", ".config.json", "notes.docx", "b/c.txt"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(f"text of {name}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from heapr.tracking.values import CalibrationProgress, layer_table
+import pytest
+
+from heapr.tracking.values import CalibrationProgress, layer_table, results, run_id
 
 
 class Lines(list):
@@ -37,3 +39,33 @@ def test_a_layer_is_a_row() -> None:
         "layer": 3, "kept_ratio": 0.5, "atomic_experts_before": 12, "atomic_experts": 6, "narrowest": 0, "widest": 4,
         "empty_experts": 1, "most_routed": 1.0,
     }  # fmt: skip
+
+
+def test_a_change_is_a_share_of_the_dense_models_metric() -> None:
+    """Neither of a standard error nor of zero, nor of what the dense model does not have."""
+    dense = {
+        "perplexity/a": 20.0,
+        "accuracy/b": 0.5,
+        "accuracy_stderr/b": 0.1,
+        "parameters_zero": 0,
+        "num_tokens/a": 8,
+    }
+    pruned = {
+        "perplexity/a": 25.0,
+        "accuracy/b": 0.4,
+        "accuracy_stderr/b": 0.2,
+        "parameters_zero": 3,
+        "num_tokens/a": 8,
+    }
+    metrics = {"dense": dense, "pruned": pruned, "size": {"bytes": 7}, "comparison": {"kl_to_dense/a": 0.1}}
+    found = results(metrics, 0.25)
+    assert {name: value for name, value in found.items() if name.startswith("change/")} == {
+        "change/perplexity/a": 0.25,
+        "change/accuracy/b": pytest.approx(-0.2),
+    }
+    others = {"pruning.ratio": 0.25, "pruned/perplexity/a": 25.0, "bytes": 7, "kl_to_dense/a": 0.1}
+    assert found.items() >= others.items()
+
+
+def test_two_runs_have_two_ids_and_one_has_one() -> None:
+    assert run_id("key", "/runs/1") == run_id("key", "/runs/1") != run_id("key", "/runs/2")

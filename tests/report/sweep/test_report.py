@@ -405,11 +405,17 @@ def test_logarithmic_axes_say_so() -> None:
 
 
 def test_a_figure_in_the_page_has_the_pages_colours(tmp_path: Path) -> None:
-    files = write_report(ratios(), [{"kind": "ratio_curve", "metrics": [PERPLEXITY]}], tmp_path, None)
+    far = job(4, {PERPLEXITY: 90.0}, config(0.6))
+    files = write_report([*ratios(), far], [{"kind": "ratio_curve", "metrics": [PERPLEXITY]}], tmp_path, None)
     (svg,) = [path for path in files if path.suffix == ".svg"]
     inside = inline_svg(svg.read_text())
     assert "#ffffff" in svg.read_text() and not re.search("#ffffff|#000000|#e3e3e3", inside)
-    assert "var(--paper)" in inside and "var(--ink)" in inside and "#0072b2" in inside
+    assert (
+        "(log scale)" in inside
+        and "var(--paper)" in inside
+        and "var(--ink)" in inside
+        and "#0072b2" in inside
+    )
     page = files[-1].read_text()
     assert page.index('href="ratio_curve.svg"') < page.index('href="ratio_curve.png"')
     assert (

@@ -1,0 +1,173 @@
+"""Wrong values, keys and options on the command line of run.py, and what its one line says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.bad_input.refusals import refused
+
+HUGE = str(2**64)
+LONG = "a" * 300  # longer than any file's name may be
+
+# Arguments, separated by blanks, and a part of the line.
+NUMBERS = [
+    (f"calibration.num_samples={HUGE}", "calibration.num_samples"),
+    (f"calibration.sequence_length={HUGE}", "calibration.sequence_length"),
+    (f"calibration.batch_size={HUGE}", "calibration.batch_size"),
+    (f"calibration.seed={HUGE}", "calibration.seed"),
+    (f"calibration.seed=-{HUGE}", "calibration.seed"),
+    (f"calibration.max_characters={HUGE}", "calibration.max_characters"),
+    (f"runtime.num_threads={HUGE}", "runtime.num_threads"),
+    ("runtime.num_threads=100000000", "runtime.num_threads"),
+    ("runtime.num_threads=0", "runtime.num_threads"),
+    ("runtime.wait_minutes=nan", "runtime.wait_minutes"),
+    ("runtime.wait_minutes=-1", "runtime.wait_minutes"),
+    ("pruning.rounds=1000000", "pruning.rounds"),
+    (f"pruning.rounds={HUGE}", "pruning.rounds"),
+    ("pruning.rounds=0", "pruning.rounds"),
+    (f"pruning.width_multiple={2**67}", "pruning.width_multiple"),
+    (f"pruning.protected_layers=[{HUGE}]", "pruning.protected_layers"),
+    ("pruning.protected_layers=[-1]", "pruning.protected_layers"),
+    ("pruning.protected_layers=[0,0]", "pruning.protected_layers"),
+    ("pruning.protected_layers=null", "pruning.protected_layers"),
+    ("pruning.ratio=nan", "pruning.ratio"),
+    ("pruning.ratio=-.inf", "pruning.ratio"),
+    ("pruning.ratio=1e400", "pruning.ratio"),
+    ("pruning.ratio=-1e-9", "pruning.ratio"),
+    ("pruning.ratio=null", "pruning.ratio"),
+    ("pruning.ratio=true", "pruning.ratio"),
+    (f"evaluation.perplexity.window={HUGE}", "evaluation.perplexity.window"),
+    (f"evaluation.perplexity.batch_size={HUGE}", "evaluation.perplexity.batch_size"),
+    ("evaluation.perplexity.window=[3]", "evaluation.perplexity.window"),
+    ("evaluation.perplexity.window=null", "evaluation.perplexity.window"),
+    (f"evaluation.fidelity.max_windows={HUGE}", "evaluation.fidelity.max_windows"),
+    (f"evaluation.zero_shot.limit={HUGE}", "evaluation.zero_shot.limit"),
+    (f"evaluation.zero_shot.num_fewshot={HUGE}", "evaluation.zero_shot.num_fewshot"),
+    (f"evaluation.zero_shot.batch_size={HUGE}", "evaluation.zero_shot.batch_size"),
+    (f"evaluation.truth.num_groups={HUGE}", "evaluation.truth.num_groups"),
+    (f"evaluation.truth.seed={HUGE}", "evaluation.truth.seed"),
+    (f"evaluation.truth.sample_size={HUGE}", "evaluation.truth.sample_size"),
+    (f"evaluation.throughput.new_tokens={HUGE}", "evaluation.throughput.new_tokens"),
+    (f"evaluation.throughput.prompt_length={HUGE}", "evaluation.throughput.prompt_length"),
+    (f"evaluation.throughput.repeats={HUGE}", "evaluation.throughput.repeats"),
+    (f"pruning/repair=joint pruning.repair.refits={HUGE}", "pruning.repair.refits"),
+    (f"pruning/repair=joint pruning.repair.max_steps={HUGE}", "pruning.repair.max_steps"),
+    ("pruning/repair=joint pruning.repair.ridge=nan", "pruning.repair.ridge"),
+    (f"score=random score.seed={HUGE}", "score.seed"),
+    ("score=camera score.alpha=2", "score.alpha"),
+    ("score=camera score.alpha=inf", "score.alpha"),
+]
+
+NULLS = [
+    ("++model=null", "model"),
+    ("++calibration=null", "calibration"),
+    ("++calibration.corpus=null", "calibration.corpus"),
+    ("++calibration.corpus=3", "calibration.corpus"),
+    ("++calibration.corpus=[]", "calibration.corpus"),
+    ("++score=null", "score"),
+    ("++score=3", "score"),
+    ("+pruning=null", "pruning"),
+    ("++pruning=null", "pruning"),
+    ("++pruning=3", "pruning"),
+    ("++pruning=[1]", "pruning"),
+    ("++pruning.repair=3", "pruning.repair"),
+    ("++evaluation=null", "evaluation"),
+    ("++evaluation=3", "evaluation"),
+    ("++evaluation.corpora=null", "evaluation.corpora"),
+    ("++evaluation.corpora=3", "evaluation.corpora"),
+    ("++evaluation.corpora=[1]", "evaluation.corpora"),
+    ("++evaluation.corpora.pydocs=null", "evaluation.corpora.pydocs"),
+    ("++evaluation.perplexity=3", "evaluation.perplexity"),
+    ("++evaluation.zero_shot.tasks=null", "evaluation.zero_shot.tasks"),
+    ("++evaluation.zero_shot.tasks=[null]", "evaluation.zero_shot.tasks"),
+    ("++evaluation.zero_shot.tasks={a:1}", "evaluation.zero_shot.tasks"),
+    ("++tracking=null", "tracking"),
+    ("++runtime=null", "runtime"),
+    ("++paths=null", "paths"),
+    ("++dry_run=null", "dry_run"),
+    ("~pruning", "pruning"),
+    ("~score", "score"),
+    ("~model.path", "model.path"),
+    ("~paths", "paths"),
+]
+
+KEYS = [
+    ("+pruning.raito=0.5", "did you mean pruning.ratio?"),
+    ("++pruning.raito=0.5", "did you mean pruning.ratio?"),
+    ("+calibration.num_sample=3", "did you mean calibration.num_samples?"),
+    ("+score.alpha=1", "unknown key 'score.alpha'"),
+    ("+evaluation.perplexity.windw=3", "did you mean evaluation.perplexity.window?"),
+    ("+nonsense=1", "nonsense"),
+    ("+evaluation.nonsense=1", "evaluation.nonsense"),
+    ("++evaluation.nonsense={a:1}", "evaluation.nonsense"),
+    ("score=[heapr,fisher]", "score takes one option"),
+    ("model=[tiny,tiny_deepseek]", "model takes one option"),
+    ("+score=fisher", "score"),
+    ("score@pruning=fisher", "score"),
+]
+
+NAMES = [
+    ("runtime.device=gpu", "runtime.device='gpu' is unknown"),
+    ("runtime.device=cuda:99", "torch sees"),
+    ("runtime.device=cuda:-1", "runtime.device"),
+    (f"runtime.device=cuda:{HUGE}", "runtime.device"),
+    ("runtime.device=cpu:1", "CPUs have no number"),
+    ("runtime.device=meta", "meta devices are not supported"),
+    ("runtime.device=mps", "runtime.device"),
+    ("runtime.device=''", "runtime.device"),
+    ("runtime.device=null", "runtime.device"),
+    ("runtime.device=0", "runtime.device"),
+    ("runtime.stream=perhaps", "runtime.stream"),
+    ("model.dtype=float8", "model.dtype"),
+    ("model.dtype=null", "model.dtype"),
+    (f"model.name={LONG}", "model.name"),
+    ("model.name=''", "model.name"),
+    ("model.name=a/b", "model.name"),
+    (f"model.path={LONG}", "longer than a path may be"),
+    (f"model.path=someone/{LONG}", "model.path"),
+    (f"model.path=/{'a/' * 3000}", "longer than a path may be"),
+    ("model.path=''", "model.path"),
+    ("model.path=builtin:", "model.path"),
+    ("model.path=builtin:../..", "no such built-in model"),
+    ("model.path=/etc/hostname", "model.path"),
+    ("model.path=someone/some-model model.revision=../../x", "model.path"),
+    (f"tracking.project={LONG}", "tracking.project"),
+    (f"paths.outputs={LONG}", "longer than a path may be"),
+    ("paths.outputs=", "paths.outputs"),
+    ("paths.outputs=null", "paths.outputs"),
+    ("paths.outputs='  '", "paths.outputs"),
+    ("paths.outputs=/etc/hostname", "paths.outputs"),
+    (f"evaluation.zero_shot.tasks=[{LONG}]", "zero-shot task"),
+    ("evaluation.zero_shot.tasks=['']", "zero-shot task"),
+    ("evaluation.zero_shot.tasks=[../x]", "zero-shot task"),
+    ("evaluation.zero_shot.tasks=[pydocs_continuation,pydocs_continuation]", "evaluation measures"),
+    (f"evaluation/corpora=[text_files] +evaluation.corpora.text_files.name={LONG} evaluation.corpora.text_files.paths=[/etc/hostname]", "name"),
+    ("evaluation/corpora=[text_files] +evaluation.corpora.text_files.name=../x evaluation.corpora.text_files.paths=[/etc/hostname]", "name"),
+    ("calibration.corpus.split=dev", "split"),
+    (f"calibration=text_files calibration.corpus.paths=[/tmp/{LONG}.txt]", "longer than a path may be"),
+    ("calibration=wikitext2 calibration.corpus.split=dev", "wikitext2 has no split 'dev'"),
+    ("calibration=numpydocs calibration.corpus.package=no_such_package", "no_such_package"),
+    ("calibration=numpydocs calibration.corpus.package=''", "package"),
+    ("calibration=numpydocs calibration.corpus.package=.x", "package"),
+    ("calibration=numpydocs calibration.corpus.package=a.b.c", "package"),
+    ("hydra.job.chdir=true", "hydra.job.chdir"),
+    ("hydra/launcher=nonsense", "nonsense"),
+    ("-m hydra/launcher=nonsense", "nonsense"),
+]  # fmt: skip
+
+FOR_NO_RUN = [
+    ("calibration.num_samples=100000000", "calibration.num_samples"),
+    ("calibration.num_samples=200000", "cannot give"),
+    ("evaluation.zero_shot.num_fewshot=100000", "num_fewshot"),
+    ("evaluation.zero_shot.tasks=[pydocs_continuatio]", "did you mean pydocs_continuation"),
+    ("model.path=someone/some-model", "the hub cannot be reached"),
+    ("calibration=wikitext2 calibration.sequence_length=64", "wikitext2"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "part"), [*NUMBERS, *NULLS, *KEYS, *NAMES, *FOR_NO_RUN])
+def test_a_wrong_argument_is_named_in_one_line(tmp_path: Path, arguments: str, part: str) -> None:
+    assert part in (line := refused(tmp_path, *arguments.split(" "), "tracking=none")), line
+    assert not list(tmp_path.glob("outputs/artifacts/*/*/manifest.json"))

@@ -1,0 +1,202 @@
+"""heapr as a library: the same results as a run, a model left in order, and mistakes told in one line."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+import heapr
+from heapr import artifacts
+from heapr.errors import ConfigError
+from heapr.run_experiment import Summary
+from heapr.score.gradient import Fisher
+from heapr.text.corpora import TextFiles
+from heapr.types import Plan
+from tests.experiment import run_in, write_model, write_texts
+from tests.tiny import byte_tokenizer, tiny_ids, tiny_qwen3_moe
+
+NOT_MEASURED = [f"evaluation.{name}=null" for name in ("routing", "truth", "fidelity", "throughput")]
+ALL_TEXT = ["calibration.corpus.split=all", "evaluation.corpora.text_files.split=all"]
+SAMPLING = {"num_samples": 6, "sequence_length": 32, "batch_size": 4}
+WIDE = {"moe_intermediate_size": 32}  # so that a width can be a multiple of 8
+TOKENIZER = byte_tokenizer()
+TEXTS = [f"Line {number}: the sum of {number * 7 % 31} things.\n" for number in range(40)]
+
+
+def loaded(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def read_plan(summary: Summary, outputs: Path) -> Plan:
+    keys = [stage["key"] for stage in summary.stages if stage["stage"] == "prune"]
+    return artifacts.read_plan(outputs / "artifacts" / "prune" / keys[-1])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options"),
+    [
+        (["recipe=stock", "pruning.ratio=0.25"], {}),
+        (
+            ["recipe=heapr", "score=reap", "pruning=layer", "pruning.rounds=2", "pruning/repair=joint", "pruning.ratio=0.5"],
+            {"recipe": None, "score": "reap", "scope": "layer", "rounds": 2, "repair": "joint", "ratio": 0.5},
+        ),
+        (["recipe=best", "pruning.form=masked", "pruning.ratio=0.3"], {"recipe": "best", "form": "masked", "ratio": 0.3}),
+    ],
+)  # fmt: skip
+def test_the_result_is_that_of_a_run(tmp_path: Path, overrides: list[str], options: dict[str, Any]) -> None:
+    """Plan, metrics, and every file of the checkpoint but the words about its origin."""
+    folder = write_model(tmp_path / "model", **WIDE)
+    summary = run_in(
+        tmp_path, *write_texts(tmp_path), *ALL_TEXT, "model=hf", f"model.path={folder}", "model.dtype=float32", *overrides,
+        *NOT_MEASURED,
+        "evaluation.perplexity.window=32", "evaluation.efficiency.window=32",
+        "evaluation.perplexity.batch_size=4",
+    )  # fmt: skip
+    train, test = (TextFiles([str(tmp_path / name)], "all") for name in ("train.txt", "test.txt"))
+    pruned = heapr.prune(loaded(folder), TOKENIZER, train, evaluate_on=test, **SAMPLING, **options)
+    plan = read_plan(summary, tmp_path / "outputs")
+    assert plan.layers.keys() == pruned.plan.layers.keys()
+    assert all(torch.equal(plan.layers[index], pruned.plan.layers[index]) for index in plan.layers)
+    assert pruned.metrics == summary.metrics
+    (written,) = (tmp_path / "outputs").glob("artifacts/prune/*/checkpoint")
+    pruned.save_pretrained(tmp_path / "saved")
+    names = {path.relative_to(written) for path in written.rglob("*") if path.is_file()}
+    assert names == {
+        path.relative_to(tmp_path / "saved") for path in (tmp_path / "saved").rglob("*") if path.is_file()
+    }
+    theirs, ours = (load_file(place / "model.safetensors") for place in (written, tmp_path / "saved"))
+    assert theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in ours)
+
+
+def test_steps_one_by_one_give_the_plan_of_all(tmp_path: Path) -> None:
+    model = tiny_qwen3_moe()
+    before = copy.deepcopy(model.state_dict())
+    statistics = heapr.calibrate(model, TOKENIZER, TEXTS, **SAMPLING)
+    scores = heapr.score(model, statistics, "fisher")
+    by_plug_in = heapr.score(model, statistics, Fisher())
+    metrics = heapr.evaluate(model, TOKENIZER, TEXTS, window=32)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    pruned = heapr.prune(
+        model, TOKENIZER, TEXTS, recipe=None, score="fisher", ratio=0.5, evaluate_on=TEXTS, **SAMPLING
+    )
+    for index, scores_EF in scores.layers.items():
+        assert torch.equal(scores_EF, by_plug_in.layers[index])
+        kept_EF = pruned.plan.layers[index]
+        assert not (~kept_EF).any() or scores_EF[~kept_EF].max() <= scores_EF[kept_EF].max()
+    assert pruned.metrics["dense"]["perplexity/texts"] == metrics["perplexity/texts"]
+    assert pruned.metrics["size"]["atomic_experts_removed_ratio"] == 0.5
+    pruned.save_pretrained(tmp_path / "saved")
+    assert type(pruned.model) is type(heapr.load_pruned(tmp_path / "saved"))
+
+
+def test_a_loaders_batches_are_texts_that_were_cut_already() -> None:
+    ids_NW = tiny_ids(num_sequences=8, length=12)
+    loader = DataLoader([{"input_ids": row, "labels": row} for row in ids_NW], batch_size=4)
+    of_ids = heapr.calibrate(tiny_qwen3_moe(), None, list(ids_NW.split(4)))
+    of_loader = heapr.calibrate(tiny_qwen3_moe(), None, loader)
+    for index, layer in of_ids.layers.items():
+        for name, tensor in layer.items():
+            assert torch.equal(tensor, getattr(of_loader.layers[index], name)), name
+    assert heapr.calibrate(tiny_qwen3_moe(), None, loader, num_samples=3).num_tokens == 3 * 12
+
+
+def test_the_model_keeps_its_mode_and_what_trains(tmp_path: Path) -> None:
+    model = tiny_qwen3_moe().train()
+    model.requires_grad_(False)
+    model.lm_head.weight.requires_grad_(True)
+    model.lm_head.eval()
+    with torch.no_grad():
+        heapr.calibrate(model, TOKENIZER, TEXTS, **SAMPLING)
+    assert model.training and not model.lm_head.training
+    frozen = tiny_qwen3_moe().train().requires_grad_(False)
+    pruned = heapr.prune(frozen, TOKENIZER, TEXTS, recipe="heapr", **SAMPLING)
+    pruned.save_pretrained(tmp_path / "saved")
+    assert all(module.training for module in frozen.modules())
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+
+
+def test_a_folder_with_something_in_it_is_not_written_to(tmp_path: Path) -> None:
+    pruned = heapr.prune(tiny_qwen3_moe(), None, [tiny_ids(8, 12)], recipe="heapr")
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(ConfigError, match="is not an empty folder"):
+        pruned.save_pretrained(tmp_path)
+    (tmp_path / "new").mkdir()
+    pruned.save_pretrained(tmp_path / "new")
+    assert not list((tmp_path / "new").glob("tokenizer*"))
+
+
+def dense_model() -> PreTrainedModel:
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=257, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+        )
+    )  # fmt: skip
+
+
+MISTAKES: list[tuple[dict[str, Any], str]] = [
+    ({"ratio": 1.5}, "ratio=1.5 is not in [0, 1)"),
+    ({"ratio": "25%"}, "ratio=25% has the wrong type; give a number"),
+    ({"recipe": "stok"}, "recipe='stok' is unknown; did you mean stock? known: best, heapr, stock"),
+    ({"score": "fischer"}, "score='fischer' is unknown; did you mean fisher?"),
+    ({"score": Fisher}, "give the name of an option"),
+    ({"rounds": "2"}, "rounds=2 has the wrong type; give a whole number"),
+    ({"form": "uniform"}, "pruning.form=uniform gives every expert one width"),
+    ({"foo": 1}, "unknown key 'foo'; known here: batch_size, "),
+    ({"sequence_length": 65}, "sequence_length 65 is above the model's 64 tokens; give at most 64"),
+    ({"num_samples": 1000}, "asks for 1000 sequences of corpus 'texts'"),
+    ({"model": "tiny"}, "load it first: AutoModelForCausalLM.from_pretrained"),
+    ({"model": TOKENIZER, "tokenizer": tiny_qwen3_moe}, "the order is model, tokenizer, texts"),
+    ({"model": lambda: tiny_qwen3_moe().model}, "Qwen3MoeModel has no output head"),
+    ({"model": lambda: tiny_qwen3_moe().to("meta")}, "weights on the meta device or offloaded"),
+    ({"model": dense_model}, "has no MoE layer"),
+    ({"model": lambda: torch.nn.DataParallel(tiny_qwen3_moe())}, "of a parallel one .module"),
+    ({"tokenizer": None}, "tokenizer is a NoneType"),
+    ({"texts": "one string"}, "texts is one string; give a list of documents, for example [text]"),
+    ({"texts": []}, "texts are empty"),
+    ({"texts": [" "]}, "texts are empty (1 documents without a word)"),
+    ({"texts": ["a", 2]}, "texts[1] is a int, not a string"),
+    ({"texts": ["a"]}, "less than one window of 32; give more text"),
+    ({"texts": 3}, "texts is a int; give a list of strings, or a loader's batches"),
+    ({"texts": [{"text": "a"}]}, "give its column, for example dataset['text']"),
+    ({"texts": tiny_ids(2, 8)}, "texts is one Tensor; give a list of batches, for example [batch]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("wrong", "message"), MISTAKES, ids=[message[:40] for _, message in MISTAKES])
+def test_mistakes_are_told_in_one_line(wrong: dict[str, Any], message: str) -> None:
+    given = {
+        "model": tiny_qwen3_moe,
+        "tokenizer": TOKENIZER,
+        "texts": TEXTS,
+        "recipe": None,
+        **SAMPLING,
+        **wrong,
+    }
+    made = {name: value() if isinstance(value, Callable) and name in {"model", "tokenizer"} and value is not TOKENIZER else value for name, value in given.items()}  # fmt: skip
+    model, tokenizer, texts = made.pop("model"), made.pop("tokenizer"), made.pop("texts")
+    with pytest.raises(ConfigError) as refused:
+        heapr.prune(model, tokenizer, texts, **made)
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_the_package_names_its_functions_and_imports_at_once() -> None:
+    code = (
+        "import sys, heapr, heapr.score.criterion; assert callable(heapr.score), heapr.score;"
+        "import heapr as again; sys.exit('transformers' in sys.modules or ' '.join(dir(heapr)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(heapr.__file__).parents[1], capture_output=True, text=True, check=False
+    )  # fmt: skip
+    names = ["ConfigError", "Pruned", "__version__", "calibrate", "evaluate", "load_pruned", "prune", "score"]
+    assert result.stderr.split() == names
+    assert sorted(heapr.__all__) == names and all(getattr(heapr, name) for name in names)
