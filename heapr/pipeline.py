@@ -19,6 +19,7 @@ from torch import Tensor
 
 from heapr import artifacts
 from heapr.artifacts import CARD, CHECKPOINT, CHECKPOINT_PART, REPAIR_PART, Report
+from heapr.calibration.checkpoints import Checkpoints
 from heapr.calibration.collector import collect
 from heapr.calibration.coverage import Coverage, coverage_of, report_coverage
 from heapr.errors import ConfigError
@@ -116,11 +117,18 @@ class Pipeline:
             shared = ranks.share(batches(tokens, batch_size))
             on_batch = values.CalibrationProgress(self.tracker)
             model = self._model(step)
-            way = self.experiment.placement.way(model, partial(self._files, step, tokens))
+            files = partial(self._files, step, tokens)
+            way = self.experiment.placement.way(model, files)
+            checkpoints = None
+            if not model.is_streamed:  # which records every layer
+                checkpoints = Checkpoints(files(), self.experiment.config.runtime.checkpoint_seconds)
             shown: Iterable[Tensor] = shared
             if not model.is_streamed:  # which shows its progress through the layers
                 shown = progress(shared, total=len(shared), description="calibrate")
-            return tokens, collect(model, shown, way=way, on_batch=on_batch, ranks=ranks)
+            statistics = collect(
+                model, shown, way=way, on_batch=on_batch, ranks=ranks, checkpoints=checkpoints
+            )
+            return tokens, statistics
 
         self._get(step, compute, artifacts.write_calibration)
         statistics: Statistics = self.results.of(step)
@@ -182,9 +190,7 @@ class Pipeline:
 
         def compute() -> tuple[Pruning, Report]:
             plan, earlier = self.results.plan(step), self.results.pruning(step)
-            files = None
-            if self.experiment.placement.is_streamed:
-                files = self._files(step, self.results.tokens(step))
+            files = self._files(step, self.results.tokens(step))
             pruning, found = self.models.repaired(plan, earlier, calibration_batches, files)
             return pruning, report_repair(found)
 
@@ -300,6 +306,7 @@ class Pipeline:
             "tokens": tokens.sha256,
             "batch_size": batch_size,
             "device": self.experiment.device.type,
+            "streamed": self.experiment.placement.is_streamed,
             "ranks": self.experiment.ranks.size,
             "torch": torch.__version__,
             "transformers": transformers.__version__,

@@ -96,7 +96,7 @@ class ModelProvider:
             plan: for the dense model.
             earlier: the result of the round before, made now or read from the store; None in the first round.
             batches: returns the calibration batches, int64 (N, W) each.
-            files: for the repaired weights of a streamed model, with those that an earlier process finished.
+            files: for the repaired weights, with those that an earlier process finished.
 
         Returns:
             the plan with the repaired weights, and what repair found, by decoder layer index.
