@@ -35,7 +35,7 @@ def unknown_key(path: str, known: Collection[str]) -> str:
     return f"unknown key '{path}'; {suggestion}known here: {names}"
 
 
-def counted(number: int, one: str, many: str = "") -> str:
+def plural(number: int, one: str, many: str = "") -> str:
     """A number of things: "1 job", "2 jobs".
 
     Args:

@@ -31,7 +31,7 @@ from heapr.store.leftovers import damaged_copies
 from heapr.store.manifest import MissingError
 from heapr.store.references import needs_of_runs
 from heapr.store.verify import Hashes, verify
-from heapr.words import counted
+from heapr.words import plural
 
 MISTAKE, DAMAGE = 2, 1  # exit codes
 MINUTE = len("2026-01-01T00:00")  # of a time, as far as the list shows it
@@ -60,8 +60,8 @@ def _list(root: Path, options: argparse.Namespace) -> int:
     for column in table.columns:
         column.no_wrap = True
     for entry in found:
-        runs = counted(len(_runs_that_need(entry, needs)), "run")
-        artifacts = counted(len(users.get(entry.name, [])), "artifact")
+        runs = plural(len(_runs_that_need(entry, needs)), "run")
+        artifacts = plural(len(users.get(entry.name, [])), "artifact")
         cells = _cells(entry, f"{runs}, {artifacts}")
         table.add_row(*map(Text, cells))
     console = open_console()
@@ -69,7 +69,7 @@ def _list(root: Path, options: argparse.Namespace) -> int:
     line = f"{_number_and_size(found)} in {root}"
     copies = damaged_copies(root)
     if copies:
-        number = counted(len(copies), "damaged copy", "damaged copies")
+        number = plural(len(copies), "damaged copy", "damaged copies")
         line += f"; {number}"
     print_lines(console, line)
     for reason in unreadable:
@@ -146,7 +146,7 @@ def _collect_garbage(root: Path, options: argparse.Namespace) -> int:
         print_lines(console, f"{entry.name}, {_size(entry.num_bytes)}: {entry.problem or why}")
     for copy in garbage.copies:
         print_lines(console, f"{copy.parent.name}/{copy.name}, {_size(size_of(copy))}: a damaged copy")
-    number = counted(len(garbage.artifacts), "artifact")
+    number = plural(len(garbage.artifacts), "artifact")
     what = f"{number}, {_size(garbage.num_bytes)} in all"
     if not options.delete:
         print_lines(console, f"{what}; nothing is removed without --delete")
@@ -219,7 +219,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _number_and_size(found: Sequence[Entry]) -> str:
-    number = counted(len(found), "artifact")
+    number = plural(len(found), "artifact")
     total = sum(entry.num_bytes for entry in found)
     return f"{number}, {_size(total)}"
 

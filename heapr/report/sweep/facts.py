@@ -10,7 +10,7 @@ from typing import Any
 
 from heapr.report.sweep.factors import factor, show
 from heapr.report.sweep.results import Jobs, artifact_seconds, finished
-from heapr.words import counted
+from heapr.words import plural
 
 Record = Mapping[str, Any]  # in JSON types
 
@@ -59,7 +59,7 @@ def _machine(machine: Record) -> str:
     name = machine["name"]
     if machine["device"] == "cuda":
         return f"GPU {name}"
-    threads = counted(machine["threads"], "thread")
+    threads = plural(machine["threads"], "thread")
     return f"CPU {name}, {threads}"
 
 
@@ -69,12 +69,12 @@ def _duration(done: Jobs, environments: Iterable[Record]) -> str:
     of_jobs = [environment["seconds"] for environment in environments]
     if of_jobs:
         total = _time(sum(of_jobs))
-        number = counted(len(of_jobs), "job")
+        number = plural(len(of_jobs), "job")
         texts.append(f"{total} for {number}")
     of_artifacts = artifact_seconds(done)
     if of_artifacts:
         total = _time(sum(of_artifacts.values()))
-        number = counted(len(of_artifacts), "artifact")
+        number = plural(len(of_artifacts), "artifact")
         texts.append(f"{total} to make their {number}, now or earlier")
     return "; ".join(texts)
 
