@@ -94,7 +94,7 @@ def prepare(
         config, plugins, source, device, budget, store, steps, placement=placement, left_out=left_out,
         ranks=ranks,
     )  # fmt: skip
-    _ = experiment.stock_settings  # raises if the model cannot take the uniform form
+    _ = experiment.stock_settings  # raises if the model cannot take the form
     return experiment
 
 

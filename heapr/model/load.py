@@ -156,7 +156,7 @@ class ModelSource(ModelShape):
 
     def on_meta(self) -> MoEModel:
         """The model on the meta device, in its dtype: shapes, no memory."""
-        config = copy.deepcopy(self.config)  # the uniform form changes its model's
+        config = copy.deepcopy(self.config)  # some forms change their model's
         return MoEModel(on_meta(config, str(self.folder), self.trust_remote_code, self.dtype))
 
     def load(self, device: torch.device, device_map: str | None = None) -> MoEModel:
