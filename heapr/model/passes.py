@@ -184,10 +184,11 @@ class _Journey:
             return
         losses = {str(number): loss.item() for number, loss in self._losses.items()}
         tapes = [tape.describe() for tape in self._tapes]
+        spans = [(span.start, span.stop) for span in self._way.spans]
         self._way.shelf.commit(
             num_forward=self._num_forward,
             first_finished=self._first_finished,
-            spans=[(span.start, span.stop) for span in self._way.spans],
+            spans=spans,
             losses=losses,
             tapes=tapes,
         )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -174,19 +174,18 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("wrong", "message"), MISTAKES, ids=[message[:40] for _, message in MISTAKES])
 def test_mistakes_are_told_in_one_line(wrong: dict[str, Any], message: str) -> None:
-    given = {
-        "model": tiny_qwen3_moe,
-        "tokenizer": TOKENIZER,
-        "texts": TEXTS,
-        "recipe": None,
-        **SAMPLING,
-        **wrong,
-    }
-    made = {name: value() if isinstance(value, Callable) and name in {"model", "tokenizer"} and value is not TOKENIZER else value for name, value in given.items()}  # fmt: skip
-    model, tokenizer, texts = made.pop("model"), made.pop("tokenizer"), made.pop("texts")
+    options = {"recipe": None, **SAMPLING, **wrong}
+    model = _made(options.pop("model", tiny_qwen3_moe))
+    tokenizer = _made(options.pop("tokenizer", TOKENIZER))
+    texts = options.pop("texts", TEXTS)
     with pytest.raises(ConfigError) as refused:
-        heapr.prune(model, tokenizer, texts, **made)
+        heapr.prune(model, tokenizer, texts, **options)
     assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def _made(value: Any) -> Any:
+    """The value, or what it returns if it is one of the functions of `MISTAKES`; a tokenizer is callable too."""
+    return value() if inspect.isfunction(value) else value
 
 
 def test_the_package_names_its_functions_and_imports_at_once() -> None:

@@ -13,7 +13,7 @@ import torch
 from heapr.calibration.collector import collect
 from heapr.errors import ConfigError
 from heapr.model.checkpoint import save_checkpoint
-from heapr.model.load import find_model
+from heapr.model.find_model import find_model
 from heapr.model.moe import MoEModel
 from heapr.model.passes import Way, final_hidden_states, unchanged
 from heapr.model.shelf import Files
