@@ -40,8 +40,8 @@ class ModelProvider:
     Args:
         load: loads the dense model anew.
         repair: refits the kept weights; None leaves them unchanged.
-        form: the final model's form: ragged, uniform or masked.
-        stock_settings: what the uniform form changes in the model's configuration; empty for other forms.
+        form: the final model's form (`pruning.form`).
+        stock_settings: what a form in the family's own class changes in the configuration; else empty.
         ranks: the processes that repair together.
     """
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import email
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -160,11 +162,21 @@ NAMES = [
 FOR_NO_RUN = [
     ("calibration.num_samples=100000000", "calibration.num_samples"),
     ("calibration.num_samples=200000", "cannot give"),
-    ("evaluation.zero_shot.num_fewshot=100000", "num_fewshot"),
+    (
+        "calibration.num_samples=8 evaluation/corpora=[pydocs] evaluation.zero_shot.num_fewshot=100000",
+        "num_fewshot",
+    ),
     ("evaluation.zero_shot.tasks=[pydocs_continuatio]", "did you mean pydocs_continuation"),
     ("model.path=someone/some-model", "the hub cannot be reached"),
     ("calibration=wikitext2 calibration.sequence_length=64", "wikitext2"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def small_standard_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The docstrings of one package, since those of all take seconds to collect."""
+    folder = str(Path(email.__file__).parent)
+    monkeypatch.setattr("heapr.text.corpora.sysconfig", SimpleNamespace(get_path=lambda name: folder))
 
 
 @pytest.mark.parametrize(("arguments", "part"), [*NUMBERS, *NULLS, *KEYS, *NAMES, *FOR_NO_RUN])
