@@ -28,11 +28,14 @@ NUM_JOBS = int(os.environ.get("HEAPR_SOAK_JOBS", "200"))  # a multiple of 20, at
 NUM_KILLS = 6
 NOT_IN_A_SWEEP = ("throughput", "truth", "efficiency", "fidelity")
 LIMIT = 1200.0  # seconds
-EARLY, LATE = 0.2, 0.85  # shares of a process's life between which leaks are looked for
+EARLY, LATE = 20, int(0.85 * NUM_JOBS)  # finished jobs between which leaks are looked for
 RUNS_JOBS = 200e6  # bytes: a process that has imported torch
 GROWTH = 1.05
 
 pytestmark = [pytest.mark.faults, pytest.mark.xdist_group("soak")]
+
+
+Seen = dict[int, list[tuple[int, Held]]]
 
 
 class Soak:
@@ -88,17 +91,18 @@ def options_in(folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Soak, dict[int, list[Held]]]:
-    """A finished sweep, and by process what it held all the time."""
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Soak, Seen]:
+    """A finished sweep, and by process what it held when so many jobs were finished."""
     folder = tmp_path_factory.mktemp("soak")
     soak = Soak(folder / "undisturbed", options_in(folder))
-    seen: dict[int, list[Held]] = {}
+    seen: Seen = {}
 
     def watch(started: int) -> None:
+        num_finished = soak.num_finished
         for pid in processes_of(started):
             held = held_by(pid)
             if held is not None:
-                seen.setdefault(pid, []).append(held)
+                seen.setdefault(pid, []).append((num_finished, held))
 
     code = soak.run(watch)
     assert code == 0, soak.output
@@ -106,16 +110,15 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Soak, dict[in
     return soak, seen
 
 
-def test_nothing_leaks(undisturbed: tuple[Soak, dict[int, list[Held]]]) -> None:
+def test_nothing_leaks(undisturbed: tuple[Soak, Seen]) -> None:
     """In the processes that run jobs; the one that hands them out keeps what Hydra keeps of each."""
     _, seen = undisturbed
     num_compared = 0
-    for pid, held in seen.items():
-        num_samples = len(held)
-        before = _typical(held[int(EARLY * num_samples) :][: num_samples // 10])
-        after = _typical(held[int(LATE * num_samples) :])
-        print(f"process {pid}, {num_samples} times: {before} early, {after} late")  # noqa: T201
-        if num_samples < 40 or before.memory < RUNS_JOBS:
+    for pid, samples in seen.items():
+        before = _typical([held for number, held in samples if EARLY <= number < EARLY + NUM_JOBS // 8])
+        after = _typical([held for number, held in samples if LATE <= number < NUM_JOBS])
+        print(f"process {pid}: {before} early, {after} late")  # noqa: T201
+        if before.memory < RUNS_JOBS or not after.memory:
             continue
         num_compared += 1
         assert after.memory <= GROWTH * before.memory, pid
@@ -132,9 +135,7 @@ def _typical(held: list[Held]) -> Held:
     return Held(memory, files, threads)
 
 
-def test_random_kills_change_no_table(
-    undisturbed: tuple[Soak, dict[int, list[Held]]], tmp_path: Path
-) -> None:
+def test_random_kills_change_no_table(undisturbed: tuple[Soak, Seen], tmp_path: Path) -> None:
     """Any process of the sweep: sweep.py, what runs the jobs, or a worker."""
     expected, _ = undisturbed
     soak = Soak(tmp_path / "killed", options_in(expected.outputs.parent))
