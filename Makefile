@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup run test launchers lint type bench gpu engines clean
+.PHONY: setup run test launchers faults lint type bench gpu engines clean
 
 run: $(STAMP) ## prune the built-in model on real text, offline
 	$(BIN)/python run.py
@@ -15,6 +15,10 @@ test: $(STAMP) ## the test suite
 launchers: $(STAMP) ## sweeps through joblib, submitit, Ray and a fake SLURM
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[joblib,slurm,ray]'
 	$(BIN)/python -m pytest -m launcher tests/launchers
+
+faults: $(STAMP) ## kills, races, damage, full disks, and a long sweep that is killed; under 20 minutes
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[joblib]'
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup -rP --show-capture=stdout -m faults tests/faults
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from heapr.model.load import find_model
+from heapr.model.find_model import find_model
 from heapr.text.corpora import TextFiles
 from heapr.text.windows import draw
 

@@ -32,9 +32,10 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from heapr.calibration.collector import collect
 from heapr.model.checkpoint import save_checkpoint
+from heapr.model.find_model import find_model
 from heapr.model.footprint import batch_bytes, footprint, free_memory, loading_factor
 from heapr.model.kernels import kernels_of
-from heapr.model.load import ModelSource, find_model
+from heapr.model.load import ModelSource
 from heapr.model.loss import next_token_loss
 from heapr.model.moe import MoEModel
 from heapr.model.passes import Way, final_hidden_states

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from heapr.calibration.collector import collect
-from heapr.model.load import find_model
+from heapr.model.find_model import find_model
 from heapr.model.loss import next_token_loss
 from heapr.model.moe import MoEModel
 from heapr.pruning.super_experts import describe_super_experts, find_super_experts

@@ -91,7 +91,8 @@ def check_composed(config: DictConfig, overrides: Sequence[str]) -> None:
     refuse_secrets(plain, "")
     if "oc.env" in str(plain):
         refuse_secrets(_resolved(config), "")
-    refuse_secrets({name: value for name, value in hydra.items() if name != "help"}, "hydra")
+    of_hydra = {name: value for name, value in hydra.items() if name != "help"}
+    refuse_secrets(of_hydra, "hydra")
     _check_command_line_only(plain, hydra, given)
     allow = given.get(ALLOW) or []
     check_targets(plain, allow if isinstance(allow, list) else [])
@@ -113,7 +114,8 @@ def _given(overrides: Sequence[str]) -> dict[str, Any]:
 
 def _resolved(config: DictConfig) -> dict[str, Any]:
     """The configuration without Hydra's node, with the values of environment variables that it refers to."""
-    own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    keys = [str(key) for key in config if key != "hydra"]
+    own = OmegaConf.masked_copy(config, keys)
     try:
         resolved = OmegaConf.to_container(own, resolve=True)
     except OmegaConfBaseException:

@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from heapr.experiment import Experiment
 from heapr.machine_speed import bytes_per_second, flops_per_second
 from heapr.model.costs import activation_bytes, calibration_flops
@@ -25,7 +23,6 @@ from heapr.prepare import prepare
 from heapr.pruning.budget import Budget
 from heapr.schema import CalibrationConfig, ExperimentConfig
 from heapr.stage_memory import MEMORY_STAGES
-from heapr.types import LayerStatistics
 
 MATRIX_ELEMENT_BYTES = 4  # the published procedure's D x D matrices are float32
 
@@ -132,24 +129,10 @@ def dry_run(config: ExperimentConfig) -> DryRun:
     Raises:
         ConfigError: the experiment cannot be run; the message says why.
     """
-    notes: list[str] = []
-    experiment = prepare(config, notes)
+    not_here: list[str] = []
+    experiment = prepare(config, not_here)
     source, budget = experiment.source, experiment.budget
-    notes += experiment.notes_on_budget
     model = source.on_meta()
-    if source.has_weights:
-        notes += source.remarks + experiment.notes_on_heads
-    else:
-        notes += source.on_quantization
-    if "hub" not in source.identity and not source.has_weights:
-        notes.append(
-            f"'{source.folder}' holds no weights; the keys will change when they are there, because weights"
-            " determine results"
-        )
-    if experiment.placement.why is not None:
-        notes.append(experiment.placement.why)
-    if experiment.left_out:
-        notes.append(f"left out where a model is streamed: {', '.join(experiment.left_out)}")
     stages = step_states(experiment)
     costs = _costs(model, config.calibration)
     return DryRun(
@@ -165,12 +148,33 @@ def dry_run(config: ExperimentConfig) -> DryRun:
         batch_size=min(config.calibration.batch_size, config.calibration.num_samples),
         sequence_length=config.calibration.sequence_length,
         stages=stages,
-        notes=notes,
+        notes=not_here + _notes(experiment),
         **_sizes(model, source, budget),
         **costs,
         **_places(experiment),
         **_time(experiment, stages, costs["calibration_flops"]),
     )
+
+
+def _notes(experiment: Experiment) -> list[str]:
+    """What there is to say about the budget, the model's files, and where things will be."""
+    source = experiment.source
+    notes = list(experiment.notes_on_budget)
+    if source.has_weights:
+        notes += source.remarks + experiment.notes_on_heads
+    else:
+        notes += source.on_quantization
+    if "hub" not in source.identity and not source.has_weights:
+        notes.append(
+            f"'{source.folder}' holds no weights; the keys will change when they are there, because weights"
+            " determine results"
+        )
+    if experiment.placement.why is not None:
+        notes.append(experiment.placement.why)
+    if experiment.left_out:
+        names = ", ".join(experiment.left_out)
+        notes.append(f"left out where a model is streamed: {names}")
+    return notes
 
 
 def step_states(experiment: Experiment) -> list[StepState]:
@@ -188,8 +192,6 @@ def _sizes(model: MoEModel, source: ModelSource, budget: Budget) -> dict[str, An
     layers = model.layers
     parameters = sum(parameter.numel() for parameter in model.model.parameters())
     removed = _num_removed(source, budget)
-    nowhere = torch.device("meta")
-    statistics = [LayerStatistics.zeros(layer.num_experts, layer.width, nowhere) for layer in layers]
     num_elements = sum(layer.num_experts * layer.model_width**2 for layer in layers)
     nums_experts = [layer.num_experts for layer in layers]
     widths = [width for layer in layers for width in layer.widths]
@@ -204,7 +206,6 @@ def _sizes(model: MoEModel, source: ModelSource, budget: Budget) -> dict[str, An
         "expert_parameters": sum(layer.num_parameters for layer in layers),
         "parameters_removed": None if removed is None else removed * layers[0].atomic_expert_parameters,
         "weight_bytes": parameters * source.dtype.itemsize,
-        "statistics_bytes": sum(layer.num_bytes for layer in statistics),
         "matrix_bytes": num_elements * MATRIX_ELEMENT_BYTES,
     }
 
@@ -231,13 +232,14 @@ def sequence_flops(model: MoEModel, length: int) -> int | None:
 
 
 def _places(experiment: Experiment) -> dict[str, Any]:
-    """Memory of the stages; what the calibration reads, and the disk that it takes."""
+    """Memory of the statistics and of the stages; what the calibration reads, and the disk that it takes."""
     placement = experiment.placement
     beside = {"interpreter": interpreter_bytes()} if experiment.device.type == "cpu" else {}
     stages = memory_stages(experiment.steps) or MEMORY_STAGES
     memory = {stage: placement.peak_bytes(stage) | beside for stage in stages}
     on_disk = placement.is_streamed and placement.on_disk
     return {
+        "statistics_bytes": placement.statistics,
         "peak_memory": memory,
         "bytes_read": placement.bytes_read if placement.is_streamed else None,
         "tape_bytes": placement.tape_bytes if on_disk else None,

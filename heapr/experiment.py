@@ -17,9 +17,7 @@ from heapr.model.config_file import prediction_heads
 from heapr.model.heads import KEPT, LEFT_OUT, describe_heads, why_left_out
 from heapr.model.load import ModelSource
 from heapr.model.moe import MoEModel
-from heapr.placement import (
-    Placement,
-)
+from heapr.placement import Placement
 from heapr.pruning.budget import Budget
 from heapr.pruning.fewer_experts import describe_num_experts, fewer_experts_settings
 from heapr.pruning.layer_repair import Repair

@@ -46,12 +46,12 @@ def bytes_per_second(paths: Iterable[Path]) -> float | None:
 
     What the operating system has in its cache is read from there, as it would be in a run.
     """
-    path = next((path for path in paths if path.is_file()), None)
-    if path is None:
+    there = [path for path in paths if path.is_file()]
+    if not there:
         return None
     done = 0
     started = time.perf_counter()
-    with path.open("rb", buffering=0) as file:
+    with there[0].open("rb", buffering=0) as file:
         while done < SAMPLE and (block := file.read(BLOCK)):
             done += len(block)
     return done / max(1e-9, time.perf_counter() - started)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from heapr import artifacts
 from heapr.artifacts import CARD, CHECKPOINT, CHECKPOINT_PART, REPAIR_PART, Report
+from heapr.calibration.checkpoints import Checkpoints
 from heapr.calibration.collector import collect
 from heapr.calibration.coverage import Coverage, coverage_of, report_coverage
 from heapr.errors import ConfigError
@@ -42,15 +43,7 @@ from heapr.store import Artifact
 from heapr.text.windows import batches
 from heapr.tracking import values
 from heapr.tracking.tracker import FIGURES, NUM_TOKENS, Figure, Tracker, Value
-from heapr.types import (
-    Evaluation,
-    Metrics,
-    Plan,
-    Pruning,
-    Scores,
-    Statistics,
-    TokenWindows,
-)
+from heapr.types import Evaluation, Metrics, Plan, Pruning, Scores, Statistics, TokenWindows
 
 logger = logging.getLogger(__name__)
 
@@ -116,11 +109,18 @@ class Pipeline:
             shared = ranks.share(batches(tokens, batch_size))
             on_batch = values.CalibrationProgress(self.tracker)
             model = self._model(step)
-            way = self.experiment.placement.way(model, partial(self._files, step, tokens))
+            files = partial(self._files, step, tokens)
+            way = self.experiment.placement.way(model, files)
+            checkpoints = None
+            if not model.is_streamed:  # which records every layer
+                checkpoints = Checkpoints(files(), self.experiment.config.runtime.checkpoint_seconds)
             shown: Iterable[Tensor] = shared
             if not model.is_streamed:  # which shows its progress through the layers
                 shown = progress(shared, total=len(shared), description="calibrate")
-            return tokens, collect(model, shown, way=way, on_batch=on_batch, ranks=ranks)
+            statistics = collect(
+                model, shown, way=way, on_batch=on_batch, ranks=ranks, checkpoints=checkpoints
+            )
+            return tokens, statistics
 
         self._get(step, compute, artifacts.write_calibration)
         statistics: Statistics = self.results.of(step)
@@ -149,10 +149,15 @@ class Pipeline:
 
         def compute() -> tuple[Plan, Report]:
             earlier = self.results.pruning(step)
-            protects = self.experiment.config.pruning.protect_super_experts
-            statistics, found = self.results.statistics(step), self._super_experts(step)
-            planning = Planning(source, self.experiment.budget, statistics, found, protects)
-            scores, ratio = self.results.scores(step), step.origin.config["ratio"]
+            planning = Planning(
+                source,
+                self.experiment.budget,
+                self.results.statistics(step),
+                super_experts=self._super_experts(step),
+                protects_super_experts=self.experiment.config.pruning.protect_super_experts,
+            )
+            scores = self.results.scores(step)
+            ratio = step.origin.config["ratio"]
             return planning.plan(scores, ratio, earlier.plan if earlier else None)
 
         is_repaired = self.experiment.plugins.repair is not None
@@ -182,9 +187,7 @@ class Pipeline:
 
         def compute() -> tuple[Pruning, Report]:
             plan, earlier = self.results.plan(step), self.results.pruning(step)
-            files = None
-            if self.experiment.placement.is_streamed:
-                files = self._files(step, self.results.tokens(step))
+            files = self._files(step, self.results.tokens(step))
             pruning, found = self.models.repaired(plan, earlier, calibration_batches, files)
             return pruning, report_repair(found)
 
@@ -225,11 +228,10 @@ class Pipeline:
         """All metrics of the run; also writes them into the checkpoint's model card."""
         experiment = self.experiment
         metrics = self.findings.conclude(dense, self._kept_ratio())
-        if experiment.config.pruning.save_checkpoint:
+        if experiment.config.pruning.save_checkpoint and experiment.ranks.is_first:
             card = partial(model_card, self._about(), metrics)
             checkpoint = experiment.steps.last(CHECKPOINT_PART)
-            if experiment.ranks.is_first:
-                self._rewrite_card(checkpoint, card)
+            self._rewrite_card(checkpoint, card)
         return metrics
 
     @property
@@ -240,8 +242,9 @@ class Pipeline:
 
     def _rewrite_card(self, checkpoint: Step, card: Callable[[str], str]) -> None:
         """Write the metrics into the model card; a run does not fail because of it."""
+        name = f"{CHECKPOINT}/{CARD}"
         try:
-            self.experiment.store.rewrite(checkpoint.origin, checkpoint.part, f"{CHECKPOINT}/{CARD}", card)
+            self.experiment.store.rewrite(checkpoint.origin, checkpoint.part, name, card)
         except ConfigError as error:
             logger.warning("%-9s the model card of the checkpoint lacks the metrics: %s", "prune", error)
 
@@ -264,10 +267,12 @@ class Pipeline:
         widths = self.experiment.source.widths
         layers = [layer_routing(index, plan, width_E, statistics) for index, width_E in widths.items()]
         draw = partial(draw_widths, layers, self.experiment.name)
-        shown: dict[str, Value] = {"layers": values.layer_table(layers), WIDTHS: Figure(draw)}
+        shown: dict[str, Value] = {
+            "layers": values.layer_table(layers),
+            WIDTHS: Figure(draw),
+        }
         if self.experiment.config.pruning.save_checkpoint:
-            folder = self.results.folder(steps.last(CHECKPOINT_PART))
-            shown[CHECKPOINT] = str((folder / CHECKPOINT).resolve())
+            shown[CHECKPOINT] = str(self.checkpoint.resolve())
         self.tracker.log(shown | values.artifacts(self.stages))
 
     def _get(self, step: Step, compute: Callable[[], T], write: Callable[[Path, T], None]) -> Artifact:
@@ -300,14 +305,16 @@ class Pipeline:
             "tokens": tokens.sha256,
             "batch_size": batch_size,
             "device": self.experiment.device.type,
+            "streamed": self.experiment.placement.is_streamed,
             "ranks": self.experiment.ranks.size,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
-        return Files(self.experiment.store.scratch(step.origin, step.part) / "files", about)
+        scratch = self.experiment.store.scratch(step.origin, step.part)
+        return Files(scratch / "files", about)
 
     def _final_model(self, step: Step) -> MoEModel:
-        """The same; a pruned model is in the form in which its checkpoint holds it."""
+        """The model that a step works on; a pruned one in the form in which its checkpoint holds it."""
         pruning = self.results.pruning(step)
         return self.models.dense() if pruning is None else self.models.final(pruning)
 

@@ -176,6 +176,7 @@ def choose_placement(
 ) -> Placement:
     """Decide where weights and activations will be: as the configuration says, or by what fits each rank."""
     runtime, calibration = config.runtime, config.calibration
+    is_on_one_device = runtime.device_map is None
     model = source.on_meta()
     batch_size = min(calibration.batch_size, calibration.num_samples)
     sizes = footprint(model, batch_size, calibration.sequence_length)
@@ -183,30 +184,19 @@ def choose_placement(
     num_sharing = ranks.num_local if device.type == "cpu" else 1
     free = min(ranks.gather(free_memory(device) // num_sharing))
     loading = loading_factor(device, source.stored_dtype, source.dtype)
-    is_streamed = runtime.stream is True
     why = None
-    needed = max(int(loading * sizes.weights), sizes.weights + statistics)
-    if runtime.stream == AUTO and runtime.device_map is None and needed > free:
-        is_streamed = True
-        why = (
-            f"weights of {sizes.weights / GB:.3g} GB, {loading} times that while they are loaded, do not fit"
-            f" into the {free / GB:.3g} GB that are free on '{device}': one layer at a time is read from the"
-            " files (runtime.stream)"
-        )
+    if runtime.stream == AUTO and is_on_one_device:
+        why = _why_streamed(sizes, statistics, loading, free=free, device=device)
+    is_streamed = runtime.stream is True or why is not None
     activations = None
     surely = SURELY_BELOW * sizes.num_layers * sizes.hidden + sizes.logits
     if is_streamed or sizes.weights + statistics + surely > free:
         activations = batch_bytes(model, batch_size, calibration.sequence_length)
     by_layer = runtime.gradient_checkpointing is True
-    if runtime.gradient_checkpointing == AUTO and not is_streamed and runtime.device_map is None:
+    if runtime.gradient_checkpointing == AUTO and is_on_one_device and not is_streamed:
         needed = sizes.weights + statistics + (activations or 0)
-        if needed > free:
-            by_layer = True
-            why = (
-                f"weights, statistics and a batch's activations of {needed / GB:.3g} GB do not fit into the"
-                f" {free / GB:.3g} GB that are free on '{device}': activations are computed again in each"
-                " layer (runtime.gradient_checkpointing)"
-            )
+        why = _why_recomputed(needed, free, device)
+        by_layer = why is not None
     return Placement(
         is_streamed=is_streamed,
         on_disk=runtime.activations != RAM,
@@ -225,16 +215,42 @@ def choose_placement(
     )
 
 
+def _why_streamed(
+    sizes: Footprint, statistics: int, loading: float, *, free: int, device: torch.device
+) -> str | None:
+    """Why the whole model cannot be in memory; None if it can."""
+    needed = max(int(loading * sizes.weights), sizes.weights + statistics)
+    if needed <= free:
+        return None
+    return (
+        f"weights of {sizes.weights / GB:.3g} GB, {loading} times that while they are loaded, do not fit into"
+        f" the {free / GB:.3g} GB that are free on '{device}': one layer at a time is read from the files"
+        " (runtime.stream)"
+    )
+
+
+def _why_recomputed(needed: int, free: int, device: torch.device) -> str | None:
+    """Why a batch's activations cannot all be in memory beside weights and statistics; None if they can."""
+    if needed <= free:
+        return None
+    return (
+        f"weights, statistics and a batch's activations of {needed / GB:.3g} GB do not fit into the"
+        f" {free / GB:.3g} GB that are free on '{device}': activations are computed again in each layer"
+        " (runtime.gradient_checkpointing)"
+    )
+
+
 def _evaluated(config: ExperimentConfig, model: MoEModel) -> Footprint:
     """The footprint of the evaluations' largest batch; of a calibration batch if nothing is evaluated."""
-    shapes = [
-        (entry["batch_size"], entry["window"])
-        for entry in config.evaluation.values()
-        if isinstance(entry, Mapping) and {"batch_size", "window"} <= entry.keys()
-    ]
-    calibration = config.calibration
-    shapes = shapes or [(min(calibration.batch_size, calibration.num_samples), calibration.sequence_length)]
-    return footprint(model, *max(shapes, key=math.prod))
+    entries = [entry for entry in config.evaluation.values() if isinstance(entry, Mapping)]
+    with_batches = [entry for entry in entries if {"batch_size", "window"} <= entry.keys()]
+    shapes = [(entry["batch_size"], entry["window"]) for entry in with_batches]
+    if not shapes:
+        calibration = config.calibration
+        batch_size = min(calibration.batch_size, calibration.num_samples)
+        shapes.append((batch_size, calibration.sequence_length))
+    largest = max(shapes, key=math.prod)
+    return footprint(model, *largest)
 
 
 def _statistics_bytes(model: MoEModel) -> int:

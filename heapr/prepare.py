@@ -22,12 +22,11 @@ from heapr.experiment import Experiment, Plugins
 from heapr.measure import machine
 from heapr.model.checkpoint import check_form
 from heapr.model.device import find_device
-from heapr.model.load import ModelSource, find_model
+from heapr.model.find_model import find_model
+from heapr.model.load import ModelSource
 from heapr.model.model_shape import ModelShape
 from heapr.objective import check_objective
-from heapr.placement import (
-    choose_placement,
-)
+from heapr.placement import choose_placement
 from heapr.plugins import build
 from heapr.pruning.budget import Budget
 from heapr.pruning.fewer_experts import choose_num_experts
@@ -65,19 +64,10 @@ def prepare(
     device = _device_of_rank(device, ranks, config.runtime.device_map)
     with ranks.in_turn():
         plugins = build_plugins(config, notes)
-    if not notes:  # of a dry run that lacks texts
+    # Notes are of a dry run that lacks texts, and so does not know all metrics.
+    if not notes:
         check_objective(config.objective, plugins.measurements)
-    artifacts = Path(config.paths.outputs) / ARTIFACTS
-    allowed = {"packages": config.plugins.allow, "trust_remote_code": config.model.trust_remote_code}
-    store = Store(
-        artifacts,
-        device,
-        ranks=ranks,
-        wait_minutes=config.runtime.wait_minutes,
-        full_check=config.runtime.full_check,
-        record={"allowed_code": allowed},
-    )
-    check_is_shared(store.root, ranks)
+    store = _open_store(config, device, ranks)
     with ranks.in_turn():
         digests = None if config.runtime.full_check else store.digests
         source = find_source(config.model, digests=digests, config_only=notes is not None)
@@ -92,7 +82,7 @@ def prepare(
             " machine or pruning.form=ragged"
         )
     plugins, left_out = _without_timings(plugins) if placement.is_streamed else (plugins, [])
-    if not notes:
+    if not notes:  # again, without what was left out
         check_objective(config.objective, plugins.measurements)
     steps = Steps()
     if plugins.text is not None:
@@ -104,8 +94,27 @@ def prepare(
         config, plugins, source, device, budget, store, steps, placement=placement, left_out=left_out,
         ranks=ranks,
     )  # fmt: skip
-    _ = experiment.stock_settings  # raises if the model cannot take the uniform form
+    _ = experiment.stock_settings  # raises if the model cannot take the form
     return experiment
+
+
+def _open_store(config: ExperimentConfig, device: torch.device, ranks: Ranks) -> Store:
+    """The artifact store.
+
+    Raises:
+        ConfigError: its folder cannot be created, or is not the same one for all ranks.
+    """
+    allowed = {"packages": config.plugins.allow, "trust_remote_code": config.model.trust_remote_code}
+    store = Store(
+        Path(config.paths.outputs) / ARTIFACTS,
+        device,
+        ranks=ranks,
+        wait_minutes=config.runtime.wait_minutes,
+        full_check=config.runtime.full_check,
+        record={"allowed_code": allowed},
+    )
+    check_is_shared(store.root, ranks)
+    return store
 
 
 def _without_timings(plugins: Plugins) -> tuple[Plugins, list[str]]:

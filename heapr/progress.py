@@ -13,10 +13,20 @@ Item = TypeVar("Item")
 LOG_INTERVAL_SECONDS = 30.0
 
 
-def progress(items: Iterable[Item], *, total: int, description: str, unit: str = "batch") -> Iterator[Item]:
-    """Yield the items and show the progress."""
+def progress(
+    items: Iterable[Item],
+    *,
+    total: int,
+    description: str,
+    unit: str = "batch",
+    remark: Callable[[], str] | None = None,
+) -> Iterator[Item]:
+    """Yield the items and show the progress, with a remark that is asked for after each item."""
     with tqdm(items, total=total, desc=description, unit=unit, **bar_settings()) as bar:
-        yield from bar
+        for item in bar:
+            yield item
+            if remark is not None:
+                bar.set_postfix_str(remark(), refresh=False)
 
 
 @contextmanager

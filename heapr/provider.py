@@ -40,8 +40,8 @@ class ModelProvider:
     Args:
         load: loads the dense model anew.
         repair: refits the kept weights; None leaves them unchanged.
-        form: the final model's form: ragged, uniform or masked.
-        stock_settings: what the uniform form changes in the model's configuration; empty for other forms.
+        form: the final model's form (`pruning.form`).
+        stock_settings: what a form in the family's own class changes in the configuration; else empty.
         ranks: the processes that repair together.
     """
 
@@ -96,7 +96,7 @@ class ModelProvider:
             plan: for the dense model.
             earlier: the result of the round before, made now or read from the store; None in the first round.
             batches: returns the calibration batches, int64 (N, W) each.
-            files: for the repaired weights of a streamed model, with those that an earlier process finished.
+            files: for the repaired weights, with those that an earlier process finished.
 
         Returns:
             the plan with the repaired weights, and what repair found, by decoder layer index.

@@ -87,7 +87,8 @@ def _run(config: ExperimentConfig, folder: Path, *, sweep: str | None, ranks: Ra
     started = time.perf_counter()
     pruning = config.pruning
     experiment = prepare(config, ranks=ranks)
-    experiment.store.refer(folder, [step.origin for step in experiment.steps])
+    needed = [step.origin for step in experiment.steps]
+    experiment.store.refer(folder, needed)
     tokens = make_ready(experiment)
     logger.info("%-9s %s, results in %s", "run", experiment.name, folder)
     resolved = asdict(config)

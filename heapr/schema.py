@@ -93,6 +93,8 @@ class RuntimeConfig:
     num_threads: int | None = None  # CPU threads, at least 1; null leaves the number to torch
     # How long to wait for a free GPU, or for an artifact that another process is making; null has no limit.
     wait_minutes: float | None = None
+    # Between two checkpoints of a calibration in memory, at least 0: what a crash costs at most.
+    checkpoint_seconds: float = 60.0
     # true: large weights are read and hashed again, whatever the store remembers of them.
     full_check: bool = False
     # true: one decoder layer at a time is read from the files; auto: if the weights do not fit on the device.
@@ -211,6 +213,7 @@ def _check_runtime(runtime: RuntimeConfig) -> None:
         _choice("runtime.device_map", runtime.device_map, DEVICE_MAPS)
     if runtime.wait_minutes is not None:
         at_least("runtime.wait_minutes", runtime.wait_minutes, 0)
+    at_least("runtime.checkpoint_seconds", runtime.checkpoint_seconds, 0)
     at_least("runtime.last_layers", runtime.last_layers, 1)
     if runtime.stream is False and runtime.last_layers > 1:
         raise ConfigError(

@@ -38,7 +38,8 @@ def check_keys(config: DictConfig, schema: type) -> None:
     """
     given = OmegaConf.to_container(config)
     assert isinstance(given, dict)
-    known = _without_unknown({str(key): value for key, value in given.items()}, schema)
+    by_name = {str(key): value for key, value in given.items()}
+    known = _without_unknown(by_name, schema)
     for path in _keys_beyond(given, schema):
         raise ConfigError(explain_unknown_key(path, known))
 

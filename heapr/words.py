@@ -35,6 +35,19 @@ def unknown_key(path: str, known: Collection[str]) -> str:
     return f"unknown key '{path}'; {suggestion}known here: {names}"
 
 
+def plural(number: int, one: str, many: str = "") -> str:
+    """A number of things: "1 job", "2 jobs".
+
+    Args:
+        number: how many.
+        one: name of one of them.
+        many: name of several, if it is not `one` with an s.
+    """
+    if number == 1:
+        return f"1 {one}"
+    return f"{number} {many}" if many else f"{number} {one}s"
+
+
 def class_name(target: str) -> str:
     """Name of a plug-in's class: the last part of its `_target_`."""
     return target.rpartition(".")[2]

@@ -34,8 +34,9 @@ def printed_modules() -> dict[str, str]:
 def test_everything_that_is_printed_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     modules = printed_modules()
     assert modules.keys() == {"Peak", "ManPages", "LargestLogit"}
-    for name, code in modules.items():
-        (tmp_path / f"own_{name.lower()}.py").write_text(code)
+    names = [f"own_{name.lower()}" for name in modules]
+    for name, code in zip(names, modules.values(), strict=True):
+        (tmp_path / f"{name}.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     for name, content in YAML.items():
         path = tmp_path / "conf" / name
@@ -46,7 +47,7 @@ def test_everything_that_is_printed_runs(tmp_path: Path, monkeypatch: pytest.Mon
         (tmp_path / "man1" / f"{page}.txt").write_text(f"{page} does what {page} does. " * 20)
     overrides = [
         f"hydra.searchpath=['file://{tmp_path / 'conf'}']", "score=peak", "corpus@calibration.corpus=man", "evaluation/corpora=[]",
-        "evaluation/evaluators@evaluation=[mine]", "calibration.num_samples=4", "calibration.sequence_length=32", "tracking=none",
+        "evaluation/evaluators@evaluation=[mine]", f"plugins.allow=[{','.join(names)}]", "calibration.num_samples=4", "calibration.sequence_length=32", "tracking=none",
         "model=hf", f"model.path={write_model(tmp_path / 'model')}", "model.dtype=float32", f"paths.outputs={tmp_path / 'outputs'}",
     ]  # fmt: skip
     (tmp_path / "run").mkdir()

@@ -59,6 +59,7 @@ def test_who_waits_is_told_who_holds_the_lock_and_since_when(
             pass
         holder = rf"process {other.pid} of \S+ on {re.escape(socket.gethostname())}, since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d"
         assert re.search(rf"score 17 is still locked by {holder}", str(refusal.value))
+        assert f"or remove '{path}' if that process is gone" in str(refusal.value)
         assert re.search(rf"score 17: waiting for {holder}", caplog.text)
     with locked(path, "score 17", wait_minutes=SOON):
         holder_now = holder_of(path)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experiments.medium import text as medium_text
 from experiments.medium import train as medium
-from heapr.model.load import find_model
+from heapr.model.find_model import find_model
 from tests.same import logits
 
 SMALL = medium.replace(medium.TOY, num_steps=4)

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 from heapr.errors import ConfigError
 from heapr.evaluation.build import build_measurements
 from heapr.evaluation.perplexity import Perplexity
-from heapr.model.load import ModelSource, find_model
+from heapr.model.find_model import find_model
+from heapr.model.load import ModelSource
 from heapr.prepare import prepare
 from heapr.pruning.surgery import mask
 from heapr.run_experiment import Summary

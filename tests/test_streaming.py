@@ -5,20 +5,26 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from heapr import placement
+from heapr.dry_run import dry_run
 from heapr.errors import ConfigError
 from heapr.model.load import ModelSource
+from heapr.model.shards import Place, Shards
 from heapr.model.shelf import Files
+from heapr.model.span import Reads
+from heapr.pruning.repair import ExpertRepair
 from heapr.run_experiment import Summary
-from tests.experiment import run_in, write_model, write_texts
+from tests.experiment import compose_experiment, run_in, write_model, write_texts
 from tests.same import assert_same_files
 
 STREAMED, IN_MEMORY = "runtime.stream=true", "runtime.stream=false"
@@ -49,13 +55,15 @@ def assert_same_metrics(found: Summary, expected: Summary) -> None:
     ],
 )
 def test_built_in_models_give_the_same_summary_and_checkpoint(
-    model: str, options: list[str], tmp_path: Path
+    model: str, options: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     options = [f"model={model}", *write_texts(tmp_path), "pruning.ratio=0.25", *options]
     in_memory = run_in(tmp_path / "in_memory", *options, IN_MEMORY, "evaluation.throughput=null")
-    streamed = run_in(tmp_path / "streamed", *options, STREAMED)
+    with caplog.at_level(logging.INFO, logger="heapr"):
+        streamed = run_in(tmp_path / "streamed", *options, STREAMED)
     assert_same_metrics(streamed, in_memory)
     assert not any("seconds" in name for name in streamed.metrics["comparison"])
+    assert "throughput: left out, because a streamed model waits for the disk" in caplog.text
     assert_same_files(checkpoint_of(streamed), checkpoint_of(in_memory))
     scratch = [*(tmp_path / "streamed" / "outputs" / "artifacts").glob("*/.*.scratch-*")]
     tapes = [*(tmp_path / "streamed" / "outputs" / "artifacts" / ".tapes").iterdir()]
@@ -153,6 +161,70 @@ def test_a_tape_of_other_batches_is_not_used(tmp_path: Path, monkeypatch: pytest
     summary = run_in(tmp_path / "stopped", *options, "calibration.batch_size=3")
     expected = run_in(tmp_path / "whole", *options, "calibration.batch_size=3")
     assert summary.metrics == expected.metrics
+
+
+def test_a_dry_run_tells_what_calibration_reads_and_puts_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of four layers the last is read once."""
+    model = write_model(tmp_path / "model", num_hidden_layers=4)
+    options = ["model=hf", f"model.path={model}", "model.dtype=float32", STREAMED]
+    options += [text for text in write_texts(tmp_path) if not text.startswith("evaluation")]
+    options += [
+        "evaluation=none",
+        "tracking=none",
+        "pruning.save_checkpoint=false",
+        "calibration.num_samples=4",
+    ]
+    # Only the calibration reads: layers are known to depend on the one before.
+    monkeypatch.setattr("heapr.placement.check_streamed", lambda *_: None)
+    one_before = Reads((frozenset(), *(frozenset({layer}) for layer in range(4))))
+    monkeypatch.setattr("heapr.model.passes.reads_of", lambda model: one_before)
+    put, on_disk, read_into, read = Files.put, [], Shards._read_into, []
+
+    def weighed(files: Files, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        shelved = put(files, name, tensor)
+        on_disk.append(sum(path.stat().st_size for path in files.folder.iterdir()))
+        return shelved
+
+    def counted(shards: Shards, place: Place, memory: torch.Tensor) -> torch.Tensor:
+        read.append(len(memory))
+        return read_into(shards, place, memory)
+
+    monkeypatch.setattr(Files, "put", weighed)
+    monkeypatch.setattr(Shards, "_read_into", counted)
+    plan = dry_run(compose_experiment(f"paths.outputs={tmp_path / 'outputs'}", "dry_run=true", *options))
+    run_in(tmp_path, *options)
+    assert sum(read) == plan.bytes_read
+    assert plan.tape_bytes / 2 < max(on_disk) <= plan.tape_bytes
+
+
+def test_files_that_change_in_a_run_stop_it_and_what_was_finished_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_model(tmp_path / "model")
+    options = ["model=hf", f"model.path={model}", *write_texts(tmp_path), *NOT_MEASURED]
+    options += ["model.dtype=float32", "pruning/repair=expert", STREAMED]
+    weights, aside = model / "model.safetensors", tmp_path / "aside"
+    repair = ExpertRepair.__call__
+
+    def replaced(*arguments: Any, **given: Any) -> Any:
+        if not aside.exists():
+            weights.rename(aside)
+            shutil.copy(aside, weights)
+        return repair(*arguments, **given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ExpertRepair, "__call__", replaced)
+        with pytest.raises(
+            ConfigError, match=r"model.safetensors' has changed while it was in use; what was"
+        ):
+            run_in(tmp_path / "stopped", *options)
+    aside.rename(weights)
+    summary = run_in(tmp_path / "stopped", *options)
+    cached = {stage["stage"]: stage["cached"] for stage in summary.stages if stage["stage"] != "evaluate"}
+    assert cached["calibrate"] and cached["score"] and not cached["prune"]
+    assert summary.metrics == run_in(tmp_path / "whole", *options).metrics
 
 
 def test_activations_computed_again_change_nothing(tmp_path: Path) -> None:

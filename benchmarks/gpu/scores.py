@@ -18,7 +18,8 @@ from benchmarks.gpu.rows import Row
 from benchmarks.gpu.shapes import Shapes
 from heapr.calibration.collector import collect
 from heapr.evaluation.correlation import spearman
-from heapr.model.load import ModelSource, find_model
+from heapr.model.find_model import find_model
+from heapr.model.load import ModelSource
 from heapr.score.gradient import Heapr
 from heapr.text.docstrings import docstrings
 

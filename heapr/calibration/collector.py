@@ -10,12 +10,14 @@ expert, n tokens of one expert, N sequences, W window.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor
 
+from heapr.calibration.checkpoints import Checkpoints, Totals, packed, unpack
 from heapr.calibration.segments import OneExpert, pair_statistics, segment_statistics
 from heapr.model.experts.dispatch import observe_experts
 from heapr.model.experts.grouped import Pairs
@@ -26,7 +28,7 @@ from heapr.model.passes import Way, backward_by_spans
 from heapr.model.shelf import Files
 from heapr.model.span import Span
 from heapr.ranks import ONE_PROCESS, Ranks
-from heapr.types import MAXIMA, Batch, LayerStatistics, Statistics, Tokens
+from heapr.types import MAXIMA, LayerStatistics, Statistics, Tokens
 
 
 class LayerObserver:
@@ -35,6 +37,9 @@ class LayerObserver:
     Args:
         layer: the observed layer.
         device: of the sums.
+
+    Attributes:
+        sums: by name of the statistic, float64.
     """
 
     def __init__(self, layer: MoELayer, device: torch.device) -> None:
@@ -102,6 +107,7 @@ def collect(
     way: Way | None = None,
     on_batch: Callable[[int, float], None] = lambda num_tokens, loss: None,
     ranks: Ranks = ONE_PROCESS,
+    checkpoints: Checkpoints | None = None,
 ) -> Statistics:
     """Collect the statistics of all batches: one forward and one backward pass each.
 
@@ -120,6 +126,9 @@ def collect(
             loss in nats per predicted token.
         ranks: the processes that collect together, each with its share of the batches, and all with the
             statistics of all batches in the end.
+        checkpoints: save the sums now and then, and go on from those that an earlier process saved. Only for
+            a way on which each batch goes through all layers before the next one starts; one with a shelf of
+            files records by itself.
 
     Raises:
         FloatingPointError: a loss or statistic is NaN or infinite; the message names layer and batch.
@@ -129,40 +138,31 @@ def collect(
         way = Way([range(len(model.decoder_layers))])
     way = _recording(observers, replace(way, ranks=ranks))
     watched = [(layer.experts, observer) for layer, observer in zip(model.layers, observers, strict=True)]
-    totals = _Totals()
+    totals = Totals()
+    if checkpoints is not None:
+        assert len(way.spans) == 1 or not way.together, "other batches are under way"
+        checkpoints.recover(observers, totals)
+    num_done = totals.num_batches
     with (
         frozen_parameters(model.model),
         gradient_from_embeddings(model.model),
         observe_experts(model.model, watched),
     ):
-        for number, span, batch, loss in backward_by_spans(model, batches, way):
+        left = islice(batches, num_done, None)
+        for number, span, batch, loss in backward_by_spans(model, left, way):
+            place = num_done + number
             in_span = [observer for observer in observers if observer.index in span]
-            check_finite(ranks.number(number), loss, in_span)
+            check_finite(ranks.number(place), loss, in_span)
             # The last span comes first and gives the loss; earlier spans visit the same batches again.
-            if number == totals.num_batches:
+            if place == totals.num_batches:
                 totals.add(batch, loss.item())
                 on_batch(totals.num_tokens, totals.loss_sum / totals.num_predicted_tokens)
+            if checkpoints is not None and span.start == 0:
+                checkpoints.save_if_due(observers, totals)
     return _of_all_ranks(observers, totals, ranks)
 
 
-@dataclass
-class _Totals:
-    """What has been counted so far, of this process; see `Statistics`."""
-
-    num_batches: int = 0
-    num_tokens: int = 0
-    num_predicted_tokens: int = 0
-    loss_sum: float = 0.0
-
-    def add(self, batch: Batch, loss: float) -> None:
-        """Count a batch and its summed loss."""
-        self.num_batches += 1
-        self.num_tokens += batch.ids_NW.numel()
-        self.num_predicted_tokens += int(batch.num_predicted.sum())
-        self.loss_sum += loss
-
-
-def _of_all_ranks(observers: Sequence[LayerObserver], totals: _Totals, ranks: Ranks) -> Statistics:
+def _of_all_ranks(observers: Sequence[LayerObserver], totals: Totals, ranks: Ranks) -> Statistics:
     """The statistics of all batches, from what each process collected of its share."""
     for observer in observers:
         ranks.sum(sums for name, sums in observer.sums.items() if name not in MAXIMA)
@@ -194,17 +194,18 @@ def _keep(observers: Sequence[LayerObserver], files: Files, span: Span) -> None:
     """Write the statistics of a span's layers to files."""
     for observer in observers:
         if observer.index in span:
-            for name, tensor in observer.sums.items():
-                files.put(f"statistics-{observer.index}-{name}", tensor)
+            files.put(_file_name(observer), packed(observer.sums))
 
 
 def _recover(observers: Sequence[LayerObserver], files: Files) -> None:
     """Take over the statistics that an earlier process finished."""
     for observer in observers:
-        for name, tensor in observer.sums.items():
-            file_name = f"statistics-{observer.index}-{name}"
-            if file_name in files:
-                tensor.copy_(files.get(file_name))
+        if _file_name(observer) in files:
+            unpack(files.get(_file_name(observer)), observer.sums)
+
+
+def _file_name(observer: LayerObserver) -> str:
+    return f"statistics-{observer.index}"
 
 
 # Statistics of the forward and of the backward pass, in order of computation.

@@ -38,7 +38,8 @@ from heapr.text.tokenizing import special_ids
 from heapr.text.windows import cut, tokenize
 from heapr.types import Evaluation, Metrics, ProtocolRecord
 
-GREEDY, SAMPLED = WAYS = ("greedy", "sampled")
+GREEDY = "greedy"
+WAYS = (GREEDY, "sampled")
 CONTINUATIONS = "continuations"  # key in the details of the evaluation
 Numbers = Sequence[float]  # one for each prompt
 
@@ -165,7 +166,9 @@ class Generation:
         for place, batch in enumerate(progress(shared, total=len(shared), description=self.name)):
             of_batches.append(self._both_ways(model, batch, number=ranks.number(place)))
         of_prompts = list(chain.from_iterable(ranks.in_order(of_batches)))
-        written = {way: [both[number] for both in of_prompts] for number, way in enumerate(WAYS)}
+        written: dict[str, list[Continuation]] = {}
+        for number, way in enumerate(WAYS):
+            written[way] = [both[number] for both in of_prompts]
         metrics: Metrics = {}
         for way, texts in written.items():
             metrics |= self._metrics(way, texts)

@@ -118,7 +118,8 @@ def mean_losses(
     """
     shared = ranks.share(map(Batch.of, tokens))
     bar = progress(shared, total=len(shared), description=what)
-    states = final_hidden_states(model, (batch.ids_NW for batch in bar))
+    ids = (batch.ids_NW for batch in bar)
+    states = final_hidden_states(model, ids)
     of_batches: list[list[float]] = []
     for number, (batch, (_, hidden)) in enumerate(zip(shared, states, strict=True)):
         loss_NW = next_token_loss(model, hidden, batch.to(hidden.device).labels_NW).double()

@@ -88,7 +88,7 @@ def prune(
         held_out = options.get("evaluate_on")
         if held_out is not None:
             window, size = settings.calibration.sequence_length, settings.calibration.batch_size
-            run.held_out = all_tokens(view, tokenizer, held_out, window, size)
+            run.held_out = all_tokens(view, tokenizer, held_out, window=window, batch_size=size)
         return run.prune(given, tokenizer)
 
 
@@ -160,7 +160,8 @@ def evaluate(
     read_options({"sequence_length": window, "batch_size": batch_size}, SamplingOptions)  # checks them
     with undisturbed(model):
         view = view_of(model)
-        return _measured(view, all_tokens(view, tokenizer, texts, window, batch_size)).metrics
+        tokens = all_tokens(view, tokenizer, texts, window=window, batch_size=batch_size)
+        return _measured(view, tokens).metrics
 
 
 class _Pruning:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from heapr.errors import ConfigError
 from heapr.library.options import Settings
-from heapr.model.load import DTYPES
+from heapr.model.find_model import DTYPES
 from heapr.model.moe import MoEModel
 from heapr.text.corpora import Corpus
 from heapr.text.in_memory import Texts
@@ -128,7 +128,7 @@ def take_tokens(view: MoEModel, tokenizer: Any, texts: Any, settings: Settings) 
     if is_batches:
         limit = calibration.num_samples if "num_samples" in settings.is_given else None
         size = calibration.batch_size if "batch_size" in settings.is_given else None
-        return _of_loader(view, source, limit, size)
+        return _of_loader(view, source, limit=limit, size=size)
     _check_length(view, calibration.sequence_length, "sequence_length")
     drawn = draw(
         source,
@@ -141,7 +141,7 @@ def take_tokens(view: MoEModel, tokenizer: Any, texts: Any, settings: Settings) 
     return _of_windows(view, source, batches(drawn, calibration.batch_size))
 
 
-def all_tokens(view: MoEModel, tokenizer: Any, texts: Any, window: int, batch_size: int) -> Given:
+def all_tokens(view: MoEModel, tokenizer: Any, texts: Any, *, window: int, batch_size: int) -> Given:
     """The tokens to measure on: all windows of the texts, or all batches.
 
     Raises:
@@ -149,13 +149,15 @@ def all_tokens(view: MoEModel, tokenizer: Any, texts: Any, window: int, batch_si
     """
     is_batches, source = _source(texts)
     if is_batches:
-        return _of_loader(view, source, None, None)
+        return _of_loader(view, source)
     _check_length(view, window, "window")
     cut = windows(source, _tokenizer(tokenizer), length=window)
     return _of_windows(view, source, batches(cut, batch_size))
 
 
-def _of_loader(view: MoEModel, loader: Iterable[Any], limit: int | None, size: int | None) -> Given:
+def _of_loader(
+    view: MoEModel, loader: Iterable[Any], *, limit: int | None = None, size: int | None = None
+) -> Given:
     read = read_batches(loader, num_tokens=_num_embeddings(view), limit=limit, batch_size=size)
     given = Given(read, {"corpus": "batches", "split": "all"}, "batches")
     _check_length(view, given.longest, "a sequence of")
@@ -163,7 +165,8 @@ def _of_loader(view: MoEModel, loader: Iterable[Any], limit: int | None, size: i
 
 
 def _of_windows(view: MoEModel, source: Corpus | Mixture, cut: Iterable[Tensor]) -> Given:
-    given = Given([Batch.of(ids_NW) for ids_NW in cut], source.identity(), source.name)
+    whole = [Batch.of(ids_NW) for ids_NW in cut]
+    given = Given(whole, source.identity(), source.name)
     for batch in given.batches:
         check_ids(batch.ids_NW, _num_embeddings(view), f"'{source.name}'")
     return given

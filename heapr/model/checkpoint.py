@@ -2,7 +2,7 @@
 
 In: a pruned model in memory, the original's folder, and what was done to it. Out: a folder. Ragged models get
 their own model type, "heapr_<type>", and a modelling file beside the weights that imports torch and
-transformers alone; uniform and masked models use the family's own class.
+transformers alone; all other forms use the family's own class.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def save_checkpoint(
     the configuration is the original's plus what pruning changed.
 
     Args:
-        model: ragged, uniform or masked.
+        model: in the form in which it is saved (`pruning.form`).
         original: folder with the configuration and the tokenizer of the model before pruning.
         folder: the new folder; it must not exist.
         about: what was done to the model; becomes `heapr` in config.json. JSON types only.

@@ -1,8 +1,7 @@
-"""Find, check, identify and load a model and its tokenizer.
+"""A model that was found (heapr/model/find_model.py), and how it is loaded: as a whole, or layer by layer.
 
-In: a built-in name, a local folder or a hub id. Out: a `ModelSource`, which is cheap (no weights are loaded
-or downloaded), and from it a `MoEModel`. Every mistake that can be seen in the configuration or the tokenizer
-is refused here.
+In: a folder with configuration, tokenizer and weights. Out: a `MoEModel`. Weights that are missing, damaged
+or not the configuration's are refused.
 """
 
 from __future__ import annotations
@@ -23,31 +22,28 @@ from transformers.utils import logging as transformers_logging
 
 from heapr.errors import ConfigError, TooLargeError
 from heapr.hub import hub_is_reachable
-from heapr.model.auto_class import CAUSAL_LM, WRAPPER, auto_class, auto_class_name
+from heapr.model.auto_class import CAUSAL_LM, auto_class, auto_class_name
 from heapr.model.config_file import prediction_heads
-from heapr.model.description import CONFIG_FILE, UNUSABLE, read_config, read_tokenizer
-from heapr.model.find_folder import download, find_folder, is_on_hub
+from heapr.model.description import UNUSABLE, read_tokenizer
+from heapr.model.find_folder import download
 from heapr.model.heap import give_back_freed_memory
 from heapr.model.kernels import keep_few_kernels
 from heapr.model.left_out import LeftOut, carried_over, names_in_files, report_left_out
 from heapr.model.model_files import (
-    DESCRIPTION_FILES,
     INDEX,
     WEIGHTS,
     check_weight_files,
-    hash_folder,
     read_headers,
     shards_of,
     weight_files,
 )
-from heapr.model.model_shape import ModelShape, check_sizes, shape_of
+from heapr.model.model_shape import ModelShape
 from heapr.model.moe import OTHER_PARTS, MoEModel, layers_name_of
 from heapr.model.quantised import (
     Quantization,
     dequantising,
     forget_conversions,
     method_of,
-    read_quantization,
     with_quantization,
 )
 from heapr.model.residency import Streamed
@@ -56,8 +52,6 @@ from heapr.model.weights import LayerWeights
 from heapr.words import first_line
 
 logger = logging.getLogger(__name__)
-
-DTYPES = ("float32", "bfloat16", "float16", "float64")  # that weights may have
 
 
 @dataclass(frozen=True)
@@ -162,8 +156,8 @@ class ModelSource(ModelShape):
 
     def on_meta(self) -> MoEModel:
         """The model on the meta device, in its dtype: shapes, no memory."""
-        config = copy.deepcopy(self.config)  # the uniform form changes its model's
-        return MoEModel(_on_meta(config, str(self.folder), self.trust_remote_code, self.dtype))
+        config = copy.deepcopy(self.config)  # some forms change their model's
+        return MoEModel(on_meta(config, str(self.folder), self.trust_remote_code, self.dtype))
 
     def load(self, device: torch.device, device_map: str | None = None) -> MoEModel:
         """Load the weights; those of a hub model are downloaded first.
@@ -267,87 +261,7 @@ class ModelSource(ModelShape):
         )
 
 
-def find_model(
-    path: str,
-    *,
-    dtype: str | None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    digests: Path | None = None,
-    config_only: bool = False,
-) -> ModelSource:
-    """Find a model and check everything that can be checked without its weights.
-
-    Args:
-        path: "builtin:<name>", a local folder, or a hub id.
-        dtype: name of a torch dtype; None takes the dtype that config.json gives for the weights.
-        revision: branch, tag or commit of a hub id; its commit enters the identity.
-        trust_remote_code: whether Python files in the folder may run.
-        digests: folder that caches the hashes of large local weights.
-        config_only: do not require weights, and download nothing but config.json of a hub model.
-
-    Raises:
-        ConfigError: there is no such model, it is not a Mixture-of-Experts model, it needs a missing
-            capability, or its weights are damaged.
-    """
-    description = [CONFIG_FILE] if config_only else DESCRIPTION_FILES
-    folder = find_folder(path, revision, description, has_code=trust_remote_code)
-    config = read_config(folder, trust_remote_code)
-    # Before a model is built, which sets the configuration's dtype.
-    stored_dtype: torch.dtype | None = config.get_text_config().dtype
-    quantization = read_quantization(folder)
-    dtype = dtype or _dtype_of(
-        config, folder, default=torch.float32 if quantization is None else torch.bfloat16
-    )
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype='{dtype}' is unknown; choose one of {', '.join(DTYPES)}")
-    model = _on_meta(config, path, trust_remote_code)
-    shape = shape_of(model)
-    if not is_on_hub(path) and (weight_files(folder) or not config_only):
-        check_weight_files(folder)
-    check_sizes(config, shape["widths"].values(), shape["experts_per_token"], folder)
-    identity = _identity_of(path, folder, digests, has_code=trust_remote_code)
-    identity["dtype"] = dtype
-    if trust_remote_code:
-        identity["remote_code"] = "trusted"
-    if auto_class_name(config) == WRAPPER:
-        identity["loaded_as"] = type(model).__name__
-    return ModelSource(
-        folder=folder,
-        identity=identity,
-        dtype=getattr(torch, dtype),
-        stored_dtype=stored_dtype,
-        config=config,
-        architecture=type(model).__name__,
-        trust_remote_code=trust_remote_code,
-        quantization=quantization,
-        **shape,
-    )
-
-
-def _identity_of(path: str, folder: Path, digests: Path | None, *, has_code: bool) -> dict[str, str]:
-    """What identifies a model's files."""
-    if is_on_hub(path):
-        return {"hub": path, "commit": folder.name}
-    return {"sha256": hash_folder(folder, digests, has_code=has_code)}
-
-
-def _dtype_of(config: PretrainedConfig, folder: Path, *, default: torch.dtype) -> str:
-    """Name of the weights' dtype as the configuration gives it.
-
-    Raises:
-        ConfigError: gradients cannot be computed in this dtype.
-    """
-    declared = config.dtype or config.get_text_config().dtype or default
-    dtype = str(declared).removeprefix("torch.")
-    if dtype not in DTYPES:
-        raise ConfigError(
-            f"config.json in '{folder}' says dtype {dtype}; give model.dtype as one of {', '.join(DTYPES)}"
-        )
-    return dtype
-
-
-def _on_meta(
+def on_meta(
     config: PretrainedConfig, path: str, trust_remote_code: bool, dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
     """The model of a configuration on the meta device.

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from heapr.model.loss import summed_loss_backward
 from heapr.model.moe import MoEModel
-from heapr.model.shelf import Files, Memory, Shelf
+from heapr.model.shelf import Files, Memory, Shelf, Spilled
 from heapr.model.span import NO_READS, Reads, Span, reads_of, run_rest, run_span
 from heapr.model.tape import Tape, hidden_of
-from heapr.progress import counted, progress
+from heapr.progress import counted
 from heapr.ranks import ONE_PROCESS, Ranks
 from heapr.types import Batch, Tokens
 
@@ -184,10 +184,11 @@ class _Journey:
             return
         losses = {str(number): loss.item() for number, loss in self._losses.items()}
         tapes = [tape.describe() for tape in self._tapes]
+        spans = [(span.start, span.stop) for span in self._way.spans]
         self._way.shelf.commit(
             num_forward=self._num_forward,
             first_finished=self._first_finished,
-            spans=[(span.start, span.stop) for span in self._way.spans],
+            spans=spans,
             losses=losses,
             tapes=tapes,
         )
@@ -239,6 +240,9 @@ def final_hidden_states(
     Yields:
         token ids on the model's device, and final hidden states (N, W, D): for each batch of the first
         variant, then of the next.
+
+    Raises:
+        ConfigError: the disk has no room for what layers put out.
     """
     if len(model.spans) > 1:
         yield from _layer_by_layer(model, list(batches), variants)
@@ -259,14 +263,20 @@ def _layer_by_layer(
     num_layers = len(model.decoder_layers)
     on_device = [ids_NW.to(model.device) for ids_NW in batches]
     shelf = model.shelf()
+    if isinstance(shelf, Spilled):
+        hidden_bytes = model.layers[0].model_width * model.model.dtype.itemsize
+        num_tokens = sum(ids_NW.numel() for ids_NW in batches)
+        shelf.check_room(len(variants) * num_tokens * hidden_bytes)
     numbers = count()
     tapes_of = []
     for _ in variants:
         tapes = [Tape(ids_NW, shelf, next(numbers)) for ids_NW in on_device]
         tapes_of.append(tapes)
-    for span in progress(model.spans, total=num_layers, description="layers", unit="layer"):
-        with model.hold(span):
-            _advance_variants(model, span, zip(variants, tapes_of, strict=True), reads)
+    num_passes = len(model.spans) * len(variants) * len(batches)
+    with counted(num_passes, "layers") as count_pass:
+        for span in model.spans:
+            with model.hold(span):
+                _advance_variants(model, span, zip(variants, tapes_of, strict=True), reads, count_pass)
     for tape in chain.from_iterable(tapes_of):
         answers = tape.answers(num_layers, reads.by(range(num_layers, num_layers)))
         yield tape.ids_NW, run_rest(model, tape.ids_NW, answers)
@@ -274,7 +284,11 @@ def _layer_by_layer(
 
 
 def _advance_variants(
-    model: MoEModel, span: Span, tapes_of: Iterable[tuple[Variant, Sequence[Tape]]], reads: Reads
+    model: MoEModel,
+    span: Span,
+    tapes_of: Iterable[tuple[Variant, Sequence[Tape]]],
+    reads: Reads,
+    count_pass: Count,
 ) -> None:
     """Run a span onto the tapes of each variant, which then keep what later layers read."""
     later = reads.by(range(span.stop, len(model.decoder_layers)))
@@ -284,3 +298,4 @@ def _advance_variants(
                 answers = tape.answers(span.start, reads.by(span))
                 tape.put(run_span(model, tape.ids_NW, span, answers))
                 tape.keep(later)
+                count_pass(model.residency.remark())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 import zlib
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from heapr.errors import ConfigError
 from heapr.files import write_json
 
 JOURNAL = "journal.json"
@@ -70,6 +72,20 @@ class Spilled:
 
     def drop(self, name: str) -> None:
         """The file goes with the tensor."""
+
+    def check_room(self, num_bytes: int) -> None:
+        """Check that the disk has room for tensors of so many bytes.
+
+        Raises:
+            ConfigError: it has not.
+        """
+        free = shutil.disk_usage(self._folder).free
+        if num_bytes > free:
+            raise ConfigError(
+                f"activations between the layers need {num_bytes / 1e9:.3g} GB, and '{self._folder}' has"
+                f" {free / 1e9:.3g} GB free; free some, choose another folder with paths.outputs=..., keep"
+                " them in memory with runtime.activations=ram, or measure on fewer sequences"
+            )
 
 
 class Files:

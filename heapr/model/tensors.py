@@ -44,7 +44,8 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 EIGHT_BITS = ("F8_E4M3", "F8_E5M2")
 # What quantisation tools put beside a weight, or in its place.
 SCALES = re.compile(
-    r"((weight|input|output|act|proj|bias|qweight)_scales?(_inv|_2)?|weight_(packed|shape|zero_point|g_idx)|\.(scale|scales|scale_inv)"
+    r"((weight|input|output|act|proj|bias|qweight)_scales?(_inv|_2)?"
+    r"|weight_(packed|shape|zero_point|g_idx)|\.(scale|scales|scale_inv)"
     r"|qscale_\w+|qweight|qzeros|g_idx|_blocks|\.SCB|absmax|quant_map|quant_state\.\w+)$"
 )
 # Scales of activations, which whole weights do not need.

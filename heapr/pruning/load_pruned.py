@@ -18,7 +18,8 @@ from heapr.errors import ConfigError
 from heapr.files import hash_file, is_name
 from heapr.model.device import find_device
 from heapr.model.experts.ragged import RaggedExperts
-from heapr.model.load import ModelSource, find_model
+from heapr.model.find_model import find_model
+from heapr.model.load import ModelSource
 from heapr.model.ragged_type import take_ragged_type
 from heapr.pruning.surgery import remove
 from heapr.types import Plan, Pruning, TensorDict

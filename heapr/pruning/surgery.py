@@ -84,7 +84,8 @@ def remove_and_repair(
     _forget_unfinished(repaired, ranks)
     names = _repaired_names(model, repair)
     walk = walk_layers(model, batches, follow_stream=repair.follows_stream, ranks=ranks)
-    bar = progress(walk, total=len(model.layers), description="repair", unit="layer")
+    total, remark = len(model.layers), model.residency.remark
+    bar = progress(walk, total=total, description="repair", unit="layer", remark=remark)
     for layer, inputs, target in bar:
         is_done = layer.index in repaired
         after = _cut(layer, plan, repaired if is_done else None)

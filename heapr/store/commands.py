@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from rich.table import Table
@@ -31,8 +31,10 @@ from heapr.store.leftovers import damaged_copies
 from heapr.store.manifest import MissingError
 from heapr.store.references import needs_of_runs
 from heapr.store.verify import Hashes, verify
+from heapr.words import plural
 
 MISTAKE, DAMAGE = 2, 1  # exit codes
+MINUTE = len("2026-01-01T00:00")  # of a time, as far as the list shows it
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -52,27 +54,48 @@ def main(arguments: Sequence[str]) -> None:
 def _list(root: Path, options: argparse.Namespace) -> int:
     """Print a line for every artifact."""
     found = entries(root)
-    users, (needs, unreadable) = made_from(found), needs_of_runs(root)
+    users = made_from(found)
+    needs, unreadable = needs_of_runs(root)
     table = Table("stage", "key", "size", "made", "parts", "made from", "needed by", box=None)
     for column in table.columns:
         column.no_wrap = True
     for entry in found:
-        num_runs = sum(entry.name in artifacts for artifacts in needs.values())
-        needed = f"{_count(num_runs, 'run')}, {_count(len(users.get(entry.name, [])), 'artifact')}"
-        created = entry.problem if entry.manifest is None else entry.manifest["created"][:16]
-        made = " ".join(entry.upstream)
-        stage, key = entry.path.parent.name, entry.path.name
-        cells = [stage, key, _size(entry.num_bytes), created, " ".join(entry.parts), made, needed]
+        runs = plural(len(_runs_that_need(entry, needs)), "run")
+        artifacts = plural(len(users.get(entry.name, [])), "artifact")
+        cells = _cells(entry, f"{runs}, {artifacts}")
         table.add_row(*map(Text, cells))
     console = open_console()
     console.print(table)
+    line = f"{_number_and_size(found)} in {root}"
     copies = damaged_copies(root)
-    total = sum(entry.num_bytes for entry in found)
-    damaged = f"; {_count(len(copies), 'damaged copy', 'damaged copies')}" if copies else ""
-    print_lines(console, f"{_count(len(found), 'artifact')}, {_size(total)} in {root}{damaged}")
-    for line in unreadable:
-        print_lines(console, f"cannot be read: {line}")
+    if copies:
+        number = plural(len(copies), "damaged copy", "damaged copies")
+        line += f"; {number}"
+    print_lines(console, line)
+    for reason in unreadable:
+        print_lines(console, f"cannot be read: {reason}")
     return 0
+
+
+def _cells(entry: Entry, needed_by: str) -> list[str]:
+    """A row of the list."""
+    manifest = entry.manifest
+    created = entry.problem if manifest is None else manifest["created"][:MINUTE]
+    return [
+        entry.path.parent.name,
+        entry.path.name,
+        _size(entry.num_bytes),
+        created,
+        " ".join(entry.parts),
+        " ".join(entry.upstream),
+        needed_by,
+    ]
+
+
+def _runs_that_need(entry: Entry, needs: Mapping[Path, Collection[str]]) -> list[str]:
+    """Folders of the runs that need an artifact."""
+    folders = [str(folder) for folder, artifacts in needs.items() if entry.name in artifacts]
+    return sorted(folders)
 
 
 def _show(root: Path, options: argparse.Namespace) -> int:
@@ -84,12 +107,14 @@ def _show(root: Path, options: argparse.Namespace) -> int:
     if entry.manifest is None:
         print_lines(console, f"damaged: {entry.problem}")
         return DAMAGE
-    print_lines(console, json.dumps(dict(entry.manifest), indent=2))
-    print_lines(console, "made from: " + (", ".join(entry.upstream) or "nothing in the store"))
-    print_lines(console, "made from it: " + (", ".join(made_from(found).get(entry.name, [])) or "nothing"))
     needs, _ = needs_of_runs(root)
-    runs = sorted(str(folder) for folder, artifacts in needs.items() if entry.name in artifacts)
-    print_lines(console, "needed by: " + (", ".join(runs) or "no run"))
+    upstream = ", ".join(entry.upstream) or "nothing in the store"
+    users = ", ".join(made_from(found).get(entry.name, [])) or "nothing"
+    runs = ", ".join(_runs_that_need(entry, needs)) or "no run"
+    print_lines(console, json.dumps(dict(entry.manifest), indent=2))
+    print_lines(console, f"made from: {upstream}")
+    print_lines(console, f"made from it: {users}")
+    print_lines(console, f"needed by: {runs}")
     return 0
 
 
@@ -104,9 +129,10 @@ def _verify(root: Path, options: argparse.Namespace) -> int:
         num_damaged += bool(problems)
         for problem in problems:
             print_lines(console, f"{entry.name} is damaged: {problem}")
-    checked = f"{_count(len(chosen), 'artifact')}, {_size(sum(entry.num_bytes for entry in chosen))}"
-    again = "; a run that needs them moves them aside and makes them again" if num_damaged else ""
-    print_lines(console, f"{checked} read, {num_damaged} damaged{again}")
+    line = f"{_number_and_size(chosen)} read, {num_damaged} damaged"
+    if num_damaged:
+        line += "; a run that needs them moves them aside and makes them again"
+    print_lines(console, line)
     return DAMAGE if num_damaged else 0
 
 
@@ -120,13 +146,18 @@ def _collect_garbage(root: Path, options: argparse.Namespace) -> int:
         print_lines(console, f"{entry.name}, {_size(entry.num_bytes)}: {entry.problem or why}")
     for copy in garbage.copies:
         print_lines(console, f"{copy.parent.name}/{copy.name}, {_size(size_of(copy))}: a damaged copy")
-    what = f"{_count(len(garbage.artifacts), 'artifact')}, {_size(garbage.num_bytes)} in all"
+    number = plural(len(garbage.artifacts), "artifact")
+    what = f"{number}, {_size(garbage.num_bytes)} in all"
     if not options.delete:
         print_lines(console, f"{what}; nothing is removed without --delete")
         return 0
     removed = remove_garbage(root, garbage, also)
     kept = [entry.name for entry in garbage.artifacts if entry.path not in removed]
-    print_lines(console, f"{what}; removed" + (f", except for {', '.join(kept)}: in use" if kept else ""))
+    line = f"{what}; removed"
+    if kept:
+        names = ", ".join(kept)
+        line += f", except for {names}: in use"
+    print_lines(console, line)
     return 0
 
 
@@ -187,8 +218,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _count(number: int, one: str, many: str = "") -> str:
-    return f"{number} {one if number == 1 else many or one + 's'}"
+def _number_and_size(found: Sequence[Entry]) -> str:
+    number = plural(len(found), "artifact")
+    total = sum(entry.num_bytes for entry in found)
+    return f"{number}, {_size(total)}"
 
 
 def _size(num_bytes: int) -> str:

@@ -87,26 +87,30 @@ def contents_of(stage: str, part: str) -> Contents | None:
 
 def _check_tensors(path: Path, tensors: Tensors) -> None:
     """Check names, dtypes and numbers of dimensions of all tensors of a file."""
+    headers = {}
     try:
         with safe_open(path, framework="np") as file:
             for name in file.keys():  # noqa: SIM118 - not a mapping
                 tensor = file.get_slice(name)
-                _check_tensor(f"{name} in {path.name}", name, tensor.get_dtype(), tensor.get_shape(), tensors)
-            found = list(file.keys())
+                headers[name] = (tensor.get_dtype(), tensor.get_shape())
     except SafetensorError as error:
         raise DamagedError(f"{path.name} is not a file of tensors") from error
+    for name, (dtype, shape) in headers.items():
+        problem = _problem_of_tensor(name, dtype, shape, tensors=tensors)
+        if problem is not None:
+            raise DamagedError(f"{name} in {path.name} {problem}")
     for pattern in tensors:
-        if not any(re.fullmatch(pattern, name) for name in found):
+        if not any(re.fullmatch(pattern, name) for name in headers):
             raise DamagedError(f"{path.name} has no {pattern}")
 
 
-def _check_tensor(where: str, name: str, dtype: str, shape: list[int], tensors: Tensors) -> None:
+def _problem_of_tensor(name: str, dtype: str, shape: list[int], *, tensors: Tensors) -> str | None:
+    """What is wrong with a tensor; None if nothing is."""
     for pattern, (expected, dimensions) in tensors.items():
         if re.fullmatch(pattern, name):
-            if dtype in (expected or dtype) and len(shape) in dimensions:
-                return
-            raise DamagedError(f"{where} is {dtype} {shape}")
-    raise DamagedError(f"{where} does not belong there")
+            is_fitting = expected in {None, dtype} and len(shape) in dimensions
+            return None if is_fitting else f"is {dtype} {shape}"
+    return "does not belong there"
 
 
 def _check_json(path: Path) -> None:

@@ -72,7 +72,8 @@ def needed_artifacts(root: Path) -> set[str]:
             " folder of its run, is there"
         )
     of_runs = {name for artifacts in needs.values() for name in artifacts}
-    return with_upstream(of_runs, {entry.name: entry.upstream for entry in entries(root)})
+    upstream = {entry.name: entry.upstream for entry in entries(root)}
+    return with_upstream(of_runs, upstream)
 
 
 def remove_garbage(root: Path, garbage: Garbage, also: Collection[str] = ()) -> list[Path]:

@@ -13,6 +13,8 @@ from pathlib import Path
 from filelock import Timeout
 
 from heapr.locks import lock_of
+from heapr.sealed import DamagedError
+from heapr.store.manifest import MissingError, trusted_manifest
 from heapr.store.publishing import lock_path, remove
 
 SCRATCH_DAYS = 14  # scratch that is unchanged for longer counts as abandoned
@@ -31,7 +33,8 @@ def damaged_copies(root: Path) -> list[Path]:
 
 
 def remove_leftovers(root: Path) -> list[Path]:
-    """Remove scratch that nothing has changed for `SCRATCH_DAYS`, and temporary files of ended processes.
+    """Remove scratch of what is finished, or that nothing has changed for `SCRATCH_DAYS`, and temporary files
+    and names of holders of ended processes.
 
     Returns:
         what was removed.
@@ -41,21 +44,35 @@ def remove_leftovers(root: Path) -> list[Path]:
         path = leftover.parent / leftover.name.split(".")[1]
         # Skip what is in use, belongs to another user or is gone by now.
         with suppress(OSError, Timeout), lock_of(lock_path(path)).acquire(timeout=0):
-            if _is_abandoned(leftover):
+            if _is_abandoned(leftover, path):
                 remove(leftover)
                 removed.append(leftover)
     return removed + _remove_old_texts(root)
 
 
 def _leftovers(root: Path) -> Iterator[Path]:
-    for kind in ("scratch", "tmp"):
-        yield from root.glob(f"[!.]*/.[!.]*.{kind}-*")
+    for kind in ("scratch-*", "tmp-*", "lock.holder"):
+        yield from root.glob(f"[!.]*/.[!.]*.{kind}")
 
 
-def _is_abandoned(leftover: Path) -> bool:
-    """Whether nobody will go on with it. What is temporary belongs to the process that has the lock."""
-    is_scratch = ".scratch-" in leftover.name
-    return not is_scratch or _last_change(leftover) < time.time() - SCRATCH_DAYS * DAY
+def _is_abandoned(leftover: Path, path: Path) -> bool:
+    """Whether nobody will go on with what lies beside an artifact's folder.
+
+    The artifact's lock is held: all but scratch belongs to whoever holds it.
+    """
+    if ".scratch-" not in leftover.name:
+        return True
+    if leftover in [scratch_of(path, part) for part in _finished(path)]:
+        return True
+    return _last_change(leftover) < time.time() - SCRATCH_DAYS * DAY
+
+
+def _finished(path: Path) -> list[str]:
+    """The parts of an artifact, and the empty name for itself, if it is there."""
+    try:
+        return ["", *trusted_manifest(path)["parts"]]
+    except (MissingError, DamagedError, OSError):
+        return []
 
 
 def _remove_old_texts(root: Path) -> list[Path]:

@@ -123,7 +123,8 @@ class Store:
             origins: of its artifacts.
         """
         if self._ranks.is_first:
-            refer(self.root, folder, [f"{origin.stage}/{origin.key}" for origin in origins])
+            names = [f"{origin.stage}/{origin.key}" for origin in origins]
+            refer(self.root, folder, names)
 
     def has(self, origin: Origin, part: str = WHOLE) -> bool:
         """Whether an artifact, or a part of it, is in the store, complete and undamaged."""

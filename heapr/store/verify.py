@@ -50,8 +50,10 @@ class Hashes:
         if name in self._known:
             return self._known[name]
         is_large = file.stat().st_size > LARGE_FILE
-        remembers = is_large and self.memory is not None
-        digest = hash_file_once(file, self.memory) if remembers and self.memory else hash_file(file)
+        if is_large and self.memory is not None:
+            digest = hash_file_once(file, self.memory)
+        else:
+            digest = hash_file(file)
         if is_settled(state):
             self._known[name] = digest
         return digest
@@ -85,7 +87,9 @@ def verify(path: Path, part: str, hashes: Hashes) -> dict[str, Any]:
         found = set(_files_below(path))
         _check_nothing_else(found, manifest, part)
     except DamagedError as error:
-        raise (DamagedPartError if part else DamagedError)(str(error)) from error
+        if part:
+            raise DamagedPartError(str(error)) from error
+        raise
     return manifest
 
 

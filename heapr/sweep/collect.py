@@ -77,14 +77,14 @@ class Record:
             content = json.loads(path.read_text(encoding="utf-8"))
             record = cls(**content)
         except (OSError, ValueError, RecursionError, TypeError) as error:
-            raise _damaged(path, error) from error
+            raise _damaged(path, first_line(error)) from error
         is_text = all(isinstance(getattr(record, name), str) for name in RECORD_TEXTS)
         has_jobs = isinstance(record.jobs, list) and all(map(_is_list_of_text, record.jobs))
         has_report = isinstance(record.report, list | tuple) and all(
             isinstance(one, dict) for one in record.report
         )
         if not (is_text and has_jobs and has_report):
-            raise _damaged(path, TypeError("a field is of another type"))
+            raise _damaged(path, "a field is of another type")
         return record
 
 
@@ -108,8 +108,8 @@ def _readable_record(folder: Path) -> Record | None:
     """The record in a folder; None, with a warning, if it is damaged: other sweeps are found all the same."""
     try:
         return Record.read(folder)
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        logger.warning("'%s' is damaged (%s); this sweep is left out", folder / RECORD, first_line(error))
+    except ConfigError as error:
+        logger.warning("%s; this sweep is left out", error)
         return None
 
 
@@ -148,14 +148,14 @@ def _asked_of_hydra(folder: Path) -> dict[int, tuple[str, ...]]:
     try:
         sweeper, asked = content["hydra"]["sweeper"]["_target_"], content["hydra"]["overrides"]["task"]
     except (KeyError, TypeError) as error:
-        raise _damaged(folder / MULTIRUN, error) from error
+        raise _damaged(folder / MULTIRUN, first_line(error)) from error
     if not str(sweeper).endswith(BASIC_SWEEPER):
         return {}
     jobs = {}
     try:
         asked_jobs = grid(_texts(asked))
     except HydraException as error:
-        raise _damaged(folder / MULTIRUN, error) from error
+        raise _damaged(folder / MULTIRUN, first_line(error)) from error
     for number, job in enumerate(asked_jobs):
         jobs[number] = tuple(f"{key}={value}" for key, value in job.items())
     return jobs
@@ -170,7 +170,7 @@ def _read_yaml(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_bytes())
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise _damaged(path, error) from error
+        raise _damaged(path, first_line(error)) from error
 
 
 def _is_list_of_text(values: Any) -> bool:
@@ -182,8 +182,8 @@ def _texts(values: Any) -> list[str]:
     return [str(value) for value in values] if isinstance(values, list) else []
 
 
-def _damaged(path: Path, error: Exception) -> ConfigError:
-    return ConfigError(f"'{path}' is damaged ({first_line(error)}); remove it, or get it again")
+def _damaged(path: Path, why: str) -> ConfigError:
+    return ConfigError(f"'{path}' is damaged ({why}); remove it, or get it again")
 
 
 def _collect_job(folder: Path, number: int, overrides: tuple[str, ...]) -> JobResult:
@@ -196,7 +196,7 @@ def _collect_job(folder: Path, number: int, overrides: tuple[str, ...]) -> JobRe
         return JobResult(number, overrides, folder, None, str(damage))
     problem = None if summary is None else problem_of(summary)
     if problem is not None:
-        told = _damaged(folder / SUMMARY, TypeError(problem))
+        told = _damaged(folder / SUMMARY, problem)
         return JobResult(number, overrides, folder, None, str(told))
     if summary is None and error is None:
         error = f"was stopped before it finished; its log: {folder / LOG}"

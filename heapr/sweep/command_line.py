@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from heapr.artifacts import SWEEPS
-from heapr.definitions import definitions_folder, sweep_command
+from heapr.definitions import CONF, EXPERIMENTS, definitions_folder, sweep_command
 from heapr.errors import ConfigError
 from heapr.explain import OF_LAUNCHER, explain
 from heapr.main import compose_experiment, one_line_errors, print_whatever_the_encoding
@@ -56,8 +56,8 @@ def run_command(arguments: Sequence[str], root: Path) -> None:
     if {"-h", "--help"} & set(arguments):
         _help(root)
         return
-    with one_line_errors(root / "conf"):
-        request = read_request(arguments, experiment_names(root / "experiments"))
+    with one_line_errors(root / CONF):
+        request = read_request(arguments, experiment_names(root / EXPERIMENTS))
         if request.report_dir is not None:
             sys.exit(_report(root, request.report_dir)[0])
         sys.exit(sweep(root, request))
@@ -77,12 +77,12 @@ def sweep(root: Path, request: Request) -> int:
         ConfigError: the experiment or an override is unknown, or no job can run.
     """
     assert request.experiment is not None
-    definition = load_definition(root / "experiments", request.experiment)
+    definition = load_definition(root / EXPERIMENTS, request.experiment)
     jobs = make_jobs(definition, request.overrides, baselines=request.baselines)
     if request.report_only:
         return _report_newest(root, request, definition, jobs)
-    configs = compose_jobs(definition.name, jobs, root / "conf", request.search_path)
-    _check_settings(request.settings, root / "conf")
+    configs = compose_jobs(definition.name, jobs, root / CONF, request.search_path)
+    _check_settings(request.settings, root / CONF)
     from heapr.sweep.forecast import forecast_sweep
     from heapr.sweep.forecast_table import print_forecast
     from heapr.sweep.waves import waves
@@ -137,7 +137,7 @@ def _report(root: Path, folder: Path) -> tuple[int, list[Path]]:
 
     jobs = collect_jobs(folder)
     layout = Record.read(folder).layout if (folder / RECORD).is_file() else {}
-    files = write_report(jobs, layout, folder, root / "experiments" / "published")
+    files = write_report(jobs, layout, folder, root / EXPERIMENTS / "published")
     failed = [job for job in jobs if job.summary is None]
     lines = [
         f"{len(jobs) - len(failed)} of {len(jobs)} jobs finished; tables, figures and report.html: {folder}"
@@ -162,7 +162,7 @@ def keep_results(root: Path, folder: Path, files: Sequence[Path]) -> Path:
     from heapr.sweep.collect import Record
 
     record = Record.read(folder)
-    kept = root / "experiments" / record.experiment / "results" / record.version
+    kept = root / EXPERIMENTS / record.experiment / "results" / record.version
     shutil.rmtree(kept, ignore_errors=True)
     kept.mkdir(parents=True)
     for file in files:
@@ -187,10 +187,8 @@ def _run(
     jobs: Mapping[Job, ExperimentConfig],
     waves: list[list[int]],
 ) -> int:
-    from heapr.report.sweep.ratio_points import ratio_points
-    from heapr.sweep.collect import Record, collect_jobs
+    from heapr.sweep.collect import Record
     from heapr.sweep.launch import launch, new_folder
-    from heapr.tracking.values import log_sweep_summary
 
     overrides = [list(job) for job in jobs]
     record = Record(
@@ -204,8 +202,7 @@ def _run(
         report=definition.layout(request.version),
     )
     config = next(iter(jobs.values()))
-    outputs = Path(config.paths.outputs)
-    folder = new_folder(outputs / SWEEPS, record)
+    folder = new_folder(Path(config.paths.outputs) / SWEEPS, record)
     exit_code = launch(folder, request.settings)
     if exit_code:
         logger.error(
@@ -214,23 +211,33 @@ def _run(
             exit_code,
         )
     failed = _finish(root, request, folder)
-    rows = list(csv.DictReader((folder / "table.csv").read_text(encoding="utf-8").splitlines()))
+    _log_summary(folder, config)
+    return max(failed, 1 if exit_code else 0)
+
+
+def _log_summary(folder: Path, config: ExperimentConfig) -> None:
+    """Send the sweep's table, figures and curves to the trackers of its jobs."""
+    from heapr.report.sweep.ratio_points import ratio_points
+    from heapr.sweep.collect import collect_jobs
+    from heapr.tracking.values import log_sweep_summary
+
+    table = (folder / "table.csv").read_text(encoding="utf-8")
+    rows = list(csv.DictReader(table.splitlines()))
     log_sweep_summary(
         config.tracking,
         rows,
         folder=folder,
         images=sorted(folder.glob("*.png")),
         curves=ratio_points(collect_jobs(folder)),
-        outputs=outputs,
+        outputs=Path(config.paths.outputs),
     )
-    return max(failed, 1 if exit_code else 0)
 
 
 def _report_newest(root: Path, request: Request, definition: Definition, jobs: Sequence[Job]) -> int:
     """Report the newest sweep, with the title, tables and figures that the experiment has now."""
     from heapr.sweep.collect import Record, newest_sweep
 
-    (config,) = compose_jobs(definition.name, jobs[:1], root / "conf", request.search_path)
+    (config,) = compose_jobs(definition.name, jobs[:1], root / CONF, request.search_path)
     folder = newest_sweep(Path(config.paths.outputs) / SWEEPS, definition.name, request.version)
     layout = definition.layout(request.version)
     record = replace(Record.read(folder), title=definition.title, report=layout)
@@ -266,7 +273,7 @@ def _check_settings(settings: Sequence[str], config_folder: Path) -> None:
 
 
 def _help(root: Path) -> None:
-    experiments = root / "experiments"
+    experiments = root / EXPERIMENTS
     command = sweep_command()
     lines = [
         f"{command} experiment=<name> [model=tiny] [overrides] [--dry-run]",

@@ -40,7 +40,8 @@ def chat_field(field: str, known: Collection[str]) -> str | None:
     """
     if field in known:
         return field if field in CHAT_FIELDS else None
-    return next((name for name in CHAT_FIELDS if name in known), None)
+    others = [name for name in CHAT_FIELDS if name in known]
+    return others[0] if others else None
 
 
 def conversation(messages: Any, where: str) -> Conversation:

@@ -32,7 +32,7 @@ def drawn(documents: Documents, limit: int, *, seed: int, what: str) -> Document
     """
     longest = min(PASSAGE, limit)
     # Arrays, because large texts have millions of documents.
-    lengths = array("q", (len(passage) for passage in _passages(documents(), longest)))
+    lengths = array("q", map(len, _passages(documents(), longest)))
     if sum(lengths) <= limit:
         return documents
     chosen = _choose(lengths, limit, seed)

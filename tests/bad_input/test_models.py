@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from heapr.artifacts import PLAN, PLANS, REPAIRED
 from heapr.files import hash_file
-from heapr.model.load import find_model
+from heapr.model.find_model import find_model
 from heapr.model.model_files import INDEX, WEIGHTS
 from heapr.prepare import prepare
 from heapr.pruning.load_pruned import load_pruned

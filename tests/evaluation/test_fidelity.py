@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from heapr.evaluation.fidelity import Fidelity
 from heapr.evaluation.measurement import Material
 from heapr.model import loss
-from heapr.model.load import find_model
+from heapr.model.find_model import find_model
 from heapr.text.corpora import TextFiles
 from tests.evaluation.material import material_of
 from tests.tiny import byte_tokenizer, tiny_ids

@@ -19,7 +19,7 @@ from heapr.evaluation.truth import Truth
 from heapr.evaluation.zero_shot import ZeroShot
 from heapr.model.experts.dispatch import use_comparable_experts
 from heapr.model.find_folder import BUILTIN_FOLDER
-from heapr.model.load import find_model
+from heapr.model.find_model import find_model
 from heapr.model.loss import next_token_loss
 from heapr.model.moe import MoEModel
 from heapr.pruning.surgery import mask, remove

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +153,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"form": "uniform"}, "pruning.form=uniform gives every expert one width"),
     ({"foo": 1}, "unknown key 'foo'; known here: batch_size, "),
     ({"sequence_length": 65}, "sequence_length 65 is above the model's 64 tokens; give at most 64"),
-    ({"num_samples": 1000}, "asks for 1000 sequences of corpus 'texts'"),
+    ({"num_samples": 1000}, "bytes, which cannot give 32000 tokens; ask for fewer or shorter sequences, or give more text"),
     ({"model": "tiny"}, "load it first: AutoModelForCausalLM.from_pretrained"),
     ({"model": TOKENIZER, "tokenizer": tiny_qwen3_moe}, "the order is model, tokenizer, texts"),
     ({"model": lambda: tiny_qwen3_moe().model}, "Qwen3MoeModel has no output head"),
@@ -165,7 +165,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"texts": []}, "texts are empty"),
     ({"texts": [" "]}, "texts are empty (1 documents without a word)"),
     ({"texts": ["a", 2]}, "texts[1] is a int, not a string"),
-    ({"texts": ["a"]}, "less than one window of 32; give more text"),
+    ({"texts": ["a"]}, "corpus 'texts' (split all) has 1 bytes, which cannot give 192 tokens"),
     ({"texts": 3}, "texts is a int; give a list of strings, or a loader's batches"),
     ({"texts": [{"text": "a"}]}, "give its column, for example dataset['text']"),
     ({"texts": tiny_ids(2, 8)}, "texts is one Tensor; give a list of batches, for example [batch]"),
@@ -174,19 +174,18 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("wrong", "message"), MISTAKES, ids=[message[:40] for _, message in MISTAKES])
 def test_mistakes_are_told_in_one_line(wrong: dict[str, Any], message: str) -> None:
-    given = {
-        "model": tiny_qwen3_moe,
-        "tokenizer": TOKENIZER,
-        "texts": TEXTS,
-        "recipe": None,
-        **SAMPLING,
-        **wrong,
-    }
-    made = {name: value() if isinstance(value, Callable) and name in {"model", "tokenizer"} and value is not TOKENIZER else value for name, value in given.items()}  # fmt: skip
-    model, tokenizer, texts = made.pop("model"), made.pop("tokenizer"), made.pop("texts")
+    options = {"recipe": None, **SAMPLING, **wrong}
+    model = _made(options.pop("model", tiny_qwen3_moe))
+    tokenizer = _made(options.pop("tokenizer", TOKENIZER))
+    texts = options.pop("texts", TEXTS)
     with pytest.raises(ConfigError) as refused:
-        heapr.prune(model, tokenizer, texts, **made)
+        heapr.prune(model, tokenizer, texts, **options)
     assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def _made(value: Any) -> Any:
+    """The value, or what it returns if it is one of the functions of `MISTAKES`; a tokenizer is callable too."""
+    return value() if inspect.isfunction(value) else value
 
 
 def test_the_package_names_its_functions_and_imports_at_once() -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer, Qwen3_5MoeForConditionalGeneration
 from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5MoeConfig
 
-from heapr.model.load import find_model
+from heapr.model.find_model import find_model
 from heapr.model.model_files import INDEX, WEIGHTS
 from heapr.run_experiment import Summary
 from tests.deepseek import write_original_folder

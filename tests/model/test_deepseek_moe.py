@@ -27,7 +27,7 @@ from heapr.model.deepseek_moe import (
     DeepseekMoeRouter,
 )
 from heapr.model.experts.loop import run_experts
-from heapr.model.load import find_model
+from heapr.model.find_model import find_model
 from heapr.model.moe import find_moe_layers
 from tests.deepseek import CONFIG_16B, TINY, write_original_folder
 from tests.same import assert_same_model

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 import heapr
 from heapr.errors import ConfigError, NotHereError
 from heapr.model.device import find_device
-from heapr.model.load import find_model
+from heapr.model.find_model import find_model
 from tests.experiment import write_model
 from tests.tiny import VOCABULARY_SIZE, byte_tokenizer, tiny_qwen3_moe
 

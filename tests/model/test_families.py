@@ -28,8 +28,9 @@ from heapr.model.checkpoint import save_checkpoint
 from heapr.model.experts.dispatch import observe_experts, use_heapr_experts
 from heapr.model.experts.layout import Experts
 from heapr.model.experts.loop import run_experts
+from heapr.model.find_model import find_model
 from heapr.model.layerwise import walk_layers
-from heapr.model.load import ModelSource, find_model
+from heapr.model.load import ModelSource
 from heapr.model.model_files import read_headers
 from heapr.model.moe import MoEModel, experts_per_token
 from heapr.model.passes import Way, final_hidden_states

@@ -14,7 +14,7 @@ from accelerate import dispatch_model
 from heapr.calibration.collector import collect
 from heapr.errors import ConfigError, TooLargeError
 from heapr.model.experts.dispatch import skip_experts
-from heapr.model.load import find_model
+from heapr.model.find_model import find_model
 from heapr.model.moe import MoEModel
 from tests.experiment import write_model
 from tests.same import assert_same_model

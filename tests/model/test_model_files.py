@@ -14,7 +14,7 @@ import transformers.modeling_utils
 from safetensors.torch import load_file, save_file
 
 from heapr.errors import ConfigError
-from heapr.model.load import find_model
+from heapr.model.find_model import find_model
 from heapr.model.model_files import INDEX, WEIGHTS, weight_files
 from tests.experiment import write_model
 from tests.tiny import tiny_qwen3_moe

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from heapr.errors import ConfigError
 from heapr.model.checkpoint import save_checkpoint
-from heapr.model.load import ModelSource, find_model
+from heapr.model.find_model import find_model
+from heapr.model.load import ModelSource
 from heapr.model.model_files import WEIGHTS
 from heapr.pruning.surgery import mask, remove
 from tests.experiment import run_in, write_texts

@@ -10,7 +10,7 @@ import torch
 
 from heapr.calibration.collector import collect
 from heapr.errors import ConfigError
-from heapr.model.load import find_model
+from heapr.model.find_model import find_model
 from heapr.model.moe import MoEModel
 from heapr.model.passes import Way
 from heapr.model.read_ahead import ReadAhead

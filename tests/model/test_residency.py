@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from heapr.calibration.collector import collect
+from heapr.errors import ConfigError
 from heapr.model.checkpoint import save_checkpoint
-from heapr.model.load import find_model
+from heapr.model.find_model import find_model
 from heapr.model.moe import MoEModel
-from heapr.model.passes import Way, final_hidden_states
+from heapr.model.passes import Way, final_hidden_states, unchanged
 from heapr.model.shelf import Files
 from heapr.model.weights import LayerWeights
 from heapr.pruning import surgery
@@ -120,3 +124,38 @@ def test_one_layer_at_a_time(streamed: MoEModel, seen: list[list[int]], tmp_path
     with streamed.hold([1]):
         assert in_memory(streamed) == [1]  # what is left of its experts, and not what they were cut from
         assert all(weight.is_meta for experts in dense_experts for weight in experts.parameters())
+
+
+def test_a_disk_too_small_for_an_evaluation_is_refused_before_a_layer_is_read(
+    streamed: MoEModel, seen: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hidden state of 16 float32 values for each of 48 tokens, for the model and a variant of it."""
+    streamed.residency.tapes = tmp_path / "tapes"
+    needed = 2 * 48 * 16 * 4
+    disk = SimpleNamespace(free=needed)
+    monkeypatch.setattr("heapr.model.shelf.shutil.disk_usage", lambda folder: disk)
+    assert len(list(final_hidden_states(streamed, BATCHES, [unchanged, unchanged]))) == 2 * 2
+    seen.clear()
+    disk.free = needed - 1
+    with pytest.raises(
+        ConfigError, match="activations between the layers need .* GB free; .*activations=ram"
+    ):
+        list(final_hidden_states(streamed, BATCHES, [unchanged, unchanged]))
+    assert seen == []
+
+
+def test_progress_counts_passes_and_tells_what_was_read(
+    streamed: MoEModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = io.StringIO()
+    settings = {"file": shown, "mininterval": 0, "miniters": 1, "ncols": 200}
+    monkeypatch.setattr("heapr.progress.bar_settings", lambda: settings)
+    plan = Plan(layers={layer.index: KEPT_EF for layer in streamed.layers})
+    collect(streamed, BATCHES, way=Way(streamed.spans, streamed.shelf()))
+    remove_and_repair(streamed, plan, ExpertRepair(), BATCHES)
+    list(final_hidden_states(streamed, BATCHES))
+    bars = re.split(r"[\r\n]+", shown.getvalue())
+    # Two batches, forward through three layers and backward through four; the rest goes forward alone.
+    for name, number in {"calibrate": 2 * (3 + 4), "repair": 4, "layers": 2 * 4}.items():
+        assert any(re.match(rf"{name}: 100%.* {number}/{number} \[", bar) for bar in bars), name
+        assert any(bar.startswith(name) and re.search(r"read \S+ GB, \S+ MB/s", bar) for bar in bars), name

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from heapr.errors import ConfigError
-from heapr.model.load import find_model
+from heapr.model.find_model import find_model
 from heapr.model.model_files import WEIGHTS
 from tests.experiment import run_in, write_texts
 from tests.tiny import byte_tokenizer, tiny_model

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 
 from heapr.model.checkpoint import save_checkpoint
 from heapr.model.description import copy_tokenizer
-from heapr.model.load import find_model
+from heapr.model.find_model import find_model
 from heapr.pruning.surgery import remove
 from heapr.types import Plan
 from tests.experiment import run_in, write_texts

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from heapr.errors import ConfigError
-from heapr.model.load import ModelSource, find_model
+from heapr.model.find_model import find_model
+from heapr.model.load import ModelSource
 from heapr.model.model_files import WEIGHTS
 from heapr.model.weights import BESIDE, LayerWeights
 from tests.tiny import byte_tokenizer, deep_model, tiny_model

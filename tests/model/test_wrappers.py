@@ -18,7 +18,7 @@ from heapr.calibration.collector import collect
 from heapr.errors import ConfigError
 from heapr.model.auto_class import auto_class_name
 from heapr.model.checkpoint import save_checkpoint
-from heapr.model.load import find_model
+from heapr.model.find_model import find_model
 from heapr.model.moe import MoEModel
 from heapr.model.passes import Way
 from heapr.pruning.surgery import mask, remove

@@ -17,10 +17,13 @@ from heapr.shared_folder import check_is_shared
 from heapr.start_ranks import started_ranks
 from heapr.store import Store
 
+FAILED = "failed-now"  # a file, made when a rank fails
 
-def compute(ranks: Ranks, how: str) -> str:
+
+def compute(ranks: Ranks, how: str, folder: Path) -> str:
     if how != "nobody" and ranks.rank == 1:
         time.sleep(0.5)
+        (folder / FAILED).touch()
         if how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         raise ValueError("this rank has had enough")
@@ -40,7 +43,9 @@ def main(folder: Path, how: str) -> None:
         check_is_shared(root, ranks)
         origin = Origin(stage="made", version=1, config={}, upstream={})
         artifact = store.get(
-            origin, lambda: compute(ranks, how), lambda path, text: (path / "found.txt").write_text(text)
+            origin,
+            lambda: compute(ranks, how, root),
+            lambda path, text: (path / "found.txt").write_text(text),
         )
         assert (artifact.path / "found.txt").is_file()
         ranks.barrier()

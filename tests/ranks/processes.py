@@ -52,13 +52,13 @@ def start(
     for rank in range(size):
         environment = {**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         output = folder / f"{rank}.txt"
-        process = context.Process(target=_run, args=(environment, output, function, arguments))
+        process = context.Process(target=as_program, args=(environment, output, function, arguments))
         process.start()
         started.append(Started(process, output))
     return started
 
 
-def _run(
+def as_program(
     environment: Mapping[str, str], output: Path, function: Callable[..., None], arguments: tuple[Any, ...]
 ) -> None:
     """Call a function as if it were a program of its own, and end the process as Python ends one."""

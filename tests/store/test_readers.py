@@ -156,8 +156,12 @@ def test_what_killed_processes_left_is_swept_by_the_next_that_makes_anything(tmp
     holder = folder / "..0123456789abcdef.lock.holder.tmp-20"
     holder.touch()
     os.utime(holder, (1, 1))
+    (folder / f".{ORIGIN.key}.scratch-whole").mkdir()  # of a process that was killed once it had published
+    (folder / f".{ORIGIN.key}.scratch-checkpoint").mkdir()  # of a part that is not finished
+    (folder / f".{ORIGIN.key}.lock.holder").touch()
     store.get(Origin("made", 1, {"x": 2}, {}), nothing, write)
-    assert not list(folder.glob(".*tmp-*"))
+    left = [path.name for path in folder.glob(".*") if path.suffix != ".lock"]
+    assert left == [f".{ORIGIN.key}.scratch-checkpoint"]
 
 
 def test_an_artifact_that_others_removed_meanwhile_is_one_line(tmp_path: Path) -> None:

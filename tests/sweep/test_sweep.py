@@ -248,7 +248,7 @@ def test_a_damaged_record_hides_no_other_sweep(
         Record("criteria", "tiny", "python sweep.py", name, []).write(tmp_path / name)
     (tmp_path / "2026-01-02" / "sweep.json").write_bytes(content)
     assert newest_sweep(tmp_path, "criteria", "tiny") == tmp_path / "2026-01-01"
-    assert "2026-01-02/sweep.json' is damaged" in caplog.text
+    assert "2026-01-02/sweep.json' is damaged" in caplog.text and caplog.text.count("is damaged") == 1
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,7 @@ def test_the_limit_is_part_of_the_key(tmp_path: Path) -> None:
     settings = [
         "calibration=text_files",
         f"calibration.corpus.paths=[{tmp_path}/a.txt]",
+        "calibration.num_samples=4",
         f"paths.outputs={tmp_path}",
         "evaluation=none",
     ]

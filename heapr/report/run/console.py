@@ -66,8 +66,9 @@ def print_summary(summary: Mapping[str, Any], run_folder: str, console: Console 
         checkpoint = Path(plan) / CHECKPOINT
         if checkpoint.is_dir():
             places.append(f"checkpoint: {checkpoint}")
+    tables = Group(_metrics_table(summary["metrics"]), _stages_table(stages))
     console = console or open_console()
-    console.print(Group(_metrics_table(summary["metrics"]), _stages_table(stages)))
+    console.print(tables)
     print_lines(console, "\n".join(places))
 
 
@@ -97,7 +98,8 @@ def _add_models(table: Table, dense: Numbers, pruned: Numbers, size: Numbers) ->
         before = dense[name]
         after = pruned[name]
         if name.startswith(GENERATION_LENGTHS):
-            table.add_row(name, f"{before:.1f}", f"{after:.1f}", f"{after - before:+.1f}")
+            difference = after - before
+            table.add_row(name, f"{before:.1f}", f"{after:.1f}", f"{difference:+.1f}")
         else:
             _add_share(table, name, before, after, decimals=1)
     _add_sizes(table, dense, pruned, size)
@@ -120,8 +122,10 @@ def _add_sizes(table: Table, dense: Numbers, pruned: Numbers, size: Numbers) -> 
 
 def _add_share(table: Table, name: str, before: float, after: float, *, decimals: int) -> None:
     points = 100 * (after - before)
-    shown = (f"{before:.{decimals}%}", f"{after:.{decimals}%}", f"{points:+.{decimals}f} points")
-    table.add_row(name, *shown)
+    dense = f"{before:.{decimals}%}"
+    pruned = f"{after:.{decimals}%}"
+    change = f"{points:+.{decimals}f} points"
+    table.add_row(name, dense, pruned, change)
 
 
 def _of_generation(dense: Numbers) -> list[str]:
@@ -133,8 +137,8 @@ def _of_generation(dense: Numbers) -> list[str]:
 def _accuracies(dense: Numbers) -> list[str]:
     """Return the names of the accuracies; the average of one task is that task's accuracy."""
     names = [name for name in dense if name.startswith("accuracy/")]
-    num_tasks = len(names) - names.count(AVERAGE)
-    return names if num_tasks > 1 else [name for name in names if name != AVERAGE]
+    of_tasks = [name for name in names if name != AVERAGE]
+    return names if len(of_tasks) > 1 else of_tasks
 
 
 def _add_comparison(table: Table, comparison: Numbers) -> None:
@@ -146,8 +150,10 @@ def _add_comparison(table: Table, comparison: Numbers) -> None:
             loop = comparison.get(f"{name}/pruned")
             pruned = comparison.get(f"{name}/{pruned_contestant}") or loop
             if dense and pruned:
+                before = _count(dense)
+                after = _count(pruned)
                 change = pruned / dense - 1
-                table.add_row(f"{name}, {forward}", _count(dense), _count(pruned), _change(change))
+                table.add_row(f"{name}, {forward}", before, after, _change(change))
     for beginning, form in COMPARISON_ROWS.items():
         names = [name for name in comparison if name.startswith(beginning)]
         for name in names:

@@ -127,8 +127,9 @@ def _memory_rows(plan: DryRun) -> Rows:
     label = "peak memory"
     for stage, memory in plan["peak_memory"].items():
         total = sum(memory.values())
-        parts = ", ".join(f"{name} {_size(size)}" for name, size in memory.items())
-        rows.append((label, _size(total), f"{stage}: {parts}"))
+        parts = [f"{name} {_size(size)}" for name, size in memory.items()]
+        listed = ", ".join(parts)
+        rows.append((label, _size(total), f"{stage}: {listed}"))
         label = ""
     for name, label, remark in STREAMED:
         num_bytes = plan[name]

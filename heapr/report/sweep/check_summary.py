@@ -19,10 +19,18 @@ def problem_of(summary: Any) -> str | None:
     for name in ("metrics", "protocols", "config"):
         if not isinstance(summary.get(name), Mapping):
             return f"{name} is not an object"
-    stages = summary.get("stages")
-    if not isinstance(stages, list) or not all(map(_is_stage, stages)):
-        return "stages is not a list of stages with their paths"
-    return _problem_of_values(summary) or _problem_of_config(summary["config"])
+    return (
+        _problem_of_stages(summary.get("stages"))
+        or _problem_of_metrics(summary["metrics"])
+        or _problem_of_protocols(summary["protocols"])
+        or _problem_of_config(summary["config"])
+    )
+
+
+def _problem_of_stages(stages: Any) -> str | None:
+    if isinstance(stages, list) and all(map(_is_stage, stages)):
+        return None
+    return "stages is not a list of stages with their paths"
 
 
 def _is_stage(entry: Any) -> bool:
@@ -32,15 +40,25 @@ def _is_stage(entry: Any) -> bool:
     return has_names and isinstance(entry.get("cached"), bool)
 
 
-def _problem_of_values(summary: Mapping[str, Any]) -> str | None:
-    for group, values in summary["metrics"].items():
+def _problem_of_metrics(metrics: Mapping[str, Any]) -> str | None:
+    for group, values in metrics.items():
         if not isinstance(values, Mapping):
             return f"metrics.{group} is not an object"
         for name, value in values.items():
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not is_number or not math.isfinite(value):
+            if not _is_finite_number(value):
                 return f"metrics.{group}.{name} is not a finite number"
-    for model, records in summary["protocols"].items():
+    return None
+
+
+def _is_finite_number(value: Any) -> bool:
+    """Whether a value is an int or a float; bool, which is an int in Python, is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value)
+
+
+def _problem_of_protocols(protocols: Mapping[str, Any]) -> str | None:
+    for model, records in protocols.items():
         if not isinstance(records, Mapping):
             return f"protocols.{model} is not an object"
     return None
@@ -50,11 +68,16 @@ def _problem_of_config(config: Mapping[str, Any]) -> str | None:
     for name in SECTIONS:
         if not isinstance(config.get(name), Mapping):
             return f"config.{name} is not an object"
-    if not isinstance(config["score"].get("_target_"), str):
+    if not _has_target(config["score"]):
         return "config.score has no _target_"
     corpus = config["calibration"].get("corpus")
-    if not isinstance(corpus, Mapping) or not isinstance(corpus.get("_target_"), str):
+    if not _has_target(corpus):
         return "config.calibration.corpus has no _target_"
-    if not isinstance(config["pruning"].get("ratio"), int | float):
+    ratio = config["pruning"].get("ratio")
+    if not isinstance(ratio, int | float):
         return "config.pruning.ratio is not a number"
     return None
+
+
+def _has_target(entry: Any) -> bool:
+    return isinstance(entry, Mapping) and isinstance(entry.get("_target_"), str)

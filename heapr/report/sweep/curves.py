@@ -59,7 +59,9 @@ def ratio_curve(entry: Entry, jobs: Jobs, published: Numbers) -> list[Drawing]:
         for axis, name in zip(axes, names, strict=True):
             for number, series in enumerate(all_series):
                 _ratio_line(axis, series, name, number, published)
-        beyond = [_cut_off(axis, name, all_series) for axis, name in zip(axes, names, strict=True)]
+        beyond = []
+        for axis, name in zip(axes, names, strict=True):
+            beyond.append(_cut_off(axis, name, all_series))
         finish_axes(axes, names, of_model)
         for axis in axes:
             ratio_axis(axis, of_model, from_zero=True)
@@ -72,19 +74,21 @@ def ratio_curve(entry: Entry, jobs: Jobs, published: Numbers) -> list[Drawing]:
 def _with_flops(names: Sequence[str], jobs: Jobs) -> list[str]:
     """Return the metrics to draw: those asked for, the FLOPs saved, and those of the routed experts alone."""
     first = finished(jobs)[0]
-    added = [name for name in (FLOPS, ROUTED_FLOPS) if metrics.value(first, name) is not None]
-    return [*names, *(name for name in added if name not in names)]
+    shown = list(names)
+    for name in (FLOPS, ROUTED_FLOPS):
+        is_there = metrics.value(first, name) is not None
+        if is_there and name not in shown:
+            shown.append(name)
+    return shown
 
 
 def _cut_off(axis: Axes, name: str, all_series: Sequence[Series]) -> str:
     """Let lines leave the panel that would set its scale alone, and say which and how far they go."""
     if metrics.better(name) != metrics.LOWER or name.startswith("size/"):
         return ""
-    first_job = all_series[0].points[0][0]
-    dense = metrics.dense_value(first_job, name)
+    dense = all_series[0].dense(name)
     if dense is None:
         return ""
-    dense = metrics.scaled(name, dense)
     highest = {}
     for series in all_series:
         means = [point.mean for point in series.values(name)]
@@ -92,8 +96,14 @@ def _cut_off(axis: Axes, name: str, all_series: Sequence[Series]) -> str:
             highest[series.label] = max(means)
     increases = {label: number - dense for label, number in highest.items()}
     weak = cut_off_weak(axis, increases, dense)
-    ends = [f"{label} up to {metrics.printed(name, highest[label])}" for label in weak]
-    return f"Beyond the top of {metrics.label(name)}: {', '.join(ends)}." if ends else ""
+    if not weak:
+        return ""
+    ends = []
+    for label in weak:
+        end = metrics.printed(name, highest[label])
+        ends.append(f"{label} up to {end}")
+    listed = ", ".join(ends)
+    return f"Beyond the top of {metrics.label(name)}: {listed}."
 
 
 def calibration_curve(entry: Entry, jobs: Jobs, published: Numbers) -> list[Drawing]:
@@ -180,10 +190,10 @@ def _ratio_line(axis: Axes, series: Series, metric: str, number: int, published:
     for point, ratio in zip(points, asked, strict=True):
         x = reached.get(point.number, 100 * ratio)
         xs.append(x)
-    dense = metrics.dense_value(series.points[0][0], metric)
+    dense = series.dense(metric)
     if dense is not None:
         xs.insert(0, 0.0)
-        unpruned = Point(-1, metrics.scaled(metric, dense), 0.0)
+        unpruned = Point(-1, dense, 0.0)
         points = [unpruned, *points]
     draw_line(axis, xs, points, series.label, how)
     _published_points(axis, series, metric, look(number) | HOLLOW_POINT, published)
@@ -193,8 +203,7 @@ def _published_points(
     axis: Axes, series: Series, metric: str, how: dict[str, Any], published: Numbers
 ) -> None:
     """Draw the published numbers of the line's method, if there are any."""
-    first_job = series.points[0][0]
-    theirs = curve(published, first_job, metric)
+    theirs = curve(published, series.first_job, metric)
     if not theirs:
         return
     xs = [100 * ratio for ratio, _ in theirs]

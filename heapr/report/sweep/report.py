@@ -86,7 +86,8 @@ def write_report(jobs: Jobs, layout: Mapping[str, Any], folder: Path, published:
     tables = [TABLES[entry.kind](entry, jobs, numbers) for entry in entries if entry.kind in TABLES]
     with_shares = for_csv(entries, jobs)
     files = _write_tables(folder, tables, checked.title, csv=to_csv(with_shares, numbers))
-    pictures = _pictures([entry for entry in entries if entry.kind in FIGURES], jobs, numbers, folder)
+    with_figures = [entry for entry in entries if entry.kind in FIGURES]
+    pictures = _pictures(with_figures, jobs, numbers, folder)
     files += [path for picture in pictures for path in picture.files]
     ordered = _in_order(entries, tables, pictures)
     whole_page = page(checked, jobs, ordered, folder)

@@ -38,6 +38,16 @@ class Series:
     label: str
     points: tuple[tuple[JobResult, ...], ...]
 
+    @property
+    def first_job(self) -> JobResult:
+        """A job of the first point."""
+        return self.points[0][0]
+
+    def dense(self, metric: str) -> float | None:
+        """Return the unpruned model's metric, in the units that are printed."""
+        value = metrics.dense_value(self.first_job, metric)
+        return None if value is None else metrics.scaled(metric, value)
+
     def values(self, metric: str) -> list[Point]:
         """Average the metric at every point where it was measured, in the units that are printed."""
         found = []

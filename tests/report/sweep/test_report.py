@@ -452,7 +452,7 @@ def test_the_head_says_with_what_where_how_long_and_on_which_text(tmp_path: Path
     assert facts([*jobs, failed(2)]) == {
         "made with": "heapr 0.1.0 (commit 0123456789), torch 2.13.0, transformers 5.23.0",
         "on": "CPU Some CPU, 2 threads",
-        "took": "40 s for 2 jobs; 1.5 min to make their 1 artifacts, now or earlier",
+        "took": "40 s for 2 jobs; 1.5 min to make their 1 artifact, now or earlier",
         "models": "hf (Some/Mix-1.5-A2B, bfloat16)",
         "calibrated on": "8, 32 sequences of 2,048 tokens of wikitext2, seed 0",
     }
