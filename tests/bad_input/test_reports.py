@@ -245,8 +245,8 @@ PROCESSES = [
 @pytest.mark.parametrize(("environment", "part"), PROCESSES)
 def test_a_wrong_environment(environment: dict[str, str], part: str, tmp_path: Path) -> None:
     with variables(**environment):
-        settings = ["calibration=numpydocs", "calibration.corpus.package=email", "evaluation=none"]
-        assert part in refused(tmp_path, *settings)
+        text = ["calibration=numpydocs", "calibration.corpus.package=email", "calibration.num_samples=2"]
+        assert part in refused(tmp_path, *text, "evaluation=none")
 
 
 @pytest.mark.parametrize(
