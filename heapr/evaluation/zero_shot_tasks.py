@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ def load_task(name: str, folder: Path | None, content: str) -> LoadedTask:
             )
         try:
             loaded = manager.load([name])
+            _try_templates(loaded["tasks"].values())
         except OSError as error:
             raise ConfigError(
                 f"the data of zero-shot task '{name}' are not on this machine: {first_line(error)}; "
@@ -77,6 +79,25 @@ def load_task(name: str, folder: Path | None, content: str) -> LoadedTask:
     everything = {**loaded["tasks"], **loaded["groups"]}
     roots = [item for key, item in everything.items() if key not in members]
     return LoadedTask(name, manager, loaded["tasks"], roots)
+
+
+def _try_templates(tasks: Iterable[Any]) -> None:
+    """Fill in the templates of tasks with the first document, because loading leaves out some of them.
+
+    Raises:
+        ValueError: the right answer is none of the choices, which lm-eval would count as a wrong answer.
+        Exception: whatever a template raises.
+    """
+    for single in tasks:
+        for document in itertools.islice(single.eval_docs, 1):
+            single.fewshot_context(document, num_fewshot=0)
+            # Some questions have several contexts and one continuation; their answer is elsewhere.
+            if single.OUTPUT_TYPE != "multiple_choice" or single.multiple_input:
+                continue
+            answer, choices = single.doc_to_target(document), single.doc_to_choice(document)
+            known = range(len(choices)) if isinstance(answer, int) else choices
+            if isinstance(answer, int | str) and answer not in known:
+                raise ValueError(f"the answer {answer!r} of the first question is none of its choices")
 
 
 def generates_text(task: LoadedTask) -> bool:

@@ -143,3 +143,13 @@ def layer_output(experts: Experts, inputs: ExpertInputs) -> Tensor:
         token_n = activations.tokens(expert)
         output_TD.index_add_(0, token_n, weighted_nD)
     return output_TD
+
+
+def first_not_finite(experts: Experts, inputs: ExpertInputs) -> int | None:
+    """The first expert whose activations or outputs are NaN or infinite, or have infinite squares."""
+    activations = Activations(experts, inputs)
+    for expert in range(len(activations.widths)):
+        tensors = activations.z(expert), activations.output(expert)
+        if not all(bool(tensor.square().isfinite().all()) for tensor in tensors):
+            return expert
+    return None

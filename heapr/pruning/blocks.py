@@ -133,12 +133,15 @@ def factored(C_SS: Tensor, ridge: float) -> Tensor:
 
     Raises:
         ConfigError: the ridge is so small that the matrix is singular in floating point.
+        FloatingPointError: C is NaN or infinite.
     """
     size = C_SS.shape[-1]
     identity_SS = torch.eye(size, dtype=C_SS.dtype, device=C_SS.device)
     regular_SS = C_SS + max(ridge, _TINY) * identity_SS
     factor_SS: Tensor
     factor_SS, failed = torch.linalg.cholesky_ex(regular_SS)
+    if failed.any() and not regular_SS.isfinite().all():
+        raise FloatingPointError("the equations are NaN or infinite")
     if failed.any():
         reason = "pruning.repair.ridge is too small for these activations: the equations are singular"
         raise ConfigError(f"{reason}; give for example 0.01")

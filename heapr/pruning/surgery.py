@@ -7,6 +7,7 @@ Shape letters: D model width, E experts, F atomic experts of an expert, G rows o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -14,11 +15,14 @@ import torch
 from torch import Tensor
 
 from heapr.model.device import exact_products
+from heapr.model.expert_inputs import ExpertInputs
 from heapr.model.experts.layout import Matrices, layout_of, matrices_of
 from heapr.model.experts.ragged import RaggedExperts
 from heapr.model.layerwise import walk_layers
 from heapr.model.moe import MoELayer, MoEModel
+from heapr.model.stream import StreamTarget
 from heapr.progress import progress
+from heapr.pruning.activations import first_not_finite
 from heapr.pruning.layer_repair import LayerRepair, Repair
 from heapr.pruning.repaired import RepairedLayers
 from heapr.ranks import ONE_PROCESS, Ranks
@@ -74,7 +78,7 @@ def remove_and_repair(
 
     Raises:
         ConfigError: the repair follows the residual stream, and the model does not pass `check_stream`.
-        FloatingPointError: NaN or infinity; the message names the layer.
+        FloatingPointError: NaN or infinity; the message names the layer, and the expert if it is known.
     """
     repaired = RepairedLayers() if repaired is None else repaired
     _forget_unfinished(repaired, ranks)
@@ -88,7 +92,7 @@ def remove_and_repair(
         if not is_done:
             found = NOTHING_LOST
             if after.widths != tuple(layer.widths):
-                found = repair(layer.experts, after, inputs, target=target, ranks=ranks)
+                found = _repair(layer, after, inputs, repair=repair, target=target, ranks=ranks)
             tensors = {name: after.get_parameter(name).detach() for name in names}
             # Processors may round differently.
             ranks.copy_first(tensors.values())
@@ -101,6 +105,35 @@ def remove_and_repair(
     if not repair.is_sequential:
         remove(model, plan, repaired)
     return repaired.found
+
+
+def _repair(
+    layer: MoELayer,
+    after: RaggedExperts,
+    inputs: ExpertInputs,
+    *,
+    repair: Repair,
+    target: StreamTarget | None,
+    ranks: Ranks,
+) -> LayerRepair:
+    """Repair a layer's experts after surgery, in place.
+
+    Raises:
+        FloatingPointError: see `remove_and_repair`.
+    """
+    problem: FloatingPointError | None = None
+    try:
+        found = repair(layer.experts, after, inputs, target=target, ranks=ranks)
+        if math.isfinite(found.error_before) and math.isfinite(found.error_after):
+            return found
+    except FloatingPointError as error:
+        problem = error
+    expert = first_not_finite(layer.experts, inputs)
+    place = f"layer {layer.index}" + ("" if expert is None else f", expert {expert}")
+    raise FloatingPointError(
+        f"repair: activations or outputs of {place} are NaN or infinite, or too large to be squared; use a"
+        " wider model.dtype, or look at weights and text"
+    ) from problem
 
 
 def _forget_unfinished(repaired: RepairedLayers, ranks: Ranks) -> None:

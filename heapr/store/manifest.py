@@ -231,7 +231,7 @@ def _git_commit() -> str | None:
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         listed = _output_of([*git, "ls-files", Path(__file__).name])
-        head = _output_of([*git, "rev-parse", "HEAD"])
+        head = _output_of([*git, "rev-parse", "--verify", "HEAD"])
     except OSError:
         return None
     return head if head and listed else None

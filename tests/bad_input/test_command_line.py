@@ -22,6 +22,10 @@ NUMBERS = [
     (f"calibration.seed=-{HUGE}", "calibration.seed"),
     (f"calibration.max_characters={HUGE}", "calibration.max_characters"),
     (f"runtime.num_threads={HUGE}", "runtime.num_threads"),
+    (
+        "calibration.num_samples=50 calibration.sequence_length=100 calibration.max_characters=1000",
+        "1000 of text can give",
+    ),
     ("runtime.num_threads=100000000", "runtime.num_threads"),
     ("runtime.num_threads=0", "runtime.num_threads"),
     ("runtime.wait_minutes=nan", "runtime.wait_minutes"),

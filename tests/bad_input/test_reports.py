@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 from heapr import prefetch
 from heapr.artifacts import read_details, read_kept
 from tests.bad_input.refusals import line_of, refused, refused_call
-from tests.command import ROOT, Completed, run_here, run_py
+from tests.command import ROOT, Completed, run_here
 from tests.experiment import write_model, write_texts
 
 Change = Callable[[Path], object]
@@ -199,7 +200,10 @@ PREFETCHES = [
     ("pruning.ratio=2", "is not in [0, 1)"),
     ("score=[heapr,fisher]", "score takes one option"),
     ("score._target_=os.system", "score._target_='os.system'"),
-    ("model.path=/no/such/folder", "could not be fetched: model /no/such/folder"),
+    (
+        "model.path=/no/such/folder evaluation=none calibration=numpydocs calibration.corpus.package=email",
+        "could not be fetched: model /no/such/folder",
+    ),
     ("paths.outputs=", "paths.outputs"),
     ("nonsense", "nonsense"),
     ("evaluation.zero_shot.tasks=[nonsense]", "zero-shot task 'nonsense' is unknown"),
@@ -241,17 +245,20 @@ PROCESSES = [
 @pytest.mark.parametrize(("environment", "part"), PROCESSES)
 def test_a_wrong_environment(environment: dict[str, str], part: str, tmp_path: Path) -> None:
     with variables(**environment):
-        settings = ["calibration.num_samples=2", "evaluation=none"]
-        assert part in refused(tmp_path, *settings)
+        text = ["calibration=numpydocs", "calibration.corpus.package=email", "calibration.num_samples=2"]
+        assert part in refused(tmp_path, *text, "evaluation=none")
 
 
-def test_answers_come_before_torch_is_imported(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("argument", "part"),
+    [("pruning.ratio=3", "pruning.ratio=3.0"), ("score._target_=os.system", "score._target_='os.system'")],
+)
+def test_answers_come_before_torch_is_imported(argument: str, part: str, tmp_path: Path) -> None:
     """In a process of its own: what the schema or the targets refuse needs no torch, lm-eval or transformers."""
-    result = run_py("pruning.ratio=3", folder=tmp_path, PYTHONPROFILEIMPORTTIME="1")
-    lines = [line for line in result.stderr.splitlines() if not line.startswith("import time:")]
-    assert result.returncode == 2 and len(lines) == 1 and "pruning.ratio=3.0" in lines[0]
-    for library in ("torch", "transformers", "lm_eval", "numpy", "wandb", "datasets"):
-        assert f"| {library}\n" not in result.stderr.replace(" |   ", "| ")
-        assert not any(line.split("|")[-1].strip() == library for line in result.stderr.splitlines())
-    other = run_py("score._target_=os.system", "evaluation.zero_shot.tasks=[nonsense]", folder=tmp_path)
-    assert "score._target_='os.system'" in line_of(other)
+    ask = "import atexit, sys; atexit.register(lambda: print(*sys.modules)); from heapr.main import main; main()"
+    command = [sys.executable, "-c", ask, argument, "evaluation.zero_shot.tasks=[nonsense]"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60, check=False)
+    assert part in line_of(result)
+    modules = set(result.stdout.split())
+    assert "omegaconf" in modules
+    assert modules.isdisjoint({"torch", "transformers", "lm_eval", "numpy", "wandb", "datasets"})

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from heapr import secrets
+from heapr import composition, secrets
 from heapr.artifacts import MANIFEST
 from heapr.errors import ConfigError
 from heapr.plugins import plug_in
@@ -67,6 +67,8 @@ TARGETS = [
     ("++pruning.repair={_target_:foreign_package.call}", "something that is null"),
     ("++calibration.corpus={_target_:foreign_package.call}", "is not a corpus of heapr.text"),
     ("++calibration.corpus={_target_:heapr.text.reader.Source}", "is not a corpus"),
+    ("++calibration.corpus={_target_:heapr.text.corpora._Docstrings}", "is not a corpus of heapr.text"),
+    ("++score.alpha={_target_:heapr.score.data_free.Magnitude,x:{_target_:foreign_package.call}}", "score.alpha.x._target_"),
     ("++evaluation.corpora.x={_target_:foreign_package.call}", "evaluation.corpora.x._target_"),
     ("++evaluation.x={_target_:foreign_package.call}", "is not a measurement of heapr.evaluation"),
     ("++evaluation.x={_target_:heapr.evaluation.two_stage.GradientMatrices}", "is not a measurement"),
@@ -104,6 +106,7 @@ FILES = {  # content of a file in a folder of --config-dir, and what the refusal
     "model: {trust_remote_code: true}": "model.trust_remote_code=True comes from a file",
     "hydra: {callbacks: {x: {_target_: foreign_package.call}}}": "hydra.callbacks.x._target_",
     "hydra: {job: {env_set: {PATH: /tmp}}}": "hydra.job.env_set runs commands",
+    "hydra: {sweeper: {params: {model.trust_remote_code: 'true'}}}": "model.trust_remote_code",
     "hydra: {sweeper: {params: {plugins.allow: '[foreign_package]'}}}": "plugins.allow",
     "hydra: {overrides: {task: ['plugins.allow=[foreign_package]']}}\nplugins: {allow: [foreign_package]}": "plugins.allow",
     "hydra: {job_logging: {handlers: {console: {class: foreign_package.call}}}}": "hydra.job_logging",
@@ -144,6 +147,15 @@ def test_a_configuration_file_from_elsewhere(
     line = refused(tmp_path, *arguments, "tracking=none")
     assert part in line and SECRET not in line and TOKEN not in line
     assert not (tmp_path / MARK).exists() and not (tmp_path / "outputs" / "artifacts").exists()
+
+
+@pytest.mark.parametrize("option", ["setup", "python", "srun_args", "additional_parameters"])
+def test_what_a_launcher_runs_comes_from_the_command_line(option: str) -> None:
+    """Those of the SLURM launcher, which need not be installed."""
+    hydra = {"launcher": {option: ["ls"]}}
+    with pytest.raises(ConfigError, match=f"hydra.launcher.{option} runs commands"):
+        composition._check_commands(hydra, {})
+    composition._check_commands(hydra, {f"hydra.launcher.{option}": ["ls"]})
 
 
 def test_targets_that_conf_names_are_known_and_others_are_allowed_by_package(package: Path) -> None:
@@ -226,6 +238,28 @@ def test_log_lines_hide_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = secrets.Formatter("%(message)s").format(record)
     assert shown == "a *** b *** c https://***@h/x?*** d"
     assert secrets.find_secret("/home/me/tokens/hf_model https://example.org/a?b=c me@example.org") is None
+
+
+KNOWN_FORMS = {  # texts with a secret, and the kind that a refusal names
+    f"ghp_{'aB3' * 8}": "a token of GitHub",
+    f"github_pat_{'a_3' * 8}": "a token of GitHub",
+    f"wandb_v1_{'aB3' * 8}": "a token of wandb",
+    f"local-{'0f' * 20}": "a token of wandb",
+    f"api_org_{'aB3' * 8}": "a token of Hugging Face",
+    f"sk-proj-{'aB3' * 8}": "a key",
+    f"AKIA{'AB3D' * 4}": "a key",
+    f"AIza{'aB3' * 11}": "a key",
+    f"https://{'aB3' * 8}@example.org/x": "a URL with a password",
+    "https://example.org/x?a=b&access_token=abc": "a URL with a token",
+}
+
+
+@pytest.mark.parametrize(("text", "kind"), KNOWN_FORMS.items())
+def test_a_token_of_a_known_form_is_found_and_hidden(text: str, kind: str) -> None:
+    assert secrets.find_secret(f"x={text}") == kind
+    hidden = secrets.without_secrets(f"x={text} y")
+    assert "***" in hidden and hidden.endswith(" y")
+    assert not re.search(r"(aB3|a_3|0f|AB3D)|=abc", hidden)
 
 
 def test_no_pickle_no_eval_no_shell_in_the_product() -> None:

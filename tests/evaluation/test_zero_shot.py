@@ -326,6 +326,35 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
         )
 
 
+BAD_TEMPLATES = [
+    ({"doc_to_text": "{{question"}, "unexpected end of template"),
+    ({"doc_to_text": "{{question|nonsense}}"}, "No filter named 'nonsense'"),
+    ({"doc_to_text": "{{quesiton}}"}, "'quesiton' is undefined"),
+    ({"doc_to_text": "{{1 / 0}}"}, "ZeroDivisionError"),
+    ({"doc_to_choice": "{{answers.first}}"}, "has no attribute 'first'"),
+    ({"doc_to_choice": "{{question}}"}, "SyntaxError"),
+    ({"doc_to_target": "{{right"}, "unexpected end of template"),
+    ({"doc_to_target": "wrong"}, "the answer 'wrong' of the first question is none of its choices"),
+    ({"doc_to_target": "3"}, "IndexError"),
+    ({"description": "{{question"}, "unexpected end of template"),
+]
+
+
+@pytest.mark.parametrize(("change", "reason"), BAD_TEMPLATES)
+def test_a_bad_template_of_ones_own_task_is_refused_with_the_reason(
+    change: dict[str, str], reason: str, sums: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once: without a search through all tasks of lm-eval, which takes long."""
+    task = json.loads((sums / "sums.yaml").read_text())
+    (sums / "sums.yaml").write_text(json.dumps({**task, **change}))
+    own = zero_shot_tasks._task_manager(sums, str(change), everything=False)
+    managers = {False: own}
+    monkeypatch.setattr(zero_shot_tasks, "_task_manager", lambda *_, everything: managers[everything])
+    with pytest.raises(ConfigError, match=r"zero-shot task 'sums' cannot be loaded \(.*; correct") as caught:
+        ZeroShot("sums", include_path=str(sums)).prepare(Source(byte_tokenizer()))
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 DOCUMENTS = [
     " ".join(WORDS[(n * step + n) % 10] + str(n) for n in range(length))

@@ -484,3 +484,16 @@ def test_a_step_that_is_too_long_is_halved(layer: Layer, monkeypatch: pytest.Mon
     too_long, half_of_it = stretched(3.0), stretched(1.5)
     assert not torch.equal(too_long.gate_up_proj, layer.after.gate_up_proj)
     torch.testing.assert_close(too_long.gate_up_proj, half_of_it.gate_up_proj)
+
+
+@pytest.mark.parametrize("repair", REPAIRS)
+@pytest.mark.parametrize(("name", "value"), [("down_proj", float("nan")), ("gate_up_proj", 1e25)])
+def test_the_layer_and_expert_that_are_not_finite_are_named(repair: Repair, name: str, value: float) -> None:
+    """A weight that is NaN, and activations whose squares float32 cannot hold."""
+    model = MoEModel(tiny_qwen3_moe())
+    half_EF = (torch.arange(8) < 4).expand(4, 8)
+    with torch.no_grad():
+        model.layers[1].experts.get_parameter(name)[2] = value
+    plan = Plan(layers={0: half_EF, 1: half_EF})
+    with pytest.raises(FloatingPointError, match="layer 1, expert 2 are NaN or infinite"):
+        remove_and_repair(model, plan, repair, [tiny_ids(num_sequences=4, length=12)])

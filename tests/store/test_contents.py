@@ -41,6 +41,8 @@ WRONG = [
     (SCORE, text("scores.safetensors", "no tensors"), "is not a file of tensors"),
     (SCORE, text("notes.txt", "of another stage"), "is not a file of such an artifact"),
     (CALIBRATE, without("tokens.safetensors"), "tokens.safetensors is missing in the manifest"),
+    (PLAN, tensors("plan.safetensors", layers_1=FLOATS_EF[0] > 0), r"is BOOL \[3\]"),
+    (PLAN, tensors("plan.safetensors"), "has no layers"),
     (CALIBRATE, tensors("tokens.safetensors", ids=torch.zeros(2, 3)), "ids in tokens.safetensors is F32"),
     (CALIBRATE, tensors("statistics.safetensors", loss_sum=torch.zeros(())), "loss.sum in"),
     (PLAN, tensors("plan.safetensors", layers_1=FLOATS_EF), "is F32"),
