@@ -26,9 +26,10 @@ def test_random_kills_change_nothing(disturbed: Disturbed) -> None:
     """Each attempt is killed at a moment of its own, until so many have been; those that ended before are compared."""
     chance = random.Random(SEED)
     num_kills = num_finished = 0
+    seconds = disturbed.seconds
     disturbed.begin()
     while num_kills < NUM_KILLS // 2:
-        ended = disturbed.start(after=chance.uniform(0, disturbed.seconds))
+        ended = disturbed.start(after=chance.uniform(0, seconds))
         assert ended.code in {0, KILLED}, ended.output
         if ended.code == KILLED:
             num_kills += 1
@@ -68,9 +69,10 @@ def test_signals_end_in_one_line_and_change_nothing(
 ) -> None:
     chance = random.Random(int(number))
     num_signals = 0
+    seconds = disturbed.seconds
     disturbed.begin()
     while num_signals < 12:
-        ended = disturbed.start(number=number, after=chance.uniform(0.1, disturbed.seconds))
+        ended = disturbed.start(number=number, after=chance.uniform(0.1, seconds))
         if ended.code == 0:
             disturbed.check_end()
             disturbed.begin()

@@ -60,7 +60,10 @@ def print_summary(summary: Mapping[str, Any], run_folder: str, console: Console 
     """
     stages = summary["stages"]
     artifacts = Path(stages[0]["path"]).parents[1]
-    places = [f"artifacts:  {artifacts}/<stage>/<artifact>", f"this run:   {run_folder}"]
+    places = [
+        f"artifacts:  {artifacts}/<stage>/<artifact>",
+        f"this run:   {run_folder}",
+    ]
     plans = dict.fromkeys(stage["path"] for stage in stages if stage["stage"] == "prune")
     for plan in plans:
         checkpoint = Path(plan) / CHECKPOINT
