@@ -78,3 +78,11 @@ def test_files_of_the_wrong_kind_are_refused(
 def test_every_step_of_a_pipeline_has_contents() -> None:
     assert all(contents_of(step.origin.stage, step.part) is not None for step in STEPS)
     assert contents_of("unknown", "") is None and contents_of("score", "unknown") is None
+
+
+def test_a_link_to_an_artifact_is_none(tmp_path: Path) -> None:
+    path = Store(tmp_path, CPU).get(CALIBRATE.origin, nothing, CALIBRATE.write).path
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DamagedError, match="its folder is a symbolic link"):
+        verify(path, "", Hashes(None))

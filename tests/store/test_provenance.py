@@ -39,3 +39,12 @@ def test_a_commit_is_recorded_only_if_git_tracks_heapr(
     assert git_commit() == git(project, "rev-parse", "HEAD")
     monkeypatch.setenv("PATH", "")
     assert git_commit() is None  # git is not installed
+
+
+@pytest.mark.parametrize("wrong", [3, None, {}, {"size": -1, "sha256": "0" * 64}, {"size": 1, "sha256": "0"}])
+def test_what_a_file_will_be_next_is_described_like_what_it_is(wrong: object) -> None:
+    """A card that is being rewritten has two descriptions for a moment, and either must be one."""
+    right = {"size": 1, "sha256": "0" * 64}
+    assert manifest._describes_a_file({**right, "next": right})
+    assert not manifest._describes_a_file({**right, "next": wrong})
+    assert not manifest._describes_a_file(wrong)
