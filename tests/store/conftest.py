@@ -9,7 +9,7 @@ import pytest
 from heapr.store import manifest
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def git_is_not_asked() -> Iterator[None]:
     """Starting a process takes longer than making a tiny artifact."""
     with pytest.MonkeyPatch.context() as patch:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ import pytest
 from heapr.artifacts import SUMMARY
 from heapr.locks import locked
 from heapr.past_seconds import PastSeconds
-from heapr.store import Store
+from heapr.store import Store, garbage
 from heapr.store.commands import main
 from heapr.store.publishing import lock_path
+from heapr.store.references import refer
 from tests.store.mutations import CPU, STEPS, Damage, data_of, make_all
 
 
@@ -122,6 +124,37 @@ def test_gc_leaves_what_is_in_use(capsys: pytest.CaptureFixture[str], outputs: P
     with locked(lock_path(used), "it"):
         code, text = run(capsys, outputs, "gc", "--delete")
     assert code == 0 and "in use" in text and used.is_dir()
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_gc_keeps_what_a_run_has_come_to_need(
+    outputs: Path, monkeypatch: pytest.MonkeyPatch, is_late: bool
+) -> None:
+    """After the list was made, or while it is being removed."""
+    root = outputs / "artifacts"
+    shutil.rmtree(outputs / "sweeps" / "b")
+    listed = garbage.find_garbage(root)
+    kept, first = listed.artifacts[0], listed.artifacts[-1]  # the last of the list goes first
+
+    def come() -> None:
+        folder = outputs / "runs" / "new"
+        folder.mkdir(exist_ok=True)
+        refer(root, folder, [kept.name])
+
+    if is_late:
+        remove = garbage._remove_artifact
+
+        def remove_and_come(path: Path) -> None:
+            remove(path)
+            time.sleep(0.01)  # a folder's time of change goes by ticks of the clock
+            come()
+
+        monkeypatch.setattr(garbage, "_remove_artifact", remove_and_come)
+    else:
+        come()
+    removed = garbage.remove_garbage(root, listed)
+    assert first.path in removed and not first.path.exists()
+    assert kept.path.is_dir() and kept.path not in removed
 
 
 def test_gc_removes_what_a_run_needs_if_it_is_told_to(
