@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from heapr.pruning.repair import ExpertRepair
 from heapr.run_experiment import Summary
 from tests.experiment import compose_experiment, run_in, write_model, write_texts
 from tests.same import assert_same_files
+from tests.tiny import byte_tokenizer, tiny_qwen3_moe
 
 STREAMED, IN_MEMORY = "runtime.stream=true", "runtime.stream=false"
 NOT_MEASURED = [f"evaluation.{name}=null" for name in ("throughput", "truth", "fidelity", "efficiency")]
@@ -273,6 +275,29 @@ def test_a_disk_too_small_for_the_tape_is_refused_before_anything_is_computed(
         ConfigError, match="activations between the layers need 1e\\+09 GB, .*activations=ram"
     ):
         run_in(tmp_path, *small, STREAMED)
+
+
+def test_files_are_open_only_while_they_are_read_or_written(tmp_path: Path) -> None:
+    """However many shards and activations there are, so that no limit of open files is ever met."""
+    tiny_qwen3_moe(num_hidden_layers=8).save_pretrained(tmp_path / "model", max_shard_size="3KB")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    num_shards = len(list((tmp_path / "model").glob("*.safetensors")))
+    options = ["model=hf", f"model.path={tmp_path / 'model'}", "model.dtype=float32", *write_texts(tmp_path)]
+    options += [
+        *NOT_MEASURED,
+        "calibration.batch_size=1",
+        "pruning/repair=stream",
+        "runtime.activations=disk",
+    ]
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    spare = 12
+    assert num_shards > 2 * spare
+    highest = max(map(int, os.listdir("/dev/fd")))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + spare, before[1]))
+    try:
+        run_in(tmp_path, *options, STREAMED)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_a_task_that_generates_is_refused_before_the_model_is_read(
