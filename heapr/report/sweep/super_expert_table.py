@@ -14,9 +14,9 @@ from heapr.report.sweep.results import Jobs, finished, stage_folder
 
 HEADERS = ("model", "layer", "expert", "times the median", "in jobs", "protected")
 NOTE = (
-    "Super experts are those whose largest |p h w| is far above that of the others; the median is over"
-    " all experts; a span is over several calibrations. A streamed model's are looked for only if they are"
-    " protected."
+    "By their largest |p h w|, these experts are above the 99.5 % quantile of all experts and above a tenth"
+    " of the largest. The largest always is one: how many times the median it is tells whether it matters"
+    " (a range where calibrations differ). A streamed model's are looked for only if they are protected."
 )
 LEAST_WHOLE = 100  # multiples from here on have no decimals
 
@@ -58,7 +58,7 @@ def _row(row: Row, times: Mapping[Expert, Sequence[float]], num_jobs: int) -> st
     columns = (
         [str(layer) for (layer, _), _ in by_size],
         [str(expert) for (_, expert), _ in by_size],
-        [_span(of_expert) for _, of_expert in by_size],
+        [_range_of(of_expert) for _, of_expert in by_size],
         [f"{len(of_expert)} of {num_jobs}" for _, of_expert in by_size],
     )
     cells = [f"<td>{'<br>'.join(lines)}</td>" for lines in columns]
@@ -66,7 +66,7 @@ def _row(row: Row, times: Mapping[Expert, Sequence[float]], num_jobs: int) -> st
     return f"<tr><th>{html.escape(model)}</th>{''.join(cells)}</tr>"
 
 
-def _span(values: Sequence[float]) -> str:
+def _range_of(values: Sequence[float]) -> str:
     """Return the least and the largest value, or the one number if both read the same."""
     least, largest = _rounded(min(values)), _rounded(max(values))
     return largest if least == largest else f"{least} to {largest}"

@@ -26,7 +26,7 @@ def planned(number: int, folder: Path, *found: Found, protects: bool = False, na
 
 
 def test_one_row_for_each_model(tmp_path: Path) -> None:
-    """With a line for each expert, and the span over calibrations; a streamed model's job has found none."""
+    """With a line for each expert, and the range over calibrations; a streamed model's job has found none."""
     jobs = [
         planned(0, tmp_path / "a", (3, 1, 1000.0), (2, 7, 12.345)),
         planned(1, tmp_path / "b", (3, 1, 250.0)),
