@@ -40,6 +40,7 @@ TOKENS, STATISTICS = "tokens.safetensors", "statistics.safetensors"
 SCORES = "scores.safetensors"
 # prune
 PLAN, ALLOCATION = "plan.safetensors", "allocation.json"
+SUPER_EXPERTS = "super_experts"  # in the report of an allocation
 # prune, part "repair"
 REPAIRED, REPAIR = "repaired.safetensors", "repair.json"
 # prune, part "checkpoint": a folder, and the file in it that is written last
@@ -170,6 +171,12 @@ def read_kept(folder: Path) -> dict[int, NDArray[Any]] | None:
 
 def read_allocation(folder: Path) -> Report:
     return _must_read_json(folder / ALLOCATION)
+
+
+def read_super_experts(folder: Path) -> list[dict[str, Any]]:
+    """The fields of each `SuperExpert` in the report of an allocation; empty where there is none."""
+    report = _read_json(folder / ALLOCATION) or {}
+    return list(report.get(SUPER_EXPERTS, ()))
 
 
 def write_repair(folder: Path, made: tuple[Pruning, Report], *, plan_folder: Path) -> None:

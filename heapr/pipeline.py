@@ -36,7 +36,7 @@ from heapr.pruning.layer_repair import report_repair
 from heapr.pruning.super_experts import SuperExpert
 from heapr.report.run.card import model_card
 from heapr.report.run.widths import draw_widths
-from heapr.stages import SUPER_EXPERTS, Planning, layer_weights, log_report, super_experts_of
+from heapr.stages import Planning, layer_weights, log_report, super_experts_of
 from heapr.step_results import StepResults
 from heapr.steps import Step
 from heapr.store import Artifact
@@ -68,12 +68,14 @@ class Pipeline:
         findings: what the evaluations found.
         stages: one entry per artifact, for `summary.json`.
         coverage: how well the first calibration covers the experts; None before it is there.
+        super_experts: the dense model's, known from the first plan on.
     """
 
     def __init__(self, experiment: Experiment, tracker: Tracker, tokens: TokenWindows | None) -> None:
         self.experiment, self.tracker = experiment, tracker
         self.stages: list[dict[str, Any]] = []
         self.coverage: Coverage | None = None
+        self.super_experts: tuple[SuperExpert, ...] = ()
         names = [measurement.name for measurement in experiment.plugins.measurements]
         self.findings = Findings(names)
         self.models = ModelProvider(
@@ -164,6 +166,8 @@ class Pipeline:
         write = partial(artifacts.write_plan, model=source.identity, is_repaired=is_repaired)
         artifact = self._get(step, compute, write)
         log_report(artifacts.read_allocation(artifact.path))
+        if step is self.experiment.steps.first("prune"):
+            self.super_experts = _read_super_experts(artifact.path)
 
     def _super_experts(self, step: Step) -> tuple[SuperExpert, ...]:
         """The dense model's super experts: found in the first round, read from its report later.
@@ -172,8 +176,7 @@ class Pipeline:
         """
         first = self.experiment.steps.first("prune")
         if step is not first:
-            report = artifacts.read_allocation(self.results.folder(first))
-            return tuple(SuperExpert(**each) for each in report.get(SUPER_EXPERTS, ()))
+            return _read_super_experts(self.results.folder(first))
         is_asked = self.experiment.config.pruning.protect_super_experts
         if self.experiment.placement.is_streamed and not is_asked:
             return ()
@@ -338,3 +341,8 @@ class Pipeline:
             widths=self.experiment.source.widths,
             ranks=self.experiment.ranks,
         )
+
+
+def _read_super_experts(folder: Path) -> tuple[SuperExpert, ...]:
+    """The super experts in the report of a plan."""
+    return tuple(SuperExpert(**each) for each in artifacts.read_super_experts(folder))

@@ -46,6 +46,9 @@ class Summary:
             "comparison" of both models.
         protocols: how each corpus or task was measured on the "dense" and on the "pruned" model.
         coverage: how well the first calibration covers the experts: a `heapr.calibration.coverage.Coverage`.
+        super_experts: the dense model's ("found"), each a `heapr.pruning.super_experts.SuperExpert`, and
+            whether they lose nothing ("are_protected"). A streamed model's are looked for only if they are
+            protected.
         stages: one entry per artifact, in the order in which they were needed.
         config: the whole resolved configuration.
         environment: versions, machine, and the seconds that the run took.
@@ -54,6 +57,7 @@ class Summary:
     metrics: dict[str, Metrics]
     protocols: dict[str, dict[str, ProtocolRecord]]
     coverage: dict[str, Any]
+    super_experts: dict[str, Any]
     stages: list[dict[str, Any]]
     config: dict[str, Any]
     environment: dict[str, Any]
@@ -112,6 +116,10 @@ def _run(config: ExperimentConfig, folder: Path, *, sweep: str | None, ranks: Ra
         metrics=metrics,
         protocols=protocols,
         coverage=asdict(pipeline.coverage),
+        super_experts={
+            "are_protected": pruning.protect_super_experts,
+            "found": [each._asdict() for each in pipeline.super_experts],
+        },
         stages=pipeline.stages,
         config=resolved,
         environment=environment(experiment.device) | {"seconds": seconds},

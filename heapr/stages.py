@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from heapr.artifacts import Report
+from heapr.artifacts import SUPER_EXPERTS, Report
 from heapr.model.model_shape import ModelShape
 from heapr.model.moe import MoEModel
 from heapr.pruning.allocation import allocate
@@ -23,8 +23,6 @@ from heapr.pruning.super_experts import SuperExpert, describe_super_experts, fin
 from heapr.types import ExpertWeights, Plan, Scores, Statistics
 
 logger = logging.getLogger(__name__)
-
-SUPER_EXPERTS = "super_experts"  # in the report of a plan
 
 
 def layer_weights(model: Callable[[], MoEModel], index: int) -> ExpertWeights:

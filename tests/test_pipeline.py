@@ -80,7 +80,8 @@ def test_artifacts_follow_the_contract(experiment: Experiment) -> None:
     )
 
     written = json.loads((experiment.folder / "run" / "summary.json").read_text())
-    assert written.keys() == {"metrics", "protocols", "coverage", "stages", "config", "environment"}
+    expected = {"metrics", "protocols", "coverage", "super_experts", "stages", "config", "environment"}
+    assert written.keys() == expected
     assert written["coverage"]["num_tokens"] == 6 * 32
     assert written["metrics"] == summary.metrics
     assert all(

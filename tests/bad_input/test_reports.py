@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 
 from heapr import prefetch
-from heapr.artifacts import read_details, read_kept
+from heapr.artifacts import read_details, read_kept, read_super_experts
 from tests.bad_input.refusals import line_of, refused, refused_call
 from tests.command import ROOT, Completed, run_here
 from tests.experiment import write_model, write_texts
@@ -153,6 +153,7 @@ def test_damaged_files_of_artifacts(tmp_path: Path) -> None:
     for name, read in (
         ("plan.safetensors", read_kept),
         ("details.json", read_details),
+        ("allocation.json", read_super_experts),
     ):
         for text in (b"", b"{", b"[]", b"null", b"\xff", b"\0" * 40, DEEP.encode()):
             (tmp_path / name).write_bytes(text)

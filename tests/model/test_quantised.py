@@ -31,6 +31,14 @@ IDS_NW = tiny_ids(num_sequences=2, length=10)
 BLOCK = (5, 12)  # no row or column of a tiny model is a multiple of it
 FP8 = {"quant_method": "fp8", "weight_block_size": list(BLOCK), "activation_scheme": "dynamic", "fmt": "e4m3"}
 MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+GROUP = 8  # numbers with one scale
+COMPRESSED = {
+    "quant_method": "compressed-tensors",
+    "quantization_status": "compressed",
+    "ignore": ["lm_head", "re:.*mlp.gate$"],
+}
+FLOAT = {"num_bits": 8, "type": "float", "strategy": "channel"}
+PACKED = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": GROUP}
 NIBBLES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 Tensors = dict[str, Tensor]
 
@@ -87,6 +95,54 @@ def write_mxfp4(folder: Path, family: str) -> Tensors:
     return whole
 
 
+def write_float_quantized(folder: Path, family: str) -> Tensors:
+    """compressed-tensors of 8 bits: a scale for each row. Returns what it stands for."""
+    weights = compressible(folder, family)
+    files, whole = dict(weights), dict(weights)
+    for name, weight in matrices(weights).items():
+        scales = weight.abs().amax(dim=1, keepdim=True) / 448
+        files[name] = (weight / scales).to(torch.float8_e4m3fn)
+        files[f"{name}_scale"] = scales
+        whole[name] = files[name].float() * scales
+    tokens = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
+    group = {"targets": ["Linear"], "weights": FLOAT, "input_activations": tokens}
+    finish(folder, files, COMPRESSED | {"format": "float-quantized", "config_groups": {"group_0": group}})
+    return whole
+
+
+def write_pack_quantized(folder: Path, family: str) -> Tensors:
+    """compressed-tensors of 4 bits: eight numbers in an int32, the first in the lowest bits. Returns what it
+    stands for."""
+    weights = compressible(folder, family)
+    files, whole = dict(weights), dict(weights)
+    for name, weight in matrices(weights).items():
+        groups = weight.unflatten(1, (-1, GROUP))
+        scales = groups.abs().amax(dim=2) / 7
+        integers = (groups / scales.unsqueeze(2)).round()
+        whole[name] = (integers * scales.unsqueeze(2)).flatten(1)
+        nibbles = (integers + 8).flatten(1).to(torch.uint8)
+        eight_bits_each = nibbles[:, 0::2] + 16 * nibbles[:, 1::2]
+        files[f"{name}_packed"] = eight_bits_each.view(torch.int32)
+        files[f"{name}_scale"] = scales
+        files[f"{name}_shape"] = torch.tensor(weight.shape)
+        del files[name]
+    group = {"targets": ["Linear"], "weights": PACKED}
+    finish(folder, files, COMPRESSED | {"format": "pack-quantized", "config_groups": {"group_0": group}})
+    return whole
+
+
+def compressible(folder: Path, family: str) -> Tensors:
+    """The weights of a tiny model whose configuration is in the folder; without the package, the test skips."""
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    tiny_model(family).save_pretrained(folder)
+    return load_file(folder / WEIGHTS)
+
+
+def matrices(weights: Tensors) -> Tensors:
+    """Those of attention and of experts."""
+    return {name: weight for name, weight in weights.items() if name.endswith("_proj.weight")}
+
+
 def finish(folder: Path, files: Tensors, quantization: Mapping[str, Any]) -> None:
     save_file(files, folder / WEIGHTS, {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
@@ -108,6 +164,8 @@ KINDS: dict[str, tuple[str, Callable[[Path, str], Tensors]]] = {
     "DeepSeek-V3's fp8": ("deepseek_v3", write_fp8),
     "Qwen3's fp8": ("qwen3_moe", write_fp8),
     "gpt-oss' mxfp4": ("gpt_oss", write_mxfp4),
+    "compressed-tensors' float-quantized": ("qwen3_moe", write_float_quantized),
+    "compressed-tensors' pack-quantized": ("qwen3_moe", write_pack_quantized),
 }
 
 

@@ -17,6 +17,8 @@ from heapr.pruning.allocation import allocate
 from heapr.pruning.budget import Budget
 from heapr.pruning.super_experts import describe_super_experts, find_super_experts
 from heapr.pruning.surgery import remove
+from heapr.report.sweep.report import write_report
+from heapr.report.sweep.results import JobResult
 from heapr.types import Plan, Scores
 from tests.experiment import compose_experiment, run_in, write_model, write_texts
 from tests.same import logits
@@ -87,18 +89,25 @@ def test_a_run_tells_them_and_protects_them_on_request(
     unmeasured = ("perplexity", "throughput", "truth", "fidelity", "efficiency", "routing")
     overrides = ["model=hf", f"model.path={folder}", "model.dtype=float32", "pruning.ratio=0.5"]
     overrides += [*write_texts(tmp_path), *(f"evaluation.{name}=null" for name in unmeasured)]
-    removed = []
+    removed, jobs = [], []
     for option in ("false", "true"):
         summary = run_in(tmp_path, *overrides, f"pruning.protect_super_experts={option}", "score=random")
         artifact = next(Path(stage["path"]) for stage in summary.stages if stage["stage"] == "prune")
         report = json.loads((artifact / "allocation.json").read_text())
         (only,) = report["super_experts"]
+        written = json.loads((tmp_path / "run" / "summary.json").read_text())
+        assert written["super_experts"] == {"are_protected": option == "true", "found": [only]}
+        jobs.append(JobResult(len(jobs), (), folder=None, summary=written, error=None))
         config = json.loads((artifact / "checkpoint" / "config.json").read_text())
         place = f".{only['layer']}."
         widths = next(width for name, width in config["expert_widths"].items() if place in name)
         removed.append(widths[only["expert"]])
     assert f"layer {only['layer']} expert {only['expert']} ({only['times_median']:.3g} x)" in caplog.text
     assert removed[0] < removed[1] == 8
+    page = write_report(jobs, {}, tmp_path / "report", None)[-1].read_text()
+    cells = f"<td>{only['layer']}</td><td>{only['expert']}</td><td>{only['times_median']:.3g}</td>"
+    for is_protected in ("no", "yes"):
+        assert f"{cells}<td>1 of 1</td><td>{is_protected}</td></tr>" in page
 
 
 def test_it_is_refused_where_it_cannot_be() -> None:

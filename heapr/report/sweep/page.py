@@ -20,6 +20,7 @@ from heapr.report.sweep.facts import facts
 from heapr.report.sweep.render import to_html
 from heapr.report.sweep.report_layout import Entry, Layout
 from heapr.report.sweep.results import Jobs, artifact_folder, finished
+from heapr.report.sweep.super_expert_table import super_experts_section
 from heapr.report.sweep.table_parts import Table
 
 CSS = """
@@ -84,6 +85,7 @@ def page(layout: Layout, jobs: Jobs, parts: Sequence[Table | Picture], folder: P
         *_parts(parts),
         _failures(jobs),
         coverage_section(jobs),
+        super_experts_section(jobs),
         _differences(jobs),
         _stages(jobs, folder),
         _common(jobs),
