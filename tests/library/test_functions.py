@@ -12,17 +12,22 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.testing import assert_close
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 import heapr
 from heapr import artifacts
 from heapr.errors import ConfigError
+from heapr.library.given import take_tokens, view_of
+from heapr.library.options import SamplingOptions, read_options
+from heapr.pruning.repair import JointRepair
 from heapr.run_experiment import Summary
 from heapr.score.gradient import Fisher
 from heapr.text.corpora import TextFiles
 from heapr.types import Plan
 from tests.experiment import run_in, write_model, write_texts
+from tests.same import logits
 from tests.tiny import byte_tokenizer, tiny_ids, tiny_qwen3_moe
 
 NOT_MEASURED = [f"evaluation.{name}=null" for name in ("routing", "truth", "fidelity", "throughput")]
@@ -110,6 +115,44 @@ def test_a_loaders_batches_are_texts_that_were_cut_already() -> None:
     assert heapr.calibrate(tiny_qwen3_moe(), None, loader, num_samples=3).num_tokens == 3 * 12
 
 
+def test_batches_keep_their_size_unless_another_one_is_given() -> None:
+    view = view_of(tiny_qwen3_moe())
+    loader = [tiny_ids(num_sequences=12, length=6), tiny_ids(num_sequences=3, length=6, seed=1)]
+    for options, sizes in (({}, [12, 3]), ({"batch_size": 8}, [8, 7]), ({"num_samples": 13}, [12, 1])):
+        given = take_tokens(view, None, loader, read_options(options, SamplingOptions))
+        assert [len(batch.ids_NW) for batch in given.batches] == sizes
+
+
+def test_an_error_of_the_increase_needs_windows_of_one_length() -> None:
+    """Of sequences with unlike lengths, perplexity is the mean over tokens, and no mean over windows."""
+    equal, unlike = [tiny_ids(4, 12)], [tiny_ids(2, 12), tiny_ids(2, 5)]
+    for held_out, has_error in ((equal, True), (unlike, False)):
+        pruned = heapr.prune(tiny_qwen3_moe(), None, equal, recipe="heapr", evaluate_on=held_out)
+        assert ("perplexity_increase_standard_error/batches" in pruned.metrics["comparison"]) == has_error
+        assert pruned.metrics["dense"]["num_tokens/batches"] == sum(ids_NW.numel() for ids_NW in held_out)
+
+
+def test_rounds_with_zeros_are_those_with_exact_widths() -> None:
+    """From the second round on, statistics are of the model that was cut; the one given keeps its shapes."""
+    ids_NW = tiny_ids(8, 12)
+    models = {}
+    for form in ("masked", "ragged"):
+        options = {"recipe": "heapr", "form": form, "rounds": 2, "ratio": 0.5}
+        models[form] = heapr.prune(tiny_qwen3_moe(), None, [ids_NW], **options)
+    plans = [models[form].plan.layers for form in models]
+    assert all(torch.equal(kept_EF, plans[1][index]) for index, kept_EF in plans[0].items())
+    shapes = {name: tensor.shape for name, tensor in tiny_qwen3_moe().state_dict().items()}
+    zeroed = models["masked"].model
+    assert {name: tensor.shape for name, tensor in zeroed.state_dict().items()} == shapes
+    assert_close(logits(zeroed, ids_NW), logits(models["ragged"].model, ids_NW))
+
+
+def test_plug_ins_of_ones_own_are_named_in_what_was_done() -> None:
+    settings = read_options({"recipe": "stock", "score": Fisher(), "repair": JointRepair()})
+    assert settings.score == {"_target_": "heapr.score.gradient.Fisher"}
+    assert settings.pruning.repair == {"_target_": "heapr.pruning.repair.JointRepair"}
+
+
 def test_the_model_keeps_its_mode_and_what_trains(tmp_path: Path) -> None:
     model = tiny_qwen3_moe().train()
     model.requires_grad_(False)
@@ -143,6 +186,12 @@ def dense_model() -> PreTrainedModel:
     )  # fmt: skip
 
 
+def quantised_model() -> PreTrainedModel:
+    model = tiny_qwen3_moe()
+    model.config.quantization_config = {"quant_method": "fp8"}
+    return model
+
+
 MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"ratio": 1.5}, "ratio=1.5 is not in [0, 1)"),
     ({"ratio": "25%"}, "ratio=25% has the wrong type; give a number"),
@@ -159,6 +208,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"model": lambda: tiny_qwen3_moe().model}, "Qwen3MoeModel has no output head"),
     ({"model": lambda: tiny_qwen3_moe().to("meta")}, "weights on the meta device or offloaded"),
     ({"model": dense_model}, "has no MoE layer"),
+    ({"model": quantised_model}, "Qwen3MoeForCausalLM is quantised, and gradients need whole weights"),
     ({"model": lambda: torch.nn.DataParallel(tiny_qwen3_moe())}, "of a parallel one .module"),
     ({"tokenizer": None}, "tokenizer is a NoneType"),
     ({"texts": "one string"}, "texts is one string; give a list of documents, for example [text]"),

@@ -115,6 +115,8 @@ def test_sequences_of_one_length_go_together_in_the_loaders_order() -> None:
     equal = [tiny_ids(4, 6, seed) for seed in range(3)]
     read = read_batches(equal, num_tokens=VOCABULARY_SIZE)
     assert all(torch.equal(batch.ids_NW, ids_NW) for batch, ids_NW in zip(read, equal, strict=True))
+    unlike = [tiny_ids(number, 6) for number in (2, 4, 1)]
+    assert [len(batch.ids_NW) for batch in read_batches(unlike, num_tokens=VOCABULARY_SIZE)] == [4, 3]
 
 
 def test_reading_stops_at_the_limit() -> None:
