@@ -128,6 +128,13 @@ def test_reading_stops_at_the_limit() -> None:
     assert [len(batch.ids_NW) for batch in batches] == [2, 2, 2]
 
 
+def test_sequences_that_predict_nothing_are_left_out_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    batch = {"input_ids": [[1, 2], [3, 4], [5, 6]], "attention_mask": [[1, 0], [1, 1], [0, 0]]}
+    (read,) = read_batches([batch], num_tokens=VOCABULARY_SIZE)
+    assert read.ids_NW.tolist() == [[3, 4]]
+    assert "2 sequences of fewer than two tokens are left out" in caplog.text
+
+
 IDS = [[1, 2, 3]]
 
 
