@@ -148,7 +148,7 @@ def test_rounds_with_zeros_are_those_with_exact_widths() -> None:
 
 
 def test_plug_ins_of_ones_own_are_named_in_what_was_done() -> None:
-    settings = read_options({"recipe": "stock", "score": Fisher(), "repair": JointRepair()})
+    settings = read_options({"recipe": "heapr", "score": Fisher(), "repair": JointRepair()})
     assert settings.score == {"_target_": "heapr.score.gradient.Fisher"}
     assert settings.pruning.repair == {"_target_": "heapr.pruning.repair.JointRepair"}
 

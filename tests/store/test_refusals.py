@@ -19,6 +19,7 @@ from heapr.errors import ConfigError
 from heapr.log_file import LogFile
 from heapr.one_line_errors import explained, marked_as_of_job
 from heapr.store import Store
+from tests.command import run_py_here
 from tests.experiment import run_in, write_model, write_texts
 from tests.store.mutations import CPU, STEPS, make_all, nothing
 from tests.store.refusals import check_refusals
@@ -174,3 +175,15 @@ def test_only_what_is_raised_outside_the_job_is_about_the_folder_of_the_run() ->
     sent = pickle.loads(pickle.dumps(inside.value))
     with pytest.raises(PermissionError, match="/root/there"), explained():
         raise sent
+
+
+@pytest.mark.parametrize("options", [[], ["-m"]], ids=["run", "sweep"])
+def test_a_file_that_a_job_misses_is_not_taken_for_the_folder_of_the_run(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def miss_a_file(*_: object, **__: object) -> None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "/gone")
+
+    monkeypatch.setattr("heapr.run_experiment.run", miss_a_file)
+    with pytest.raises(FileNotFoundError, match="/gone"):
+        run_py_here(*options, "tracking=none", folder=tmp_path)
