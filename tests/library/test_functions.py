@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,11 @@ def test_the_result_is_that_of_a_run(tmp_path: Path, overrides: list[str], optio
     assert names == {
         path.relative_to(tmp_path / "saved") for path in (tmp_path / "saved").rglob("*") if path.is_file()
     }
+    done = [
+        json.loads((place / "config.json").read_text())["heapr"] for place in (written, tmp_path / "saved")
+    ]
+    assert done[0].keys() - done[1].keys() == {"keys", "pruned_from"}  # of a run's artifacts and folder
+    assert done[1].keys() < done[0].keys() and done[0].get("width") == done[1].get("width")
     theirs, ours = (load_file(place / "model.safetensors") for place in (written, tmp_path / "saved"))
     assert theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in ours)
 
@@ -130,6 +136,8 @@ def test_an_error_of_the_increase_needs_windows_of_one_length() -> None:
         pruned = heapr.prune(tiny_qwen3_moe(), None, equal, recipe="heapr", evaluate_on=held_out)
         assert ("perplexity_increase_standard_error/batches" in pruned.metrics["comparison"]) == has_error
         assert pruned.metrics["dense"]["num_tokens/batches"] == sum(ids_NW.numel() for ids_NW in held_out)
+        calibration = pruned.about["calibration"]
+        assert (calibration["num_samples"], calibration["sequence_length"]) == (4, 12)
 
 
 def test_rounds_with_zeros_are_those_with_exact_widths() -> None:
@@ -151,6 +159,9 @@ def test_plug_ins_of_ones_own_are_named_in_what_was_done() -> None:
     settings = read_options({"recipe": "heapr", "score": Fisher(), "repair": JointRepair()})
     assert settings.score == {"_target_": "heapr.score.gradient.Fisher"}
     assert settings.pruning.repair == {"_target_": "heapr.pruning.repair.JointRepair"}
+    assert read_options({"recipe": "best"}).repair is not None
+    without = read_options({"recipe": "best", "repair": None})
+    assert without.repair is None and without.pruning.repair is None
 
 
 def test_the_model_keeps_its_mode_and_what_trains(tmp_path: Path) -> None:
@@ -200,6 +211,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"score": Fisher}, "give the name of an option"),
     ({"rounds": "2"}, "rounds=2 has the wrong type; give a whole number"),
     ({"form": "uniform"}, "pruning.form=uniform gives every expert one width"),
+    ({"score": "reap", "scope": "expert"}, "score Reap removes whole experts; use pruning=global or pruning=layer"),
     ({"foo": 1}, "unknown key 'foo'; known here: batch_size, "),
     ({"sequence_length": 65}, "sequence_length 65 is above the model's 64 tokens; give at most 64"),
     ({"num_samples": 1000}, "bytes, which cannot give 32000 tokens; ask for fewer or shorter sequences, or give more text"),
@@ -208,6 +220,9 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"model": lambda: tiny_qwen3_moe().model}, "Qwen3MoeModel has no output head"),
     ({"model": lambda: tiny_qwen3_moe().to("meta")}, "weights on the meta device or offloaded"),
     ({"model": dense_model}, "has no MoE layer"),
+    ({"model": lambda: tiny_qwen3_moe().double()}, "has experts of dtype float64; load it as one of float32, bfloat16, float16"),
+    ({"model": lambda: tiny_qwen3_moe(vocab_size=50)}, "and the model has embeddings 0 to 49; use the model's own tokenizer"),
+    ({"texts": [tiny_ids(2, 65)]}, "a sequence of 65 is above the model's 64 tokens"),
     ({"model": quantised_model}, "Qwen3MoeForCausalLM is quantised, and gradients need whole weights"),
     ({"model": lambda: torch.nn.DataParallel(tiny_qwen3_moe())}, "of a parallel one .module"),
     ({"tokenizer": None}, "tokenizer is a NoneType"),
@@ -231,6 +246,15 @@ def test_mistakes_are_told_in_one_line(wrong: dict[str, Any], message: str) -> N
     with pytest.raises(ConfigError) as refused:
         heapr.prune(model, tokenizer, texts, **options)
     assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_steps_refuse_what_does_not_suit_them() -> None:
+    model = tiny_qwen3_moe()
+    with pytest.raises(ConfigError, match=r"statistics is a dict; give what heapr\.calibrate returned"):
+        heapr.score(model, {})
+    for options in ({"window": 1}, {"window": 32, "batch_size": 0}):
+        with pytest.raises(ConfigError, match="sequence_length=1 is|batch_size=0 is"):
+            heapr.evaluate(model, TOKENIZER, TEXTS, **options)
 
 
 def _made(value: Any) -> Any:
