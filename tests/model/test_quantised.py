@@ -162,6 +162,11 @@ def test_what_a_family_keeps_in_float32_stays_so(family: str, tmp_path: Path) ->
     assert {name: tensor.dtype for name, tensor in tensors.items()} == {
         name: tensor.dtype for name, tensor in expected.items()
     }
+    streamed = find_model(str(folder), dtype="bfloat16").stream(CPU)
+    with streamed.hold(range(len(streamed.decoder_layers))):
+        tensors = streamed.model.state_dict()
+        assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
+        assert all(tensors[name].dtype == tensor.dtype for name, tensor in expected.items())
     assert AUTO_QUANTIZER_MAPPING["fp8"] is FineGrainedFP8HfQuantizer, "transformers is left as it was"
 
 
