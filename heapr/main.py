@@ -1,15 +1,13 @@
-"""The command line `heapr`, `python -m heapr` or `python run.py`: one line for mistakes, and the final table.
+"""The command line `heapr`, `python -m heapr` or `python run.py`: Hydra's entry, and the final table.
 
-In: arguments, from which Hydra composes a configuration. Out: a run, or one line on stderr and exit code 2.
+In: arguments, from which Hydra composes a configuration. Out: a run, or one line on stderr and exit code 2
+(heapr/one_line_errors.py).
 """
 
 from __future__ import annotations
 
-import io
 import logging
-import os
 import sys
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -17,35 +15,25 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from heapr.artifacts import clear_error, write_error
-from heapr.composition import checked_compositions
 from heapr.definitions import conf_folder
-from heapr.errors import ConfigError, RankEnded
-from heapr.explain import explain, explain_builtin
-from heapr.os_errors import NO_SPACE
+from heapr.errors import ConfigError
+from heapr.one_line_errors import explained, marked_as_of_job, one_line_errors
 from heapr.overrides import check_one_option, options_first
 from heapr.ranks import Ranks
 from heapr.saved_run import with_saved_run
-from heapr.schema import ExperimentConfig, register, resolve
+from heapr.schema import register, resolve
 from heapr.secrets import without_secrets
-from heapr.signals import end_with_parent, one_line_ends
+from heapr.signals import end_with_parent
 from heapr.start_ranks import started_ranks
 from heapr.words import first_line
 
 logger = logging.getLogger(__name__)
 
-EXIT_CODE = 2
-# What Hydra, OmegaConf and PyYAML let through.
-BUILTIN = (ValueError, RuntimeError, AssertionError, AttributeError, YAMLError)
-DEBUG = "debug=true"  # on the command line: the stack trace of a mistake too
 WITHOUT_FOLDER = ["hydra.run.dir=.", "hydra.output_subdir=null"]
 OPTIONS_OF_OTHERS = [*WITHOUT_FOLDER, "hydra/job_logging=rank"]
 OPTIONS_OF_DRY_RUNS = [*WITHOUT_FOLDER, "hydra/job_logging=console"]
@@ -97,9 +85,10 @@ def run_job(config: DictConfig, ranks: Ranks) -> float | None:
         the metric that `objective` names, for a sweeper; None without an objective.
     """
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        with _recorded_failure(Path(HydraConfig.get().runtime.output_dir)):
+        with _recorded_failure(Path(HydraConfig.get().runtime.output_dir)), marked_as_of_job():
             return _run(config, ranks)
-    with one_line_errors(), ranks.together():  # here, because Hydra would add a line of its own
+    # Here too, because Hydra would add a line of its own.
+    with one_line_errors(), ranks.together(), marked_as_of_job():
         return _run(config, ranks)
 
 
@@ -155,99 +144,6 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             found[f"{prefix}{name}"] = value
     return found
-
-
-@contextmanager
-def one_line_errors(config_folder: Path | None = None) -> Iterator[None]:
-    """Turn a user's mistake into one line and exit code 2.
-
-    Every other error is a bug of ours and keeps its stack trace.
-
-    Args:
-        config_folder: used to look up known keys when one is misspelled.
-    """
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # otherwise Hydra prints errors itself and exits with 1
-    print_whatever_the_encoding()
-    try:
-        with one_line_ends(), explained(config_folder), checked_compositions():
-            yield
-    except RankEnded as end:
-        _stop(end.line, code=end.code)
-    except ConfigError as error:
-        _stop(str(error), error=error)
-    except FloatingPointError as error:
-        _stop(str(error), code=1, error=error)
-
-
-@contextmanager
-def explained(config_folder: Path | None = None) -> Iterator[None]:
-    """Turn errors of Hydra, OmegaConf and transformers that are the user's mistakes into `ConfigError`.
-
-    Args:
-        config_folder: as in `one_line_errors`.
-
-    Raises:
-        ConfigError: a mistake.
-    """
-    try:
-        yield
-    except ConfigError:
-        raise
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(explain(error, config_folder, sys.argv[1:])) from error
-    except BUILTIN as error:
-        message = explain_builtin(error, config_folder)
-        if message is None:
-            raise
-        raise ConfigError(message) from error
-    except OSError as error:
-        is_space = error.errno in NO_SPACE
-        if _came_from_job(error) or (error.filename is None and not is_space):
-            raise
-        what = "the run's folder" if error.filename is None else f"'{error.filename}'"
-        raise ConfigError(
-            f"cannot write {what}: {error.strerror}; choose another folder with paths.outputs=..., or, if all"
-            " results are there already, another one for the run's own files with hydra.run.dir=..."
-        ) from error
-
-
-def print_whatever_the_encoding() -> None:
-    """Let the console print an escape for every letter that its encoding lacks.
-
-    Otherwise an unusual letter in a path would fail a run that has just finished.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-
-
-def _stop(message: str, code: int = EXIT_CODE, error: BaseException | None = None) -> None:
-    """End the process; an empty message has been told by another one."""
-    if message:
-        if error is not None and not {DEBUG, f"++{DEBUG}"}.isdisjoint(sys.argv):
-            sys.stderr.write(without_secrets("".join(traceback.format_exception(error))))
-        line = " ".join(message.split())  # what a library or a file said may hold the ends of lines
-        sys.stderr.write(f"error: {without_secrets(line)}\n")
-        sys.stderr.flush()
-    sys.exit(code)
-
-
-def _came_from_job(error: BaseException) -> bool:
-    """Whether the error was raised in the job. If not, Hydra could not make the run's folder."""
-    frames = traceback.walk_tb(error.__traceback__)
-    return any(frame.f_code is _run.__code__ for frame, _ in frames)
-
-
-def compose_experiment(overrides: Sequence[str], config_folder: Path) -> ExperimentConfig:
-    """The checked configuration of `python run.py <overrides>`.
-
-    Raises:
-        ConfigError, HydraException: the overrides are wrong.
-    """
-    register()
-    check_one_option(overrides)
-    with initialize_config_dir(str(config_folder), version_base="1.3"):
-        return resolve(compose("config", overrides=list(overrides)))
 
 
 if __name__ == "__main__":

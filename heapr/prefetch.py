@@ -12,9 +12,10 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 
+from heapr.compose_experiment import compose_experiment
 from heapr.definitions import conf_folder
 from heapr.errors import ConfigError
-from heapr.main import compose_experiment, one_line_errors
+from heapr.one_line_errors import one_line_errors
 from heapr.overrides import config_dir_as_override
 from heapr.schema import ExperimentConfig
 

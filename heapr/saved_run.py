@@ -41,8 +41,8 @@ def with_saved_run(arguments: Sequence[str], config_folder: Path) -> list[str]:
         raise ConfigError(
             f"{RERUN} needs a pickle, which no run writes; write --config-path={shlex.quote(str(folder))}"
         )
-    named = [given[name] for name in CONFIG_PATH if name in given]
-    saved = _saved(Path(named[-1]), config_folder.parent) if named else None
+    named = given.get(CONFIG_PATH[0])
+    saved = None if named is None else _saved(Path(named), config_folder.parent)
     if saved is None:
         return list(arguments)
     others = list(_without_config_path(arguments))
@@ -52,13 +52,17 @@ def with_saved_run(arguments: Sequence[str], config_folder: Path) -> list[str]:
 
 
 def _options(arguments: Sequence[str]) -> dict[str, str]:
-    """Values of the options that this module reads, written `--option value` or `--option=value`."""
+    """Values of the options that this module reads, written `--option value` or `--option=value`.
+
+    Both names of one option are one here; the last value counts, as for Hydra.
+    """
     found: dict[str, str] = {}
     for number, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if name in (*CONFIG_PATH, RERUN):
             following = "".join(arguments[number + 1 : number + 2])
-            found[name] = value if equals else following
+            option = CONFIG_PATH[0] if name in CONFIG_PATH else name
+            found[option] = value if equals else following
     return found
 
 

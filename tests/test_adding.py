@@ -8,7 +8,7 @@ from textwrap import dedent
 
 import pytest
 
-from heapr.main import compose_experiment
+from heapr.compose_experiment import compose_experiment
 from heapr.run_experiment import run
 from tests.command import ROOT
 from tests.experiment import CONF, write_model

@@ -11,7 +11,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 
-from heapr import main
+from heapr.compose_experiment import compose_experiment as composed_by_hydra
 from heapr.evaluation.build import build_measurements
 from heapr.explain import explain
 from heapr.plugins import build
@@ -184,7 +184,7 @@ def test_your_own_machines_settings_are_taken_from_conf_local(tmp_path: Path) ->
     ],
 )  # fmt: skip
 def test_tests_compose_what_hydra_composes(overrides: list[str]) -> None:
-    assert compose_experiment(*overrides) == main.compose_experiment(overrides, CONF)
+    assert compose_experiment(*overrides) == composed_by_hydra(overrides, CONF)
 
 
 @pytest.mark.parametrize("override", ["pruning.ratoi=0.3", "score=haepr", "pruning.ratio=lots"])
@@ -192,7 +192,7 @@ def test_tests_refuse_what_hydra_refuses(override: str) -> None:
     with pytest.raises(ConfigCompositionException) as ours:
         compose_experiment(override)
     with pytest.raises(ConfigCompositionException) as hydras:
-        main.compose_experiment([override], CONF)
+        composed_by_hydra([override], CONF)
     assert str(ours.value) == str(hydras.value)
 
 

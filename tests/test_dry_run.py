@@ -16,8 +16,8 @@ import heapr.model.find_folder
 from heapr.dry_run import DryRun, dry_run
 from heapr.errors import ConfigError
 from heapr.machine_speed import bytes_per_second
-from heapr.main import one_line_errors
 from heapr.model.find_model import find_model
+from heapr.one_line_errors import one_line_errors
 from heapr.types import Statistics
 from tests.architectures import write_config
 from tests.experiment import compose_experiment, run_in, write_model, write_texts

@@ -43,6 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "plugins": {"errors", "limits", "targets", "words"},
     "unknown_keys": {"errors", "words"},
     "schema": {"errors", "files", "limits", "targets", "unknown_keys"},
+    "compose_experiment": {"overrides", "schema"},
     "saved_run": {"errors"},
     "report": {"artifacts", "errors", "files", "words"},
     "tracking": {"errors", "network", "schema", "words"},
@@ -81,14 +82,15 @@ ALLOWED: dict[str, set[str]] = {
     "run_experiment": {"artifacts", "experiment", "gpu_slots", "os_errors", "pipeline", "prepare", "push", "ranks", "ready", "report", "schema", "store", "tracking", "types"},
     "dry_run": {"experiment", "machine_speed", "model", "past_seconds", "placement", "prepare", "pruning", "schema", "stage_memory"},
     "explain": {"overrides", "unknown_keys", "words"},
-    "main": {"artifacts", "composition", "definitions", "dry_run", "errors", "explain", "objective", "os_errors", "overrides", "ranks", "report", "run_experiment", "saved_run", "schema", "secrets", "signals", "start_ranks", "words"},
+    "one_line_errors": {"composition", "errors", "explain", "os_errors", "secrets", "signals"},
+    "main": {"artifacts", "definitions", "dry_run", "errors", "objective", "one_line_errors", "overrides", "ranks", "report", "run_experiment", "saved_run", "schema", "secrets", "signals", "start_ranks", "words"},
     "__main__": {"main", "signals"},
     "library": {
-        "artifacts", "calibration", "definitions", "errors", "evaluation", "experiment", "findings", "main", "model", "overrides", "plugins", "prepare",
+        "artifacts", "calibration", "compose_experiment", "definitions", "errors", "evaluation", "experiment", "findings", "model", "overrides", "plugins", "prepare",
         "progress", "provider", "pruning", "report", "schema", "score", "stages", "steps", "text", "types", "words",
     },
-    "sweep": {"artifacts", "composition", "definitions", "dry_run", "errors", "explain", "files", "main", "model", "origin", "overrides", "past_seconds", "prepare", "report", "schema", "signals", "store", "tracking", "words"},
-    "prefetch": {"definitions", "errors", "evaluation", "hub", "main", "overrides", "prepare", "schema", "text"},
+    "sweep": {"artifacts", "compose_experiment", "composition", "definitions", "dry_run", "errors", "explain", "files", "model", "one_line_errors", "origin", "overrides", "past_seconds", "prepare", "report", "schema", "signals", "store", "tracking", "words"},
+    "prefetch": {"compose_experiment", "definitions", "errors", "evaluation", "hub", "one_line_errors", "overrides", "prepare", "schema", "text"},
 }  # fmt: skip
 
 
@@ -114,10 +116,12 @@ def imported_names(node: ast.AST) -> set[str]:
 
 
 OF_HYDRA = {
+    "compose_experiment",
     "composition",
     "explain",
     "limits",
     "main",
+    "one_line_errors",
     "overrides",
     "saved_run",
     "schema",

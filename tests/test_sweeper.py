@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -14,10 +14,11 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 
 from heapr.errors import ConfigError
-from heapr.objective import objective_value
+from heapr.objective import check_objective, known_objectives, objective_value
+from heapr.saved_run import with_saved_run
 from heapr.unknown_keys import explain_unknown_key
 from tests.command import run_py_here
-from tests.experiment import write_model, write_texts
+from tests.experiment import CONF, write_model, write_texts
 from tests.test_main import assert_refused
 
 ALONE = ["evaluation.fidelity=null", "evaluation.throughput=null", "evaluation.truth=null"]
@@ -93,6 +94,15 @@ def test_a_metric_may_be_of_the_pruned_model_of_its_size_or_of_both() -> None:
         objective_value("d", metrics)
 
 
+def test_the_mean_accuracy_can_be_an_objective_where_a_task_is_measured() -> None:
+    task = SimpleNamespace(name="accuracy/piqa", objectives=("accuracy/piqa",))
+    other = SimpleNamespace(name="perplexity/ptb", objectives=("perplexity/ptb",))
+    check_objective("accuracy/average", [other, task, task])
+    assert known_objectives([task, task])[1:] == ["accuracy/piqa", "accuracy/average"]
+    with pytest.raises(ConfigError, match="objective=accuracy/average is not measured here"):
+        check_objective("accuracy/average", [other])
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory, overrides: list[str]) -> Path:
     """The folder of a run, two folders below the one that it was started in."""
@@ -116,6 +126,20 @@ def test_a_saved_configuration_runs_again(saved: Path) -> None:
     assert other["config"]["score"] == before["config"]["score"]
     folders = sorted(saved.parent.iterdir())
     assert len(folders) == 3 and all((folder / "run.log").stat().st_size for folder in folders)
+
+
+def test_the_last_of_several_saved_configurations_counts(tmp_path: Path) -> None:
+    """As for Hydra, whichever of the option's names each has."""
+    for name in ("a", "b"):
+        hydras = tmp_path / name / ".hydra"
+        hydras.mkdir(parents=True)
+        for file in ("config.yaml", "hydra.yaml", "overrides.yaml"):
+            (hydras / file).write_text("")
+    for first, last in (("-cp", "--config-path"), ("--config-path", "-cp"), ("-cp", "-cp")):
+        arguments = [f"{first}={tmp_path / 'a'}", "seed=1", last, str(tmp_path / "b")]
+        found = with_saved_run(arguments, CONF)
+        assert found[0] == f"--config-path={tmp_path / 'b' / '.hydra'}" and found[-1] == "seed=1"
+        assert str(tmp_path / "a") not in " ".join(found)
 
 
 def test_a_saved_configuration_takes_fields_only(saved: Path, tmp_path: Path) -> None:
@@ -155,3 +179,7 @@ def test_the_nearest_key_is_of_any_depth() -> None:
     assert messages["pruning.ridge"].endswith("did you mean pruning.repair.ridge?")
     assert messages["scor"] == "unknown key 'scor'; did you mean score? known here: pruning, score"
     assert messages["a.b"] == "unknown key 'a'; known here: pruning, score"
+    often = {group: {"seed": 1} for group in ("a", "b", "c", "d")}
+    assert (
+        explain_unknown_key("seed", often) == "unknown key 'seed'; did you mean a.seed or b.seed or c.seed?"
+    )

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from heapr.errors import ConfigError
 from heapr.library.options import Settings
-from heapr.model.find_model import DTYPES
 from heapr.model.moe import MoEModel
+from heapr.schema import DTYPES
 from heapr.text.corpora import Corpus
 from heapr.text.in_memory import Texts
 from heapr.text.loader import check_ids, read_batches

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict, get_type_hints
 
+from heapr.compose_experiment import compose_experiment
 from heapr.definitions import conf_folder
 from heapr.errors import ConfigError
-from heapr.main import compose_experiment
 from heapr.overrides import options_of
 from heapr.plugins import build, check_value
 from heapr.prepare import check_criterion

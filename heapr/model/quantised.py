@@ -215,7 +215,7 @@ def _cast(value: Tensor | list[Tensor], dtype: torch.dtype | None) -> Tensor | l
 
 def _missing(length: int, block: int, num_blocks: int) -> int:
     """How much the last of several blocks lacks; 0 if there are other blocks than the configuration says."""
-    if num_blocks == 1 or num_blocks != -(-length // block):
+    if num_blocks != -(-length // block):
         return 0
     return num_blocks * block - length
 

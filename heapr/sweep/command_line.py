@@ -22,10 +22,11 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from heapr.artifacts import SWEEPS
+from heapr.compose_experiment import compose_experiment
 from heapr.definitions import CONF, EXPERIMENTS, definitions_folder, sweep_command
 from heapr.errors import ConfigError
 from heapr.explain import OF_LAUNCHER, explain
-from heapr.main import compose_experiment, one_line_errors, print_whatever_the_encoding
+from heapr.one_line_errors import one_line_errors, print_whatever_the_encoding
 from heapr.overrides import explain_launcher
 from heapr.schema import ExperimentConfig, register
 from heapr.sweep.definition import Definition, Job, experiment_names, load_definition, make_jobs

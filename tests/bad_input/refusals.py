@@ -18,7 +18,7 @@ from hydra._internal.defaults_list import DefaultsList, Overrides, create_defaul
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig
 
-from heapr.main import one_line_errors
+from heapr.one_line_errors import one_line_errors
 from tests.command import Completed, run_py_here
 from tests.experiment import CONF
 

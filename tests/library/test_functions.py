@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,17 +13,22 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.testing import assert_close
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 import heapr
 from heapr import artifacts
 from heapr.errors import ConfigError
+from heapr.library.given import take_tokens, view_of
+from heapr.library.options import SamplingOptions, read_options
+from heapr.pruning.repair import JointRepair
 from heapr.run_experiment import Summary
 from heapr.score.gradient import Fisher
 from heapr.text.corpora import TextFiles
 from heapr.types import Plan
 from tests.experiment import run_in, write_model, write_texts
+from tests.same import logits
 from tests.tiny import byte_tokenizer, tiny_ids, tiny_qwen3_moe
 
 NOT_MEASURED = [f"evaluation.{name}=null" for name in ("routing", "truth", "fidelity", "throughput")]
@@ -74,6 +80,11 @@ def test_the_result_is_that_of_a_run(tmp_path: Path, overrides: list[str], optio
     assert names == {
         path.relative_to(tmp_path / "saved") for path in (tmp_path / "saved").rglob("*") if path.is_file()
     }
+    done = [
+        json.loads((place / "config.json").read_text())["heapr"] for place in (written, tmp_path / "saved")
+    ]
+    assert done[0].keys() - done[1].keys() == {"keys", "pruned_from"}  # of a run's artifacts and folder
+    assert done[1].keys() < done[0].keys() and done[0].get("width") == done[1].get("width")
     theirs, ours = (load_file(place / "model.safetensors") for place in (written, tmp_path / "saved"))
     assert theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in ours)
 
@@ -110,6 +121,49 @@ def test_a_loaders_batches_are_texts_that_were_cut_already() -> None:
     assert heapr.calibrate(tiny_qwen3_moe(), None, loader, num_samples=3).num_tokens == 3 * 12
 
 
+def test_batches_keep_their_size_unless_another_one_is_given() -> None:
+    view = view_of(tiny_qwen3_moe())
+    loader = [tiny_ids(num_sequences=12, length=6), tiny_ids(num_sequences=3, length=6, seed=1)]
+    for options, sizes in (({}, [12, 3]), ({"batch_size": 8}, [8, 7]), ({"num_samples": 13}, [12, 1])):
+        given = take_tokens(view, None, loader, read_options(options, SamplingOptions))
+        assert [len(batch.ids_NW) for batch in given.batches] == sizes
+
+
+def test_an_error_of_the_increase_needs_windows_of_one_length() -> None:
+    """Of sequences with unlike lengths, perplexity is the mean over tokens, and no mean over windows."""
+    equal, unlike = [tiny_ids(4, 12)], [tiny_ids(2, 12), tiny_ids(2, 5)]
+    for held_out, has_error in ((equal, True), (unlike, False)):
+        pruned = heapr.prune(tiny_qwen3_moe(), None, equal, recipe="heapr", evaluate_on=held_out)
+        assert ("perplexity_increase_standard_error/batches" in pruned.metrics["comparison"]) == has_error
+        assert pruned.metrics["dense"]["num_tokens/batches"] == sum(ids_NW.numel() for ids_NW in held_out)
+        calibration = pruned.about["calibration"]
+        assert (calibration["num_samples"], calibration["sequence_length"]) == (4, 12)
+
+
+def test_rounds_with_zeros_are_those_with_exact_widths() -> None:
+    """From the second round on, statistics are of the model that was cut; the one given keeps its shapes."""
+    ids_NW = tiny_ids(8, 12)
+    models = {}
+    for form in ("masked", "ragged"):
+        options = {"recipe": "heapr", "form": form, "rounds": 2, "ratio": 0.5}
+        models[form] = heapr.prune(tiny_qwen3_moe(), None, [ids_NW], **options)
+    plans = [models[form].plan.layers for form in models]
+    assert all(torch.equal(kept_EF, plans[1][index]) for index, kept_EF in plans[0].items())
+    shapes = {name: tensor.shape for name, tensor in tiny_qwen3_moe().state_dict().items()}
+    zeroed = models["masked"].model
+    assert {name: tensor.shape for name, tensor in zeroed.state_dict().items()} == shapes
+    assert_close(logits(zeroed, ids_NW), logits(models["ragged"].model, ids_NW))
+
+
+def test_plug_ins_of_ones_own_are_named_in_what_was_done() -> None:
+    settings = read_options({"recipe": "heapr", "score": Fisher(), "repair": JointRepair()})
+    assert settings.score == {"_target_": "heapr.score.gradient.Fisher"}
+    assert settings.pruning.repair == {"_target_": "heapr.pruning.repair.JointRepair"}
+    assert read_options({"recipe": "best"}).repair is not None
+    without = read_options({"recipe": "best", "repair": None})
+    assert without.repair is None and without.pruning.repair is None
+
+
 def test_the_model_keeps_its_mode_and_what_trains(tmp_path: Path) -> None:
     model = tiny_qwen3_moe().train()
     model.requires_grad_(False)
@@ -143,6 +197,12 @@ def dense_model() -> PreTrainedModel:
     )  # fmt: skip
 
 
+def quantised_model() -> PreTrainedModel:
+    model = tiny_qwen3_moe()
+    model.config.quantization_config = {"quant_method": "fp8"}
+    return model
+
+
 MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"ratio": 1.5}, "ratio=1.5 is not in [0, 1)"),
     ({"ratio": "25%"}, "ratio=25% has the wrong type; give a number"),
@@ -151,6 +211,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"score": Fisher}, "give the name of an option"),
     ({"rounds": "2"}, "rounds=2 has the wrong type; give a whole number"),
     ({"form": "uniform"}, "pruning.form=uniform gives every expert one width"),
+    ({"score": "reap", "scope": "expert"}, "score Reap removes whole experts; use pruning=global or pruning=layer"),
     ({"foo": 1}, "unknown key 'foo'; known here: batch_size, "),
     ({"sequence_length": 65}, "sequence_length 65 is above the model's 64 tokens; give at most 64"),
     ({"num_samples": 1000}, "bytes, which cannot give 32000 tokens; ask for fewer or shorter sequences, or give more text"),
@@ -159,6 +220,10 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"model": lambda: tiny_qwen3_moe().model}, "Qwen3MoeModel has no output head"),
     ({"model": lambda: tiny_qwen3_moe().to("meta")}, "weights on the meta device or offloaded"),
     ({"model": dense_model}, "has no MoE layer"),
+    ({"model": lambda: tiny_qwen3_moe().double()}, "has experts of dtype float64; load it as one of float32, bfloat16, float16"),
+    ({"model": lambda: tiny_qwen3_moe(vocab_size=50)}, "and the model has embeddings 0 to 49; use the model's own tokenizer"),
+    ({"texts": [tiny_ids(2, 65)]}, "a sequence of 65 is above the model's 64 tokens"),
+    ({"model": quantised_model}, "Qwen3MoeForCausalLM is quantised, and gradients need whole weights"),
     ({"model": lambda: torch.nn.DataParallel(tiny_qwen3_moe())}, "of a parallel one .module"),
     ({"tokenizer": None}, "tokenizer is a NoneType"),
     ({"texts": "one string"}, "texts is one string; give a list of documents, for example [text]"),
@@ -181,6 +246,15 @@ def test_mistakes_are_told_in_one_line(wrong: dict[str, Any], message: str) -> N
     with pytest.raises(ConfigError) as refused:
         heapr.prune(model, tokenizer, texts, **options)
     assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_steps_refuse_what_does_not_suit_them() -> None:
+    model = tiny_qwen3_moe()
+    with pytest.raises(ConfigError, match=r"statistics is a dict; give what heapr\.calibrate returned"):
+        heapr.score(model, {})
+    for options in ({"window": 1}, {"window": 32, "batch_size": 0}):
+        with pytest.raises(ConfigError, match="sequence_length=1 is|batch_size=0 is"):
+            heapr.evaluate(model, TOKENIZER, TEXTS, **options)
 
 
 def _made(value: Any) -> Any:

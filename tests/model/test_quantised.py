@@ -14,12 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 from heapr.errors import ConfigError
 from heapr.model.checkpoint import save_checkpoint
 from heapr.model.find_model import find_model
 from heapr.model.load import ModelSource
 from heapr.model.model_files import WEIGHTS
+from heapr.model.quantised import method_of, read_quantization
 from heapr.pruning.surgery import mask, remove
 from tests.experiment import run_in, write_texts
 from tests.model.test_families import random_plan
@@ -150,14 +153,16 @@ def finish(folder: Path, files: Tensors, quantization: Mapping[str, Any]) -> Non
     byte_tokenizer().save_pretrained(folder)
 
 
-def expected_model(folder: Path, whole: Tensors, unquantised: Path) -> PreTrainedModel:
+def expected_model(
+    folder: Path, whole: Tensors, unquantised: Path, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
     """The model that was quantised, with the numbers that 8 or 4 bits leave of it."""
     unquantised.mkdir()
     config = json.loads((folder / "config.json").read_text())
     config.pop("quantization_config")
     (unquantised / "config.json").write_text(json.dumps(config))
     save_file(whole, unquantised / WEIGHTS, {"format": "pt"})
-    return AutoModelForCausalLM.from_pretrained(unquantised, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(unquantised, dtype=dtype).eval()
 
 
 KINDS: dict[str, tuple[str, Callable[[Path, str], Tensors]]] = {
@@ -201,6 +206,39 @@ def test_quantised_weights_are_loaded_and_written_whole(
         assert written.quantization is None and written.remarks == []
         assert "quantization_config" not in (tmp_path / name / "config.json").read_text()
         assert (logits(written.load(CPU).model, IDS_NW) - before).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "ernie4_5_moe"])
+def test_what_a_family_keeps_in_float32_stays_so(family: str, tmp_path: Path) -> None:
+    """The correction of the router's choice, and ERNIE's whole router, in a model that is bfloat16 otherwise."""
+    folder = tmp_path / "model"
+    whole = write_fp8(folder, family)
+    expected = expected_model(folder, whole, tmp_path / "whole", torch.bfloat16).state_dict()
+    tensors = find_model(str(folder), dtype="bfloat16").load(CPU).model.state_dict()
+    assert {tensor.dtype for tensor in expected.values()} == {torch.bfloat16, torch.float32}
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
+    assert {name: tensor.dtype for name, tensor in tensors.items()} == {
+        name: tensor.dtype for name, tensor in expected.items()
+    }
+    streamed = find_model(str(folder), dtype="bfloat16").stream(CPU)
+    with streamed.hold(range(len(streamed.decoder_layers))):
+        tensors = streamed.model.state_dict()
+        assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
+        assert all(tensors[name].dtype == tensor.dtype for name, tensor in expected.items())
+    assert AUTO_QUANTIZER_MAPPING["fp8"] is FineGrainedFP8HfQuantizer, "transformers is left as it was"
+
+
+def test_the_weights_of_a_part_may_be_quantised(tmp_path: Path) -> None:
+    """Of a model whose text part has a configuration of its own."""
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"model_type": "outer", "text_config": {"quantization_config": FP8}}))
+    found = read_quantization(tmp_path)
+    assert found == FP8 and method_of(found) == "fp8"
+    file.write_text(json.dumps({"text_config": {"quantization_config": None}, "vision_config": {}}))
+    assert read_quantization(tmp_path) is None
+    file.write_text(json.dumps({"text_config": {"quantization_config": {}}}))
+    with pytest.raises(ConfigError, match="has an empty quantization_config; remove this field"):
+        read_quantization(tmp_path)
 
 
 def test_a_run_says_what_it_dequantises_and_the_card_too(

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from heapr.errors import ConfigError
 from heapr.model.find_model import find_model
+from heapr.model.heads import why_left_out
 from heapr.model.model_files import WEIGHTS
 from tests.experiment import run_in, write_texts
 from tests.tiny import byte_tokenizer, tiny_model
@@ -198,3 +199,11 @@ def test_prediction_heads_are_copied_where_engines_can_use_them_and_else_not_pro
     source = find_model(str(checkpoint), dtype="float32")
     source.load(torch.device("cpu"))
     assert source.heads == (() if why_left_out else (tensor,))
+
+
+def test_quantised_heads_are_left_out_whatever_the_form() -> None:
+    heads = ["mtp.layers.0.mlp.down_proj.weight"]
+    for form in ("masked", "uniform", "ragged", "per_layer", "fewer_experts"):
+        why = why_left_out(heads, form, is_quantised=True)
+        assert why == "they are quantised, and the checkpoint is not"
+    assert why_left_out(heads, "masked", is_quantised=False) is None

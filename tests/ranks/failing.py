@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from heapr import process_group
-from heapr.main import one_line_errors
+from heapr.one_line_errors import one_line_errors
 from heapr.origin import Origin
 from heapr.ranks import Ranks
 from heapr.shared_folder import check_is_shared

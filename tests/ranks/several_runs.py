@@ -12,8 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from heapr.main import one_line_errors
 from heapr.model.shelf import Files
+from heapr.one_line_errors import one_line_errors
 from heapr.pruning.repaired import RepairedLayers
 from heapr.run_experiment import run
 from heapr.start_ranks import started_ranks

@@ -6,6 +6,7 @@ import errno
 import logging
 import multiprocessing
 import os
+import pickle
 import resource
 import shutil
 import subprocess
@@ -16,8 +17,9 @@ import pytest
 
 from heapr.errors import ConfigError
 from heapr.log_file import LogFile
-from heapr.main import explained
+from heapr.one_line_errors import explained, marked_as_of_job
 from heapr.store import Store
+from tests.command import run_py_here
 from tests.experiment import run_in, write_model, write_texts
 from tests.store.mutations import CPU, STEPS, make_all, nothing
 from tests.store.refusals import check_refusals
@@ -158,3 +160,30 @@ def test_a_disk_that_is_full_before_the_job_starts_is_one_line() -> None:
         explained(),
     ):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_only_what_is_raised_outside_the_job_is_about_the_folder_of_the_run() -> None:
+    """Also after a launcher sent it from another process, which has no stack of ours."""
+
+    def raise_error() -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/root/there")
+
+    with pytest.raises(ConfigError, match="cannot write '/root/there': Permission denied"), explained():
+        raise_error()
+    with pytest.raises(PermissionError) as inside, explained(), marked_as_of_job():
+        raise_error()
+    sent = pickle.loads(pickle.dumps(inside.value))
+    with pytest.raises(PermissionError, match="/root/there"), explained():
+        raise sent
+
+
+@pytest.mark.parametrize("options", [[], ["-m"]], ids=["run", "sweep"])
+def test_a_file_that_a_job_misses_is_not_taken_for_the_folder_of_the_run(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def miss_a_file(*_: object, **__: object) -> None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "/gone")
+
+    monkeypatch.setattr("heapr.run_experiment.run", miss_a_file)
+    with pytest.raises(FileNotFoundError, match="/gone"):
+        run_py_here(*options, "tracking=none", folder=tmp_path)

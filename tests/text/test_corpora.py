@@ -8,6 +8,7 @@ import pytest
 
 from heapr.errors import ConfigError
 from heapr.text.corpora import PackageDocs, PyDocs, TextFiles
+from heapr.text.in_memory import Texts
 from heapr.text.mixture import Mixture
 from heapr.text.published_corpora import PennTreebank
 from heapr.text.splits import PARTS, select_split, share_text
@@ -193,3 +194,10 @@ def test_only_the_first_documents_are_read(tmp_path: Path) -> None:
     assert list(corpus.documents()) == ["a", "b"]
     (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
     assert corpus.identity() == TextFiles([str(tmp_path / "b.jsonl")], split="all").identity()
+
+
+def test_a_fingerprint_of_texts_knows_where_each_ends() -> None:
+    cut = [["ab", "c"], ["a", "bc"], ["abc"], ["c", "ab"]]
+    fingerprints = {Texts(documents).identity()["sha256"] for documents in cut}
+    assert len(fingerprints) == len(cut)
+    assert Texts(iter(cut[0])).identity() == Texts(cut[0]).identity()

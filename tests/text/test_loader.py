@@ -115,6 +115,8 @@ def test_sequences_of_one_length_go_together_in_the_loaders_order() -> None:
     equal = [tiny_ids(4, 6, seed) for seed in range(3)]
     read = read_batches(equal, num_tokens=VOCABULARY_SIZE)
     assert all(torch.equal(batch.ids_NW, ids_NW) for batch, ids_NW in zip(read, equal, strict=True))
+    unlike = [tiny_ids(number, 6) for number in (2, 4, 1)]
+    assert [len(batch.ids_NW) for batch in read_batches(unlike, num_tokens=VOCABULARY_SIZE)] == [4, 3]
 
 
 def test_reading_stops_at_the_limit() -> None:
@@ -124,6 +126,13 @@ def test_reading_stops_at_the_limit() -> None:
 
     batches = read_batches(endless(), num_tokens=VOCABULARY_SIZE, limit=6, batch_size=2)
     assert [len(batch.ids_NW) for batch in batches] == [2, 2, 2]
+
+
+def test_sequences_that_predict_nothing_are_left_out_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    batch = {"input_ids": [[1, 2], [3, 4], [5, 6]], "attention_mask": [[1, 0], [1, 1], [0, 0]]}
+    (read,) = read_batches([batch], num_tokens=VOCABULARY_SIZE)
+    assert read.ids_NW.tolist() == [[3, 4]]
+    assert "2 sequences of fewer than two tokens are left out" in caplog.text
 
 
 IDS = [[1, 2, 3]]

@@ -458,6 +458,23 @@ def test_the_head_says_with_what_where_how_long_and_on_which_text(tmp_path: Path
     }
 
 
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(59, "59 s"), (60, "1.0 min"), (3599, "60.0 min"), (3600, "1.0 h"), (90_000, "25.0 h")],
+)
+def test_the_head_names_a_gpu_and_has_units_that_suit(seconds: int, shown: str) -> None:
+    environment = {
+        "version": "0.1.0",
+        "git_commit": None,
+        "libraries": {"torch": "2.13.0", "transformers": "5.23.0"},
+        "machine": {"device": "cuda", "name": "Some GPU", "threads": 16},
+        "seconds": seconds,
+    }
+    lines = facts([job(0, {PERPLEXITY: 9.0}, config(), environment=environment)])
+    assert lines["made with"] == "heapr 0.1.0, torch 2.13.0, transformers 5.23.0"
+    assert lines["on"] == "GPU Some GPU" and lines["took"] == f"{shown} for 1 job"
+
+
 def test_points_of_curves_begin_at_the_unpruned_model_and_are_means_over_seeds() -> None:
     jobs = [*ratios(), job(4, {PERPLEXITY: 9.5}, config(0.2, seed=1))]
     points = ratio_points(jobs)
