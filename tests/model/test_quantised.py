@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
@@ -22,6 +22,7 @@ from heapr.model.checkpoint import save_checkpoint
 from heapr.model.find_model import find_model
 from heapr.model.load import ModelSource
 from heapr.model.model_files import WEIGHTS
+from heapr.model.moe import MoEModel
 from heapr.model.quantised import method_of, read_quantization
 from heapr.pruning.surgery import mask, remove
 from tests.experiment import run_in, write_texts
@@ -226,6 +227,21 @@ def test_what_a_family_keeps_in_float32_stays_so(family: str, tmp_path: Path) ->
         assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
         assert all(tensors[name].dtype == tensor.dtype for name, tensor in expected.items())
     assert AUTO_QUANTIZER_MAPPING["fp8"] is FineGrainedFP8HfQuantizer, "transformers is left as it was"
+
+
+def test_what_is_float32_only_once_it_is_loaded_is_read_as_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A class may ask for float32 where its new parameters are bfloat16; no family here does it for matrices."""
+    monkeypatch.setattr(Qwen3MoeForCausalLM, "_keep_in_fp32_modules_strict", {"gate"})
+    monkeypatch.setattr(MoEModel, "check_head", lambda _: None)  # Qwen3's code cannot run such a router
+    whole = write_fp8(tmp_path / "model", "qwen3_moe")
+    expected = expected_model(tmp_path / "model", whole, tmp_path / "whole", torch.bfloat16).state_dict()
+    tensors = find_model(str(tmp_path / "model"), dtype="bfloat16").load(CPU).model.state_dict()
+    router = "model.layers.0.mlp.gate.weight"
+    assert tensors[router].dtype == torch.float32
+    assert not torch.equal(tensors[router], tensors[router].bfloat16().float())
+    assert torch.equal(tensors[router], expected[router])
 
 
 def test_the_weights_of_a_part_may_be_quantised(tmp_path: Path) -> None:
