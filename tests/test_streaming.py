@@ -290,10 +290,10 @@ def test_files_are_open_only_while_they_are_read_or_written(tmp_path: Path) -> N
         "runtime.activations=disk",
     ]
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    spare = 12
+    spare = 16
     assert num_shards > 2 * spare
     taken = set(map(int, os.listdir("/dev/fd")))
-    free = [number for number in range(len(taken) + spare) if number not in taken]
+    free = [number for number in range(len(taken) + spare + 1) if number not in taken]
     resource.setrlimit(resource.RLIMIT_NOFILE, (free[spare], before[1]))
     try:
         run_in(tmp_path, *options, STREAMED)
