@@ -125,4 +125,5 @@ def _fields(values: Any, path: str) -> Iterator[str]:
             yield from _fields(value, f"{path}.{name}")
     else:
         written = f'"{values}"' if isinstance(values, str) else str(values).lower()
-        yield f"{path}={written}"
+        # ++, because callbacks are not among Hydra's own fields
+        yield f"++{path}={written}"

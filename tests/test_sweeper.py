@@ -29,6 +29,7 @@ class Halving(Sweeper):
     """Tries two ratios, then the middle between the better one and zero; keeps what each run returned."""
 
     returned: ClassVar[dict[float, float]] = {}
+    kept: ClassVar[list[object]] = []
 
     def __init__(self, **_: object) -> None:
         """Hydra's own sweeper has arguments, which this one does not need."""
@@ -51,6 +52,7 @@ class Halving(Sweeper):
         results = self.launcher.launch(jobs, initial_job_idx=len(self.returned))
         for ratio, result in zip(ratios, results, strict=True):
             self.returned[ratio] = result.return_value
+            self.kept += [result.cfg, result.hydra_cfg]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +75,7 @@ def test_a_sweeper_finds_the_best_by_what_runs_return(
     monkeypatch.setattr(Halving, "__module__", module.__name__)
     module.Halving = Halving  # type: ignore[attr-defined]
     Plugins.instance().register(Halving)
-    Halving.returned = {}
+    Halving.returned, Halving.kept = {}, []
     result = run_py_here(
         "-m", *overrides, "hydra.sweeper._target_=hydra_plugins.halving.Halving", "plugins.allow=[hydra_plugins.halving]", f"objective={INCREASE}",
         folder=tmp_path,
@@ -84,6 +86,7 @@ def test_a_sweeper_finds_the_best_by_what_runs_return(
         expected[summary["config"]["pruning"]["ratio"]] = summary["metrics"]["comparison"][INCREASE]
     assert Halving.returned == expected
     assert len(expected) == 3 and all(type(number) is float for number in Halving.returned.values())
+    assert Halving.kept == [None] * 6, "configurations of finished jobs, which would add up in a long sweep"
 
 
 def test_a_metric_may_be_of_the_pruned_model_of_its_size_or_of_both() -> None:
