@@ -113,20 +113,20 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Soak, Seen]:
 
 
 def test_nothing_leaks(undisturbed: tuple[Soak, Seen]) -> None:
-    """In the processes that run jobs; the one that hands them out keeps what Hydra keeps of each."""
+    """In any process: sweep.py, the one that hands the jobs out, and those that run them."""
     _, seen = undisturbed
-    num_compared = 0
+    num_running_jobs = 0
     for pid, samples in seen.items():
         before = _typical([held for number, held in samples if EARLY <= number < EARLY + NUM_JOBS // 8])
         after = _typical([held for number, held in samples if LATE <= number < NUM_JOBS])
         print(f"process {pid}: {before} early, {after} late")  # noqa: T201
-        if before.memory < RUNS_JOBS or not after.memory:
+        if not before.memory or not after.memory:
             continue
-        num_compared += 1
+        num_running_jobs += before.memory > RUNS_JOBS
         assert after.memory <= GROWTH * before.memory, pid
         assert after.files <= before.files + 2, pid
         assert after.threads <= before.threads + 1, pid
-    assert num_compared > 1, "sweep.py, and who runs jobs"
+    assert num_running_jobs > 1, "sweep.py has imported torch too, besides those that run jobs"
 
 
 def _typical(held: list[Held]) -> Held:
