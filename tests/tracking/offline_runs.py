@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 from wandb.util import get_core_path
 
 from heapr.tracking.tracker import Run
+
+WRITTEN_SECONDS = 20.0  # longest wait for the end of a run to be on disk
 
 
 @dataclass(frozen=True)
@@ -51,13 +54,7 @@ def offline_runs(outputs: Path) -> list[OfflineRun]:
 
 
 def read_run(folder: Path) -> OfflineRun:
-    (file,) = folder.glob("*.wandb")
-    command = [get_core_path(), "leet", "inspect", "-json", "-no-observability", "-run-file", str(file)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    records = [json.loads(line) for line in output.splitlines()]
-    by_type: dict[str, list[Any]] = {}
-    for record in records:
-        by_type.setdefault(record["type"], []).append(record[record["type"]])
+    by_type = _records(folder)
     run = by_type["run"][0]
     return OfflineRun(
         folder=folder,
@@ -68,6 +65,22 @@ def read_run(folder: Path) -> OfflineRun:
         artifacts=by_type.get("artifact", []),
         exit_code=by_type["exit"][0].get("exit_code", 0),
     )
+
+
+def _records(folder: Path) -> dict[str, list[Any]]:
+    """What is in a run's file, by type. wandb's own process may still be writing its end."""
+    (file,) = folder.glob("*.wandb")
+    command = [get_core_path(), "leet", "inspect", "-json", "-no-observability", "-run-file", str(file)]
+    deadline = time.monotonic() + WRITTEN_SECONDS
+    while True:
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        by_type: dict[str, list[Any]] = {}
+        for line in output.splitlines():
+            record = json.loads(line)
+            by_type.setdefault(record["type"], []).append(record[record["type"]])
+        if "exit" in by_type or time.monotonic() > deadline:
+            return by_type
+        time.sleep(0.1)
 
 
 def tracked_run(run_id: str = "id", group: str | None = None) -> Run:
