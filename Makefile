@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup run test launchers faults lint type bench gpu engines clean
+.PHONY: setup run test slow launchers faults lint type bench gpu engines clean
 
 run: $(STAMP) ## prune the built-in model on real text, offline
 	$(BIN)/python run.py
 
-test: $(STAMP) ## the test suite
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -m 'not launcher and not faults'
+test: $(STAMP) ## the quick suite; under 3 minutes on two cores
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+slow: $(STAMP) ## several processes, and whole pipelines at the built-in models' size
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -m 'slow and not launcher and not faults'
 
 launchers: $(STAMP) ## sweeps through joblib, submitit, Ray and a fake SLURM
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[joblib,slurm,ray]'
