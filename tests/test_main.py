@@ -149,6 +149,7 @@ def test_help_shows_groups_and_fields(tmp_path: Path) -> None:
         assert text in result.stdout
 
 
+@pytest.mark.slow
 def test_a_dry_run_prints_the_plan_from_config_json_alone_and_makes_nothing(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     tiny_qwen3_moe().config.save_pretrained(tmp_path / "model")
