@@ -12,13 +12,16 @@ EXPLAINED += CVE-2026-92287 CVE-2026-96637 CVE-2026-96639 CVE-2026-96640 CVE-202
 	CVE-2026-96644 CVE-2026-96778 CVE-2026-112393 CVE-2026-112395 CVE-2026-112396 CVE-2026-112398 \
 	CVE-2026-112403 CVE-2026-112902 CVE-2026-128067
 
-.PHONY: setup run test launchers faults lint type bench gpu engines audit clean
+.PHONY: setup run test slow launchers faults lint type bench gpu engines audit clean
 
 run: $(STAMP) ## prune the built-in model on real text, offline
 	$(BIN)/python run.py
 
-test: $(STAMP) ## the test suite
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -m 'not launcher and not faults'
+test: $(STAMP) ## the quick suite; under 3 minutes on two cores
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+slow: $(STAMP) ## several processes, and whole pipelines at the built-in models' size
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -m 'slow and not launcher and not faults'
 
 launchers: $(STAMP) ## sweeps through joblib, submitit, Ray and a fake SLURM
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[joblib,slurm,ray]'

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from typing import TYPE_CHECKING
 
 os.environ["OMP_NUM_THREADS"] = (
     "1"  # models are tiny, and tests run side by side; also for the processes that tests start
@@ -13,16 +15,38 @@ os.environ.pop("WANDB_API_KEY", None)
 os.environ["WANDB_MODE"] = "offline"
 
 import pytest
-import torch
-from torch import Tensor
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # kernels are run in Python; read when transformers imports Triton
+# Libraries are imported where they are needed, because the process that hands tests to others needs none.
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
 
-from transformers import PreTrainedModel
+    from heapr.model.moe import MoEModel
 
-from heapr.model.moe import MoEModel
-from tests.tiny import tiny_ids, tiny_qwen3_moe
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Libraries and tests stay until the end: nobody has to look for garbage in their million objects, neither
+    while they are imported nor, again and again, while tests run."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 20)
+        gc.enable()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
+
+
+def pytest_collectstart() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        # kernels are run in Python; read when transformers imports Triton
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -41,19 +65,27 @@ def lm_eval_does_not_describe_the_machine() -> Iterator[None]:
 
 @pytest.fixture
 def causal_lm() -> PreTrainedModel:
+    from tests.tiny import tiny_qwen3_moe
+
     return tiny_qwen3_moe()
 
 
 @pytest.fixture
 def model(causal_lm: PreTrainedModel) -> MoEModel:
+    from heapr.model.moe import MoEModel
+
     return MoEModel(causal_lm)
 
 
 @pytest.fixture
 def ids_NW() -> Tensor:
+    from tests.tiny import tiny_ids
+
     return tiny_ids(num_sequences=8, length=12)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    import torch
+
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("torch sees no GPU")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.bad_input.refusals import FILES, composed_once, weights_stay_away
 from tests.command import Completed, run_py, run_py_here
 from tests.experiment import write_model, write_texts
 from tests.tiny import tiny_qwen3_moe
@@ -125,7 +126,9 @@ def assert_refused(result: Completed, message: str) -> None:
     ],
 )
 def test_a_mistake_costs_one_line_and_exit_code_2(tmp_path: Path, override: str, message: str) -> None:
-    assert_refused(run_py_here(*override.split(" "), "tracking=none", folder=tmp_path), message)
+    arguments = [*override.split(" "), "tracking=none"]
+    with weights_stay_away(), composed_once(arguments), FILES.read_once():
+        assert_refused(run_py_here(*arguments, folder=tmp_path), message)
 
 
 def test_a_process_has_no_other_words_for_a_mistake(tmp_path: Path) -> None:
@@ -146,6 +149,7 @@ def test_help_shows_groups_and_fields(tmp_path: Path) -> None:
         assert text in result.stdout
 
 
+@pytest.mark.slow
 def test_a_dry_run_prints_the_plan_from_config_json_alone_and_makes_nothing(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     tiny_qwen3_moe().config.save_pretrained(tmp_path / "model")
@@ -175,8 +179,11 @@ def test_a_dry_run_prints_the_plan_from_config_json_alone_and_makes_nothing(tmp_
 
 @pytest.mark.parametrize(
     "variables",
-    [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C"}, {"PYTHONIOENCODING": "latin-1"}],
-    ids=["ascii", "C", "latin-1"],
+    [
+        pytest.param({"PYTHONIOENCODING": "ascii"}, id="ascii"),
+        pytest.param({"LC_ALL": "C"}, id="C", marks=pytest.mark.slow),
+        pytest.param({"PYTHONIOENCODING": "latin-1"}, id="latin-1", marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_ends_well_whatever_the_console_can_print(tmp_path: Path, variables: dict[str, str]) -> None:
     """A path with letters that the console lacks: escaped there, whole in files."""
@@ -208,7 +215,7 @@ def test_a_run_ends_well_whatever_the_console_can_print(tmp_path: Path, variable
     assert "thèse Ω" in (run / "run.log").read_text(encoding="utf-8")
 
 
-def test_paths_are_whole_where_there_is_no_screen(tmp_path: Path) -> None:
+def test_paths_are_whole_where_there_is_no_screen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a pipe, whatever width is claimed: of the run, and of a plan."""
     folder = (
         tmp_path
@@ -227,7 +234,8 @@ def test_paths_are_whole_where_there_is_no_screen(tmp_path: Path) -> None:
         for override in write_texts(folder)
     ]
     texts = [text for text in texts if not text.startswith("evaluation")]
-    result = run_py(*overrides, *texts, "evaluation=none", "tracking=none", folder=tmp_path, COLUMNS="60")
+    monkeypatch.setenv("COLUMNS", "60")
+    result = run_py_here(*overrides, *texts, "evaluation=none", "tracking=none", folder=tmp_path)
     assert result.returncode == 0, result.stderr
     (run,) = (folder / "outputs" / "runs").iterdir()
     (checkpoint,) = (folder / "outputs" / "artifacts" / "prune").glob("*/checkpoint")

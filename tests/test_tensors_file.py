@@ -54,14 +54,14 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 def test_every_process_and_every_order_of_entries_gives_the_same_bytes(tmp_path: Path) -> None:
     """The library's order of metadata changes with every call."""
     program = (
-        "import sys, torch; from pathlib import Path; from heapr.tensors_file import save_tensors\nnames ="
-        " 'abcdef'[:: int(sys.argv[2])]\nsave_tensors(Path(sys.argv[1]), {name: torch.ones(2) for name in"
-        " names}, {name: name for name in names})\n"
+        "import sys, torch; from pathlib import Path; from heapr.tensors_file import save_tensors\n"
+        "save_tensors(Path(sys.argv[1]), {name: torch.ones(2) for name in 'fedcba'}, {name: name for name in"
+        " 'fedcba'})\n"
     )
-    paths = [tmp_path / "forwards", tmp_path / "backwards"]
-    for path, step in zip(paths, ("1", "-1"), strict=True):
-        subprocess.run([sys.executable, "-c", program, str(path), step], check=True)
-    assert paths[0].read_bytes() == paths[1].read_bytes()
+    here, elsewhere = tmp_path / "forwards", tmp_path / "backwards"
+    save_tensors(here, {name: torch.ones(2) for name in "abcdef"}, {name: name for name in "abcdef"})
+    subprocess.run([sys.executable, "-c", program, str(elsewhere)], check=True)
+    assert here.read_bytes() == elsewhere.read_bytes()
 
 
 @pytest.mark.parametrize("form", ["ragged", "masked"])
@@ -80,7 +80,7 @@ def test_runs_write_the_same_artifacts(tmp_path: Path, form: str, is_tied: bool)
         "recipe=best",
     ]
     digests = []
-    for number in range(4):
+    for number in range(2):
         run_in(tmp_path / str(number), *settings, f"pruning.form={form}")
         root = tmp_path / str(number) / "outputs" / "artifacts"
         digests.append(

@@ -29,7 +29,7 @@ from tests.evaluation.material import material_of, of_model, only
 from tests.evaluation.test_zero_shot import write_task
 from tests.tiny import LAYOUTS, tiny_ids, tiny_model
 
-TEXT = "A docstring says what a function takes, what it returns, and which errors it raises.\n" * 12
+TEXT = "A docstring says what a function takes, what it returns, and which errors it raises.\n" * 4
 FORMS: dict[str, Callable[[MoEModel, Plan], None]] = {"ragged": remove, "masked": mask}
 
 

@@ -412,6 +412,7 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
 """
 
 
+@pytest.mark.slow
 def test_ragged_checkpoints_load_without_heapr(ragged: RaggedCheckpoints, tmp_path: Path) -> None:
     """In a process that cannot import heapr: the same logits, and generation with the cache equals generation
     without."""

@@ -148,6 +148,7 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
 """
 
 
+@pytest.mark.slow
 def test_ragged_wrappers_load_without_heapr(tmp_path: Path) -> None:
     kinds = ["gemma4", "llama4", "mistral4", "qwen3_vl_moe"]
     for model_type in kinds:

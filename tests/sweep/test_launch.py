@@ -101,7 +101,7 @@ def test_the_exit_code_is_the_jobs_and_they_get_the_settings(tmp_path: Path) -> 
     ("number", "raised", "code", "word"),
     [
         (signal.SIGINT, "KeyboardInterrupt", 130, "interrupted: "),
-        (signal.SIGTERM, "Terminated", 143, "terminated: "),
+        pytest.param(signal.SIGTERM, "Terminated", 143, "terminated: ", marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_is_passed_on_once_and_ends_all_in_one_line(
@@ -119,6 +119,7 @@ def test_a_signal_is_passed_on_once_and_ends_all_in_one_line(
     assert not is_running(worker)
 
 
+@pytest.mark.slow
 def test_a_second_signal_kills(tmp_path: Path) -> None:
     """The jobs' process is in no hurry, and its worker ignores what it is asked."""
     sweep = Sweep(tmp_path, cleanup="time.sleep(60)", ignored="signal.SIGTERM")

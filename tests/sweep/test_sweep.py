@@ -176,6 +176,7 @@ def test_a_job_that_does_not_compose_stops_everything(
     assert not (folder / "never").exists()
 
 
+@pytest.mark.slow
 def test_two_sweeps_at_once_calibrate_once(
     material: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,8 +259,11 @@ def test_a_damaged_record_hides_no_other_sweep(
 def test_a_launcher_that_is_not_installed_is_refused_with_its_extra(
     launcher: str, extra: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for module in LAUNCHER_EXTRAS:
-        monkeypatch.setitem(sys.modules, f"hydra_plugins.{module}", None)
+    for plug_in in LAUNCHER_EXTRAS:
+        package = f"hydra_plugins.{plug_in}"
+        imported = [name for name in sys.modules if name.startswith(f"{package}.")]
+        for name in (package, *imported):
+            monkeypatch.setitem(sys.modules, name, None)
     assert f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text()
     assert sweep("experiment=ratio_curve", "model=tiny", "pruning.ratio=0.1", f"launcher={launcher}") == 2
     message = capsys.readouterr().err

@@ -99,6 +99,7 @@ print((peak() - before) / 1024)
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_follow_the_size_of_the_file(tmp_path: Path) -> None:
     """20 MB of text, of which one is used; before, it took two gigabytes."""
     path = tmp_path / "a.jsonl"

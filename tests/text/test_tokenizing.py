@@ -34,7 +34,7 @@ def documents() -> list[str]:
         "7" * 3001, "=" * 2500, " " * 2000, "\n" * 1500, "0123456789" * 300, "\t \n" * 500, "é" * 1200, "日本語のテキスト" * 200,
         "\U0001f600\U0001f468\u200d\U0001f469" * 300, "<|endoftext|>" * 200, "a" * 5000, "x\u0301" * 900, "", "  ", "ab <|endoftext|> cd",
     ]  # fmt: skip
-    prose = PyDocs("heldout").documents()[:150]
+    prose = PackageDocs("numpy", "heldout").documents()[:150]
     mixed = [text for text in prose for text in (text, rng.choice(odd))]
     return [*mixed, "the end"]
 
@@ -71,7 +71,7 @@ def trained(kind: str) -> PreTrainedTokenizerBase:
         tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
         trainer = trainers.BpeTrainer(**special)
-    tokenizer.train_from_iterator(PyDocs("heldout").documents()[300:600], trainer)
+    tokenizer.train_from_iterator(PackageDocs("numpy", "train").documents()[:150], trainer)
     if kind == "sentencepiece":
         tokenizer.pre_tokenizer = None
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -132,7 +132,13 @@ def test_small_pieces_that_disagree_are_put_together(
     )
 
 
-@pytest.mark.parametrize("corpus", [lambda: PyDocs("train"), lambda: PackageDocs("numpy", "heldout")])
+@pytest.mark.parametrize(
+    "corpus",
+    [
+        pytest.param(lambda: PackageDocs("numpy", "heldout"), id="numpydocs"),
+        pytest.param(lambda: PyDocs("train"), id="pydocs", marks=pytest.mark.slow),
+    ],
+)
 def test_the_built_in_corpora_have_the_tokens_of_their_whole_text(corpus: Callable[[], PyDocs]) -> None:
     tokenizer = trained("builtin")
     expected = tokenizer(DOCUMENT_SEPARATOR.join(corpus().documents()), verbose=False)["input_ids"]
