@@ -14,10 +14,11 @@ from pathlib import Path
 from filelock import Timeout
 
 from heapr.errors import ConfigError
+from heapr.files import remove
 from heapr.locks import lock_of
 from heapr.store.inventory import Entry, entries, made_from, size_of
 from heapr.store.leftovers import damaged_copies, remove_leftovers
-from heapr.store.publishing import lock_path, remove
+from heapr.store.publishing import lock_path
 from heapr.store.references import REFERENCES, needs_of_runs, stale_references, with_upstream
 
 
