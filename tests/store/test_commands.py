@@ -10,14 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from heapr.artifacts import SUMMARY
+from heapr.artifacts import MANIFEST, SUMMARY
 from heapr.locks import locked
+from heapr.origin import Origin
 from heapr.past_seconds import PastSeconds
+from heapr.sealed import DamagedError, read_sealed, sealed_text
 from heapr.store import Store, garbage
 from heapr.store.commands import main
+from heapr.store.manifest import trusted_manifest
 from heapr.store.publishing import lock_path
 from heapr.store.references import refer
-from tests.store.mutations import CPU, STEPS, Damage, data_of, make_all
+from tests.store.mutations import CPU, STEPS, Damage, data_of, make_all, nothing
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +84,23 @@ def test_verify_names_the_damage_and_nothing_else_fails_by_it(
     assert code == 1 and f"{name} is damaged: " in text
     assert run(capsys, outputs, "ls")[0] == 0
     PastSeconds(root)  # which forecasts of sweeps read
+
+
+@pytest.mark.parametrize("seconds", [-1, 10**400])
+def test_a_manifest_with_an_impossible_number_is_damaged(outputs: Path, seconds: int) -> None:
+    """However well it is sealed: whoever forecasts divides it."""
+    path = outputs / "artifacts" / "score" / STEPS[1].origin.key
+    manifest = read_sealed(path / MANIFEST)
+    (path / MANIFEST).write_text(sealed_text(manifest | {"seconds": seconds}))
+    with pytest.raises(DamagedError, match="seconds is a number that cannot be"):
+        trusted_manifest(path)
+
+
+def test_a_calibration_of_a_newer_version_spoils_no_forecast(outputs: Path) -> None:
+    store = Store(outputs / "artifacts", CPU)
+    newer = Origin("calibrate", 99, {"model": {}, "tokens": "10M"}, {})
+    store.get(newer, nothing, STEPS[0].write)
+    PastSeconds(store.root)
 
 
 def test_gc_keeps_what_a_run_or_sweep_needs_and_what_that_was_made_from(
