@@ -21,6 +21,7 @@ from rich.text import Text
 
 from heapr.artifacts import ARTIFACTS
 from heapr.errors import ConfigError
+from heapr.files import user_path
 from heapr.os_errors import one_line_about
 from heapr.report.terminal import open_console, print_lines
 from heapr.sealed import DamagedError
@@ -40,14 +41,15 @@ MINUTE = len("2026-01-01T00:00")  # of a time, as far as the list shows it
 def main(arguments: Sequence[str]) -> None:
     """Do what the command line asks, and exit."""
     options = _parser().parse_args(arguments)
-    root = Path(options.outputs).expanduser() / ARTIFACTS
     try:
+        root = user_path(options.outputs) / ARTIFACTS
         with one_line_ends(), one_line_about(root):
             if not root.is_dir():
                 raise ConfigError(f"'{root}' is not there; give the folder of results with --outputs")
             sys.exit(options.do(root, options))
     except ConfigError as error:
-        sys.stderr.write(f"error: {error}\n")
+        line = " ".join(str(error).split())
+        sys.stderr.write(f"error: {line}\n")
         sys.exit(MISTAKE)
 
 

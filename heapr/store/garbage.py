@@ -69,7 +69,7 @@ def needed_artifacts(root: Path) -> set[str]:
     needs, unreadable = needs_of_runs(root)
     if unreadable:
         raise ConfigError(
-            f"cannot tell what a run needs: {unreadable[0]}; nothing is removed as long as this file, or the"
+            f"cannot tell what a run needs: {unreadable[0]}; nothing is removed as long as that, or the"
             " folder of its run, is there"
         )
     of_runs = {name for artifacts in needs.values() for name in artifacts}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from heapr.store import Store, garbage
 from heapr.store.commands import main
 from heapr.store.manifest import trusted_manifest
 from heapr.store.publishing import lock_path
-from heapr.store.references import refer
+from heapr.store.references import needs_of_runs, refer, stale_references
 from tests.store.mutations import CPU, STEPS, Damage, data_of, make_all, nothing
 
 
@@ -136,6 +137,49 @@ def test_gc_removes_nothing_if_it_cannot_tell(capsys: pytest.CaptureFixture[str]
     code, text = run(capsys, outputs, "gc", "--delete")
     assert code == 2 and f"cannot tell what a run needs: '{outputs / 'runs' / 'a' / SUMMARY}'" in text
     assert names(outputs) == before
+
+
+@pytest.mark.parametrize("closed", ["artifacts/.runs", "runs", "runs/a", "sweeps/b"])
+def test_gc_removes_nothing_if_it_may_not_look(
+    capsys: pytest.CaptureFixture[str], outputs: Path, monkeypatch: pytest.MonkeyPatch, closed: str
+) -> None:
+    """Where another user's run may say what it needs."""
+    before, listed = names(outputs), os.listdir
+
+    def refuse(folder: Path) -> list[str]:
+        if Path(folder) == outputs / closed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+        return listed(folder)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    code, text = run(capsys, outputs, "gc", "--delete")
+    assert code == 2 and f"'{outputs / closed}': Permission denied" in text and text.count("\n") == 1
+    assert names(outputs) == before
+    code, text = run(capsys, outputs, "ls")
+    assert code == 0 and "cannot be read" in text
+
+
+def test_a_run_whose_folder_may_not_be_looked_at_needs_its_artifacts(
+    outputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, status = outputs / "artifacts", Path.stat
+    before, _ = needs_of_runs(root)
+
+    def refuse(path: Path, **options: bool) -> os.stat_result:
+        if path.name == "a":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return status(path, **options)
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    assert needs_of_runs(root) == (before, []) and not stale_references(root)
+
+
+@pytest.mark.parametrize("folder", ["~nobody-has-this-name", "x" * 300, "a/" * 3000, "two\nlines"])
+def test_a_folder_that_cannot_be_is_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, folder: str
+) -> None:
+    code, text = run(capsys, Path(folder) if folder.startswith("~") else tmp_path / folder, "ls")
+    assert code == 2 and text.startswith("error: ") and text.count("\n") == 1
 
 
 def test_gc_leaves_what_is_in_use(capsys: pytest.CaptureFixture[str], outputs: Path) -> None:
