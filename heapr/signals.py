@@ -60,11 +60,12 @@ def one_line_ends() -> Iterator[None]:
         is_term = isinstance(end, Terminated) or received[:1] == [signal.SIGTERM]
         _set_all(_ignore)
         code = _say_end(signal.SIGTERM if is_term else signal.SIGINT)
-        previous = dict.fromkeys(previous, lambda number, frame: os._exit(code))
+        _set_all(lambda number, frame: os._exit(code))
         sys.exit(code)
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is unwind:  # else an end has been said, here or further inside
+                signal.signal(number, handler)
 
 
 @contextmanager

@@ -43,9 +43,10 @@ with one_line_ends():
 """
 AT_THE_END = """
 import atexit, os, signal, sys
-from heapr.signals import one_line_ends
+from heapr.signals import end_at_once, one_line_ends
+end_at_once()
 atexit.register(os.kill, os.getpid(), signal.SIGINT)
-with one_line_ends():
+with one_line_ends(), one_line_ends():
     os.kill(os.getpid(), int(sys.argv[1]))
     while True: pass
 """
