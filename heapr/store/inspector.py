@@ -33,7 +33,7 @@ class Inspector:
 
     def is_intact(self, path: Path, part: str) -> bool:
         """Whether an artifact, or a part, is what it must be; a warning says what is wrong with it, once."""
-        problem = self._problem(path, part)
+        problem = self.problem(path, part)
         if problem and not part:
             self._damaged.add(path)
         if problem and not (part and path in self._damaged):  # which spoils all its parts
@@ -43,7 +43,7 @@ class Inspector:
             self._told.add(line)
         return problem is None
 
-    def _problem(self, path: Path, part: str) -> str | None:
+    def problem(self, path: Path, part: str) -> str | None:
         """What is wrong with an artifact; empty if it is not there, None if it is intact.
 
         While another process publishes or rewrites, its files may not fit together for a moment. A problem

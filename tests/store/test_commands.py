@@ -21,6 +21,7 @@ from heapr.store.commands import main
 from heapr.store.manifest import trusted_manifest
 from heapr.store.publishing import lock_path
 from heapr.store.references import needs_of_runs, refer, stale_references
+from heapr.store.verify import Hashes, verify
 from tests.store.mutations import CPU, STEPS, Damage, data_of, make_all, nothing
 
 
@@ -85,6 +86,36 @@ def test_verify_names_the_damage_and_nothing_else_fails_by_it(
     assert code == 1 and f"{name} is damaged: " in text
     assert run(capsys, outputs, "ls")[0] == 0
     PastSeconds(root)  # which forecasts of sweeps read
+
+
+def test_verify_looks_again_at_what_may_be_changing(
+    capsys: pytest.CaptureFixture[str], outputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a card between its old description and its new one."""
+    looks = []
+
+    def damaged_once(path: Path, part: str, hashes: Hashes) -> dict[str, object]:
+        looks.append(path)
+        if len(looks) == 1:
+            raise DamagedError("README.md has 2 bytes, not 1")
+        return verify(path, part, hashes)
+
+    monkeypatch.setattr("heapr.store.inspector.verify", damaged_once)
+    assert run(capsys, outputs, "verify")[0] == 0 and looks[0] == looks[1]
+
+
+def test_ls_goes_on_while_files_are_removed(
+    capsys: pytest.CaptureFixture[str], outputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status = Path.lstat
+
+    def removed(path: Path) -> os.stat_result:
+        if path.name == "plan.safetensors":
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        return status(path)
+
+    monkeypatch.setattr(Path, "lstat", removed)
+    assert run(capsys, outputs, "ls")[0] == 0
 
 
 @pytest.mark.parametrize("seconds", [-1, 10**400])
