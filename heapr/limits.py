@@ -122,9 +122,11 @@ def at_least(place: str, value: float, smallest: int) -> None:
     """Check a number.
 
     Raises:
-        ConfigError: it is smaller, or not a number.
+        ConfigError: it is smaller, or not a finite number.
     """
-    if math.isnan(value) or value < smallest:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{place}={value} is no finite number; give a whole number of at least {smallest}")
+    if value < smallest:
         raise ConfigError(f"{place}={value} is below {smallest}; give a whole number of at least {smallest}")
 
 

@@ -31,6 +31,8 @@ IN_RESULTS = {
     errno.ENOTDIR: "a file is in the place of one of its folders; remove that, or " + ELSEWHERE,
     errno.EISDIR: "a folder is in its place; remove that, or " + ELSEWHERE,
     errno.ENOTEMPTY: "a folder is in its place; remove that, or " + ELSEWHERE,
+    errno.ENAMETOOLONG: f"a path cannot be as long; {ELSEWHERE}",
+    errno.ELOOP: f"links in it lead back to themselves; {ELSEWHERE}",
     errno.EEXIST: "something is in its place; remove that, or " + ELSEWHERE,
 }
 NOT_PERMITTED = (

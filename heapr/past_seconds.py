@@ -50,6 +50,8 @@ class PastSeconds:
         self._seconds: dict[str, list[float]] = defaultdict(list)
         for manifest in manifests:
             model = self._models.get(manifest["key"])
+            if not _is_comparable(manifest["stage"], manifest["config"]):
+                continue
             for part, made in [(WHOLE, manifest), *manifest["parts"].items()]:
                 kind, amount = _kind(manifest["stage"], part, manifest["config"], model)
                 self._seconds[kind].append(made["seconds"] / amount)
@@ -74,6 +76,14 @@ class PastSeconds:
         if kind not in self._seconds:
             return None
         return statistics.median(self._seconds[kind]) * amount
+
+
+def _is_comparable(stage: str, config: Mapping[str, Any]) -> bool:
+    """Whether the amount of work is known; other versions may have described it otherwise."""
+    if stage != "calibrate":
+        return True
+    counts = (config.get("num_samples"), config.get("sequence_length"))
+    return all(isinstance(count, int) and count > 0 for count in counts)
 
 
 def _kind(stage: str, part: str, config: Mapping[str, Any], model: Any) -> tuple[str, float]:

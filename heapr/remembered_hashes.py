@@ -62,6 +62,7 @@ def _remembered(record: Path, place: str, state: list[int]) -> str | None:
         content: dict[str, Any] = read_sealed(record)
         age_days = (time.time() - content["time"]) / (24 * 3600)
         is_same = content["file"] == place and content["state"] == state
-        return str(content["sha256"]) if is_same and 0 <= age_days < BELIEVED_DAYS else None
-    except (OSError, DamagedError, KeyError, TypeError):
+        is_believed = is_same and 0 <= age_days < BELIEVED_DAYS
+        return content["sha256"] if is_believed and isinstance(content["sha256"], str) else None
+    except (OSError, DamagedError, KeyError, TypeError, OverflowError):
         return None

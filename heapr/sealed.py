@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,10 @@ def read_sealed(path: Path) -> dict[str, Any]:
         DamagedError: the file holds anything else.
         OSError: it cannot be read.
     """
-    if path.stat().st_size > MAX_BYTES:
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+        raise DamagedError("it is not a file")
+    if status.st_size > MAX_BYTES:
         raise DamagedError("it is too large")
     content = path.read_bytes()
     try:

@@ -11,13 +11,16 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 STARTED_BY = "HEAPR_STARTED_BY"  # environment variable: the process without which this one has no purpose
 POLL_SECONDS = 0.5
+AGAIN_SECONDS = 0.05
+
+Handler = Callable[[int, FrameType | None], None]
 
 
 class Terminated(KeyboardInterrupt):
@@ -36,25 +39,57 @@ def one_line_ends() -> Iterator[None]:
     """Turn Ctrl-C and SIGTERM into one line on stderr and exit codes 130 and 143.
 
     Libraries may turn the exception into one of their own, such as an import that failed: any error behind a
-    signal counts as the end that was asked for.
+    signal counts as the end that was asked for. Where Python drops the exception, because a destructor ran
+    when the signal came, the signal is sent again. A second signal ends the process at once.
     """
     received: list[int] = []
 
     def unwind(number: int, frame: FrameType | None) -> None:
+        if received:
+            _end(received[0], frame)
         received.append(number)
         raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
     previous = {number: signal.signal(number, unwind) for number in _heeded()}
     try:
-        yield
+        with _sent_again_if_dropped(received):
+            yield
     except (KeyboardInterrupt, Exception) as end:
         if not received and not isinstance(end, KeyboardInterrupt):
             raise
         is_term = isinstance(end, Terminated) or received[:1] == [signal.SIGTERM]
-        sys.exit(_say_end(signal.SIGTERM if is_term else signal.SIGINT))
+        _set_all(_ignore)
+        code = _say_end(signal.SIGTERM if is_term else signal.SIGINT)
+        _set_all(lambda number, frame: os._exit(code))
+        sys.exit(code)
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is unwind:  # else an end has been said, here or further inside
+                signal.signal(number, handler)
+
+
+@contextmanager
+def _sent_again_if_dropped(received: list[int]) -> Iterator[None]:
+    """Send a signal again whose exception Python could not raise, and say nothing about that.
+
+    Args:
+        received: the signal, once there was one; emptied.
+    """
+    report = sys.unraisablehook
+
+    def send_again(dropped: sys.UnraisableHookArgs) -> None:
+        if not received or not isinstance(dropped.exc_value, KeyboardInterrupt):
+            report(dropped)
+            return
+        again = threading.Timer(AGAIN_SECONDS, os.kill, (os.getpid(), received.pop()))
+        again.daemon = True
+        again.start()
+
+    sys.unraisablehook = send_again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = report
 
 
 def _heeded() -> list[int]:
@@ -64,7 +99,17 @@ def _heeded() -> list[int]:
 
 
 def _end(number: int, frame: FrameType | None) -> None:
+    _set_all(_ignore)  # so that a second one does not say it again
     os._exit(_say_end(number))
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """Not `SIG_IGN`, behind which Python would report a signal that has come already."""
+
+
+def _set_all(handler: Handler) -> None:
+    for number in _heeded():
+        signal.signal(number, handler)
 
 
 def _say_end(number: int) -> int:

@@ -43,7 +43,7 @@ class StepResults:
     def of(self, step: Step) -> Any:
         """What a step made: statistics, scores, the plan or repaired weights."""
         if step.id not in self._read:
-            self._read[step.id] = self._store.read(step.origin, READERS[step.kind])
+            self._read[step.id] = self._store.read(step.origin, READERS[step.kind], step.part)
         return self._read[step.id]
 
     def statistics(self, step: Step) -> Statistics:

@@ -58,7 +58,7 @@ ALLOWED: dict[str, set[str]] = {
     "store": {"artifacts", "errors", "files", "locks", "measure", "origin", "os_errors", "ranks", "remembered_hashes", "report", "sealed", "shared_folder", "signals", "words"},
     "text": {"errors", "files", "hub", "limits", "plugins", "progress", "types", "words"},
     "score": {"errors", "types"},
-    "model": {"errors", "files", "hub", "progress", "remembered_hashes", "tensors_file", "types", "words", "ranks"},
+    "model": {"errors", "files", "hub", "progress", "remembered_hashes", "sealed", "tensors_file", "types", "words", "ranks"},
     "calibration": {"model", "types", "ranks"},
     "pruning": {"errors", "files", "model", "progress", "types", "ranks"},
     "evaluation": {

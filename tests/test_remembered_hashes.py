@@ -13,6 +13,7 @@ import pytest
 from heapr import remembered_hashes
 from heapr.files import hash_file
 from heapr.remembered_hashes import BELIEVED_DAYS, hash_file_once
+from heapr.sealed import read_sealed, sealed_text
 
 
 @pytest.fixture
@@ -93,6 +94,19 @@ def test_a_damaged_record_is_read_over(tmp_path: Path, file: Path, content: byte
     for text in (content, json.dumps(edited, indent=2).encode()):
         record.write_bytes(text)
         assert hash_file_once(file, memory) == expected
+
+
+@pytest.mark.parametrize("change", [{"time": 10**400}, {"time": "now"}, {"sha256": 7}, {"state": None}])
+def test_a_record_that_cannot_be_is_read_over(tmp_path: Path, file: Path, change: dict[str, object]) -> None:
+    """However well it is sealed."""
+    memory = tmp_path / "digests"
+    expected = hash_file_once(file, memory)
+    (record,) = memory.iterdir()
+    record.write_text(sealed_text(read_sealed(record) | change))
+    assert hash_file_once(file, memory) == expected
+    record.unlink()
+    os.mkfifo(record)
+    assert hash_file_once(file, memory) == expected
 
 
 def test_where_nothing_can_be_remembered_the_file_is_read(tmp_path: Path, file: Path) -> None:

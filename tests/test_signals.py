@@ -29,6 +29,38 @@ end_at_once()
 os.kill(os.getpid(), int(sys.argv[1]))
 import time; time.sleep(30)
 """
+TWICE = """
+import os, signal, sys
+from heapr.signals import one_line_ends
+with one_line_ends():
+    try:
+        os.kill(os.getpid(), int(sys.argv[1]))
+        while True: pass
+    finally:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        while True: pass
+"""
+AT_THE_END = """
+import atexit, os, signal, sys
+from heapr.signals import end_at_once, one_line_ends
+end_at_once()
+atexit.register(os.kill, os.getpid(), signal.SIGINT)
+with one_line_ends(), one_line_ends():
+    os.kill(os.getpid(), int(sys.argv[1]))
+    while True: pass
+"""
+IN_A_DESTRUCTOR = """
+import os, sys, time
+from heapr.signals import one_line_ends
+class Thing:
+    def __del__(self):
+        os.kill(os.getpid(), int(sys.argv[1]))
+        for _ in range(1000): pass
+with one_line_ends():
+    Thing()
+    time.sleep(30)
+"""
 AFTER = """
 import os, sys
 from heapr.signals import one_line_ends
@@ -45,7 +77,7 @@ def run(program: str, number: int, prepare: object = None) -> subprocess.Complet
 
 
 @pytest.mark.parametrize(("number", "code", "beginning"), ENDS)
-@pytest.mark.parametrize("program", [BEFORE, INSIDE])
+@pytest.mark.parametrize("program", [BEFORE, INSIDE, TWICE, AT_THE_END, IN_A_DESTRUCTOR])
 def test_a_signal_is_one_line_and_its_exit_code(program: str, number: int, code: int, beginning: str) -> None:
     ended = run(program, number, prepare=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     assert ended.returncode == code

@@ -7,6 +7,7 @@ reads and drops as it sees fit.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -19,7 +20,10 @@ import torch
 from torch import Tensor
 
 from heapr.errors import ConfigError
-from heapr.files import write_json
+from heapr.files import remove, write_text
+from heapr.sealed import DamagedError, read_sealed, sealed_text
+
+logger = logging.getLogger(__name__)
 
 JOURNAL = "journal.json"
 
@@ -92,7 +96,7 @@ class Files:
     """Tensors lie in files of one folder, as plain bytes, each with a checksum.
 
     What `commit` recorded is there again after a crash; everything else is removed when the folder is opened
-    next. The record belongs to a description of the work: that of other work is never used.
+    next. The record belongs to a description of the work: no other one is used, nor a damaged one.
 
     Args:
         folder: is made.
@@ -105,6 +109,8 @@ class Files:
         self._entries: dict[str, dict[str, Any]] = {}
         self._dropped: list[str] = []
         self.state: dict[str, Any] = {}
+        if folder.is_symlink() or not folder.is_dir():
+            remove(folder)  # nothing that was written here
         folder.mkdir(parents=True, exist_ok=True)
         self._recover()
 
@@ -142,7 +148,7 @@ class Files:
         """Record what is there now, and how far the work is, in JSON types."""
         self.state |= state
         record = {"about": self._about, "state": self.state, "tensors": self._entries}
-        write_json(self.folder / JOURNAL, record)
+        write_text(self.folder / JOURNAL, sealed_text(record))
         for name in self._dropped:
             if name not in self._entries:
                 (self.folder / name).unlink(missing_ok=True)
@@ -156,12 +162,13 @@ class Files:
             self._entries, self.state = record["tensors"], record["state"]
         for path in self.folder.iterdir():
             if path.name not in self._entries and not (self.state and path.name == JOURNAL):
-                path.unlink()
+                remove(path)
 
     def _are_intact(self, entries: Mapping[str, Mapping[str, Any]]) -> bool:
         for name, entry in entries.items():
             path = self.folder / name
             if not path.is_file() or _crc32(path) != entry["crc32"]:
+                logger.warning("'%s' is missing or damaged; all that lay beside it is computed again", path)
                 return False
         return True
 
@@ -171,11 +178,14 @@ def _as_json(value: Any) -> Any:
 
 
 def _read_record(path: Path) -> dict[str, Any]:
+    """What `commit` wrote; empty if it wrote nothing, or that is damaged."""
     try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_sealed(path)
+    except FileNotFoundError:
         return {}
-    return record
+    except (OSError, DamagedError) as error:
+        logger.warning("'%s' is damaged (%s); what it told of is computed again", path, error)
+        return {}
 
 
 def _crc32(path: Path) -> int:

@@ -21,33 +21,35 @@ from rich.text import Text
 
 from heapr.artifacts import ARTIFACTS
 from heapr.errors import ConfigError
+from heapr.files import user_path
 from heapr.os_errors import one_line_about
 from heapr.report.terminal import open_console, print_lines
-from heapr.sealed import DamagedError
 from heapr.signals import one_line_ends
 from heapr.store.garbage import find_garbage, remove_garbage
+from heapr.store.inspector import Inspector
 from heapr.store.inventory import Entry, entries, made_from, size_of
 from heapr.store.leftovers import damaged_copies
-from heapr.store.manifest import MissingError
 from heapr.store.references import needs_of_runs
-from heapr.store.verify import Hashes, verify
+from heapr.store.verify import Hashes
 from heapr.words import plural
 
 MISTAKE, DAMAGE = 2, 1  # exit codes
+GONE = "it was removed just now"
 MINUTE = len("2026-01-01T00:00")  # of a time, as far as the list shows it
 
 
 def main(arguments: Sequence[str]) -> None:
     """Do what the command line asks, and exit."""
     options = _parser().parse_args(arguments)
-    root = Path(options.outputs).expanduser() / ARTIFACTS
     try:
+        root = user_path(options.outputs) / ARTIFACTS
         with one_line_ends(), one_line_about(root):
             if not root.is_dir():
                 raise ConfigError(f"'{root}' is not there; give the folder of results with --outputs")
             sys.exit(options.do(root, options))
     except ConfigError as error:
-        sys.stderr.write(f"error: {error}\n")
+        line = " ".join(str(error).split())
+        sys.stderr.write(f"error: {line}\n")
         sys.exit(MISTAKE)
 
 
@@ -165,20 +167,9 @@ def _problems(entry: Entry) -> list[str]:
     """What is wrong with an artifact and its parts, one line each."""
     if entry.manifest is None:
         return [entry.problem]
-    hashes = Hashes(None)
-    found = [_problem(entry.path, part, hashes) for part in ["", *entry.parts]]
-    return [problem for problem in found if problem]
-
-
-def _problem(path: Path, part: str, hashes: Hashes) -> str:
-    """What is wrong with a part, or the artifact itself; empty if nothing is."""
-    try:
-        verify(path, part, hashes)
-    except MissingError:
-        return "it was removed just now"
-    except DamagedError as error:
-        return str(error)
-    return ""
+    inspector = Inspector(Hashes(None))
+    found = [inspector.problem(entry.path, part) for part in ["", *entry.parts]]
+    return [GONE if problem == "" else problem for problem in found if problem is not None]
 
 
 def _chosen(found: Sequence[Entry], beginnings: Sequence[str]) -> list[Entry]:

@@ -1,6 +1,7 @@
 """What the artifact of each stage, and each part, is made of: names of files, and what tensors are in them.
 
-In: a folder of files. Out: nothing, or what is wrong with it. Only headers of files of tensors are read.
+In: a folder of files. Out: nothing, or what is wrong with it. Only headers of files of tensors are read, and
+what ties a part to the plan that it was made from.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from heapr import artifacts
 from heapr.artifacts import CHECKPOINT, CHECKPOINT_PART, REPAIR_PART
+from heapr.files import hash_file
 from heapr.sealed import DamagedError
 
 Check = Callable[[Path], None]
@@ -113,6 +115,40 @@ def _problem_of_tensor(name: str, dtype: str, shape: list[int], *, tensors: Tens
     return "does not belong there"
 
 
+def _check_repaired(path: Path) -> None:
+    """Check repaired weights, and that they were made for the plan beside them."""
+    _check_tensors(path, REPAIRED)
+    with safe_open(path, framework="np") as file:
+        belongs_to = (file.metadata() or {}).get("plan")
+    plan = path.with_name(artifacts.PLAN)
+    if not plan.is_file() or belongs_to != hash_file(plan):
+        raise DamagedError(f"{path.name} belongs to another plan")
+
+
+def _check_copied_plan(path: Path) -> None:
+    """Check the plan in a checkpoint, and that it is the artifact's."""
+    _check_tensors(path, PLAN)
+    plan = path.parents[2] / artifacts.PLAN
+    try:
+        is_same = plan.is_file() and _same_tensors(path, plan)
+    except SafetensorError as error:
+        raise DamagedError(f"{plan.name} is not a file of tensors") from error
+    if not is_same:
+        raise DamagedError(f"{CHECKPOINT} belongs to another plan")
+
+
+def _same_tensors(path: Path, other: Path) -> bool:
+    """Whether two files hold the same tensors, whatever their metadata say."""
+    import numpy as np
+
+    with safe_open(path, framework="np") as file, safe_open(other, framework="np") as other_file:
+        names = set(file.keys())
+        if names != set(other_file.keys()):
+            return False
+        pairs = [(file.get_tensor(name), other_file.get_tensor(name)) for name in names]
+        return all(np.array_equal(tensor, other_tensor) for tensor, other_tensor in pairs)
+
+
 def _check_json(path: Path) -> None:
     """Check that a file holds a JSON object."""
     try:
@@ -139,12 +175,12 @@ CONTENTS: Mapping[str, Mapping[str, Contents]] = {
     "score": {"": Contents({artifacts.SCORES: _tensors(SCORES)})},
     "prune": {
         "": Contents({artifacts.PLAN: _tensors(PLAN), artifacts.ALLOCATION: _check_json}),
-        REPAIR_PART: Contents({artifacts.REPAIRED: _tensors(REPAIRED), artifacts.REPAIR: _check_json}),
+        REPAIR_PART: Contents({artifacts.REPAIRED: _check_repaired, artifacts.REPAIR: _check_json}),
         CHECKPOINT_PART: Contents(
             {
                 f"{CHECKPOINT}/config.json": _check_json,
                 f"{CHECKPOINT}/{artifacts.CARD}": _anything,
-                f"{CHECKPOINT}/{artifacts.PLANS}/{artifacts.PLAN}": _tensors(PLAN),
+                f"{CHECKPOINT}/{artifacts.PLANS}/{artifacts.PLAN}": _check_copied_plan,
             },
             folder=CHECKPOINT,
         ),

@@ -14,10 +14,11 @@ from pathlib import Path
 from filelock import Timeout
 
 from heapr.errors import ConfigError
+from heapr.files import remove
 from heapr.locks import lock_of
 from heapr.store.inventory import Entry, entries, made_from, size_of
 from heapr.store.leftovers import damaged_copies, remove_leftovers
-from heapr.store.publishing import lock_path, remove
+from heapr.store.publishing import lock_path
 from heapr.store.references import REFERENCES, needs_of_runs, stale_references, with_upstream
 
 
@@ -68,7 +69,7 @@ def needed_artifacts(root: Path) -> set[str]:
     needs, unreadable = needs_of_runs(root)
     if unreadable:
         raise ConfigError(
-            f"cannot tell what a run needs: {unreadable[0]}; nothing is removed as long as this file, or the"
+            f"cannot tell what a run needs: {unreadable[0]}; nothing is removed as long as that, or the"
             " folder of its run, is there"
         )
     of_runs = {name for artifacts in needs.values() for name in artifacts}

@@ -29,18 +29,21 @@ class Inspector:
     def __init__(self, hashes: Hashes) -> None:
         self._hashes = hashes
         self._told: set[str] = set()
+        self._damaged: set[Path] = set()
 
     def is_intact(self, path: Path, part: str) -> bool:
         """Whether an artifact, or a part, is what it must be; a warning says what is wrong with it, once."""
-        problem = self._problem(path, part)
-        if problem:
+        problem = self.problem(path, part)
+        if problem and not part:
+            self._damaged.add(path)
+        if problem and not (part and path in self._damaged):  # which spoils all its parts
             line = f"{path.parent.name} {path.name} is damaged ({problem}); it will be made again"
             if line not in self._told:
                 logger.warning("%s", line)
             self._told.add(line)
         return problem is None
 
-    def _problem(self, path: Path, part: str) -> str | None:
+    def problem(self, path: Path, part: str) -> str | None:
         """What is wrong with an artifact; empty if it is not there, None if it is intact.
 
         While another process publishes or rewrites, its files may not fit together for a moment. A problem

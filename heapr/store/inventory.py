@@ -5,7 +5,9 @@ In: the store's folder. Out: a list of `Entry`. Manifests are read and checked, 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,8 +77,15 @@ def made_from(found: Sequence[Entry]) -> dict[str, list[str]]:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder."""
-    return sum(entry.lstat().st_size for entry in [path, *path.rglob("*")] if not entry.is_dir())
+    """Bytes of a file, or of all files below a folder, as far as nobody removes them meanwhile."""
+    files = [path] if path.is_symlink() or not path.is_dir() else []
+    for place, _, names in os.walk(path):
+        files += [Path(place, name) for name in names]
+    num_bytes = 0
+    for file in files:
+        with suppress(FileNotFoundError):
+            num_bytes += file.lstat().st_size
+    return num_bytes
 
 
 def _entry(path: Path) -> Entry | None:

@@ -12,10 +12,11 @@ from pathlib import Path
 
 from filelock import Timeout
 
+from heapr.files import remove
 from heapr.locks import lock_of
 from heapr.sealed import DamagedError
 from heapr.store.manifest import MissingError, trusted_manifest
-from heapr.store.publishing import lock_path, remove
+from heapr.store.publishing import lock_path
 
 SCRATCH_DAYS = 14  # scratch that is unchanged for longer counts as abandoned
 TEXT_DAYS = 1  # so does a temporary copy of a small file

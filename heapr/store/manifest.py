@@ -37,6 +37,7 @@ DESCRIBED: Mapping[str, type | tuple[type, ...]] = {
     "files": dict,
 }
 FIELDS = {"stage": str, "stage_version": int, "key": str, "upstream": dict, "config": dict, "parts": dict}
+LARGEST = 2**63  # no number in a manifest comes near
 SHA256 = re.compile(r"[0-9a-f]{64}")
 # What a file will be next, while it is being rewritten.
 NEXT = "next"
@@ -175,6 +176,8 @@ def _check_fields(entry: Any, fields: Mapping[str, Any], where: str) -> None:
         value = entry.get(name)
         if not isinstance(value, kind) or isinstance(value, bool):
             raise DamagedError(f"{where}: {name} is missing or of the wrong type")
+        if isinstance(value, int | float) and not 0 <= value < LARGEST:
+            raise DamagedError(f"{where}: {name} is a number that cannot be")
     if not entry["files"]:
         raise DamagedError(f"{where}: it names no files")
     for name, described in entry["files"].items():

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from heapr.artifacts import MANIFEST
-from heapr.files import fsync
+from heapr.files import fsync, remove
 from heapr.sealed import sealed_text
 from heapr.store.contents import contents_of
 from heapr.store.manifest import NEXT, describe, entry_of
@@ -71,8 +71,7 @@ def add_part(
     """
     for file in sorted(temporary.iterdir()):
         place = path / file.name
-        if place.is_dir() and not place.is_symlink():  # of a process that was killed before the entry
-            remove(place)
+        remove(place)  # of a process that was killed before the entry, or nobody's
         os.replace(file, place)
     fsync(path)
     write_manifest(path, {**manifest, "parts": {**manifest["parts"], part: entry}})
@@ -143,14 +142,6 @@ def put_part_aside(part: str, path: Path, manifest: Mapping[str, Any]) -> Path:
     fsync(aside)
     fsync(path)
     return aside
-
-
-def remove(path: Path) -> None:
-    """Remove a file, a link, or a folder with everything in it."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _top_names(part: str, manifest: Mapping[str, Any]) -> list[str]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -45,25 +46,26 @@ def needs_of_runs(root: Path) -> tuple[Needs, list[str]]:
         root: the store's folder, beside those of runs and sweeps.
 
     Returns:
-        the needs of each run; and a line for each file that should say so and cannot be read.
+        the needs of each run; and a line for each file that should say so, or folder of such files, that
+        cannot be read.
     """
     needs: Needs = defaultdict(set)
-    unreadable = []
-    for file in [*_records(root), *_summaries(root.parent)]:
+    unreadable: list[str] = []
+    for file in [*_records(root, unreadable), *_summaries(root.parent, unreadable)]:
         found = _needs_of(file, root)
         if found is None:
             unreadable.append(f"'{file}' is damaged")
             continue
         folder, artifacts = found
-        if folder.is_dir():
+        if _may_be_there(folder):
             needs[folder] |= artifacts
     return dict(needs), unreadable
 
 
 def stale_references(root: Path) -> list[Path]:
     """Records of runs whose folders are gone."""
-    found = {record: _needs_of(record, root) for record in _records(root)}
-    return [record for record, needs in found.items() if needs is not None and not needs[0].is_dir()]
+    found = {record: _needs_of(record, root) for record in _records(root, [])}
+    return [record for record, needs in found.items() if needs is not None and not _may_be_there(needs[0])]
 
 
 def with_upstream(needed: Collection[str], upstream: Mapping[str, Collection[str]]) -> set[str]:
@@ -83,13 +85,41 @@ def with_upstream(needed: Collection[str], upstream: Mapping[str, Collection[str
     return found
 
 
-def _records(root: Path) -> list[Path]:
-    return sorted((root / REFERENCES).glob("[!.]*.json"))
+def _records(root: Path, unreadable: list[str]) -> list[Path]:
+    names = _names_in(root / REFERENCES, unreadable)
+    return [root / REFERENCES / name for name in names if name.endswith(".json") and not name.startswith(".")]
 
 
-def _summaries(outputs: Path) -> Iterator[Path]:
-    yield from sorted(outputs.glob(f"{RUNS}/*/{SUMMARY}"))
-    yield from sorted(outputs.glob(f"{SWEEPS}/*/*/{SUMMARY}"))
+def _summaries(outputs: Path, unreadable: list[str]) -> list[Path]:
+    runs = _inside([outputs / RUNS], unreadable)
+    jobs = _inside(_inside([outputs / SWEEPS], unreadable), unreadable)
+    return [folder / SUMMARY for folder in [*runs, *jobs] if SUMMARY in _names_in(folder, unreadable)]
+
+
+def _inside(folders: Collection[Path], unreadable: list[str]) -> list[Path]:
+    """Whatever lies in these folders."""
+    return [folder / name for folder in folders for name in _names_in(folder, unreadable)]
+
+
+def _names_in(folder: Path, unreadable: list[str]) -> list[str]:
+    """Names in a folder; none if it is no folder. One that is closed gets a line."""
+    try:
+        return sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        unreadable.append(f"'{folder}': {error.strerror}")
+        return []
+
+
+def _may_be_there(folder: Path) -> bool:
+    """Whether a run's folder is there, or hidden in one that is closed."""
+    try:
+        return stat.S_ISDIR(folder.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError):
+        return True
 
 
 def _needs_of(file: Path, root: Path) -> tuple[Path, set[str]] | None:

@@ -19,7 +19,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from safetensors import SafetensorError
 
 from heapr.errors import ConfigError
+from heapr.files import remove
 from heapr.locks import locked
 from heapr.origin import Origin
 from heapr.os_errors import one_line_about
@@ -155,26 +156,34 @@ class Store:
         peak = 0 if cached else meter.peak_memory_bytes
         return Artifact(origin.stage, origin.key, part, self.path(origin), cached, meter.seconds, peak)
 
-    def read(self, origin: Origin, reader: Callable[[Path], T]) -> T:
-        """Read files of an artifact that is in the store.
+    def read(self, origin: Origin, reader: Callable[[Path], T], part: str = WHOLE) -> T:
+        """Read files of an artifact, or of a part of one, that is in the store.
 
         Another process may find them damaged at the same time and replace them: they are then read again.
+        What is read is checked once more, because `get` may have looked at it hours before.
 
         Args:
             origin: which artifact.
             reader: reads files in its folder.
+            part: whose files they are.
 
         Raises:
-            ConfigError: it is not in the store any more.
+            ConfigError: it is not in the store any more, or has changed.
         """
         path = self.path(origin)
         with one_line_about(self.root):
-            try:
-                return reader(path)
-            except (OSError, SafetensorError):
-                self._wait_for_others(path)
+            with suppress(OSError, SafetensorError, MissingError, DamagedError):
+                value = reader(path)
+                self._check_what_was_read(path, part)
+                return value
+            self._wait_for_others(path)
             self._manifest(origin)
-            return reader(path)
+            try:
+                value = reader(path)
+                self._check_what_was_read(path, part)
+            except (MissingError, DamagedError) as error:
+                raise _lost(origin, error) from error
+            return value
 
     def scratch(self, origin: Origin, part: str = WHOLE) -> Path:
         """A folder for the intermediate results of a computation, which outlives the process; one for each
@@ -188,6 +197,8 @@ class Store:
         once it is whole.
         """
         folder = scratch_of(self.path(origin), part)
+        if folder.is_symlink() or not folder.is_dir():
+            remove(folder)  # nothing that was written here
         folder.mkdir(parents=True, exist_ok=True)
         os.utime(folder)
         if self._ranks.size == 1:
@@ -305,6 +316,11 @@ class Store:
             aside = put_aside(path)
             logger.warning("%s %s: the damaged one is kept in %s", origin.stage, origin.key, aside)
 
+    def _check_what_was_read(self, path: Path, part: str) -> None:
+        """Check an artifact or a part as `verify` does; only rank 0 does, for all that read it."""
+        if self._ranks.is_first:
+            verify(path, part, self._hashes)
+
     def _first_finds_intact(self, origin: Origin, part: str) -> bool:
         """Whether rank 0 finds an artifact complete and undamaged; all ranks go by that."""
         is_intact = self._ranks.is_first and self._inspector.is_intact(self.path(origin), part)
@@ -319,11 +335,7 @@ class Store:
         try:
             return trusted_manifest(self.path(origin))
         except (MissingError, DamagedError) as error:
-            what = str(error) or "it is gone"
-            raise ConfigError(
-                f"{origin.stage} {origin.key} was removed or damaged while the run needed it ({what}); start"
-                " again, and it is made again"
-            ) from error
+            raise _lost(origin, error) from error
 
     def _wait_for_others(self, path: Path) -> None:
         """Wait until no other process makes an artifact."""
@@ -340,6 +352,14 @@ class Store:
 def _cannot_write(root: Path, error: OSError) -> ConfigError:
     return ConfigError(
         f"cannot write '{root}': {error.strerror}; choose another folder with paths.outputs=..."
+    )
+
+
+def _lost(origin: Origin, error: MissingError | DamagedError) -> ConfigError:
+    what = str(error) or "it is gone"
+    return ConfigError(
+        f"{origin.stage} {origin.key} was removed or damaged while the run needed it ({what}); start again,"
+        " and it is made again"
     )
 
 

@@ -29,6 +29,7 @@ NUMBERS = [
     ("runtime.num_threads=100000000", "runtime.num_threads"),
     ("runtime.num_threads=0", "runtime.num_threads"),
     ("runtime.wait_minutes=nan", "runtime.wait_minutes"),
+    ("runtime.checkpoint_seconds=inf", "runtime.checkpoint_seconds=inf is no finite number"),
     ("runtime.wait_minutes=-1", "runtime.wait_minutes"),
     ("pruning.rounds=1000000", "pruning.rounds"),
     (f"pruning.rounds={HUGE}", "pruning.rounds"),

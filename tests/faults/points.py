@@ -28,7 +28,7 @@ POINTS: dict[str, tuple[Any, str, str]] = {
     "behind a computed value": (store.Store, "_computed_by_all", "behind"),
     "behind a checkpoint of calibration": (Checkpoints, "save_if_due", "behind"),
     "inside a checkpoint of calibration": (shelf.Files, "put", "behind"),
-    "before a journal is replaced": (shelf, "write_json", "before"),
+    "before a journal is replaced": (shelf, "write_text", "before"),
     "behind a repaired layer": (RepairedLayers, "add", "behind"),
     "behind a tensor in its file": (TensorsFile, "write", "behind"),
     "before files are hashed": (store, "provenance", "before"),

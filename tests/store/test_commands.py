@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -10,14 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from heapr.artifacts import SUMMARY
+from heapr.artifacts import MANIFEST, SUMMARY
 from heapr.locks import locked
+from heapr.origin import Origin
 from heapr.past_seconds import PastSeconds
+from heapr.sealed import DamagedError, read_sealed, sealed_text
 from heapr.store import Store, garbage
 from heapr.store.commands import main
+from heapr.store.manifest import trusted_manifest
 from heapr.store.publishing import lock_path
-from heapr.store.references import refer
-from tests.store.mutations import CPU, STEPS, Damage, data_of, make_all
+from heapr.store.references import needs_of_runs, refer, stale_references
+from heapr.store.verify import Hashes, verify
+from tests.store.mutations import CPU, STEPS, Damage, data_of, make_all, nothing
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +88,53 @@ def test_verify_names_the_damage_and_nothing_else_fails_by_it(
     PastSeconds(root)  # which forecasts of sweeps read
 
 
+def test_verify_looks_again_at_what_may_be_changing(
+    capsys: pytest.CaptureFixture[str], outputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a card between its old description and its new one."""
+    looks = []
+
+    def damaged_once(path: Path, part: str, hashes: Hashes) -> dict[str, object]:
+        looks.append(path)
+        if len(looks) == 1:
+            raise DamagedError("README.md has 2 bytes, not 1")
+        return verify(path, part, hashes)
+
+    monkeypatch.setattr("heapr.store.inspector.verify", damaged_once)
+    assert run(capsys, outputs, "verify")[0] == 0 and looks[0] == looks[1]
+
+
+def test_ls_goes_on_while_files_are_removed(
+    capsys: pytest.CaptureFixture[str], outputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status = Path.lstat
+
+    def removed(path: Path) -> os.stat_result:
+        if path.name == "plan.safetensors":
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        return status(path)
+
+    monkeypatch.setattr(Path, "lstat", removed)
+    assert run(capsys, outputs, "ls")[0] == 0
+
+
+@pytest.mark.parametrize("seconds", [-1, 10**400])
+def test_a_manifest_with_an_impossible_number_is_damaged(outputs: Path, seconds: int) -> None:
+    """However well it is sealed: whoever forecasts divides it."""
+    path = outputs / "artifacts" / "score" / STEPS[1].origin.key
+    manifest = read_sealed(path / MANIFEST)
+    (path / MANIFEST).write_text(sealed_text(manifest | {"seconds": seconds}))
+    with pytest.raises(DamagedError, match="seconds is a number that cannot be"):
+        trusted_manifest(path)
+
+
+def test_a_calibration_of_a_newer_version_spoils_no_forecast(outputs: Path) -> None:
+    store = Store(outputs / "artifacts", CPU)
+    newer = Origin("calibrate", 99, {"model": {}, "tokens": "10M"}, {})
+    store.get(newer, nothing, STEPS[0].write)
+    PastSeconds(store.root)
+
+
 def test_gc_keeps_what_a_run_or_sweep_needs_and_what_that_was_made_from(
     capsys: pytest.CaptureFixture[str], outputs: Path
 ) -> None:
@@ -116,6 +168,49 @@ def test_gc_removes_nothing_if_it_cannot_tell(capsys: pytest.CaptureFixture[str]
     code, text = run(capsys, outputs, "gc", "--delete")
     assert code == 2 and f"cannot tell what a run needs: '{outputs / 'runs' / 'a' / SUMMARY}'" in text
     assert names(outputs) == before
+
+
+@pytest.mark.parametrize("closed", ["artifacts/.runs", "runs", "runs/a", "sweeps/b"])
+def test_gc_removes_nothing_if_it_may_not_look(
+    capsys: pytest.CaptureFixture[str], outputs: Path, monkeypatch: pytest.MonkeyPatch, closed: str
+) -> None:
+    """Where another user's run may say what it needs."""
+    before, listed = names(outputs), os.listdir
+
+    def refuse(folder: Path) -> list[str]:
+        if Path(folder) == outputs / closed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+        return listed(folder)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    code, text = run(capsys, outputs, "gc", "--delete")
+    assert code == 2 and f"'{outputs / closed}': Permission denied" in text and text.count("\n") == 1
+    assert names(outputs) == before
+    code, text = run(capsys, outputs, "ls")
+    assert code == 0 and "cannot be read" in text
+
+
+def test_a_run_whose_folder_may_not_be_looked_at_needs_its_artifacts(
+    outputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, status = outputs / "artifacts", Path.stat
+    before, _ = needs_of_runs(root)
+
+    def refuse(path: Path, **options: bool) -> os.stat_result:
+        if path.name == "a":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return status(path, **options)
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    assert needs_of_runs(root) == (before, []) and not stale_references(root)
+
+
+@pytest.mark.parametrize("folder", ["~nobody-has-this-name", "x" * 300, "a/" * 3000, "two\nlines"])
+def test_a_folder_that_cannot_be_is_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, folder: str
+) -> None:
+    code, text = run(capsys, Path(folder) if folder.startswith("~") else tmp_path / folder, "ls")
+    assert code == 2 and text.startswith("error: ") and text.count("\n") == 1
 
 
 def test_gc_leaves_what_is_in_use(capsys: pytest.CaptureFixture[str], outputs: Path) -> None:

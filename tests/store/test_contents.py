@@ -48,6 +48,8 @@ WRONG = [
     (PLAN, tensors("plan.safetensors", layers_1=FLOATS_EF), "is F32"),
     (PLAN, text("allocation.json", "[]"), "is not a JSON object"),
     (REPAIR, text("repair.json", "{"), "is not JSON"),
+    (REPAIR, tensors("repaired.safetensors", **{"layers_1.down_proj": FLOATS_EF}), "belongs to another plan"),
+    (CHECKPOINT, tensors("checkpoint/heapr/plan.safetensors", layers_1=FLOATS_EF > 0), "belongs to another plan"),
     (CHECKPOINT, without("checkpoint/config.json"), "config.json is missing in the manifest"),
     (EVALUATE, text("metrics.json", "null"), "is not a JSON object"),
     (EVALUATE, without("metrics.json"), "metrics.json is missing in the manifest"),

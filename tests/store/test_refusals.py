@@ -18,6 +18,7 @@ import pytest
 from heapr.errors import ConfigError
 from heapr.log_file import LogFile
 from heapr.one_line_errors import explained, marked_as_of_job
+from heapr.os_errors import one_line_about
 from heapr.store import Store
 from tests.command import run_py_here
 from tests.experiment import run_in, write_model, write_texts
@@ -139,6 +140,15 @@ def test_a_card_that_cannot_be_written_does_not_fail_a_finished_run(
     assert rewrites and summary.stages and (tmp_path / "run" / "summary.json").is_file()
     assert "the model card of the checkpoint lacks the metrics: no permission for" in caplog.text
     assert "more" not in card.read_text()
+
+
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [(errno.ENAMETOOLONG, "a path cannot be as long"), (errno.ELOOP, "lead back to themselves")],
+)
+def test_a_path_that_the_system_does_not_take_is_one_line(tmp_path: Path, code: int, why: str) -> None:
+    with pytest.raises(ConfigError, match=why), one_line_about(tmp_path):
+        raise OSError(code, os.strerror(code), str(tmp_path / "artifacts" / "score"))
 
 
 def test_a_log_without_room_ends_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -307,6 +307,45 @@ def test_files_of_a_part_that_the_manifest_does_not_know_yet_are_made_again(tmp_
     assert [file.name for file in (path / "inside").iterdir()] == ["more.txt"] and store.has(ORIGIN, "extra")
 
 
+@pytest.mark.parametrize("kind", ["file", "link to a folder", "link to nothing"])
+def test_what_is_in_the_place_of_a_part_does_not_stop_it(tmp_path: Path, kind: str) -> None:
+    store = Store(tmp_path / "store", CPU)
+    place = store.get(ORIGIN, nothing, make_file).path / "inside"
+    elsewhere = tmp_path / "elsewhere"
+    if kind == "file":
+        place.write_text("mine")
+    else:
+        place.symlink_to(elsewhere)
+    if kind == "link to a folder":
+        elsewhere.mkdir()
+        (elsewhere / "mine.txt").write_text("mine")
+    store.get(ORIGIN, nothing, make_part, "extra")
+    assert store.has(ORIGIN, "extra") and not place.is_symlink()
+    assert kind != "link to a folder" or (elsewhere / "mine.txt").is_file()
+
+
+def test_what_changes_between_a_check_and_its_reading_is_not_used(tmp_path: Path) -> None:
+    """And a file that is damaged while it is read."""
+    store = Store(tmp_path, CPU)
+    file = store.get(ORIGIN, nothing, make_file).path / "data.txt"
+    store.get(ORIGIN, nothing, make_part, "extra")
+    assert store.has(ORIGIN)
+    file.write_text("RESULT")
+    with pytest.raises(
+        ConfigError, match="was removed or damaged while the run needed it .data.txt has changed"
+    ):
+        store.read(ORIGIN, lambda folder: (folder / "data.txt").read_text())
+    file.write_text("result")
+
+    def read(folder: Path) -> str:
+        (folder / "inside" / "more.txt").write_text("mora")
+        return (folder / "inside" / "more.txt").read_text()
+
+    assert store.read(ORIGIN, lambda folder: (folder / "data.txt").read_text()) == "result"
+    with pytest.raises(ConfigError, match="more.txt has changed"):
+        store.read(ORIGIN, read, "extra")
+
+
 def test_parallel_processes_make_a_part_once(tmp_path: Path) -> None:
     Store(tmp_path, CPU).get(ORIGIN, nothing, make_file)
     log = tmp_path / "log"
