@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from heapr.definitions import conf_folder
 from heapr.errors import ConfigError
 from heapr.files import user_path
+from heapr.hydra_folders import check_folders_of_hydra
 from heapr.secrets import refuse_secrets
 from heapr.targets import TARGET, check_targets
 
@@ -101,6 +102,7 @@ def check_composed(config: DictConfig, overrides: Sequence[str]) -> None:
         _check_commands(hydra, given)
         _check_task_folders(plain, given)
     _check_folders(plain, hydra)
+    check_folders_of_hydra(hydra)
 
 
 def _given(overrides: Sequence[str]) -> dict[str, Any]:

@@ -125,7 +125,8 @@ def at_least(place: str, value: float, smallest: int) -> None:
         ConfigError: it is smaller, or not a number.
     """
     if math.isnan(value) or value < smallest:
-        raise ConfigError(f"{place}={value} is below {smallest}; give a whole number of at least {smallest}")
+        kind = "number" if isinstance(value, float) else "whole number"
+        raise ConfigError(f"{place}={value} is below {smallest}; give a {kind} of at least {smallest}")
 
 
 def check_name(place: str, name: str) -> str:

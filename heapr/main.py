@@ -6,13 +6,15 @@ In: arguments, from which Hydra composes a configuration. Out: a run, or one lin
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+from unittest import mock
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -20,7 +22,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from heapr.artifacts import clear_error, write_error
-from heapr.definitions import conf_folder
+from heapr.definitions import conf_folder, run_command
 from heapr.errors import ConfigError
 from heapr.one_line_errors import explained, marked_as_of_job, one_line_errors
 from heapr.overrides import check_one_option, options_first
@@ -57,7 +59,13 @@ def _run_hydra(conf: Path, ranks: Ranks) -> None:
     def job(config: DictConfig) -> float | None:
         return run_job(config, ranks)
 
-    job()
+    with mock.patch.object(argparse.ArgumentParser, "error", _refuse):
+        job()
+
+
+def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    """In place of argparse's own answer, which takes several lines."""
+    raise ConfigError(f"{message}; {run_command()} --help lists the options")
 
 
 def options_of_rank(ranks: Ranks, arguments: Sequence[str]) -> list[str]:
