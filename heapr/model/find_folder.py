@@ -20,7 +20,16 @@ BUILTIN_FOLDER = Path(__file__).parent / "builtin"
 
 
 def find_folder(path: str, revision: str | None, description: list[str], *, has_code: bool) -> Path:
-    """Folder with a model's configuration and tokenizer; those of a hub model are downloaded first."""
+    """Folder with a model's configuration and tokenizer; those of a hub model are downloaded first.
+
+    Raises:
+        ConfigError: there is none, or a revision is given for a model that is not on the hub.
+    """
+    if revision is not None and not is_on_hub(path):
+        raise ConfigError(
+            f"model.revision='{revision}' is a version on the hub, and model.path='{path}' is not on it;"
+            " leave model.revision out, or give a hub id 'owner/name'"
+        )
     if path.startswith(BUILTIN_PREFIX):
         return _builtin(path.removeprefix(BUILTIN_PREFIX))
     if is_on_hub(path):
