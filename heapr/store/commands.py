@@ -26,6 +26,7 @@ from heapr.files import user_path
 from heapr.os_errors import one_line_about
 from heapr.report.terminal import open_console, print_lines
 from heapr.sealed import DamagedError
+from heapr.secrets import without_secrets
 from heapr.signals import one_line_ends, until_nobody_reads
 from heapr.store.garbage import find_garbage, remove_garbage
 from heapr.store.inventory import Entry, entries, made_from, size_of
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str]) -> None:
             root = user_path(options.outputs) / ARTIFACTS
             sys.exit(_do(root, options))
     except ConfigError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {without_secrets(str(error))}\n")
         sys.exit(MISTAKE)
 
 
