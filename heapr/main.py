@@ -24,6 +24,7 @@ from omegaconf import DictConfig
 from heapr.artifacts import clear_error, write_error
 from heapr.definitions import conf_folder, run_command
 from heapr.errors import ConfigError
+from heapr.inputs import check_inputs
 from heapr.one_line_errors import explained, marked_as_of_job, one_line_errors
 from heapr.overrides import check_one_option, options_first
 from heapr.ranks import Ranks
@@ -121,6 +122,8 @@ def _run(config: DictConfig, ranks: Ranks) -> float | None:
     """Check the configuration; then run the pipeline, or predict what it would do, and print the tables."""
     check_one_option(list(HydraConfig.get().overrides.task))
     typed = resolve(config)  # before torch is imported, so that a mistake is answered at once
+    # A dry run says what is missing, and goes on.
+    check_inputs(asdict(typed), texts=not typed.dry_run)
     ranks.check_same("configuration", flat(asdict(typed)))
     if typed.dry_run:
         if not ranks.is_first:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from heapr.model.find_folder import BUILTIN_FOLDER
+from heapr.inputs import BUILTIN_FOLDER
 from heapr.run_experiment import Summary
 from tests.experiment import run_in
 

@@ -25,6 +25,7 @@ from transformers import (
 
 from heapr.errors import ConfigError
 from heapr.files import write_json
+from heapr.inputs import ADAPTER_FILE, CONFIG_FILE, check_has_config
 from heapr.model import deepseek_moe
 from heapr.model.model_files import INDEX, NOT_JSON, WEIGHTS
 from heapr.model.quantised import without_quantization
@@ -38,7 +39,7 @@ TOKENIZER_FILES = [
     "*.model", "*.tiktoken", "chat_template.*",
     "additional_chat_templates/*", "tokenization_*.py",
 ]  # fmt: skip
-CONFIG_FILE, GENERATION_FILE, ADAPTER_FILE = "config.json", "generation_config.json", "adapter_config.json"
+GENERATION_FILE = "generation_config.json"
 JSON_TYPES = {"model_type": str, "architectures": list, "auto_map": dict, "quantization_config": dict}
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 # Far more than any model has. With a billion, transformers would fill the memory before it could refuse.
@@ -76,11 +77,7 @@ def read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
             " on what is installed; merge it into the model's weights and give the result, or remove its"
             " files"
         )
-    if not (folder / CONFIG_FILE).is_file():
-        raise ConfigError(
-            f"folder '{folder}' has no config.json, so it is not a Hugging Face model; give a folder that has"
-            " one"
-        )
+    check_has_config(folder)
     _check_are_files(folder)
     _check_json(folder)
     deepseek_moe.register()
@@ -98,7 +95,8 @@ def read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
                 " default; read it, and if you trust it, give model.trust_remote_code=true"
             ) from error
         # The first line of this one names the field, and the others say what is wrong with it.
-        reason = str(error) if isinstance(error, StrictDataclassError) else first_line(error)
+        lines = str(error).split() if isinstance(error, StrictDataclassError) else [first_line(error)]
+        reason = " ".join(lines)
         raise ConfigError(f"config.json in '{folder}' cannot be used: {reason}") from error
     if not isinstance(config.get_text_config(), PretrainedConfig):
         raise ConfigError(

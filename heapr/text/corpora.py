@@ -18,6 +18,7 @@ from annotated_types import Ge
 
 from heapr.errors import ConfigError, NotHereError
 from heapr.files import user_path
+from heapr.inputs import check_text_file
 from heapr.limits import check_name
 from heapr.text.docstrings import docstrings, source_hash
 from heapr.text.reader import ENDINGS, Source, is_readable, kind_of
@@ -196,9 +197,5 @@ def _visible_files(folder: Path) -> list[Path]:
 
 
 def _check_file(path: Path) -> None:
-    what = f"text file '{path}'"
-    if not path.is_file():
-        raise NotHereError(f"{what} does not exist or is not a file; give the path of a readable file")
-    if path.stat().st_size == 0:
-        raise ConfigError(f"{what} is empty; give a file with text")
+    check_text_file(path)
     kind_of(path)

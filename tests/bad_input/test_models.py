@@ -258,6 +258,7 @@ def nothing(tensors: dict[str, torch.Tensor]) -> None:
 BAD_PLANS: dict[str, tuple[Change, str]] = {
     "not there": (lambda folder: (folder / PLAN).unlink(), "cannot be read"),
     "a folder": (lambda folder: ((folder / PLAN).unlink(), (folder / PLAN).mkdir()), "cannot be read"),
+    "a pipe": (pipe(PLAN), "it is not a file"),
     "empty": (content(PLAN, b""), "cannot be read"),
     "pickled": (content(PLAN, pickle.dumps([1]) * 50), "cannot be read"),
     "cut": (lambda folder: os.truncate(folder / PLAN, 100), "cannot be read"),

@@ -273,7 +273,10 @@ def test_a_wrong_environment(environment: dict[str, str], part: str, tmp_path: P
 
 @pytest.mark.parametrize(
     ("argument", "part"),
-    [("pruning.ratio=3", "pruning.ratio=3.0"), ("score._target_=os.system", "score._target_='os.system'")],
+    [
+        ("score._target_=os.system", "score._target_='os.system'"),
+        ("model.path=/no/such/folder", "no such folder"),
+    ],
 )
 def test_answers_come_before_torch_is_imported(argument: str, part: str, tmp_path: Path) -> None:
     """In a process of its own: what the schema or the targets refuse needs no torch, lm-eval or transformers."""

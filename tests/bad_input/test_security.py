@@ -206,7 +206,7 @@ def test_secrets_are_refused_before_anything_is_written(
     for argument in (
         f"model.name={SECRET}", "model.name=${oc.env:PLANTED_API_KEY}", f"model.revision={TOKEN}", f"tracking.project={TOKEN}",
         "'model.path=\"https://me:swordfish@example.org/model\"'".strip("'"), f"hydra.job.name={SECRET}",
-        'model.path="https://example.org/model?token=abcdefgh"',
+        'model.path="https://example.org/model?token=abcdefgh"', "hydra.run.dir=${oc.env:PLANTED_API_KEY}",
     ):  # fmt: skip
         line = refused(tmp_path, argument, "tracking=none")
         assert "holds" in line
