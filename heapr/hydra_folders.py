@@ -6,6 +6,7 @@ a refusal.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
@@ -34,7 +35,14 @@ def check_folders_of_hydra(hydra: Mapping[str, Any]) -> None:
     size = _section(hydra, "sweeper").get("max_batch_size")
     if isinstance(size, int) and size < 1:
         raise ConfigError(f"hydra.sweeper.max_batch_size={size} is below 1; give at least 1, or leave it out")
-    for group, option in _section(_section(hydra, "runtime"), "choices").items():
+    runtime = _section(hydra, "runtime")
+    for source in runtime.get("config_sources") or ():
+        if source["schema"] == "file" and not os.path.isdir(source["path"]):
+            raise ConfigError(
+                f"hydra.searchpath names '{source['path']}', which is not a folder; give the folder of your"
+                " own groups, with --config-dir"
+            )
+    for group, option in _section(runtime, "choices").items():
         if _leads_out(option):
             raise ConfigError(
                 f"{group}={option} is a path, not the name of an option; put the file into a folder <group>/"

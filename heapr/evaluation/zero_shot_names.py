@@ -86,7 +86,7 @@ def _content(file: Path) -> bytes:
         if file.is_file():
             return file.read_bytes()
     except OSError as error:
-        problem = error.strerror
+        problem = error.strerror or first_line(error)
     raise ConfigError(
         f"'{file}', in a folder of tasks, cannot be read: {problem}; remove it, or name another folder"
     )

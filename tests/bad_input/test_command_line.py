@@ -173,6 +173,7 @@ NAMES = [
     ("hydra.output_subdir=/etc", "leads out of the run's folder"),
     ("hydra.output_subdir=../x", "leads out of the run's folder"),
     ("hydra.run.dir=", "names no folder"),
+    ("hydra.searchpath=[file:///no/such]", "hydra.searchpath names '/no/such'"),
     ("-m hydra.sweep.subdir=/etc pruning.ratio=0.2,0.3", "leads out of the sweep's folder"),
     ("-m hydra.sweep.subdir=x pruning.ratio=0.2,0.3", "one folder for all jobs"),
     ("-m hydra.sweeper.max_batch_size=0 pruning.ratio=0.2,0.3", "hydra.sweeper.max_batch_size=0 is below 1"),
