@@ -6,6 +6,8 @@ shell commands. In: a composed configuration and the command line. Out: nothing,
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from heapr.definitions import conf_folder
 from heapr.errors import ConfigError
 from heapr.files import user_path
+from heapr.hydra_folders import check_folders_of_hydra
 from heapr.secrets import refuse_secrets
 from heapr.targets import TARGET, check_targets
 
@@ -29,6 +32,7 @@ COMMAND_LINE_ONLY = (ALLOW, "model.trust_remote_code")
 # Fields of Hydra that run commands; a file from elsewhere may not set them.
 COMMANDS = ("job.env_set", "job.env_copy", "launcher.setup", "launcher.python", "launcher.srun_args",
             "launcher.additional_parameters")  # fmt: skip
+VARIABLE = r"oc\.env:\s*(\w+)"  # of the environment, in the value of a field
 CLASS_KEYS = (TARGET, "()", "class")  # the last two are of Python's logging
 # What Hydra may build or look up: what it ships, its launchers, and what conf/hydra names.
 BUILT_BY_HYDRA = (
@@ -93,6 +97,8 @@ def check_composed(config: DictConfig, overrides: Sequence[str]) -> None:
         refuse_secrets(_resolved(config), "")
     of_hydra = {name: value for name, value in hydra.items() if name != "help"}
     refuse_secrets(of_hydra, "hydra")
+    for name in re.findall(VARIABLE, str(of_hydra)):
+        refuse_secrets(os.environ.get(name), f"hydra, with the variable {name},")
     _check_command_line_only(plain, hydra, given)
     allow = given.get(ALLOW) or []
     check_targets(plain, allow if isinstance(allow, list) else [])
@@ -101,6 +107,7 @@ def check_composed(config: DictConfig, overrides: Sequence[str]) -> None:
         _check_commands(hydra, given)
         _check_task_folders(plain, given)
     _check_folders(plain, hydra)
+    check_folders_of_hydra(hydra)
 
 
 def _given(overrides: Sequence[str]) -> dict[str, Any]:

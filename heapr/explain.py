@@ -45,6 +45,8 @@ OF_FIELD = r"\n *full_key: (\S+)"  # a value of the wrong type in a saved config
 NOT_THERE = "Could not delete from config. '([^']+)' does not exist"  # ~foo
 
 OF_COMPOSITION = "hydra/_internal/config_loader_impl.py"  # where Hydra composes
+OF_LOGGING = "/logging/config.py"  # where Python reads how to log
+OF_COMPLETION = "Expecting one subcommand from"  # --shell-completion
 OF_ITS_TYPE = "give a value of the field's type (heapr/schema.py)"
 OF_LAUNCHER = "hydra.launcher."
 # A file sets a field that is not there.
@@ -58,12 +60,26 @@ def explain_builtin(error: Exception, config_folder: Path | None) -> str | None:
         return explain_yaml(error)
     if _is_raised_in(error, OF_COMPOSITION):
         reason = "it refers to itself" if isinstance(error, RecursionError) else first_line(error)
+        if isinstance(error, KeyError):  # of hydra.job.env_copy
+            reason = f"the environment has no variable {reason}"
         if not text.startswith((OPTION_WITHOUT_NAME, UNKNOWN_PLUGIN, *FIELD_OF_NOTHING)):
             return f"a configuration file cannot be read: {reason}; correct it"
+    if _is_raised_in(error, OF_LOGGING):
+        reason = first_line(error.__cause__ or error)
+        return (
+            f"hydra.job_logging or hydra.hydra_logging cannot be used: {reason}; leave it out, or correct it"
+        )
     if text.startswith(OPTION_WITHOUT_NAME) and config_folder is not None:
         return explain_option(sys.argv[1:], config_folder)
     if text.startswith(UNKNOWN_PLUGIN):
         return explain_launcher(text)
+    return _explain_other(error, text)
+
+
+def _explain_other(error: Exception, text: str) -> str | None:
+    """The message for a mistake that has no file and no option of a group; None for any other error."""
+    if text.startswith(OF_COMPLETION):
+        return f"--shell-completion: {first_line(error)}; write --shell-completion install=bash"
     if text.startswith(FIELD_OF_NOTHING) and _is_raised_in(error, OF_COMPOSITION):
         return (
             "an override sets a field of something that is null, such as pruning.repair.ridge; choose it"

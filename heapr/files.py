@@ -23,6 +23,8 @@ def user_path(path: str) -> Path:
     Raises:
         ConfigError: no file can have such a path.
     """
+    if not path.strip():
+        raise ConfigError("a path is empty; give one, or . for the current folder")
     expanded = os.path.expanduser(path)  # Path.expanduser raises where the user is unknown
     longest = max(len(os.fsencode(name)) for name in expanded.split("/"))
     if longest > LONGEST_NAME or len(os.fsencode(expanded)) > LONGEST_PATH or "\0" in expanded:

@@ -124,10 +124,11 @@ def at_least(place: str, value: float, smallest: int) -> None:
     Raises:
         ConfigError: it is smaller, or not a finite number.
     """
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{place}={value} is no finite number; give a whole number of at least {smallest}")
+    kind = "number" if isinstance(value, float) else "whole number"
+    if not math.isfinite(value):
+        raise ConfigError(f"{place}={value} is no finite number; give a {kind} of at least {smallest}")
     if value < smallest:
-        raise ConfigError(f"{place}={value} is below {smallest}; give a whole number of at least {smallest}")
+        raise ConfigError(f"{place}={value} is below {smallest}; give a {kind} of at least {smallest}")
 
 
 def check_name(place: str, name: str) -> str:

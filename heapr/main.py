@@ -6,13 +6,15 @@ In: arguments, from which Hydra composes a configuration. Out: a run, or one lin
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+from unittest import mock
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -20,8 +22,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from heapr.artifacts import clear_error, write_error
-from heapr.definitions import conf_folder
+from heapr.definitions import conf_folder, run_command
 from heapr.errors import ConfigError
+from heapr.inputs import check_inputs
 from heapr.one_line_errors import explained, marked_as_of_job, one_line_errors
 from heapr.overrides import check_one_option, options_first
 from heapr.ranks import Ranks
@@ -57,7 +60,13 @@ def _run_hydra(conf: Path, ranks: Ranks) -> None:
     def job(config: DictConfig) -> float | None:
         return run_job(config, ranks)
 
-    job()
+    with mock.patch.object(argparse.ArgumentParser, "error", _refuse):
+        job()
+
+
+def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    """In place of argparse's own answer, which takes several lines."""
+    raise ConfigError(f"{message}; {run_command()} --help lists the options")
 
 
 def options_of_rank(ranks: Ranks, arguments: Sequence[str]) -> list[str]:
@@ -113,6 +122,8 @@ def _run(config: DictConfig, ranks: Ranks) -> float | None:
     """Check the configuration; then run the pipeline, or predict what it would do, and print the tables."""
     check_one_option(list(HydraConfig.get().overrides.task))
     typed = resolve(config)  # before torch is imported, so that a mistake is answered at once
+    # A dry run says what is missing, and goes on.
+    check_inputs(asdict(typed), texts=not typed.dry_run)
     ranks.check_same("configuration", flat(asdict(typed)))
     if typed.dry_run:
         if not ranks.is_first:

@@ -23,11 +23,11 @@ from heapr.errors import ConfigError, RankEnded
 from heapr.explain import explain, explain_builtin
 from heapr.os_errors import NO_SPACE
 from heapr.secrets import without_secrets
-from heapr.signals import one_line_ends
+from heapr.signals import one_line_ends, until_nobody_reads
 
 EXIT_CODE = 2
 # What Hydra, OmegaConf and PyYAML let through.
-BUILTIN = (ValueError, RuntimeError, AssertionError, AttributeError, YAMLError)
+BUILTIN = (ValueError, RuntimeError, AssertionError, AttributeError, KeyError, YAMLError)
 # On the command line: the stack trace of a mistake too.
 DEBUG = "debug=true"
 # The attribute that marks an error of the operating system as the job's.
@@ -46,7 +46,7 @@ def one_line_errors(config_folder: Path | None = None) -> Iterator[None]:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # otherwise Hydra prints errors itself and exits with 1
     print_whatever_the_encoding()
     try:
-        with one_line_ends(), explained(config_folder), checked_compositions():
+        with one_line_ends(), explained(config_folder), checked_compositions(), until_nobody_reads():
             yield
     except RankEnded as end:
         _stop(end.line, code=end.code)
@@ -78,6 +78,9 @@ def explained(config_folder: Path | None = None) -> Iterator[None]:
             raise
         raise ConfigError(message) from error
     except OSError as error:
+        message = explain_builtin(error, config_folder) if error.errno is None else None
+        if message is not None:
+            raise ConfigError(message) from error
         is_space = error.errno in NO_SPACE
         if hasattr(error, OF_JOB) or (error.filename is None and not is_space):
             raise

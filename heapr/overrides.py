@@ -153,6 +153,11 @@ def explain_override(override: str, arguments: Sequence[str]) -> str:
 def explain_comma(override: str) -> str:
     """One line for a value with a comma outside a sweep."""
     key, _, value = override.partition("=")
+    if key in ONE_OPTION:
+        return (
+            f"argument '{override}' names several options, and {key} takes one; give one, or add -m to run"
+            " once for each"
+        )
     one = quoted_override(key, value, is_sweep=False, always=True)
     several = shlex.quote(f"{key}=[{value}]")
     return (

@@ -27,6 +27,9 @@ def main(overrides: Sequence[str]) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logger.setLevel(logging.INFO)
     conf = conf_folder()
+    if {"-h", "--help"} & set(overrides):
+        sys.stdout.write(f"{__doc__}\n")
+        return
     with one_line_errors(conf):
         config = compose_experiment(config_dir_as_override(overrides), conf)
         missing = fetch_all(config)

@@ -81,10 +81,13 @@ def _of_slurm(environment: Mapping[str, str]) -> Place | None:
     host = environment.get("MASTER_ADDR", first_host(nodes))
     if not host:
         raise ConfigError(f"srun started {size} tasks, but there is no SLURM_STEP_NODELIST; set MASTER_ADDR")
+    rank = _number(environment, "SLURM_PROCID")
+    if rank >= size:
+        raise ConfigError(f"SLURM_PROCID={rank} is not below SLURM_STEP_NUM_TASKS={size}; {HOW}")
     job, step = _number(environment, "SLURM_JOB_ID", "0"), _number(environment, "SLURM_STEP_ID", "0")
     port = FIRST_PORT + (job * 7 + step) % NUM_PORTS
     return Place(
-        rank=_number(environment, "SLURM_PROCID"),
+        rank=rank,
         size=size,
         local_rank=_number(environment, "SLURM_LOCALID"),
         host=host,

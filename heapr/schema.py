@@ -158,6 +158,8 @@ def register() -> None:
     # conf/hydra/launcher/ gives the launchers' options other defaults; that Hydra checks them against the
     # launchers' own schema is welcome.
     warnings.filterwarnings("ignore", message="\\s*.hydra/launcher.*validated against ConfigStore schema")
+    # heapr/hydra_folders.py refuses it.
+    warnings.filterwarnings("ignore", message="provider=hydra.searchpath.* is not available")
 
 
 def resolve(config: DictConfig) -> ExperimentConfig:

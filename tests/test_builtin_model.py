@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import heapr
-from heapr.model.find_folder import BUILTIN_FOLDER
+from heapr.inputs import BUILTIN_FOLDER
 from heapr.model.find_model import find_model
 from heapr.run_experiment import Summary
 from heapr.text.corpora import PackageDocs

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Annotated, Any
 
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Le
 from torch import Tensor
 
 from heapr.calibration.collector import collect
@@ -50,7 +50,7 @@ class CalibrationCost:
     Args:
         num_sequences: how many calibration sequences to use, from the first on; at least 1.
         batch_size: sequences per pass, at least 1.
-        repeats: turns, at least 1.
+        repeats: turns, 1 to 1000.
     """
 
     name = "calibration_cost"
@@ -61,7 +61,7 @@ class CalibrationCost:
         *,
         num_sequences: Annotated[int, Ge(1)],
         batch_size: Annotated[int, Ge(1)],
-        repeats: Annotated[int, Ge(1)],
+        repeats: Annotated[int, Ge(1), Le(1000)],
     ) -> None:
         self.sizes = {"num_sequences": num_sequences, "batch_size": batch_size, "repeats": repeats}
         self.num_sequences = num_sequences

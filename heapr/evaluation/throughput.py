@@ -16,7 +16,7 @@ from functools import partial
 from typing import Annotated, Any
 
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Le
 from torch import Tensor
 
 from heapr.errors import ConfigError
@@ -67,7 +67,7 @@ class Throughput:
         prompt_length: tokens per prompt, at least 1.
         new_tokens: decode steps, at least 1.
         batch_size: sequences, at least 1.
-        repeats: turns, at least 1.
+        repeats: turns, 1 to 1000.
     """
 
     name = "throughput"
@@ -80,7 +80,7 @@ class Throughput:
         prompt_length: Annotated[int, Ge(1)],
         new_tokens: Annotated[int, Ge(1)],
         batch_size: Annotated[int, Ge(1)],
-        repeats: Annotated[int, Ge(1)],
+        repeats: Annotated[int, Ge(1), Le(1000)],
     ) -> None:
         self.sizes = {
             "prompt_length": prompt_length,

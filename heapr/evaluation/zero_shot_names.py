@@ -71,8 +71,25 @@ def _names_of_lm_eval(folders: tuple[str, ...] = ("",)) -> frozenset[str]:
 
 def _names_in(folder: Path) -> Iterator[str]:
     for file in _yaml_files(folder):
-        for groups in NAME.findall(file.read_bytes()):
+        for groups in NAME.findall(_content(file)):
             yield b"".join(groups).decode()
+
+
+def _content(file: Path) -> bytes:
+    """The bytes of a YAML file.
+
+    Raises:
+        ConfigError: it cannot be read; a pipe would be waited for.
+    """
+    problem = "it is not a file"
+    try:
+        if file.is_file():
+            return file.read_bytes()
+    except OSError as error:
+        problem = error.strerror or first_line(error)
+    raise ConfigError(
+        f"'{file}', in a folder of tasks, cannot be read: {problem}; remove it, or name another folder"
+    )
 
 
 def _yaml_files(folder: Path) -> Iterator[Path]:
@@ -88,7 +105,7 @@ def _check_yaml(folder: Path) -> None:
 
 def _check_one_yaml(file: Path) -> None:
     try:
-        for _ in yaml.parse(file.read_bytes(), Loader=yaml.SafeLoader):
+        for _ in yaml.parse(_content(file), Loader=yaml.SafeLoader):
             pass
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"'{file}' is not YAML: {first_line(error)}; correct or remove it") from error

@@ -125,13 +125,20 @@ def score(model: PreTrainedModel, statistics: Statistics, criterion: str | Crite
         criterion: name of an option of conf/score, or a `Criterion`.
 
     Raises:
-        ConfigError: there is no such criterion, or the model cannot be served.
+        ConfigError: there is no such criterion, the model cannot be served, or the statistics are of another.
     """
     settings = read_options({"recipe": None, "score": criterion})
     if not isinstance(statistics, Statistics):
         raise ConfigError(f"statistics is a {type(statistics).__name__}; give what heapr.calibrate returned")
     with undisturbed(model):
         view = view_of(model)
+        of_model = {layer.index: (layer.num_experts, max(layer.widths)) for layer in view.layers}
+        given = {index: tuple(layer.h_sq_sum_EF.shape) for index, layer in statistics.layers.items()}
+        if given != of_model:
+            raise ConfigError(
+                f"the statistics are of another model: experts and atomic experts by layer are {given},"
+                f" and the model has {of_model}; calibrate this model"
+            )
         return settings.criterion(statistics, partial(layer_weights, lambda: view))
 
 

@@ -14,7 +14,7 @@ from heapr.compose_experiment import compose_experiment
 from heapr.definitions import conf_folder
 from heapr.errors import ConfigError
 from heapr.overrides import options_of
-from heapr.plugins import build, check_value
+from heapr.plugins import build, check_value, describe
 from heapr.prepare import check_criterion
 from heapr.pruning.layer_repair import Repair
 from heapr.schema import CalibrationConfig, PruningConfig
@@ -111,6 +111,8 @@ def read_options(options: Mapping[str, Any], known: type = PruningOptions) -> Se
             else:
                 overrides.append(chosen)
             continue
+        if not isinstance(value, bool | int | float | str | list | None):
+            raise ConfigError(f"{name}={value!r} is a {type(value).__name__}; give {describe(hints[name])}")
         check_value(name, value, hints[name])
         group = "calibration" if name in SAMPLING else "pruning"
         overrides.append(f"{group}.{name}={json.dumps(value)}")
@@ -141,6 +143,10 @@ def _choice(name: str, value: Any) -> str | None:
         return f"{group}={NO_REPAIR}"
     if not isinstance(value, str):
         if name in {"score", "repair"} and callable(value) and not isinstance(value, type):
+            if name == "score" and not hasattr(value, "granularity"):
+                raise ConfigError(
+                    f"score={value!r} is no criterion: it does not say its granularity; see docs/adding.md"
+                )
             return None
         raise ConfigError(f"{name}={value!r} is a {type(value).__name__}; give the name of an option")
     known = options_of(group, [conf_folder()])

@@ -18,7 +18,8 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from heapr.files import write_json
-from heapr.model.description import CONFIG_FILE, read_config
+from heapr.inputs import CONFIG_FILE
+from heapr.model.description import read_config
 from heapr.model.ragged_type import register_ragged
 
 logger = logging.getLogger(__name__)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers import (
 
 from heapr.errors import ConfigError
 from heapr.files import write_json
+from heapr.inputs import ADAPTER_FILE, CONFIG_FILE, check_has_config
 from heapr.model import deepseek_moe
 from heapr.model.model_files import INDEX, NOT_JSON, WEIGHTS
 from heapr.model.quantised import without_quantization
@@ -37,9 +39,15 @@ TOKENIZER_FILES = [
     "*.model", "*.tiktoken", "chat_template.*",
     "additional_chat_templates/*", "tokenization_*.py",
 ]  # fmt: skip
-CONFIG_FILE, GENERATION_FILE, ADAPTER_FILE = "config.json", "generation_config.json", "adapter_config.json"
+GENERATION_FILE = "generation_config.json"
 JSON_TYPES = {"model_type": str, "architectures": list, "auto_map": dict, "quantization_config": dict}
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+# Far more than any model has. With a billion, transformers would fill the memory before it could refuse.
+LARGEST_COUNTS = {
+    "num_hidden_layers": 2000, "num_experts": 65536, "num_local_experts": 65536, "n_routed_experts": 65536,
+    "num_labels": 65536,
+}  # fmt: skip
+FILE_ENDINGS = (".json", ".safetensors", ".jinja", ".model", ".tiktoken", ".txt")
 # What transformers 5 writes in it, and what it reads just the same.
 NEWER_CLASS, OLDER_CLASS = "TokenizersBackend", "PreTrainedTokenizerFast"
 NEWER_TOKENS, OLDER_TOKENS = "extra_special_tokens", "additional_special_tokens"
@@ -69,11 +77,8 @@ def read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
             " on what is installed; merge it into the model's weights and give the result, or remove its"
             " files"
         )
-    if not (folder / CONFIG_FILE).is_file():
-        raise ConfigError(
-            f"folder '{folder}' has no config.json, so it is not a Hugging Face model; give a folder that has"
-            " one"
-        )
+    check_has_config(folder)
+    _check_are_files(folder)
     _check_json(folder)
     deepseek_moe.register()
     try:
@@ -89,10 +94,32 @@ def read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
                 f"the model in '{folder}' needs the Python code beside its weights, which is not run by"
                 " default; read it, and if you trust it, give model.trust_remote_code=true"
             ) from error
-        raise ConfigError(f"config.json in '{folder}' cannot be used: {first_line(error)}") from error
+        # The first line of this one names the field, and the others say what is wrong with it.
+        lines = str(error).split() if isinstance(error, StrictDataclassError) else [first_line(error)]
+        reason = " ".join(lines)
+        raise ConfigError(f"config.json in '{folder}' cannot be used: {reason}") from error
+    if not isinstance(config.get_text_config(), PretrainedConfig):
+        raise ConfigError(
+            f"config.json in '{folder}' has a text_config, which a {config.model_type} model does not have;"
+            " take it out, or get the file again"
+        )
     _check_fields(config, folder, trust_remote_code)
     _check_generation(folder)
     return without_quantization(config)
+
+
+def _check_are_files(folder: Path) -> None:
+    """Refuse a pipe, which would be waited for, and a device or a folder where a file should be.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.suffix in FILE_ENDINGS and not path.is_file():
+            raise ConfigError(
+                f"'{path}' should be a file with the model's settings, tokenizer or weights, and it is a"
+                " folder, a pipe, or a link to nothing; get the model again"
+            )
 
 
 def _check_json(folder: Path) -> None:
@@ -118,6 +145,24 @@ def _check_json(folder: Path) -> None:
             raise ConfigError(
                 f"{CONFIG_FILE} in '{folder}' has {name}={json.dumps(value):.40}, which is not a"
                 f" {kind.__name__}; correct this field, or get the file again"
+            )
+    of_text = fields.get("text_config")
+    for part in (fields, of_text if isinstance(of_text, dict) else {}):
+        _check_counts(part, folder)
+
+
+def _check_counts(fields: Mapping[str, Any], folder: Path) -> None:
+    """Refuse counts in config.json that no model has.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for name, largest in LARGEST_COUNTS.items():
+        value = fields.get(name)
+        if isinstance(value, int | float) and value > largest:
+            raise ConfigError(
+                f"{CONFIG_FILE} in '{folder}' has {name}={value}, and heapr reads at most {largest};"
+                " correct it, or get the file again"
             )
 
 
@@ -174,6 +219,12 @@ def read_tokenizer(
         raise ConfigError(
             f"the tokenizer in '{folder}' cannot be used: {first_line(error)}; get its files again"
         ) from error
+    longest = tokenizer.model_max_length
+    if not isinstance(longest, int | float):
+        raise ConfigError(
+            f"{TOKENIZER_CONFIG_FILE} in '{folder}' has model_max_length={longest!r}, and"
+            " that is no number; correct it, or get the file again"
+        )
     if max(tokenizer.get_vocab().values(), default=0) <= 1:
         raise ConfigError(
             f"folder '{folder}' has no tokenizer; put the model's own tokenizer files (tokenizer.json ...)"

@@ -11,48 +11,21 @@ import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from heapr.errors import ConfigError
-from heapr.files import user_path
 from heapr.hub import hub_is_reachable
+from heapr.inputs import is_on_hub, local_folder
 from heapr.words import first_line
-
-BUILTIN_PREFIX = "builtin:"
-BUILTIN_FOLDER = Path(__file__).parent / "builtin"
 
 
 def find_folder(path: str, revision: str | None, description: list[str], *, has_code: bool) -> Path:
-    """Folder with a model's configuration and tokenizer; those of a hub model are downloaded first."""
-    if path.startswith(BUILTIN_PREFIX):
-        return _builtin(path.removeprefix(BUILTIN_PREFIX))
+    """Folder with a model's configuration and tokenizer; those of a hub model are downloaded first.
+
+    Raises:
+        ConfigError: there is none, or see `local_folder`.
+    """
     if is_on_hub(path):
         patterns = [*description, "*.py"] if has_code else description
         return download(path, revision, patterns)
-    folder = user_path(path)
-    if not folder.is_dir():
-        raise ConfigError(
-            f"model.path='{path}': no such folder; give a folder with config.json and safetensors, or a hub"
-            " id 'owner/name'"
-        )
-    return folder
-
-
-def is_on_hub(path: str) -> bool:
-    """Whether a path is a hub id and no local folder has that name."""
-    return (
-        path.count("/") == 1
-        and not path.startswith((BUILTIN_PREFIX, "/", ".", "~"))
-        and not Path(path).is_dir()
-    )
-
-
-def _builtin(name: str) -> Path:
-    """Folder of a built-in model."""
-    known = sorted(entry.name for entry in BUILTIN_FOLDER.iterdir() if entry.is_dir())
-    if name not in known:
-        paths = [BUILTIN_PREFIX + known_name for known_name in known]
-        raise ConfigError(
-            f"model.path='{BUILTIN_PREFIX}{name}': no such built-in model; known: {', '.join(paths)}"
-        )
-    return BUILTIN_FOLDER / name
+    return local_folder(path, revision)
 
 
 def download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:

@@ -12,9 +12,10 @@ import torch
 from transformers import PretrainedConfig
 
 from heapr.errors import ConfigError
+from heapr.inputs import CONFIG_FILE, is_on_hub
 from heapr.model.auto_class import WRAPPER, auto_class_name
-from heapr.model.description import CONFIG_FILE, read_config
-from heapr.model.find_folder import find_folder, is_on_hub
+from heapr.model.description import read_config
+from heapr.model.find_folder import find_folder
 from heapr.model.load import ModelSource, on_meta
 from heapr.model.model_files import DESCRIPTION_FILES, check_weight_files, hash_folder, weight_files
 from heapr.model.model_shape import check_sizes, shape_of

@@ -133,6 +133,8 @@ def _fit(repaired: TensorDict, plan: Plan, source: ModelSource) -> bool:
 def _read(path: Path, what: str) -> tuple[TensorDict, dict[str, str]]:
     """Tensors and metadata of a safetensors file."""
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is not a file")  # a pipe would be waited for
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
             return tensors, file.metadata() or {}

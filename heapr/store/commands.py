@@ -19,12 +19,14 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
+from heapr.arguments import Parser
 from heapr.artifacts import ARTIFACTS
 from heapr.errors import ConfigError
 from heapr.files import user_path
 from heapr.os_errors import one_line_about
 from heapr.report.terminal import open_console, print_lines
-from heapr.signals import one_line_ends
+from heapr.secrets import without_secrets
+from heapr.signals import one_line_ends, until_nobody_reads
 from heapr.store.garbage import find_garbage, remove_garbage
 from heapr.store.inspector import Inspector
 from heapr.store.inventory import Entry, entries, made_from, size_of
@@ -40,17 +42,22 @@ MINUTE = len("2026-01-01T00:00")  # of a time, as far as the list shows it
 
 def main(arguments: Sequence[str]) -> None:
     """Do what the command line asks, and exit."""
-    options = _parser().parse_args(arguments)
     try:
-        root = user_path(options.outputs) / ARTIFACTS
-        with one_line_ends(), one_line_about(root):
-            if not root.is_dir():
-                raise ConfigError(f"'{root}' is not there; give the folder of results with --outputs")
-            sys.exit(options.do(root, options))
+        with until_nobody_reads(), one_line_ends():
+            options = _parser().parse_args(arguments)
+            root = user_path(options.outputs) / ARTIFACTS
+            sys.exit(_do(root, options))
     except ConfigError as error:
         line = " ".join(str(error).split())
-        sys.stderr.write(f"error: {line}\n")
+        sys.stderr.write(f"error: {without_secrets(line)}\n")
         sys.exit(MISTAKE)
+
+
+def _do(root: Path, options: argparse.Namespace) -> int:
+    with one_line_about(root):
+        if not root.is_dir():
+            raise ConfigError(f"'{root}' is not there; give the folder of results with --outputs")
+        return int(options.do(root, options))
 
 
 def _list(root: Path, options: argparse.Namespace) -> int:
@@ -190,8 +197,8 @@ def _chosen(found: Sequence[Entry], beginnings: Sequence[str]) -> list[Entry]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m heapr.store", description="Look at a store of results.")
-    common = argparse.ArgumentParser(add_help=False)
+    parser = Parser(prog="python -m heapr.store", description="Look at a store of results.")
+    common = Parser(add_help=False)
     common.add_argument("--outputs", default="outputs", help="folder of results, as paths.outputs of run.py")
     commands = parser.add_subparsers(required=True)
     listing = commands.add_parser("ls", parents=[common], help="every artifact")

@@ -29,6 +29,7 @@ from heapr.explain import OF_LAUNCHER, explain
 from heapr.one_line_errors import one_line_errors, print_whatever_the_encoding
 from heapr.overrides import explain_launcher
 from heapr.schema import ExperimentConfig, register
+from heapr.signals import until_nobody_reads
 from heapr.sweep.definition import Definition, Job, experiment_names, load_definition, make_jobs
 from heapr.sweep.request import Request, read_request
 
@@ -55,7 +56,8 @@ def run_command(arguments: Sequence[str], root: Path) -> None:
     # It says how to send what wandb could not.
     logging.getLogger("heapr.tracking.wandb").setLevel(logging.INFO)
     if {"-h", "--help"} & set(arguments):
-        _help(root)
+        with until_nobody_reads():
+            _help(root)
         return
     with one_line_errors(root / CONF):
         request = read_request(arguments, experiment_names(root / EXPERIMENTS))

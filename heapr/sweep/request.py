@@ -120,6 +120,8 @@ def _sort(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
         key, _, value = argument.partition("=")
         if key == "launcher":
             rest.append(f"{LAUNCHER}{value}")
+        elif key in own:
+            raise ConfigError(f"'{argument}': {key} is given twice; give it once")
         elif key in KEYS:
             own[key] = value
         elif argument != DRY_RUN:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from annotated_types import Ge
 
 from heapr.errors import ConfigError, NotHereError
 from heapr.files import user_path
+from heapr.inputs import check_text_file
 from heapr.limits import check_name
 from heapr.text.docstrings import docstrings, source_hash
 from heapr.text.reader import ENDINGS, Source, is_readable, kind_of
@@ -157,10 +159,9 @@ def _files_in(folder: Path) -> list[Path]:
     """The files below a folder that can be read; hidden ones and those in hidden folders are left out.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: there are none, or a folder or file cannot be looked at.
     """
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    visible = [path for path in files if not _is_hidden(path.relative_to(folder))]
+    visible = _visible_files(folder)
     readable = [path for path in visible if is_readable(path)]
     if not readable:
         raise ConfigError(f"folder '{folder}' has no file of text; give one with {', '.join(ENDINGS)} files")
@@ -171,14 +172,30 @@ def _files_in(folder: Path) -> list[Path]:
     return readable
 
 
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _visible_files(folder: Path) -> list[Path]:
+    """The files below a folder in sorted order, without hidden ones and those in hidden folders.
+
+    Raises:
+        ConfigError: a folder or file cannot be looked at, so that text would be left out in silence.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    found: list[Path] = []
+    try:
+        for root, folders, names in os.walk(folder, onerror=refuse):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            paths = [Path(root) / name for name in names if not name.startswith(".")]
+            found += [path for path in paths if path.is_file()]
+    except OSError as error:
+        raise ConfigError(
+            f"folder '{folder}' cannot be searched for text: '{error.filename}': {error.strerror}; give the"
+            " files themselves, or a folder that can be read as a whole"
+        ) from error
+    return sorted(found)
 
 
 def _check_file(path: Path) -> None:
-    what = f"text file '{path}'"
-    if not path.is_file():
-        raise NotHereError(f"{what} does not exist or is not a file; give the path of a readable file")
-    if path.stat().st_size == 0:
-        raise ConfigError(f"{what} is empty; give a file with text")
+    check_text_file(path)
     kind_of(path)

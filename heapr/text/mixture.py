@@ -48,7 +48,8 @@ class Mixture:
             0. A corpus's share is its weight over the sum of all weights.
 
     Raises:
-        ConfigError: there are no parts, a part has other keys, or a weight is not above 0.
+        ConfigError: there are no parts, a part has other keys, or a weight is not above 0, or their sum is
+            beyond every number.
     """
 
     def __init__(self, parts: Mapping[str, Mapping[str, Any]]) -> None:
@@ -58,6 +59,8 @@ class Mixture:
         weights = {name: _weight(entry, f"{WHERE}.{name}") for name, entry in parts.items()}
         corpora = {name: _corpus(entry, f"{WHERE}.{name}.corpus") for name, entry in parts.items()}
         total = sum(weights.values())
+        if not math.isfinite(total):
+            raise ConfigError(f"{WHERE}: the weights add up to {total}; give smaller ones, such as 3 and 1")
         self._unordered = [Part(corpora[name], weight / total) for name, weight in weights.items()]
         self.name = self._unordered[0].corpus.name if len(parts) == 1 else "mixture"
 

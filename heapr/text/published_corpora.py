@@ -115,7 +115,9 @@ class PublishedText:
         original = path / self.files[self.split]
         if original.is_file():
             return original
-        found = [file for file in sorted(path.iterdir()) if self.split in file.name and is_readable(file)]
+        # A pipe would be waited for.
+        files = [file for file in sorted(path.iterdir()) if file.is_file()]
+        found = [file for file in files if self.split in file.name and is_readable(file)]
         if len(found) != 1:
             names = [file.name for file in found]
             wanted = f"one file with '{self.split}' in its name ({forms})"

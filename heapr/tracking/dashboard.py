@@ -7,12 +7,12 @@ In: the metrics that a project's runs logged. Out: a saved view of the project; 
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+from heapr.arguments import Parser
 from heapr.errors import ConfigError
 from heapr.tracking.tracker import CHANGE, CURVE, FIGURES, NUM_TOKENS, RATIO
 from heapr.tracking.wandb import has_key, is_reachable
@@ -34,13 +34,11 @@ EFFICIENCY = ("parameters_removed_ratio", "flops_removed_ratio")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Create the dashboard, or say in one line why that is not possible."""
-    parser = argparse.ArgumentParser(
-        prog="python -m heapr.tracking.dashboard", description="Create a wandb dashboard."
-    )
+    parser = Parser(prog="python -m heapr.tracking.dashboard", description="Create a wandb dashboard.")
     parser.add_argument("--entity", help="wandb user or team; yours if not given")
     parser.add_argument("--project", default="heapr", help="wandb project, as tracking.project")
-    options = parser.parse_args(arguments)
     try:
+        options = parser.parse_args(arguments)
         address = create_dashboard(options.entity, options.project)
     except ConfigError as error:
         sys.stderr.write(f"error: {error}\n")

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import email
+import errno
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
+from heapr.errors import ConfigError
+from heapr.evaluation.zero_shot_names import check_task_name
+from heapr.text.corpora import TextFiles
+from heapr.text.published_corpora import WikiText2
 from tests.bad_input.refusals import refused
 
 HUGE = str(2**64)
@@ -64,8 +72,11 @@ NUMBERS = [
     ("pruning/repair=joint pruning.repair.ridge=nan", "pruning.repair.ridge"),
     (f"score=random score.seed={HUGE}", "score.seed"),
     ("score=camera score.alpha=2", "score.alpha"),
+    ("runtime.checkpoint_seconds=-1", "give a number of at least 0"),
+    ("evaluation.throughput.repeats=1000000", "evaluation.throughput.repeats=1000000 is above 1000"),
+    ("calibration=mixture calibration.corpus.parts.pydocs.weight=1e308 calibration.corpus.parts.numpydocs.weight=1e308", "add up to inf"),
     ("score=camera score.alpha=inf", "score.alpha"),
-]
+]  # fmt: skip
 
 NULLS = [
     ("++model=null", "model"),
@@ -160,6 +171,25 @@ NAMES = [
     ("calibration=numpydocs calibration.corpus.package=.x", "package"),
     ("calibration=numpydocs calibration.corpus.package=a.b.c", "package"),
     ("hydra.job.chdir=true", "hydra.job.chdir"),
+    ("hydra.output_subdir=/etc", "leads out of the run's folder"),
+    ("hydra.output_subdir=../x", "leads out of the run's folder"),
+    ("hydra.run.dir=", "names no folder"),
+    ("hydra.searchpath=[file:///no/such]", "hydra.searchpath names '/no/such'"),
+    ("-m hydra.sweep.subdir=/etc pruning.ratio=0.2,0.3", "leads out of the sweep's folder"),
+    ("-m hydra.sweep.subdir=x pruning.ratio=0.2,0.3", "one folder for all jobs"),
+    ("-m hydra.sweeper.max_batch_size=0 pruning.ratio=0.2,0.3", "hydra.sweeper.max_batch_size=0 is below 1"),
+    ("hydra.job_logging.version=2", "Unsupported version: 2"),
+    ("hydra.job_logging.root.level=NONSENSE", "hydra.job_logging"),
+    ("hydra.job.env_copy=[NO_SUCH_VARIABLE]", "the environment has no variable 'NO_SUCH_VARIABLE'"),
+    ("score=../score/heapr", "is a path, not the name of an option"),
+    ("score=heapr,fisher", "add -m to run once for each"),
+    ("model.revision=main", "model.revision='main' is a version on the hub"),
+    ("evaluation.zero_shot.include_path=''", "a path is empty"),
+    ("calibration=text_files calibration.corpus.paths=['']", "a path is empty"),
+    ("--cfg=nonsense", "invalid choice: 'nonsense'"),
+    ("--info nonsense", "invalid choice: 'nonsense'"),
+    ("--cfg", "invalid choice: 'tracking=none'"),
+    ("--shell-completion", "install"),
     ("hydra/launcher=nonsense", "nonsense"),
     ("-m hydra/launcher=nonsense", "nonsense"),
 ]  # fmt: skip
@@ -175,6 +205,29 @@ FOR_NO_RUN = [
     ("model.path=someone/some-model", "the hub cannot be reached"),
     ("calibration=wikitext2 calibration.sequence_length=64", "wikitext2"),
 ]
+
+
+def test_a_folder_of_text_that_cannot_be_searched_is_refused(tmp_path: Path) -> None:
+    """Otherwise text would be left out in silence. Permissions are no matter for an administrator."""
+
+    def walk(folder: Path, onerror: Callable[[OSError], None]) -> Iterator[tuple[str, list[str], list[str]]]:
+        yield str(folder), ["locked"], ["a.txt"]
+        onerror(PermissionError(errno.EACCES, "Permission denied", f"{folder}/locked"))
+
+    with mock.patch("os.walk", walk), pytest.raises(ConfigError, match="locked': Permission denied"):
+        TextFiles([str(tmp_path)], split="all")
+
+
+def test_pipes_are_not_waited_for(tmp_path: Path) -> None:
+    """In the place of a data set's file, and of a file of tasks."""
+    os.mkfifo(tmp_path / "wiki.test.txt")
+    os.mkfifo(tmp_path / "task.yaml")
+    with pytest.raises(ConfigError, match="should hold one file with 'test' in its name"):
+        WikiText2("test", str(tmp_path))
+    with pytest.raises(
+        ConfigError, match="task.yaml', in a folder of tasks, cannot be read: it is not a file"
+    ):
+        check_task_name("mine", tmp_path)
 
 
 @pytest.fixture(autouse=True)

@@ -73,6 +73,14 @@ def content(name: str, text: str | bytes) -> Change:
     return lambda folder: (folder / name).write_bytes(encoded)
 
 
+def setting_of_tokenizer(**changes: Any) -> Change:
+    def change(folder: Path) -> None:
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
 def index(weight_map: Any) -> Change:
     """Put an index of weights into the folder, and rename the weights."""
 
@@ -104,6 +112,11 @@ def not_readable(folder: Path) -> None:
     (folder / WEIGHTS).mkdir()
 
 
+def pipe(name: str) -> Change:
+    """Put a pipe in the place of a file; who opens it waits."""
+    return lambda folder: ((folder / name).unlink(), os.mkfifo(folder / name))
+
+
 DEEP = "[" * 100_000
 
 MODELS: dict[str, tuple[Change, str]] = {
@@ -126,6 +139,13 @@ MODELS: dict[str, tuple[Change, str]] = {
     "vocabulary is null": (fields(vocab_size=None), "config.json"),
     "no layers": (fields(num_hidden_layers=0), "has no MoE layer"),
     "layers are a list": (fields(num_hidden_layers=[1]), "config.json"),
+    "a million layers": (fields(num_hidden_layers=10**6), "heapr reads at most 2000"),
+    "a billion experts": (fields(num_experts=10**9), "heapr reads at most 65536"),
+    "a billion labels": (fields(num_labels=10**9), "heapr reads at most 65536"),
+    "a text model inside": (fields(text_config={"hidden_size": 8}), "has a text_config"),
+    "longest text is text": (setting_of_tokenizer(model_max_length="x"), "model_max_length='x'"),
+    "tokenizer is a pipe": (pipe("tokenizer.json"), "tokenizer.json' should be a file"),
+    "generation settings are a pipe": (pipe("generation_config.json"), "generation_config.json' should be a file"),
     "no attention heads": (fields(num_attention_heads=0), "config.json"),
     "no key heads": (fields(num_key_value_heads=0), "config.json"),
     "positions are text": (fields(max_position_embeddings="many"), "config.json"),
@@ -238,6 +258,7 @@ def nothing(tensors: dict[str, torch.Tensor]) -> None:
 BAD_PLANS: dict[str, tuple[Change, str]] = {
     "not there": (lambda folder: (folder / PLAN).unlink(), "cannot be read"),
     "a folder": (lambda folder: ((folder / PLAN).unlink(), (folder / PLAN).mkdir()), "cannot be read"),
+    "a pipe": (pipe(PLAN), "it is not a file"),
     "empty": (content(PLAN, b""), "cannot be read"),
     "pickled": (content(PLAN, pickle.dumps([1]) * 50), "cannot be read"),
     "cut": (lambda folder: os.truncate(folder / PLAN, 100), "cannot be read"),

@@ -169,6 +169,7 @@ SWEEPS = [
     (f"report_dir=/{'a' * 300}", "longer than a path may be"),
     ("report_dir=", "report_dir"),
     ("experiment=ratio_curve report_dir=x", "give either"),
+    ("experiment=ratio_curve experiment=main_table", "experiment is given twice"),
     ("experiment=ratio_curve model=tiny pruning.ratio", "neither an override"),
     ("experiment=ratio_curve model=tiny pruning.ratio=2", "is not in [0, 1)"),
     ("experiment=ratio_curve model=tiny pruning.raito=0.2", "did you mean pruning.ratio?"),
@@ -195,6 +196,22 @@ def test_a_wrong_argument_of_sweep_py(arguments: str, part: str, tmp_path: Path)
 def _last_line_only(result: Completed) -> Completed:
     """Without the notes that a forecast logs before."""
     return Completed(result.args, result.returncode, result.stdout, result.stderr.strip().splitlines()[-1])
+
+
+STORES = [
+    ("", "the following arguments are required"),
+    ("nonsense", "invalid choice: 'nonsense'"),
+    ("ls pruning.ratio=3", "unrecognized arguments"),
+    ("show", "the following arguments are required: key"),
+    ("ls --outputs", "expected one argument"),
+    ("ls --outputs=", "a path is empty"),
+    ("ls --outputs /no/such", "'/no/such/artifacts' is not there"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "part"), STORES)
+def test_a_wrong_argument_of_the_store(arguments: str, part: str, tmp_path: Path) -> None:
+    assert part in line_of(run_here([sys.executable, "-m", "heapr.store", *arguments.split()], tmp_path))
 
 
 PREFETCHES = [
@@ -238,6 +255,10 @@ PROCESSES = [
         {"WORLD_SIZE": "2", "RANK": "5", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
         "RANK",
     ),
+    (
+        {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "5", "SLURM_STEP_NODELIST": "a"},
+        "SLURM_PROCID=5 is not below",
+    ),
     ({"WORLD_SIZE": "2", "RANK": "0"}, "there is no MASTER_ADDR"),
     ({"WANDB_MODE": "nonsense"}, "WANDB_MODE='nonsense' is unknown"),
 ]
@@ -252,7 +273,10 @@ def test_a_wrong_environment(environment: dict[str, str], part: str, tmp_path: P
 
 @pytest.mark.parametrize(
     ("argument", "part"),
-    [("pruning.ratio=3", "pruning.ratio=3.0"), ("score._target_=os.system", "score._target_='os.system'")],
+    [
+        ("score._target_=os.system", "score._target_='os.system'"),
+        ("model.path=/no/such/folder", "no such folder"),
+    ],
 )
 def test_answers_come_before_torch_is_imported(argument: str, part: str, tmp_path: Path) -> None:
     """In a process of its own: what the schema or the targets refuse needs no torch, lm-eval or transformers."""

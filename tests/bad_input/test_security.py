@@ -105,6 +105,8 @@ FILES = {  # content of a file in a folder of --config-dir, and what the refusal
     "score: {_target_: foreign_package.Mine}\nplugins: {allow: [foreign_package]}": "plugins.allow=",
     "model: {trust_remote_code: true}": "model.trust_remote_code=True comes from a file",
     "hydra: {callbacks: {x: {_target_: foreign_package.call}}}": "hydra.callbacks.x._target_",
+    "hydra: {output_subdir: /tmp}": "hydra.output_subdir=/tmp leads out of the run's folder",
+    "hydra: {sweep: {subdir: ../../x}}": "hydra.sweep.subdir=../../x leads out",
     "hydra: {job: {env_set: {PATH: /tmp}}}": "hydra.job.env_set runs commands",
     "hydra: {sweeper: {params: {model.trust_remote_code: 'true'}}}": "model.trust_remote_code",
     "hydra: {sweeper: {params: {plugins.allow: '[foreign_package]'}}}": "plugins.allow",
@@ -114,6 +116,7 @@ FILES = {  # content of a file in a folder of --config-dir, and what the refusal
     "model:\n  name: ${oc.env:PLANTED_SECRET}": "PLANTED_SECRET",
     "model: {revision: " + TOKEN + "}": "a token of Hugging Face",
     "hydra: {job: {env_copy: [PLANTED_SECRET]}}": "PLANTED_SECRET",
+    "3": "Invalid loaded object type: int",
     "model: [": "broken.yaml",
     "- a\n- b": "broken",
     "\tmodel: x": "broken.yaml",
@@ -203,7 +206,7 @@ def test_secrets_are_refused_before_anything_is_written(
     for argument in (
         f"model.name={SECRET}", "model.name=${oc.env:PLANTED_API_KEY}", f"model.revision={TOKEN}", f"tracking.project={TOKEN}",
         "'model.path=\"https://me:swordfish@example.org/model\"'".strip("'"), f"hydra.job.name={SECRET}",
-        'model.path="https://example.org/model?token=abcdefgh"',
+        'model.path="https://example.org/model?token=abcdefgh"', "hydra.run.dir=${oc.env:PLANTED_API_KEY}",
     ):  # fmt: skip
         line = refused(tmp_path, argument, "tracking=none")
         assert "holds" in line

@@ -17,8 +17,8 @@ from heapr.evaluation.measurement import Measurement, measure
 from heapr.evaluation.perplexity import Perplexity
 from heapr.evaluation.truth import Truth
 from heapr.evaluation.zero_shot import ZeroShot
+from heapr.inputs import BUILTIN_FOLDER
 from heapr.model.experts.dispatch import use_comparable_experts
-from heapr.model.find_folder import BUILTIN_FOLDER
 from heapr.model.find_model import find_model
 from heapr.model.loss import next_token_loss
 from heapr.model.moe import MoEModel

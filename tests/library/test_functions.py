@@ -206,6 +206,8 @@ def quantised_model() -> PreTrainedModel:
 MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"ratio": 1.5}, "ratio=1.5 is not in [0, 1)"),
     ({"ratio": "25%"}, "ratio=25% has the wrong type; give a number"),
+    ({"ratio": torch.tensor(0.5)}, "is a Tensor; give a number"),
+    ({"score": print}, "is no criterion: it does not say its granularity"),
     ({"recipe": "stok"}, "recipe='stok' is unknown; did you mean stock? known: best, heapr, stock"),
     ({"score": "fischer"}, "score='fischer' is unknown; did you mean fisher?"),
     ({"score": Fisher}, "give the name of an option"),
@@ -252,6 +254,10 @@ def test_steps_refuse_what_does_not_suit_them() -> None:
     model = tiny_qwen3_moe()
     with pytest.raises(ConfigError, match=r"statistics is a dict; give what heapr\.calibrate returned"):
         heapr.score(model, {})
+    statistics = heapr.calibrate(model, TOKENIZER, TEXTS, **SAMPLING)
+    for changes in ({"num_hidden_layers": 3}, {"moe_intermediate_size": 4}):
+        with pytest.raises(ConfigError, match="the statistics are of another model"):
+            heapr.score(tiny_qwen3_moe(0, **changes), statistics, "fisher")
     for options in ({"window": 1}, {"window": 32, "batch_size": 0}):
         with pytest.raises(ConfigError, match="sequence_length=1 is|batch_size=0 is"):
             heapr.evaluate(model, TOKENIZER, TEXTS, **options)
