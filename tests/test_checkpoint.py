@@ -436,6 +436,7 @@ def test_only_the_index_of_a_checkpoint_says_what_its_weights_are(finished: Run)
     assert list(config["auto_map"])[:3] == ["AutoConfig", "AutoModel", "AutoModelForCausalLM"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "bodies"), [("ragged", 1), ("ragged_qwen3", 2)])
 def test_a_ragged_model_is_a_citizen_of_transformers_without_heapr(
     elsewhere: Path, form: str, bodies: int
@@ -446,6 +447,7 @@ def test_a_ragged_model_is_a_citizen_of_transformers_without_heapr(
     assert max(found.values()) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["uniform", "masked", "ragged"])
 def test_our_own_family_loads_without_heapr(elsewhere: Path, form: str) -> None:
     if form != "ragged":
@@ -455,6 +457,7 @@ def test_our_own_family_loads_without_heapr(elsewhere: Path, form: str) -> None:
     torch.testing.assert_close(found, expected, **ROUNDING)
 
 
+@pytest.mark.slow
 def test_lm_eval_runs_a_ragged_checkpoint_without_heapr(elsewhere: Path, finished: Run) -> None:
     found = json.loads(next((elsewhere / "out").rglob("results_*.json")).read_text())["results"]["sums"][
         "acc,none"

@@ -98,6 +98,53 @@ def plain_pass(model: MoEModel, ids_NW: Tensor) -> tuple[list[Tensor], dict[int,
     return streams, {layer.index: seen[layer.experts] for layer in model.layers}
 
 
+def check_streamed(family: str, deep: MoEModel, source: ModelSource, folder: Path) -> None:
+    """One layer at a time from the files: weights, statistics, repair, what is measured and what is
+    written."""
+    streamed = source.stream(CPU, tapes=folder)
+    for index, layer in enumerate(deep.decoder_layers):
+        with streamed.hold([index]):
+            read = streamed.decoder_layers[index]
+            tensors = [*read.named_parameters(), *read.named_buffers()]
+            expected = dict([*layer.named_parameters(), *layer.named_buffers()])
+            assert len(tensors) == len(expected)
+            assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors)
+    batches = IDS_NW.split(1)
+    tolerance = 1e-5 if family in ROUNDS_OTHERWISE else 0
+    way = Way(streamed.spans, Files(folder / "calibration", about={}))
+    assert_same_statistics(collect(streamed, batches, way=way), collect(deep, batches), tolerance)
+    repair, plan = ExpertRepair(), random_plan(deep)
+    repaired = MoEModel(copy.deepcopy(deep.model))
+    for model in (streamed, repaired):
+        remove_and_repair(model, plan, repair, batches)
+    for (_, found), (_, wanted) in zip(
+        final_hidden_states(streamed, batches), final_hidden_states(repaired, batches), strict=True
+    ):
+        rounding = 1e-5 if family in ROUNDS_OTHERWISE | STRIDED else 0
+        torch.testing.assert_close(found, wanted, rtol=10 * rounding, atol=rounding)
+    assert all(parameter.is_meta for layer in streamed.decoder_layers for parameter in layer.parameters())
+
+
+def check_streamed_checkpoint(source: ModelSource, folder: Path) -> None:
+    """Byte by byte, in several files, under the names of the family's published checkpoints."""
+    for name, model in (
+        ("streamed", source.stream(CPU, read_ahead=True)),
+        ("in_memory", source.load(CPU)),
+    ):
+        mask(model, random_plan(model))
+        (folder / name).mkdir()
+        write_weights(model, folder / name, max_shard_size="20KB", by_family=True)
+    assert_same_files(folder / "streamed", folder / "in_memory")
+
+
+def source_of(model: MoEModel, folder: Path) -> ModelSource:
+    """Save a model, and find it again."""
+    folder.mkdir(exist_ok=True)
+    write_description(folder, model.model)
+    model.model.save_pretrained(folder)
+    return find_model(str(folder), dtype="float32")
+
+
 class FamilyContract:
     """Abstract: a subclass names its family."""
 
@@ -117,9 +164,7 @@ class FamilyContract:
 
     @pytest.fixture(scope="class")
     def deep_source(self, deep: MoEModel, tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
-        folder = write_description(tmp_path_factory.mktemp("deep"), deep.model)
-        deep.model.save_pretrained(folder)
-        return find_model(str(folder), dtype="float32")
+        return source_of(deep, tmp_path_factory.mktemp("deep"))
 
     @pytest.fixture
     def model(self, dense: PreTrainedModel) -> MoEModel:
@@ -183,44 +228,15 @@ class FamilyContract:
                     of_parts, tensor, rtol=tolerance, atol=tolerance * float(tensor.abs().max())
                 )
 
+    @pytest.mark.slow
     def test_streamed_equals_in_memory(
         self, deep: MoEModel, deep_source: ModelSource, tmp_path: Path
     ) -> None:
-        """One layer at a time from the files: weights, statistics, repair, what is measured and what is
-        written."""
-        streamed = deep_source.stream(CPU, tapes=tmp_path)
-        for index, layer in enumerate(deep.decoder_layers):
-            with streamed.hold([index]):
-                read = streamed.decoder_layers[index]
-                tensors = [*read.named_parameters(), *read.named_buffers()]
-                expected = dict([*layer.named_parameters(), *layer.named_buffers()])
-                assert len(tensors) == len(expected)
-                assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors)
-        batches = IDS_NW.split(1)
-        tolerance = 1e-5 if self.family in ROUNDS_OTHERWISE else 0
-        way = Way(streamed.spans, Files(tmp_path / "calibration", about={}))
-        assert_same_statistics(collect(streamed, batches, way=way), collect(deep, batches), tolerance)
-        repair, plan = ExpertRepair(), random_plan(deep)
-        repaired = MoEModel(copy.deepcopy(deep.model))
-        for model in (streamed, repaired):
-            remove_and_repair(model, plan, repair, batches)
-        for (_, found), (_, wanted) in zip(
-            final_hidden_states(streamed, batches), final_hidden_states(repaired, batches), strict=True
-        ):
-            rounding = 1e-5 if self.family in ROUNDS_OTHERWISE | STRIDED else 0
-            torch.testing.assert_close(found, wanted, rtol=10 * rounding, atol=rounding)
-        assert all(parameter.is_meta for layer in streamed.decoder_layers for parameter in layer.parameters())
+        check_streamed(self.family, deep, deep_source, tmp_path)
 
+    @pytest.mark.slow
     def test_checkpoints_are_the_same_streamed(self, deep_source: ModelSource, tmp_path: Path) -> None:
-        """Byte by byte, in several files, under the names of the family's published checkpoints."""
-        for name, model in (
-            ("streamed", deep_source.stream(CPU, read_ahead=True)),
-            ("in_memory", deep_source.load(CPU)),
-        ):
-            mask(model, random_plan(model))
-            (tmp_path / name).mkdir()
-            write_weights(model, tmp_path / name, max_shard_size="20KB", by_family=True)
-        assert_same_files(tmp_path / "streamed", tmp_path / "in_memory")
+        check_streamed_checkpoint(deep_source, tmp_path)
 
     def test_the_deep_model_has_every_kind_of_layer_twice(self, deep: MoEModel) -> None:
         kinds = Counter(
@@ -369,6 +385,15 @@ class FamilyContract:
 for _family in FAMILIES:
     _name = "Test" + _family.title().replace("_", "")
     globals()[_name] = type(_name, (FamilyContract,), {"family": _family})
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "qwen3_moe", "qwen3_next"])
+def test_streamed_equals_in_memory(family: str, tmp_path: Path) -> None:
+    """Of a few kinds; `make slow` tries every family."""
+    deep = MoEModel(deep_model(family))
+    source = source_of(deep, tmp_path / "model")
+    check_streamed(family, deep, source, tmp_path)
+    check_streamed_checkpoint(source, tmp_path)
 
 
 class RaggedCheckpoints:
