@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ from heapr.ranks import Ranks
 from heapr.saved_run import with_saved_run
 from heapr.schema import register, resolve
 from heapr.secrets import without_secrets
-from heapr.signals import end_with_parent
+from heapr.signals import end_with_parent, end_worker_with_parent
 from heapr.start_ranks import started_ranks
 from heapr.words import first_line
 
@@ -55,9 +56,12 @@ def main() -> None:
 
 def _run_hydra(conf: Path, ranks: Ranks) -> None:
     """Let Hydra compose the configuration, or those of a sweep, and call us back with it."""
+    started = os.getpid()
 
     @hydra.main(version_base="1.3", config_path=str(conf), config_name="config")
     def job(config: DictConfig) -> float | None:
+        if os.getpid() != started:  # in a launcher's process, to which this function was sent
+            end_worker_with_parent()
         return run_job(config, ranks)
 
     with mock.patch.object(argparse.ArgumentParser, "error", _refuse):

@@ -6,6 +6,7 @@ files removed; what is in the artifact store stays, and the same command goes on
 
 from __future__ import annotations
 
+import functools
 import os
 import select
 import signal
@@ -167,10 +168,24 @@ def end_with_parent() -> None:
     started_by = os.environ.get(STARTED_BY)
     if started_by is None or not started_by.isdecimal() or os.getpgrp() != os.getpid():
         return
+    _when_gone(int(started_by), lambda: os.killpg(os.getpgrp(), signal.SIGTERM))
 
-    def watch(parent: int) -> None:
+
+@functools.cache
+def end_worker_with_parent() -> None:
+    """End this process, a launcher's that runs one job after the other, when who started it is gone.
+
+    An idle worker of joblib would wait for minutes and keep its GPU's memory.
+    """
+    _when_gone(os.getppid(), lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def _when_gone(parent: int, end: Callable[[], None]) -> None:
+    """Call `end` once this process is not a child of `parent` any more."""
+
+    def watch() -> None:
         while os.getppid() == parent:
             time.sleep(POLL_SECONDS)
-        os.killpg(os.getpgrp(), signal.SIGTERM)
+        end()
 
-    threading.Thread(target=watch, args=(int(started_by),), daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()

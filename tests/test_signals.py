@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,26 @@ def test_a_background_process_that_ignores_ctrl_c_goes_on_ignoring_it() -> None:
     program = BEFORE.replace("import time; time.sleep(30)", "print('still here')")
     ended = run(program, signal.SIGINT, prepare=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
     assert (ended.returncode, ended.stdout) == (0, "still here\n")
+
+
+WORKER = """
+import time
+from heapr.signals import end_worker_with_parent
+end_worker_with_parent()
+print('started', flush=True)
+time.sleep(60)
+"""
+PARENT = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+
+
+def test_a_worker_ends_when_who_started_it_is_killed() -> None:
+    """As joblib's do not by themselves."""
+    command = [sys.executable, "-c", PARENT, WORKER]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "started\n"
+        parent.kill()
+        killed = time.monotonic()
+        # The worker holds the pipe as long as it lives.
+        assert parent.stdout.read() == ""
+    assert time.monotonic() - killed < 30
