@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import ast
 import functools
+import gc
 import hashlib
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 SKIPPED_FOLDERS = ("site-packages", "__pycache__")
 OWNERS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+BLOCKS = ("body", "handlers", "orelse", "finalbody", "cases")  # fields of statements that hold statements
 
 
 def docstrings(root: Path) -> list[str]:
@@ -36,9 +39,23 @@ def source_hash(root: Path) -> str:
 def _docstrings(root: Path, content_hash: str) -> list[str]:
     """Docstrings below `root`; the hash is part of the cache's key."""
     found: list[str] = []
-    for path in _source_files(root):
-        found.extend(_docstrings_of(path))
+    with _no_search_for_garbage():
+        for path in _source_files(root):
+            found.extend(_docstrings_of(path))
     return found
+
+
+@contextmanager
+def _no_search_for_garbage() -> Iterator[None]:
+    """Syntax trees are many objects without cycles: Python would search all that torch and transformers have
+    made, again and again, and find nothing, which takes two thirds of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _docstrings_of(path: Path) -> Iterator[str]:
@@ -47,12 +64,21 @@ def _docstrings_of(path: Path) -> Iterator[str]:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
         return
-    owners = [node for node in ast.walk(tree) if isinstance(node, OWNERS)]
+    owners = [node for node in _statements(tree) if isinstance(node, OWNERS)]
     owners.sort(key=lambda node: getattr(node, "lineno", 0))
     for node in owners:
         text = ast.get_docstring(node)
         if text:
             yield text
+
+
+def _statements(tree: ast.Module) -> list[ast.AST]:
+    """A module and all of its statements. Expressions, most of a tree, own no docstrings."""
+    found: list[ast.AST] = [tree]
+    for node in found:  # which grows meanwhile
+        for name in BLOCKS:
+            found += getattr(node, name, [])
+    return found
 
 
 def _source_files(root: Path) -> list[Path]:
