@@ -29,7 +29,7 @@ launchers: $(STAMP) ## sweeps through joblib, submitit, Ray and a fake SLURM
 
 faults: $(STAMP) ## kills, races, damage, full disks, and a long sweep that is killed; under 20 minutes
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[joblib]'
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup -rP --show-capture=stdout -m faults tests/faults
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -rP --show-capture=stdout -m faults tests/faults
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -34,7 +34,7 @@ RUNS_JOBS = 200e6  # bytes: a process that has imported torch
 GROWTH = 1.05
 OTHERS = ("overrides", "time", "memory")  # in names of columns
 
-pytestmark = [pytest.mark.faults, pytest.mark.xdist_group("soak")]
+pytestmark = pytest.mark.faults
 
 
 Seen = dict[int, list[tuple[int, Held]]]
