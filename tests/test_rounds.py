@@ -115,7 +115,8 @@ def results_in(folder: Path) -> dict[str, bytes]:
 NUM_UNITS = 11
 LOST = [set(range(first, NUM_UNITS)) for first in range(NUM_UNITS)]  # killed at every moment
 # Anything else that can be missing.
-LOST += [set(random.Random(seed).sample(range(NUM_UNITS), 1 + seed % 5)) for seed in range(10)]
+SCATTERED = [set(random.Random(seed).sample(range(NUM_UNITS), 1 + seed % 5)) for seed in range(10)]
+LOST += [pytest.param(lost, marks=pytest.mark.slow) for lost in SCATTERED]
 
 
 @pytest.mark.parametrize("lost", LOST, ids=lambda lost: "-".join(map(str, sorted(lost))))

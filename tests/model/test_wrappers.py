@@ -52,7 +52,11 @@ def others(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if any(part in name for part in OTHER_PARTS)}
 
 
-@pytest.mark.parametrize("model_type", WRAPPERS)
+QUICK = {"gemma4", "llama4", "qwen3_vl_moe"}  # of different kinds; make slow tries the others
+KINDS = [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in WRAPPERS]
+
+
+@pytest.mark.parametrize("model_type", KINDS)
 def test_the_text_decoder_is_pruned_inside_its_wrapper(model_type: str, tmp_path: Path) -> None:
     dense = tiny_wrapper(model_type)
     source = find_model(str(write(tmp_path / "dense", dense)), dtype="float32")

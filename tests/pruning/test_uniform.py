@@ -123,7 +123,7 @@ def overrides_in(folder: Path, dtype: str) -> list[str]:
 
 @pytest.mark.parametrize("rounds", [1, 2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("ratio", [0.3, 0.2])
+@pytest.mark.parametrize("ratio", [0.3, pytest.param(0.2, marks=pytest.mark.slow)])
 def test_a_run_is_evaluated_and_its_checkpoint_runs_in_plain_transformers(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, ratio: float, dtype: str, rounds: int
 ) -> None:

@@ -76,8 +76,10 @@ def test_nobody_listens(
 @pytest.mark.usefixtures("with_key")
 @pytest.mark.parametrize(
     ("status", "silent", "reason"),
-    [(401, False, "status 401"), (200, True, "context deadline exceeded")],
-    ids=["wrong key", "no answer"],
+    [
+        pytest.param(401, False, "status 401", id="wrong key"),
+        pytest.param(200, True, "context deadline exceeded", id="no answer", marks=pytest.mark.slow),
+    ],
 )
 def test_a_server_that_does_not_let_us_in(
     tmp_path: Path,
@@ -95,6 +97,7 @@ def test_a_server_that_does_not_let_us_in(
     assert offline_runs(tmp_path / "outputs")[0].last["perplexity/x"] == 3.5
 
 
+@pytest.mark.slow
 def test_the_network_dies_in_the_middle_and_the_process_still_ends(tmp_path: Path) -> None:
     environment = {**os.environ, "WANDB_API_KEY": "k" * 40, "HOME": str(tmp_path), "PYTHONPATH": os.getcwd()}
     environment.pop("WANDB_MODE")
