@@ -79,6 +79,22 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder, if it is not there, in place of a file or link, which nobody of ours left there.
+
+    Several processes may do so at once: only `unlink` removes, which spares the folder of another one.
+    """
+    if folder.is_symlink():
+        with suppress(OSError):
+            folder.unlink()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        with suppress(OSError):
+            folder.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+
+
 def fsync(path: Path) -> None:
     """Force a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)

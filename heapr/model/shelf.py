@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from heapr.errors import ConfigError
-from heapr.files import remove, write_text
+from heapr.files import make_folder, remove, write_text
 from heapr.sealed import DamagedError, read_sealed, sealed_text
 
 logger = logging.getLogger(__name__)
@@ -109,9 +109,7 @@ class Files:
         self._entries: dict[str, dict[str, Any]] = {}
         self._dropped: list[str] = []
         self.state: dict[str, Any] = {}
-        if folder.is_symlink() or not folder.is_dir():
-            remove(folder)  # nothing that was written here
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         self._recover()
 
     def __contains__(self, name: str) -> bool:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from safetensors import SafetensorError
 
 from heapr.errors import ConfigError
-from heapr.files import remove
+from heapr.files import make_folder
 from heapr.locks import locked
 from heapr.origin import Origin
 from heapr.os_errors import one_line_about
@@ -197,9 +197,7 @@ class Store:
         once it is whole.
         """
         folder = scratch_of(self.path(origin), part)
-        if folder.is_symlink() or not folder.is_dir():
-            remove(folder)  # nothing that was written here
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         os.utime(folder)
         if self._ranks.size == 1:
             return folder

@@ -7,8 +7,10 @@ import multiprocessing
 import os
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from heapr.errors import ConfigError
-from heapr.files import write_text
+from heapr.files import make_folder, write_text
 from heapr.origin import Origin, canonical_json
 from heapr.store import Store
 from heapr.store.leftovers import SCRATCH_DAYS
@@ -445,3 +447,24 @@ def test_what_will_not_fit_is_refused_with_both_numbers(tmp_path: Path) -> None:
         ConfigError, match=r"the weights need 1e\+09 GB, and .* has .* GB free; .*or leave them out"
     ):
         store.check_space(10**18, "the weights", "leave them out")
+
+
+@pytest.mark.parametrize("before", ["nothing", "a file", "a link"])
+def test_several_processes_make_one_folder(tmp_path: Path, before: str) -> None:
+    """As ranks do with their scratch: nobody removes what another one has made."""
+    for number in range(30):
+        folder = tmp_path / f"scratch-{number}"
+        if before == "a file":
+            folder.write_text("x")
+        if before == "a link":
+            folder.symlink_to(tmp_path)
+        barrier = threading.Barrier(4)
+
+        def make_and_use(rank: int, folder: Path = folder, barrier: threading.Barrier = barrier) -> None:
+            barrier.wait()
+            make_folder(folder)
+            (folder / str(rank)).write_text("kept")
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(make_and_use, range(4)))
+        assert len(list(folder.iterdir())) == 4 and not folder.is_symlink()
