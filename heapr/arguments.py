@@ -1,18 +1,33 @@
-"""A parser of command lines that answers a mistake in one line.
+"""Answers a mistake on a command line in one line.
 
-In: arguments. Out: their values, or a `ConfigError` in place of argparse's several lines.
+In: whatever parses arguments with argparse, Hydra too. Out: a `ConfigError` in place of argparse's several
+lines.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
+from unittest import mock
 
 from heapr.errors import ConfigError
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse's parser, whose mistakes are ours to print; parsers of subcommands are of this class too."""
+@contextmanager
+def one_line_arguments(command: str) -> Iterator[None]:
+    """Inside the context, every parser raises its mistakes, those of libraries included.
 
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; {self.prog} --help lists the options")
+    Args:
+        command: that lists its options with --help.
+
+    Raises:
+        ConfigError: the arguments are wrong.
+    """
+
+    def refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; {command} --help lists the options")
+
+    with mock.patch.object(argparse.ArgumentParser, "error", refuse):
+        yield

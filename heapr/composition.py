@@ -41,6 +41,7 @@ BUILT_BY_HYDRA = (
     "hydra_plugins.hydra_submitit_launcher.",
     "hydra_plugins.hydra_ray_launcher.",
     "hydra_plugins.hydra_optuna_sweeper.",
+    "hydra_plugins.heapr_callbacks.",
     "hydra_plugins.heapr_jobs.",
     "optuna.samplers.",
 )

@@ -6,7 +6,6 @@ In: arguments, from which Hydra composes a configuration. Out: a run, or one lin
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import sys
@@ -14,14 +13,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
-from unittest import mock
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from heapr.arguments import one_line_arguments
 from heapr.artifacts import clear_error, write_error
 from heapr.definitions import conf_folder, run_command
 from heapr.errors import ConfigError
@@ -64,13 +63,8 @@ def _run_hydra(conf: Path, ranks: Ranks) -> None:
             end_worker_with_parent()
         return run_job(config, ranks)
 
-    with mock.patch.object(argparse.ArgumentParser, "error", _refuse):
+    with one_line_arguments(run_command()):
         job()
-
-
-def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
-    """In place of argparse's own answer, which takes several lines."""
-    raise ConfigError(f"{message}; {run_command()} --help lists the options")
 
 
 def options_of_rank(ranks: Ranks, arguments: Sequence[str]) -> list[str]:

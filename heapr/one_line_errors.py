@@ -23,7 +23,8 @@ from heapr.errors import ConfigError, RankEnded
 from heapr.explain import explain, explain_builtin
 from heapr.os_errors import NO_SPACE
 from heapr.secrets import without_secrets
-from heapr.signals import one_line_ends, until_nobody_reads
+from heapr.signals import one_line_ends
+from heapr.unread_output import until_nobody_reads
 
 EXIT_CODE = 2
 # What Hydra, OmegaConf and PyYAML let through.

@@ -11,8 +11,6 @@ runs, but imports its plug-ins first, in the processes of launchers too:
     ${num_gpus:}        NVIDIA GPUs of this machine, without importing torch
     ${gpus_per_job:}    1 if there is one, else 0
     ${jobs_at_once:}    jobs that run side by side: one per GPU, else one for every four cores, at least 2
-
-A callback keeps a long sweep's memory constant.
 """
 
 from __future__ import annotations
@@ -21,11 +19,9 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
-from hydra.experimental.callback import Callback
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
@@ -92,13 +88,3 @@ class JobsSweeper(Sweeper):
             size = self._at_once or len(wave)
             for first in range(0, len(wave), size):
                 yield wave[first : first + size]
-
-
-class ForgetConfigs(Callback):
-    """Empties what Hydra keeps of every finished job until its sweep ends, except for what the job returned.
-
-    A job's two configurations take about 0.2 MB; they are in the job's folder.
-    """
-
-    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        job_return.cfg = job_return.hydra_cfg = None

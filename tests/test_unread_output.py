@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from heapr.signals import UNREAD, until_nobody_reads
+from heapr.unread_output import UNREAD, until_nobody_reads
 
 
 def closed_pipe() -> io.TextIOWrapper:

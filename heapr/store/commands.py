@@ -19,22 +19,24 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from heapr.arguments import Parser
+from heapr.arguments import one_line_arguments
 from heapr.artifacts import ARTIFACTS
 from heapr.errors import ConfigError
 from heapr.files import user_path
 from heapr.os_errors import one_line_about
 from heapr.report.terminal import open_console, print_lines
 from heapr.secrets import without_secrets
-from heapr.signals import one_line_ends, until_nobody_reads
+from heapr.signals import one_line_ends
 from heapr.store.garbage import find_garbage, remove_garbage
 from heapr.store.inspector import Inspector
 from heapr.store.inventory import Entry, entries, made_from, size_of
 from heapr.store.leftovers import damaged_copies
 from heapr.store.references import needs_of_runs
 from heapr.store.verify import Hashes
+from heapr.unread_output import until_nobody_reads
 from heapr.words import plural
 
+COMMAND = "python -m heapr.store"
 MISTAKE, DAMAGE = 2, 1  # exit codes
 GONE = "it was removed just now"
 MINUTE = len("2026-01-01T00:00")  # of a time, as far as the list shows it
@@ -43,7 +45,7 @@ MINUTE = len("2026-01-01T00:00")  # of a time, as far as the list shows it
 def main(arguments: Sequence[str]) -> None:
     """Do what the command line asks, and exit."""
     try:
-        with until_nobody_reads(), one_line_ends():
+        with until_nobody_reads(), one_line_ends(), one_line_arguments(COMMAND):
             options = _parser().parse_args(arguments)
             root = user_path(options.outputs) / ARTIFACTS
             sys.exit(_do(root, options))
@@ -197,8 +199,8 @@ def _chosen(found: Sequence[Entry], beginnings: Sequence[str]) -> list[Entry]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m heapr.store", description="Look at a store of results.")
-    common = Parser(add_help=False)
+    parser = argparse.ArgumentParser(prog=COMMAND, description="Look at a store of results.")
+    common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--outputs", default="outputs", help="folder of results, as paths.outputs of run.py")
     commands = parser.add_subparsers(required=True)
     listing = commands.add_parser("ls", parents=[common], help="every artifact")

@@ -29,9 +29,9 @@ from heapr.explain import OF_LAUNCHER, explain
 from heapr.one_line_errors import one_line_errors, print_whatever_the_encoding
 from heapr.overrides import explain_launcher
 from heapr.schema import ExperimentConfig, register
-from heapr.signals import until_nobody_reads
 from heapr.sweep.definition import Definition, Job, experiment_names, load_definition, make_jobs
 from heapr.sweep.request import Request, read_request
+from heapr.unread_output import until_nobody_reads
 
 logger = logging.getLogger(__name__)
 

@@ -7,17 +7,19 @@ In: the metrics that a project's runs logged. Out: a saved view of the project; 
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from heapr.arguments import Parser
+from heapr.arguments import one_line_arguments
 from heapr.errors import ConfigError
 from heapr.tracking.tracker import CHANGE, CURVE, FIGURES, NUM_TOKENS, RATIO
 from heapr.tracking.wandb import has_key, is_reachable
 from heapr.words import first_line
 
+COMMAND = "python -m heapr.tracking.dashboard"
 MODEL, CRITERION = "labels.model", "labels.criterion"  # in a run's configuration
 # Beginnings of the names of what pruning costs in quality.
 DAMAGE = (
@@ -34,11 +36,12 @@ EFFICIENCY = ("parameters_removed_ratio", "flops_removed_ratio")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Create the dashboard, or say in one line why that is not possible."""
-    parser = Parser(prog="python -m heapr.tracking.dashboard", description="Create a wandb dashboard.")
+    parser = argparse.ArgumentParser(prog=COMMAND, description="Create a wandb dashboard.")
     parser.add_argument("--entity", help="wandb user or team; yours if not given")
     parser.add_argument("--project", default="heapr", help="wandb project, as tracking.project")
     try:
-        options = parser.parse_args(arguments)
+        with one_line_arguments(COMMAND):
+            options = parser.parse_args(arguments)
         address = create_dashboard(options.entity, options.project)
     except ConfigError as error:
         sys.stderr.write(f"error: {error}\n")
