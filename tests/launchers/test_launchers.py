@@ -163,9 +163,28 @@ def test_nothing_outlives_sweep_py(number: int, tmp_path: Path, launcher: str) -
     job = job_process(sweep, launcher)
     process.send_signal(number)
     ended(process, 120)
-    wait_for(
-        lambda: not Path(f"/proc/{job}").exists() or "Z" in Path(f"/proc/{job}/stat").read_text().split()[2]
-    )
+    wait_for(lambda: has_ended(job))
+
+
+def test_no_worker_outlives_run_py(tmp_path: Path) -> None:
+    """Nor do those of a multirun without sweep.py, whose process group is the shell's."""
+    pytest.importorskip(PACKAGES["joblib"], reason="not installed; make launchers installs it")
+    sweep = Sweep(tmp_path)
+    jobs = ("model=tiny", *SMALL, SLOW_CALIBRATION, "pruning.ratio=0.1,0.2")
+    command = [sys.executable, "run.py", "-m", "hydra/launcher=joblib", *jobs]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen([*command, f"paths.outputs={sweep.outputs}"], cwd=ROOT, env=environment) as process:
+        job = job_process(sweep, "joblib")
+        process.kill()
+        wait_for(lambda: has_ended(job), seconds=20)
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a process is gone, or waits only to be asked how it ended."""
+    try:
+        return "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2]
+    except FileNotFoundError:
+        return True
 
 
 @pytest.mark.usefixtures("slurm")

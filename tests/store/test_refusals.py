@@ -7,14 +7,17 @@ import logging
 import multiprocessing
 import os
 import pickle
+import random
 import resource
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from heapr.artifacts import ARTIFACTS
 from heapr.errors import ConfigError
 from heapr.log_file import LogFile
 from heapr.one_line_errors import explained, marked_as_of_job
@@ -22,7 +25,7 @@ from heapr.os_errors import one_line_about
 from heapr.store import Store
 from tests.command import run_py_here
 from tests.experiment import run_in, write_model, write_texts
-from tests.store.mutations import CPU, STEPS, make_all, nothing
+from tests.store.mutations import CPU, STEPS, data_of, make_all, nothing
 from tests.store.refusals import check_refusals
 
 SCORE, PLAN, CHECKPOINT = STEPS[1], STEPS[2], STEPS[4]
@@ -119,6 +122,29 @@ def test_a_folder_of_results_that_is_removed_meanwhile_is_one_line(tmp_path: Pat
     store = Store(tmp_path / "store", CPU)
     with pytest.raises(ConfigError, match="it was removed during the run; start again"):
         store.get(SCORE.origin, lambda: shutil.rmtree(tmp_path / "store"), SCORE.write)
+
+
+def test_a_clock_that_jumps_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By decades, forward and back, at every look at it."""
+    overrides = ["model=hf", f"model.path={write_model(tmp_path / 'model')}", *write_texts(tmp_path)]
+    overrides += ["pruning/repair=stream", "evaluation.throughput=null", "evaluation.truth=null"]
+    steady = run_in(tmp_path / "steady", *overrides)
+    real, chance = time.time, random.Random(0)
+    looks = 0
+
+    def jumping() -> float:
+        nonlocal looks
+        looks += 1
+        return real() + chance.choice([-20, 0, 20]) * 365 * 24 * 3600
+
+    monkeypatch.setattr(time, "time", jumping)
+    jumped, again = (run_in(tmp_path / "jumping", *overrides) for _ in range(2))
+    assert looks > 0
+    assert jumped.metrics == again.metrics == steady.metrics
+    assert data_of(tmp_path / "jumping" / "outputs" / ARTIFACTS) == data_of(
+        tmp_path / "steady" / "outputs" / ARTIFACTS
+    )
+    assert all(stage["cached"] for stage in again.stages)
 
 
 def test_a_card_that_cannot_be_written_does_not_fail_a_finished_run(
