@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 os.environ["OMP_NUM_THREADS"] = (
@@ -22,23 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from heapr.model.moe import MoEModel
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_collection() -> Generator[None, object, object]:
-    """Libraries and tests stay until the end: nobody has to look for garbage in their million objects, neither
-    while they are imported nor, again and again, while tests run."""
-    gc.disable()
-    try:
-        return (yield)
-    finally:
-        gc.freeze()
-        gc.set_threshold(50_000, 20, 20)
-        gc.enable()
-
-
-def pytest_sessionfinish() -> None:
-    gc.unfreeze()
 
 
 def pytest_collectstart() -> None:
